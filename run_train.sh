@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Pre-train from a recipe:  ./run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+source "$root/tools/environment.sh"
+use_environment "$root"
+exec "$PYTHON" -m recipes.launch "$@"
