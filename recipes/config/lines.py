@@ -1,0 +1,122 @@
+"""On which line of a TOML file each key stands.
+
+The parser keeps no positions, so this reads the text a second time, only to find where things begin. It may assume that
+the text is valid TOML: what it does not understand cannot occur.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+
+from recipes.config.toml import split_key
+
+KeyPath = tuple[str | int, ...]
+"""Keys from the root; an integer is an index into an array."""
+
+_KEY = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s.=\[\]{}"'#,]+)"""
+_DOTTED = re.compile(rf"{_KEY}(?:[ \t]*\.[ \t]*{_KEY})*")
+_BLANK = re.compile(r"(?:\s|#[^\n]*)*")
+_EQUALS = re.compile(r"[ \t]*=[ \t]*")
+_SCALAR = re.compile(
+    r"""
+      \"{3} (?:[^\\]|\\.)*? \"{3} \"{0,2}     # up to two quotes may stand before the closing three
+    | '{3}  .*?              '{3}  '{0,2}
+    | \"   (?:[^\"\\]|\\.)*  \"
+    | '    [^']*              '
+    | [^,\]}\n\#]+
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+
+
+def line_index(text: str) -> dict[KeyPath, int]:
+    """The line, from 1, on which every table, key and array item of valid TOML `text` is first named."""
+    scanner = _Scanner(text)
+    scanner.document()
+    return scanner.lines
+
+
+class _Scanner:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.lines: dict[KeyPath, int] = {(): 1}
+        self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
+        self._tables_in: dict[KeyPath, int] = {}  # array of tables -> how many of its tables began so far
+
+    def document(self) -> None:
+        table: KeyPath = ()
+        while self._skip_blank() < len(self.text):
+            if self.text[self.at] == "[":
+                table = self._header()
+            else:
+                self._assignment(table)
+
+    def _header(self) -> KeyPath:
+        """`[a.b]` or `[[a.b]]`: the path of the table that it opens."""
+        is_array = self.text.startswith("[[", self.at)
+        start = self.at
+        self.at += 2 if is_array else 1
+        self._skip_blank()
+        *parents, last = self._dotted_key()
+        self._skip_blank()
+        self.at += 2 if is_array else 1
+        path = (*self._enter((), tuple(parents), start), last)
+        if is_array:
+            self.lines.setdefault(path, self._line(start))
+            index = self._tables_in.get(path, 0)
+            self._tables_in[path] = index + 1
+            path = (*path, index)
+        self.lines[path] = self._line(start)  # a header says more than a sub-table's mention of it before
+        return path
+
+    def _assignment(self, table: KeyPath) -> None:
+        start = self.at
+        path = self._enter(table, self._dotted_key(), start)
+        self._match(_EQUALS)
+        self._value(path)
+
+    def _value(self, path: KeyPath) -> None:
+        opening = self.text[self.at]
+        if opening not in "[{":
+            self._match(_SCALAR)
+            return
+        self.at += 1
+        index = 0
+        while self.text[self._skip_blank()] not in "]}":
+            if opening == "{":
+                self._assignment(path)
+            else:
+                item = (*path, index)
+                self.lines[item] = self._line(self.at)
+                self._value(item)
+                index += 1
+            if self.text[self._skip_blank()] == ",":
+                self.at += 1
+        self.at += 1
+
+    def _enter(self, path: KeyPath, keys: tuple[str, ...], start: int) -> KeyPath:
+        """The path below `path`, through the latest table of every array of tables on the way."""
+        for key in keys:
+            path = (*path, key)
+            self.lines.setdefault(path, self._line(start))
+            if path in self._tables_in:
+                path = (*path, self._tables_in[path] - 1)
+        return path
+
+    def _dotted_key(self) -> tuple[str, ...]:
+        return split_key(self._match(_DOTTED))
+
+    def _skip_blank(self) -> int:
+        self._match(_BLANK)
+        return self.at
+
+    def _match(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self.text, self.at)
+        assert match is not None, f"not TOML at character {self.at}"
+        self.at = match.end()
+        return match.group()
+
+    def _line(self, offset: int) -> int:
+        return bisect_right(self._starts, offset)

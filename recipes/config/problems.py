@@ -1,0 +1,89 @@
+"""What was wrong with a configuration, and where: told all at once, in the words of whoever wrote the file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written."""
+
+    where: str
+    """`train_configs/mine.toml:14`, `command line` or `default`."""
+    folder: Path
+    """What a relative path written there is relative to."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to correct."""
+
+    where: str
+    """`train_configs/mine.toml:14` or `command line`."""
+    path: str
+    """Dotted key, such as `training.total_tokens`; empty for a file as a whole."""
+    message: str
+    """What is wrong, what was expected, and what to do; may have several lines."""
+    value: str | None = None
+    """The value as TOML, where one was given."""
+
+    def __str__(self) -> str:
+        subject = self.path if self.value is None else f"{self.path} = {self.value}"
+        head = f"{self.where}  {subject}".rstrip()
+        return "\n".join([head, *(f"    {line}" for line in self.message.splitlines())])
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` holds everything that is wrong with it, in file order."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(problems, key=_reading_order)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return "\n".join([*map(str, self.problems), f"{count}; nothing was started."])
+
+
+def _reading_order(problem: Problem) -> tuple[bool, str, int]:
+    """Files first, each from top to bottom, then the command line; equal places keep their order."""
+    file, line = re.fullmatch(r"(.*?)((?::\d+)*)", problem.where, re.DOTALL).groups()  # type: ignore[union-attr]
+    return file == "command line", file, int(line.split(":")[1]) if line else 0
+
+
+def shown(path: Path, cwd: Path) -> str:
+    """`path` as the user would type it: relative where it lies under `cwd`."""
+    try:
+        return str(path.relative_to(cwd))
+    except ValueError:
+        return str(path)
+
+
+def absolute(path: str | Path, folder: Path) -> Path:
+    """`path` seen from `folder`, `~` expanded and `..` folded; raises ValueError for a home that does not exist."""
+    try:
+        return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100 (resolve() would follow links)
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home directory") from None
+
+
+def closest(name: str, candidates: Iterable[str], cutoff: float = 0.75) -> str | None:
+    """The candidate that `name` was probably meant to be; case and hyphens do not count."""
+    by_plain = {_plain(candidate): candidate for candidate in candidates}
+    match = difflib.get_close_matches(_plain(name), by_plain, n=1, cutoff=cutoff)
+    return by_plain[match[0]] if match else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+def listed(names: Sequence[str], limit: int = 12) -> str:
+    """`a, b, c`, cut short when there are many."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

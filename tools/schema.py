@@ -1,0 +1,200 @@
+"""Write a JSON Schema of recipe files, for the completion and hover help of TOML editors.
+
+    python -m tools.schema [--output FILE]
+
+Generated from the types that decode a recipe, so it cannot disagree with them: the sections of the Pretrain recipe, and
+for every slot all the shipped classes that fit it, told apart by `use`. Draft 7, and alternatives as `oneOf`: what
+Taplo (Even Better TOML) reads. Nothing is required, since a file may leave to others what it extends or is extended by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recipes.config import describe
+from recipes.config.fit import misfit
+from recipes.config.imports import import_class, import_path
+from recipes.config.signatures import Key, Shape, SignatureError, keys_of
+from recipes.config.values import adapter, encode
+
+RECIPE = "recipes.pretrain:Pretrain"
+PACKAGES = ("components", "models")
+
+Schema = dict[str, Any]
+
+_PATHS: Schema = {"type": "array", "items": {"type": "string"}}
+_EVERY_FILE: dict[str, Schema] = {
+    "extends": _PATHS | {"description": "Files to merge below this one, left to right; relative to this file."},
+    "import_paths": _PATHS | {"description": "Directories of your own modules; relative to this file."},
+}
+_IMPORT_PATH = r"^[\w.]+:[\w.]+$"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A class of the project, with every import path that may name it, its home first."""
+
+    cls: type
+    uses: tuple[str, ...]
+
+
+def recipe_schema(recipe: type, packages: Sequence[str] = PACKAGES) -> Schema:
+    """The schema of files for `recipe`; components are looked for in `packages`."""
+    writer = _Writer(list(shipped_classes(packages)))
+    known = [import_path(recipe)]
+    strict = writer.table(recipe, "recipe", known, _EVERY_FILE)
+    other = {"title": "another recipe", "properties": {"recipe": _foreign(known)}, "required": ["recipe"]}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "title": "Powertrain recipe",
+        "type": "object",
+        "oneOf": [strict, other],
+        "definitions": writer.definitions,
+    }
+
+
+def shipped_classes(packages: Sequence[str]) -> Iterator[Shipped]:
+    """Every public class defined in `packages`. A package that re-exports a class is one more way to name it."""
+    modules = [importlib.import_module(name) for name in packages]
+    for package in list(modules):
+        found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        modules += filter(None, (_module(module.name) for module in found))
+    for module in modules:
+        for name, cls in sorted(vars(module).items()):
+            if isinstance(cls, type) and cls.__module__ == module.__name__ and not name.startswith("_"):
+                parents = [other for other in modules if module.__name__.startswith(f"{other.__name__}.")]
+                uses = [f"{parent.__name__}:{name}" for parent in parents if getattr(parent, name, None) is cls]
+                yield Shipped(cls, (import_path(cls), *uses))
+
+
+def _module(name: str) -> ModuleType | None:
+    """None for a module that needs an extra which is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in PACKAGES:
+            raise
+        return None
+
+
+class _Writer:
+    """Writes the schemas of classes; those of slots and sections, which may nest in themselves, into `definitions`."""
+
+    def __init__(self, shipped: Sequence[Shipped]) -> None:
+        self.definitions: dict[str, Schema] = {}
+        self._shipped = shipped
+
+    def table(self, cls: type, selector: str, uses: Sequence[str], more: dict[str, Schema] | None = None) -> Schema:
+        """The table of one class, which its `selector` may name in any of the ways `uses`; `more` are further keys."""
+        summary, docs = _summary(cls), describe(cls)
+        selected = {selector: {"enum": list(uses), "description": summary}}
+        keys = {name: self._key(key, docs.get(name)) for name, key in keys_of(cls).items()}
+        return {
+            "title": uses[-1],
+            "description": summary,
+            "properties": {**selected, **(more or {}), **keys},
+            "additionalProperties": False,
+        }
+
+    def _key(self, key: Key, doc: str | None) -> Schema:
+        schema = self._any(key.shape)
+        if "$ref" in schema:  # draft 7 ignores what stands beside it
+            schema = {"anyOf": [schema]}
+        if doc:
+            schema = {**schema, "description": doc}
+        default = key.make_default() if key.shape.kind == "leaf" and not key.required else None
+        is_of_this_machine = isinstance(default, Path) and default.is_absolute()
+        return schema if default is None or is_of_this_machine else {**schema, "default": encode(default)}
+
+    def _any(self, shape: Shape) -> Schema:
+        schema = self._present(shape)
+        return {"anyOf": [schema, {"const": "none", "description": "without"}]} if shape.optional else schema
+
+    def _present(self, shape: Shape) -> Schema:
+        """The schema, were the key not optional."""
+        if shape.kind == "slot":
+            return self._reference(shape.annotation, self._slot)
+        if shape.kind == "section":
+            return self._reference(shape.annotation, self._section)
+        if shape.of is None or shape.kind == "leaf":
+            schema = adapter(shape.annotation).json_schema()
+            return {} if "$defs" in schema else schema  # its references are to its own root, not to ours: say less
+        of = self._any(shape.of)
+        return (
+            {"type": "array", "items": of} if shape.kind == "list" else {"type": "object", "additionalProperties": of}
+        )
+
+    def _reference(self, cls: type, write: Callable[[type], Schema]) -> Schema:
+        name = import_path(cls).replace(":", ".")
+        if name not in self.definitions:
+            self.definitions[name] = {}  # begun: what it holds may refer to it
+            self.definitions[name] = write(cls)
+        return {"$ref": f"#/definitions/{name}"}
+
+    def _section(self, cls: type) -> Schema:
+        """The section's own class, or a replacement that `use` names."""
+        known = [import_path(cls)]
+        return {"type": "object", "description": _summary(cls), "oneOf": [self.table(cls, "use", known), _own(known)]}
+
+    def _slot(self, slot: type) -> Schema:
+        """Any shipped class that fits, a class of the user's, or a table whose `use` stands in another file."""
+        fitting = [shipped for shipped in self._shipped if _fits(shipped.cls, slot)]
+        tables = [{**self.table(each.cls, "use", each.uses), "required": ["use"]} for each in fitting]
+        names = sorted({name for table in tables for name in table["properties"]} - {"use"})
+        elsewhere = {"title": "`use` is in another file", "propertyNames": {"enum": names}}
+        own = _own([use for each in fitting for use in each.uses])
+        return {"type": "object", "description": _summary(slot), "oneOf": [*tables, own, elsewhere]}
+
+
+def _fits(cls: type, slot: type) -> bool:
+    try:
+        keys_of(cls)
+    except SignatureError:
+        return False
+    return misfit(cls, slot) is None
+
+
+def _own(known: Sequence[str]) -> Schema:
+    """The free table of a class that is none of those `known`."""
+    return {"title": "a class of your own", "properties": {"use": _foreign(known)}, "required": ["use"]}
+
+
+def _foreign(known: Sequence[str]) -> Schema:
+    """An import path that is none of those `known`."""
+    return {
+        "type": "string",
+        "pattern": _IMPORT_PATH,
+        "not": {"enum": list(known)},
+        "description": "package.module:Name",
+    }
+
+
+def _summary(cls: type) -> str:
+    """The first paragraph of the class's docstring, on one line."""
+    return " ".join((inspect.getdoc(cls) or cls.__name__).split("\n\n")[0].split())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tools.schema", description="JSON Schema of recipe files, for TOML editors.")
+    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
+    output = parser.parse_args(arguments).output
+    text = json.dumps(recipe_schema(import_class(RECIPE)), indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
