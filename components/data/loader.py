@@ -1,0 +1,225 @@
+"""Micro-batches of fixed shape from one global order of samples, through torchdata's StatefulDataLoader.
+
+A step takes whole multiples of (data-parallel size x micro-batch) samples, so micro-batch t of rank r always holds the
+same samples, however many micro-batches the steps before it took: a batch that grows or shrinks discards nothing that
+was prefetched, and the only state is a number of samples.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from components.data.order import SampleOrder
+
+# m micro-batch size, T sequence length
+
+
+class Samples(Protocol):
+    """Packed sequences. `__getitems__(indices) -> (n, T+1)`, where there is one, is used to read many at once."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass takes."""
+
+    tokens: Tensor
+    """(m, T) int64, contiguous."""
+    labels: Tensor
+    """(m, T) int64, contiguous: the token after each of `tokens`."""
+    sample_ids: Tensor
+    """(m,) int64 global sample numbers: sample s is sequence s mod n, as shuffled, of epoch s div n."""
+
+
+class MicroBatchLoader:
+    """The micro-batches of one rank: number t holds global samples start + (t*dp_size + dp_rank)*m and the m - 1 after.
+
+    Never ends: epochs follow one another, each in its own order. Close it, or use it as a context manager, to end the
+    workers at once.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start: int = 0,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 4,
+    ):
+        """`start` is the first global sample not yet trained on: any number, whatever layout trained those before it.
+
+        `prefetch_factor` is how many micro-batches each of `num_workers` processes reads ahead; with no workers they
+        are read as they are asked for.
+        """
+        if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
+            raise ValueError(
+                f"micro_batch_size = {micro_batch_size} (at least 1), start = {start} (at least 0), "
+                f"dp_rank = {dp_rank} (below dp_size = {dp_size})"
+            )
+        if num_workers < 0 or prefetch_factor < 1:
+            raise ValueError(
+                f"num_workers = {num_workers} (at least 0), prefetch_factor = {prefetch_factor} (at least 1)"
+            )
+        self._stride = dp_size * micro_batch_size
+        self._start = start
+        self._given = 0  # micro-batches handed out by this rank
+        self._cursor = start
+        first = start + dp_rank * micro_batch_size
+        self._settings: dict[str, Any] = {
+            "dataset": _OrderedSamples(samples, SampleOrder(len(samples), seed=seed, shuffle=shuffle)),
+            "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
+            "collate_fn": _as_it_is,
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "generator": torch.Generator(),  # its own, or starting workers would draw from the global one
+            "snapshot_every_n_steps": 2**62,  # the cursor is all the state there is
+        }
+        if num_workers:
+            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": _ignore_signals}
+        self._stream: Iterator[_Block | Exception] | None = None
+        self._at_exit = partial(_close, weakref.ref(self))
+
+    @property
+    def cursor(self) -> int:
+        """First global sample that no optimizer step has consumed: `start` of the loader that continues this run."""
+        return self._cursor
+
+    def next_step(self, micro_batches: int) -> Iterator[MicroBatch]:
+        """The next `micro_batches` of this rank, each read when it is asked for.
+
+        Leaving early is allowed, if every rank leaves after the same one: the next call goes on from there. Raises what
+        reading raised, also when it was raised in a worker.
+        """
+        if micro_batches < 1:
+            raise ValueError(f"a step of {micro_batches} micro-batches: expected at least 1")
+        return (self._next() for _ in range(micro_batches))
+
+    def consumed(self) -> None:
+        """Call after the optimizer step: all that was handed out counts as trained on, and `cursor` moves past it."""
+        self._cursor = self._start + self._given * self._stride
+
+    def close(self) -> None:
+        """End the workers. The loader goes on from where it was if it is asked for more."""
+        stream, self._stream = self._stream, None
+        atexit.unregister(self._at_exit)
+        _end_workers(stream)
+
+    def __enter__(self) -> MicroBatchLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _next(self) -> MicroBatch:
+        if self._stream is None:
+            self._settings["batch_sampler"].skip = self._given
+            with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
+                warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+                self._stream = iter(StatefulDataLoader(**self._settings))
+            # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
+            atexit.register(self._at_exit)
+        block = next(self._stream)
+        if isinstance(block, Exception):
+            raise block
+        self._given += 1
+        return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A micro-batch on its way: one tensor for inputs and labels, to cross processes and be pinned in one go."""
+
+    pair: Tensor
+    """(2, m, T) int64"""
+    sample_ids: Tensor
+    """(m,) int64"""
+
+    def pin_memory(self) -> _Block:
+        return _Block(self.pair.pin_memory(), self.sample_ids)
+
+
+@dataclass
+class _SampleNumbers:
+    """Global sample numbers of each micro-batch of one rank, without end."""
+
+    first: int
+    stride: int
+    size: int
+    skip: int = 0
+    """Micro-batches to leave out at the start."""
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(start, start + self.size) for start in count(self.first + self.skip * self.stride, self.stride))
+
+
+@dataclass(frozen=True)
+class _OrderedSamples:
+    """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
+
+    samples: Samples
+    order: SampleOrder
+
+    def __getitems__(self, sample_ids: range) -> _Block | Exception:
+        """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
+        numbers = np.arange(sample_ids.start, sample_ids.stop, dtype=np.int64)
+        _, indices = self.order(numbers)
+        try:
+            sequences = self._read(indices.tolist())
+        except (ValueError, OSError) as error:
+            if type(error).__module__ != "builtins":
+                raise  # may not survive pickling
+            return error
+        return _Block(torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.from_numpy(numbers))
+
+    def _read(self, indices: Sequence[int]) -> Tensor:
+        """(m, T+1)"""
+        if hasattr(self.samples, "__getitems__"):
+            sequences = self.samples.__getitems__(indices)
+        else:
+            sequences = [self.samples[index] for index in indices]
+        return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
+
+
+def _as_it_is(block: _Block | Exception) -> _Block | Exception:
+    return block
+
+
+def _ignore_signals(worker: int) -> None:
+    """A Ctrl-C or a scheduler's SIGTERM reaches the workers too; the run must still be fed until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers(stream: Any) -> None:
+    if hasattr(stream, "_shutdown_workers"):
+        stream._shutdown_workers()
+        for worker in stream._workers:
+            if worker.is_alive():  # stuck in a read, and deaf to SIGTERM
+                worker.kill()
+
+
+def _close(reference: weakref.ref[MicroBatchLoader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()

@@ -1,0 +1,97 @@
+"""Files as clean text: decompressed, decoded, no byte-order mark, lines ending in LF. What is put right is counted."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from components.data.document import ReadingLog
+
+BLOCK_BYTES = 2**22
+"""Text is read in blocks of 4 MiB, so memory does not grow with the file."""
+
+_REPLACEMENT = "\ufffd"
+
+
+def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+    """The text of `path` in blocks that never split a character or a line end."""
+    rest = b""
+    with _opened(path, log) as (stream, count_read):
+        while block := stream.read(block_bytes):
+            count_read()
+            data = rest + block
+            kept = len(data) - _unfinished(data)
+            data, rest = data[:kept], data[kept:]
+            yield line_feeds(decode(data, log), log)
+    if rest:
+        yield line_feeds(decode(rest, log), log)
+
+
+def read_lines(path: Path, log: ReadingLog) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without its end) of each line of `path` that is not blank."""
+    with _opened(path, log) as (stream, count_read):
+        for number, line in enumerate(stream, start=1):
+            count_read()
+            if line := line.strip():
+                yield number, decode(line, log)
+
+
+def decode(data: bytes, log: ReadingLog, encoding: str = "utf-8") -> str:
+    """`data` as text; what is invalid becomes U+FFFD and is counted."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, errors="replace")
+        log.repairs["replaced characters"] += text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+        return text
+
+
+def line_feeds(text: str, log: ReadingLog) -> str:
+    """`text` with CRLF and lone CR turned into LF, counted."""
+    if "\r" in text:
+        log.repairs["line ends"] += text.count("\r")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+@contextmanager
+def _opened(path: Path, log: ReadingLog) -> Iterator[tuple[gzip.GzipFile | BufferedReader, Callable[[], None]]]:
+    """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
+
+    Raises ValueError for a damaged gzip file and for UTF-16, which would otherwise decode to rubbish.
+    """
+    before = log.source_bytes
+    with path.open("rb") as stored:
+        stream: gzip.GzipFile | BufferedReader = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+
+        def count_read() -> None:
+            log.source_bytes = before + stored.tell()
+
+        try:
+            start = stream.peek(3)[:3]
+            if start == codecs.BOM_UTF8:
+                stream.read(3)
+                log.repairs["byte-order marks"] += 1
+            elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv -f utf-16 -t utf-8")
+            yield stream, count_read
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, or no gzip file: {error}") from error
+
+
+def _unfinished(data: bytes) -> int:
+    """Bytes at the end of `data` that the next block may complete: a carriage return or the start of a character."""
+    if data.endswith(b"\r"):
+        return 1
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
+            return back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+        if byte < 0x80:
+            return 0
+    return 0

@@ -1,0 +1,6 @@
+"""Tokenizers: `use = "components.tokenizers:TiktokenFile"`. Each builds an object that encodes text to ids and back."""
+
+from components.tokenizers.bytes import Bytes
+from components.tokenizers.tiktoken_file import TiktokenFile
+
+__all__ = ["Bytes", "TiktokenFile"]

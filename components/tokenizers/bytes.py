@@ -1,0 +1,56 @@
+"""Byte-level tokenizer: an id is a byte, and nothing has to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_END = 256
+
+
+@dataclass(kw_only=True)
+class Bytes:
+    """UTF-8 bytes as ids 0..255 and 256 as the end of a document: a vocabulary of 257."""
+
+    def build(self) -> ByteEncoder:
+        return ByteEncoder()
+
+
+class ByteEncoder:
+    """Encodes text to its UTF-8 bytes; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+
+    vocab_size = 257
+    end_of_document = _END
+    fingerprint = "bytes-1"
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """(257,) int64: one byte for every id but the end of a document."""
+        lengths = np.ones(self.vocab_size, dtype=np.int64)
+        lengths[_END] = 0
+        return lengths
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """(bytes,) uint16 ids of each text, without the end of document."""
+        return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; the end of a document reads `<|endoftext|>`.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        parts = []
+        for token in ids:
+            if not 0 <= token <= _END:
+                raise ValueError(f"id {token} is outside the byte vocabulary of {self.vocab_size}")
+            parts.append(b"<|endoftext|>" if token == _END else bytes((token,)))
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")

@@ -1,0 +1,155 @@
+"""Byte-pair encoding from a tiktoken rank file: `base64(bytes) rank`, a token a line."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from components.tokenizers.patterns import resolve_pattern
+
+_MOST_RANKS = 2**22
+"""Bounds what a damaged or hostile file can make us allocate; the largest vocabulary in use is near 2**18."""
+
+_LARGEST_FILE = 2**28
+
+_LONGEST_RUN = 2**14
+"""Characters. tiktoken's regular expression overflows its stack on a megabyte of spaces, so longer runs are cut."""
+
+
+@dataclass(kw_only=True)
+class TiktokenFile:
+    """A tiktoken rank file, such as r50k_base.tiktoken or one that tools/train_tokenizer wrote."""
+
+    path: Path
+    """The rank file."""
+    pattern: str
+    """How text is cut before merging: "gpt2", "cl100k", "llama3" or a regular expression. The file does not say which
+    it was trained with, and another one silently gives other ids."""
+    special_tokens: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
+    """Tokens with the ids after the largest rank, in this order. Never produced by encoding text."""
+    end_of_document: str = "<|endoftext|>"
+    """Which of `special_tokens` is written after every document."""
+
+    def build(self) -> RankEncoder:
+        """Raises FileNotFoundError, or ValueError for a file or setting that makes no tokenizer."""
+        if self.end_of_document not in self.special_tokens:
+            raise ValueError(
+                f"end_of_document: {self.end_of_document!r} is not among special_tokens = {self.special_tokens}"
+            )
+        if len(set(self.special_tokens)) < len(self.special_tokens):
+            raise ValueError(f"special_tokens: {self.special_tokens} holds a token twice")
+        ranks = read_ranks(self.path)
+        return RankEncoder(ranks, resolve_pattern(self.pattern), self.special_tokens, self.end_of_document)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Token bytes -> rank. Ranks may have holes; every single byte must be there, else some text has no ids.
+
+    Raises FileNotFoundError, or ValueError naming file, line and what is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path: {path} does not exist")
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path} holds {path.stat().st_size:,} bytes, far more than a tiktoken rank file")
+    ranks: dict[bytes, int] = {}
+    lines: dict[int, int] = {}  # rank -> line, to name both lines of a duplicate
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            token, rank = _parse_line(line, f"{path}:{number}")
+            if token in ranks or rank in lines:
+                first = lines[ranks.get(token, rank)]
+                raise ValueError(f"{path}:{number}: token {token!r} or rank {rank} was given before, on line {first}")
+            ranks[token], lines[rank] = rank, number
+    missing = [byte for byte in range(256) if bytes((byte,)) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank (first: 0x{missing[0]:02x}); "
+            "is this a tiktoken rank file?"
+        )
+    return ranks
+
+
+def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
+    try:
+        encoded, number = line.split()
+        token, rank = base64.b64decode(encoded, validate=True), int(number)
+    except (ValueError, binascii.Error):
+        raise ValueError(f"{where}: expected `base64 rank`, found {line[:60]!r}") from None
+    if not token or not 0 <= rank < _MOST_RANKS:
+        raise ValueError(f"{where}: expected a token and a rank from 0 to {_MOST_RANKS - 1}, found {line[:60]!r}")
+    return token, rank
+
+
+class RankEncoder:
+    """Encodes with tiktoken, on as many threads as there are cores. Picklable."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: Sequence[str], end_of_document: str):
+        """Raises ValueError if `pattern` is no regular expression."""
+        first = max(ranks.values()) + 1
+        special = {token: first + i for i, token in enumerate(special_tokens)}
+        try:
+            self._encoding = tiktoken.Encoding(
+                "powertrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
+        except ValueError as error:
+            raise ValueError(f"pattern: {pattern!r} is no regular expression tiktoken accepts: {error}") from error
+        self.vocab_size = first + len(special)
+        self.end_of_document = special[end_of_document]
+        self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        """(vocab_size,) int64 bytes of each id; 0 for special tokens and for holes between ranks."""
+        self.byte_lengths[list(ranks.values())] = [len(token) for token in ranks]
+        self.fingerprint = _fingerprint(ranks, pattern, special, end_of_document)
+        self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """(tokens,) uint16 or uint32 ids of each text; special tokens in it are ordinary text."""
+        threads = min(len(texts), os.cpu_count() or 1, 16)
+        if threads < 2:
+            return [self._encode(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:  # tiktoken encodes outside the interpreter's lock
+            return list(pool.map(self._encode, texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens as they are spelled. Raises ValueError for an id that stands for nothing."""
+        try:
+            return self._encoding.decode_bytes([int(token) for token in ids]).decode("utf-8", errors="replace")
+        except (KeyError, OverflowError):
+            raise ValueError(f"an id is outside the vocabulary of {self.vocab_size}, or in a hole of it") from None
+
+    def _encode(self, text: str) -> np.ndarray:
+        parts = [np.array(self._encoding.encode_ordinary(part), dtype=self._dtype) for part in split_long_runs(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def split_long_runs(text: str, longest: int = _LONGEST_RUN) -> Iterator[str]:
+    """`text` in parts, cut only inside runs of more than `longest` characters that are all space or all not.
+
+    Looks at aligned windows: one that is uniform lies within such a run, and no run of twice the length can avoid
+    holding one, so no part keeps a run of more than three windows. Ordinary text costs one glance a window.
+    """
+    start = 0
+    for window in range(0, len(text) - longest, longest):
+        part = text[window : window + longest]
+        if part.isspace() or len(part.split(None, 1)[0]) == longest:
+            yield text[start : window + longest]
+            start = window + longest
+    yield text[start:]
+
+
+def _fingerprint(ranks: dict[bytes, int], pattern: str, special: dict[str, int], end_of_document: str) -> str:
+    digest = hashlib.sha256()
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
+    digest.update(repr((pattern, _LONGEST_RUN, sorted(special.items()), end_of_document)).encode())
+    return f"tiktoken-1-{digest.hexdigest()}"

@@ -1,0 +1,47 @@
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from components.data.content import FileHashes
+from components.data.document import Document, ReadingLog
+from components.data.packed import PackedTokens
+from components.data.source import TextSource
+from components.tokenizers import Bytes
+
+SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
+
+
+@pytest.fixture
+def texts() -> Path:
+    """Reference corpora."""
+    folder = SHARED / "text"
+    if not folder.is_dir():
+        pytest.skip(f"needs the reference texts in {folder}")
+    return folder
+
+
+@dataclass(kw_only=True)
+class Given(TextSource):
+    """A source that holds what a test gave it: also the smallest example of a source of one's own."""
+
+    text: tuple[str, ...]
+
+    def documents(self, log: ReadingLog) -> Iterator[Document]:
+        return map(Document, self.text)
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        return repr(self.text)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Callable[[Iterable[str], int], PackedTokens]:
+    """Texts as bytes, prepared and opened."""
+
+    def build(text: Iterable[str], sequence_length: int) -> PackedTokens:
+        return Given(text=tuple(text)).build(
+            tokenizer=Bytes().build(), sequence_length=sequence_length, cache_dir=tmp_path / "cache", progress=print
+        )
+
+    return build

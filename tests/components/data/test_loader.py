@@ -1,0 +1,221 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.data.loader import MicroBatchLoader
+from components.data.order import SampleOrder
+
+ROOT = Path(__file__).resolve().parents[3]
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+class Numbers:
+    """Sequence i is i*T ... i*T + T, so that a micro-batch shows which sequences it holds."""
+
+    def __init__(self, length: int = 23, sequence_length: int = 4):
+        self.length = length
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start = index * self.sequence_length
+        return torch.arange(start, start + self.sequence_length + 1)
+
+
+class Failing(Numbers):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        raise ValueError(f"shard of sequence {index} cannot be read")
+
+
+def global_stream(steps, *, ranks=1, micro_batch_size=1, start=0, workers=0, samples=None):
+    """Per step, the (sample id, sequence) pairs of all ranks together, in global order."""
+    loaders = [
+        MicroBatchLoader(
+            samples or Numbers(),
+            seed=5,
+            micro_batch_size=micro_batch_size,
+            dp_rank=rank,
+            dp_size=ranks,
+            start=start,
+            num_workers=workers,
+        )
+        for rank in range(ranks)
+    ]
+    stream = []
+    try:
+        for micro_batches in steps:
+            step = []
+            for micro in zip(*(loader.next_step(micro_batches) for loader in loaders), strict=True):
+                for rank_micro in micro:
+                    step += zip(rank_micro.sample_ids.tolist(), rank_micro.tokens[:, 0].tolist(), strict=True)
+            for loader in loaders:
+                loader.consumed()
+            assert len({loader.cursor for loader in loaders}) == 1
+            stream.append(step)
+        return stream, loaders[0].cursor
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def expected(start: int, stop: int) -> list[tuple[int, int]]:
+    """The same, from the order alone."""
+    samples = Numbers()
+    _, indices = SampleOrder(len(samples), seed=5)(np.arange(start, stop))
+    return [(s, int(i) * samples.sequence_length) for s, i in zip(range(start, stop), indices, strict=True)]
+
+
+layouts = {"ranks": st.integers(1, 4), "micro_batch_size": st.integers(1, 5), "start": st.integers(0, 200)}
+
+
+@pytest.mark.quick
+@settings(max_examples=150, deadline=None)
+@given(steps=st.lists(st.integers(1, 4), min_size=1, max_size=5), **layouts)
+def test_the_global_order_is_that_of_the_samples_whatever_the_layout(steps, ranks, micro_batch_size, start):
+    stream, cursor = global_stream(steps, ranks=ranks, micro_batch_size=micro_batch_size, start=start)
+    assert [len(step) for step in stream] == [k * ranks * micro_batch_size for k in steps]
+    assert list(chain.from_iterable(stream)) == expected(start, cursor)
+    assert cursor == start + sum(steps) * ranks * micro_batch_size
+
+
+@pytest.mark.quick
+@settings(max_examples=50, deadline=None)
+@given(
+    before=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    after=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    first=st.fixed_dictionaries(layouts),
+    second=st.fixed_dictionaries(layouts),
+)
+def test_a_run_resumes_with_the_next_sample_on_any_layout(before, after, first, second):
+    stream, cursor = global_stream(before, **first)
+    resumed, end = global_stream(after, **(second | {"start": cursor}))
+    assert list(chain.from_iterable(stream + resumed)) == expected(first["start"], end)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "start"), [(1, 3, 0), (2, 2, 17), (3, 1, 5)])
+def test_workers_change_nothing(workers, ranks, micro_batch_size, start):
+    steps = [1, 4, 2, 1]
+    layout = {"ranks": ranks, "micro_batch_size": micro_batch_size, "start": start}
+    assert global_stream(steps, **layout, workers=workers) == global_stream(steps, **layout)
+
+
+def test_workers_read_packed_tokens_alike(packed):
+    samples = packed(["Call me Ishmael. " * 20, "Some years ago, never mind how long precisely"], 16)
+    assert global_stream([3, 2], samples=samples, micro_batch_size=4, workers=2) == global_stream(
+        [3, 2], samples=samples, micro_batch_size=4
+    )
+
+
+@pytest.mark.quick
+def test_shapes_and_shift():
+    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=3) as loader:
+        (micro,) = loader.next_step(1)
+    assert micro.tokens.shape == micro.labels.shape == (3, 4)
+    assert micro.tokens.dtype == micro.labels.dtype == micro.sample_ids.dtype == torch.int64
+    assert micro.tokens.is_contiguous() and micro.labels.is_contiguous()
+    assert torch.equal(micro.labels, micro.tokens + 1)
+    assert micro.sample_ids.tolist() == [0, 1, 2]
+
+
+@pytest.mark.quick
+def test_the_cursor_moves_only_when_samples_were_consumed():
+    loader = MicroBatchLoader(Numbers(), seed=0, micro_batch_size=2, dp_size=3, start=10)
+    list(loader.next_step(2))
+    assert loader.cursor == 10
+    loader.consumed()
+    assert loader.cursor == 10 + 2 * 2 * 3
+
+
+@pytest.mark.quick
+def test_micro_batches_are_read_when_asked_for_and_a_step_may_be_left():
+    loader = MicroBatchLoader(Numbers(), seed=0, micro_batch_size=2)
+    step = loader.next_step(5)
+    assert next(step).sample_ids.tolist() == [0, 1]
+    assert next(loader.next_step(1)).sample_ids.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_closed_loader_goes_on_where_it_was(workers):
+    loader = MicroBatchLoader(Numbers(), seed=0, micro_batch_size=2, num_workers=workers)
+    list(loader.next_step(3))
+    loader.close()
+    assert next(loader.next_step(1)).sample_ids.tolist() == [6, 7]
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_reading_arrives_as_it_was_raised(workers):
+    samples = Failing()
+    with (
+        MicroBatchLoader(samples, seed=0, micro_batch_size=1, num_workers=workers) as loader,
+        pytest.raises(ValueError, match=r"^shard of sequence \d+ cannot be read$"),
+    ):
+        next(loader.next_step(1))
+
+
+def test_workers_live_through_signals_and_end_with_the_loader():
+    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=2, prefetch_factor=1) as loader:
+        list(loader.next_step(2))
+        workers = list(loader._stream._workers)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+        micros = list(loader.next_step(8))
+        assert [micro.sample_ids.item() for micro in micros] == list(range(2, 10))
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("ending", ["", "raise RuntimeError('lost')"])
+def test_a_process_that_forgets_to_close_still_ends_at_once(ending):
+    script = f"""
+import tests.components.data.test_loader as t
+loader = t.MicroBatchLoader(t.Numbers(), seed=0, micro_batch_size=1, num_workers=2)
+print(next(loader.next_step(1)).sample_ids)
+{ending}
+"""
+    started = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == bool(ending)
+    assert "set_vital" not in process.stderr
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.quick
+def test_torchs_own_random_numbers_are_left_alone():
+    before = torch.random.get_rng_state()
+    list(MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1).next_step(3))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "wrong", [{"micro_batch_size": 0}, {"start": -1}, {"dp_rank": 2, "dp_size": 2}, {"num_workers": -1}]
+)
+def test_impossible_layouts_are_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        MicroBatchLoader(Numbers(), **({"seed": 0, "micro_batch_size": 1} | wrong))
+
+
+@pytest.mark.quick
+def test_a_resize_discards_nothing_that_was_read(monkeypatch):
+    read = []
+    original = Numbers.__getitem__
+    monkeypatch.setattr(Numbers, "__getitem__", lambda self, index: read.append(index) or original(self, index))
+    loader = MicroBatchLoader(Numbers(), seed=0, micro_batch_size=2)
+    for micro_batches in (1, 4, 2, 7):
+        list(loader.next_step(micro_batches))
+    assert len(read) == 2 * 14

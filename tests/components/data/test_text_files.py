@@ -1,0 +1,183 @@
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.data import TextFiles
+from components.data.content import FileHashes
+from components.data.document import ReadingLog
+from components.data.reading import read_blocks
+
+pytestmark = pytest.mark.quick
+
+
+def read(source: TextFiles) -> tuple[list[str], Counter[str]]:
+    """Documents, put together from their parts, and what was repaired."""
+    log, documents, parts = ReadingLog(), [], []
+    for document in source.documents(log):
+        parts.append(document.text)
+        if document.complete:
+            documents.append("".join(parts))
+            parts = []
+    assert not parts
+    assert log.source_bytes == source.size_bytes()
+    return documents, log.repairs
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def lines(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
+def test_every_kind_of_file_in_the_order_of_names(tmp_path):
+    write(tmp_path / "b.txt", "two")
+    write(tmp_path / "a.txt.gz", "one")
+    write(tmp_path / "sub/c.jsonl", lines({"text": "three"}, {"text": "four", "id": 7}))
+    write(tmp_path / "sub/d.jsonl.gz", lines({"text": "five"}))
+    write(tmp_path / "sub/e.json.gz", "\n" + lines({"text": "six"}) + "\n")
+    write(tmp_path / "sub/f.json", lines({"text": "seven"}))
+    write(tmp_path / "read.me", "not a text file")
+    expected = ["one", "two", "three", "four", "five", "six", "seven"]
+    assert read(TextFiles(path=tmp_path))[0] == expected
+    assert read(TextFiles(path=tmp_path / "**/*"))[0] == expected
+    assert read(TextFiles(path=[tmp_path / "sub", tmp_path / "b.txt", tmp_path / "*.gz"]))[0] == expected
+    assert read(TextFiles(path=[tmp_path, tmp_path / "b.txt"]))[0] == expected  # a file named twice is read once
+
+
+def test_marks_line_ends_and_bad_bytes_are_put_right_and_counted(tmp_path):
+    write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    write(tmp_path / "b.txt", b"bad \xff\xfe, cut \xe4\xbd, kept \xef\xbf\xbd")
+    write(tmp_path / "c.jsonl", b'\xef\xbb\xbf{"text": "x\\r\\ny \xff"}\r\n')
+    documents, repairs = read(TextFiles(path=tmp_path))
+    assert documents == ["one\ntwo\nthree\n", "bad \ufffd\ufffd, cut \ufffd, kept \ufffd", "x\ny \ufffd"]
+    assert repairs == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.lists(st.binary(max_size=6) | st.text(max_size=4).map(str.encode) | st.just(b"\r\n")).map(b"".join))
+@pytest.mark.parametrize("block_bytes", [1, 2, 3, 5])
+def test_blocks_split_no_character_and_no_line_end(tmp_path_factory, data, block_bytes):
+    path = tmp_path_factory.getbasetemp() / "blocks.txt"
+    path.write_bytes(data)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        with pytest.raises(ValueError, match="UTF-16"):
+            list(read_blocks(path, ReadingLog(), block_bytes))
+        return
+    log = ReadingLog()
+    text = "".join(read_blocks(path, log, block_bytes))
+    whole = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
+    assert text == whole.replace("\r\n", "\n").replace("\r", "\n")
+    genuine = data.removeprefix(b"\xef\xbb\xbf").count("\ufffd".encode())
+    assert log.repairs["replaced characters"] == whole.count("\ufffd") - genuine
+
+
+def test_a_separator_cuts_a_file_into_documents(tmp_path):
+    path = write(tmp_path / "a.txt", "one<|end|>\ntwo\n\n<|end|>\nthree<|end|>\n")
+    assert read(TextFiles(path=path, document_separator="<|end|>\n"))[0] == ["one", "two\n\n", "three"]
+    assert read(TextFiles(path=path))[0] == [path.read_text()]
+
+
+@pytest.mark.parametrize("separator", [None, "<|end|>", "\n--\n"])
+def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, separator):
+    monkeypatch.setattr("components.data.text_files._PART_CHARACTERS", 50)
+    monkeypatch.setattr("components.data.text_files.read_blocks", lambda path, log: read_blocks(path, log, 17))
+    text = "".join(f"line {i} of it\n" if i % 7 else "x" * 3 * i for i in range(60))
+    stories = [text[:300], text[300:420], text[420:]]
+    path = write(tmp_path / "a.txt", (separator or "").join(stories))
+    source = TextFiles(path=path, document_separator=separator)
+    assert read(source)[0] == (stories if separator else [text])
+    assert sum(not document.complete for document in source.documents(ReadingLog())) > 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut off', r"a\.jsonl:2: expected a JSON object on each line"),
+        ('["text"]', r"a\.jsonl:2: expected a JSON object on each line, found"),
+        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; the line has body, id"),
+        ('{"text": null}', r"a\.jsonl:2: no text under text_key"),
+        ("[" * 100_000, r"a\.jsonl:2: expected a JSON object"),
+    ],
+)
+def test_a_bad_line_stops_with_file_and_line(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", lines({"text": "fine"}) + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read(TextFiles(path=path))
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path):
+    whole = gzip.compress(b"some text " * 1000)
+    for name, content in {
+        "cut.txt.gz": whole[:-20],
+        "no.txt.gz": b"plain text",
+        "flip.txt.gz": whole[:30] + b"\0" * 9,
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is damaged, or no gzip file"):
+            read(TextFiles(path=path))
+    with pytest.raises(ValueError, match="is UTF-16; convert it"):
+        read(TextFiles(path=write(tmp_path / "wide.txt", "text".encode("utf-16"))))
+
+
+def test_paths_that_lead_nowhere_name_their_key(tmp_path):
+    write(tmp_path / "a.doc", "")
+    with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere matches no file"):
+        TextFiles(path=tmp_path / "nowhere").files()
+    with pytest.raises(FileNotFoundError, match=r"matches no file that ends in \.txt"):
+        TextFiles(path=tmp_path).files()
+    with pytest.raises(ValueError, match=r"a\.doc does not end in \.txt"):
+        TextFiles(path=tmp_path / "a.doc").files()
+    with pytest.raises(ValueError, match="matches 1 files, none of which"):
+        TextFiles(path=tmp_path / "*").files()
+    with pytest.raises(ValueError, match=r"^document_separator: "):
+        TextFiles(path=tmp_path, document_separator="")
+
+
+def test_the_fingerprint_is_of_content_names_and_settings_and_not_of_the_place(tmp_path):
+    def fingerprint(folder: str, **settings) -> str:
+        return TextFiles(path=tmp_path / folder, **settings).fingerprint(FileHashes(tmp_path / "memory"))
+
+    for folder in ("here", "there"):
+        write(tmp_path / folder / "a.txt", "one")
+        write(tmp_path / folder / "b.txt", "two")
+    original = fingerprint("here")
+    assert fingerprint("there") == original
+    assert fingerprint("here", document_separator="\n") != original
+    assert fingerprint("here", text_key="body") != original
+    write(tmp_path / "there/b.txt", "twO")
+    assert fingerprint("there") != original
+    (tmp_path / "here/b.txt").rename(tmp_path / "here/c.txt")
+    assert fingerprint("here") != original
+
+
+def test_the_messy_file_is_read_as_its_clean_text(texts):
+    (document,), repairs = read(TextFiles(path=texts / "messy"))
+    verbatim = next((texts / "messy").iterdir()).read_bytes()
+    assert document == verbatim.decode("utf-8-sig").replace("\r\n", "\n")
+    assert repairs == {"byte-order marks": 1, "line ends": verbatim.count(b"\r\n")}
+
+
+def test_c4_and_peps_are_read_as_json_lines(texts):
+    documents, repairs = read(TextFiles(path=texts / "c4"))
+    assert len(documents) == 20
+    assert not repairs
+    valid = [
+        json.loads(line)["text"] for line in gzip.decompress((texts / "peps/valid.jsonl.gz").read_bytes()).splitlines()
+    ]
+    assert read(TextFiles(path=texts / "peps/valid.jsonl.gz"))[0] == valid
+
+
+def test_tinystories_are_five(texts):
+    stories, _ = read(TextFiles(path=texts / "tinystories", document_separator="<|endoftext|>"))
+    assert len([story for story in stories if story.strip()]) == 5

@@ -1,0 +1,79 @@
+"""Tokenise the data of a recipe before the run, with a progress bar; a run does the same by itself on first use.
+
+    python -m tools.prepare_data CONFIG.toml [--section.key=value]...
+
+Exit status: 0 done, also when there was nothing to do; 2 for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from components.data.prepare import Preparation
+from components.data.source import TextSource
+from recipes.config import Config, ConfigError, load
+from recipes.contracts import Data, EncodesText
+from recipes.errors import blame
+from recipes.launch import UsageError, parse
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        command = parse(arguments)
+        if command.help:
+            print(__doc__)
+            return 0
+        prepare_recipe(load(command.config, command.overrides))
+    except (ConfigError, UsageError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare_recipe(config: Config) -> None:
+    """Prepare [data] and [validation.data], and open both as the run will. Raises ConfigError."""
+    recipe = config.recipe
+    with blame(config, "tokenizer"):
+        tokenizer = recipe.tokenizer.build()
+    sections: dict[str, Data] = {"data": recipe.data}
+    if recipe.validation is not None:
+        sections["validation.data"] = recipe.validation.data
+    for section, data in sections.items():
+        with blame(config, section):
+            if isinstance(data, TextSource):
+                _prepare_with_bar(section, data, tokenizer, recipe)
+            samples = data.build(
+                tokenizer=tokenizer,
+                sequence_length=recipe.training.sequence_length,
+                cache_dir=recipe.run.cache_dir,
+                progress=print,
+            )
+        index = getattr(samples, "index", "ready")
+        print(f"[{section}] {index}; {len(samples):,} sequences of {recipe.training.sequence_length}")
+
+
+def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, recipe: Any) -> None:
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(f"[{section}]".replace("[", r"\["), total=None)
+
+        def show(state: Preparation) -> None:
+            bars.update(task, completed=state.done_bytes, total=state.total_bytes or None)
+
+        data.prepare(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir, report=show, report_seconds=0.1)
+        bars.update(task, total=data.size_bytes(), completed=data.size_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
