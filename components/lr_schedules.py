@@ -1,0 +1,155 @@
+"""Learning-rate schedules: pure functions of tokens.
+
+Every schedule answers `lr(tokens, batch_tokens, total_tokens)` for a step of `batch_tokens` tokens that starts after
+`tokens` of `total_tokens` were trained. There is no state, so a resumed run needs none, and a run that is given more
+tokens moves the end of its schedule by that alone. Decay is anchored at the end of the run.
+
+Warm-up counts the step's own tokens, (tokens + batch_tokens) / warmup_tokens, so no step is spent at a rate of zero;
+everything else is read at the step's first token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from components.quantities import Tokens
+
+Rate = Annotated[float, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+SEQUENCE_OF_POWER = 4096
+"""Tokens in the unit of beta: the Power law was fitted with batches counted in sequences of 4096 tokens."""
+
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda p, end: 1 - (1 - end) * p,
+    "cosine": lambda p, end: end + (1 - end) * (1 + math.cos(math.pi * p)) / 2,
+    "1-sqrt": lambda p, end: 1 - (1 - end) * math.sqrt(p),
+    "exponential": lambda p, end: ((1 - end) * math.e ** (1 - p) + end * math.e - 1) / (math.e - 1),
+}
+"""Decay shapes f(p, end), falling from f(0) = 1 to f(1) = end (1-sqrt: arXiv 2405.18392, exponential: 2408.13359)."""
+
+Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
+
+
+def _warmup(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
+    return min(1.0, (tokens + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
+
+
+def _progress(tokens: int, start: float, end: float) -> float:
+    """Position of `tokens` in [start, end] as 0 to 1; an empty interval is a step."""
+    if end <= start:
+        return float(tokens >= end)
+    return min(1.0, max(0.0, (tokens - start) / (end - start)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Warm-up, then one rate."""
+
+    max_lr: Rate
+    """The rate after warm-up."""
+    warmup_tokens: Tokens = 0
+    """Tokens over which the rate rises linearly from zero."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DecayToEnd:
+    max_lr: Rate
+    """The rate at the end of warm-up."""
+    warmup_tokens: Tokens = 0
+    """Tokens over which the rate rises linearly from zero."""
+    end_ratio: Ratio = 0.1
+    """The last rate, as a share of max_lr."""
+
+    def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        decay = DECAYS[shape](_progress(tokens, self.warmup_tokens, total_tokens), self.end_ratio)
+        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens) * decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_DecayToEnd):
+    """Warm-up, then half a cosine down to end_ratio x max_lr at the end of the run."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        return self._lr("cosine", tokens, batch_tokens, total_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(_DecayToEnd):
+    """Warm-up, then a straight line down to end_ratio x max_lr at the end of the run."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        return self._lr("linear", tokens, batch_tokens, total_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StableThenDecay:
+    warmup_tokens: Tokens = 0
+    """Tokens over which the rate rises linearly from zero."""
+    decay_tokens: Tokens | None = None
+    """Length of the decay that ends the run; excludes decay_fraction."""
+    decay_fraction: Ratio | None = None
+    """Length of the decay as a share of total_tokens; 0.1 where neither is given."""
+    decay: Decay = "exponential"
+    """Shape of the decay."""
+    end_ratio: Ratio = 0.0
+    """The last rate, as a share of the rate at which the decay starts."""
+
+    def __post_init__(self) -> None:
+        if self.decay_tokens is not None and self.decay_fraction is not None:
+            raise ValueError("decay_tokens: excludes decay_fraction; give one of the two")
+
+    def _decay_start(self, total_tokens: int) -> float:
+        if self.decay_tokens is not None:
+            return max(0.0, total_tokens - self.decay_tokens)
+        return total_tokens * (1 - (0.1 if self.decay_fraction is None else self.decay_fraction))
+
+    def _decay(self, tokens: int, total_tokens: int) -> float:
+        start = self._decay_start(total_tokens)
+        return DECAYS[self.decay](_progress(tokens, start, total_tokens), self.end_ratio) if tokens > start else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WSD(_StableThenDecay):
+    """Warm-up, stable, decay (arXiv 2404.06395)."""
+
+    max_lr: Rate
+    """The rate of the stable phase."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
+        return self.max_lr * warmup * self._decay(tokens, total_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Power(_StableThenDecay):
+    """Power scheduler: lr = min(max_lr, beta * a * tokens**b), with warm-up and decay (arXiv 2408.13359, eqs. 7-8).
+
+    beta is the global batch in sequences of 4096 tokens, taken at this very step: the rate follows a changing batch.
+    """
+
+    max_lr: Rate = 0.02
+    """Cap on the rate (eta_max)."""
+    a: Rate = 4.0
+    """Amplitude of the power law."""
+    b: Annotated[float, Field(lt=0)] = -0.51
+    """Exponent of the power law."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
+        # During warm-up the target is the power law at its end, and during decay the power law where the decay starts.
+        read_at = min(max(tokens, self.warmup_tokens), self._decay_start(total_tokens))
+        return self._power(read_at, batch_tokens) * warmup * self._decay(tokens, total_tokens)
+
+    def _power(self, tokens: float, batch_tokens: int) -> float:
+        if tokens <= 0:  # the law diverges at zero: the cap holds
+            return self.max_lr
+        return min(self.max_lr, batch_tokens / SEQUENCE_OF_POWER * self.a * tokens**self.b)

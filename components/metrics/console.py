@@ -1,0 +1,106 @@
+"""What a person sees: a line every few steps, on a terminal also a bar that shows how far the run is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+
+from components.quantities import format_count
+
+log = logging.getLogger("powertrain")
+
+
+def start_log(path: Path | None, *, speak: bool) -> RichConsole:
+    """Send the log to the terminal (where `speak`) and, with times, to the file `path`."""
+    console = RichConsole(highlight=False, soft_wrap=True, quiet=not speak)
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(_ToConsole(console))
+    if path is not None:
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+    return console
+
+
+class _ToConsole(logging.Handler):
+    def __init__(self, console: RichConsole) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = {"WARNING": "yellow", "ERROR": "bold red"}.get(record.levelname)
+        self.console.print(record.getMessage(), style=style, markup=False)
+
+
+class ConsoleProgress:
+    """Logs one line every `interval_steps` and keeps a bar of tokens below it, if the console is a terminal."""
+
+    def __init__(self, console: RichConsole, *, interval_steps: int, total_tokens: int) -> None:
+        self.interval_steps = interval_steps
+        self.total_tokens = total_tokens
+        self._bar = Progress(
+            TextColumn("{task.percentage:3.0f}%"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[line]}"),
+            console=console,
+            disable=not console.is_terminal or console.quiet,
+            transient=True,
+        )
+        self._task = self._bar.add_task("tokens", total=total_tokens, line="")
+        self._bar.start()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if "val_loss" in row:
+            log.info(validation_line(row))
+            return
+        left = seconds_left(row, self.total_tokens)
+        self._bar.update(self._task, completed=row["tokens"], line=f"loss {row['loss']:.3f}  {duration(left)} left")
+        if row["step"] % self.interval_steps == 0 or row["step"] == 1:
+            log.info(step_line(row, self.total_tokens))
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def step_line(row: Mapping[str, Any], total_tokens: int) -> str:
+    mfu = f"  mfu {row['mfu']:4.0%}" if row["mfu"] is not None else ""
+    return (
+        f"step {row['step']:>6}  "
+        f"tokens {format_count(row['tokens']):>6}/{format_count(total_tokens)}  "
+        f"loss {row['loss']:7.4f}  lr {row['lr']:.2e}  batch {row['global_batch_size']:>4}  "
+        f"grad {row['grad_norm']:6.3f}  {format_count(row['tokens_per_second']):>6} tok/s{mfu}  "
+        f"left {duration(seconds_left(row, total_tokens))}"
+    )
+
+
+def validation_line(row: Mapping[str, Any]) -> str:
+    return (
+        f"step {row['step']:>6}  validation  loss {row['val_loss']:.4f}  perplexity {row['val_perplexity']:.2f}  "
+        f"bits per byte {row['val_bits_per_byte']:.4f}"
+    )
+
+
+def seconds_left(row: Mapping[str, Any], total_tokens: int) -> float:
+    speed = row["tokens_per_second"]
+    return max(0, total_tokens - row["tokens"]) / speed if speed else math.inf
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1h02m"."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    hours = whole // 3600
+    return f"{hours // 24}d{hours % 24:02d}h" if hours >= 48 else f"{hours}h{whole % 3600 // 60:02d}m"

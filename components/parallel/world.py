@@ -1,0 +1,99 @@
+"""The processes of a run: who this one is, and the few numbers that all of them must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`. A single process has no process group, and every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device_type: str) -> World:
+        """Join the processes torchrun started, if it did.
+
+        Raises ValueError when there are more local processes than GPUs.
+        """
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device(device_type)
+        if device_type == "cuda":
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"process {local} of this node has no GPU: {torch.cuda.device_count()} visible")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        return cls(rank, size, device)
+
+    def stop(self) -> None:
+        """Leave the process group."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` added over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+        if self.size > 1:
+            # a reduction on the CPU: unlike dist.barrier it needs no device and no NCCL communicator
+            dist.all_reduce(torch.zeros(1))
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """`work()` on the main process, then on the others, which find what it left. An error on one is raised on all.
+
+        For work whose result is kept on disk, such as preparing data.
+        """
+        if self.size == 1:
+            return work()
+        result: T | None = None
+        failure: Exception | None = None
+        if self.is_main:
+            result, failure = _attempt(work)
+        if self.maximum(int(failure is not None)):
+            raise failure or RuntimeError("the main process failed; its message is above")
+        if not self.is_main:
+            result, failure = _attempt(work)
+        if self.maximum(int(failure is not None)):
+            raise failure or RuntimeError("another process failed; its message is above")
+        return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error

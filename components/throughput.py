@@ -1,0 +1,68 @@
+"""What a step costs: time spent waiting, memory, and how fast the hardware could be, the denominator of MFU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+DENSE_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Vendors' dense bf16 peak of one device, by a part of its name; the first match counts."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak matrix FLOP/s of one process's device in `dtype`; None where it is unknown.
+
+    GPUs have a published figure. A CPU's is measured, for a tenth of a second, as the best of a few products of
+    matrices of 1024 x 1024: MFU there is the share of what this machine's own matrix product reaches.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((flops for part, flops in DENSE_BF16_FLOPS.items() if part in name), None)
+        return known if dtype == torch.bfloat16 else None
+    if device.type != "cpu":
+        return None
+    size = 1024
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    best, deadline = float("inf"), time.perf_counter() + 0.1
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Waited(Iterator[T]):
+    """Passes on what `source` yields and adds up, in `seconds`, the time it took to come."""
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self.source = source
+        self.seconds = 0.0
+
+    def __next__(self) -> T:
+        start = time.perf_counter()
+        item = next(self.source)
+        self.seconds += time.perf_counter() - start
+        return item
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak device memory so far on a GPU, resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

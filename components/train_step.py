@@ -1,0 +1,83 @@
+"""One optimizer step: accumulate gradients over micro-batches, clip, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Ranks(Protocol):
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+
+class MicroBatch(Protocol):
+    tokens: Tensor
+    """(B, T) int64"""
+    labels: Tensor
+    """(B, T) int64"""
+
+
+class TrainStep:
+    """Forward, backward, clip and update, on whatever the model was sharded into.
+
+    The loss of a step is the mean over all tokens of its global batch. Each micro-batch therefore contributes its *sum*
+    of token losses over the tokens of the whole step, which is exact for any number of micro-batches and ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: Ranks,
+        *,
+        max_grad_norm: float | None,
+        arithmetic: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.world = world
+        self.max_grad_norm = max_grad_norm
+        self.arithmetic = arithmetic
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def accumulate(self, micro_batches: Iterable[MicroBatch], step_tokens: int) -> float:
+        """Gradients of the mean loss over the step's tokens on all ranks; returns that loss, equal on all ranks."""
+        # Reduced gradients are averaged over the ranks; times the number of ranks they are the sum.
+        share = self.world.size / step_tokens
+        total = torch.zeros((), device=self.world.device)
+        for micro_batch in micro_batches:
+            tokens = micro_batch.tokens.to(self.world.device, non_blocking=True)
+            labels = micro_batch.labels.to(self.world.device, non_blocking=True)
+            with self.arithmetic():
+                loss = self.model(tokens, labels)
+            (loss * share).backward()
+            total += loss.detach()
+        return float(self.world.sum(total)) / step_tokens
+
+    def clip(self) -> float:
+        """Scale the gradients down to max_grad_norm; returns their global norm as it was."""
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, full)
+        return float(full)
+
+    def update(self, lr: float) -> None:
+        """One optimizer step at `lr`, times each group's multiplier."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,110 @@
+"""Validation: loss, perplexity and bits per byte on text the model has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.quantities import PositiveCount
+
+IGNORED = -100
+"""Label of a position that has no loss."""
+
+
+class EncodesText(Protocol):
+    @property
+    def byte_lengths(self) -> np.ndarray: ...
+
+
+class Samples(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+@runtime_checkable
+class HeldOutData(Protocol):
+    def build(
+        self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
+    ) -> Samples: ...
+
+
+class Ranks(Protocol):
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """[validation]: the mean token loss over the first sequences of a held-out source."""
+
+    data: HeldOutData
+    """Where the text comes from: any component that fits [data]."""
+    interval_steps: PositiveCount | None = None
+    """Optimizer steps between validations; unset: only at the end of the run."""
+    max_sequences: PositiveCount | None = None
+    """Use only this many sequences; unset: all of them."""
+    micro_batch_size: PositiveCount = 8
+    """Sequences in one forward pass."""
+
+    def build(
+        self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
+    ) -> Validation:
+        samples = self.data.build(
+            tokenizer=tokenizer, sequence_length=sequence_length, cache_dir=cache_dir, progress=progress
+        )
+        count = len(samples) if self.max_sequences is None else min(len(samples), self.max_sequences)
+        return Validation(samples, count, torch.from_numpy(tokenizer.byte_lengths), self.micro_batch_size)
+
+
+class Validation:
+    """Evaluates a model on `count` sequences, in their own order; every sequence counts once on any number of ranks."""
+
+    def __init__(self, samples: Samples, count: int, byte_lengths: Tensor, micro_batch_size: int) -> None:
+        self.samples = samples
+        self.count = count
+        self.byte_lengths = byte_lengths
+        self.micro_batch_size = micro_batch_size
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, world: Ranks, arithmetic: Callable[[], AbstractContextManager[object]]
+    ) -> dict[str, float]:
+        """`val_loss` (nats per token), `val_perplexity` and `val_bits_per_byte`, equal on all ranks.
+
+        Bits per byte divides the loss of all predicted tokens, end-of-document ones included, by the UTF-8 bytes
+        those tokens stand for.
+        """
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        unit = self.micro_batch_size * world.size
+        for first in range(0, self.count, unit):
+            # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
+            mine = range(first + world.rank * self.micro_batch_size, first + (world.rank + 1) * self.micro_batch_size)
+            chunk = torch.stack([self.samples[min(index, self.count - 1)] for index in mine])
+            tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
+            labels[[index >= self.count for index in mine]] = IGNORED
+            with arithmetic():
+                loss = model(tokens.to(world.device), labels.to(world.device))
+            counted = labels[labels != IGNORED]
+            totals += torch.tensor([float(loss), counted.numel(), int(self.byte_lengths[counted].sum())])
+        model.train()
+        nats, token_count, byte_count = world.sum(totals).tolist()
+        loss = nats / token_count
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "val_bits_per_byte": nats / math.log(2) / byte_count if byte_count else math.inf,
+        }

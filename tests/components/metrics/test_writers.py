@@ -1,0 +1,94 @@
+import json
+import math
+
+import pytest
+
+from components.metrics.console import duration, step_line
+from components.metrics.jsonl import JsonLines
+from components.metrics.tensorboard import TensorBoard
+
+ROW = {
+    "step": 1, "tokens": 4096, "samples": 16, "epoch": 0.01, "loss": 3.5, "lr": 1e-3, "grad_norm": 0.7,
+    "global_batch_size": 16, "requested_batch_size": 16, "micro_batches": 2, "noise_scale": None, "norm_test": None,
+    "tokens_per_second": 2048.0, "step_seconds": 2.0, "data_seconds": 0.01, "mfu": 0.5, "memory_bytes": 10**8,
+}  # fmt: skip
+
+
+def steps(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.quick
+def test_a_resumed_file_has_neither_gaps_nor_duplicates(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonLines(path)
+    for step in range(1, 8):
+        writer.write({"step": step})
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a write
+    writer = JsonLines(path, after_step=5)
+    for step in range(6, 9):
+        writer.write({"step": step})
+    writer.close()
+    assert steps(path) == list(range(1, 9))
+
+
+@pytest.mark.quick
+def test_a_torn_line_is_cut_even_when_it_is_within_the_resumed_steps(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    writer = JsonLines(path, after_step=5)
+    writer.write({"step": 6})
+    writer.close()
+    assert steps(path) == [1, 6]
+
+
+@pytest.mark.quick
+def test_json_has_no_nan(tmp_path):
+    writer = JsonLines(tmp_path / "m")
+    writer.write({"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 1.0})
+    writer.close()
+    assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "loss": None, "lr": None, "grad_norm": 1.0}
+
+
+@pytest.mark.quick
+def test_line_for_people():
+    line = step_line(ROW, total_tokens=1_000_000)
+    for part in ("step      1", "4.096K/1M", "loss  3.5000", "lr 1.00e-03", "batch   16", "2.048K tok/s", "mfu  50%"):
+        assert part in line
+    assert line.endswith("left 8m06s")
+    assert "mfu" not in step_line({**ROW, "mfu": None}, total_tokens=1_000_000)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3s"), (61, "1m01s"), (3725, "1h02m"), (200_000, "2d07h"), (math.inf, "?")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoard(tmp_path)
+    for step in range(1, 6):
+        first.write({**ROW, "step": step, "loss": float(step)})
+    first.close()
+    second = TensorBoard(tmp_path, after_step=3)  # killed at 5, resumed from a checkpoint of step 3
+    for step in range(4, 7):
+        second.write({**ROW, "step": step, "loss": float(step * 10)})
+    second.write({"step": 6, "tokens": 1, "val_loss": 2.0, "val_perplexity": 7.4, "val_bits_per_byte": 1.1})
+    second.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60),
+    ]  # fmt: skip
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss", "train/grad_norm", "train/epoch", "lr/lr",
+        "batch/global_batch_size", "batch/requested_batch_size", "batch/micro_batches",
+        "throughput/tokens_per_second", "throughput/step_seconds", "throughput/data_seconds", "throughput/mfu",
+        "throughput/memory_bytes", "validation/val_loss", "validation/val_perplexity", "validation/val_bits_per_byte",
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""A checkpoint is complete or it is not there; what comes back is bitwise what went in."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from components.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    TrainingTensors,
+    complete_checkpoints,
+    load_tensors,
+    read_state,
+)
+from components.optimizers import AdamW
+
+pytestmark = pytest.mark.quick
+
+
+class Alone:
+    rank, size, is_main = 0, 1, True
+
+    def barrier(self) -> None:
+        pass
+
+
+def training(seed: int, tied: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 12, bias=False))
+    if tied:
+        model[3].weight = model[0].weight
+    optimizer = AdamW().build(parameters=model.named_parameters(), lr_multiplier=lambda name: 1.0)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    data = torch.randint(12, (4, 6), generator=torch.Generator().manual_seed(seed))
+    nn.functional.cross_entropy(model(data).flatten(0, 1), data.flatten()).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-2
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_training_continues_bitwise(tmp_path, tied):
+    model, optimizer = training(0, tied)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    store = CheckpointStore(tmp_path, Alone())
+    saved = store.save(3, TrainingTensors(model, optimizer, Alone()).collect(), {"clock": {}}, "a = 1\n")
+    drawn = torch.rand(5)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+
+    resumed, resumed_optimizer = training(99, tied)
+    torch.manual_seed(123)
+    TrainingTensors(resumed, resumed_optimizer, Alone()).restore(saved)
+    assert torch.equal(torch.rand(5), drawn), "the random state is part of the checkpoint"
+    for seed in range(3, 6):
+        step(resumed, resumed_optimizer, seed)
+    for (name, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert [g["weight_decay"] for g in resumed_optimizer.param_groups] == [
+        g["weight_decay"] for g in optimizer.param_groups
+    ]
+
+
+def test_a_save_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, Alone())
+    tensors = {"x": torch.ones(3)}
+    store.save(1, tensors, {}, "")
+    for dies_in in ("components.checkpoint._write_synced", "torch.distributed.checkpoint.save"):
+
+        def die(*args, **kwargs):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dies_in, die)
+            with pytest.raises(OSError, match="No space"):
+                store.save(2, tensors, {}, "")
+        assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
+    store.clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    store = CheckpointStore(tmp_path, Alone())
+    for value in (1.0, 2.0):
+        path = store.save(5, {"x": torch.full((3,), value)}, {"value": value}, "")
+    loaded = {"x": torch.zeros(3)}
+    load_tensors(path, loaded, no_dist=True)
+    assert loaded["x"].tolist() == [2.0] * 3
+    assert read_state(path)["value"] == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+def test_the_last_n_and_every_m_are_kept(tmp_path):
+    store = Checkpoint(keep_last=2, keep_every=30).build(tmp_path, Alone())
+    for number in range(10, 110, 10):
+        store.save(number, {"x": torch.ones(1)}, {}, "")
+    assert [path.name for path in store.complete()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
+    assert store.newest() == tmp_path / "step-00000100"
+
+
+def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
+    for number in (99_999_999, 100_000_000):
+        (tmp_path / f"step-{number:08d}").mkdir()
+    assert CheckpointStore(tmp_path, Alone()).newest() == tmp_path / "step-100000000"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no checkpoint"),
+        ("{", "damaged"),
+        ("[]", "names no format"),
+        (json.dumps({"format": 99}), "format 99; this version reads up to 1"),
+    ],
+)
+def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_state(tmp_path)

@@ -1,0 +1,92 @@
+"""Validation against a plain computation: same sequences, one at a time, in float64."""
+
+import math
+from contextlib import nullcontext, suppress
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from components.validation import HeldOut
+
+pytestmark = pytest.mark.quick
+
+VOCAB, LENGTH, COUNT = 11, 6, 7
+
+
+class Bigram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, tokens, labels):
+        return nn.functional.cross_entropy(self.table[tokens].flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+class Alone:
+    rank, size, device = 0, 1, torch.device("cpu")
+
+    def sum(self, tensor):
+        return tensor
+
+
+class Text:
+    byte_lengths = np.arange(VOCAB)  # id i stands for i bytes; 0 is special
+
+
+class Source:
+    def build(self, *, tokenizer, sequence_length, cache_dir, progress):
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(VOCAB, (LENGTH + 1,), generator=generator) for _ in range(COUNT)]
+
+
+def build(**keys):
+    return HeldOut(data=Source(), **keys).build(
+        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
+    )
+
+
+def by_hand(samples):
+    table = Bigram().table.detach().double().log_softmax(-1)
+    nats = sum(-table[a, b].item() for s in samples for a, b in pairwise(s))
+    return nats, sum(int(b) for s in samples for b in s[1:]), len(samples) * LENGTH
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+@pytest.mark.parametrize("limit", [None, 4, 100])
+def test_loss_perplexity_and_bits_per_byte(micro, limit):
+    validation = build(micro_batch_size=micro, max_sequences=limit)
+    numbers = validation.evaluate(Bigram(), Alone(), nullcontext)
+    nats, byte_count, tokens = by_hand(validation.samples[: limit or COUNT])
+    # float32 sums of some forty terms
+    assert numbers["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert numbers["val_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6)
+    assert numbers["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / byte_count, rel=1e-6)
+
+
+def test_ranks_share_the_sequences_and_each_counts_once():
+    class OneOfThree(Alone):
+        def __init__(self, rank):
+            self.rank, self.size = rank, 3
+            self.seen = None
+
+        def sum(self, tensor):
+            self.seen = tensor.clone()
+            return tensor
+
+    validation = build(micro_batch_size=2)
+    worlds = [OneOfThree(rank) for rank in range(3)]
+    for world in worlds:
+        with suppress(ZeroDivisionError):  # one rank's own share may be empty; the real sum is not
+            validation.evaluate(Bigram(), world, nullcontext)
+    nats, byte_count, tokens = by_hand(validation.samples)
+    total = sum(world.seen for world in worlds)
+    assert total.tolist() == pytest.approx([nats, tokens, byte_count], rel=1e-6)
+
+
+def test_the_model_trains_on_afterwards():
+    model = Bigram()
+    build().evaluate(model, Alone(), nullcontext)
+    assert model.training

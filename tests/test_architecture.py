@@ -1,0 +1,71 @@
+"""The direction of imports: tools, tests, benchmarks -> recipes -> components, models. Held here, not by good will."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.quick
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = {"recipes", "components", "models", "tools", "tests", "benchmarks"}
+VOCABULARY = "components.quantities"
+"""Types as users write them; imports nothing of ours, so everyone may import it."""
+
+
+def imports(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def component_of(file: Path) -> str:
+    """The component a file belongs to: a module of components/, or a package of it with all its modules."""
+    return file.relative_to(ROOT / "components").parts[0].removesuffix(".py")
+
+
+def test_components_import_neither_each_other_nor_what_uses_them():
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in modules("components")
+        for name in imports(file)
+        if name != VOCABULARY and not f"{name}.".startswith(f"components.{component_of(file)}.")
+    ]
+    assert not wrong
+
+
+def test_models_import_only_models():
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in modules("models")
+        for name in imports(file)
+        if name != VOCABULARY and name.split(".")[0] != "models"
+    ]
+    assert not wrong
+
+
+def test_recipes_import_no_tool():
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in modules("recipes")
+        for name in imports(file)
+        if name.split(".")[0] not in {"recipes", "components", "models"}
+    ]
+    assert not wrong
+
+
+def test_the_vocabulary_imports_nothing_of_ours():
+    assert imports(ROOT / "components" / "quantities.py") == set()
+
+
+def test_the_import_finder_sees_imports():
+    assert "recipes.config" in imports(ROOT / "recipes" / "pretrain.py")
