@@ -1,0 +1,172 @@
+"""The Llama decoder (Touvron et al. 2023, arXiv 2302.13971), from top to bottom.
+
+It knows nothing of devices, precision or parallelism: plans for those name its modules, which are
+
+    tok_embeddings
+    layers.{i}.attention_norm   layers.{i}.attention.{wq,wk,wv,wo}
+    layers.{i}.ffn_norm         layers.{i}.feed_forward.{w_gate,w_up,w_down}
+    norm   output
+
+B batch, T sequence, D model width, H query heads, K key-value heads, C head width, F feed-forward width, V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.initialise import fill_normal
+from models.loss import linear_cross_entropy
+from models.rope import rope_frequencies, rope_table, rotate
+from models.sizes import Size
+
+
+class Decoder(nn.Module):
+    """Llama. `size` and `vocab_size` fix the function; `init_std` and `depth_scaled_init` where training starts."""
+
+    def __init__(self, size: Size, vocab_size: int, *, init_std: float = 0.02, depth_scaled_init: bool = True) -> None:
+        super().__init__()
+        self.size, self.vocab_size = size, vocab_size
+        self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
+        self.rope_frequencies = rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling)
+
+        self.tok_embeddings = nn.Embedding(vocab_size, size.dim)
+        self.layers = nn.ModuleDict({str(i): Block(size) for i in range(size.layers)})
+        self.norm = RMSNorm(size.dim, size.norm_eps)
+        self.output = Head(size.dim, vocab_size, tied=size.tied_embeddings)
+
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored."""
+        x_BTD = self.tok_embeddings(tokens_BT)
+        rope = rope_table(tokens_BT.shape[1], self.rope_frequencies, tokens_BT.device)
+        for layer in self.layers.values():
+            x_BTD = layer(x_BTD, rope)
+        tied_weight_VD = self.tok_embeddings.weight if self.size.tied_embeddings else None
+        logits_or_loss: Tensor = self.output(self.norm(x_BTD), labels_BT, tied_weight_VD)
+        return logits_or_loss
+
+    def init_weights(self, seed: int) -> None:
+        """Fills every parameter from (seed, its name) alone; norm gains become 1."""
+        for name, parameter in self.named_parameters():
+            std = self.initial_std(name)
+            if std is None:
+                nn.init.ones_(parameter)
+            else:
+                fill_normal(parameter, name=name, seed=seed, std=std)
+
+    def initial_std(self, name: str) -> float | None:
+        """Standard deviation of a parameter's initial values; None for norm gains, which start at 1.
+
+        The two matrices of a layer that write into the residual stream shrink with depth, so that the variance they add
+        up to does not grow with the number of layers (GPT-2).
+        """
+        if "norm" in name:
+            return None
+        if self.depth_scaled_init and name.endswith((".wo.weight", ".w_down.weight")):
+            return self.init_std / math.sqrt(2 * self.size.layers)
+        return self.init_std
+
+    def lr_multiplier(self, name: str) -> float:
+        """Factor on the learning rate of the parameter `name`."""
+        return 1.0
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations per token, forward and backward: 6 per matrix parameter, 12 L H C T for attention.
+
+        As PaLM (arXiv 2204.02311, appendix B) counts: two per multiply-add, backward twice forward, the head included,
+        the embedding look-up not, and attention over the full square, its causal half not deducted.
+        """
+        matrices = sum(p.numel() for layer in self.layers.values() for p in layer.parameters() if p.dim() == 2)
+        head = self.vocab_size * self.size.dim
+        attention = self.size.layers * self.size.heads * self.size.head_width * sequence_length
+        return 6.0 * (matrices + head) + 12.0 * attention
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(size.dim, size.norm_eps)
+        self.attention = Attention(size)
+        self.ffn_norm = RMSNorm(size.dim, size.norm_eps)
+        self.feed_forward = FeedForward(size.dim, size.ffn_dim)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
+        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H / K query heads share one key-value head (GQA, arXiv 2305.13245)."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.head_width = size.head_width
+        self.grouped = size.kv_heads != size.heads
+        self.wq = nn.Linear(size.dim, size.heads * size.head_width, bias=False)
+        self.wk = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
+        self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
+        self.wo = nn.Linear(size.heads * size.head_width, size.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        # The number of heads is read off the tensor: under tensor parallelism a rank holds some of them.
+        q_BTHC = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
+        k_BTKC = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
+        v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
+        out_BHTC = F.scaled_dot_product_attention(
+            q_BTHC.transpose(1, 2),
+            k_BTKC.transpose(1, 2),
+            v_BTKC.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))
+        return out_BTD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.w_gate = nn.Linear(dim, ffn_dim, bias=False)
+        self.w_up = nn.Linear(dim, ffn_dim, bias=False)
+        self.w_down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden_BTF = F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD)
+        out_BTD: Tensor = self.w_down(hidden_BTF)
+        return out_BTD
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.rms_norm(x_BTD, (self.dim,), self.weight, self.eps)
+
+
+class Head(nn.Linear):
+    """The output projection, as logits or straight as the loss.
+
+    A module of its own even where its weight is the embedding's: a wrapper that gathers weights for a module's forward
+    then covers the loss as well. Tied, it owns no parameter, so the shared one has one name everywhere.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, *, tied: bool) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+        if tied:
+            self.register_parameter("weight", None)
+
+    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None, tied_weight_VD: Tensor | None = None) -> Tensor:
+        weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
+        if labels_BT is None:
+            return F.linear(x_BTD, weight_VD)
+        return linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())

@@ -1,0 +1,100 @@
+"""Weights by name, between the decoder and `transformers.LlamaForCausalLM`, in both directions.
+
+Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, so no weight is
+permuted or transposed, and a round trip is bitwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.sizes import Size
+
+_TOP = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w_gate": "mlp.gate_proj",
+    "feed_forward.w_up": "mlp.up_proj",
+    "feed_forward.w_down": "mlp.down_proj",
+}
+
+
+def names(size: Size) -> dict[str, str]:
+    """Our name -> the Hugging Face name, of every parameter of a decoder of this size."""
+    table = {ours: theirs for ours, theirs in _TOP.items() if not (size.tied_embeddings and ours == "output.weight")}
+    for i in range(size.layers):
+        for ours, theirs in _IN_LAYER.items():
+            table[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+    return table
+
+
+def to_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
+    """The same tensors under Hugging Face names. A tied head is stored once, as the embedding."""
+    return _rename(weights, names(size))
+
+
+def from_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
+    """The same tensors under our names.
+
+    Drops what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied head.
+    Where a tied head was stored in place of the embedding, it becomes the embedding.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
+    if size.tied_embeddings and head in weights:
+        tied = weights.pop(head)
+        weights.setdefault(embedding, tied)
+    return _rename(weights, {theirs: ours for ours, theirs in names(size).items()})
+
+
+def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
+    """The entries of `LlamaConfig` (transformers 5) that describe the same function."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
+    if size.rope_scaling is not None:
+        scaling = size.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": size.dim,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_width,
+        "intermediate_size": size.ffn_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": size.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": size.max_sequence_length,
+        "tie_word_embeddings": size.tied_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def _rename(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Raises ValueError unless `weights` has exactly the names of `table`."""
+    missing, unknown = sorted(table.keys() - weights.keys()), sorted(weights.keys() - table.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"weights do not fit a Llama of {len(table)} parameters: "
+            f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    return {table[name]: weight for name, weight in weights.items()}

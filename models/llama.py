@@ -1,0 +1,102 @@
+"""`[model] use = "models.llama:Llama"`: a Llama by name of its size, with any number of it overridden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from components.quantities import PositiveCount
+from models.decoder import Decoder
+from models.rope import RopeScaling
+from models.sizes import SIZES, Size, SizeName
+
+
+@dataclass(kw_only=True)
+class Llama:
+    """A Llama decoder. `size` names a row of models/sizes.py; every other key overrides one number of that row."""
+
+    size: SizeName = "debug"
+    """The row of models/sizes.py to start from."""
+    dim: PositiveCount | None = None
+    """Width of the residual stream."""
+    layers: PositiveCount | None = None
+    """Number of transformer blocks."""
+    heads: PositiveCount | None = None
+    """Query heads of a block."""
+    kv_heads: PositiveCount | None = None
+    """Key-value heads of a block; must divide `heads`, and is shared by heads / kv_heads of them."""
+    head_dim: PositiveCount | None = None
+    """Channels of one head, even; dim / heads unless given."""
+    ffn_dim: PositiveCount | None = None
+    """Width of the feed-forward's hidden layer."""
+    norm_eps: float | None = None
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's scaling of the rotary frequencies; { factor = 1 } switches off what the size has."""
+    tied_embeddings: bool | None = None
+    """Whether the output projection is the embedding matrix."""
+    max_sequence_length: PositiveCount | None = None
+    """Longest sequence the model accepts, in tokens."""
+    vocab_size: PositiveCount | None = None
+    """Rows of the embedding; the tokenizer's vocabulary unless given. Larger pads it, say to a multiple of 128."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    depth_scaled_init: bool = True
+    """Divide it by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if shape.heads % shape.kv_heads:
+            raise ValueError(
+                f"kv_heads: {shape.kv_heads} does not divide the {shape.heads} heads; "
+                f"use {_nearest_divisor(shape.heads, shape.kv_heads)}"
+            )
+        if shape.head_dim is None and shape.dim % shape.heads:
+            raise ValueError(
+                f"heads: {shape.heads} does not divide dim = {shape.dim}; "
+                f"use {_nearest_divisor(shape.dim, shape.heads)}, or set head_dim"
+            )
+        if shape.head_width % 2:
+            raise ValueError(
+                f"head_dim: {shape.head_width} is odd, and rotary embedding turns channels in pairs; "
+                f"use {shape.head_width + 1}"
+            )
+        for key, value in {
+            "norm_eps": shape.norm_eps,
+            "rope_theta": shape.rope_theta,
+            "init_std": self.init_std,
+        }.items():
+            if not value > 0:
+                raise ValueError(f"{key}: {value} must be above 0")
+
+    @property
+    def shape(self) -> Size:
+        """The size after overrides."""
+        overrides = {field.name: getattr(self, field.name) for field in fields(Size)}
+        return replace(SIZES[self.size], **{key: value for key, value in overrides.items() if value is not None})
+
+    def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
+        """The decoder on the current device, with weights still to be set by `init_weights(seed)` or a checkpoint.
+
+        `vocab_size`: ids of the tokenizer. `sequence_length`: tokens of a training sequence.
+        """
+        shape = self.shape
+        if self.vocab_size is not None and self.vocab_size < vocab_size:
+            raise ValueError(
+                f"vocab_size: {self.vocab_size} is too small for the tokenizer's {vocab_size} ids; "
+                f"use at least {vocab_size}, or leave it out"
+            )
+        if sequence_length > shape.max_sequence_length:
+            raise ValueError(
+                f"max_sequence_length: {shape.max_sequence_length} is below the training.sequence_length of "
+                f"{sequence_length}; raise the one or lower the other"
+            )
+        return Decoder(
+            shape, self.vocab_size or vocab_size, init_std=self.init_std, depth_scaled_init=self.depth_scaled_init
+        )
+
+
+def _nearest_divisor(number: int, wish: int) -> int:
+    """The divisor of `number` closest to `wish`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wish))

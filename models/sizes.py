@@ -1,0 +1,55 @@
+"""The named model sizes: one table, with the source of every row.
+
+Any number can be overridden by the key of the same name in `[model]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from models.rope import RopeScaling
+
+SizeName = Literal["debug", "microllama300m", "tinyllama1b", "openllama3b", "llama3_1b", "llama3_3b", "llama3_8b"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """The shape of a Llama decoder: everything its function depends on except the vocabulary. Lengths in tokens."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    head_dim: int | None = None  # None: dim / heads, also after dim or heads was overridden
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tied_embeddings: bool = False
+    max_sequence_length: int = 2048
+
+    @property
+    def head_width(self) -> int:
+        """C: channels of one attention head."""
+        return self.head_dim if self.head_dim is not None else self.dim // self.heads
+
+
+# debug has 1.2M parameters beside its embeddings. The next three are those of Lau et al. 2024 (arXiv 2412.21124), from
+# the public configurations (vocabulary 32,000); the last three Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256).
+# fmt: off
+SIZES: dict[SizeName, Size] = {
+    "debug":          Size(dim=128,  layers=6,  heads=4,  kv_heads=2,  ffn_dim=384),
+    "microllama300m": Size(dim=1024, layers=12, heads=16, kv_heads=4,  ffn_dim=5632),
+    "tinyllama1b":    Size(dim=2048, layers=22, heads=32, kv_heads=4,  ffn_dim=5632),
+    "openllama3b":    Size(dim=3200, layers=26, heads=32, kv_heads=32, ffn_dim=8640, norm_eps=1e-6),
+    "llama3_1b":      Size(dim=2048, layers=16, heads=32, kv_heads=8,  ffn_dim=8192,
+                           rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0),
+                           tied_embeddings=True, max_sequence_length=131_072),
+    "llama3_3b":      Size(dim=3072, layers=28, heads=24, kv_heads=8,  ffn_dim=8192,
+                           rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0),
+                           tied_embeddings=True, max_sequence_length=131_072),
+    "llama3_8b":      Size(dim=4096, layers=32, heads=32, kv_heads=8,  ffn_dim=14336,
+                           rope_theta=500_000.0, rope_scaling=RopeScaling(factor=8.0), max_sequence_length=131_072),
+}
+# fmt: on
