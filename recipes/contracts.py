@@ -1,0 +1,154 @@
+"""What the recipes ask of a component: the protocols to satisfy when you bring your own.
+
+A component is a class whose keyword-only constructor parameters are its TOML keys. What exists only at run time reaches
+it through `build(...)` or as an argument of the method. Any class with these methods fits, wherever it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class EncodesText(Protocol):
+    """A tokenizer ready to use."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: every id is below it."""
+        ...
+
+    @property
+    def end_of_document(self) -> int:
+        """The id written after every document."""
+        ...
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,) int64: UTF-8 bytes each id stands for, 0 for special tokens. Makes bits per byte exact."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the ids of some text could change; keys prepared data."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without end_of_document. Special-token text inside `texts` is ordinary text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """[tokenizer]"""
+
+    def build(self) -> EncodesText: ...
+
+
+class Samples(Protocol):
+    """A map-style dataset of packed sequences, in a fixed order that has nothing to do with shuffling."""
+
+    def __len__(self) -> int:
+        """Sequences in one epoch."""
+        ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(sequence_length + 1,) int64 token ids: inputs are [:-1], targets are [1:]."""
+        ...
+
+
+@runtime_checkable
+class Data(Protocol):
+    """[data]: prepares itself on first use and opens as sequences of `sequence_length + 1` tokens."""
+
+    def build(
+        self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
+    ) -> Samples:
+        """`progress` takes lines for people. Raises ValueError or OSError, with a clear message, for bad input."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """[model]"""
+
+    def build(self, *, vocab_size: int, sequence_length: int) -> nn.Module:
+        """The module, on whatever device is current (the recipe builds it on the meta device).
+
+        The module has `forward(tokens (B, T)) -> logits (B, T, V)`, `forward(tokens, labels (B, T)) -> summed loss ()`,
+        `init_weights(seed)` that fills every parameter from (seed, its name) alone, `flops_per_token(sequence_length)`
+        for forward and backward, and `lr_multiplier(parameter_name)`.
+        """
+        ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """[optimizer]"""
+
+    def build(
+        self, *, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
+    ) -> torch.optim.Optimizer:
+        """Parameter groups by name; each group carries `lr_multiplier`, and `lr` is set before every step."""
+        ...
+
+
+@runtime_checkable
+class LRSchedule(Protocol):
+    """[lr_schedule]: a pure function of tokens, never of steps."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        """Learning rate of a step of `batch_tokens` that starts after `tokens` of `total_tokens` were trained."""
+        ...
+
+
+class Progress(Protocol):
+    """The clock, as others may read it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def total_tokens(self) -> int: ...
+
+
+class GradientMoments(Protocol):
+    """What was measured of the gradient in one step, equal on all ranks."""
+
+    groups: int
+    """K: micro-batches of all ranks."""
+    group_samples: int
+    """Samples in each group."""
+    sum_of_squares: float
+    """Sum over groups of the squared norm of each group's mean gradient."""
+    mean_square: float
+    """Squared norm of the mean gradient, before clipping."""
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """[batch]: how many samples the next step takes. Decides from numbers that are equal on every rank."""
+
+    def samples(self, progress: Progress) -> int:
+        """Global batch size wanted for the step that starts now, in samples; the layout rounds it up."""
+        ...
+
+    def observe(self, progress: Progress, moments: GradientMoments | None) -> None:
+        """After every step; `moments` is None where they were not measured."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...

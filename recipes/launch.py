@@ -1,0 +1,192 @@
+"""The command line: one recipe, resolved once, then run in one process or in many.
+
+    launch [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run]
+
+Exit status: 0 done; 2 bad configuration or input; 128 + signal when stopped by one after saving; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.config import Config, ConfigError, Override, load
+from recipes.errors import RunError, blame
+
+log = logging.getLogger("powertrain")
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
+
+HELP = f"""\
+usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run]
+
+  CONFIG.toml           the recipe; without one: {DEFAULT_CONFIG.relative_to(ROOT)}
+  --section.key=value   set a key of the recipe ("--section.key value" does, too)
+  --resume[=PATH]       continue from the newest checkpoint of this run, or from the checkpoint or run directory PATH
+  --print-config        print the resolved recipe as TOML, with where each value comes from, and stop
+  --dry-run             say what the run would be: parameters, memory, steps, rates; start nothing
+  --help                this text
+
+environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1);
+             NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
+"""
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    config: Path = DEFAULT_CONFIG
+    overrides: tuple[Override, ...] = ()
+    resume: bool = False
+    resume_path: Path | None = None
+    print_config: bool = False
+    dry_run: bool = False
+    help: bool = False
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Raises UsageError."""
+    configs: list[Path] = []
+    overrides: list[Override] = []
+    flags: dict[str, bool] = {}
+    resume_path = None
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if argument in ("--print-config", "--dry-run", "--help", "-h", "--resume"):
+            flags[argument.strip("-").replace("-", "_")] = True
+        elif name == "--resume":
+            if not value:
+                raise UsageError("--resume= needs a path; --resume alone takes the newest checkpoint of this run")
+            flags["resume"], resume_path = True, Path(value)
+        elif name.startswith("--") and ("." in name or name in ("--recipe", "--import_paths")):
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise UsageError(f"{name} needs a value: {name}=VALUE")
+                value = rest.pop(0)
+            overrides.append(Override(name[2:], value))
+        elif name.startswith("-"):
+            raise UsageError(f"{argument} is no option; keys of the recipe are written --section.key=value")
+        else:
+            configs.append(Path(argument))
+    if len(configs) > 1:
+        raise UsageError(f"one recipe, please: {' '.join(map(str, configs))}; layer recipes with `extends` in TOML")
+    return Command(
+        config=configs[0] if configs else DEFAULT_CONFIG,
+        overrides=tuple(overrides),
+        resume=flags.get("resume", False),
+        resume_path=resume_path,
+        print_config=flags.get("print_config", False),
+        dry_run=flags.get("dry_run", False),
+        help=flags.get("help", False) or flags.get("h", False),
+    )
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many processes this launch means."""
+
+    per_node: int
+    nodes: int
+
+    @property
+    def world_size(self) -> int:
+        return self.per_node * self.nodes
+
+
+def processes(environment: Mapping[str, str]) -> Processes:
+    """From the environment; without NPROC or NGPU one process for each visible GPU, or one. Raises UsageError."""
+    per_node = environment.get("NPROC") or environment.get("NGPU")
+    if per_node is None:
+        import torch
+
+        per_node = str(max(1, torch.cuda.device_count()))
+    nodes = environment.get("NNODES") or "1"
+    for name, value in (("NPROC", per_node), ("NNODES", nodes)):
+        if not value.isdigit() or int(value) < 1:
+            raise UsageError(f"{name}={value}: a number of at least 1, please")
+    return Processes(int(per_node), int(nodes))
+
+
+def torchrun(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
+    """The command that starts this launcher in every process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count.per_node)]
+    command += ["--nnodes", str(count.nodes), "--max-restarts", environment.get("MAX_RESTARTS", "0")]
+    if count.nodes == 1 and "MASTER_ADDR" not in environment:
+        command += ["--standalone"]
+    else:
+        command += ["--node-rank", environment.get("NODE_RANK", "0")]
+        command += ["--master-addr", environment.get("MASTER_ADDR", "127.0.0.1")]
+        command += ["--master-port", environment.get("MASTER_PORT", "29500")]
+    return [*command, "-m", "recipes.launch", *arguments]
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        return run(arguments)
+    except (ConfigError, UsageError) as error:
+        # Every process of a run finds the same error; one voice is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    command = parse(arguments)
+    if command.help:
+        print(HELP, end="")
+        return 0
+    config = load(command.config, command.overrides)
+    if command.print_config:
+        print(config.to_toml(), end="")
+        return 0
+    in_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker else processes(os.environ)
+    with blame(config, "parallel"):
+        config.recipe.parallel.sizes(count.world_size)
+    if command.dry_run:
+        from recipes.dry_run import describe
+
+        print(describe(config, count.world_size))
+        return 0
+    if not in_worker and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
+        start = torchrun(count, os.environ, arguments)
+        os.execv(start[0], start)
+    return start_recipe(config, command)
+
+
+def start_recipe(config: Config, command: Command) -> int:
+    """Run the recipe in this process; an error the run can name is one line, not a traceback."""
+    from recipes.resume import Resume
+
+    resume = Resume(path=command.resume_path) if command.resume else None
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = Resume(required=False)
+    try:
+        return int(config.recipe.main(config, resume))
+    except RunError as error:
+        log.error(str(error))
+        return 1
+    except ConfigError:
+        raise
+    except Exception:
+        log.critical("the run crashed; the traceback is in log.txt, too", exc_info=True)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

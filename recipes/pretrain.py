@@ -1,0 +1,346 @@
+"""The main job: pre-train a language model from scratch, or continue where a run stopped.
+
+`TrainingRun.train` is the loop. Everything it calls is a component that the recipe named.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from components import precision
+from components.batch.layout import BatchLayout, StepBatch
+from components.checkpoint import Checkpoint, TrainingTensors, read_state
+from components.clock import Clock
+from components.data.loader import MicroBatchLoader
+from components.metrics.console import start_log
+from components.metrics.monitor import Metrics, Monitor
+from components.parallel.data_parallel import Parallel
+from components.parallel.world import World
+from components.quantities import format_count
+from components.run_directory import RunDirectory
+from components.stop_signal import StopSignal
+from components.throughput import Waited, memory_bytes, peak_flops
+from components.train_step import TrainStep
+from components.validation import HeldOut
+from recipes.config import Config
+from recipes.contracts import BatchPolicy, Data, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.errors import RunError, blame
+from recipes.resume import Resume, compare, find_checkpoint
+from recipes.sections import Run, Training
+
+log = logging.getLogger("powertrain")
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradient norm of a step is not finite, and the recipe says stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Pre-training. Its parameters are the sections of the recipe."""
+
+    model: Model
+    tokenizer: Tokenizer
+    data: Data
+    training: Training
+    optimizer: Optimizer
+    lr_schedule: LRSchedule
+    batch: BatchPolicy
+    run: Run = field(default_factory=Run)
+    parallel: Parallel = field(default_factory=Parallel)
+    validation: HeldOut | None = None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Problems that only show across sections, as (dotted path, message)."""
+        warmup = getattr(self.lr_schedule, "warmup_tokens", 0)
+        if warmup > self.training.total_tokens:
+            yield (
+                "lr_schedule.warmup_tokens",
+                f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
+            )
+
+    def main(self, config: Config, resume: Resume | None) -> int:
+        """Run to the end, or to a signal; returns the exit status."""
+        with ExitStack() as cleanup:
+            run = TrainingRun(self, config, resume, cleanup)
+            stopped_by = run.train()
+        return 128 + stopped_by if stopped_by else 0
+
+
+class TrainingRun:
+    """A recipe, wired up."""
+
+    def __init__(self, recipe: Pretrain, config: Config, resume: Resume | None, cleanup: ExitStack) -> None:
+        self.recipe, self.config = recipe, config
+        self.stop = cleanup.enter_context(StopSignal())
+        with blame(config, "run.device"):
+            self.world = World.start(device_type(recipe.run.device))
+        cleanup.callback(self.world.stop)
+        directory = RunDirectory(recipe.run.directory)
+        checkpoint = self._open(directory, resume)
+        console = start_log(directory.log if self.world.is_main else None, speak=self.world.is_main)
+        if checkpoint is not None:
+            compare(checkpoint, config)
+        if self.world.is_main:
+            directory.config.write_text(config.to_toml(), encoding="utf-8")
+
+        torch.manual_seed(recipe.run.seed + self.world.rank)
+        torch.use_deterministic_algorithms(recipe.run.deterministic)
+        training, device = recipe.training, self.world.device
+        self.sequence_length = training.sequence_length
+        self.precision = precision.resolve(training.precision, device)
+        self.clock = Clock(training.total_tokens, training.sequence_length)
+        self.layout = BatchLayout(training.micro_batch_size, self.world.size)
+
+        with blame(config, "tokenizer"):
+            tokenizer = recipe.tokenizer.build()
+        self.vocab_size = tokenizer.vocab_size
+        text: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "sequence_length": training.sequence_length,
+            "cache_dir": recipe.run.cache_dir,
+            "progress": log.info,
+        }
+        with blame(config, "data"):
+            self.samples = self.world.main_first(lambda: recipe.data.build(**text))
+        self.validation = None
+        if (held_out := recipe.validation) is not None:
+            with blame(config, "validation"):
+                self.validation = self.world.main_first(lambda: held_out.build(**text))
+
+        with blame(config, "model"), torch.device("meta"):
+            model = recipe.model.build(vocab_size=tokenizer.vocab_size, sequence_length=training.sequence_length)
+        self.model = self._materialise(model)
+        with blame(config, "optimizer"):
+            optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
+        self.step = TrainStep(
+            model,
+            optimizer,
+            self.world,
+            max_grad_norm=training.max_grad_norm,
+            arithmetic=lambda: precision.autocast(self.precision, device),
+        )
+        self.tensors = TrainingTensors(model, optimizer, self.world)
+        self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+        self.store.clean()
+        if checkpoint is not None:
+            with blame(config, "checkpoint"):
+                self._restore(checkpoint)
+        self.saved_at = self.started_at = self.clock.step
+
+        self.loader = MicroBatchLoader(
+            self.samples,
+            seed=recipe.run.seed,
+            micro_batch_size=training.micro_batch_size,
+            dp_rank=self.world.rank,
+            dp_size=self.world.size,
+            start=self.clock.samples,
+            num_workers=training.loader_workers,
+            pin_memory=device.type == "cuda",
+        )
+        cleanup.callback(self.loader.close)
+        self.flops_per_token = model.flops_per_token(training.sequence_length)
+        self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
+        self.monitor = Monitor([])
+        if self.world.is_main:
+            self.monitor = recipe.metrics.build(
+                jsonl=directory.metrics,
+                tensorboard=directory.tensorboard,
+                console=console,
+                after_step=self.clock.step,
+                total_tokens=training.total_tokens,
+            )
+        cleanup.callback(self.monitor.close)
+        self._introduce(directory)
+
+    def train(self) -> int:
+        """The loop. Returns the signal that ended it, or 0 when all tokens were trained."""
+        stopped_by = 0
+        while not self.clock.done and not stopped_by:
+            started = time.perf_counter()
+            batch = self.layout.fit(self.recipe.batch.samples(self.clock))
+            step_tokens = batch.samples * self.sequence_length
+            micro_batches = Waited(self.loader.next_step(batch.micro_batches))
+            loss = self.step.accumulate(micro_batches, step_tokens)
+            grad_norm = self.step.clip()
+            lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.step.update(lr)
+            else:
+                self.refuse_update(loss, grad_norm, batch)
+
+            self.clock.advance(batch.samples)
+            self.loader.consumed()
+            self.recipe.batch.observe(self.clock, None)
+            seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
+            self.monitor.write(self.row(batch, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
+
+            if self.due(getattr(self.recipe.validation, "interval_steps", None)):
+                self.validate()
+            if self.due(self.recipe.checkpoint.interval_steps):
+                self.save()
+            stopped_by = self.world.maximum(self.stop.received)
+        self.finish(stopped_by)
+        return stopped_by
+
+    def due(self, interval_steps: int | None) -> bool:
+        """Whether something that happens every `interval_steps` happens now; the end of the run has its own."""
+        return interval_steps is not None and self.clock.step % interval_steps == 0 and not self.clock.done
+
+    def finish(self, stopped_by: int) -> None:
+        if self.clock.step == self.started_at:
+            log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
+            return
+        if self.clock.step > self.saved_at:
+            self.save()
+        if stopped_by and not self.clock.done:
+            log.info(f"stopped by signal {stopped_by} after step {self.clock.step}; continue with --resume")
+        else:
+            self.validate()
+            log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
+
+    def refuse_update(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
+        """Leave out the update of a step whose numbers are not finite; stop the run unless the recipe says skip."""
+        self.step.discard()
+        first, last = self.clock.samples, self.clock.samples + batch.samples - 1
+        what = f"step {self.clock.step + 1} (samples {first} to {last}): loss {loss}, gradient norm {grad_norm}"
+        if self.recipe.training.on_nonfinite == "skip":
+            log.warning(f"{what}; its update is left out")
+            return
+        if self.clock.step > self.saved_at:
+            self.save()
+        raise NonFiniteError(
+            f"{what}. The parameters were not updated; the last good checkpoint is {self.store.newest() or 'none'}. "
+            "To leave such steps out, continue with --resume --training.on_nonfinite=skip"
+        )
+
+    def row(
+        self, batch: StepBatch, *, loss: float, lr: float, grad_norm: float, data_seconds: float, step_seconds: float
+    ) -> dict[str, Any]:
+        """What metrics.jsonl says of the step that just ended."""
+        tokens_per_second = batch.samples * self.sequence_length / step_seconds
+        peak = self.peak_flops
+        return {
+            "step": self.clock.step,
+            "tokens": self.clock.tokens,
+            "samples": self.clock.samples,
+            "epoch": self.clock.samples / len(self.samples),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "global_batch_size": batch.samples,
+            "requested_batch_size": batch.requested,
+            "micro_batches": batch.micro_batches,
+            "noise_scale": None,
+            "norm_test": None,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "mfu": tokens_per_second * self.flops_per_token / (peak * self.world.size) if peak else None,
+            "memory_bytes": memory_bytes(self.world.device),
+        }
+
+    def validate(self) -> None:
+        if self.validation is not None:
+            numbers = self.validation.evaluate(self.model, self.world, self.step.arithmetic)
+            self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **numbers})
+
+    def save(self) -> None:
+        """Write a checkpoint of everything the next step depends on."""
+        state = {
+            "clock": self.clock.state_dict(),
+            "batch": dict(self.recipe.batch.state_dict()),
+            "loader": {"cursor": self.clock.samples, "epoch_length": len(self.samples)},
+            "vocab_size": self.vocab_size,
+            "world_size": self.world.size,
+        }
+        path = self.store.save(self.clock.step, self.tensors.collect(), state, self.config.to_toml())
+        self.saved_at = self.clock.step
+        log.info(f"step {self.clock.step:>6}  saved {path}")
+
+    def _open(self, directory: RunDirectory, resume: Resume | None) -> Path | None:
+        """Make the run directory ready; returns the checkpoint to continue, if any."""
+        checkpoint = None
+        with blame(self.config, "run"):
+            if resume is not None:
+                checkpoint = find_checkpoint(resume, directory.checkpoints)
+            if directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path)):
+                if self.recipe.run.if_exists == "refuse":
+                    raise ValueError(
+                        f"{directory.path} already holds a run; continue it with --resume, give this one another "
+                        "--run.name, or say --run.if_exists=replace"
+                    )
+                self.world.barrier()  # nobody may still be looking for what is deleted here
+                if self.world.is_main:
+                    directory.clear()
+            directory.create()
+        self.world.barrier()
+        return checkpoint
+
+    def _materialise(self, model: nn.Module) -> nn.Module:
+        """Shard the model while it has no storage, then give each rank its part of the seed's weights."""
+        training, device = self.recipe.training, self.world.device
+        blocks = list(model.layers.children()) if hasattr(model, "layers") else []
+        if training.compile:
+            for block in blocks or [model]:
+                block.compile()
+        self.recipe.parallel.shard(
+            model,
+            blocks,
+            world_size=self.world.size,
+            device_type=device.type,
+            compute_dtype=precision.dtype_of(self.precision),
+        )
+        model.to_empty(device=device)
+        model.init_weights(self.recipe.run.seed)
+        return model
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        if state["vocab_size"] != self.vocab_size:
+            raise ValueError(
+                f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {self.vocab_size}"
+            )
+        self.tensors.restore(checkpoint)
+        self.clock.load_state_dict(state["clock"])
+        self.recipe.batch.load_state_dict(state["batch"])
+        if state["loader"]["epoch_length"] != len(self.samples):
+            log.warning(
+                f"the data has {len(self.samples)} sequences, it had {state['loader']['epoch_length']}: "
+                "the order of samples is another from here on"
+            )
+        log.info(f"resumed from {checkpoint}: step {self.clock.step}, {self.clock.tokens} tokens")
+
+    def _introduce(self, directory: RunDirectory) -> None:
+        """The first lines of the log: what is about to happen."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        total = self.clock.total_tokens
+        log.info(
+            f"{self.recipe.run.name}: {format_count(parameters)} parameters, vocabulary {self.vocab_size}, "
+            f"{self.precision} on {self.world.size} x {self.world.device.type}, in {directory.path}"
+        )
+        log.info(
+            f"{format_count(total)} tokens, {total / (len(self.samples) * self.sequence_length):.2f} epochs "
+            f"of {format_count(len(self.samples))} sequences of {self.sequence_length}"
+        )
+
+
+def device_type(wanted: str) -> str:
+    """`auto` resolved. Raises ValueError when a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda: this machine shows no CUDA device; use --run.device=cpu or auto")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted

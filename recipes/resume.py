@@ -1,0 +1,115 @@
+"""Resuming: which checkpoint, and whether this configuration may continue it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from components.checkpoint import complete_checkpoints
+from recipes.config import Config, ConfigError, Problem, flatten
+
+log = logging.getLogger("powertrain")
+
+Rule = Literal["free", "warned", "refused"]
+
+RULES: dict[str, Rule] = {
+    # What the saved tensors and counters mean: another value makes them another run's.
+    "recipe": "refused",
+    "model": "refused",
+    "tokenizer": "refused",
+    "optimizer.use": "refused",
+    "training.sequence_length": "refused",
+    # What a resumed run may change, but not without being told that its curve now has a joint.
+    "data": "warned",
+    "optimizer": "warned",
+    "lr_schedule": "warned",
+    "batch": "warned",
+    "run.seed": "warned",
+    "training.max_grad_norm": "warned",
+    "training.precision": "warned",
+    # How, where and how long: extending total_tokens is what the schedules are anchored for.
+    "training": "free",
+    "run": "free",
+    "parallel": "free",
+    "validation": "free",
+    "checkpoint": "free",
+    "metrics": "free",
+    "import_paths": "free",
+}
+"""The rule of a key is that of its longest prefix here; what nothing covers is warned about."""
+
+NOT_THE_RUN = ("path", "cache_dir")
+"""Keys that say where something lies. Data and tokenizers that moved are recognised by content, not by path."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What --resume asked for."""
+
+    path: Path | None = None
+    """A checkpoint or a run directory; None: the newest checkpoint of this run."""
+    required: bool = True
+    """Whether it is an error that there is none. A process that torchrun restarted takes what there is."""
+
+
+def rule_of(key: str) -> Rule:
+    """The rule for a dotted key."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in RULES:
+            return RULES[prefix]
+    return "warned"
+
+
+def find_checkpoint(resume: Resume, checkpoints: Path) -> Path | None:
+    """The checkpoint to continue. Raises ValueError when there is none, or when it would be overtaken by newer ones."""
+    if resume.path is None:
+        found = complete_checkpoints(checkpoints)
+        if not found and resume.required:
+            raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
+        return found[-1] if found else None
+    path = resume.path.expanduser().absolute()
+    if not path.is_dir():
+        raise ValueError(f"--resume: {path} is no directory")
+    inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    chosen = inside[-1] if inside else path
+    if not (chosen / "state.json").exists():
+        raise ValueError(f"--resume: {path} is neither a checkpoint nor a run directory with one")
+    siblings = complete_checkpoints(checkpoints)
+    if chosen in siblings and chosen != siblings[-1]:
+        raise ValueError(
+            f"--resume: {siblings[-1].name} is newer than {chosen.name} and would be overwritten; "
+            "give the continued run a --run.name of its own, or move the newer checkpoints away"
+        )
+    return chosen
+
+
+def compare(checkpoint: Path, config: Config) -> None:
+    """Hold the configuration stored in `checkpoint` against this one: log what changed, refuse what must not.
+
+    Raises ConfigError with every refused change.
+    """
+    stored = flatten((checkpoint / "config.toml").read_text(encoding="utf-8"))
+    current = flatten(config.to_toml(provenance=False))
+    refused: list[Problem] = []
+    for key in sorted(stored.keys() | current.keys()):
+        before, now = stored.get(key), current.get(key)
+        if before == now or key.rpartition(".")[2] in NOT_THE_RUN:
+            continue
+        change = f"{_shown(before)} in the checkpoint, {_shown(now)} now"
+        rule = rule_of(key)
+        if rule == "refused":
+            refused.append(config.problem(key, f"{change}: this would be another run's state; start a new run"))
+        elif rule == "warned":
+            log.warning(f"resuming with a change: {key} was {_shown(before)}, is {_shown(now)}")
+        else:
+            log.info(f"resuming with {key} = {_shown(now)} (was {_shown(before)})")
+    if refused:
+        raise ConfigError(refused)
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)

@@ -1,0 +1,62 @@
+"""The sections every recipe shares: what a run is called, and how it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from components.precision import Precision
+from components.quantities import Count, PositiveCount, Tokens
+
+
+def default_cache() -> Path:
+    return Path("~/.cache/powertrain").expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """[run]: identity and place of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")] = "run"
+    """Name of the run; its directory is runs/<name>."""
+    dir: Path | None = None
+    """The run directory itself, in place of runs/<name>."""
+    cache_dir: Path = field(default_factory=default_cache)
+    """Where prepared data is kept for other runs."""
+    if_exists: Literal["refuse", "replace"] = "refuse"
+    """A new run whose directory already holds one: stop, or delete the old run first."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, sample order and everything else that is random."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms; slower on GPUs. A single CPU process is deterministic as it is."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: CUDA if there is a GPU."""
+
+    @property
+    def directory(self) -> Path:
+        return self.dir if self.dir is not None else Path("runs").absolute() / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """[training]: how much to train, and in which pieces."""
+
+    total_tokens: Annotated[Tokens, Field(gt=0)]
+    """Length of the run; the step that reaches it is the last."""
+    sequence_length: PositiveCount
+    """Tokens of one sample that are predicted."""
+    micro_batch_size: PositiveCount
+    """Samples of one forward and backward pass on one rank."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; "none": do not clip."""
+    precision: Precision = "auto"
+    """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
+    compile: bool = False
+    """torch.compile every block of the model."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite: stop the run, or leave that step's update out."""
+    loader_workers: Count = 0
+    """Processes that read ahead; 0: read in the training process, enough for memory-mapped tokens."""

@@ -1,0 +1,116 @@
+"""A run small enough to do many times: a few kilobytes of text, bytes as tokens, a Llama of some thousand weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from recipes import launch
+
+RECIPE = """
+[run]
+name = "tiny"
+dir = "run"
+cache_dir = "cache"
+device = "cpu"
+
+[model]
+use = "models.llama:Llama"
+size = "debug"
+dim = 16
+layers = 2
+heads = 2
+kv_heads = 1
+head_dim = 8
+ffn_dim = 32
+
+[tokenizer]
+use = "components.tokenizers.bytes:Bytes"
+
+[data]
+use = "components.data.text_files:TextFiles"
+path = "text/*.txt"
+
+[validation]
+interval_steps = 4
+max_sequences = 3
+micro_batch_size = 2
+  [validation.data]
+  use = "components.data.text_files:TextFiles"
+  path = "text/held_out/*.txt"
+
+[training]
+total_tokens = 3600        # 14 steps: 4 of 8 samples, then 10 of 12
+sequence_length = 24
+micro_batch_size = 2
+precision = "float32"
+
+[optimizer]
+use = "components.optimizers:AdamW"
+
+[lr_schedule]
+use = "components.lr_schedules:WSD"
+max_lr = 1e-2
+warmup_tokens = 300
+
+[batch]
+use = "components.batch.ramp:Ramp"
+initial = 8
+stages = [{ from_tokens = 700, samples = 12 }]
+
+[checkpoint]
+interval_steps = 1
+keep_last = "none"
+
+[metrics]
+tensorboard = false
+"""
+
+TEXT = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, "
+)
+
+
+class TinyRun:
+    """A recipe in a folder of its own, and what its run leaves behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = folder / "tiny.toml"
+        self.directory = folder / "run"
+        (folder / "text" / "held_out").mkdir(parents=True)
+        for number in range(4):
+            # some 1.6 kB of text in all: the run passes the end of an epoch twice
+            (folder / "text" / f"{number}.txt").write_text(TEXT[number * 7 :] * 2)
+        (folder / "text" / "held_out" / "a.txt").write_text(TEXT[50:] + TEXT)
+        self.recipe.write_text(RECIPE)
+
+    def launch(self, *arguments: str) -> int:
+        """The launcher, in this process; returns the exit status."""
+        return launch.main([str(self.recipe), *arguments])
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+
+    def checkpoint(self, step: int) -> Path:
+        return self.directory / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRun:
+    for name in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    return TinyRun(tmp_path)
+
+
+@pytest.fixture
+def new_tiny(tmp_path: Path) -> Callable[[str], TinyRun]:
+    def make(name: str) -> TinyRun:
+        (tmp_path / name).mkdir()
+        return TinyRun(tmp_path / name)
+
+    return make

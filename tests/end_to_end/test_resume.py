@@ -1,0 +1,127 @@
+"""A resumed run and an uninterrupted one are bitwise the same: losses, metrics, parameters, optimizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"}
+
+
+def tensors(checkpoint):
+    """Every tensor of a checkpoint, by name."""
+    metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return state
+
+
+def timeless(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_state(one, other):
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert json.loads((one / "state.json").read_text()) == json.loads((other / "state.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_from_every_step_across_a_batch_change_and_the_end_of_an_epoch(tiny, tmp_path):
+    assert tiny.launch() == 0
+    rows = tiny.rows()
+    steps = [row for row in rows if "loss" in row]
+    assert len({row["global_batch_size"] for row in steps}) == 2, "the run must change its batch"
+    assert steps[-1]["epoch"] > 2, "the run must pass the end of an epoch"
+    last = steps[-1]["step"]
+    whole = tmp_path / "whole"
+    tiny.directory.rename(whole)
+
+    for stopped_at in range(1, last):
+        # what a run killed after this checkpoint leaves: it, those before it, and a metrics file that is ahead of it
+        shutil.copytree(whole, tiny.directory)
+        for later in range(stopped_at + 1, last + 1):
+            shutil.rmtree(tiny.checkpoint(later))
+        assert tiny.launch("--resume") == 0
+        assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
+        assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
+        shutil.rmtree(tiny.directory)
+
+
+def test_more_tokens_continue_a_finished_run_and_nothing_is_repeated(tiny):
+    assert tiny.launch() == 0
+    before = tiny.rows()
+    assert tiny.launch("--resume") == 0
+    assert tiny.rows() == before, "a finished run has nothing to do"
+    assert tiny.launch("--resume", "--training.total_tokens=5000") == 0
+    after = [row for row in tiny.rows() if "loss" in row]
+    assert [row["step"] for row in after] == list(range(1, len(after) + 1))
+    assert after[-1]["tokens"] >= 5000 > after[-2]["tokens"]
+
+
+def test_a_fork_of_another_runs_checkpoint_leaves_that_run_alone(tiny, tmp_path):
+    assert tiny.launch() == 0
+    before = sorted(path.name for path in (tiny.directory / "checkpoints").iterdir())
+    fork = tmp_path / "fork"
+    assert tiny.launch(f"--resume={tiny.checkpoint(5)}", f"--run.dir={fork}", "--optimizer.weight_decay=0.0") == 0
+    assert sorted(path.name for path in (tiny.directory / "checkpoints").iterdir()) == before
+    steps = [json.loads(line)["step"] for line in (fork / "metrics.jsonl").read_text().splitlines()]
+    assert min(steps) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--model.dim=32", "model.dim"),
+        ("--model.layers=3", "model.layers"),
+        ("--training.sequence_length=12", "training.sequence_length"),
+    ],
+)
+def test_a_change_that_makes_it_another_run_is_refused(tiny, capsys, change, said):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    assert tiny.launch("--resume", "--training.total_tokens=800", change) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "in the checkpoint" in error
+    assert "Traceback" not in error
+
+
+def test_a_change_with_consequences_is_told_and_one_without_is_applied(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    status = tiny.launch("--resume", "--training.total_tokens=800", "--lr_schedule.max_lr=0.02")
+    output = capsys.readouterr().out
+    assert status == 0
+    assert "lr_schedule.max_lr was 0.01, is 0.02" in output
+
+
+def test_resuming_needs_a_checkpoint(tiny, capsys):
+    assert tiny.launch("--resume") == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert tiny.launch(f"--resume={tiny.folder}") == 2
+    assert "neither a checkpoint nor a run directory" in capsys.readouterr().err
+
+
+def test_resuming_an_old_checkpoint_under_newer_ones_is_refused(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=800") == 0
+    assert tiny.launch(f"--resume={tiny.checkpoint(2)}") == 2
+    assert "is newer than step-00000002" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    (tiny.directory / "notes.md").write_text("mine")
+    assert tiny.launch("--training.total_tokens=400") == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert tiny.launch("--training.total_tokens=350", "--run.if_exists=replace") == 0
+    assert max(row["step"] for row in tiny.rows()) == 2
+    assert (tiny.directory / "notes.md").read_text() == "mine"

@@ -1,0 +1,81 @@
+"""The command line, and what it means for processes."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes.config import Override
+from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, torchrun
+
+pytestmark = pytest.mark.quick
+
+
+def test_without_a_recipe_it_is_the_debug_one():
+    command = parse([])
+    assert command.config == DEFAULT_CONFIG
+    assert DEFAULT_CONFIG.is_file()
+
+
+def test_both_forms_of_an_override():
+    command = parse(["my.toml", "--training.total_tokens=4B", "--run.name", "x", "--batch.initial", "-3"])
+    assert command.config == Path("my.toml")
+    assert command.overrides == (
+        Override("training.total_tokens", "4B"),
+        Override("run.name", "x"),
+        Override("batch.initial", "-3"),
+    )
+
+
+def test_an_override_may_hold_an_equals_sign():
+    assert parse(["--run.name=a=b"]).overrides == (Override("run.name", "a=b"),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "path"),
+    [([], False, None), (["--resume"], True, None), (["--resume=runs/x"], True, Path("runs/x"))],
+)
+def test_resume(arguments, resume, path):
+    command = parse(arguments)
+    assert (command.resume, command.resume_path) == (resume, path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resume="], "needs a path"),
+        (["--run.name"], "needs a value"),
+        (["--run.name", "--dry-run"], "needs a value"),
+        (["--frobnicate"], "--section.key=value"),
+        (["-x"], "no option"),
+        (["a.toml", "b.toml"], "one recipe"),
+    ],
+)
+def test_what_makes_no_sense_is_told(arguments, said):
+    with pytest.raises(UsageError, match=said):
+        parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NPROC": "2"}, Processes(2, 1)),
+        ({"NGPU": "8", "NNODES": "4"}, Processes(8, 4)),
+    ],
+)
+def test_processes_from_the_environment(environment, expected):
+    assert processes(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])
+def test_processes_that_are_no_number(environment):
+    with pytest.raises(UsageError, match="a number of at least 1"):
+        processes(environment)
+
+
+def test_torchrun_on_several_nodes_gets_what_it_needs():
+    command = torchrun(Processes(8, 2), {"NODE_RANK": "1", "MASTER_ADDR": "node0", "MAX_RESTARTS": "3"}, ["my.toml"])
+    text = " ".join(command)
+    for part in ("--nproc-per-node 8", "--nnodes 2", "--node-rank 1", "--master-addr node0", "--max-restarts 3"):
+        assert part in text
+    assert text.endswith("-m recipes.launch my.toml")
+    assert "--standalone" not in text
