@@ -19,10 +19,15 @@ class Ranks(Protocol):
 
 
 class MicroBatch(Protocol):
-    tokens: Tensor
-    """(B, T) int64"""
-    labels: Tensor
-    """(B, T) int64"""
+    @property
+    def tokens(self) -> Tensor:
+        """(B, T) int64"""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, T) int64"""
+        ...
 
 
 class TrainStep:

@@ -59,7 +59,8 @@ class HeldOut:
     micro_batch_size: PositiveCount = 8
     """Sequences in one forward pass."""
 
-    def build(
+    # `open`, not `build`: a class with that `build` would itself pass for [data]
+    def open(
         self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> Validation:
         samples = self.data.build(

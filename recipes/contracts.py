@@ -78,16 +78,32 @@ class Data(Protocol):
 
 
 @runtime_checkable
+class LanguageModel(Protocol):
+    """What [model] builds: an `nn.Module` with these methods besides.
+
+    Its `forward(tokens (B, T))` gives logits (B, T, V), and `forward(tokens, labels (B, T))` the summed loss (). Blocks
+    in a container named `layers`, if it has one, are sharded and compiled one by one.
+    """
+
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from (seed, its name) alone."""
+        ...
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations per trained token, forward and backward."""
+        ...
+
+    def lr_multiplier(self, name: str) -> float:
+        """Factor on the learning rate of the parameter `name`."""
+        ...
+
+
+@runtime_checkable
 class Model(Protocol):
     """[model]"""
 
     def build(self, *, vocab_size: int, sequence_length: int) -> nn.Module:
-        """The module, on whatever device is current (the recipe builds it on the meta device).
-
-        The module has `forward(tokens (B, T)) -> logits (B, T, V)`, `forward(tokens, labels (B, T)) -> summed loss ()`,
-        `init_weights(seed)` that fills every parameter from (seed, its name) alone, `flops_per_token(sequence_length)`
-        for forward and backward, and `lr_multiplier(parameter_name)`.
-        """
+        """A `LanguageModel`, on whatever device is current: the recipe builds it on the meta device."""
         ...
 
 

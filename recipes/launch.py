@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> Command:
             if not value:
                 raise UsageError("--resume= needs a path; --resume alone takes the newest checkpoint of this run")
             flags["resume"], resume_path = True, Path(value)
-        elif name.startswith("--") and ("." in name or name in ("--recipe", "--import_paths")):
+        elif name.startswith("--") and ("." in name or (equals and name[2:].isidentifier())):
             if not equals:
                 if not rest or rest[0].startswith("--"):
                     raise UsageError(f"{name} needs a value: {name}=VALUE")

@@ -33,7 +33,7 @@ from components.throughput import Waited, memory_bytes, peak_flops
 from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.config import Config
-from recipes.contracts import BatchPolicy, Data, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.contracts import BatchPolicy, Data, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
@@ -118,11 +118,18 @@ class TrainingRun:
         self.validation = None
         if (held_out := recipe.validation) is not None:
             with blame(config, "validation"):
-                self.validation = self.world.main_first(lambda: held_out.build(**text))
+                self.validation = self.world.main_first(lambda: held_out.open(**text))
 
         with blame(config, "model"), torch.device("meta"):
             model = recipe.model.build(vocab_size=tokenizer.vocab_size, sequence_length=training.sequence_length)
-        self.model = self._materialise(model)
+            if not isinstance(model, LanguageModel):
+                raise ValueError(
+                    f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts"
+                )
+        self._shard(model)
+        model.to_empty(device=device)
+        model.init_weights(recipe.run.seed)
+        self.model: nn.Module = model
         with blame(config, "optimizer"):
             optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
         self.step = TrainStep(
@@ -289,23 +296,19 @@ class TrainingRun:
         self.world.barrier()
         return checkpoint
 
-    def _materialise(self, model: nn.Module) -> nn.Module:
-        """Shard the model while it has no storage, then give each rank its part of the seed's weights."""
-        training, device = self.recipe.training, self.world.device
-        blocks = list(model.layers.children()) if hasattr(model, "layers") else []
-        if training.compile:
+    def _shard(self, model: nn.Module) -> None:
+        """Compile and shard the model, block by block, while it has no storage."""
+        blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
+        if self.recipe.training.compile:
             for block in blocks or [model]:
                 block.compile()
         self.recipe.parallel.shard(
             model,
             blocks,
             world_size=self.world.size,
-            device_type=device.type,
+            device_type=self.world.device.type,
             compute_dtype=precision.dtype_of(self.precision),
         )
-        model.to_empty(device=device)
-        model.init_weights(self.recipe.run.seed)
-        return model
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)

@@ -28,10 +28,10 @@ head_dim = 8
 ffn_dim = 32
 
 [tokenizer]
-use = "components.tokenizers.bytes:Bytes"
+use = "components.tokenizers:Bytes"
 
 [data]
-use = "components.data.text_files:TextFiles"
+use = "components.data:TextFiles"
 path = "text/*.txt"
 
 [validation]
@@ -39,7 +39,7 @@ interval_steps = 4
 max_sequences = 3
 micro_batch_size = 2
   [validation.data]
-  use = "components.data.text_files:TextFiles"
+  use = "components.data:TextFiles"
   path = "text/held_out/*.txt"
 
 [training]

@@ -132,7 +132,11 @@ def hugging_face(ranks: dict[bytes, int], pattern: str) -> Any:
 
 def _pre_tokenizer(pattern: str) -> Any:
     library = _library()
-    split = library.pre_tokenizers.Split(library.Regex(pattern), behavior="isolated")
+    try:
+        regex = library.Regex(pattern)
+    except Exception as error:  # the library has no class of its own for it
+        raise ValueError(f"--pattern {pattern!r}: {error}; the names are {', '.join(PATTERNS)}") from None
+    split = library.pre_tokenizers.Split(regex, behavior="isolated")
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return library.pre_tokenizers.Sequence([split, byte_level])
 

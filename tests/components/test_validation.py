@@ -43,9 +43,7 @@ class Source:
 
 
 def build(**keys):
-    return HeldOut(data=Source(), **keys).build(
-        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
-    )
+    return HeldOut(data=Source(), **keys).open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print)
 
 
 def by_hand(samples):

@@ -105,7 +105,7 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
     (tiny.folder / "my_parts.py").write_text(USERS_PARTS)
     recipe = tiny.recipe.read_text()
     recipe = recipe.split("[lr_schedule]")[0].replace(
-        'use = "components.data.text_files:TextFiles"\npath = "text/*.txt"', 'use = "my_parts:Numbers"'
+        'use = "components.data:TextFiles"\npath = "text/*.txt"', 'use = "my_parts:Numbers"'
     )
     recipe += '[lr_schedule]\nuse = "my_parts:Steady"\nrate = 0.01\n[batch]\nuse = "my_parts:Doubling"\n'
     tiny.recipe.write_text(recipe)
@@ -204,7 +204,7 @@ def test_dry_run_starts_nothing(tiny, capsys):
         (["--lr_schedule.warmup_tokens=1M"], "do not end within training.total_tokens = 3600"),
         (["--model.kv_heads=3"], "3 does not divide the 2 heads"),
         (["--run.device=cuda"], "no CUDA device"),
-        (["--tokenizer.use=components.tokenizers.bytes:Byte"], "Bytes"),
+        (["--tokenizer.use=components.tokenizers:Byte"], "Bytes"),
         (["--parallel.dp_shard=3"], "not the 1 processes of this run"),
         (["--nonsense"], "--section.key=value"),
         (["other.toml"], "one recipe, please"),

@@ -1,3 +1,4 @@
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,10 @@ class Given(TextSource):
         return map(Document, self.text)
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        return repr(self.text)
+        return hashlib.sha256(repr(self.text).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{len(self.text)} given texts"
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_a_shard_cannot_lie_outside_its_directory(tmp_path):
     index = json.loads(path.read_text())
     for wrong in ("../../etc/passwd", -1, 10**6):
         path.write_text(json.dumps(index | {"shards": [index["shards"][0] | {"number": wrong}]}))
-        with pytest.raises(ValueError, match="shards.0.number"):
+        with pytest.raises(ValueError, match=r"shards.0.number"):
             read_index(path.parent)
 
 
@@ -304,7 +304,9 @@ class Racing(Given):
         yield from super().documents(log)
 
 cache = Path(sys.argv[1])
-samples = Racing(text=("the same text",)).build(tokenizer=Bytes().build(), sequence_length=4, cache_dir=cache, progress=print)
+samples = Racing(text=("the same text",)).build(
+    tokenizer=Bytes().build(), sequence_length=4, cache_dir=cache, progress=print
+)
 print(samples[0].tolist())
 """
 

@@ -1,0 +1,53 @@
+"""The preparation tool does what a run would do, before the run."""
+
+import json
+
+import pytest
+
+from tools.prepare_data import main
+
+pytestmark = pytest.mark.quick
+
+
+def prepared(tiny):
+    return {path.name: path.stat().st_mtime_ns for path in (tiny.folder / "cache").iterdir() if path.is_dir()}
+
+
+def test_both_sections_are_prepared_and_the_run_prepares_nothing_more(tiny, capsys):
+    assert main([str(tiny.recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "[data]" in out
+    assert "[validation.data]" in out
+    before = prepared(tiny)
+    assert len(before) == 2
+    assert tiny.launch("--training.total_tokens=384") == 0
+    assert prepared(tiny) == before
+    assert "prepared" not in (tiny.directory / "log.txt").read_text()
+
+
+def test_a_second_time_there_is_nothing_to_do(tiny):
+    assert main([str(tiny.recipe)]) == 0
+    before = prepared(tiny)
+    assert main([str(tiny.recipe)]) == 0
+    assert prepared(tiny) == before
+
+
+def test_the_counts_are_those_of_the_text(tiny, capsys):
+    assert main([str(tiny.recipe), "--validation=none"]) == 0
+    texts = [path.read_bytes() for path in (tiny.folder / "text").glob("*.txt")]
+    (name,) = prepared(tiny)
+    index = json.loads((tiny.folder / "cache" / name / "index.json").read_text())
+    assert sum(shard["text_bytes"] for shard in index["shards"]) == sum(map(len, texts))
+    assert sum(shard["tokens"] for shard in index["shards"]) == sum(map(len, texts)) + len(texts)
+    assert f"{sum(map(len, texts)):,} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--data.path=nowhere/*.txt", "nowhere"), ("--data.pathh=text", "did you mean path"), ("--nonsense", "no option")],
+)
+def test_what_the_user_can_put_right_is_told_without_a_traceback(tiny, capsys, argument, message):
+    assert main([str(tiny.recipe), argument]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

@@ -1,0 +1,88 @@
+"""The tokenizer tool: what it writes is a rank file that two independent encoders read alike."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.data.document import ReadingLog
+from components.data.text_files import TextFiles
+from components.tokenizers.patterns import PATTERNS
+from components.tokenizers.tiktoken_file import TiktokenFile
+from tools.train_tokenizer import hugging_face, main, train
+
+pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
+pytestmark = pytest.mark.quick
+
+# Repetition gives merges; accents, CJK and an emoji give bytes that are no characters of their own.
+TEXT = (
+    "The whale swam. The whale's été: 鯨 🐋 1851, 1851!\n" * 3 + "I had written; they'd laughed.\n\n  indented\ttext\n"
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "b.txt").write_text(TEXT[::-1], encoding="utf-8")
+    return folder
+
+
+def test_the_file_holds_every_byte_and_the_ids_asked_for(corpus, tmp_path, capsys):
+    output = tmp_path / "new" / "my.tiktoken"
+    assert main(["--vocab-size", "300", "--output", str(output), "--path", str(corpus)]) == 0
+    tokenizer = TiktokenFile(path=output, pattern="cl100k").build()
+    assert tokenizer.vocab_size == 300  # 299 ranks and the end of a document
+    every_byte = bytes(range(256)).decode("latin-1")
+    assert tokenizer.decode(tokenizer.encode_batch([every_byte])[0]) == every_byte
+    assert len(tokenizer.encode_batch([TEXT])[0]) < len(TEXT.encode()) / 1.5  # it did learn merges
+    assert "agree" in capsys.readouterr().out
+    assert sorted(path.name for path in output.parent.iterdir()) == ["my.tiktoken"]
+
+
+def test_training_twice_gives_the_same_ranks(corpus):
+    source = TextFiles(path=corpus)
+    assert train(source, vocab_size=290, pattern=PATTERNS["gpt2"]) == train(
+        source, vocab_size=290, pattern=PATTERNS["gpt2"]
+    )
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_two_encoders_give_the_same_ids_on_text_neither_was_trained_on(pattern, corpus, tmp_path):
+    output = tmp_path / "my.tiktoken"
+    assert main(["--vocab-size", "310", "--output", str(output), "--pattern", pattern, "--path", str(corpus)]) == 0
+    ranks = train(TextFiles(path=corpus), vocab_size=310, pattern=PATTERNS[pattern])
+    unseen = ["Swam the whales 鯨鯨 in 18511851?", "\r\n\t \u2028x", "ÉTÉ été", ""]
+    ours = TiktokenFile(path=output, pattern=pattern).build().encode_batch(unseen)
+    theirs = hugging_face(ranks, PATTERNS[pattern])
+    for text, ids in zip(unseen, ours, strict=True):
+        np.testing.assert_array_equal(ids, theirs.encode(text).ids)
+
+
+def test_json_lines_are_read_by_their_key(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "the whale the whale the whale"}\n')
+    source = TextFiles(path=tmp_path / "a.jsonl", text_key="body")
+    assert [document.text for document in source.documents(ReadingLog())] == ["the whale the whale the whale"]
+    output = tmp_path / "my.tiktoken"
+    arguments = ["--vocab-size", "260", "--output", str(output), "--path", str(tmp_path / "a.jsonl")]
+    assert main([*arguments, "--text-key", "body"]) == 0
+    assert output.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--vocab-size": "256"}, "--vocab-size 256: expected at least 257"),
+        ({"--vocab-size": "100000"}, "gives only"),
+        ({"--pattern": "("}, "pattern"),
+        ({"--path": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_message_and_no_file(change, message, corpus, tmp_path, capsys):
+    options = {"--vocab-size": "300", "--output": str(tmp_path / "my.tiktoken"), "--path": str(corpus)} | change
+    assert main([part for option in options.items() for part in option]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "my.tiktoken").exists()
