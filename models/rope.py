@@ -53,7 +53,7 @@ def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None = Non
 
 
 def rope_table(length: int, frequencies: list[float], device: torch.device) -> Tensor:
-    """Cosine and signed sine of every position, (2, T, 1, C) float32: `[0]` for a channel itself, `[1]` for its partner.
+    """Cosine and signed sine of every position, (2, T, 1, C) float32: `[0]` for a channel, `[1]` for its partner.
 
     Made anew in every forward, which costs microseconds: a table that is no state cannot be lost by the meta device,
     cast by FSDP2 or left out of a checkpoint.

@@ -1,0 +1,132 @@
+"""The `[model]` section: every number can be overridden, and a shape that cannot be is refused with a remedy."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from models.decoder import Decoder
+from models.llama import Llama
+from models.rope import RopeScaling, rope_frequencies
+from models.sizes import SIZES, Size
+
+pytestmark = pytest.mark.quick
+
+OTHER = {
+    "dim": 96,
+    "layers": 3,
+    "heads": 8,
+    "kv_heads": 4,
+    "ffn_dim": 100,
+    "head_dim": 10,
+    "norm_eps": 1e-3,
+    "rope_theta": 77.0,
+    "rope_scaling": RopeScaling(factor=2.0),
+    "tied_embeddings": True,
+    "max_sequence_length": 17,
+}
+
+
+def test_every_number_of_a_size_has_another_value_here():
+    assert OTHER.keys() == {field.name for field in fields(Size)}
+    assert all(getattr(SIZES["debug"], key) != value for key, value in OTHER.items())
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_key_overrides_its_number_and_no_other(key):
+    assert Llama(**{key: OTHER[key]}).shape == replace(SIZES["debug"], **{key: OTHER[key]})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_name_alone_is_its_row(name):
+    assert Llama(size=name).shape == SIZES[name]
+
+
+def test_overrides_reach_the_decoder():
+    model = Llama(**OTHER, vocab_size=50, init_std=0.5, depth_scaled_init=False).build(vocab_size=40, sequence_length=9)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("layers.")} == {
+        "tok_embeddings.weight": (50, 96),
+        "norm.weight": (96,),
+    }
+    assert list(model.layers) == ["0", "1", "2"]
+    assert {name: tuple(p.shape) for name, p in model.layers["0"].named_parameters()} == {
+        "attention_norm.weight": (96,),
+        "attention.wq.weight": (80, 96),
+        "attention.wk.weight": (40, 96),
+        "attention.wv.weight": (40, 96),
+        "attention.wo.weight": (96, 80),
+        "ffn_norm.weight": (96,),
+        "feed_forward.w_gate.weight": (100, 96),
+        "feed_forward.w_up.weight": (100, 96),
+        "feed_forward.w_down.weight": (96, 100),
+    }
+    assert {module.eps for name, module in model.named_modules() if name.endswith("norm")} == {1e-3}
+    assert model.rope_frequencies == rope_frequencies(10, 77.0, RopeScaling(factor=2.0))
+    assert (model.init_std, model.depth_scaled_init) == (0.5, False)
+
+
+def test_an_override_of_false_is_an_override():
+    assert Llama(size="llama3_1b", tied_embeddings=False).shape.tied_embeddings is False
+
+
+def test_a_factor_of_one_switches_the_scaling_of_a_size_off():
+    shape = Llama(size="llama3_1b", rope_scaling=RopeScaling(factor=1)).shape
+    frequencies = rope_frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)
+    assert frequencies == pytest.approx(rope_frequencies(64, 500_000.0), rel=1e-15)
+
+
+def test_head_dim_follows_an_overridden_dim_unless_given():
+    assert Llama(size="llama3_1b", dim=1024).shape.head_width == 32
+    assert Llama(size="llama3_1b", dim=1024, head_dim=64).shape.head_width == 64
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_padded():
+    assert Llama().build(vocab_size=300, sequence_length=8).vocab_size == 300
+    assert Llama(vocab_size=384).build(vocab_size=300, sequence_length=8).vocab_size == 384
+    assert Llama(vocab_size=300).build(vocab_size=300, sequence_length=8).vocab_size == 300
+
+
+def test_the_largest_size_is_built_on_meta_without_memory():
+    with torch.device("meta"):
+        model = Llama(size="llama3_8b").build(vocab_size=128_256, sequence_length=8192)
+    assert isinstance(model, Decoder)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"heads": 32, "kv_heads": 5}, r"^kv_heads: 5 does not divide the 32 heads; use 4$"),
+        ({"heads": 4, "kv_heads": 9}, r"^kv_heads: 9 does not divide the 4 heads; use 4$"),
+        ({"heads": 6}, r"^heads: 6 does not divide dim = 128; use 4, or set head_dim$"),
+        ({"head_dim": 31}, r"^head_dim: 31 is odd, .*; use 32$"),
+        ({"dim": 100, "heads": 4}, r"^head_dim: 25 is odd, .*; use 26$"),
+        ({"norm_eps": 0.0}, r"^norm_eps: 0.0 must be above 0$"),
+        ({"norm_eps": float("nan")}, r"^norm_eps: nan must be above 0$"),
+        ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
+        ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_a_remedy(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Llama(**wrong)
+
+
+def test_heads_need_not_divide_dim_when_their_width_is_given():
+    model = Llama(heads=6, kv_heads=3, head_dim=20, layers=1).build(vocab_size=9, sequence_length=5)
+    assert model(torch.arange(5)[None]).shape == (1, 5, 9)
+
+
+def test_a_vocabulary_below_the_tokenizers_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^vocab_size: 299 is too small for the tokenizer's 300 ids; use at least 300"
+    ):
+        Llama(vocab_size=299).build(vocab_size=300, sequence_length=8)
+
+
+def test_a_sequence_longer_than_the_model_accepts_is_refused():
+    Llama(max_sequence_length=64).build(vocab_size=9, sequence_length=64)
+    with pytest.raises(ValueError, match=r"^max_sequence_length: 64 is below the training.sequence_length of 65"):
+        Llama(max_sequence_length=64).build(vocab_size=9, sequence_length=65)
