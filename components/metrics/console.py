@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,28 @@ class ConsoleProgress:
         )
         self._task = self._bar.add_task("tokens", total=total_tokens, line="")
         self._bar.start()
+        self._steps: list[Mapping[str, Any]] = []  # since the last line
 
     def write(self, row: Mapping[str, Any]) -> None:
         if "val_loss" in row:
             log.info(validation_line(row))
             return
+        self._steps.append(row)
+        row = {**row, "tokens_per_second": speed(self._steps)}
         left = seconds_left(row, self.total_tokens)
         self._bar.update(self._task, completed=row["tokens"], line=f"loss {row['loss']:.3f}  {duration(left)} left")
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
             log.info(step_line(row, self.total_tokens))
+            self._steps.clear()
 
     def close(self) -> None:
         self._bar.stop()
+
+
+def speed(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens per second over several steps: one alone may have waited for a disk or another program."""
+    seconds = sum(row["step_seconds"] for row in rows)
+    return sum(row["tokens_per_second"] * row["step_seconds"] for row in rows) / seconds if seconds else 0.0
 
 
 def step_line(row: Mapping[str, Any], total_tokens: int) -> str:

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from components.metrics.console import duration, step_line
+from components.metrics.console import duration, speed, step_line
 from components.metrics.jsonl import JsonLines
 from components.metrics.tensorboard import TensorBoard
 
@@ -59,6 +59,12 @@ def test_line_for_people():
         assert part in line
     assert line.endswith("left 8m06s")
     assert "mfu" not in step_line({**ROW, "mfu": None}, total_tokens=1_000_000)
+
+
+@pytest.mark.quick
+def test_speed_on_the_console_is_that_of_all_steps_since_the_last_line():
+    fast, slow = ({**ROW, "step_seconds": s, "tokens_per_second": 4096 / s} for s in (1.0, 3.0))
+    assert speed([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
 
 
 @pytest.mark.quick

@@ -1,0 +1,110 @@
+"""Draw what runs wrote to metrics.jsonl, one or several in one picture, against tokens.
+
+    python -m tools.plot_runs runs/debug --output debug.svg
+    python -m tools.plot_runs runs/a runs/b --output both.png
+
+Loss (each step faint, its running mean on top, validation as points), learning rate, batch size and gradient norm.
+Needs the `plot` extra. Exit status: 0 done, 2 for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from components.run_directory import RunDirectory
+
+PANELS = {
+    "loss": "loss, nats a token",
+    "lr": "learning rate",
+    "global_batch_size": "batch, samples",
+    "grad_norm": "gradient norm",
+}
+SMOOTHING = 50
+"""The running mean of the loss is over this share of the run: one step in fifty."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.plot_runs", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--output", type=Path, required=True, help="the picture to write: .svg, .png or .pdf")
+    options = parser.parse_args(arguments)
+    try:
+        plot({path.resolve().name: read_rows(path) for path in options.runs}, options.output)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {options.output}")
+    return 0
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run; a half-written last one is left out. Raises ValueError where there are none, or one is no JSON."""
+    metrics = RunDirectory(run).metrics
+    if not metrics.is_file():
+        raise ValueError(f"{run} holds no {metrics.name}: name a run directory, such as runs/debug")
+    rows = []
+    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if line.endswith("\n"):
+                raise ValueError(f"{metrics}:{number} is no JSON") from None
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{metrics} has no finished step yet")
+    return rows
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and up to `window` - 1 before it."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    """One colour a run, one panel a quantity. Raises ValueError without matplotlib, or for an unknown kind of file."""
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams.update({"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False})
+    figure, panels = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    for number, (name, rows) in enumerate(runs.items()):
+        colour = f"C{number}"
+        for axis, key in zip(panels.flat, PANELS, strict=True):
+            steps = [row for row in rows if row.get(key) is not None]
+            tokens, values = [row["tokens"] for row in steps], [row[key] for row in steps]
+            if key == "loss":
+                axis.plot(tokens, values, color=colour, alpha=0.25, linewidth=0.8)
+                axis.plot(tokens, running_mean(values, max(1, len(values) // SMOOTHING)), color=colour, label=name)
+                held_out = [row for row in rows if row.get("val_loss") is not None]
+                axis.plot(
+                    [row["tokens"] for row in held_out], [row["val_loss"] for row in held_out],
+                    "o", color=colour, markeredgecolor="white", label=f"{name}, validation",
+                )  # fmt: skip
+            else:
+                axis.plot(tokens, values, color=colour, linewidth=1.2)
+    for axis, title in zip(panels.flat, PANELS.values(), strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+    panels[0, 0].legend(frameon=False)
+    for axis in panels[1]:
+        axis.set_xlabel("tokens")
+        axis.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
