@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a half-written last one is left out. Raises ValueError where there are none, or one is no JSON."""
+    """The rows of a run, without a half-written last one. Raises ValueError where there is none or one is no JSON."""
     metrics = RunDirectory(run).metrics
     if not metrics.is_file():
         raise ValueError(f"{run} holds no {metrics.name}: name a run directory, such as runs/debug")

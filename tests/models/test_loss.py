@@ -223,5 +223,6 @@ def test_the_logits_of_all_tokens_never_exist_at_a_time(autocast):
     assert ours.largest == chunk * v == n * d  # the logits of a chunk; features and their gradient are no larger here
     # of a chunk: logits, log-softmax and what is added to it; both gradients, float32, and under autocast bf16 copies
     assert ours.peak < 4 * (4 * chunk * v + 2 * (n * d + v * d))
+    assert measure(linear_cross_entropy).largest <= n * v // 8, "nor with the default chunk"
     assert measure(plain).largest == n * v, "the probe sees the logits where they are made"
     assert measure(plain).peak > 4 * n * v > 4 * ours.peak
