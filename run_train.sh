@@ -4,4 +4,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 source "$root/tools/environment.sh"
 use_environment "$root"
-exec "$PYTHON" -m recipes.launch "$@"
+exec "$PYTHON" "$root/recipes/__main__.py" "$@"

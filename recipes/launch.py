@@ -129,7 +129,7 @@ def torchrun(count: Processes, environment: Mapping[str, str], arguments: Sequen
         command += ["--node-rank", environment.get("NODE_RANK", "0")]
         command += ["--master-addr", environment.get("MASTER_ADDR", "127.0.0.1")]
         command += ["--master-port", environment.get("MASTER_PORT", "29500")]
-    return [*command, "-m", "recipes.launch", *arguments]
+    return [*command, str(ROOT / "recipes" / "__main__.py"), *arguments]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -186,7 +186,3 @@ def start_recipe(config: Config, command: Command) -> int:
     except Exception:
         log.critical("the run crashed; the traceback is in log.txt, too", exc_info=True)
         raise
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -124,6 +124,21 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_folders_of_the_same_names_where_one_stands_are_not_taken_for_ours(tiny, tmp_path, processes):
+    for name in ("recipes", "components", "models", "tools"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "__init__.py").write_text(f"raise ImportError('{name} of another project')")
+    done = subprocess.run(
+        [ROOT / "run_train.sh", tiny.recipe, "--training.total_tokens=384"],
+        env={**os.environ, "PYTHON": sys.executable, "NPROC": processes, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 POISON = '''
 import torch
 from models.llama import Llama

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,8 +18,7 @@ LONG = ["--training.total_tokens=40000", "--checkpoint.interval_steps=none"]
 
 def start(tiny, *arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "recipes.launch", str(tiny.recipe), *LONG, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, ROOT / "recipes", str(tiny.recipe), *LONG, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from recipes.config import Override
-from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, torchrun
+from recipes.launch import DEFAULT_CONFIG, ROOT, Processes, UsageError, parse, processes, torchrun
 
 pytestmark = pytest.mark.quick
 
@@ -77,5 +77,5 @@ def test_torchrun_on_several_nodes_gets_what_it_needs():
     text = " ".join(command)
     for part in ("--nproc-per-node 8", "--nnodes 2", "--node-rank 1", "--master-addr node0", "--max-restarts 3"):
         assert part in text
-    assert text.endswith("-m recipes.launch my.toml")
+    assert text.endswith(f"{ROOT}/recipes/__main__.py my.toml")
     assert "--standalone" not in text
