@@ -59,6 +59,15 @@ class Waited(Iterator[T]):
         return item
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory the device has; a machine's, for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def memory_bytes(device: torch.device) -> int:
     """Peak device memory so far on a GPU, resident memory of the process elsewhere."""
     if device.type == "cuda":

@@ -30,6 +30,10 @@ class MicroBatch(Protocol):
         ...
 
 
+class Reduction(Protocol):
+    def before_backward(self, *, last: bool) -> None: ...
+
+
 class TrainStep:
     """Forward, backward, clip and update, on whatever the model was sharded into.
 
@@ -41,31 +45,37 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        world: Ranks,
+        ranks: Ranks,
         *,
+        reduction: Reduction,
         max_grad_norm: float | None,
         arithmetic: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.world = world
+        self.ranks = ranks
+        self.reduction = reduction
         self.max_grad_norm = max_grad_norm
         self.arithmetic = arithmetic
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch], step_tokens: int) -> float:
-        """Gradients of the mean loss over the step's tokens on all ranks; returns that loss, equal on all ranks."""
+    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int, step_tokens: int) -> float:
+        """Gradients of the mean loss over the step's tokens on all ranks; returns that loss, equal on all ranks.
+
+        `count` is the number of this rank's `micro_batches`, `step_tokens` that of the tokens of all ranks.
+        """
         # Reduced gradients are averaged over the ranks; times the number of ranks they are the sum.
-        share = self.world.size / step_tokens
-        total = torch.zeros((), device=self.world.device)
-        for micro_batch in micro_batches:
-            tokens = micro_batch.tokens.to(self.world.device, non_blocking=True)
-            labels = micro_batch.labels.to(self.world.device, non_blocking=True)
+        share = self.ranks.size / step_tokens
+        total = torch.zeros((), device=self.ranks.device)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            tokens = micro_batch.tokens.to(self.ranks.device, non_blocking=True)
+            labels = micro_batch.labels.to(self.ranks.device, non_blocking=True)
             with self.arithmetic():
                 loss = self.model(tokens, labels)
+            self.reduction.before_backward(last=number == count)
             (loss * share).backward()
             total += loss.detach()
-        return float(self.world.sum(total)) / step_tokens
+        return float(self.ranks.sum(total)) / step_tokens
 
     def clip(self) -> float:
         """Scale the gradients down to max_grad_norm; returns their global norm as it was."""

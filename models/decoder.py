@@ -13,13 +13,14 @@ B batch, T sequence, D model width, H query heads, K key-value heads, C head wid
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialise import fill_normal
-from models.loss import linear_cross_entropy
+from models.loss import AcrossVocabulary, linear_cross_entropy
 from models.rope import rope_frequencies, rope_table, rotate
 from models.sizes import Size
 
@@ -153,6 +154,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BTD, (self.dim,), self.weight, self.eps)
 
 
+class VocabularyShard(AcrossVocabulary, Protocol):
+    """What a plan sets on a head whose process holds only some rows of the vocabulary."""
+
+    def local(self, x_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Both as this process has them, and the number of its first row."""
+        ...
+
+
 class Head(nn.Linear):
     """The output projection, as logits or straight as the loss.
 
@@ -164,9 +173,15 @@ class Head(nn.Linear):
         super().__init__(dim, vocab_size, bias=False)
         if tied:
             self.register_parameter("weight", None)
+        self.vocabulary: VocabularyShard | None = None
 
     def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None, tied_weight_VD: Tensor | None = None) -> Tensor:
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
         if labels_BT is None:
             return F.linear(x_BTD, weight_VD)
-        return linear_cross_entropy(x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten())
+        first = 0
+        if self.vocabulary is not None:
+            x_BTD, weight_VD, first = self.vocabulary.local(x_BTD, weight_VD)
+        return linear_cross_entropy(
+            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), first=first, across=self.vocabulary
+        )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from components.quantities import PositiveCount
 from models.decoder import Decoder
+from models.plan import Plan, plan
 from models.rope import RopeScaling
 from models.sizes import SIZES, Size, SizeName
 
@@ -75,6 +76,15 @@ class Llama:
         """The size after overrides."""
         overrides = {field.name: getattr(self, field.name) for field in fields(Size)}
         return replace(SIZES[self.size], **{key: value for key, value in overrides.items() if value is not None})
+
+    def plan(self, *, tp: int) -> Plan:
+        """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""
+        shape = self.shape
+        if shape.kv_heads % tp:
+            raise ValueError(f"kv_heads: {shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
+        if shape.ffn_dim % tp:
+            raise ValueError(f"ffn_dim: {shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
+        return plan(shape.layers, tied=shape.tied_embeddings)
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
         """The decoder on the current device, with weights still to be set by `init_weights(seed)` or a checkpoint.

@@ -82,7 +82,7 @@ class LanguageModel(Protocol):
     """What [model] builds: an `nn.Module` with these methods besides.
 
     Its `forward(tokens (B, T))` gives logits (B, T, V), and `forward(tokens, labels (B, T))` the summed loss (). Blocks
-    in a container named `layers`, if it has one, are sharded and compiled one by one.
+    in a container named `layers`, if it has one, are compiled and checkpointed one by one.
     """
 
     def init_weights(self, seed: int) -> None:
@@ -95,6 +95,24 @@ class LanguageModel(Protocol):
 
     def lr_multiplier(self, name: str) -> float:
         """Factor on the learning rate of the parameter `name`."""
+        ...
+
+
+class Plan(Protocol):
+    """How a model is divided among processes, by the names of its modules."""
+
+    tensor_parallel: Mapping[str, str]
+    """Module name, with * for one part of it, to a style of components/parallel/tensor_parallel.py."""
+    units: Sequence[Sequence[str]]
+    """Groups of modules whose weights are gathered together, in the order of use. The rest is gathered for all."""
+
+
+@runtime_checkable
+class HasPlan(Protocol):
+    """A [model] that says how it is divided. One that does not is gathered whole, and cannot be tensor-parallel."""
+
+    def plan(self, *, tp: int) -> Plan:
+        """Raises ValueError if it cannot be divided among `tp` tensor-parallel ranks."""
         ...
 
 

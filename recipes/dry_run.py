@@ -39,9 +39,10 @@ def describe(config: Config, world_size: int) -> str:
     with blame(config, "model"), torch.device("meta"):
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=training.sequence_length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    _, shards = recipe.parallel.sizes(world_size)
+    sizes = recipe.parallel.sizes(world_size)
+    shards = sizes.dp_shard * sizes.tp
     flops = model.flops_per_token(training.sequence_length)
-    layout = BatchLayout(training.micro_batch_size, world_size)
+    layout = BatchLayout(training.micro_batch_size, world_size // sizes.tp)
     landmarks = list(play(recipe, layout))
     lines = [
         f"run            {recipe.run.directory}",

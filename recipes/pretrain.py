@@ -24,16 +24,18 @@ from components.clock import Clock
 from components.data.loader import MicroBatchLoader
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
-from components.parallel.data_parallel import Parallel
+from components.parallel import fsdp, tensor_parallel
+from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.quantities import format_count
+from components.recompute import recompute
 from components.run_directory import RunDirectory
 from components.stop_signal import StopSignal
-from components.throughput import Waited, memory_bytes, peak_flops
+from components.throughput import Waited, device_memory, memory_bytes, peak_flops
 from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.config import Config
-from recipes.contracts import BatchPolicy, Data, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
@@ -70,6 +72,16 @@ class Pretrain:
                 "lr_schedule.warmup_tokens",
                 f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
             )
+        tp = self.parallel.tp
+        if self.training.sequence_length % tp:
+            yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} cannot be divided by {tp}"
+        if isinstance(self.model, HasPlan):
+            try:
+                self.model.plan(tp=tp)
+            except ValueError as error:
+                yield "parallel.tp", str(error)
+        elif tp > 1:
+            yield "parallel.tp", f"{type(self.model).__name__} has no plan(tp) to divide it by"
 
     def main(self, config: Config, resume: Resume | None) -> int:
         """Run to the end, or to a signal; returns the exit status."""
@@ -102,7 +114,9 @@ class TrainingRun:
         self.sequence_length = training.sequence_length
         self.precision = precision.resolve(training.precision, device)
         self.clock = Clock(training.total_tokens, training.sequence_length)
-        self.layout = BatchLayout(training.micro_batch_size, self.world.size)
+        self.parallel = recipe.parallel.build(self.world)
+        self.ranks = self.parallel.data
+        self.layout = BatchLayout(training.micro_batch_size, self.ranks.size)
 
         with blame(config, "tokenizer"):
             tokenizer = recipe.tokenizer.build()
@@ -135,7 +149,10 @@ class TrainingRun:
         self.step = TrainStep(
             model,
             optimizer,
-            self.world,
+            self.ranks,
+            reduction=fsdp.GradientReduction(
+                model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
+            ),
             max_grad_norm=training.max_grad_norm,
             arithmetic=lambda: precision.autocast(self.precision, device),
         )
@@ -151,8 +168,8 @@ class TrainingRun:
             self.samples,
             seed=recipe.run.seed,
             micro_batch_size=training.micro_batch_size,
-            dp_rank=self.world.rank,
-            dp_size=self.world.size,
+            dp_rank=self.ranks.rank,
+            dp_size=self.ranks.size,
             start=self.clock.samples,
             num_workers=training.loader_workers,
             pin_memory=device.type == "cuda",
@@ -180,7 +197,7 @@ class TrainingRun:
             batch = self.layout.fit(self.recipe.batch.samples(self.clock))
             step_tokens = batch.samples * self.sequence_length
             micro_batches = Waited(self.loader.next_step(batch.micro_batches))
-            loss = self.step.accumulate(micro_batches, step_tokens)
+            loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens)
             grad_norm = self.step.clip()
             lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
             if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -261,7 +278,7 @@ class TrainingRun:
 
     def validate(self) -> None:
         if self.validation is not None:
-            numbers = self.validation.evaluate(self.model, self.world, self.step.arithmetic)
+            numbers = self.validation.evaluate(self.model, self.ranks, self.step.arithmetic)
             self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **numbers})
 
     def save(self) -> None:
@@ -297,18 +314,19 @@ class TrainingRun:
         return checkpoint
 
     def _shard(self, model: nn.Module) -> None:
-        """Compile and shard the model, block by block, while it has no storage."""
+        """Divide the model while it has no storage; the order is that in which the parts wrap one another."""
+        training, recipe = self.recipe.training, self.recipe.model
         blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
-        if self.recipe.training.compile:
+        plan = recipe.plan(tp=self.recipe.parallel.tp) if isinstance(recipe, HasPlan) else None
+        if self.parallel.tp is not None and plan is not None:
+            tensor_parallel.split(model, plan.tensor_parallel, self.parallel.tp)
+        recompute(blocks or [model], training.activation_checkpoint)
+        if training.compile:
             for block in blocks or [model]:
                 block.compile()
-        self.recipe.parallel.shard(
-            model,
-            blocks,
-            world_size=self.world.size,
-            device_type=self.world.device.type,
-            compute_dtype=precision.dtype_of(self.precision),
-        )
+        if self.parallel.fsdp is not None:
+            units = plan.units if plan is not None else []
+            fsdp.shard(model, units, self.parallel.fsdp, precision.dtype_of(self.precision))
 
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)

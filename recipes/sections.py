@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from components.parallel.fsdp import Accumulation
 from components.precision import Precision
 from components.quantities import Count, PositiveCount, Tokens
+from components.recompute import Recompute
 
 
 def default_cache() -> Path:
@@ -56,6 +58,10 @@ class Training:
     """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
     compile: bool = False
     """torch.compile every block of the model."""
+    activation_checkpoint: Recompute = "none"
+    """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
+    accumulation: Accumulation = "auto"
+    """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient norm that is not finite: stop the run, or leave that step's update out."""
     loader_workers: Count = 0

@@ -22,6 +22,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    joined: bool = False
 
     @classmethod
     def start(cls, device_type: str) -> World:
@@ -37,14 +38,15 @@ class World:
                 raise ValueError(f"process {local} of this node has no GPU: {torch.cuda.device_count()} visible")
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        if size > 1:
+        joins = size > 1 and not dist.is_initialized()
+        if joins:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        return cls(rank, size, device)
+        return cls(rank, size, device, joins)
 
     def stop(self) -> None:
-        """Leave the process group."""
-        if self.size > 1 and dist.is_initialized():
+        """Leave the process group, if `start` joined it: one that was there before is its owner's."""
+        if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
