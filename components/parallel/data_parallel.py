@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,6 +14,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from components.quantities import PositiveCount
 
 
+class Sizes(NamedTuple):
+    """Ranks along each way of dividing the work; their product is the number of processes."""
+
+    dp_replicate: int
+    dp_shard: int
+    tp: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """[parallel]: how the processes of a run divide the work; their product is the number of processes."""
@@ -22,22 +30,25 @@ class Parallel:
     """Data-parallel replicas: each holds the whole model, in shards."""
     dp_shard: Annotated[int, Field(ge=-1)] = -1
     """Data-parallel ranks that share one replica's parameters, gradients and optimizer state; -1: the rest."""
+    tp: PositiveCount = 1
+    """Tensor-parallel ranks: each holds a slice of every matrix."""
 
     def __post_init__(self) -> None:
         if self.dp_shard == 0:
             raise ValueError("dp_shard: 1 or more, or -1 for the rest")
 
-    def sizes(self, world_size: int) -> tuple[int, int]:
-        """(replicas, shards) of a run of `world_size` processes. Raises ValueError, with the arithmetic."""
+    def sizes(self, world_size: int) -> Sizes:
+        """The ranks along each axis, for a run of `world_size` processes. Raises ValueError, with the arithmetic."""
         shards = self.dp_shard
         if shards == -1:
-            shards = world_size // self.dp_replicate
-        if self.dp_replicate * shards != world_size or shards < 1:
+            shards = world_size // (self.dp_replicate * self.tp)
+        if self.dp_replicate * shards * self.tp != world_size or shards < 1:
+            by_tp = f" x {self.tp} (tp)" if self.tp > 1 else ""
             raise ValueError(
-                f"dp_shard: {self.dp_replicate} (dp_replicate) x {self.dp_shard} (dp_shard) "
-                f"is not the {world_size} processes of this run; dp_shard = -1 takes what dp_replicate leaves"
+                f"dp_shard: {self.dp_replicate} (dp_replicate) x {self.dp_shard} (dp_shard){by_tp} "
+                f"is not the {world_size} processes of this run; dp_shard = -1 takes what the others leave"
             )
-        return self.dp_replicate, shards
+        return Sizes(self.dp_replicate, shards, self.tp)
 
     def shard(
         self,
@@ -51,7 +62,7 @@ class Parallel:
         """Shard `model` in place, one FSDP unit per block and one for the rest. One process: nothing to do."""
         if world_size == 1:
             return
-        replicas, shards = self.sizes(world_size)
+        replicas, shards, _ = self.sizes(world_size)
         mesh = init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
         precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
         for block in blocks:
