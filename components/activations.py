@@ -82,7 +82,7 @@ def count(
     """
     with torch.device("meta"):
         model = copy.deepcopy(model).to(device="meta", dtype=parameter_dtype)
-    autocast = nullcontext() if compute_dtype == parameter_dtype == torch.float32 else torch.autocast("cpu", compute_dtype)
+    autocast = nullcontext() if compute_dtype == torch.float32 else torch.autocast("cpu", compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
@@ -139,7 +139,8 @@ class _Ledger(TorchDispatchMode):
 
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self._block = name
-        self._inputs[name] = sum(_nbytes(tensor) for tensor in arguments if isinstance(tensor, Tensor) and tensor.requires_grad)
+        tensors = (tensor for tensor in arguments if isinstance(tensor, Tensor))
+        self._inputs[name] = sum(_nbytes(tensor) for tensor in tensors if tensor.requires_grad)
 
     def _leave(self) -> None:
         self._block = ""

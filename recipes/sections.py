@@ -59,7 +59,7 @@ class Training:
     activation_checkpoint: Literal["none", "full", "selective"] | PositiveCount = "none"
     """What of a block is computed again in backward instead of kept; a number n: all of every n-th block."""
     accumulation: Literal["reduce", "local", "auto"] = "auto"
-    """Gradients of a step: reduced with every micro-batch, or summed unsharded and reduced once (4 bytes a parameter)."""
+    """Gradients of a step: reduced every micro-batch, or summed unsharded, 4 bytes a parameter, and reduced once."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient norm that is not finite: stop the run, or leave that step's update out."""
     loader_workers: Count = 0
