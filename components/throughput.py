@@ -51,15 +51,15 @@ def named_device(name: str) -> Device:
     if name.lower() == "cpu":
         import psutil
 
-        flops = max(peak_flops(torch.device("cpu"), dtype) or 0 for dtype in (torch.float32, torch.bfloat16))
-        return Device("cpu", flops, psutil.virtual_memory().total)
+        measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
+        return Device("cpu", max(measured), psutil.virtual_memory().total)
     plain = name.lower().replace("-", " ").replace("_", " ")
-    flops = next((value for part, value in DENSE_BF16_FLOPS.items() if part.lower() in plain), None)
+    peak = next((value for part, value in DENSE_BF16_FLOPS.items() if part.lower() in plain), None)
     memory = next((value for part, value in MEMORY_GB.items() if part.lower() in plain), None)
-    if flops is None or memory is None:
+    if peak is None or memory is None:
         known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
         raise ValueError(f"{name} is no device we know; one of {known}")
-    return Device(name, flops, memory * 10**9)
+    return Device(name, peak, memory * 10**9)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -63,7 +63,7 @@ def play(recipe: Any, layout: BatchLayout) -> Course:
             why.append("first")
         elif batch.samples != last.batch:
             why.append("batch")
-        if 0 < warmup and tokens < warmup <= tokens + step_tokens:
+        if tokens < warmup <= tokens + step_tokens:
             why.append("warmed up")
         if tokens * 10 // clock.total_tokens > tenths:
             tenths = tokens * 10 // clock.total_tokens

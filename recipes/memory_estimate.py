@@ -120,8 +120,9 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, float]:
 
 def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str) -> int:
     """Memory of the head and the loss: what the model says, else float32 logits, log-probabilities and gradients."""
-    if hasattr(model, "loss_bytes"):
-        return int(model.loss_bytes(tokens, element_bytes=element_bytes, device_type=device_type))
+    told: Any = getattr(model, "loss_bytes", None)
+    if told is not None:
+        return int(told(tokens, element_bytes=element_bytes, device_type=device_type))
     return tokens * int(getattr(model, "vocab_size", 0)) * 12
 
 
