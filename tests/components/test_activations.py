@@ -43,9 +43,9 @@ def really_kept(compute_dtype: torch.dtype) -> int:
 
     tokens = torch.randint(500, (BATCH, LENGTH))
     bf16 = compute_dtype == torch.bfloat16
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model(tokens, tokens)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(tokens, tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -92,6 +92,13 @@ def test_tensor_parallel_ranks_share_all_but_two_gathered_inputs():
 def test_the_model_is_left_as_it_was():
     with torch.device("meta"):
         model = Decoder(SIZE, 500)
-    count(model, NAMES, micro_batch_size=1, sequence_length=8, parameter_dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    count(
+        model,
+        NAMES,
+        micro_batch_size=1,
+        sequence_length=8,
+        parameter_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+    )
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float32)}
     assert not model.layers["0"]._forward_hooks
