@@ -35,8 +35,8 @@ usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--
                         =DEVICE[@MFU] reckons with one device and utilisation: H100, A100@45%, cpu, @0.5
   --help                this text
 
-environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1);
-             NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
+environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1;
+             a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
 """
 
 

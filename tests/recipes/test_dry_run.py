@@ -138,7 +138,8 @@ def test_what_is_foreseen(tiny, arguments, key, level, said):
 
 
 def test_tensor_parallelism_that_divides_nothing_is_an_error(tiny):
-    level, message = told(tiny, "--parallel.tp=4", "--training.sequence_length=26", processes=4)["parallel.tp"]
+    heads = ["--model.heads=4", "--model.kv_heads=4"]
+    level, message = told(tiny, "--parallel.tp=4", *heads, "--training.sequence_length=26", processes=4)["parallel.tp"]
     assert (level, message) == ("error", "4 ranks cannot share a sequence of 26 tokens equally")
     level, message = told(tiny, "--parallel.tp=2", processes=4)["parallel.tp"]
     assert message == "2 ranks cannot share 1 kv_heads equally"
