@@ -61,6 +61,8 @@ class Checkpoint:
     """How many of the newest to keep; "none": all."""
     keep_every: PositiveCount | None = None
     """Checkpoints whose step is a multiple of this are kept for good."""
+    async_save: bool = False
+    """Copy to the host and write while training goes on."""
 
     def build(self, directory: Path, world: Ranks) -> CheckpointStore:
         return CheckpointStore(directory, world, keep_last=self.keep_last, keep_every=self.keep_every)

@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from components.quantities import PositiveCount
 
 Recompute = Literal["none", "full", "selective"] | PositiveCount
 
 _aten = torch.ops.aten
-_ATTENTION = {
+_COSTLY = [
     getattr(_aten, name).default
     for name in (
+        "mm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention",
@@ -25,20 +26,19 @@ _ATTENTION = {
         "_scaled_dot_product_attention_math",
     )
     if hasattr(_aten, name)
-}
-_MATRIX_PRODUCT = _aten.mm.default
+]
 
 
 def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
     """Let `blocks` drop activations, in place and without renaming any parameter.
 
     `full`: every block keeps its input only. A number n: every n-th block does. `selective`: every block keeps what is
-    costly to compute again, attention and every second matrix product. The numbers computed are the same in all.
+    costly to compute again, the results of attention and matrix products. The numbers computed are the same in all.
     """
     if mode == "none":
         return
-    for index, block in enumerate(blocks):
-        if isinstance(mode, int) and index % mode:
+    for number, block in enumerate(blocks, 1):
+        if isinstance(mode, int) and number % mode:
             continue
         contexts = {"context_fn": _selective} if mode == "selective" else {}
         block.forward = partial(_checkpointed, block.forward, contexts)
@@ -50,14 +50,5 @@ def _checkpointed(forward: Callable[..., Any], contexts: dict[str, Any], *args: 
 
 
 def _selective() -> tuple[Any, Any]:
-    products = {False: 0, True: 0}  # in forward, in recomputation
-
-    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        keep = operation in _ATTENTION
-        if operation == _MATRIX_PRODUCT:
-            products[context.is_recompute] += 1
-            keep = products[context.is_recompute] % 2 == 1
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_COSTLY)
     return contexts

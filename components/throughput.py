@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,44 @@ DENSE_BF16_FLOPS = {
     "RTX 3090": 71e12,
 }
 """Vendors' dense bf16 peak of one device, by a part of its name; the first match counts."""
+
+MEMORY_GB = {
+    "B200": 180,
+    "H200": 141,
+    "H100": 80,
+    "A100 40GB": 40,
+    "A100": 80,
+    "L40S": 48,
+    "RTX 4090": 24,
+    "RTX 3090": 24,
+}
+"""Vendors' memory of one device in 10^9 bytes, by a part of its name; the first match counts."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one process computes on."""
+
+    name: str
+    flops: float
+    """Peak matrix FLOP/s in bf16 (a CPU: in the fastest it has)."""
+    memory_bytes: int
+
+
+def named_device(name: str) -> Device:
+    """A device by name, case aside: one of the tables above, or `cpu`, this machine. Raises ValueError."""
+    if name.lower() == "cpu":
+        import psutil
+
+        measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
+        return Device("cpu", max(measured), psutil.virtual_memory().total)
+    plain = name.lower().replace("-", " ").replace("_", " ")
+    peak = next((value for part, value in DENSE_BF16_FLOPS.items() if part.lower() in plain), None)
+    memory = next((value for part, value in MEMORY_GB.items() if part.lower() in plain), None)
+    if peak is None or memory is None:
+        known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
+        raise ValueError(f"{name} is no device we know; one of {known}")
+    return Device(name, peak, memory * 10**9)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

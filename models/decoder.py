@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.initialise import fill_normal
-from models.loss import AcrossVocabulary, linear_cross_entropy
+from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
 from models.rope import rope_frequencies, rope_table, rotate
 from models.sizes import Size
 
@@ -84,6 +84,12 @@ class Decoder(nn.Module):
         head = self.vocab_size * self.size.dim
         attention = self.size.layers * self.size.heads * self.size.head_width * sequence_length
         return 6.0 * (matrices + head) + 12.0 * attention
+
+    def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str) -> int:
+        """Memory the head and the loss need of their own, in bytes, for the `tokens` of a micro-batch."""
+        return working_bytes(
+            tokens, self.vocab_size, self.size.dim, element_bytes=element_bytes, device_type=device_type
+        )
 
 
 class Block(nn.Module):

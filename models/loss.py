@@ -27,6 +27,26 @@ class AcrossVocabulary(Protocol):
     def sum(self, tensor: Tensor) -> Tensor: ...
 
 
+def default_chunk(device_type: str) -> int:
+    """Tokens whose logits exist at one time."""
+    # CPU: 256 tokens were best or within 3 % of it for every vocabulary of 2,048 to 32,000 (128 to 2,048 measured).
+    return 256 if device_type == "cpu" else 2048
+
+
+def working_bytes(tokens: int, vocab_size: int, dim: int, *, element_bytes: int, device_type: str) -> int:
+    """The most memory `linear_cross_entropy` holds at once, beyond its arguments; `element_bytes`: of the products.
+
+    The gradients of its two inputs, and the larger of two moments in a chunk: its logits and log-probabilities beside
+    those of the chunk before, or, where products are not exact, its share of the weight's gradient.
+    """
+    exact = element_bytes >= 4
+    rows = min(tokens, default_chunk(device_type))
+    before = 0 if rows == tokens else 4 if exact else 6
+    logits = rows * vocab_size * ((8 if exact else 10) + before)
+    share = 0 if exact else vocab_size * (rows * 6 + dim * element_bytes)
+    return tokens * dim * element_bytes + vocab_size * dim * 4 + max(logits, share)
+
+
 @torch.compiler.disable  # the gradients that forward leaves on the context are more than the compiler traces
 def linear_cross_entropy(
     x_ND: Tensor,
@@ -48,8 +68,7 @@ def linear_cross_entropy(
 
     Differentiable once, in `x_ND` and `weight_VD`; a second backward through the same call raises RuntimeError.
     """
-    # CPU: 256 tokens were best or within 3 % of it for every vocabulary of 2,048 to 32,000 (128 to 2,048 measured).
-    chunk_tokens = chunk_tokens or (256 if x_ND.device.type == "cpu" else 2048)
+    chunk_tokens = chunk_tokens or default_chunk(x_ND.device.type)
     with_gradients = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, chunk_tokens, with_gradients, first, across)
     return loss

@@ -1,81 +1,132 @@
-"""What a run would be, worked out without weights, data or a GPU."""
+"""`--dry-run`: print what a run would be, and what would go wrong with it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from components.batch.layout import BatchLayout
-from components.clock import Clock
 from components.quantities import format_count
-from recipes.config import Config
-from recipes.errors import blame
+from components.throughput import Device, named_device
+from recipes.config import Config, ConfigError
+from recipes.config.problems import Problem
+from recipes.foresee import foresee
+from recipes.memory_estimate import Memory
+from recipes.plan import Claim, Plan, make_plan
 
-log = logging.getLogger("powertrain")
-
-BYTES_PER_PARAMETER = {"parameters": 4, "gradients": 4, "AdamW moments": 8}
-"""Float32 masters, gradients and two moments; all of it is sharded over dp_shard."""
-
-
-@dataclass(frozen=True)
-class Landmark:
-    """A step worth showing."""
-
-    step: int
-    tokens: int
-    batch: int
-    lr: float
+SHOWN_DEVICES = ("A100", "H100", "H200", "B200")
+"""Whose memory and time are shown where no device is named."""
 
 
-def describe(config: Config, world_size: int) -> str:
-    """A table for people; the batch policy is played through the whole run, told nothing of any gradient."""
-    recipe = config.recipe
-    training = recipe.training
-    with blame(config, "tokenizer"):
-        vocab_size = recipe.tokenizer.build().vocab_size
-    with blame(config, "model"), torch.device("meta"):
-        model = recipe.model.build(vocab_size=vocab_size, sequence_length=training.sequence_length)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sizes = recipe.parallel.sizes(world_size)
-    shards = sizes.dp_shard * sizes.tp
-    flops = model.flops_per_token(training.sequence_length)
-    layout = BatchLayout(training.micro_batch_size, world_size // sizes.tp)
-    landmarks = list(play(recipe, layout))
-    lines = [
-        f"run            {recipe.run.directory}",
-        f"model          {format_count(parameters)} parameters, vocabulary {vocab_size}",
-        f"processes      {world_size}, {shards} to a replica",
-    ]
-    for what, size in BYTES_PER_PARAMETER.items():
-        lines.append(f"{what:<15}{parameters * size / shards / 2**20:,.0f} MiB a rank")
-    lines += [
-        f"batch          multiples of {layout.unit}: {layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch",
-        f"tokens         {format_count(training.total_tokens)} in {landmarks[-1].step} steps",
-        f"FLOPs          {flops:.3g} a token, {flops * training.total_tokens:.3g} in all",
-        "",
-        f"{'step':>10} {'tokens':>14} {'batch':>7} {'lr':>10}",
-    ]
-    lines += [f"{mark.step:>10} {mark.tokens:>14,} {mark.batch:>7} {mark.lr:>10.3g}" for mark in thin(landmarks)]
-    return "\n".join(lines)
+def main(config: Config, world_size: int, claim: Claim) -> int:
+    """Print plan and problems; returns the exit status: 2 when the run is impossible."""
+    try:
+        plan = make_plan(config, world_size, claim)
+    except ConfigError as error:
+        print("\n".join(["problems", *(_labelled("error", problem) for problem in error.problems)]))
+        return 2
+    found = [(item.level, _labelled(item.level, config.problem(item.key, item.message))) for item in foresee(plan)]
+    print("\n".join([*report(plan), "", "problems", *([text for _, text in found] or ["  none foreseen"])]))
+    return 2 if any(level == "error" for level, _ in found) else 0
 
 
-def play(recipe: object, layout: BatchLayout) -> Iterator[Landmark]:
-    """Every step of the run as batch policy and schedule would have it."""
-    training = recipe.training  # type: ignore[attr-defined]
-    clock = Clock(training.total_tokens, training.sequence_length)
-    while not clock.done:
-        batch = layout.fit(recipe.batch.samples(clock))  # type: ignore[attr-defined]
-        step_tokens = batch.samples * training.sequence_length
-        lr = recipe.lr_schedule.lr(clock.tokens, step_tokens, clock.total_tokens)  # type: ignore[attr-defined]
-        yield Landmark(clock.step + 1, clock.tokens, batch.samples, lr)
-        clock.advance(batch.samples)
+def report(plan: Plan) -> Iterator[str]:
+    """The plan in lines."""
+    yield from _run(plan)
+    yield ""
+    yield from _memory(plan)
+    yield ""
+    yield from _course(plan)
+    yield ""
+    yield from _devices(plan)
 
 
-def thin(landmarks: list[Landmark]) -> list[Landmark]:
-    """First, last, every tenth of the run, and every step at which the batch changes."""
-    tenths = {round(i * (len(landmarks) - 1) / 10) for i in range(11)}
-    changes = {i for i in range(1, len(landmarks)) if landmarks[i].batch != landmarks[i - 1].batch}
-    return [landmarks[i] for i in sorted(tenths | changes)]
+def _run(plan: Plan) -> Iterator[str]:
+    recipe, course, layout = plan.recipe, plan.course, plan.layout
+    length = recipe.training.sequence_length
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    matrices = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.ndim > 1)
+    replicas, shards, tp = plan.sizes
+    unit = f"{layout.unit} = {layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
+    yield f"run            {recipe.run.directory}"
+    yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
+    yield f"processes      {plan.world_size} = {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp)"
+    yield f"batch          multiples of {unit}"
+    yield (
+        f"length         {format_count(course.tokens)} tokens = {course.samples:,} samples of {length:,}, "
+        f"in {course.steps:,} steps; mean batch {course.mean_batch:,.0f}"
+    )
+    if plan.epoch_tokens:
+        epochs = course.tokens / plan.epoch_tokens
+        yield f"data           about {format_count(plan.epoch_tokens)} tokens: {epochs:.3g} epochs"
+    yield f"FLOPs          {plan.flops_per_token:.4g} a token, {plan.flops:.4g} in all"
+    if isinstance(plan.memory, Memory):
+        kept = recipe.checkpoint.keep_last
+        how_many = "all kept" if kept is None else f"the last {kept} kept"
+        yield f"checkpoint     {_size(plan.memory.state_bytes)}, {how_many}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    memory = plan.memory
+    if isinstance(memory, str):
+        yield f"memory         {memory}"
+        return
+    name = "bf16" if plan.dtype == torch.bfloat16 else "float32"
+    yield f"memory of a rank, products in {name}"
+    for what, (size, why) in memory.parts.items():
+        yield f"  {what:<17}{_size(size):>10}  {why}"
+    yield f"  {'at most':<17}{_size(memory.peak):>10}  at one moment, roughly"
+    if memory.local_gradients:
+        mode = plan.recipe.training.accumulation
+        where = {
+            "auto": f"where a device has {_size(10 * memory.local_gradients)} or more",
+            "local": "for sure",
+            "reduce": 'with accumulation = "local"',
+        }[mode]
+        yield f"  {'and besides':<17}{_size(memory.local_gradients):>10}  of unsharded gradients, {where}"
+
+
+def _course(plan: Plan) -> Iterator[str]:
+    length = plan.recipe.training.sequence_length
+    yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
+    for mark in plan.course.landmarks:
+        yield (
+            f"{mark.step:>10,} {mark.tokens:>16,} {mark.batch:>7,} {format_count(mark.batch * length):>12} "
+            f"{mark.micro_batches:>6,} {mark.lr:>10.3g}  {mark.why}"
+        )
+
+
+def _devices(plan: Plan) -> Iterator[str]:
+    device = plan.claim.device
+    devices = [named_device(name) for name in SHOWN_DEVICES] if device is None else [device]
+    yield f"at {plan.claim.mfu:.0%} MFU on {plan.world_size}  {'time':>9} {'device-hours':>13}  memory of a rank"
+    for each in devices:
+        seconds = plan.seconds_on(each)
+        hours = f"{seconds * plan.world_size / 3600:,.1f}"
+        yield f"  {each.name:<16} {_duration(seconds):>9} {hours:>13}  {_fit(plan, each)}"
+
+
+def _fit(plan: Plan, device: Device) -> str:
+    if isinstance(plan.memory, str):
+        return "unknown"
+    needed = plan.peak_on(plan.memory, device)
+    locally = plan.memory.local_gradients and plan.accumulates_locally(plan.memory, device)
+    verdict = "fits" if needed <= device.memory_bytes else "does not fit"
+    how = ', accumulation = "local"' if locally else ""
+    return f"{needed / 1e9:,.1f} of {device.memory_bytes / 1e9:,.0f} GB: {verdict}{how}"
+
+
+def _labelled(level: str, problem: Problem) -> str:
+    first, *rest = str(problem).splitlines()
+    return "\n".join([f"  {level:<8} {first}", *(f"  {'':<8} {line}" for line in rest)])
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,6 +1,7 @@
 """The command line: one recipe, resolved once, then run in one process or in many.
 
-    launch [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run]
+    launch [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]
+           [--dry-run[=DEVICE[@MFU]]]
 
 Exit status: 0 done; 2 bad configuration or input; 128 + signal when stopped by one after saving; 1 anything else.
 """
@@ -23,17 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
 
 HELP = f"""\
-usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run]
+usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]
+                    [--dry-run[=DEVICE[@MFU]]]
 
   CONFIG.toml           the recipe; without one: {DEFAULT_CONFIG.relative_to(ROOT)}
   --section.key=value   set a key of the recipe ("--section.key value" does, too)
   --resume[=PATH]       continue from the newest checkpoint of this run, or from the checkpoint or run directory PATH
   --print-config        print the resolved recipe as TOML, with where each value comes from, and stop
-  --dry-run             say what the run would be: parameters, memory, steps, rates; start nothing
+  --dry-run             say what the run would be: parameters, memory, steps, rates, time, problems; start nothing.
+                        =DEVICE[@MFU] reckons with one device and utilisation: H100, A100@45%, cpu, @0.5
   --help                this text
 
-environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1);
-             NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
+environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1;
+             a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
 """
 
 
@@ -50,7 +53,8 @@ class Command:
     resume: bool = False
     resume_path: Path | None = None
     print_config: bool = False
-    dry_run: bool = False
+    dry_run: str | None = None
+    """DEVICE@MFU; empty if neither was given, None without --dry-run."""
     help: bool = False
 
 
@@ -59,13 +63,17 @@ def parse(arguments: Sequence[str]) -> Command:
     configs: list[Path] = []
     overrides: list[Override] = []
     flags: dict[str, bool] = {}
-    resume_path = None
+    resume_path, dry_run = None, None
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
         if argument in ("--print-config", "--dry-run", "--help", "-h", "--resume"):
             flags[argument.strip("-").replace("-", "_")] = True
+        elif name == "--dry-run":
+            if not value:
+                raise UsageError("--dry-run= needs a device, as in --dry-run=H100; --dry-run alone shows several")
+            dry_run = value
         elif name == "--resume":
             if not value:
                 raise UsageError("--resume= needs a path; --resume alone takes the newest checkpoint of this run")
@@ -88,7 +96,7 @@ def parse(arguments: Sequence[str]) -> Command:
         resume=flags.get("resume", False),
         resume_path=resume_path,
         print_config=flags.get("print_config", False),
-        dry_run=flags.get("dry_run", False),
+        dry_run=dry_run if dry_run is not None else "" if "dry_run" in flags else None,
         help=flags.get("help", False) or flags.get("h", False),
     )
 
@@ -155,18 +163,27 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     in_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker else processes(os.environ)
+    if command.dry_run is not None:
+        return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size)
-    if command.dry_run:
-        from recipes.dry_run import describe
-
-        print(describe(config, count.world_size))
-        return 0
     if not in_worker and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
         start = torchrun(count, os.environ, arguments)
         os.execv(start[0], start)
     return start_recipe(config, command)
+
+
+def start_dry_run(config: Config, count: Processes, text: str) -> int:
+    """In this process, whatever the number of processes claimed."""
+    from recipes import dry_run
+    from recipes.plan import Claim
+
+    try:
+        claim = Claim.parse(text)
+    except ValueError as error:
+        raise UsageError(f"--dry-run: {error}") from None
+    return dry_run.main(config, count.world_size, claim)
 
 
 def start_recipe(config: Config, command: Command) -> int:

@@ -154,7 +154,7 @@ class TrainingRun:
                 model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
             ),
             max_grad_norm=training.max_grad_norm,
-            arithmetic=lambda: precision.autocast(self.precision, device),
+            arithmetic=lambda: precision.autocast("float32" if self.parallel.fsdp else self.precision, device),
         )
         self.tensors = TrainingTensors(model, optimizer, self.world)
         self.store = recipe.checkpoint.build(directory.checkpoints, self.world)

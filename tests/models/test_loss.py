@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.loss import IGNORE, linear_cross_entropy
+from models.loss import IGNORE, linear_cross_entropy, working_bytes
 
 pytestmark = pytest.mark.quick
 
@@ -226,3 +226,13 @@ def test_the_logits_of_all_tokens_never_exist_at_a_time(autocast):
     assert measure(linear_cross_entropy).largest <= n * v // 8, "nor with the default chunk"
     assert measure(plain).largest == n * v, "the probe sees the logits where they are made"
     assert measure(plain).peak > 4 * n * v > 4 * ours.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "v", "d"), [(1024, 1000, 64), (100, 500, 64), (2048, 300, 1024)])
+def test_working_bytes_is_the_most_that_is_alive(n, v, d, dtype):
+    given = inputs(dtype, n=n, d=d, v=v)
+    with Memory() as memory:
+        linear_cross_entropy(*given)
+    said = working_bytes(n, v, d, element_bytes=dtype.itemsize, device_type="cpu")
+    assert said == pytest.approx(memory.peak, rel=0.1)

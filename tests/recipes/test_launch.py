@@ -40,8 +40,16 @@ def test_resume(arguments, resume, path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "claim"), [([], None), (["--dry-run"], ""), (["--dry-run=H100@45%"], "H100@45%")]
+)
+def test_dry_run(arguments, claim):
+    assert parse(arguments).dry_run == claim
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--dry-run="], "needs a device"),
         (["--resume="], "needs a path"),
         (["--run.name"], "needs a value"),
         (["--run.name", "--dry-run"], "needs a value"),

@@ -1,0 +1,145 @@
+"""What would go wrong, or not as meant: told before anything is started.
+
+An *error* makes the run impossible on any machine with that many processes, or on the device that was named. What is
+only missing on this machine is a warning: the run may start on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from components.data.source import TextSource
+from components.quantities import format_count
+from components.run_directory import RunDirectory
+from recipes.memory_estimate import Memory
+from recipes.plan import Plan
+
+FEW_STEPS = 3
+"""A warm-up of fewer steps jumps to its rate rather than rising to it."""
+FULL = 0.9
+"""The share of a device's memory that may be planned: its allocator needs the rest."""
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One thing that will happen."""
+
+    level: Level
+    key: str
+    """Dotted path of the key to change."""
+    message: str
+
+
+def foresee(plan: Plan) -> Iterator[Foreseen]:
+    """Everything worth saying, what makes the run impossible first."""
+    found = [
+        *_memory(plan),
+        *_here(plan),
+        *_batch(plan),
+        *_schedule(plan),
+        *_intervals(plan),
+        *_vocabulary(plan),
+    ]
+    for level in ("error", "warning", "note"):
+        yield from (item for item in found if item.level == level)
+
+
+def _memory(plan: Plan) -> Iterator[Foreseen]:
+    device, memory = plan.claim.device, plan.memory
+    if device is None or isinstance(memory, str):
+        return
+    needed = plan.peak_on(memory, device)
+    told = f"a rank needs some {needed / 1e9:,.0f} GB and {device.name} has {device.memory_bytes / 1e9:,.0f} GB"
+    if needed > FULL * device.memory_bytes:
+        level: Level = "error" if needed > device.memory_bytes else "warning"
+        yield Foreseen(level, "training.micro_batch_size", f"{told}; {_remedy(plan, memory)}")
+
+
+def _remedy(plan: Plan, memory: Memory) -> str:
+    """What would save most, from what takes most."""
+    parts = {name: size for name, (size, _) in memory.parts.items()}
+    held = parts["parameters"] + parts["gradients"] + parts["optimizer state"]
+    if parts["activations"] > held:
+        if plan.recipe.training.activation_checkpoint != "full":
+            return 'set training.activation_checkpoint = "full", or a smaller micro-batch'
+        return "take a smaller micro-batch, a shorter sequence or parallel.tp"
+    return "shard over more processes, or set parallel.tp"
+
+
+def _here(plan: Plan) -> Iterator[Foreseen]:
+    """What this machine lacks, or has already."""
+    recipe = plan.recipe
+    if plan.tokenizer_missing:
+        yield Foreseen("warning", "tokenizer.path", _absent(plan.tokenizer_missing))
+    validation = getattr(recipe, "validation", None)
+    for key, data in (("data", recipe.data), ("validation.data", getattr(validation, "data", None))):
+        if isinstance(data, TextSource):
+            try:
+                data.size_bytes()
+            except (OSError, ValueError) as error:
+                yield Foreseen("warning", f"{key}.path", _absent(str(error)))
+    directory = recipe.run.directory
+    if RunDirectory(directory).used:
+        fate = "will be replaced" if recipe.run.if_exists == "replace" else "stops a new one; --resume or --run.name"
+        level: Level = "note" if recipe.run.if_exists == "replace" else "warning"
+        yield Foreseen(level, "run.name", f"{directory} already holds a run, which {fate}")
+
+
+def _absent(message: str) -> str:
+    return f"not on this machine, and needed to train: {message.removeprefix('path: ')}"
+
+
+def _batch(plan: Plan) -> Iterator[Foreseen]:
+    layout = plan.layout
+    for requested, samples in list(plan.course.rounded.items())[:3]:
+        unit = f"{layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
+        level: Level = "warning" if samples > 1.1 * requested else "note"
+        yield Foreseen(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
+
+
+def _schedule(plan: Plan) -> Iterator[Foreseen]:
+    recipe, course = plan.recipe, plan.course
+    total = recipe.training.total_tokens
+    warmup = getattr(recipe.lr_schedule, "warmup_tokens", 0)
+    if course.bad_rate is not None:
+        step, lr = course.bad_rate
+        yield Foreseen("error", "lr_schedule", f"the rate of step {step} is {lr}")
+    if course.zero_from is not None and course.zero_from < 0.99 * total:
+        rest = format_count(total - course.zero_from)
+        yield Foreseen("warning", "lr_schedule", f"the last {rest} tokens would be trained at a rate of zero")
+    if warmup and course.warmup_steps < FEW_STEPS:
+        yield Foreseen("warning", "lr_schedule.warmup_tokens", f"the warm-up is over in {course.warmup_steps} steps")
+    decay = getattr(recipe.lr_schedule, "decay_tokens", None) or 0
+    if warmup + decay > total:
+        message = f"warm-up and decay, {format_count(warmup + decay)} tokens, overlap in a run of {format_count(total)}"
+        yield Foreseen("warning", "lr_schedule.decay_tokens", message)
+    elif 4 * warmup > total:
+        yield Foreseen("warning", "lr_schedule.warmup_tokens", f"the warm-up is {warmup / total:.0%} of the run")
+    if plan.epoch_tokens and total > plan.epoch_tokens:
+        yield Foreseen("note", "training.total_tokens", f"{total / plan.epoch_tokens:.3g} epochs of the data")
+
+
+def _intervals(plan: Plan) -> Iterator[Foreseen]:
+    steps = plan.course.steps
+    interval = plan.recipe.checkpoint.interval_steps
+    if interval is None:
+        message = f"unset: nothing is saved before the last of {steps} steps"
+        yield Foreseen("warning", "checkpoint.interval_steps", message)
+    elif interval >= steps:
+        message = f"{interval} is not below the {steps} steps of the run: nothing is saved before its end"
+        yield Foreseen("warning", "checkpoint.interval_steps", message)
+    validation: Any = getattr(plan.recipe, "validation", None)
+    if validation is not None and (validation.interval_steps or 0) >= steps:
+        message = f"{validation.interval_steps} is not below the {steps} steps of the run: one validation, at its end"
+        yield Foreseen("warning", "validation.interval_steps", message)
+
+
+def _vocabulary(plan: Plan) -> Iterator[Foreseen]:
+    rows = getattr(plan.model, "vocab_size", plan.vocab_size)
+    if not plan.tokenizer_missing and rows > plan.vocab_size:
+        message = f"{rows - plan.vocab_size} of {rows} rows stand for no id of the tokenizer"
+        yield Foreseen("note", "model.vocab_size", message)

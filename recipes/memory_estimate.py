@@ -1,0 +1,147 @@
+"""The memory of one rank, from shapes alone.
+
+Exact: parameters, their gradients and the optimizer's state, by the largest share a rank holds, and what autograd keeps
+of the blocks. Estimated: the moment at which most is held, and what CUDA and NCCL keep for themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.activations import Activations, Checkpointing, count
+from components.parallel.layout import Sizes
+
+RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
+"""Bytes outside of tensors: CUDA context, cuBLAS and NCCL buffers; the interpreter and torch."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the rank that holds most."""
+
+    parts: Mapping[str, tuple[int, str]]
+    """What -> (bytes, why so many). Not all at one moment."""
+    peak: int
+    """The most at any moment, with local gradients left out."""
+    local_gradients: int
+    """What accumulation = "local" adds."""
+    parameters: int
+    """Parameters of the whole model."""
+    state_bytes: int
+    """Bytes of parameters and optimizer state on all ranks together, once: a checkpoint."""
+
+
+def estimate(
+    model: nn.Module,
+    *,
+    sizes: Sizes,
+    optimizer: Any,
+    activations: Activations,
+    checkpointing: Checkpointing,
+    tokens: int,
+    compute_dtype: torch.dtype,
+    device_type: str,
+) -> Memory:
+    """`model` is on the meta device; `activations` are those of a micro-batch of `tokens`."""
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    mine = sum(share(parameter, sizes) for parameter in parameters)
+    per_parameter = optimizer_state(model, optimizer)
+    state = sum(round(per_parameter[name] * share(p, sizes)) for name, p in model.named_parameters())
+    full_state = sum(round(per_parameter[name] * p.numel()) for name, p in model.named_parameters())
+
+    data_parallel, tp = sizes.dp_replicate * sizes.dp_shard, sizes.tp
+    element = compute_dtype.itemsize
+    blocks = [sum(p.numel() for p in block.parameters()) for _, block in blocks_of(model)]
+    root, largest = total - sum(blocks), max(blocks, default=0)
+    if data_parallel * tp == 1:
+        in_use, why = activations.weight_copies, "copies in bf16" if activations.weight_copies else "used as they are"
+    else:
+        in_use = math.ceil((root + 2 * largest) / tp) * element
+        why = "gathered: all outside the blocks, one block at work and the next"
+    kept = activations.peak(checkpointing, tp)
+    loss = math.ceil(loss_bytes(model, tokens, element_bytes=element, device_type=device_type) / tp)
+    # After the last block's backward the gradients outside the blocks are reduced, in float32.
+    reducing = math.ceil(root / tp) * (2 * element + 4) if data_parallel > 1 else 0
+    held = 4 * mine + 4 * mine + state
+    return Memory(
+        {
+            "parameters": (4 * mine, "float32"),
+            "gradients": (4 * mine, "float32"),
+            "optimizer state": (state, f"{full_state / total:.3g} bytes a parameter"),
+            "weights in use": (in_use, why),
+            "activations": (kept, f"of {tokens:,} tokens, activation_checkpoint = {checkpointing}"),
+            "loss": (loss, "logits a chunk at a time, and their gradients"),
+            "reserved": (RESERVED[device_type], "context and buffers, roughly"),
+        },
+        peak=held + max(in_use + kept + loss, reducing) + RESERVED[device_type],
+        local_gradients=4 * math.ceil(total / tp) if data_parallel > 1 else 0,
+        parameters=total,
+        state_bytes=4 * total + full_state,
+    )
+
+
+def share(parameter: nn.Parameter, sizes: Sizes) -> int:
+    """Elements of `parameter` on the rank that has most: tp slices matrices, dp_shard cuts the first dimension."""
+    if not parameter.ndim:
+        return 1
+    rows = math.ceil(parameter.shape[0] / sizes.dp_shard)
+    elements = rows * math.prod(parameter.shape[1:])
+    return math.ceil(elements / sizes.tp) if parameter.ndim > 1 else elements
+
+
+def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, float]:
+    """Bytes of state for each element of each parameter, by name: one step is taken on the meta device.
+
+    8 where that fails, as Adam has it.
+    """
+    model = copy.deepcopy(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        built = optimizer.build(parameters=model.named_parameters(), lr_multiplier=lambda name: 1.0)
+        for parameter in names:
+            parameter.grad = torch.empty_like(parameter)
+        built.step()
+    except Exception:  # a user's optimizer may ask for anything; an estimate must not fail for it
+        return dict.fromkeys(names.values(), 8.0)
+    return {
+        name: sum(value.nbytes for value in built.state[parameter].values() if torch.is_tensor(value) and value.ndim)
+        / parameter.numel()
+        for parameter, name in names.items()
+    }
+
+
+def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str) -> int:
+    """Memory of the head and the loss: what the model says, else float32 logits, log-probabilities and gradients."""
+    told: Any = getattr(model, "loss_bytes", None)
+    if told is not None:
+        return int(told(tokens, element_bytes=element_bytes, device_type=device_type))
+    return tokens * int(getattr(model, "vocab_size", 0)) * 12
+
+
+def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks that are sharded, compiled and checkpointed one by one, with their names."""
+    if not hasattr(model, "layers"):
+        return []
+    return [(f"layers.{name}", block) for name, block in model.get_submodule("layers").named_children()]
+
+
+def activations_of(
+    model: nn.Module, *, micro_batch_size: int, sequence_length: int, compute_dtype: torch.dtype, processes: int
+) -> Activations:
+    """Counted by running `model` once without storage. Raises whatever the model raises."""
+    return count(
+        model,
+        [name for name, _ in blocks_of(model)],
+        micro_batch_size=micro_batch_size,
+        sequence_length=sequence_length,
+        parameter_dtype=torch.float32 if processes == 1 else compute_dtype,
+        compute_dtype=compute_dtype,
+    )

@@ -1,0 +1,104 @@
+"""The count on fake tensors against what autograd really keeps, and against the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.activations import Activations, BlockActivations, count
+from models.decoder import Decoder
+from models.sizes import Size
+
+pytestmark = pytest.mark.quick
+
+SIZE = Size(dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=160)
+BATCH, LENGTH = 3, 40
+NAMES = [f"layers.{i}" for i in range(SIZE.layers)]
+
+
+def counted(parameter_dtype=torch.float32, compute_dtype=torch.float32) -> Activations:
+    with torch.device("meta"):
+        model = Decoder(SIZE, 500)
+    return count(
+        model,
+        NAMES,
+        micro_batch_size=BATCH,
+        sequence_length=LENGTH,
+        parameter_dtype=parameter_dtype,
+        compute_dtype=compute_dtype,
+    )
+
+
+def really_kept(compute_dtype: torch.dtype) -> int:
+    """Bytes of all storages that a real forward pass saves, but for parameters."""
+    model = Decoder(SIZE, 500)
+    model.init_weights(0)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(500, (BATCH, LENGTH))
+    bf16 = compute_dtype == torch.bfloat16
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(tokens, tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_float32_is_what_autograd_keeps():
+    assert counted().peak("none") == pytest.approx(really_kept(torch.float32), rel=0.01)
+
+
+def test_bf16_on_one_process_is_what_autograd_keeps_copies_of_weights_included():
+    activations = counted(compute_dtype=torch.bfloat16)
+    # the head's copy is made for the loss, which keeps nothing
+    in_blocks = activations.weight_copies - 2 * 500 * SIZE.dim
+    assert activations.peak("none") + in_blocks == pytest.approx(really_kept(torch.bfloat16), rel=0.01)
+
+
+def test_a_float32_block_follows_the_formula_of_the_documentation():
+    heads, kv = SIZE.heads * SIZE.head_width, SIZE.kv_heads * SIZE.head_width
+    values = 6 * SIZE.dim + 2 * heads + 2 * kv + 4 * SIZE.ffn_dim
+    for block in counted().blocks[1:]:
+        assert block.kept == pytest.approx(4 * values * BATCH * LENGTH, rel=0.05)
+        assert block.input == 4 * SIZE.dim * BATCH * LENGTH
+
+
+BLOCKS = Activations((BlockActivations(100, 10, 40),) * 4, elsewhere=7, weight_copies=0)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "bytes_kept"),
+    [
+        ("none", 400 + 7),
+        ("full", 4 * 10 + 90 + 7),
+        ("selective", 4 * 50 + 50 + 7),
+        (2, 2 * 100 + 2 * 10 + 90 + 7),
+        (5, 400 + 7),
+    ],
+)
+def test_checkpointing_keeps_less_and_computes_one_block_again(checkpointing, bytes_kept):
+    assert BLOCKS.peak(checkpointing) == bytes_kept
+
+
+def test_tensor_parallel_ranks_share_all_but_two_gathered_inputs():
+    assert BLOCKS.blocks[0].sliced(4) == BlockActivations(20 + 80 // 4, 10 // 4, 10)
+
+
+def test_the_model_is_left_as_it_was():
+    with torch.device("meta"):
+        model = Decoder(SIZE, 500)
+    count(
+        model,
+        NAMES,
+        micro_batch_size=1,
+        sequence_length=8,
+        parameter_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+    )
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float32)}
+    assert not model.layers["0"]._forward_hooks

@@ -1,0 +1,131 @@
+"""Every recipe that ships resolves, prints itself, can be planned at any size, and trains once it is made small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from models.sizes import SIZES
+from recipes import launch
+from recipes.config import Override, flatten, load
+from recipes.plan import Claim, make_plan
+
+FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
+SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
+"""What `base/` holds is extended, and no recipe."""
+PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
+
+
+def own_text(folder: Path) -> list[str]:
+    """own_text.toml asks for these; so would any recipe that leaves its data open."""
+    tokenizer = FOLDER.parent / "assets" / "tokenizers" / "stdlib-4096.tiktoken"
+    return [f"--tokenizer.path={tokenizer}", f"--data.path={folder}", f"--validation.data.path={folder}"]
+
+
+def arguments_for(name: str, folder: Path) -> list[str]:
+    return own_text(folder) if name == "own_text" else []
+
+
+def resolved(name: str, folder: Path):
+    pairs = (argument[2:].split("=", 1) for argument in arguments_for(name, folder))
+    return load(FOLDER / f"{name}.toml", [Override(key, value) for key, value in pairs])
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file as C4 has it, and as any recipe can read."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = (json.dumps({"text": TEXT[number:] * 3}) for number in range(20))
+    (folder / "a.json").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_the_published_recipes_ship():
+    assert set(PUBLISHED) < set(SHIPPED)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_prints_what_it_is_and_that_is_the_same_again(name, text, tmp_path):
+    config = resolved(name, text)
+    printed = tmp_path / "printed.toml"
+    printed.write_text(config.to_toml(), encoding="utf-8")
+    assert flatten(load(printed).to_toml()) == flatten(config.to_toml())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_numbers(name, text):
+    recipe = resolved(name, text).recipe
+    optimizer = recipe.optimizer
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.95), 1e-8, 0.1)
+    assert recipe.training.max_grad_norm == 1.0
+    if name == "llama3_8b":
+        return
+    length = {"llama3b": 512}.get(name, 2048)
+    assert recipe.training.sequence_length == length
+    assert recipe.training.total_tokens == 2_000_000 * length
+    assert recipe.lr_schedule.warmup_tokens == 20_000 * length
+    assert (recipe.lr_schedule.max_lr, recipe.lr_schedule.end_ratio) == (4e-4, 0.1)
+    assert [stage.from_tokens for stage in recipe.batch.stages] == [50_000 * length, 100_000 * length]
+    assert optimizer.decay == "all"
+
+
+PARAMETERS = {"microllama300m": 304.6e6, "tinyllama1b": 1100.0e6, "llama3b": 3426.5e6, "llama3_8b": 8030.3e6}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys):
+    """No GPU, no weights, and for the published ones neither data nor tokenizer."""
+    monkeypatch.delenv("RANK", raising=False)
+    for processes, nodes in ((1, 1), (4, 1), (8, 1), (8, 8)):
+        monkeypatch.setenv("NPROC", str(processes))
+        monkeypatch.setenv("NNODES", str(nodes))
+        assert launch.main([str(FOLDER / f"{name}.toml"), "--dry-run", *arguments_for(name, text)]) == 0
+        printed = capsys.readouterr().out
+        assert f"processes      {processes * nodes} = " in printed
+        if name in PARAMETERS:
+            parameters = int(printed.split(" parameters")[0].split()[-1].replace(",", ""))
+            assert parameters == pytest.approx(PARAMETERS[name], rel=2e-4)
+
+
+@pytest.mark.parametrize("name", ["microllama300m"])
+def test_the_stagewise_baseline_takes_the_steps_of_the_paper(name, text):
+    """Lau et al. 2024, their tables of results: 269 steps at a mean batch of 7439."""
+    course = make_plan(resolved(name, text), 4, Claim()).course
+    assert course.steps == 269
+    assert course.mean_batch == pytest.approx(7439, abs=2)
+
+
+SMALL = {
+    "model.dim": 32, "model.layers": 2, "model.heads": 4, "model.kv_heads": 2, "model.head_dim": 8, "model.ffn_dim": 48,
+    "training.total_tokens": 64, "training.sequence_length": 32, "training.micro_batch_size": 2,
+    "training.precision": "float32", "validation.micro_batch_size": 2, "validation.max_sequences": 2,
+    "lr_schedule.warmup_tokens": 0, "run.device": "cpu", "metrics.tensorboard": "false",
+}  # fmt: skip
+"""Reduced depth and width; the rest of a recipe stays as it ships."""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch):
+    for variable in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
+        monkeypatch.delenv(variable, raising=False)
+    reduced = {**SMALL, "run.dir": tmp_path / "run", "run.cache_dir": tmp_path / "cache"}
+    arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial=2"]
+    reduced |= {"data.use": "components.data:TextFiles", "data.path": text}
+    reduced |= {"validation.data.use": "components.data:TextFiles", "validation.data.path": text}
+    if name in PUBLISHED:
+        reduced["model.vocab_size"] = 257
+    arguments += [f"--{key}={value}" for key, value in reduced.items()]
+    assert launch.main([str(FOLDER / f"{name}.toml"), *arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 4 < rows[0]["loss"] < 7
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+def test_every_size_has_numbers_a_recipe_can_name():
+    assert {"microllama300m", "tinyllama1b", "openllama3b", "llama3_8b"} <= set(SIZES)
