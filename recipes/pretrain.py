@@ -141,6 +141,7 @@ class TrainingRun:
         )
         self.tensors = TrainingTensors(model, optimizer, self.world)
         self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+        cleanup.callback(self.store.close)
         self.store.clean()
         if checkpoint is not None:
             with blame(config, "checkpoint"):
@@ -212,10 +213,12 @@ class TrainingRun:
             return
         if self.clock.step > self.saved_at:
             self.save()
+        if not stopped_by or self.clock.done:
+            self.validate()
+        self.store.wait()
         if stopped_by and not self.clock.done:
             log.info(f"stopped by signal {stopped_by} after step {self.clock.step}; continue with --resume")
         else:
-            self.validate()
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
 
     def refuse_update(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
@@ -275,7 +278,8 @@ class TrainingRun:
         }
         path = self.store.save(self.clock.step, self.tensors.collect(), state, self.config.to_toml())
         self.saved_at = self.clock.step
-        log.info(f"step {self.clock.step:>6}  saved {path}")
+        done = "saving in the background" if self.recipe.checkpoint.async_save else "saved"
+        log.info(f"step {self.clock.step:>6}  {done} {path}")
 
     def _open(self, directory: RunDirectory, resume: Resume | None) -> Path | None:
         """Make the run directory ready; returns the checkpoint to continue, if any."""
