@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from components.data.loader import MicroBatchLoader
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel.data_parallel import Parallel
+from components.parallel.elastic import LAUNCH
 from components.parallel.world import World
 from components.quantities import format_count
 from components.run_directory import RunDirectory
@@ -283,12 +285,13 @@ class TrainingRun:
 
     def _open(self, directory: RunDirectory, resume: Resume | None) -> Path | None:
         """Make the run directory ready; returns the checkpoint to continue, if any."""
-        checkpoint = None
+        launch = os.environ.get(LAUNCH)
+        # Processes that were started again after a failure find the directory as they left it, and may use it.
+        restarted = bool(self.world.maximum(directory.belongs_to(launch)))
         with blame(self.config, "run"):
-            if resume is not None:
-                checkpoint = find_checkpoint(resume, directory.checkpoints)
+            checkpoint = find_checkpoint(resume, directory.checkpoints, restarted=restarted)
             if directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path)):
-                if self.recipe.run.if_exists == "refuse":
+                if self.recipe.run.if_exists == "refuse" and not restarted:
                     raise ValueError(
                         f"{directory.path} already holds a run; continue it with --resume, give this one another "
                         "--run.name, or say --run.if_exists=replace"
@@ -296,7 +299,8 @@ class TrainingRun:
                 self.world.barrier()  # nobody may still be looking for what is deleted here
                 if self.world.is_main:
                     directory.clear()
-            directory.create()
+            self.world.barrier()  # nobody may still be asking whose it is
+            directory.create(launch if self.world.is_main else None)
         self.world.barrier()
         return checkpoint
 
