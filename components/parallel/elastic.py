@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import uuid
 from collections.abc import Sequence
@@ -30,9 +31,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 LAUNCH = "POWERTRAIN_LAUNCH"
-"""Environment variable of the workers: one value per launch, the same after a restart."""
+"""Environment variable: one value per launch, the same after a restart. A scheduler that requeues may set it."""
 _ENDS = "POWERTRAIN_ENDS"
 """Environment variable of the workers: a folder in which they leave the status they end with."""
+_ONE_REQUEST_SECONDS = 2.0
+"""Signals this close together are one request: a scheduler may signal a launcher in more than one way."""
 _PATIENCE_SECONDS = 900
 """How long the nodes of a run wait for each other: the slowest may first have to set up its environment."""
 
@@ -80,7 +83,7 @@ def run_workers(command: Sequence[str], node: Node) -> int:
         ends = Path(folder) / "ends"
         ends.mkdir()
         os.environ[_ENDS] = str(ends)
-        os.environ[LAUNCH] = uuid.uuid4().hex
+        os.environ.setdefault(LAUNCH, uuid.uuid4().hex)
         try:
             rendezvous = get_rendezvous_handler(node.rendezvous())
             try:
@@ -108,7 +111,7 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, ends: Path) -> None:
         super().__init__(spec, logs)
         self._ends = ends
-        self._signalled = 0
+        self._signalled, self._signalled_at = 0, 0.0
 
     def status(self) -> int:
         """Run the workers to their end; returns the exit status of the run."""
@@ -130,10 +133,13 @@ class Agent(LocalElasticAgent):
         return started
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Tell the workers, and go on watching them; the second time, stop them."""
-        if self._signalled:
+        """Tell the workers, and go on watching them; a second request stops them."""
+        now = time.monotonic()
+        if self._signalled and now - self._signalled_at > _ONE_REQUEST_SECONDS:
             raise SignalException("a second signal", signal.Signals(number))
-        self._signalled = number
+        if self._signalled:
+            return
+        self._signalled, self._signalled_at = number, now
         for worker in self.get_worker_group().workers:
             with suppress(ProcessLookupError):
                 os.kill(worker.id, number)

@@ -141,3 +141,14 @@ def test_asynchronous_checkpoints_are_bitwise_the_synchronous_ones_and_continue_
         shutil.rmtree(background.checkpoint(later))
     assert background.launch(asynchronous, "--resume") == 0
     assert_same_state(background.checkpoint(last), plain.checkpoint(last))
+
+
+def test_a_job_that_is_queued_again_continues_and_another_job_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_LAUNCH", "job-1")
+    assert tiny.launch("--training.total_tokens=400") == 0
+    assert tiny.launch("--training.total_tokens=800") == 0
+    steps = [row["step"] for row in tiny.rows() if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] > 2
+    monkeypatch.setenv("POWERTRAIN_LAUNCH", "job-2")
+    assert tiny.launch("--training.total_tokens=800") == 2
