@@ -33,7 +33,7 @@ usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--
   --help                this text
 
 environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1);
-             NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
+             NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT for several nodes; MAX_RESTARTS after a failure (default 0)
 """
 
 
