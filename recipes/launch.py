@@ -146,6 +146,10 @@ def start_workers(count: Processes, environment: Mapping[str, str], arguments: S
 
 def main(arguments: Sequence[str]) -> int:
     status, message = 0, ""
+    if in_worker():
+        from components.parallel.elastic import follow_launcher
+
+        follow_launcher()
     try:
         status = run(arguments)
     except (ConfigError, UsageError) as error:

@@ -7,6 +7,7 @@ run itself decided on, and the exit status is that of the run.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -119,17 +120,19 @@ class Agent(LocalElasticAgent):
             result = self.run()
         except SignalException as second:  # they were told to hurry
             return 128 + int(second.sigval)
-        ends = self._read_ends()
-        if ends:
-            return max(status for status, _ in ends.values())
-        if result.is_failed() and all(map(self._interrupted, result.failures.values())):
+        chosen = [status for status, _ in self._read_ends().values()]
+        if not result.is_failed():
+            return max(chosen, default=0)
+        if all(map(self._interrupted, result.failures.values())):
             return 128 + self._signalled
-        return int(result.is_failed())
+        return max((status for status in chosen if status < 128), default=1)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._pass_on)  # in place of the agent's own, which stops the workers itself
+        if self._signalled:  # while they were being started again: there is nothing new to save
+            raise SignalException("signalled during a restart", signal.Signals(self._signalled))
         return started
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -147,7 +150,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
-            ends = self._read_ends()
+            ends = {rank: end for rank, end in self._read_ends().items() if end[0] < 128}
             if ends or self._signalled:
                 self._remaining_restarts = 0
             if not ends:
@@ -171,6 +174,13 @@ class Agent(LocalElasticAgent):
             status, _, message = file.read_text(encoding="utf-8").partition("\n")
             ends[int(file.name)] = int(status), message
         return ends
+
+
+def follow_launcher() -> None:
+    """In a worker: should the launcher be killed outright, save and stop as on a SIGTERM. Linux only."""
+    if _ENDS in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
 
 
 def end(status: int, message: str = "") -> int:

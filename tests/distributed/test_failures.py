@@ -54,7 +54,10 @@ def test_a_restart_before_the_first_checkpoint_starts_over(new_tiny):
     assert "again, from" not in said
 
 
-@pytest.mark.parametrize(("number", "processes", "status"), [(signal.SIGINT, "2", 130), (signal.SIGTERM, "1", 143)])
+@pytest.mark.parametrize(
+    ("number", "processes", "status"),
+    [(signal.SIGINT, "2", 130), (signal.SIGTERM, "1", 143), (signal.SIGKILL, "1", -signal.SIGKILL)],
+)
 def test_a_signal_to_the_launcher_stops_all_processes_after_saving(tiny, number, processes, status):
     long = ["--training.total_tokens=400000", "--checkpoint.interval_steps=none"]
     process = start(tiny, *long, NPROC=processes, MAX_RESTARTS="1")
