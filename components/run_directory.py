@@ -34,12 +34,22 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def launch(self) -> Path:
+        return self.path / ".launch"
+
+    def belongs_to(self, launch: str | None) -> bool:
+        """Whether `launch`, the name of a start of processes, has made this directory its own before."""
+        return launch is not None and self.launch.is_file() and self.launch.read_text(encoding="utf-8") == launch
+
+    @property
     def used(self) -> bool:
         """Whether a run has left something here."""
         return self.metrics.exists() or self.checkpoints.exists()
 
-    def create(self) -> None:
+    def create(self, launch: str | None = None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        if launch is not None:
+            self.launch.write_text(launch, encoding="utf-8")
 
     def clear(self) -> None:
         """Remove what a run leaves behind, and nothing else that may lie in the directory."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+ONE_REQUEST_SECONDS = 2.0
+"""Signals this close together are one request: a scheduler signals a whole job, and a launcher passes its own on."""
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM once; a second one acts at once, as if it had never been caught.
+    """Catches SIGINT and SIGTERM once; another one, later, acts at once, as if it had never been caught.
 
     `received` is the number of the signal, 0 while there was none. Use as a context manager: leaving it restores the
     handlers that were there before.
@@ -18,6 +21,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = 0
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -29,8 +33,11 @@ class StopSignal:
         self._restore()
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > ONE_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -36,7 +36,8 @@ usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--
   --help                this text
 
 environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1;
-             a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, MAX_RESTARTS as for torchrun
+             a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT for several nodes;
+             MAX_RESTARTS after a failure (default 0)
 """
 
 
@@ -127,29 +128,65 @@ def processes(environment: Mapping[str, str]) -> Processes:
     return Processes(int(per_node), int(nodes))
 
 
-def torchrun(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> list[str]:
-    """The command that starts this launcher in every process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count.per_node)]
-    command += ["--nnodes", str(count.nodes), "--max-restarts", environment.get("MAX_RESTARTS", "0")]
-    if count.nodes == 1 and "MASTER_ADDR" not in environment:
-        command += ["--standalone"]
-    else:
-        command += ["--node-rank", environment.get("NODE_RANK", "0")]
-        command += ["--master-addr", environment.get("MASTER_ADDR", "127.0.0.1")]
-        command += ["--master-port", environment.get("MASTER_PORT", "29500")]
-    return [*command, str(ROOT / "recipes" / "__main__.py"), *arguments]
+def start_workers(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
+    from components.parallel.elastic import Node, run_workers
+
+    numbers = {}
+    for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "29500"), ("MAX_RESTARTS", "0")):
+        value = environment.get(name) or default
+        if not value.isdigit():
+            raise UsageError(f"{name}={value}: a whole number, please")
+        numbers[name] = int(value)
+    if numbers["NODE_RANK"] >= count.nodes:
+        raise UsageError(f"NODE_RANK={numbers['NODE_RANK']}: the {count.nodes} nodes of NNODES are counted from 0")
+    if count.nodes > 1 and not environment.get("MASTER_ADDR"):
+        raise UsageError(f"NNODES={count.nodes} needs MASTER_ADDR: the name of node 0, at which the others find it")
+    node = Node(
+        processes=count.per_node,
+        nodes=count.nodes,
+        rank=numbers["NODE_RANK"],
+        address=environment.get("MASTER_ADDR") or "127.0.0.1",
+        port=numbers["MASTER_PORT"],
+        max_restarts=numbers["MAX_RESTARTS"],
+    )
+    return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
 
 
 def main(arguments: Sequence[str]) -> int:
+    status, message = 0, ""
+    if in_worker():
+        from components.parallel.elastic import follow_launcher
+
+        follow_launcher()
     try:
-        return run(arguments)
+        status = run(arguments)
     except (ConfigError, UsageError) as error:
+        status, message = 2, str(error)
         # Every process of a run finds the same error; one voice is enough.
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return 2
+            print(message, file=sys.stderr)
+    except RunError as error:  # rank 0 has logged it
+        status, message = 1, str(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not in_worker():
+            raise
+        from components.parallel.elastic import crash
+
+        crash(error)
+        return 1
+    if in_worker():
+        from components.parallel.elastic import end
+
+        return end(status, message)
+    return status
+
+
+def in_worker() -> bool:
+    """Whether this is one process of a run, not the launcher that starts them."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -161,16 +198,14 @@ def run(arguments: Sequence[str]) -> int:
     if command.print_config:
         print(config.to_toml(), end="")
         return 0
-    in_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker else processes(os.environ)
+    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size)
-    if not in_worker and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
+    if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
-        start = torchrun(count, os.environ, arguments)
-        os.execv(start[0], start)
+        return start_workers(count, os.environ, arguments)
     return start_recipe(config, command)
 
 
@@ -191,13 +226,11 @@ def start_recipe(config: Config, command: Command) -> int:
     from recipes.resume import Resume
 
     resume = Resume(path=command.resume_path) if command.resume else None
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        resume = Resume(required=False)
     try:
         return int(config.recipe.main(config, resume))
     except RunError as error:
         log.error(str(error))
-        return 1
+        raise
     except ConfigError:
         raise
     except Exception:

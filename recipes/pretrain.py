@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from components.data.loader import MicroBatchLoader
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp, tensor_parallel
+from components.parallel.elastic import LAUNCH
 from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.quantities import format_count
@@ -158,6 +160,7 @@ class TrainingRun:
         )
         self.tensors = TrainingTensors(model, optimizer, self.world)
         self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+        cleanup.callback(self.store.close)
         self.store.clean()
         if checkpoint is not None:
             with blame(config, "checkpoint"):
@@ -229,10 +232,12 @@ class TrainingRun:
             return
         if self.clock.step > self.saved_at:
             self.save()
+        if not stopped_by or self.clock.done:
+            self.validate()
+        self.store.wait()
         if stopped_by and not self.clock.done:
             log.info(f"stopped by signal {stopped_by} after step {self.clock.step}; continue with --resume")
         else:
-            self.validate()
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
 
     def refuse_update(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
@@ -292,16 +297,18 @@ class TrainingRun:
         }
         path = self.store.save(self.clock.step, self.tensors.collect(), state, self.config.to_toml())
         self.saved_at = self.clock.step
-        log.info(f"step {self.clock.step:>6}  saved {path}")
+        done = "saving in the background" if self.recipe.checkpoint.async_save else "saved"
+        log.info(f"step {self.clock.step:>6}  {done} {path}")
 
     def _open(self, directory: RunDirectory, resume: Resume | None) -> Path | None:
         """Make the run directory ready; returns the checkpoint to continue, if any."""
-        checkpoint = None
+        launch = os.environ.get(LAUNCH)
+        # Processes that were started again after a failure find the directory as they left it, and may use it.
+        restarted = bool(self.world.maximum(directory.belongs_to(launch)))
         with blame(self.config, "run"):
-            if resume is not None:
-                checkpoint = find_checkpoint(resume, directory.checkpoints)
+            checkpoint = find_checkpoint(resume, directory.checkpoints, restarted=restarted)
             if directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path)):
-                if self.recipe.run.if_exists == "refuse":
+                if self.recipe.run.if_exists == "refuse" and not restarted:
                     raise ValueError(
                         f"{directory.path} already holds a run; continue it with --resume, give this one another "
                         "--run.name, or say --run.if_exists=replace"
@@ -309,7 +316,8 @@ class TrainingRun:
                 self.world.barrier()  # nobody may still be looking for what is deleted here
                 if self.world.is_main:
                     directory.clear()
-            directory.create()
+            self.world.barrier()  # nobody may still be asking whose it is
+            directory.create(launch if self.world.is_main else None)
         self.world.barrier()
         return checkpoint
 

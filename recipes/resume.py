@@ -50,8 +50,6 @@ class Resume:
 
     path: Path | None = None
     """A checkpoint or a run directory; None: the newest checkpoint of this run."""
-    required: bool = True
-    """Whether it is an error that there is none. A process that torchrun restarted takes what there is."""
 
 
 def rule_of(key: str) -> Rule:
@@ -64,13 +62,20 @@ def rule_of(key: str) -> Rule:
     return "warned"
 
 
-def find_checkpoint(resume: Resume, checkpoints: Path) -> Path | None:
-    """The checkpoint to continue. Raises ValueError when there is none, or when it would be overtaken by newer ones."""
+def find_checkpoint(resume: Resume | None, checkpoints: Path, *, restarted: bool = False) -> Path | None:
+    """The checkpoint to continue, if any; one that was `restarted` after a failure continues with its own newest.
+
+    Raises ValueError when there is not what was asked for, or when it would be overtaken by newer ones.
+    """
+    own = complete_checkpoints(checkpoints)
+    if restarted and own:
+        return own[-1]
+    if resume is None:
+        return None
     if resume.path is None:
-        found = complete_checkpoints(checkpoints)
-        if not found and resume.required:
+        if not own:
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
-        return found[-1] if found else None
+        return own[-1]
     path = resume.path.expanduser().absolute()
     if not path.is_dir():
         raise ValueError(f"--resume: {path} is no directory")
@@ -78,10 +83,9 @@ def find_checkpoint(resume: Resume, checkpoints: Path) -> Path | None:
     chosen = inside[-1] if inside else path
     if not (chosen / "state.json").exists():
         raise ValueError(f"--resume: {path} is neither a checkpoint nor a run directory with one")
-    siblings = complete_checkpoints(checkpoints)
-    if chosen in siblings and chosen != siblings[-1]:
+    if chosen in own and chosen != own[-1]:
         raise ValueError(
-            f"--resume: {siblings[-1].name} is newer than {chosen.name} and would be overwritten; "
+            f"--resume: {own[-1].name} is newer than {chosen.name} and would be overwritten; "
             "give the continued run a --run.name of its own, or move the newer checkpoints away"
         )
     return chosen

@@ -72,7 +72,7 @@ def test_a_save_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
-    for dies_in in ("components.checkpoint._write_synced", "torch.distributed.checkpoint.save"):
+    for dies_in in ("components.checkpoint.store._write_synced", "torch.distributed.checkpoint.save"):
 
         def die(*args, **kwargs):
             raise OSError("No space left on device")

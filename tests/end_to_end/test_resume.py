@@ -125,3 +125,30 @@ def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, caps
     assert tiny.launch("--training.total_tokens=350", "--run.if_exists=replace") == 0
     assert max(row["step"] for row in tiny.rows()) == 2
     assert (tiny.directory / "notes.md").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_asynchronous_checkpoints_are_bitwise_the_synchronous_ones_and_continue_like_them(new_tiny):
+    plain, background = new_tiny("plain"), new_tiny("background")
+    asynchronous = "--checkpoint.async_save=true"
+    assert plain.launch() == 0
+    assert background.launch(asynchronous) == 0
+    assert timeless(background.rows()) == timeless(plain.rows())
+    last = plain.rows()[-1]["step"]
+    for step in range(1, last + 1):
+        assert_same_state(background.checkpoint(step), plain.checkpoint(step))
+    for later in range(6, last + 1):
+        shutil.rmtree(background.checkpoint(later))
+    assert background.launch(asynchronous, "--resume") == 0
+    assert_same_state(background.checkpoint(last), plain.checkpoint(last))
+
+
+def test_a_job_that_is_queued_again_continues_and_another_job_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_LAUNCH", "job-1")
+    assert tiny.launch("--training.total_tokens=400") == 0
+    assert tiny.launch("--training.total_tokens=800") == 0
+    steps = [row["step"] for row in tiny.rows() if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1))
+    assert steps[-1] > 2
+    monkeypatch.setenv("POWERTRAIN_LAUNCH", "job-2")
+    assert tiny.launch("--training.total_tokens=800") == 2

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from components.parallel.elastic import Node
 from recipes.config import Override
-from recipes.launch import DEFAULT_CONFIG, ROOT, Processes, UsageError, parse, processes, torchrun
+from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, start_workers
 
 pytestmark = pytest.mark.quick
 
@@ -80,10 +81,23 @@ def test_processes_that_are_no_number(environment):
         processes(environment)
 
 
-def test_torchrun_on_several_nodes_gets_what_it_needs():
-    command = torchrun(Processes(8, 2), {"NODE_RANK": "1", "MASTER_ADDR": "node0", "MAX_RESTARTS": "3"}, ["my.toml"])
-    text = " ".join(command)
-    for part in ("--nproc-per-node 8", "--nnodes 2", "--node-rank 1", "--master-addr node0", "--max-restarts 3"):
-        assert part in text
-    assert text.endswith(f"{ROOT}/recipes/__main__.py my.toml")
-    assert "--standalone" not in text
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "NNODES=2 needs MASTER_ADDR"),
+        ({"MASTER_ADDR": "node0", "NODE_RANK": "2"}, "NODE_RANK=2: the 2 nodes"),
+        ({"MASTER_ADDR": "node0", "MASTER_PORT": "high"}, "MASTER_PORT=high"),
+        ({"MASTER_ADDR": "node0", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
+    ],
+)
+def test_nodes_that_cannot_meet_are_told_why(environment, said):
+    with pytest.raises(UsageError, match=said):
+        start_workers(Processes(8, 2), environment, ["my.toml"])
+
+
+def test_several_nodes_meet_at_node_0():
+    first = Node(processes=8, nodes=2, rank=0, address="node0", port=1234).rendezvous()
+    second = Node(processes=8, nodes=2, rank=1, address="node0", port=1234).rendezvous()
+    assert first.endpoint == second.endpoint == "node0:1234"
+    assert (first.get_as_bool("is_host"), second.get_as_bool("is_host")) == (True, False)
+    assert Node(processes=8).rendezvous().endpoint == "127.0.0.1:0", "one node needs no port of its own"

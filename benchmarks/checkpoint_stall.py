@@ -1,0 +1,107 @@
+"""Seconds that training stands still for a checkpoint, synchronous and asynchronous.
+
+    python -m benchmarks.checkpoint_stall [--repeats 3] [--saves 8] [--config my.toml] [--section.key=value ...]
+
+Runs of the recipe (the debug one) take turns with and without `checkpoint.async_save` and save every few steps. The
+stall is the time the loop spends in `save()`, without the first, in which buffers are made. What an asynchronous save
+costs while it is written shows in the steps: their median after a save is beside that of a run that does not save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.measure import DEBUG, machine, spread
+from recipes.config import Override, load
+from recipes.pretrain import TrainingRun
+
+WARM_UP = 3
+STEPS_BETWEEN = 4
+"""Steps from one save to the next."""
+
+
+@dataclass
+class Measured:
+    """One run: seconds of each `save()`, seconds of the step that follows one, bytes of a checkpoint."""
+
+    stalls: list[float]
+    next_steps: list[float]
+    size: int
+
+
+def measure(
+    config_path: Path, extra: list[Override], saves: int, *, asynchronous: bool, saving: bool = True
+) -> Measured:
+    """Train for `saves` checkpoints after the first."""
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
+        batch, steps = 8, WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
+        settings = {
+            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial": str(batch),
+            "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "checkpoint.keep_last": "2",
+            "checkpoint.async_save": str(asynchronous).lower(), "lr_schedule.warmup_tokens": "0",
+        }  # fmt: skip
+        overrides = [*(Override(key, value) for key, value in settings.items()), *extra]
+        length = load(config_path, overrides).recipe.training.sequence_length
+        config = load(config_path, [*overrides, Override("training.total_tokens", str(steps * batch * length))])
+        run = TrainingRun(config.recipe, config, None, cleanup)
+        stalls, next_steps = [], []
+        write = run.monitor.write
+
+        def after_step(row: dict) -> None:
+            write(row)
+            step = row["step"]
+            if step <= WARM_UP or run.clock.done:
+                return
+            if (step - WARM_UP) % STEPS_BETWEEN == 1:
+                next_steps.append(row["step_seconds"])
+            if saving and (step - WARM_UP) % STEPS_BETWEEN == 0:
+                start = time.perf_counter()
+                run.save()
+                stalls.append(time.perf_counter() - start)
+
+        run.monitor.write = after_step  # type: ignore[method-assign]
+        run.train()
+        run.store.wait()
+        newest = run.store.newest()
+        size = sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0
+        return Measured(stalls[1:], next_steps[2:], size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--saves", type=int, default=8)
+    parser.add_argument("--config", type=Path, default=DEBUG)
+    arguments, rest = parser.parse_known_args()
+    extra = [Override(*override.removeprefix("--").split("=", 1)) for override in rest]
+    kinds = {
+        "no checkpoint": {"asynchronous": False, "saving": False},
+        "synchronous": {"asynchronous": False},
+        "asynchronous": {"asynchronous": True},
+    }
+    runs: dict[str, list[Measured]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.repeats):
+        for kind, how in kinds.items():
+            runs[kind].append(measure(arguments.config, extra, arguments.saves, **how))
+    size = runs["synchronous"][0].size / 2**20
+    print(f"\n{machine()}; {arguments.config.name}, checkpoint of {size:.1f} MiB, ", end="")
+    print(f"{arguments.saves} saves in each of {arguments.repeats} runs; median (lowest to highest)\n")
+    print("| | stall, seconds | step after it, seconds |\n|---|---|---|")
+    for kind, measured in runs.items():
+        stalls = [second for run in measured for second in run.stalls]
+        steps = [second for run in measured for second in run.next_steps]
+        print(f"| {kind} | {spread(stalls) if stalls else '0'} | {spread(steps)} |")
+    stall = {kind: statistics.median(s for run in runs[kind] for s in run.stalls) for kind in list(kinds)[1:]}
+    print(f"\nThe loop waits {stall['synchronous'] / stall['asynchronous']:.1f} times less. Repeat with:\n")
+    print(f"    python -m benchmarks.checkpoint_stall {' '.join(sys.argv[1:])}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Checkpoints: a complete directory or nothing, written by torch.distributed.checkpoint.
+
+    checkpoints/step-00000123/
+        *.distcp, .metadata     tensors, resharded on load to whatever the new run looks like
+        state.json              clock, batch policy: everything that is no tensor
+        config.toml             the configuration that made it
+
+A checkpoint is written aside (`.writing-step-00000123`), synced to the disk and renamed. A directory that bears its
+final name is therefore complete, and an interrupted save leaves only a name that no one reads. Saved asynchronously,
+the same happens in a thread, on a copy of the tensors.
+"""
+
+from components.checkpoint.background import SaveError
+from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, tensor_names
+from components.checkpoint.store import Checkpoint, CheckpointStore
+from components.checkpoint.training_tensors import TrainingTensors
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "SaveError",
+    "TrainingTensors",
+    "complete_checkpoints",
+    "load_tensors",
+    "read_state",
+    "tensor_names",
+]

@@ -1,0 +1,76 @@
+"""Runs of several processes for the tests of this folder: started as a user starts them, and sabotaged on request."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import TinyRun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SABOTAGE = '''
+"""A Llama that fails in one forward pass: SABOTAGE_<restart> = "kill:1:10" or "raise:1:10", the 10th of rank 1."""
+
+import os
+import signal
+import time
+
+from models.llama import Llama
+
+
+class Sabotaged(Llama):
+    def build(self, **sizes):
+        model = super().build(**sizes)
+        forward, passes = model.forward, [0]
+        order = os.environ.get(f"SABOTAGE_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", "::")
+        what, rank, when = order.split(":")
+
+        def sabotaged(*args, **kwargs):
+            passes[0] += model.training
+            if os.environ.get("RANK") == rank and passes[0] == int(when):
+                with open(__file__ + ".time", "w") as file:
+                    file.write(str(time.time()))
+                if what == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ArithmeticError("sabotage")
+            return forward(*args, **kwargs)
+
+        model.forward = sabotaged
+        return model
+'''
+
+SABOTAGED = ["--model.use=sabotage:Sabotaged", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
+SABOTAGED += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32"]
+SHORT = ["--batch.use=components.batch.constant:Constant", "--batch.initial=8", "--training.total_tokens=1500"]
+SHORT += ["--validation.interval_steps=none"]
+"""Eight steps of eight samples: two micro-batches of two on each of two processes."""
+
+
+def start(tiny: TinyRun, *arguments: str, sabotage: dict[int, str] | None = None, **environment: str):
+    """A launcher in a process of its own; `sabotage` by restart count, environment such as NPROC="2"."""
+    (tiny.folder / "sabotage.py").write_text(SABOTAGE)
+    orders = {f"SABOTAGE_{restart}": order for restart, order in (sabotage or {}).items()}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "recipes", str(tiny.recipe), *SHORT, *SABOTAGED, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **orders, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit status, everything it said)"""
+    said, _ = process.communicate(timeout=240)
+    return process.returncode, said
+
+
+def steps(tiny: TinyRun) -> list[int]:
+    return [row["step"] for row in tiny.rows() if "loss" in row]
+
+
+def final_loss(tiny: TinyRun) -> float:
+    return [row["loss"] for row in tiny.rows() if "loss" in row][-1]

@@ -1,0 +1,71 @@
+"""One process of several dies: the others end, the cause is told, and the run goes on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from tests.distributed.launching import SHORT, final_loss, finish, start, steps
+from tests.end_to_end.test_signals import wait_for_steps
+
+
+def test_a_killed_rank_is_started_again_and_the_run_ends_where_it_would_have(new_tiny):
+    alone, killed = new_tiny("alone"), new_tiny("killed")
+    assert alone.launch(*SHORT) == 0
+    status, said = finish(
+        start(killed, "--checkpoint.async_save=true", sabotage={0: "kill:1:10"}, NPROC="2", MAX_RESTARTS="1")
+    )
+    assert status == 0, said
+    assert "rank 1" in said
+    assert "was killed by SIGKILL" in said
+    assert "resumed from" in said
+    assert steps(killed) == steps(alone), "every step once"
+    assert final_loss(killed) == pytest.approx(final_loss(alone), rel=1e-5)
+
+
+def test_each_end_is_told_once_and_without_a_restart_nobody_is_left(tiny):
+    """First rank 1 raises, then, started again, it is killed and there is no third time."""
+    status, said = finish(start(tiny, sabotage={0: "raise:1:6", 1: "kill:1:3"}, NPROC="2", MAX_RESTARTS="1"))
+    ended = time.time()
+    assert status == 1, said
+    assert said.count("ArithmeticError: sabotage") == 1
+    assert said.index("ArithmeticError: sabotage") > said.index("rank 1 (process")
+    assert said.count("was killed by SIGKILL") == 1
+    assert said.count("starting all processes again") == 1
+    assert "torch.distributed.elastic" not in said, "the launcher's own words, not the agent's"
+    assert ended - float((tiny.folder / "sabotage.py.time").read_text()) < 60
+
+
+def test_a_restart_before_the_first_checkpoint_starts_over(new_tiny):
+    alone, again = new_tiny("alone"), new_tiny("again")
+    assert alone.launch(*SHORT) == 0
+    once = {"NPROC": "1", "MAX_RESTARTS": "1"}
+    status, said = finish(start(again, "--checkpoint.interval_steps=none", sabotage={0: "kill:0:10"}, **once))
+    assert status == 0, said
+    assert "resumed" not in said
+    assert steps(again) == steps(alone)
+    assert final_loss(again) == final_loss(alone)
+    # What a restart may do in its own directory, a new launch may not; and a refusal is no failure to try again.
+    status, said = finish(start(again, **once))
+    assert status == 2, said
+    assert said.count("already holds a run") == 1
+    assert "again, from" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "status"),
+    [(signal.SIGINT, "2", 130), (signal.SIGTERM, "1", 143), (signal.SIGKILL, "1", -signal.SIGKILL)],
+)
+def test_a_signal_to_the_launcher_stops_all_processes_after_saving(tiny, number, processes, status):
+    long = ["--training.total_tokens=400000", "--checkpoint.interval_steps=none"]
+    process = start(tiny, *long, NPROC=processes, MAX_RESTARTS="1")
+    wait_for_steps(tiny, 3, process)
+    process.send_signal(number)
+    ended, said = finish(process)
+    assert ended == status, said
+    assert "continue with --resume" in said
+    assert "Traceback" not in said
+    assert "again, from" not in said
+    assert tiny.checkpoint(steps(tiny)[-1]).is_dir()

@@ -1,0 +1,31 @@
+"""Two launchers that find each other are one run."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from tests.distributed.launching import SHORT, final_loss, finish, start, steps
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
+    alone, together = new_tiny("alone"), new_tiny("together")
+    assert alone.launch(*SHORT) == 0
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
+    nodes = [
+        start(together, sabotage={0: "kill:1:10"}, NODE_RANK=rank, MAX_RESTARTS="1", **meeting) for rank in ("1", "0")
+    ]
+    ends = [finish(node) for node in nodes]
+    assert [status for status, _ in ends] == [0, 0], ends
+    said = "".join(said for _, said in ends)
+    assert said.count("done:") == 1
+    assert said.count("was killed by SIGKILL") == 1
+    assert steps(together) == steps(alone)
+    assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)
