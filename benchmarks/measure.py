@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,36 @@ class StopwatchBatch:
     def step_seconds(self, skip: int) -> list[float]:
         """Seconds from each start to the next, without the first `skip`."""
         return [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)][skip:]
+
+
+READY = "ready for a step"
+
+
+def wait_for_turn() -> None:
+    """In a measured process: say that a step is over and wait until the measuring one lets the next begin."""
+    print(READY, flush=True)
+    sys.stdin.readline()
+
+
+@dataclass(kw_only=True)
+class TurnsBatch:
+    """A constant batch whose every step waits for its turn."""
+
+    initial: int
+    """Global batch size, in samples."""
+
+    def samples(self, progress: object) -> int:
+        wait_for_turn()
+        return self.initial
+
+    def observe(self, progress: object, moments: object) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def spread(values: Sequence[float], form: str = ".3g") -> str:

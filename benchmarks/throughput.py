@@ -1,27 +1,25 @@
 """Training throughput and memory against a plain loop over transformers' LlamaForCausalLM.
 
-    python -m benchmarks.throughput [--repeats 5] [--steps 20] [--sizes 7M 20M]
+    python -m benchmarks.throughput [--steps 30] [--sizes 7M 20M]
 
 Same shape, precision, optimizer (fused AdamW), clipping, batch and data; ours runs the whole recipe with its loader,
-metrics and TensorBoard, theirs a bare loop over tokens that already lie in memory. Each measurement is a process of its
-own, and the two alternate, because a shared machine drifts.
+metrics and TensorBoard, theirs a bare loop over tokens that already lie in memory. Each is a process of its own, and
+they take turns, a step of ours and a step of theirs, because a shared machine drifts by more than they differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.measure import DEBUG, machine, spread
+from benchmarks.measure import DEBUG, READY, ROOT, machine, wait_for_turn
 
 SIZES = {
     "7M": {"dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "head_dim": 32, "ffn_dim": 768},
@@ -31,27 +29,25 @@ SEQUENCE, MICRO_BATCH, VOCAB = 512, 8, 4096
 WARM_UP = 3
 
 
-def ours(size: str, steps: int) -> list[float]:
-    """Step seconds of the recipe."""
+def ours(size: str, steps: int) -> None:
+    """The recipe."""
     from recipes.config import Override, load
 
     with tempfile.TemporaryDirectory() as directory:
         settings = {
             "run.dir": directory, "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
             "training.precision": "float32", "training.total_tokens": steps * SEQUENCE * MICRO_BATCH,
-            "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial": MICRO_BATCH,
+            "batch.use": "benchmarks.measure:TurnsBatch", "batch.initial": MICRO_BATCH,
             "model.vocab_size": VOCAB, "model.tied_embeddings": "false", "validation.max_sequences": 1,
             "lr_schedule.warmup_tokens": 0, "checkpoint.interval_steps": "none",
             **{f"model.{key}": value for key, value in SIZES[size].items()},
         }  # fmt: skip
         config = load(DEBUG, [Override(key, str(value)) for key, value in settings.items()])
-        status = config.recipe.main(config, None)
-        assert status == 0
-        return list(config.recipe.batch.step_seconds(skip=WARM_UP))
+        config.recipe.main(config, None)
 
 
-def theirs(size: str, steps: int) -> list[float]:
-    """Step seconds of a plain loop."""
+def theirs(size: str, steps: int) -> None:
+    """A plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SIZES[size]
@@ -65,8 +61,8 @@ def theirs(size: str, steps: int) -> list[float]:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(VOCAB, (64, SEQUENCE))
-    seconds, last = [], time.perf_counter()
     for step in range(steps):
+        wait_for_turn()
         batch = tokens[torch.arange(step * MICRO_BATCH, (step + 1) * MICRO_BATCH) % len(tokens)]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
@@ -74,49 +70,72 @@ def theirs(size: str, steps: int) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        seconds.append(time.perf_counter() - last)
-        last = time.perf_counter()
-    return seconds[WARM_UP:]
 
 
-def measure(who: str, size: str, steps: int) -> dict[str, float]:
-    """One process: median tokens per second and peak resident memory."""
-    command = [sys.executable, "-m", "benchmarks.throughput", "--measure", who, size, "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+class Measured:
+    """One of the two, in a process of its own, a step at a time."""
+
+    def __init__(self, who: str, size: str, steps: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.throughput", "--measured", who, size, "--steps", str(steps)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._until_ready()
+
+    def step(self) -> float:
+        """Let one step happen; returns the seconds it took."""
+        assert self.process.stdin is not None
+        start = time.perf_counter()
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self._until_ready()
+        return time.perf_counter() - start
+
+    def end(self) -> float:
+        """Stop it; returns its peak resident memory in MiB."""
+        self.process.kill()
+        _, _, usage = os.wait4(self.process.pid, 0)
+        return usage.ru_maxrss / 1024
+
+    def _until_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == READY:
+                return
+        raise SystemExit(f"a measured process ended with status {self.process.wait()}")
+
+
+def compare(size: str, steps: int) -> str:
+    """A row of the table."""
+    both = [Measured(who, size, steps + WARM_UP + 1) for who in ("ours", "theirs")]
+    pairs = [[each.step() for each in both] for _ in range(steps + WARM_UP)][WARM_UP:]
+    speeds = [[SEQUENCE * MICRO_BATCH / pair[side] for pair in pairs] for side in (0, 1)]
+    peaks = [each.end() for each in both]
+    cells = [*(f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds)]
+    ratios = [pair[1] / pair[0] for pair in pairs]
+    cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})"]
+    return " | ".join([size, *cells, *(f"{peak:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"])
+
+
+def quartiles(values: list[float], form: str) -> str:
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{low:{form}} to {high:{form}}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--measure", nargs=2, metavar=("WHO", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--measured", nargs=2, metavar=("WHO", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        who, size = arguments.measure
-        seconds = {"ours": ours, "theirs": theirs}[who](size, arguments.steps + WARM_UP)
-        speed = SEQUENCE * MICRO_BATCH / statistics.median(seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"tokens_per_second": speed, "peak_mib": peak}))
+    if arguments.measured:
+        who, size = arguments.measured
+        {"ours": ours, "theirs": theirs}[who](size, arguments.steps)
         return
-    print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens a step, float32, {arguments.repeats} alternating pairs\n")
-    print(
-        "| model | tokens/s, ours | tokens/s, transformers | ratio | peak MiB, ours | peak MiB, transformers | ratio |"
-    )
+    print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens a step, float32, {arguments.steps} pairs of steps;")
+    print("medians, with the quartiles\n")
+    print("| model | tokens/s, ours | tokens/s, transformers | ratio of a pair | peak MiB, ours | theirs | ratio |")
     print("|---|---|---|---|---|---|---|")
     for size in arguments.sizes:
-        pairs = [
-            (measure("ours", size, arguments.steps), measure("theirs", size, arguments.steps))
-            for _ in range(arguments.repeats)
-        ]
-        cells = []
-        for key in ("tokens_per_second", "peak_mib"):
-            cells += [spread([pair[side][key] for pair in pairs], ",.0f") for side in (0, 1)]
-            cells += [spread([mine[key] / other[key] for mine, other in pairs], ".2f")]
-        print(f"| {size} | {' | '.join(cells)} |", flush=True)
+        print(f"| {compare(size, arguments.steps)} |", flush=True)
 
 
 if __name__ == "__main__":
