@@ -1,9 +1,8 @@
-"""One recipe on every layout: the same samples, the same losses, and checkpoints that move from each to each."""
+"""One recipe on every layout: the same samples, the same losses, and checkpoints that move between them."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-STEPS, SAVED_AT, SAMPLES, SEQUENCE = 20, 12, 8, 24
+STEPS, SAVED_AT, SAMPLES, SEQUENCE = 20, 16, 8, 24
 RECIPE = [
     "--batch.use=components.batch.constant:Constant",
     f"--batch.initial={SAMPLES}",
@@ -43,17 +42,16 @@ class Runs:
     def reads(self, name: str) -> Path:
         return self.folder / "reads" / name.replace(" ", "-")
 
-    def launch(self, runs: dict[str, tuple[str, list[str]]]) -> None:
-        """Run name -> (layout, arguments), with as few starts of processes as there are numbers of processes."""
-        for processes in sorted({LAYOUTS[layout][0] for layout, _ in runs.values()}):
-            commands = [
-                [str(self.tiny.recipe), *RECIPE, *LAYOUTS[layout][1], *arguments,
-                 f"--run.dir={self.directory(name)}", f"--data.notes={self.reads(name)}",
-                 f"--data.path={self.folder / 'text' / '*.txt'}"]
-                for name, (layout, arguments) in runs.items()
-                if LAYOUTS[layout][0] == processes
-            ]  # fmt: skip
-            run_all(processes, commands, self.folder)
+    def launch(self, processes: int, runs: dict[str, tuple[str, list[str]]]) -> None:
+        """Those of `runs`, name -> (layout, arguments), that take this many processes: started once for all."""
+        commands = [
+            [str(self.tiny.recipe), *RECIPE, *LAYOUTS[layout][1], *arguments,
+             f"--run.dir={self.directory(name)}", f"--data.notes={self.reads(name)}",
+             f"--data.path={self.folder / 'text' / '*.txt'}"]
+            for name, (layout, arguments) in runs.items()
+            if LAYOUTS[layout][0] == processes
+        ]  # fmt: skip
+        run_all(processes, commands, self.folder)
 
     def rows(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.directory(name) / "metrics.jsonl").read_text().splitlines()]
@@ -72,10 +70,53 @@ class Runs:
         }
 
 
+VARIANTS = {
+    "gradients accumulated locally": ["--training.accumulation=local"],
+    "gradients reduced every time": ["--training.accumulation=reduce"],
+    "all blocks recomputed": ["--training.activation_checkpoint=full"],
+    "every second block recomputed": ["--training.activation_checkpoint=2"],
+    "cheap operations recomputed": ["--training.activation_checkpoint=selective"],
+}
+VARIED = {
+    f"{layout}, {what}": (layout, [*arguments, "--validation=none", "--checkpoint.interval_steps=none"])
+    for layout in ("two shards", "two replicas of two shards", "two shards of two slices")
+    for what, arguments in VARIANTS.items()
+    if layout != "two replicas of two shards" or what.startswith("gradients")
+}
+SMALL = [layout for layout, (processes, _) in LAYOUTS.items() if processes < 4]
+LARGE = [layout for layout in LAYOUTS if layout not in SMALL]
+MOVES = {
+    f"{source} to {target}": (source, target)
+    for source in LAYOUTS
+    for target in LAYOUTS
+    if (source in SMALL and target in SMALL)
+    or source == target
+    or "one process" in (source, target)
+    or (source in LARGE and target == LARGE[LARGE.index(source) - 1])
+}
+"""All moves between few processes; with four, on the same, to and from one process, and around the circle."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Every layout, every variant, every move. A move needs its source first, so two processes are started twice."""
     made = Runs(tmp_path_factory.mktemp("layouts"))
-    made.launch({layout: (layout, []) for layout in LAYOUTS})
+    whole: dict[str, tuple[str, list[str]]] = {layout: (layout, []) for layout in LAYOUTS}
+
+    def moves(*sources: int) -> dict[str, tuple[str, list[str]]]:
+        """From the layouts with so many processes."""
+        return {
+            name: (target, [f"--resume={made.checkpoint(source, SAVED_AT)}", "--validation=none",
+                            "--checkpoint.interval_steps=none"])
+            for name, (source, target) in MOVES.items()
+            if LAYOUTS[source][0] in sources
+        }  # fmt: skip
+
+    made.launch(1, whole)
+    made.launch(2, whole | VARIED | moves(1, 2))
+    made.launch(4, whole | VARIED | moves(1, 2, 4))
+    made.launch(2, moves(4))
+    made.launch(1, moves(1, 2, 4))
     return made
 
 
@@ -117,33 +158,16 @@ def test_every_step_reads_the_same_samples(runs, layout):
         assert found == expected, f"step {step + 1}"
 
 
-def test_a_checkpoint_of_each_layout_continues_on_each(runs):
-    moves = {f"{source} to {target}": (source, target) for source in LAYOUTS for target in LAYOUTS}
-    commands = {
-        name: (target, [f"--resume={runs.checkpoint(source, SAVED_AT)}", "--checkpoint.interval_steps=none"])
-        for name, (source, target) in moves.items()
-    }
-    runs.launch(commands)
-    for name, (source, target) in moves.items():
-        assert runs.losses(name) == pytest.approx(runs.losses("one process")[SAVED_AT:], rel=EQUAL), name
-        if source == target:
-            whole = [row for row in timeless(runs.rows(source)) if row["step"] > SAVED_AT]
-            assert timeless(runs.rows(name)) == whole, f"{name}: not bitwise"
-        shutil.rmtree(runs.directory(name))
+@pytest.mark.parametrize("name", MOVES)
+def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
+    source, target = MOVES[name]
+    assert runs.losses(name) == pytest.approx(runs.losses("one process")[SAVED_AT:], rel=EQUAL)
+    if source == target:
+        whole, moved = ([row for row in timeless(runs.rows(run)) if "loss" in row] for run in (source, name))
+        assert moved == whole[SAVED_AT:], "not bitwise"
 
 
-VARIANTS = {
-    "local accumulation": ["--training.accumulation=local"],
-    "reduction of every micro-batch": ["--training.accumulation=reduce"],
-    "all blocks recomputed": ["--training.activation_checkpoint=full"],
-    "every second block recomputed": ["--training.activation_checkpoint=2"],
-    "cheap operations recomputed": ["--training.activation_checkpoint=selective"],
-}
-
-
-def test_how_gradients_are_gathered_and_activations_kept_changes_nothing(runs):
-    layouts = ("two shards", "two slices", "two replicas of two shards", "two shards of two slices")
-    cases = {f"{what} on {layout}": (layout, VARIANTS[what]) for what in VARIANTS for layout in layouts}
-    runs.launch({name: (layout, [*how, "--checkpoint.interval_steps=none"]) for name, (layout, how) in cases.items()})
-    for name, (layout, _) in cases.items():
-        assert runs.losses(name) == pytest.approx(runs.losses(layout), rel=1e-6), name
+@pytest.mark.parametrize("name", VARIED)
+def test_how_gradients_are_gathered_and_activations_kept_changes_nothing(runs, name):
+    layout, _ = VARIED[name]
+    assert runs.losses(name) == pytest.approx(runs.losses(layout), rel=1e-6)
