@@ -23,7 +23,8 @@ RECIPE = [
     f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
     "--data.use=tests.distributed.layouts:RecordedText",
     "--model.kv_heads=2",
-    "--checkpoint.interval_steps=4",
+    f"--checkpoint.interval_steps={SAVED_AT}",
+    "--validation.interval_steps=10",
 ]
 EQUAL = 1e-5
 """Relative: float32 sums taken in another order differ by 2e-7 here after 20 steps of Adam."""
@@ -77,11 +78,18 @@ VARIANTS = {
     "every second block recomputed": ["--training.activation_checkpoint=2"],
     "cheap operations recomputed": ["--training.activation_checkpoint=selective"],
 }
+COMPARED = 5
+SHORT = ["--validation=none", "--checkpoint.interval_steps=none"]
+SHORT += [f"--training.total_tokens={(COMPARED + 1) * SAMPLES * SEQUENCE}"]
+"""The rate decays over the last tenth of a run, so all steps of this one but the last are those of the long one."""
 VARIED = {
-    f"{layout}, {what}": (layout, [*arguments, "--validation=none", "--checkpoint.interval_steps=none"])
-    for layout in ("two shards", "two replicas of two shards", "two shards of two slices")
-    for what, arguments in VARIANTS.items()
-    if layout != "two replicas of two shards" or what.startswith("gradients")
+    f"{layout}, {what}": (layout, [*VARIANTS[what], *SHORT])
+    for layout, numbers in {
+        "two shards": (0, 1, 3),
+        "two replicas of two shards": (0, 1),
+        "two shards of two slices": (0, 2, 4),
+    }.items()
+    for what in [list(VARIANTS)[number] for number in numbers]
 }
 SMALL = [layout for layout, (processes, _) in LAYOUTS.items() if processes < 4]
 LARGE = [layout for layout in LAYOUTS if layout not in SMALL]
@@ -170,4 +178,4 @@ def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
 @pytest.mark.parametrize("name", VARIED)
 def test_how_gradients_are_gathered_and_activations_kept_changes_nothing(runs, name):
     layout, _ = VARIED[name]
-    assert runs.losses(name) == pytest.approx(runs.losses(layout), rel=1e-6)
+    assert runs.losses(name)[:COMPARED] == pytest.approx(runs.losses(layout)[:COMPARED], rel=1e-6)
