@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,7 +75,7 @@ class Row:
         head, steps = lines[0], lines[1:]
         ends = [step["at"] for step in steps]
         self.start_seconds = ends[0] - started
-        self.step_seconds = [later - earlier for earlier, later in zip(ends, ends[1:], strict=False)][WARM_UP - 1 :]
+        self.step_seconds = [later - earlier for earlier, later in pairwise(ends)][WARM_UP - 1 :]
         self.tokens_per_step = head["tokens_per_step"]
         self.memory_bytes, self.reserved_bytes = steps[-1]["memory_bytes"], steps[-1]["reserved_bytes"]
         self.losses = [step["loss"] for step in steps]
@@ -227,15 +229,14 @@ def main() -> int:
         for row in rows:
             row.note = row.note or ("" if row.step_seconds else "not run: interrupted")
         save(rows, arguments.output)
-    print(
-        f"\n{machine()}; bf16, {arguments.accumulation} micro-batches a step, {arguments.steps - WARM_UP} steps after"
-    )
-    print(f"{WARM_UP} of warm-up; tokens/s: median (lowest to highest)\n")
+    print(f"\n{machine()}; bf16, {arguments.accumulation} micro-batches a step, ", end="")
+    print(f"{arguments.steps - WARM_UP} steps after {WARM_UP} of warm-up;")
+    print("tokens/s: median (lowest to highest)\n")
     print(table(rows))
-    print("\n" + "\n".join([] if arguments.smoke else verdicts(rows)))
-    print(
-        f"\nAll rows: {arguments.output}. Repeat with:\n\n    python -m benchmarks.gpu {' '.join(sys.argv[1:])}".rstrip()
-    )
+    if not arguments.smoke:
+        print("\n" + "\n".join(verdicts(rows)))
+    print(f"\nAll rows: {arguments.output}. Repeat with:\n")
+    print(f"    python -m benchmarks.gpu {shlex.join(sys.argv[1:])}".rstrip())
     return status
 
 
