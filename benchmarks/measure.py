@@ -1,17 +1,24 @@
-"""What the benchmarks share: recipes to measure, a stop-watch that is a component, and tables with their spread."""
+"""What the benchmarks share: recipes to measure, components that measure or need no files, tables with their spread."""
 
 from __future__ import annotations
 
+import os
 import platform
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+
+from components.batch.constant import Constant
+from components.throughput import memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ROOT / "train_configs" / "debug.toml"
@@ -71,6 +78,81 @@ class TurnsBatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+@dataclass(kw_only=True)
+class PeakMemoryBatch(Constant):
+    """A constant batch that writes, after every step, the most memory this process has held: a file for each rank."""
+
+    folder: Path
+    """An existing folder, for files `rank-<n>` of two numbers: bytes before the model was built, and at the most."""
+    before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = memory_bytes(torch.device("cpu"))
+
+    def observe(self, progress: object, moments: object) -> None:
+        if torch.cuda.is_initialized():
+            before, peak = 0, torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            before, peak = self.before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        (self.folder / f"rank-{os.environ.get('RANK', '0')}").write_text(f"{before} {peak}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """[tokenizer] without a file: a number of ids that stand for no text."""
+
+    vocab_size: int
+
+    @property
+    def end_of_document(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        return np.zeros(self.vocab_size, dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"vocabulary of {self.vocab_size}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise ValueError("this tokenizer knows no text")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise ValueError("this tokenizer knows no text")
+
+    def build(self) -> Vocabulary:
+        return self
+
+
+class Drawn:
+    """Sequences of random ids that lie in memory."""
+
+    def __init__(self, sequences: int, length: int, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(vocab_size, (sequences, length), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tokens[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        return self.tokens[list(indices)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens:
+    """[data] without a file: the same few sequences of random ids, over and over."""
+
+    sequences: int = 256
+
+    def build(self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]) -> Drawn:
+        return Drawn(self.sequences, sequence_length + 1, tokenizer.vocab_size)
 
 
 def spread(values: Sequence[float], form: str = ".3g") -> str:

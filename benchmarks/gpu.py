@@ -1,0 +1,244 @@
+"""Tokens/s, MFU and memory of the published recipes on one GPU, against a plain loop over transformers' model.
+
+    python -m benchmarks.gpu [--minutes 8.5] [--models 1.1B 3B 300M] [--kinds compiled plain] [--micro-batch 1.1B=8]
+
+bf16, random tokens, one process. Every case is a process of its own: one that runs out of memory or time costs its row
+and no other. The most telling cases come first; those the minutes do not suffice for are told as skipped. Ours runs the
+whole recipe with loader, metrics and TensorBoard; theirs is a bare loop with fused AdamW over float32 weights under
+autocast, of the same micro-batches. With --smoke the same on the CPU, in tiny shapes: it shows that it runs, no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_case import KINDS, MODELS, options
+from benchmarks.measure import ROOT, machine, spread
+
+ORDER = [
+    *((model, kind) for model in ("1.1B", "3B", "300M") for kind in ("compiled", "plain")),
+    *((model, kind) for kind in ("eager", "plain compiled") for model in ("1.1B", "3B", "300M")),
+]
+"""By what is learnt from them: the goals first."""
+GOALS = {"1.1B": (0.5, 1.3), "3B": (0.5, 1.3)}
+"""MFU, and times the plain loop's tokens/s, of ours compiled on an H200."""
+WARM_UP = 3
+LEAST_SECONDS = {False: 25.0, True: 2.0}
+"""A case that would have less is not begun; the second in a smoke run."""
+
+
+@dataclass
+class Row:
+    """A case and what became of it. Without `step_seconds` nothing was measured, and `note` says why."""
+
+    model: str
+    kind: str
+    note: str = ""
+    start_seconds: float | None = None
+    """From the command to the end of the first step: imports, weights, compilation."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Of the steps after the warm-up."""
+    tokens_per_step: int = 0
+    mfu: float | None = None
+    memory_bytes: int = 0
+    """Most that was allocated on the device."""
+    reserved_bytes: int | None = None
+    """Most that torch held of it."""
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens a second, of each step."""
+        return [self.tokens_per_step / seconds for seconds in self.step_seconds]
+
+    def read(self, lines: list[dict[str, Any]], started: float) -> None:
+        """Take over what the case reported; `started` is when its command was."""
+        if len(lines) < 2:
+            return
+        head, steps = lines[0], lines[1:]
+        ends = [step["at"] for step in steps]
+        self.start_seconds = ends[0] - started
+        self.step_seconds = [later - earlier for earlier, later in pairwise(ends)][WARM_UP - 1 :]
+        self.tokens_per_step = head["tokens_per_step"]
+        self.memory_bytes, self.reserved_bytes = steps[-1]["memory_bytes"], steps[-1]["reserved_bytes"]
+        self.losses = [step["loss"] for step in steps]
+        if self.step_seconds and head["peak_flops"]:
+            self.mfu = statistics.median(self.speeds) * head["flops_per_token"] / head["peak_flops"]
+
+    def line(self, plain: Row | None) -> str:
+        """Of the table; `plain` is the row to compare with."""
+        cells = [self.model, self.kind, "", "", "", "", "", self.note]
+        if self.step_seconds:
+            cells[2] = spread(self.speeds, ",.0f")
+            cells[3] = f"{self.mfu:.1%}" if self.mfu is not None else "?"
+            cells[4] = f"{self.memory_bytes / 2**30:.1f}"
+        if (ratio := self.against(plain)) is not None:
+            cells[5] = f"{ratio:.2f}"
+        if self.start_seconds is not None:
+            cells[6] = f"{self.start_seconds:.0f}"
+        return f"| {' | '.join(cells)} |"
+
+    def against(self, plain: Row | None) -> float | None:
+        """How many times as fast as `plain`, by the medians."""
+        if plain is None or not (self.step_seconds and plain.step_seconds):
+            return None
+        return statistics.median(self.speeds) / statistics.median(plain.speeds)
+
+
+def run_case(row: Row, extra: list[str], limit: float) -> None:
+    """Measure in a process of its own, for at most `limit` seconds; the row says what went wrong."""
+    with tempfile.TemporaryDirectory() as directory:
+        report, errors = Path(directory) / "report.jsonl", Path(directory) / "errors.txt"
+        command = [sys.executable, "-m", "benchmarks.gpu_case", row.model, row.kind, "--report", str(report), *extra]
+        started = time.monotonic()
+        with errors.open("w") as file:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+            try:
+                if process.wait(limit):
+                    row.note = reason(errors.read_text(errors="replace"), process.returncode)
+            except subprocess.TimeoutExpired:
+                row.note = f"stopped after {limit:.0f} s"
+            except KeyboardInterrupt:
+                row.note = "interrupted"
+                raise
+            finally:
+                end(process)
+                row.read(whole_lines(report), started)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and what it started: the compiler has workers of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+def whole_lines(report: Path) -> list[dict[str, Any]]:
+    """What was written before the end; a line that was cut off is left out."""
+    text = report.read_text(encoding="utf-8") if report.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def reason(output: str, status: int) -> str:
+    """The first sentence of the last error in what a process wrote."""
+    errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Unsupported)\b.*)", output, flags=re.MULTILINE)
+    lines = errors or output.strip().splitlines() or [""]
+    sentence = re.split(r"(?<=\w)\. ", lines[-1])[0].replace("|", "/")
+    return f"failed ({status}): {sentence[:160]}"
+
+
+def table(rows: list[Row]) -> str:
+    plain = {row.model: row for row in rows if row.kind == "plain"}
+    lines = [
+        "| model | loop | tokens/s | MFU | peak GiB | times the plain loop | s to the first step | |",
+        "|---|---|---|---|---|---|---|---|",
+        *(row.line(plain.get(row.model)) for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def verdicts(rows: list[Row]) -> list[str]:
+    """A line for each goal whose case was among `rows`."""
+    plain = {row.model: row for row in rows if row.kind == "plain"}
+    lines = []
+    for row in rows:
+        if row.kind != "compiled" or row.model not in GOALS:
+            continue
+        mfu, times = GOALS[row.model]
+        for name, value, goal, form in (
+            ("MFU", row.mfu, mfu, ".0%"),
+            ("times the plain loop", row.against(plain.get(row.model)), times, ".2f"),
+        ):
+            said = "not measured" if value is None else f"{value:{form}}, {'met' if value >= goal else 'missed'}"
+            lines.append(f"goal: {row.model}, {name}, at least {goal:{form}}: {said}")
+    return lines
+
+
+def measure(rows: list[Row], arguments: argparse.Namespace, deadline: float) -> None:
+    """Fill `rows`, in order, until the monotonic clock shows `deadline`; the file has all of them after each."""
+    passed = [f"--steps={arguments.steps}", f"--accumulation={arguments.accumulation}"]
+    passed += [f"--activation-checkpoint={arguments.activation_checkpoint}", *(["--smoke"] if arguments.smoke else [])]
+    micro_batches = dict(pair.split("=", 1) for pair in arguments.micro_batch)
+    for row in rows:
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS[arguments.smoke]:
+            row.note = f"skipped: {max(0.0, left):.0f} s were left"
+        else:
+            own = [f"--micro-batch={micro_batches[row.model]}"] if row.model in micro_batches else []
+            run_case(row, [*passed, *own], min(left, arguments.case_seconds))
+            print(f"{row.model} {row.kind}: {row.note or 'measured'}", file=sys.stderr, flush=True)
+        save(rows, arguments.output)
+
+
+def save(rows: list[Row], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine(), "command": sys.argv[1:], "rows": [asdict(row) for row in rows]}
+    output.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[options()]
+    )
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all cases together")
+    parser.add_argument("--case-seconds", type=float, default=150, help="for one case")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--micro-batch", nargs="+", default=[], metavar="MODEL=SAMPLES")
+    parser.add_argument("--output", type=Path, default=Path("runs") / "gpu.json", help="all rows, as JSON")
+    arguments = parser.parse_args()
+    if not (arguments.smoke or torch.cuda.is_available()):
+        print("no CUDA device here; --smoke runs the same cases on the CPU, in tiny shapes", file=sys.stderr)
+        return 2
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps: the first {WARM_UP} are warm-up, so at least {WARM_UP + 1}")
+    if strange := [pair for pair in arguments.micro_batch if not re.fullmatch(rf"({'|'.join(MODELS)})=[1-9]\d*", pair)]:
+        parser.error(f"--micro-batch {strange[0]}: expected a model and a number of samples, such as 1.1B=8")
+    rows = [Row(*case) for case in ORDER if case[0] in arguments.models and case[1] in arguments.kinds]
+    signal.signal(signal.SIGTERM, interrupt)  # a job's time limit sends it; the table is to be printed even so
+    status = 0
+    try:
+        measure(rows, arguments, began + 60 * arguments.minutes)
+    except KeyboardInterrupt:
+        status = 130
+        for row in rows:
+            row.note = row.note or ("" if row.step_seconds else "not run: interrupted")
+        save(rows, arguments.output)
+    print(f"\n{machine()}; bf16, {arguments.accumulation} micro-batches a step, ", end="")
+    print(f"{arguments.steps - WARM_UP} steps after {WARM_UP} of warm-up;")
+    print("tokens/s: median (lowest to highest)\n")
+    print(table(rows))
+    if not arguments.smoke:
+        print("\n" + "\n".join(verdicts(rows)))
+    print(f"\nAll rows: {arguments.output}. Repeat with:\n")
+    print(f"    python -m benchmarks.gpu {shlex.join(sys.argv[1:])}".rstrip())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
