@@ -63,7 +63,9 @@ class ConsoleProgress:
             log.info(validation_line(row))
             return
         self._steps.append(row)
-        row = {**row, "tokens_per_second": speed(self._steps)}
+        mean = speed(self._steps)
+        mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
+        row = {**row, "tokens_per_second": mean, "mfu": mfu}
         left = seconds_left(row, self.total_tokens)
         self._bar.update(self._task, completed=row["tokens"], line=f"loss {row['loss']:.3f}  {duration(left)} left")
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
