@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,14 @@ DEBUG = ROOT / "train_configs" / "debug.toml"
 
 
 @dataclass(kw_only=True)
-class StopwatchBatch:
+class StopwatchBatch(Constant):
     """A constant batch that notes the time at which every step starts: it measures whole steps, from outside."""
 
-    initial: int
-    """Global batch size, in samples."""
     starts: list[float] = field(default_factory=list, init=False)
 
     def samples(self, progress: object) -> int:
         self.starts.append(time.perf_counter())
         return self.initial
-
-    def observe(self, progress: object, moments: object) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
     def step_seconds(self, skip: int) -> list[float]:
         """Seconds from each start to the next, without the first `skip`."""
@@ -60,24 +49,12 @@ def wait_for_turn() -> None:
 
 
 @dataclass(kw_only=True)
-class TurnsBatch:
+class TurnsBatch(Constant):
     """A constant batch whose every step waits for its turn."""
-
-    initial: int
-    """Global batch size, in samples."""
 
     def samples(self, progress: object) -> int:
         wait_for_turn()
         return self.initial
-
-    def observe(self, progress: object, moments: object) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 @dataclass(kw_only=True)
