@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 from components.quantities import PositiveCount
-from models.decoder import Decoder
 from models.plan import Plan, plan
 from models.rope import RopeScaling
 from models.sizes import SIZES, Size, SizeName
+
+if TYPE_CHECKING:
+    from models.decoder import Decoder
 
 
 @dataclass(kw_only=True)
@@ -102,6 +105,8 @@ class Llama:
                 f"max_sequence_length: {shape.max_sequence_length} is below the training.sequence_length of "
                 f"{sequence_length}; raise the one or lower the other"
             )
+        from models.decoder import Decoder  # brings torch's compiler along, which reading a recipe does not need
+
         return Decoder(
             shape, self.vocab_size or vocab_size, init_std=self.init_std, depth_scaled_init=self.depth_scaled_init
         )

@@ -25,7 +25,7 @@ from components.clock import Clock
 from components.data.loader import MicroBatchLoader
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
-from components.parallel import fsdp, tensor_parallel
+from components.parallel import fsdp
 from components.parallel.elastic import LAUNCH
 from components.parallel.layout import Parallel
 from components.parallel.world import World
@@ -327,6 +327,8 @@ class TrainingRun:
         blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
         plan = recipe.plan(tp=self.recipe.parallel.tp) if isinstance(recipe, HasPlan) else None
         if self.parallel.tp is not None and plan is not None:
+            from components.parallel import tensor_parallel
+
             tensor_parallel.split(model, plan.tensor_parallel, self.parallel.tp)
         recompute(blocks or [model], training.activation_checkpoint)
         if training.compile:

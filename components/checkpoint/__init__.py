@@ -8,9 +8,12 @@
 A checkpoint is written aside (`.writing-step-00000123`), synced to the disk and renamed. A directory that bears its
 final name is therefore complete, and an interrupted save leaves only a name that no one reads. Saved asynchronously,
 the same happens in a thread, on a copy of the tensors.
+
+torch.distributed.checkpoint takes most of a second to import, so it is imported where it is used: a typo in a recipe is
+told before.
 """
 
-from components.checkpoint.background import SaveError
+from components.checkpoint.errors import SaveError
 from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, tensor_names
 from components.checkpoint.store import Checkpoint, CheckpointStore
 from components.checkpoint.training_tensors import TrainingTensors

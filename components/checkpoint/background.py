@@ -15,13 +15,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from components.checkpoint.errors import SaveError
 from components.checkpoint.reading import ALONE_WARNING
 
 log = logging.getLogger("powertrain")
-
-
-class SaveError(RuntimeError):
-    """A checkpoint that was to be written in the background could not be."""
 
 
 class Background:

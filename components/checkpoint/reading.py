@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-
 FORMAT = 1
 """Version of the layout of a checkpoint. A reader refuses what is newer than itself."""
 
@@ -45,12 +43,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
     """Fill `tensors` in place from `checkpoint`, each rank with its own shards."""
+    import torch.distributed.checkpoint as dcp
+
     with single_process_is_fine():
         dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
     """Names of the tensors a checkpoint holds."""
+    import torch.distributed.checkpoint as dcp
+
     return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
 
 

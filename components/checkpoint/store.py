@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed.checkpoint as dcp
-
-from components.checkpoint.background import Background, SaveError
+from components.checkpoint.errors import SaveError
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.reading import FORMAT, complete_checkpoints, single_process_is_fine, step_of
 from components.quantities import PositiveCount
+
+if TYPE_CHECKING:
+    from components.checkpoint.background import Background
 
 _ASIDE = ".writing-"
 
@@ -56,7 +57,11 @@ class CheckpointStore:
         self.world = world
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self._background = Background(distributed=world.size > 1) if async_save else None
+        self._background: Background | None = None
+        if async_save:
+            from components.checkpoint.background import Background
+
+            self._background = Background(distributed=world.size > 1)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -95,6 +100,8 @@ class CheckpointStore:
         if self._background is not None:
             self._background.save(aside, tensors, final, complete)
             return final
+        import torch.distributed.checkpoint as dcp
+
         with single_process_is_fine():
             dcp.save(tensors, checkpoint_id=aside, no_dist=self.world.size == 1)
         complete()

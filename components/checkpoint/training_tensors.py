@@ -8,12 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.reading import load_tensors, tensor_names
@@ -28,6 +22,8 @@ class TrainingTensors:
         self.world = world
 
     def collect(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
@@ -39,6 +35,8 @@ class TrainingTensors:
 
         On more ranks than the checkpoint was written by, the new ranks keep the random state the seed gave them.
         """
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
         tensors = self.collect()
         if not any(name.startswith(f"random.{self.world.rank}.") for name in tensor_names(checkpoint)):
             del tensors["random"]

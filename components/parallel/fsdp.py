@@ -1,4 +1,7 @@
-"""FSDP2: parameters, gradients and optimizer state in shards, gathered a unit at a time."""
+"""FSDP2: parameters, gradients and optimizer state in shards, gathered a unit at a time.
+
+torch.distributed.fsdp takes most of a second to import, so it is imported where it is used: a typo is told before.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 Accumulation = Literal["reduce", "local", "auto"]
 
@@ -24,6 +26,8 @@ def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, co
     to the other, for its backward follows at once. What no unit holds is gathered once, for the whole pass. Parameters
     are cast to `compute_dtype` before they are gathered; gradients are reduced in float32.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     sharded: list[FSDPModule] = []
     for number, names in enumerate(units):
@@ -45,6 +49,8 @@ class GradientReduction:
 
     def __init__(self, model: nn.Module, mode: Accumulation, *, tp: int, device_memory: int) -> None:
         """`tp` is the number of slices that the matrices are in; `device_memory`, in bytes, is for `auto`."""
+        from torch.distributed.fsdp import FSDPModule
+
         self.model = model if isinstance(model, FSDPModule) else None
         whole = 4 * sum(parameter.numel() for parameter in model.parameters()) / tp
         self.local = mode == "local" or (mode == "auto" and whole <= LOCAL_SHARE * device_memory)
