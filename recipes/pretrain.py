@@ -156,6 +156,7 @@ class TrainingRun:
                 model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
             ),
             max_grad_norm=training.max_grad_norm,
+            # FSDP2 hands out parameters in the precision wanted; autocast would cast what is cast already
             arithmetic=lambda: precision.autocast("float32" if self.parallel.fsdp else self.precision, device),
         )
         self.tensors = TrainingTensors(model, optimizer, self.world)

@@ -101,6 +101,19 @@ class TinyRun:
 
 
 @pytest.fixture
+def reference() -> Callable[[str], Path]:
+    """Real text, tokenizers and a checkpoint in shared/data beside the project; a test that needs one skips without."""
+
+    def find(part: str) -> Path:
+        folder = launch.ROOT.parent / "shared" / "data" / part
+        if not folder.is_dir():
+            pytest.skip(f"needs the reference data in {folder}")
+        return folder
+
+    return find
+
+
+@pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRun:
     for name in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(name, raising=False)

@@ -1,14 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-
 
 @pytest.fixture
-def tiny_random_llama() -> Path:
+def tiny_random_llama(reference: Callable[[str], Path]) -> Path:
     """A checkpoint in the format of transformers 4.20: pickled, frequencies stored, no num_key_value_heads."""
-    folder = SHARED / "checkpoints" / "tiny-random-llama"
-    if not folder.is_dir():
-        pytest.skip(f"needs the reference checkpoint in {folder}")
-    return folder
+    return reference("checkpoints/tiny-random-llama")

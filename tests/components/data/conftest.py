@@ -11,16 +11,11 @@ from components.data.packed import PackedTokens
 from components.data.source import TextSource
 from components.tokenizers import Bytes
 
-SHARED = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-
 
 @pytest.fixture
-def texts() -> Path:
+def texts(reference: Callable[[str], Path]) -> Path:
     """Reference corpora."""
-    folder = SHARED / "text"
-    if not folder.is_dir():
-        pytest.skip(f"needs the reference texts in {folder}")
-    return folder
+    return reference("text")
 
 
 @dataclass(kw_only=True)
