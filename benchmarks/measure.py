@@ -68,7 +68,7 @@ class PeakMemoryBatch(Constant):
     def __post_init__(self) -> None:
         self.before = memory_bytes(torch.device("cpu"))
 
-    def observe(self, progress: object, moments: object) -> None:
+    def observe(self, progress: object, noise: object) -> None:
         if torch.cuda.is_initialized():
             before, peak = 0, torch.cuda.max_memory_allocated()
         else:

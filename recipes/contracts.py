@@ -158,17 +158,38 @@ class Progress(Protocol):
     def total_tokens(self) -> int: ...
 
 
-class GradientMoments(Protocol):
-    """What was measured of the gradient in one step, equal on all ranks."""
+class GradientNoise(Protocol):
+    """What was measured of the gradient in one step, equal on all ranks. components/gradient_moments.py derives it."""
 
-    groups: int
-    """K: micro-batches of all ranks."""
-    group_samples: int
-    """Samples in each group."""
-    sum_of_squares: float
-    """Sum over groups of the squared norm of each group's mean gradient."""
-    mean_square: float
-    """Squared norm of the mean gradient, before clipping."""
+    @property
+    def groups(self) -> int:
+        """K: the micro-batches of all ranks."""
+        ...
+
+    @property
+    def group_samples(self) -> int:
+        """Samples in each group; `groups` times it is the global batch size."""
+        ...
+
+    @property
+    def sum_of_squares(self) -> float:
+        """Sum over groups of the squared norm of each group's mean gradient, of this step alone."""
+        ...
+
+    @property
+    def mean_square(self) -> float:
+        """Squared norm of the mean gradient before clipping, of this step alone."""
+        ...
+
+    @property
+    def noise(self) -> float:
+        """tr(Sigma): trace of the covariance of one sample's gradient, smoothed over steps."""
+        ...
+
+    @property
+    def signal(self) -> float:
+        """Squared norm of the true gradient, smoothed over steps; an unbiased estimate, so it may be negative."""
+        ...
 
 
 @runtime_checkable
@@ -179,10 +200,23 @@ class BatchPolicy(Protocol):
         """Global batch size wanted for the step that starts now, in samples; the layout rounds it up."""
         ...
 
-    def observe(self, progress: Progress, moments: GradientMoments | None) -> None:
-        """After every step; `moments` is None where they were not measured."""
+    def measures(self, progress: Progress) -> bool:
+        """Whether the gradient noise of the step that starts now is of use, to the policy or to who watches."""
+        ...
+
+    def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
+        """After every step; `noise` is None where it was not measured, or could not be."""
         ...
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class FollowsSchedule(Protocol):
+    """A [batch] that depends on the learning rate's schedule, such as one that grows where the rate would fall."""
+
+    def follow(self, schedule: LRSchedule, *, sequence_length: int, total_tokens: int) -> None:
+        """Called once, before `samples`. Raises ValueError where the two do not go together."""
+        ...

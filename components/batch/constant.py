@@ -18,7 +18,10 @@ class Constant:
     def samples(self, progress: object) -> int:
         return self.initial
 
-    def observe(self, progress: object, moments: object) -> None:
+    def measures(self, progress: object) -> bool:
+        return True
+
+    def observe(self, progress: object, noise: object) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

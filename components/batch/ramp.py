@@ -43,7 +43,10 @@ class Ramp:
         reached = [stage.samples for stage in self.stages if stage.from_tokens <= progress.tokens]
         return reached[-1] if reached else self.initial
 
-    def observe(self, progress: object, moments: object) -> None:
+    def measures(self, progress: object) -> bool:
+        return True
+
+    def observe(self, progress: object, noise: object) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -82,8 +83,22 @@ def _whole(output: Tensor) -> Tensor:
     return output.full_tensor() if isinstance(output, DTensor) else output
 
 
+class VocabularyLookup(RowwiseParallel):
+    """An embedding whose rows are divided; its output is divided along the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(input_layouts=Replicate(), output_layouts=SEQUENCE)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        split_up = super()._apply(module, device_mesh)
+        # A tensor whose exchange is still under way is of a class of its own, and a compiled block that is given one
+        # computes wrong gradients (torch 2.13).
+        split_up.register_forward_hook(lambda part, inputs, output: wait_tensor(output))
+        return split_up
+
+
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
+    "embedding": VocabularyLookup,
     "sequence": SequenceParallel,
     "gather sequence": GatherSequence,
     "columns": ColwiseParallel,
