@@ -6,6 +6,9 @@ tokens moves the end of its schedule by that alone. Decay is anchored at the end
 
 Warm-up counts the step's own tokens, (tokens + batch_tokens) / warmup_tokens, so no step is spent at a rate of zero;
 everything else is read at the step's first token.
+
+A schedule is written for one batch. `batch_rule` says what becomes of its rate at another, and reads the batch of the
+very step. It is part of the schedule because a rate without its batch means nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.quantities import Tokens
+from components.quantities import PositiveCount, Tokens
 
 Rate = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +38,9 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 
 Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
 
+BatchRule = Literal["none", "sqrt", "linear"]
+EXPONENTS: dict[BatchRule, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
 
 def _warmup(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
     return min(1.0, (tokens + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
@@ -48,7 +54,32 @@ def _progress(tokens: int, start: float, end: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant:
+class _FollowsBatch:
+    batch_rule: BatchRule = "none"
+    """How the rate follows the batch: not, by its root (Adam: arXiv 2405.14578, 2205.10287), or linearly (SGD:
+    arXiv 1706.02677)."""
+    reference_batch_tokens: PositiveCount | None = None
+    """Tokens of the global batch that the rates are meant for: there batch_rule is a factor of 1."""
+
+    def __post_init__(self) -> None:
+        if self.batch_rule != "none" and self.reference_batch_tokens is None:
+            raise ValueError(
+                f"reference_batch_tokens: required by batch_rule = {self.batch_rule!r}: the tokens (samples x "
+                "sequence_length) of the batch that max_lr is meant for"
+            )
+        if self.batch_rule == "none" and self.reference_batch_tokens is not None:
+            raise ValueError(
+                'reference_batch_tokens: nothing follows it; add batch_rule = "sqrt" or "linear", or leave it out'
+            )
+
+    def _batch_factor(self, batch_tokens: int) -> float:
+        if self.reference_batch_tokens is None:
+            return 1.0
+        return float((batch_tokens / self.reference_batch_tokens) ** EXPONENTS[self.batch_rule])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant(_FollowsBatch):
     """Warm-up, then one rate."""
 
     max_lr: Rate
@@ -57,11 +88,11 @@ class Constant:
     """Tokens over which the rate rises linearly from zero."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens)
+        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens) * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DecayToEnd:
+class _DecayToEnd(_FollowsBatch):
     max_lr: Rate
     """The rate at the end of warm-up."""
     warmup_tokens: Tokens = 0
@@ -71,7 +102,8 @@ class _DecayToEnd:
 
     def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         decay = DECAYS[shape](_progress(tokens, self.warmup_tokens, total_tokens), self.end_ratio)
-        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens) * decay
+        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
+        return self.max_lr * warmup * decay * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +123,7 @@ class Linear(_DecayToEnd):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StableThenDecay:
+class _StableThenDecay(_FollowsBatch):
     warmup_tokens: Tokens = 0
     """Tokens over which the rate rises linearly from zero."""
     decay_tokens: Tokens | None = None
@@ -104,6 +136,7 @@ class _StableThenDecay:
     """The last rate, as a share of the rate at which the decay starts."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.decay_tokens is not None and self.decay_fraction is not None:
             raise ValueError("decay_tokens: excludes decay_fraction; give one of the two")
 
@@ -126,7 +159,7 @@ class WSD(_StableThenDecay):
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
-        return self.max_lr * warmup * self._decay(tokens, total_tokens)
+        return self.max_lr * warmup * self._decay(tokens, total_tokens) * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +175,19 @@ class Power(_StableThenDecay):
     """Amplitude of the power law."""
     b: Annotated[float, Field(lt=0)] = -0.51
     """Exponent of the power law."""
+    batch_rule: BatchRule = "none"
+    """Only "none": the law follows the batch linearly by itself."""
+    reference_batch_tokens: PositiveCount | None = None
+    """None: the law reads the batch of every step."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("batch_rule", self.batch_rule), ("reference_batch_tokens", self.reference_batch_tokens)):
+            if value not in ("none", None):
+                raise ValueError(
+                    f"{key}: Power follows the batch linearly by itself (beta, up to max_lr), and a second rule would "
+                    "count it twice; leave it out, or take WSD with a batch_rule"
+                )
+        super().__post_init__()
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)

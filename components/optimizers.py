@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from components.quantities import PositiveCount
+
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch has a fused AdamW that we have measured to be the fastest."""
 
@@ -26,6 +28,9 @@ class AdamW:
     """Decoupled decay; the step shrinks a weight by lr x weight_decay."""
     decay: Literal["matrices", "all", "none"] = "matrices"
     """What decays: parameters of two or more dimensions (embeddings too, norms not), everything, or nothing."""
+    reference_batch_tokens: PositiveCount | None = None
+    """Tokens of the global batch that the second beta is meant for: at another, its power that keeps the half-life of
+    the second moment in tokens (arXiv 2507.07101). Unset: the same beta at every batch."""
 
     def build(
         self, *, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
@@ -40,4 +45,36 @@ class AdamW:
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}
         fused = devices <= set(FUSED_DEVICES)
         # lr is set before every step; 0 makes a forgotten one harmless instead of subtly wrong
-        return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
+        options: dict[str, Any] = {"lr": 0.0, "betas": self.betas, "eps": self.eps, "fused": fused}
+        if self.reference_batch_tokens is None:
+            return torch.optim.AdamW(list(groups.values()), **options)
+        return AdamWByTokens(list(groups.values()), self.reference_batch_tokens, options)
+
+
+class AdamWByTokens(torch.optim.AdamW):
+    """AdamW whose second moment forgets per token, whatever the batch (arXiv 2507.07101).
+
+    v loses the share beta2 in a step of B0 tokens, so over n tokens beta2^(n / B0); a step of B tokens has to lose
+    beta2^(B / B0). What stays as it is:
+
+    - beta1: that paper keeps it, too. Momentum averages over a few steps to smooth them, it does not estimate anything
+      over tokens; with a half-life in tokens it would vanish as the batch grows (0.9^8 = 0.43).
+    - weight decay: a step shrinks weights by lr x weight_decay, so it follows the rate. Per token it is constant under
+      batch_rule = "linear", and falls as the rate per token does under the others.
+    - the bias correction, 1 - beta2^t of t steps at the present beta2: it is off only if the batch changes in the
+      first steps, while it matters.
+
+    The reference is no entry of the parameter groups: those are in every checkpoint, and one more would keep a run
+    from turning this on when it resumes.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], reference_batch_tokens: int, options: dict[str, Any]) -> None:
+        super().__init__(groups, **options)
+        self.reference_batch_tokens = reference_batch_tokens
+        self.reference_betas: tuple[float, float] = options["betas"]
+
+    def follow_batch(self, batch_tokens: int) -> None:
+        """Set the betas for a step of `batch_tokens`; from those of the reference, so that nothing accumulates."""
+        beta1, beta2 = self.reference_betas
+        for group in self.param_groups:
+            group["betas"] = (beta1, beta2 ** (batch_tokens / self.reference_batch_tokens))

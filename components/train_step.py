@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class MicroBatch(Protocol):
 
 class Reduction(Protocol):
     def before_backward(self, *, last: bool) -> None: ...
+
+
+@runtime_checkable
+class FollowsBatch(Protocol):
+    """An optimizer with constants that depend on the batch."""
+
+    def follow_batch(self, batch_tokens: int) -> None:
+        """Called before every step, with its tokens on all ranks."""
+        ...
 
 
 class TrainStep:
@@ -86,8 +95,10 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, full)
         return float(full)
 
-    def update(self, lr: float) -> None:
-        """One optimizer step at `lr`, times each group's multiplier."""
+    def update(self, lr: float, step_tokens: int) -> None:
+        """One optimizer step of `step_tokens` on all ranks, at `lr` times each group's multiplier."""
+        if isinstance(self.optimizer, FollowsBatch):
+            self.optimizer.follow_batch(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self.optimizer.step()

@@ -8,6 +8,7 @@ from typing import Any
 
 from components.batch.layout import BatchLayout
 from components.clock import Clock
+from recipes.contracts import FollowsSchedule
 
 MOST_LANDMARKS = 60
 
@@ -48,8 +49,10 @@ class Course:
 
 
 def play(recipe: Any, layout: BatchLayout) -> Course:
-    """Raises ValueError where the policy asks for a batch that is none."""
+    """Raises ValueError where the policy asks for a batch that is none, or does not go with the schedule."""
     training, schedule = recipe.training, recipe.lr_schedule
+    if isinstance(recipe.batch, FollowsSchedule):
+        recipe.batch.follow(schedule, sequence_length=training.sequence_length, total_tokens=training.total_tokens)
     clock = Clock(training.total_tokens, training.sequence_length)
     warmup = getattr(schedule, "warmup_tokens", 0)
     course = Course()

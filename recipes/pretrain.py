@@ -37,7 +37,17 @@ from components.throughput import Waited, device_memory, memory_bytes, peak_flop
 from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.config import Config
-from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.contracts import (
+    BatchPolicy,
+    Data,
+    FollowsSchedule,
+    HasPlan,
+    LanguageModel,
+    LRSchedule,
+    Model,
+    Optimizer,
+    Tokenizer,
+)
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
@@ -116,6 +126,13 @@ class TrainingRun:
         self.sequence_length = training.sequence_length
         self.precision = precision.resolve(training.precision, device)
         self.clock = Clock(training.total_tokens, training.sequence_length)
+        if isinstance(recipe.batch, FollowsSchedule):
+            with blame(config, "batch"):
+                recipe.batch.follow(
+                    recipe.lr_schedule,
+                    sequence_length=training.sequence_length,
+                    total_tokens=training.total_tokens,
+                )
         self.parallel = recipe.parallel.build(self.world)
         self.ranks = self.parallel.data
         self.layout = BatchLayout(training.micro_batch_size, self.ranks.size)
@@ -205,7 +222,7 @@ class TrainingRun:
             grad_norm = self.step.clip()
             lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
             if math.isfinite(loss) and math.isfinite(grad_norm):
-                self.step.update(lr)
+                self.step.update(lr, step_tokens)
             else:
                 self.refuse_update(loss, grad_norm, batch)
 

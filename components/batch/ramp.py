@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
 
 from components.quantities import PositiveCount, Tokens
 
 
-class HasTokens(Protocol):
+class Progress(Protocol):
     @property
     def tokens(self) -> int: ...
+    @property
+    def total_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of the ramp."""
 
-    from_tokens: Tokens
-    """The stage holds from the first step that starts at or after this many tokens."""
+    from_tokens: Tokens | None = None
+    """The stage holds from the first step that starts at or after this many tokens; excludes from_share."""
+    from_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The same, as a share of training.total_tokens; excludes from_tokens."""
     samples: PositiveCount
     """Global batch size of the stage, in samples (sequences)."""
+
+    def __post_init__(self) -> None:
+        if (self.from_tokens is None) == (self.from_share is None):
+            raise ValueError("from_tokens: a stage starts at from_tokens or at from_share; give one of the two")
+
+    def start(self, total_tokens: int) -> float:
+        """Tokens at which the stage starts."""
+        return self.from_tokens if self.from_tokens is not None else (self.from_share or 0.0) * total_tokens
 
 
 @dataclass(kw_only=True)
@@ -31,17 +45,41 @@ class Ramp:
     initial: PositiveCount
     """Global batch size before the first stage, in samples (sequences)."""
     stages: list[Stage]
-    """What follows, in order of tokens."""
+    """What follows, in order of tokens; all by from_tokens or all by from_share."""
+    linear: bool = False
+    """Grow linearly in tokens from one stage to the next, rather than at once where it starts."""
+    quantum: PositiveCount = 1
+    """Linear sizes are rounded to the nearest multiple of this; it has to divide initial and every stage."""
 
     def __post_init__(self) -> None:
-        starts = [stage.from_tokens for stage in self.stages]
+        by_share = [stage.from_share is not None for stage in self.stages]
+        if any(by_share) and not all(by_share):
+            raise ValueError("stages: some start at from_tokens and some at from_share; write all of them one way")
+        starts = [stage.from_share if stage.from_tokens is None else stage.from_tokens for stage in self.stages]
         for earlier, later in pairwise(starts):
+            assert earlier is not None and later is not None
             if later <= earlier:
                 raise ValueError(f"stages: each must start after the one before it, but {later} follows {earlier}")
+        if self.quantum > 1 and not self.linear:
+            raise ValueError("quantum: stages are taken as they are written; it is for linear = true")
+        for size in (self.initial, *(stage.samples for stage in self.stages)):
+            if size % self.quantum:
+                raise ValueError(f"quantum: {self.quantum} does not divide a batch of {size}; make it a multiple")
 
-    def samples(self, progress: HasTokens) -> int:
-        reached = [stage.samples for stage in self.stages if stage.from_tokens <= progress.tokens]
-        return reached[-1] if reached else self.initial
+    def samples(self, progress: Progress) -> int:
+        since, size = 0.0, self.initial
+        for stage in self.stages:
+            start = stage.start(progress.total_tokens)
+            if start > progress.tokens:
+                return self._between(size, stage.samples, (progress.tokens - since) / (start - since))
+            since, size = start, stage.samples
+        return size
+
+    def _between(self, earlier: int, later: int, share: float) -> int:
+        if not self.linear:
+            return earlier
+        size = earlier + share * (later - earlier)
+        return int(size / self.quantum + 0.5) * self.quantum
 
     def measures(self, progress: object) -> bool:
         return True

@@ -31,7 +31,10 @@ class TrainingTensors:
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Load model, optimizer and, where the checkpoint has this rank's, the random state.
+        """Load model, the optimizer's state and, where the checkpoint has this rank's, the random state.
+
+        The options of the parameter groups, which a checkpoint holds as well, stay those of the recipe: it may have
+        changed, and an optimizer may have set them for one step's batch.
 
         On more ranks than the checkpoint was written by, the new ranks keep the random state the seed gave them.
         """
@@ -41,8 +44,11 @@ class TrainingTensors:
         if not any(name.startswith(f"random.{self.world.rank}.") for name in tensor_names(checkpoint)):
             del tensors["random"]
         load_tensors(checkpoint, tensors, no_dist=self.world.size == 1)
+        options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         set_model_state_dict(self.model, tensors["model"])
         set_optimizer_state_dict(self.model, self.optimizer, tensors["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         if "random" in tensors:
             _restore_random_state(tensors["random"][str(self.world.rank)])
 
