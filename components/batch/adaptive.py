@@ -12,7 +12,7 @@ from pydantic import Field
 from components.quantities import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12
-"""Relative slack of the growth limit, so that the float 110 / 1.1 may be 100."""
+"""Relative slack of the growth limit, so that 45 * 1.4, in floats a little less, may be 63."""
 
 
 class Progress(Protocol):

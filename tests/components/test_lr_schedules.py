@@ -113,3 +113,58 @@ def test_cosine_passes_its_half_way_mark():
     schedule = Cosine(max_lr=1.0, end_ratio=0.2)
     assert schedule.lr(500, 1, 1000) == pytest.approx(0.6)
     assert schedule.lr(1000, 1, 1000) == pytest.approx(0.2)
+
+
+RULED = [Constant, Cosine, Linear, WSD]
+
+
+@pytest.mark.parametrize("kind", RULED)
+@given(tokens=st.integers(0, 10**6), batch=st.integers(1, 10**6))
+def test_a_batch_rule_is_a_factor_on_the_rate_of_that_very_step(kind, tokens, batch):
+    plain = kind(max_lr=0.01, warmup_tokens=1000)
+    for rule, exponent in (("sqrt", 0.5), ("linear", 1.0)):
+        ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_rule=rule, reference_batch_tokens=4096)
+        expected = plain.lr(tokens, batch, 10**6) * (batch / 4096) ** exponent
+        assert ruled.lr(tokens, batch, 10**6) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", RULED)
+@pytest.mark.parametrize("rule", ["sqrt", "linear"])
+def test_at_its_reference_a_rule_changes_nothing_at_all(kind, rule):
+    plain = kind(max_lr=0.01, warmup_tokens=1000)
+    ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_rule=rule, reference_batch_tokens=300)
+    for tokens in (0, 500, 5000, 9900):
+        assert ruled.lr(tokens, 300, 10**4) == plain.lr(tokens, 300, 10**4)
+
+
+@pytest.mark.parametrize("kind", RULED)
+def test_without_a_rule_the_batch_does_not_matter_after_the_warm_up(kind):
+    schedule = kind(max_lr=0.01)
+    assert schedule.lr(500, 1, 1000) == schedule.lr(500, 10**6, 1000)
+
+
+@pytest.mark.parametrize("kind", RULED)
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"batch_rule": "sqrt"}, r"^reference_batch_tokens: required by batch_rule = 'sqrt'"),
+        ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: nothing follows it; add batch_rule"),
+    ],
+)
+def test_a_rule_and_its_reference_come_together(kind, keys, said):
+    with pytest.raises(ValueError, match=said):
+        kind(max_lr=0.01, **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"batch_rule": "sqrt", "reference_batch_tokens": 4096}, "batch_rule"),
+        ({"batch_rule": "linear"}, "batch_rule"),
+        ({"reference_batch_tokens": 4096}, "reference_batch_tokens"),
+    ],
+)
+def test_power_refuses_a_second_rule(keys, key):
+    with pytest.raises(ValueError, match=rf"^{key}: Power follows the batch linearly by itself"):
+        Power(**keys)
+    assert Power(batch_rule="none") == Power()

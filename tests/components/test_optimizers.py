@@ -1,10 +1,15 @@
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from components.checkpoint import TrainingTensors
 from components.optimizers import AdamW
+from components.train_step import TrainStep
 
 pytestmark = pytest.mark.quick
 
@@ -57,3 +62,114 @@ def test_update_is_the_formula_in_float64():
         weight -= lr * (first / (1 - betas[0] ** t)) / ((second / (1 - betas[1] ** t)).sqrt() + eps)
     # float32 rounding of three steps on weights of order one
     torch.testing.assert_close(net.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+REFERENCE = 100
+"""Tokens of the batch that the betas are meant for."""
+
+
+def training(**keys) -> tuple[nn.Module, TrainStep]:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4, bias=False)
+    optimizer = AdamW(**keys).build(parameters=net.named_parameters(), lr_multiplier=lambda name: 1.0)
+    ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
+    reduction = SimpleNamespace(before_backward=lambda *, last: None)
+    step = TrainStep(net, optimizer, ranks, reduction=reduction, max_grad_norm=None, arithmetic=nullcontext)
+    return net, step
+
+
+def update(net: nn.Module, step: TrainStep, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
+    """One step; returns the second moment after it."""
+    net.weight.grad = gradient.clone()
+    step.update(0.01, tokens)
+    return step.optimizer.state[net.weight]["exp_avg_sq"].double().clone()
+
+
+def betas(step: TrainStep) -> tuple[float, float]:
+    return step.optimizer.param_groups[0]["betas"]
+
+
+@pytest.mark.parametrize("batch", [25, 50, 100, 200, 800])
+def test_the_second_moment_forgets_per_token_whatever_the_batch(batch):
+    """One gradient, then zeros: what is left of its square after 1600 tokens is 0.95^16 of what came in."""
+    net, step = training(betas=(0.9, 0.95), reference_batch_tokens=REFERENCE)
+    first = update(net, step, torch.ones(4, 4), batch)
+    for _ in range(1600 // batch):
+        last = update(net, step, torch.zeros(4, 4), batch)
+    torch.testing.assert_close(last / first, torch.full((4, 4), 0.95**16, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_a_fixed_stream_cut_into_other_batches_has_the_same_average():
+    """Squares that are equal within 200 tokens, cut into batches of 100 and of 200: the same second moment at the end
+    of each 200, which one beta for both does not give."""
+    squares = torch.rand(12, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    stream = [(root, 2) for root in squares.sqrt()]
+
+    def run(tokens: int, **keys) -> list[torch.Tensor]:
+        net, step = training(betas=(0.9, 0.95), **keys)
+        found = []
+        for gradient, hundreds in stream:
+            for _ in range(hundreds * REFERENCE // tokens):
+                last = update(net, step, gradient, tokens)
+            found.append(last)
+        return found
+
+    by_tokens = {"reference_batch_tokens": REFERENCE}
+    for one, two in zip(run(100, **by_tokens), run(200, **by_tokens), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
+    difference = (run(100)[-1] / run(200)[-1]).min()
+    assert difference > 1.3, "a test that can fail"
+
+
+def test_the_update_reads_the_beta_of_its_own_step():
+    """Fused AdamW at two batches in turn, against the formula in float64."""
+    net, step = training(betas=(0.9, 0.95), weight_decay=0.0, reference_batch_tokens=REFERENCE)
+    assert step.optimizer.param_groups[0]["fused"] is True
+    weight = net.weight.detach().double().clone()
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for t, tokens in enumerate((100, 300, 50), 1):
+        gradient = torch.randn(4, 4, generator=torch.Generator().manual_seed(t))
+        update(net, step, gradient, tokens)
+        beta2 = 0.95 ** (tokens / 100)
+        assert betas(step) == (0.9, pytest.approx(beta2, rel=1e-15))
+        first = 0.9 * first + 0.1 * gradient.double()
+        second = beta2 * second + (1 - beta2) * gradient.double() ** 2
+        weight -= 0.01 * (first / (1 - 0.9**t)) / ((second / (1 - beta2**t)).sqrt() + 1e-8)
+    torch.testing.assert_close(net.weight.detach().double(), weight, rtol=1e-6, atol=1e-7)
+
+
+def test_without_a_reference_the_betas_stay_at_every_batch():
+    net, step = training(betas=(0.9, 0.95))
+    for tokens in (100, 800):
+        update(net, step, torch.ones(4, 4), tokens)
+        assert betas(step) == (0.9, 0.95)
+
+
+def test_at_its_reference_nothing_changes_at_all():
+    nets = []
+    for keys in ({}, {"reference_batch_tokens": REFERENCE}):
+        net, step = training(**keys)
+        for seed in range(5):
+            update(net, step, torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)), REFERENCE)
+        nets.append(net)
+    assert torch.equal(nets[0].weight, nets[1].weight)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("before", [None, REFERENCE])
+@pytest.mark.parametrize("after", [None, REFERENCE])
+def test_a_checkpoint_brings_its_moments_and_no_betas(tmp_path, before, after):
+    """Whether it was on before and is on now: the recipe's betas, never one that was meant for a single step."""
+    world = SimpleNamespace(rank=0, size=1, is_main=True, barrier=lambda: None)
+    net, step = training(betas=(0.9, 0.95), reference_batch_tokens=before)
+    moment = update(net, step, torch.ones(4, 4), 800)
+    dcp.save(TrainingTensors(net, step.optimizer, world).collect(), checkpoint_id=tmp_path, no_dist=True)
+
+    resumed, resumed_step = training(betas=(0.9, 0.95), reference_batch_tokens=after, weight_decay=0.3)
+    TrainingTensors(resumed, resumed_step.optimizer, world).restore(tmp_path)
+    assert betas(resumed_step) == (0.9, 0.95)
+    assert resumed_step.optimizer.param_groups[0]["weight_decay"] == 0.3, "what the recipe says now"
+    loaded = resumed_step.optimizer.state[resumed.weight]["exp_avg_sq"].double()
+    assert torch.equal(loaded, moment)
+    update(resumed, resumed_step, torch.ones(4, 4), 200)
+    assert betas(resumed_step)[1] == pytest.approx(0.95**2 if after else 0.95)

@@ -1,0 +1,241 @@
+"""The mechanics that all adaptive batches share, on a policy whose target is what the test says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.batch.adaptive import Adaptive
+from components.batch.layout import BatchLayout
+from components.batch.noise_scale import NoiseScale
+from tests.components.batch.moments import FLOATS, Moments, clock, wants
+
+pytestmark = pytest.mark.quick
+
+
+def sizes(policy: Adaptive, *targets: float | Moments | None, start: int = 0) -> list[int]:
+    """The batch after each step, of the size wanted before it; a float is the target, None an unmeasured step."""
+    progress, found = clock(start), []
+    for target in targets:
+        batch = policy.samples(progress)
+        progress.advance(batch)
+        policy.observe(progress, wants(target, batch) if isinstance(target, (int, float)) else target)
+        found.append(policy.samples(progress))
+    return found
+
+
+def test_it_starts_at_initial_and_grows_to_the_target_rounded_up():
+    policy = NoiseScale(initial=8, maximum=1000)
+    assert policy.samples(clock()) == 8
+    assert sizes(policy, 20.2, 30.0) == [21, 30]
+
+
+def test_an_unmeasured_step_changes_nothing():
+    assert sizes(NoiseScale(initial=8, maximum=1000), None, 20, None) == [8, 20, 20]
+
+
+def test_bounds_hold():
+    assert sizes(NoiseScale(initial=8, maximum=100), 1e300, 50) == [100, 100]
+    assert sizes(NoiseScale(initial=8, maximum=100, minimum=4, shrink=True), 1e300, 50, 1e-300, 0) == [100, 50, 4, 4]
+    assert sizes(NoiseScale(initial=8, maximum=100, shrink=True), 50, 1) == [50, 8], "without minimum: initial"
+
+
+def test_without_shrink_it_never_gets_smaller():
+    assert sizes(NoiseScale(initial=8, maximum=100, minimum=4), 50, 5, 60) == [50, 50, 60]
+
+
+def test_sizes_are_rounded_up_to_the_quantum():
+    assert sizes(NoiseScale(initial=8, maximum=96, quantum=8), 8.5, 17, 95, 1000) == [16, 24, 96, 96]
+
+
+def test_one_change_is_at_most_max_growth_and_still_a_multiple_of_the_quantum():
+    policy = NoiseScale(initial=16, maximum=1000, minimum=8, quantum=8, max_growth=2.5, shrink=True)
+    assert sizes(policy, 900, 900, 900, 0, 0) == [40, 96, 240, 96, 40]
+
+
+def test_a_limit_that_is_a_whole_number_is_not_lost_to_rounding():
+    assert 45 * 1.4 < 63 and 21 / 1.4 > 15, "in floats"
+    assert sizes(NoiseScale(initial=45, maximum=1000, max_growth=1.4), 900) == [63]
+    assert sizes(NoiseScale(initial=21, minimum=10, maximum=1000, max_growth=1.4, shrink=True), 0) == [15]
+
+
+def test_after_a_change_it_waits_for_the_cooldown():
+    policy = NoiseScale(initial=10, maximum=1000, cooldown_samples=50)
+    # 10 samples, then 20 each: at 30, 50 the cooldown since 10 is not over, at 70 it is
+    assert sizes(policy, 20, 40, 40, 40, 80) == [20, 20, 20, 40, 40]
+
+
+def test_a_target_within_the_hysteresis_changes_nothing():
+    policy = NoiseScale(initial=100, maximum=1000, minimum=10, hysteresis=0.25, shrink=True)
+    assert sizes(policy, 124, 76, 125, 94, 93) == [100, 100, 125, 125, 93]
+
+
+def test_the_hysteresis_keeps_no_one_from_a_maximum_that_is_near():
+    assert sizes(NoiseScale(initial=90, maximum=100, hysteresis=0.5), 120, 150) == [90, 100]
+
+
+def test_nothing_is_decided_during_the_delay():
+    policy = NoiseScale(initial=10, maximum=1000, delay_tokens=30)
+    assert sizes(policy, 50, 50, 60, 70) == [10, 10, 60, 70], "decides after the third step, at 30 tokens"
+
+
+def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
+    policy = NoiseScale(initial=10, maximum=100)
+    batch = BatchLayout(micro_batch_size=8, dp_size=2).fit(policy.samples(clock()))
+    assert batch.samples == 16
+    policy.observe(clock(16), wants(12, batch.samples))
+    assert policy.samples(clock()) == 10
+    policy.observe(clock(32), wants(17, batch.samples))
+    assert policy.samples(clock()) == 17
+
+
+def test_measuring_ends_at_the_maximum_only_where_the_recipe_says_so():
+    for always in (True, False):
+        policy = NoiseScale(initial=8, maximum=16, measure_at_maximum=always)
+        assert policy.measures(clock())
+        assert sizes(policy, 100) == [16]
+        assert policy.measures(clock()) is always
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_moments_that_are_not_finite_are_ignored(name, value):
+    policy = NoiseScale(initial=8, maximum=100, minimum=1, shrink=True)
+    assert sizes(policy, 50, replace(wants(1), **{name: value})) == [50, 50]
+
+
+def test_a_target_that_overflows_is_ignored():
+    assert sizes(NoiseScale(initial=8, maximum=100), replace(wants(1e300), signal=1e-300)) == [8]
+
+
+@pytest.mark.parametrize("signal", [0.0, -1.0])
+def test_a_signal_that_is_not_positive_decides_nothing(signal):
+    policy = NoiseScale(initial=8, maximum=100, minimum=1, shrink=True)
+    assert sizes(policy, replace(wants(50), signal=signal)) == [8]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"minimum": 16}, r"^minimum: 16 is above initial = 8; .*"),
+        ({"maximum": 4}, r"^maximum: 4 is below initial = 8; .*"),
+        ({"quantum": 3}, r"^quantum: 3 does not divide initial = 8; .*"),
+        ({"quantum": 8, "maximum": 100}, r"^quantum: 8 does not divide maximum = 100; .*"),
+        ({"quantum": 8, "maximum": 80, "minimum": 4}, r"^quantum: 8 does not divide minimum = 4; .*"),
+        ({"quantum": 8, "maximum": 80, "max_growth": 1.5}, r"^max_growth: 1.5 x 8 samples falls short .* make it 2 or"),
+        ({"shrink": True, "measure_at_maximum": False}, r"^measure_at_maximum: .* shrink is true"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        NoiseScale(**{"initial": 8, "maximum": 100, **keys})
+
+
+def test_a_state_under_other_bounds_keeps_to_them():
+    state = {"samples": 60, "changed_at": 5}
+    for keys, expected in (
+        ({"maximum": 40}, 40),
+        ({"maximum": 600, "initial": 100}, 100),
+        ({"maximum": 128, "quantum": 8}, 64),
+        ({"maximum": 56, "quantum": 8}, 56),
+    ):
+        policy = NoiseScale(**{"initial": 8, **keys})
+        policy.load_state_dict(state)
+        assert policy.samples(clock()) == expected
+
+
+def test_the_state_of_a_policy_that_has_none_leaves_it_at_its_beginning():
+    policy = NoiseScale(initial=8, maximum=100)
+    policy.load_state_dict({})
+    assert sizes(policy, None, 50) == [8, 50]
+
+
+# Whole runs, at random.
+
+keys = st.fixed_dictionaries(
+    {
+        "quantum": st.sampled_from([1, 2, 8]),
+        "max_growth": st.none() | st.floats(2, 8),
+        "cooldown_samples": st.integers(0, 100),
+        "hysteresis": st.floats(0, 0.5),
+        "shrink": st.booleans(),
+        "delay_tokens": st.integers(0, 50),
+    }
+)
+measured = st.none() | st.builds(
+    Moments,
+    groups=st.integers(2, 64),
+    group_samples=st.integers(1, 8),
+    noise=st.floats(0, 1e4) | st.floats(),
+    signal=st.floats(-1, 10) | st.floats(),
+)
+runs = st.lists(measured, min_size=1, max_size=30)
+bounds = st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 100))
+
+
+def make(keys: dict[str, Any], bounds: tuple[int, int, int]) -> NoiseScale:
+    """Minimum, and what initial and maximum lie above it, in quanta."""
+    quantum, (lowest, above, span) = keys["quantum"], bounds
+    initial = lowest + above
+    return NoiseScale(
+        minimum=quantum * lowest, initial=quantum * initial, maximum=quantum * (initial + span), coefficient=1.0, **keys
+    )
+
+
+@given(keys=keys, bounds=bounds, run=runs)
+def test_whatever_is_measured_the_limits_hold(keys, bounds, run):
+    policy, progress = make(keys, bounds), clock()
+    changed_at, before = None, policy.samples(progress)
+    for noise in run:
+        progress.advance(before)
+        policy.observe(progress, noise)
+        after = policy.samples(progress)
+        assert after % policy.quantum == 0
+        assert policy.minimum <= after <= policy.maximum
+        assert policy.shrink or after >= before
+        if policy.max_growth is not None:
+            assert max(after / before, before / after) <= policy.max_growth * (1 + 1e-9)
+        if after != before:
+            assert noise is not None
+            assert math.isfinite(noise.noise) and math.isfinite(noise.signal)
+            assert progress.tokens >= policy.delay_tokens
+            assert changed_at is None or progress.samples - changed_at >= policy.cooldown_samples
+            changed_at = progress.samples
+        before = after
+
+
+@given(keys=keys, bounds=bounds, run=runs, share=st.floats(0, 1))
+def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(keys, bounds, run, share):
+    policy, progress, stop = make(keys, bounds), clock(), int(share * len(run))
+
+    def play(policy: NoiseScale, progress: Any, part: list[Moments | None]) -> list[int]:
+        found = []
+        for noise in part:
+            progress.advance(policy.samples(progress))
+            policy.observe(progress, noise)
+            found.append(policy.samples(progress))
+        return found
+
+    play(policy, progress, run[:stop])
+    resumed, later = make(keys, bounds), clock(progress.samples)
+    resumed.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    assert play(resumed, later, run[stop:]) == play(policy, progress, run[stop:])
+    assert resumed.state_dict() == policy.state_dict()
+
+
+@given(growth=st.floats(1.01, 4), quantum=st.integers(1, 16), lowest=st.integers(1, 50))
+def test_a_growth_limit_that_is_accepted_never_keeps_a_run_from_either_bound(growth, quantum, lowest):
+    bounds = {"initial": lowest * quantum, "maximum": 3 * lowest * quantum, "quantum": quantum}
+    try:
+        policy = NoiseScale(max_growth=growth, shrink=True, **bounds)
+    except ValueError:
+        assert lowest * quantum * growth < (lowest + 1) * quantum
+        return
+    assert sizes(policy, *[1e9] * 500)[-1] == policy.maximum
+    assert sizes(policy, *[0.0] * 500)[-1] == policy.initial

@@ -1,0 +1,164 @@
+"""The norm test against its definition on explicit gradients, and against what theory says of it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from components.batch.noise_scale import NoiseScale
+from components.batch.norm_test import NormTest
+from tests.components.batch.moments import Moments, clock, of_gradients
+
+pytestmark = pytest.mark.quick
+
+ANY = {"initial": 1, "maximum": 10**9}
+
+
+def paper(**keys) -> NormTest:
+    return NormTest(estimator="paper", **{**ANY, **keys})
+
+
+def after(policy: NormTest, noise: Moments) -> int:
+    policy.observe(clock(1000), noise)
+    return policy.samples(clock(1000))
+
+
+@pytest.mark.parametrize("groups", [2, 4, 16])
+def test_the_papers_value_is_equation_5_of_explicit_gradients(groups):
+    eta = 0.3
+    gradients = np.random.default_rng(groups).normal(0.1, 1.0, (groups, 1000))
+    mean = gradients.mean(axis=0)
+    by_hand = np.mean([np.sum((g - mean) ** 2) for g in gradients]) / (eta**2 * np.sum(mean**2))
+    noise = of_gradients(gradients, group_samples=2)
+    assert paper(eta=eta).target(noise) == pytest.approx(by_hand, rel=1e-12)
+    assert paper(eta=eta, workers=groups).target(noise) == paper(eta=eta).target(noise)
+
+
+def test_the_papers_value_for_other_workers_is_that_of_other_groups_of_the_same_samples_in_the_mean():
+    """From 16 groups of 2 samples, the mean of ||g_j - g||^2 that 4 workers of 8 samples each would have found."""
+    random = np.random.default_rng(1)
+    samples = random.normal(0.2, 1.0, (4000, 32, 10))
+    wanted, found = [], []
+    for batch in samples:
+        workers = batch.reshape(4, 8, 10).mean(axis=1)
+        micro = batch.reshape(16, 2, 10).mean(axis=1)
+        square = np.sum(batch.mean(axis=0) ** 2)
+        wanted.append(paper(eta=1.0).target(of_gradients(workers, 8)) * square)
+        found.append(paper(eta=1.0, workers=4).target(of_gradients(micro, 2)) * square)
+    difference = np.array(found) - np.array(wanted)
+    assert abs(difference.mean()) < 3 * difference.std() / math.sqrt(len(samples))
+    assert 0 < 3 * difference.std() / math.sqrt(len(samples)) < 0.03 * np.mean(wanted), "a test that can fail"
+
+
+def test_it_grows_only_if_the_value_is_above_the_batch_of_the_step_and_then_to_it_rounded_up():
+    # spread = 80 - 4 * 10 = 40, T = (40 / 4) / (0.5**2 * 10) = 4 ... on a batch of 4 samples
+    noise = Moments(groups=4, group_samples=1, sum_of_squares=80.0, mean_square=10.0)
+    assert paper(eta=0.5).target(noise) == 4.0
+    assert after(paper(eta=0.5, initial=4), noise) == 4, "T = b passes"
+    assert after(paper(eta=0.49, initial=4), noise) == 5
+    assert after(paper(eta=0.49, initial=4, quantum=4, maximum=400), noise) == 8
+    smaller = Moments(groups=4, group_samples=8, sum_of_squares=80.0, mean_square=10.0)
+    assert after(paper(eta=0.49, initial=32), smaller) == 32, "never shrinks"
+
+
+def test_the_paper_reads_no_smoothed_moment():
+    noise = Moments(groups=4, sum_of_squares=80.0, mean_square=10.0)
+    other = Moments(groups=4, sum_of_squares=80.0, mean_square=10.0, noise=1e9, signal=-5.0)
+    assert paper(eta=0.1).target(noise) == paper(eta=0.1).target(other)
+
+
+def test_the_papers_value_is_biased_and_capped_by_the_number_of_workers():
+    """E T is about (J - 1) B / (eta^2 (b + B)), with B = tr(Sigma) / |G|^2 the noise scale.
+
+    The spread of J workers of b / J samples is in the mean S (J - 1) / b with S = tr(Sigma), and ||g||^2 is in the mean
+    |G|^2 + S / b: the ratio is (J - 1) (S / b) / (|G|^2 + S / b), over eta^2. It depends on J, where the error of g
+    does not, and however large the noise it is never above (J - 1) / eta^2: J = 4 and eta = 0.15 ask for 133 samples
+    at the very most.
+    """
+    eta, parameters = 0.15, 400
+    random = np.random.default_rng(0)
+    for workers in (2, 4, 16):
+        for batch, scale in ((16, 4.0), (64, 64.0), (16, 400.0)):
+            mean = np.full(parameters, 1 / math.sqrt(parameters * scale))  # |G|^2 = 1 / scale; tr(Sigma) = 1
+            noise = random.normal(0, math.sqrt(1 / parameters), (500, workers, parameters))
+            gradients = mean + noise / math.sqrt(batch / workers)
+            values = np.array([paper(eta=eta).target(of_gradients(g, batch // workers)) for g in gradients])
+            expected = (workers - 1) * scale / (eta**2 * (batch + scale))
+            assert values.mean() == pytest.approx(expected, rel=0.05)
+            cap = (workers - 1) / eta**2
+            assert expected < cap
+    pure_noise = of_gradients(random.normal(0, 1, (4, 10**5)), 1)
+    assert paper(eta=eta).target(pure_noise) == pytest.approx(3 / eta**2, rel=0.05)  # 133.3
+
+
+def test_the_unbiased_estimates_are_those_of_a_known_distribution():
+    """tr(Sigma), |G|^2 and the target, each within three standard errors of what it estimates.
+
+    The target is of moments smoothed over many steps: numerator and denominator are averaged, then divided.
+    """
+    random = np.random.default_rng(2)
+    deviations = np.linspace(0.2, 2.0, 12)
+    mean = np.linspace(-0.5, 0.7, 12)
+    trace, square = float((deviations**2).sum()), float((mean**2).sum())
+    draws, groups, size = 20_000, 8, 3
+    gradients = mean + deviations * random.normal(size=(draws, groups, size, 12))
+    steps = [of_gradients(g, size) for g in gradients.mean(axis=2)]
+    noise, signal = (np.array([getattr(step, name) for step in steps]) for name in ("noise", "signal"))
+    for values, truth in ((noise, trace), (signal, square)):
+        error = values.std(ddof=1) / math.sqrt(draws)
+        assert abs(values.mean() - truth) < 3 * error
+        assert error < 0.02 * truth, "a test that can fail"
+    # the gradient norm itself is no estimate of the signal: it holds S / b besides
+    assert np.mean([step.mean_square for step in steps]) > 1.3 * square
+
+    smoothed = Moments(groups=groups, group_samples=size, noise=float(noise.mean()), signal=float(signal.mean()))
+    for eta in (0.3, 1.0, 2.0):
+        target, truth = NormTest(eta=eta, **ANY).target(smoothed), trace / (eta**2 * square)
+        covariance = np.cov(noise, signal)
+        gradient = np.array([1 / smoothed.signal, -smoothed.noise / smoothed.signal**2]) / eta**2
+        assert abs(target - truth) < 3 * math.sqrt(gradient @ covariance @ gradient / draws)  # delta method
+
+
+def test_unbiased_grows_while_the_batch_is_below_the_target_and_may_follow_it_down():
+    noise = Moments(groups=4, group_samples=2, noise=10.0, signal=1.0)  # b = 8
+    assert after(NormTest(eta=1.0, initial=8, maximum=100), noise) == 10
+    assert after(NormTest(eta=0.5, initial=8, maximum=100), noise) == 40
+    assert after(NormTest(eta=2.0, initial=8, maximum=100), noise) == 8
+    assert after(NormTest(eta=2.0, initial=8, maximum=100, minimum=1, shrink=True), noise) == 3  # 2.5
+
+
+def test_the_noise_scale_is_the_same_target_by_another_number():
+    noise = Moments(noise=123.0, signal=4.0)
+    assert NoiseScale(coefficient=4.0, **ANY).target(noise) == NormTest(eta=0.5, **ANY).target(noise) == 123.0
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "paper"])
+def test_no_gradient_decides_nothing(estimator):
+    zero = Moments(groups=4, sum_of_squares=1.0, mean_square=0.0, noise=1.0, signal=0.0)
+    assert NormTest(eta=0.5, estimator=estimator, **ANY).target(zero) is None
+    tiny = Moments(groups=4, sum_of_squares=1.0, mean_square=1e-320, noise=1.0, signal=1e-320)
+    assert after(NormTest(eta=1e-9, estimator=estimator, **ANY), tiny) == 1
+
+
+def test_one_group_has_no_spread():
+    assert paper(eta=0.5, workers=4).target(Moments(groups=1)) is None
+
+
+def test_equal_groups_have_no_spread_even_where_rounding_says_less():
+    rounded = Moments(groups=3, sum_of_squares=3.0 - 1e-9, mean_square=1.0)
+    assert paper(eta=0.5).target(rounded) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"workers": 4}, r'^workers: .*estimator = "paper"'),
+        ({"workers": 1, "estimator": "paper"}, r"^workers: .* 2 or more"),
+        ({"shrink": True, "estimator": "paper"}, r'^shrink: .*estimator = "unbiased"'),
+    ],
+)
+def test_keys_of_the_other_estimator_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        NormTest(eta=0.5, **{**ANY, **keys})

@@ -1,0 +1,166 @@
+"""Seesaw against the closed form: a batch that doubles where the schedule halves, and a rate that falls by the root."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from components.batch.seesaw import Seesaw
+from components.lr_schedules import WSD, Constant, Cosine, Linear, Power
+from tests.components.batch.moments import clock
+
+pytestmark = pytest.mark.quick
+
+LENGTH, TOTAL = 10, 100_000
+
+
+def schedule(kind=Cosine, initial: int = 8, **keys):
+    return kind(max_lr=1.0, batch_rule="sqrt", reference_batch_tokens=initial * LENGTH, **keys)
+
+
+def following(lr_schedule, **keys) -> Seesaw:
+    policy = Seesaw(**{"initial": 8, "maximum": 64, **keys})
+    policy.follow(lr_schedule, sequence_length=LENGTH, total_tokens=TOTAL)
+    return policy
+
+
+def course(policy: Seesaw, lr_schedule, total: int = TOTAL) -> list[tuple[int, int, float]]:
+    """(tokens before, batch, rate) of every step of a run."""
+    progress, steps = clock(0, total, LENGTH), []
+    while not progress.done:
+        batch = policy.samples(progress)
+        steps.append((progress.tokens, batch, lr_schedule.lr(progress.tokens, batch * LENGTH, total)))
+        progress.advance(batch)
+    return steps
+
+
+def test_on_a_cosine_the_batch_doubles_where_the_cosine_has_halved():
+    rate = schedule(end_ratio=0.0)
+    policy = following(rate)
+    for j in range(1, 4):
+        # (1 + cos(pi p)) / 2 = 2^-j
+        halved = math.acos(2 * 2**-j - 1) / math.pi * TOTAL / LENGTH
+        assert policy.samples(clock(math.floor(halved - 1e-6), TOTAL, LENGTH)) == 8 * 2 ** (j - 1)
+        assert policy.samples(clock(math.ceil(halved + 1e-6), TOTAL, LENGTH)) == 8 * 2**j
+    assert policy.samples(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 64
+
+
+def test_at_each_doubling_the_rate_is_cut_by_the_root_of_two():
+    """Peak, peak / sqrt(2), peak / 2, ...: the paper's staircase, at the steps where the schedule passes 2^-j."""
+    rate = schedule(Linear, end_ratio=0.0)
+    policy = following(rate)
+    firsts = {}
+    for tokens, batch, lr in course(policy, rate):
+        firsts.setdefault(batch, (tokens, lr))
+    assert sorted(firsts) == [8, 16, 32, 64]
+    for j, (tokens, lr) in enumerate(firsts[8 * 2**j] for j in range(4)):
+        assert lr == pytest.approx(2 ** (-j / 2), rel=0.02)  # within one step of the passing
+        assert tokens / TOTAL == pytest.approx(1 - 2**-j, abs=64 * LENGTH / TOTAL)
+
+
+@pytest.mark.parametrize("end_ratio", [0.0, 0.1])
+@pytest.mark.parametrize("factor", [2.0, 1.1, 4.0])
+@pytest.mark.parametrize("kind", [Cosine, Linear, WSD])
+def test_rate_over_root_of_batch_is_that_of_the_schedule_alone_also_past_the_maximum(kind, factor, end_ratio):
+    """What the paper keeps equal (its alpha x sqrt(beta)); past the maximum the rate falls as the schedule does."""
+    rate = schedule(kind, end_ratio=end_ratio, warmup_tokens=5000)
+    alone = kind(max_lr=1.0, end_ratio=end_ratio, warmup_tokens=5000)
+    steps = course(following(rate, factor=factor, maximum=20), rate)
+    assert {batch for _, batch, _ in steps} >= {8, 20}
+    for tokens, batch, lr in steps:
+        # in the warm-up the rate counts the tokens of the step at hand, which is the initial batch
+        assert lr / math.sqrt(batch / 8) == pytest.approx(alone.lr(tokens, batch * LENGTH, TOTAL), rel=1e-12)
+    at_maximum = [(tokens, lr) for tokens, batch, lr in steps if batch == 20]
+    for (t0, one), (t1, two) in pairwise(at_maximum):
+        if one > 0:
+            assert two / one == pytest.approx(alone.lr(t1, 80, TOTAL) / alone.lr(t0, 80, TOTAL), rel=1e-12)
+
+
+def test_a_small_factor_has_a_rate_that_falls_like_the_root_of_the_schedule():
+    rate = schedule(Linear, initial=1000, end_ratio=0.0)
+    policy = following(rate, initial=1000, maximum=8000, factor=1.01)
+    total = 10**9
+    policy.follow(rate, sequence_length=LENGTH, total_tokens=total)
+    for share in (0.1, 0.5, 0.8):
+        progress = clock(int(share * total / LENGTH), total, LENGTH)
+        lr = rate.lr(progress.tokens, policy.samples(progress) * LENGTH, total)
+        assert lr == pytest.approx(math.sqrt(1 - share), rel=0.01)
+        assert policy.samples(progress) == pytest.approx(1000 / (1 - share), rel=0.011)
+
+
+def test_it_takes_about_the_steps_that_theory_says():
+    """With small factors a step holds peak / rate times the samples: the steps left are the mean of rate / peak."""
+    rate = schedule(initial=8, end_ratio=0.0)
+    steps = course(following(rate, maximum=8000, factor=1.05), rate)
+    assert len(steps) / (TOTAL / (8 * LENGTH)) == pytest.approx(1 / 2, rel=0.06)
+
+
+def test_the_batch_is_initial_during_the_warm_up():
+    policy = following(schedule(warmup_tokens=50_000))
+    assert {policy.samples(clock(tokens // LENGTH, TOTAL, LENGTH)) for tokens in range(0, 50_000, 5000)} == {8}
+
+
+def test_a_constant_rate_never_grows_the_batch():
+    policy = following(schedule(Constant))
+    assert policy.samples(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 8
+
+
+def test_a_run_that_is_extended_asks_the_longer_schedule():
+    policy = following(schedule(Linear, end_ratio=0.0))
+    assert policy.samples(clock(6000, TOTAL, LENGTH)) == 16
+    assert policy.samples(clock(6000, 2 * TOTAL, LENGTH)) == 8
+
+
+@given(
+    share=st.floats(0, 1),
+    factor=st.floats(1.05, 8),
+    quantum=st.integers(1, 16),
+    initial=st.integers(1, 8),
+    more=st.integers(0, 100),
+)
+def test_sizes_are_multiples_of_the_quantum_within_the_bounds_and_grow(share, factor, quantum, initial, more):
+    first, last = initial * quantum, (initial + more) * quantum
+    policy = following(
+        schedule(initial=first, end_ratio=0.0), initial=first, maximum=last, factor=factor, quantum=quantum
+    )
+    now, later = (policy.samples(clock(int(part * TOTAL / LENGTH), TOTAL, LENGTH)) for part in (share, (1 + share) / 2))
+    assert now % quantum == 0
+    assert first <= now <= later <= last
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Cosine(max_lr=1.0),
+        Cosine(max_lr=1.0, batch_rule="linear", reference_batch_tokens=80),
+        Cosine(max_lr=1.0, batch_rule="sqrt", reference_batch_tokens=8),
+        Power(),
+    ],
+)
+def test_a_schedule_whose_rate_would_not_follow_is_refused(wrong):
+    with pytest.raises(ValueError, match='batch_rule = "sqrt" with reference_batch_tokens = 80'):
+        following(wrong)
+
+
+def test_a_schedule_that_has_no_rule_is_refused():
+    with pytest.raises(ValueError, match="needs a schedule with max_lr and batch_rule"):
+        following(SimpleNamespace(lr=lambda *_: 1.0))
+
+
+def test_to_be_asked_before_it_follows_is_a_mistake_in_the_program():
+    with pytest.raises(RuntimeError, match="follow"):
+        Seesaw(initial=8, maximum=64).samples(clock())
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({"maximum": 4}, r"^maximum: 4 is below"), ({"quantum": 3}, r"^quantum: 3 does not divide initial = 8")],
+)
+def test_keys_that_contradict_each_other_are_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        Seesaw(**{"initial": 8, "maximum": 64, **keys})

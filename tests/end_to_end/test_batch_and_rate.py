@@ -1,0 +1,82 @@
+"""Runs whose batch, rate and optimizer depend on one another: as foreseen, and the same after a resume."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.end_to_end.test_resume import assert_same_state, timeless
+
+RULE = ["--lr_schedule.batch_rule=sqrt", "--lr_schedule.reference_batch_tokens=96"]
+SEESAW = [
+    "--batch.use=components.batch.seesaw:Seesaw",
+    "--batch.initial=4",
+    "--batch.maximum=12",
+    "--batch.factor=1.5",
+    "--lr_schedule.use=components.lr_schedules:Cosine",
+    "--lr_schedule.max_lr=1e-2",
+    "--lr_schedule.warmup_tokens=300",
+    "--lr_schedule.end_ratio=0",
+    *RULE,
+    "--optimizer.reference_batch_tokens=96",
+]
+
+
+def steps(tiny) -> list[dict]:
+    return [row for row in tiny.rows() if "loss" in row]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_seesaw_grows_the_batch_and_a_resumed_run_goes_on_the_same(tiny, tmp_path):
+    assert tiny.launch(*SEESAW) == 0
+    rows, last = tiny.rows(), steps(tiny)[-1]["step"]
+    batches = [row["global_batch_size"] for row in steps(tiny)]
+    assert batches == sorted(batches)
+    assert batches[0] == 4 and batches[-1] == 12 and len(set(batches)) >= 3
+    whole = tmp_path / "whole"
+    tiny.directory.rename(whole)
+    stopped_at = batches.index(next(batch for batch in batches if batch > 4)) + 1
+    shutil.copytree(whole, tiny.directory)
+    for later in range(stopped_at + 1, last + 1):
+        shutil.rmtree(tiny.checkpoint(later))
+    assert tiny.launch("--resume", *SEESAW) == 0
+    assert timeless(tiny.rows()) == timeless(rows)
+    assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
+
+
+def test_the_dry_run_shows_the_course_of_seesaw(tiny, capsys):
+    assert tiny.launch(*SEESAW, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert tiny.launch(*SEESAW) == 0
+    rows = steps(tiny)
+    assert f"in {len(rows)} steps" in shown
+    assert f"{rows[-1]['lr']:.3g}" in shown
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_seesaw_without_the_rule_is_told_at_its_section(tiny, capsys, how):
+    without = [argument for argument in SEESAW if argument not in RULE]
+    assert tiny.launch(*without, *how) == 2
+    said = "".join(capsys.readouterr())
+    assert 'Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = 96' in said
+    assert not (tiny.directory / "metrics.jsonl").exists()
+
+
+def test_power_with_a_second_rule_is_told_at_its_key(tiny, capsys):
+    assert tiny.launch("--lr_schedule.use=components.lr_schedules:Power", *RULE) == 2
+    assert "lr_schedule.batch_rule" in (said := capsys.readouterr().err)
+    assert "Power follows the batch linearly by itself" in said
+
+
+def test_an_optimizer_option_changed_on_resume_takes_effect(tiny, tmp_path):
+    """The log announces the change; the checkpoint's own options must not win over it."""
+    assert tiny.launch() == 0
+    whole, losses = steps(tiny)[-1]["loss"], {}
+    checkpoint = tiny.checkpoint(5)
+    for decay in ("0.1", "50"):
+        tiny.directory = tmp_path / f"fork-{decay}"
+        fork = [f"--resume={checkpoint}", f"--run.dir={tiny.directory}", f"--optimizer.weight_decay={decay}"]
+        assert tiny.launch(*fork) == 0
+        losses[decay] = steps(tiny)[-1]["loss"]
+    assert losses["0.1"] == whole != losses["50"]
