@@ -129,6 +129,11 @@ def test_unbiased_grows_while_the_batch_is_below_the_target_and_may_follow_it_do
     assert after(NormTest(eta=2.0, initial=8, maximum=100, minimum=1, shrink=True), noise) == 3  # 2.5
 
 
+def test_a_signal_that_is_estimated_below_zero_decides_nothing():
+    policy = NormTest(eta=1.0, initial=8, maximum=100, minimum=1, shrink=True)
+    assert after(policy, Moments(noise=10.0, signal=-1.0)) == 8
+
+
 def test_the_noise_scale_is_the_same_target_by_another_number():
     noise = Moments(noise=123.0, signal=4.0)
     assert NoiseScale(coefficient=4.0, **ANY).target(noise) == NormTest(eta=0.5, **ANY).target(noise) == 123.0
