@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 
 class Ranks(Protocol):
+    """Those that see different samples."""
+
     @property
     def size(self) -> int: ...
     @property
@@ -43,7 +45,20 @@ class FollowsBatch(Protocol):
         ...
 
 
-class TrainStep:
+Moments = TypeVar("Moments", covariant=True)
+
+
+class Meter(Protocol[Moments]):
+    """Measures the gradient; components/gradient_moments has one."""
+
+    def start(self, *, measure: bool) -> None: ...
+    def end_micro_batch(self) -> None: ...
+    def finish(
+        self, gradients: Iterable[Tensor], *, groups: int, ranks: int, group_samples: int
+    ) -> tuple[Tensor, Moments | None]: ...
+
+
+class TrainStep(Generic[Moments]):
     """Forward, backward, clip and update, on whatever the model was sharded into.
 
     The loss of a step is the mean over all tokens of its global batch. Each micro-batch therefore contributes its *sum*
@@ -56,6 +71,7 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
         *,
+        meter: Meter[Moments],
         reduction: Reduction,
         max_grad_norm: float | None,
         arithmetic: Callable[[], AbstractContextManager[object]],
@@ -63,16 +79,23 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self.ranks = ranks
+        self.meter = meter
         self.reduction = reduction
         self.max_grad_norm = max_grad_norm
         self.arithmetic = arithmetic
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._groups = self._group_samples = 0
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int, step_tokens: int) -> float:
+    def accumulate(
+        self, micro_batches: Iterable[MicroBatch], count: int, step_tokens: int, *, measure: bool = False
+    ) -> float:
         """Gradients of the mean loss over the step's tokens on all ranks; returns that loss, equal on all ranks.
 
-        `count` is the number of this rank's `micro_batches`, `step_tokens` that of the tokens of all ranks.
+        `count` is the number of this rank's `micro_batches`, `step_tokens` that of the tokens of all ranks; `measure`
+        asks for the moments of the gradient.
         """
+        self._groups = count * self.ranks.size
+        self.meter.start(measure=measure)
         # Reduced gradients are averaged over the ranks; times the number of ranks they are the sum.
         share = self.ranks.size / step_tokens
         total = torch.zeros((), device=self.ranks.device)
@@ -83,17 +106,20 @@ class TrainStep:
                 loss = self.model(tokens, labels)
             self.reduction.before_backward(last=number == count)
             (loss * share).backward()
+            self.meter.end_micro_batch()
             total += loss.detach()
+            self._group_samples = len(tokens)
         return float(self.ranks.sum(total)) / step_tokens
 
-    def clip(self) -> float:
-        """Scale the gradients down to max_grad_norm; returns their global norm as it was."""
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    def clip(self) -> tuple[float, Moments | None]:
+        """Scale the gradients down to max_grad_norm; returns their norm as it was, and the moments if measured."""
+        gradients = (parameter.grad for parameter in self.parameters if parameter.grad is not None)
+        norm, moments = self.meter.finish(
+            gradients, groups=self._groups, ranks=self.ranks.size, group_samples=self._group_samples
+        )
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, full)
-        return float(full)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm.float())
+        return float(norm), moments
 
     def update(self, lr: float, step_tokens: int) -> None:
         """One optimizer step of `step_tokens` on all ranks, at `lr` times each group's multiplier."""

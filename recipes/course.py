@@ -48,11 +48,19 @@ class Course:
         return self.samples / self.steps
 
 
+def follow_schedule(recipe: Any) -> None:
+    """Show the schedule to a batch policy that depends on it. Raises ValueError where the two do not go together."""
+    if isinstance(recipe.batch, FollowsSchedule):
+        training = recipe.training
+        recipe.batch.follow(
+            recipe.lr_schedule, sequence_length=training.sequence_length, total_tokens=training.total_tokens
+        )
+
+
 def play(recipe: Any, layout: BatchLayout) -> Course:
     """Raises ValueError where the policy asks for a batch that is none, or does not go with the schedule."""
     training, schedule = recipe.training, recipe.lr_schedule
-    if isinstance(recipe.batch, FollowsSchedule):
-        recipe.batch.follow(schedule, sequence_length=training.sequence_length, total_tokens=training.total_tokens)
+    follow_schedule(recipe)
     clock = Clock(training.total_tokens, training.sequence_length)
     warmup = getattr(schedule, "warmup_tokens", 0)
     course = Course()

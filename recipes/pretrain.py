@@ -23,6 +23,7 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors, read_state
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader
+from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp
@@ -37,17 +38,8 @@ from components.throughput import Waited, device_memory, memory_bytes, peak_flop
 from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.config import Config
-from recipes.contracts import (
-    BatchPolicy,
-    Data,
-    FollowsSchedule,
-    HasPlan,
-    LanguageModel,
-    LRSchedule,
-    Model,
-    Optimizer,
-    Tokenizer,
-)
+from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.course import follow_schedule
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
@@ -70,6 +62,7 @@ class Pretrain:
     optimizer: Optimizer
     lr_schedule: LRSchedule
     batch: BatchPolicy
+    gradient_moments: MeasureMoments = field(default_factory=MeasureMoments)
     run: Run = field(default_factory=Run)
     parallel: Parallel = field(default_factory=Parallel)
     validation: HeldOut | None = None
@@ -126,13 +119,9 @@ class TrainingRun:
         self.sequence_length = training.sequence_length
         self.precision = precision.resolve(training.precision, device)
         self.clock = Clock(training.total_tokens, training.sequence_length)
-        if isinstance(recipe.batch, FollowsSchedule):
-            with blame(config, "batch"):
-                recipe.batch.follow(
-                    recipe.lr_schedule,
-                    sequence_length=training.sequence_length,
-                    total_tokens=training.total_tokens,
-                )
+        with blame(config, "batch"):
+            follow_schedule(recipe)
+        self.noise, self.told_unmeasurable = recipe.gradient_moments.build(), False
         self.parallel = recipe.parallel.build(self.world)
         self.ranks = self.parallel.data
         self.layout = BatchLayout(training.micro_batch_size, self.ranks.size)
@@ -169,6 +158,7 @@ class TrainingRun:
             model,
             optimizer,
             self.ranks,
+            meter=GradientMeter(model, device, self.world.sum),
             reduction=fsdp.GradientReduction(
                 model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
             ),
@@ -218,8 +208,8 @@ class TrainingRun:
             batch = self.layout.fit(self.recipe.batch.samples(self.clock))
             step_tokens = batch.samples * self.sequence_length
             micro_batches = Waited(self.loader.next_step(batch.micro_batches))
-            loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens)
-            grad_norm = self.step.clip()
+            loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens, measure=self.measures(batch))
+            grad_norm, moments = self.step.clip()
             lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.step.update(lr, step_tokens)
@@ -228,9 +218,10 @@ class TrainingRun:
 
             self.clock.advance(batch.samples)
             self.loader.consumed()
-            self.recipe.batch.observe(self.clock, None)
+            noise = self.noise.update(self.clock.samples, moments) if moments else None
+            self.recipe.batch.observe(self.clock, noise)
             seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
-            self.monitor.write(self.row(batch, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
+            self.monitor.write(self.row(batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
 
             if self.due(getattr(self.recipe.validation, "interval_steps", None)):
                 self.validate()
@@ -273,8 +264,31 @@ class TrainingRun:
             "To leave such steps out, continue with --resume --training.on_nonfinite=skip"
         )
 
+    def measures(self, batch: StepBatch) -> bool:
+        """Whether the gradient noise of the step that starts now is measured."""
+        interval = self.recipe.gradient_moments.interval_steps
+        if interval is None or self.clock.step % interval or not self.recipe.batch.measures(self.clock):
+            return False
+        if batch.micro_batches * self.ranks.size > 1:
+            return True
+        if not self.told_unmeasurable:
+            self.told_unmeasurable = True
+            log.warning(
+                f"a step of one micro-batch of {batch.samples} samples does not show the noise of its gradient, and no "
+                "batch policy can follow it; use a smaller training.micro_batch_size or a larger batch"
+            )
+        return False
+
     def row(
-        self, batch: StepBatch, *, loss: float, lr: float, grad_norm: float, data_seconds: float, step_seconds: float
+        self,
+        batch: StepBatch,
+        noise: GradientNoise | None,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        data_seconds: float,
+        step_seconds: float,
     ) -> dict[str, Any]:
         """What metrics.jsonl says of the step that just ended."""
         tokens_per_second = batch.samples * self.sequence_length / step_seconds
@@ -290,8 +304,12 @@ class TrainingRun:
             "global_batch_size": batch.samples,
             "requested_batch_size": batch.requested,
             "micro_batches": batch.micro_batches,
-            "noise_scale": None,
-            "norm_test": None,
+            "noise_scale": noise and noise.noise_scale,
+            "norm_test": noise and noise.norm_test,
+            "gradient_noise": noise and noise.moments.noise,
+            "gradient_signal": noise and noise.moments.signal,
+            "gradient_noise_smoothed": noise and noise.noise,
+            "gradient_signal_smoothed": noise and noise.signal,
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
@@ -309,6 +327,7 @@ class TrainingRun:
         state = {
             "clock": self.clock.state_dict(),
             "batch": dict(self.recipe.batch.state_dict()),
+            "gradient_noise": self.noise.state_dict(),
             "loader": {"cursor": self.clock.samples, "epoch_length": len(self.samples)},
             "vocab_size": self.vocab_size,
             "world_size": self.world.size,
@@ -365,6 +384,7 @@ class TrainingRun:
         self.tensors.restore(checkpoint)
         self.clock.load_state_dict(state["clock"])
         self.recipe.batch.load_state_dict(state["batch"])
+        self.noise.load_state_dict(state["gradient_noise"])
         if state["loader"]["epoch_length"] != len(self.samples):
             log.warning(
                 f"the data has {len(self.samples)} sequences, it had {state['loader']['epoch_length']}: "

@@ -10,7 +10,17 @@ from typing import Any
 GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),
     "lr": ("lr",),
-    "batch": ("global_batch_size", "requested_batch_size", "micro_batches", "noise_scale", "norm_test"),
+    "batch": (
+        "global_batch_size",
+        "requested_batch_size",
+        "micro_batches",
+        "noise_scale",
+        "norm_test",
+        "gradient_noise",
+        "gradient_signal",
+        "gradient_noise_smoothed",
+        "gradient_signal_smoothed",
+    ),
     "throughput": ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"),
     "validation": ("val_loss", "val_perplexity", "val_bits_per_byte"),
 }

@@ -27,22 +27,40 @@ def steps(tiny) -> list[dict]:
     return [row for row in tiny.rows() if "loss" in row]
 
 
+MEASURED = ["--batch.initial=4", "--batch.maximum=40", "--batch.quantum=2", "--gradient_moments.smoothing_samples=50"]
+UNBIASED = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=2", "--batch.max_growth=2"]
+PAPER = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=0.5", "--batch.estimator=paper"]
+SCALE = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.shrink=true", "--batch.minimum=2"]
+POLICIES = {
+    "seesaw": SEESAW,
+    "unbiased": [*MEASURED, *UNBIASED, *RULE],
+    "paper": [*MEASURED, *PAPER],
+    "noise scale": [*MEASURED, *SCALE, "--optimizer.reference_batch_tokens=96"],
+}
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_seesaw_grows_the_batch_and_a_resumed_run_goes_on_the_same(tiny, tmp_path):
-    assert tiny.launch(*SEESAW) == 0
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_batch_changes_and_a_run_resumed_amid_its_changes_goes_on_the_same(tiny, tmp_path, name):
+    policy = POLICIES[name]
+    assert tiny.launch(*policy) == 0
     rows, last = tiny.rows(), steps(tiny)[-1]["step"]
     batches = [row["global_batch_size"] for row in steps(tiny)]
-    assert batches == sorted(batches)
-    assert batches[0] == 4 and batches[-1] == 12 and len(set(batches)) >= 3
+    changes = [step for step in range(1, last) if batches[step] != batches[step - 1]]
+    assert batches[0] == 4 and changes, batches
+    if name != "noise scale":
+        assert batches == sorted(batches)
     whole = tmp_path / "whole"
     tiny.directory.rename(whole)
-    stopped_at = batches.index(next(batch for batch in batches if batch > 4)) + 1
-    shutil.copytree(whole, tiny.directory)
-    for later in range(stopped_at + 1, last + 1):
-        shutil.rmtree(tiny.checkpoint(later))
-    assert tiny.launch("--resume", *SEESAW) == 0
-    assert timeless(tiny.rows()) == timeless(rows)
-    assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
+    # before the first change, right where it was decided, and after it
+    for stopped_at in {max(1, changes[0] - 1), changes[0], changes[-1], last - 1}:
+        shutil.copytree(whole, tiny.directory)
+        for later in range(stopped_at + 1, last + 1):
+            shutil.rmtree(tiny.checkpoint(later))
+        assert tiny.launch("--resume", *policy) == 0
+        assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
+        assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
+        shutil.rmtree(tiny.directory)
 
 
 def test_the_dry_run_shows_the_course_of_seesaw(tiny, capsys):

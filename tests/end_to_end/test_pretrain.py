@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 STEP_KEYS = {
     "step", "tokens", "samples", "epoch", "loss", "lr", "grad_norm", "global_batch_size", "requested_batch_size",
-    "micro_batches", "noise_scale", "norm_test", "tokens_per_second", "step_seconds", "data_seconds", "mfu",
-    "memory_bytes",
+    "micro_batches", "noise_scale", "norm_test", "gradient_noise", "gradient_signal", "gradient_noise_smoothed",
+    "gradient_signal_smoothed", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes",
 }  # fmt: skip
 
 USERS_PARTS = '''
@@ -42,7 +42,10 @@ class Doubling:
     def samples(self, progress):
         return self.first if progress.step < 3 else 2 * self.first
 
-    def observe(self, progress, moments):
+    def measures(self, progress):
+        return False
+
+    def observe(self, progress, noise):
         pass
 
     def state_dict(self):

@@ -1,0 +1,95 @@
+"""Measures the gradient of a step and of its micro-batches while they are computed.
+
+The groups of the moments are the micro-batches of all ranks. A hook on each parameter sees the gradient of every
+micro-batch before it is added to the others, so nothing is kept and nothing computed twice; two numbers cross the
+network. The same samples in the same micro-batches tell the same on any number of processes, sharded or sliced, reduced
+after every micro-batch or once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.gradient_moments.moments import GradientMoments
+from components.gradient_moments.norm import SquaredNorm
+
+
+class GradientMeter:
+    """Squares every gradient of a model on its way, while told to. The model is sharded already and has its storage."""
+
+    def __init__(self, model: nn.Module, device: torch.device, add_up: Callable[[Tensor], Tensor]) -> None:
+        """`add_up` sums a tensor over all processes of the run."""
+        self._device = device
+        self._add_up = add_up
+        self._squares: SquaredNorm | None = None
+        self._seen = 0
+        for parameter in _backward_parameters(model):
+            if parameter.requires_grad:
+                self._watch(parameter)
+
+    def start(self, *, measure: bool) -> None:
+        """A step begins; without `measure` its gradients pass unseen."""
+        self._squares = SquaredNorm(self._device) if measure else None
+        self._seen = 0
+
+    def end_micro_batch(self) -> None:
+        """Call after the backward of every micro-batch."""
+        if self._squares is not None:
+            self._squares.fold()
+
+    def finish(
+        self, gradients: Iterable[Tensor], *, groups: int, ranks: int, group_samples: int
+    ) -> tuple[Tensor, GradientMoments | None]:
+        """The norm () of the step's `gradients`, reduced and not clipped yet, and the moments if they were measured.
+
+        `groups` micro-batches of `group_samples` samples were taken on `ranks` data-parallel ranks.
+        """
+        square = SquaredNorm(self._device)
+        for gradient in gradients:
+            square.add(gradient)
+        if self._squares is None:
+            return self._add_up(square.total()).sqrt(), None
+        if not self._seen:
+            raise RuntimeError("no gradient passed the hooks that measure it: does the model replace its parameters?")
+        totals = self._add_up(torch.stack([square.total(), self._squares.total()]))
+        mean_square, sum_of_squares = totals.tolist()
+        # each came as its share of the mean over the micro-batches of its rank
+        sum_of_squares *= (groups / ranks) ** 2
+        return totals[0].sqrt(), GradientMoments(groups, group_samples, sum_of_squares, mean_square)
+
+    def _watch(self, parameter: Tensor) -> None:
+        def square(gradient: Tensor) -> Tensor | None:
+            if self._squares is None:
+                return None
+            self._seen += 1
+            # Tensor parallelism leaves some gradients as sums to be taken, or whole where the parameter is divided.
+            wanted = getattr(parameter, "placements", None)
+            reduced = None
+            if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
+                reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
+            self._squares.add(gradient)
+            return reduced
+
+        parameter.register_hook(square)
+
+
+def _backward_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that gradients arrive at: the parameters, or under FSDP2 what is gathered of them for a pass."""
+    if not dist.is_available() or not dist.is_initialized():
+        yield from model.parameters()
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        yield from model.parameters()
+    for unit in units:
+        sharded = {id(parameter) for parameter in unit.parameters()}
+        unit.unshard()
+        # FSDP2 makes these once, and gives them storage for every pass
+        yield from (each for each in unit.parameters() if id(each) not in sharded)
+        unit.reshard()

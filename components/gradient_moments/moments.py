@@ -1,0 +1,130 @@
+"""What the gradients of the micro-batches of one step tell of the gradient's noise.
+
+The gradient of K groups of m samples each, g_1 ... g_K with mean g, tells the trace of the covariance of one sample's
+gradient, S = tr(Sigma), and the squared norm of the true gradient, |G|^2, without bias:
+
+    S = m / (K - 1) * (sum_k |g_k|^2 - K |g|^2)        |G|^2 = |g|^2 - S / (K m)
+
+(McCandlish et al., arXiv 1812.06162, appendix A).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from components.quantities import PositiveCount
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """What one step tells."""
+
+    groups: int
+    """K: the micro-batches of all ranks."""
+    group_samples: int
+    """m: samples in each."""
+    sum_of_squares: float
+    """Sum over the groups of the squared norm of each group's mean gradient."""
+    mean_square: float
+    """Squared norm of the mean gradient, before clipping."""
+
+    @property
+    def samples(self) -> int:
+        """Global batch size."""
+        return self.groups * self.group_samples
+
+    @property
+    def noise(self) -> float:
+        """S: trace of the covariance of one sample's gradient. Needs two groups."""
+        spread = self.sum_of_squares - self.groups * self.mean_square
+        return self.group_samples / (self.groups - 1) * spread
+
+    @property
+    def signal(self) -> float:
+        """|G|^2: squared norm of the true gradient; being unbiased, the estimate of a small one may be negative."""
+        return self.mean_square - self.noise / self.samples
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """The moments of a step, and the estimates smoothed up to it."""
+
+    moments: GradientMoments
+    noise: float
+    """S, smoothed."""
+    signal: float
+    """|G|^2, smoothed."""
+
+    @property
+    def groups(self) -> int:
+        return self.moments.groups
+
+    @property
+    def group_samples(self) -> int:
+        return self.moments.group_samples
+
+    @property
+    def sum_of_squares(self) -> float:
+        return self.moments.sum_of_squares
+
+    @property
+    def mean_square(self) -> float:
+        return self.moments.mean_square
+
+    @property
+    def noise_scale(self) -> float | None:
+        """S / |G|^2, in samples: the batch whose noise is as large as its signal. None while the signal is lost."""
+        return self.noise / self.signal if self.signal > 0 else None
+
+    @property
+    def norm_test(self) -> float | None:
+        """The noise scale in batches. The norm test with eta passes while this is at most eta squared."""
+        return None if self.noise_scale is None else self.noise_scale / self.moments.samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureMoments:
+    """[gradient_moments]: how often gradient noise is measured, under any batch policy, and how it is smoothed."""
+
+    interval_steps: PositiveCount | None = 1
+    """Steps from one measurement to the next; "none": never."""
+    smoothing_samples: PositiveCount = 1000
+    """Samples after which a measurement has lost 63 % of its weight. Samples and not steps, so that the memory does not
+    grow with the batch (AdaptDL)."""
+
+    def build(self) -> SmoothedNoise:
+        return SmoothedNoise(self.smoothing_samples)
+
+
+@dataclass
+class SmoothedNoise:
+    """Exponential averages of noise and signal, each by itself: the mean of a ratio of noisy terms is biased."""
+
+    smoothing_samples: int
+    _noise: float = field(default=0.0, init=False)
+    _signal: float = field(default=0.0, init=False)
+    _weight: float = field(default=0.0, init=False)
+    _samples: int = field(default=0, init=False)
+
+    def update(self, samples: int, moments: GradientMoments) -> GradientNoise | None:
+        """Take in what a step told that ended after `samples` samples in all.
+
+        None where it tells nothing: it has one group only, or numbers that are not finite.
+        """
+        if moments.groups < 2 or not (math.isfinite(moments.noise) and math.isfinite(moments.signal)):
+            return None
+        kept = math.exp(-(samples - self._samples) / self.smoothing_samples)
+        self._noise = kept * self._noise + (1 - kept) * moments.noise
+        self._signal = kept * self._signal + (1 - kept) * moments.signal
+        self._weight = kept * self._weight + (1 - kept)
+        self._samples = samples
+        return GradientNoise(moments, self._noise / self._weight, self._signal / self._weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"noise": self._noise, "signal": self._signal, "weight": self._weight, "samples": self._samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._noise, self._signal = state["noise"], state["signal"]
+        self._weight, self._samples = state["weight"], state["samples"]

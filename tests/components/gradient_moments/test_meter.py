@@ -1,0 +1,70 @@
+"""What the meter sees of a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from components.gradient_moments.meter import GradientMeter
+
+
+def finish(meter: GradientMeter, model: nn.Module):
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return meter.finish(gradients, groups=3, ranks=1, group_samples=4)
+
+
+def test_the_meter_squares_every_backward_by_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    model[0].bias.requires_grad_(False)
+    meter = GradientMeter(model, torch.device("cpu"), lambda tensor: tensor)
+    inputs = torch.randn(3, 4, 5)
+    for _ in range(2):  # a step begins from nothing
+        model.zero_grad()
+        meter.start(measure=True)
+        for micro_batch in inputs:
+            (model(micro_batch).square().mean() / len(inputs)).backward()
+            meter.end_micro_batch()
+    norm, told = finish(meter, model)
+
+    alone = []
+    for micro_batch in inputs.double():
+        copy = copy_in_float64(model)
+        loss = copy(micro_batch).square().mean()
+        gradients = torch.autograd.grad(loss, [each for each in copy.parameters() if each.requires_grad])
+        alone.append(torch.cat([each.flatten() for each in gradients]))
+    groups = torch.stack(alone)
+    assert (told.groups, told.group_samples) == (3, 4)
+    assert told.sum_of_squares == pytest.approx(float(groups.square().sum()), rel=1e-5)
+    assert told.mean_square == pytest.approx(float(groups.mean(0).square().sum()), rel=1e-5)
+    assert float(norm) == pytest.approx(float(groups.mean(0).norm()), rel=1e-5)
+
+
+def copy_in_float64(model: nn.Module) -> nn.Module:
+    copy = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+    copy.load_state_dict(model.state_dict())
+    copy[0].bias.requires_grad_(False)
+    return copy
+
+
+def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
+    model = nn.Linear(3, 1)
+    meter = GradientMeter(model, torch.device("cpu"), lambda tensor: tensor)
+    meter.start(measure=False)
+    model(torch.ones(2, 3)).sum().backward()
+    meter.end_micro_batch()
+    norm, told = finish(meter, model)
+    assert told is None
+    assert float(norm) == pytest.approx(4.0)  # 2 for each of three weights and the bias
+
+
+def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero():
+    model = nn.Linear(3, 1)
+    meter = GradientMeter(model, torch.device("cpu"), lambda tensor: tensor)
+    model.weight = nn.Parameter(torch.ones(1, 3))
+    model.bias = nn.Parameter(torch.ones(1))
+    meter.start(measure=True)
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="replace its parameters"):
+        finish(meter, model)

@@ -1,0 +1,93 @@
+"""What moments say, and how they are smoothed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from components.gradient_moments.moments import GradientMoments, SmoothedNoise
+
+
+def moments(groups: torch.Tensor, samples: int) -> GradientMoments:
+    """Of gradients (K, dimension), each the mean over `samples`."""
+    mean = groups.mean(0)
+    return GradientMoments(len(groups), samples, float(groups.square().sum()), float(mean.square().sum()))
+
+
+def test_noise_and_signal_are_unbiased():
+    """Gaussian samples with known Sigma and G: the means over many steps lie within three standard errors."""
+    generator = torch.Generator().manual_seed(3)
+    dimension, groups, samples, steps = 40, 6, 3, 4000
+    scale = torch.linspace(0.1, 2.0, dimension, dtype=torch.float64)
+    true = torch.linspace(-0.3, 0.3, dimension, dtype=torch.float64)
+    draws = torch.randn(steps, groups, samples, dimension, generator=generator, dtype=torch.float64) * scale + true
+    told = [moments(step, samples) for step in draws.mean(2)]
+    for found, expected in (
+        ([each.noise for each in told], float(scale.square().sum())),
+        ([each.signal for each in told], float(true.square().sum())),
+    ):
+        values = torch.tensor(found, dtype=torch.float64)
+        assert abs(float(values.mean()) - expected) < 3 * float(values.std()) / math.sqrt(steps)
+        assert float(values.std()) / math.sqrt(steps) < 0.02 * expected, "too few draws to tell"
+
+
+def test_groups_of_any_size_measure_the_noise_of_one_sample():
+    generator = torch.Generator().manual_seed(5)
+    each = torch.randn(512, 30, generator=generator, dtype=torch.float64) + 0.5
+    for samples in (1, 2, 8):
+        told = moments(each.view(-1, samples, 30).mean(1), samples)
+        assert told.samples == 512
+        assert told.noise == pytest.approx(30, rel=0.2)
+        assert told.signal + told.noise / 512 == pytest.approx(float(each.mean(0).square().sum()), rel=1e-12)
+
+
+def test_smoothing_depends_on_samples_and_not_on_steps():
+    """A constant measurement is kept as it is; a step of 64 samples moves the average like eight steps of 8."""
+    before, after = GradientMoments(4, 2, 10.0, 2.0), GradientMoments(4, 2, 30.0, 3.0)
+    coarse, fine = SmoothedNoise(100), SmoothedNoise(100)
+    for smoothed in (coarse, fine):
+        first = smoothed.update(50, before)
+        assert (first.noise, first.signal) == pytest.approx((before.noise, before.signal))
+    many = [fine.update(50 + 8 * number, after) for number in range(1, 9)][-1]
+    once = coarse.update(50 + 64, after)
+    assert (once.noise, once.signal) == pytest.approx((many.noise, many.signal), rel=1e-12)
+    kept = math.exp(-64 / 100)
+    weight = kept * (1 - math.exp(-0.5))
+    expected = (weight * before.noise + (1 - kept) * after.noise) / (weight + 1 - kept)
+    assert once.noise == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_tells_nothing_is_left_out():
+    smoothed = SmoothedNoise(100)
+    smoothed.update(8, GradientMoments(4, 2, 10.0, 2.0))
+    state = smoothed.state_dict()
+    for useless in (
+        GradientMoments(1, 8, 2.0, 2.0), GradientMoments(4, 2, math.nan, 2.0), GradientMoments(4, 2, 1.0, math.inf)
+    ):  # fmt: skip
+        assert smoothed.update(16, useless) is None
+        assert smoothed.state_dict() == state
+
+
+def test_a_restored_average_goes_on_as_if_nothing_had_happened():
+    steps = [GradientMoments(4, 2, 8.0 + number, 1.0 + number / 9) for number in range(6)]
+    whole, first, second = SmoothedNoise(30), SmoothedNoise(30), SmoothedNoise(30)
+    expected = [whole.update(8 * (number + 1), step) for number, step in enumerate(steps)]
+    for number, step in enumerate(steps[:3]):
+        first.update(8 * (number + 1), step)
+    second.load_state_dict(first.state_dict())
+    assert [second.update(8 * (number + 4), step) for number, step in enumerate(steps[3:])] == expected[3:]
+
+
+def test_a_lost_signal_has_no_noise_scale():
+    noise = SmoothedNoise(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
+    assert noise.signal < 0
+    assert noise.noise_scale is None and noise.norm_test is None
+
+
+def test_the_norm_test_is_the_noise_scale_in_batches():
+    told = GradientMoments(4, 2, 10.0, 2.0)
+    noise = SmoothedNoise(10).update(8, told)
+    assert noise.noise_scale == pytest.approx(told.noise / told.signal)
+    assert noise.norm_test == pytest.approx(told.noise / told.signal / 8)

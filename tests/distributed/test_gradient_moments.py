@@ -1,0 +1,142 @@
+"""Gradient moments on every layout, against a float64 backward for each micro-batch by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from components.batch.constant import Constant
+from components.data.text_files import TextFiles
+from components.gradient_moments import GradientMoments
+from components.tokenizers import Bytes
+from models.llama import Llama
+from tests.conftest import TinyRun
+from tests.distributed.layouts import LAYOUTS, run_all
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.timeout(600),
+]
+
+SAMPLES, MICRO_BATCH, SEQUENCE, STEPS = 16, 2, 24, 2
+BF16 = 5e-3
+"""Relative: bf16 keeps 8 bits of every activation and gradient."""
+EXACT = 1e-5
+"""Relative, of float32 sums of squares over some 14,000 weights against float64."""
+
+
+@dataclass(kw_only=True)
+class Notes(Constant):
+    """A constant batch that notes the moments of every step, in a file for each process."""
+
+    folder: Path
+
+    def observe(self, progress, noise):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"rank-{os.environ.get('RANK', '0')}").open("a") as file:
+            told = noise.moments
+            file.write(json.dumps([told.groups, told.group_samples, told.sum_of_squares, told.mean_square]) + "\n")
+
+
+BOTH = {"local": ["--training.accumulation=local"], "reduce": ["--training.accumulation=reduce"]}
+CASES: dict[str, tuple[str, list[str]]] = {
+    f"{layout}, {mode}": (layout, arguments) for layout in LAYOUTS for mode, arguments in BOTH.items()
+}
+CASES |= {f"{layout}, tied": (layout, ["--model.tied_embeddings=true"]) for layout in LAYOUTS}
+for layout in ("one process", "two replicas", "two shards", "two shards of two slices"):
+    CASES |= {
+        f"{layout}, compiled": (layout, ["--training.compile=true", *BOTH["reduce"]]),
+        f"{layout}, recomputed": (layout, ["--training.activation_checkpoint=full", *BOTH["reduce"]]),
+        f"{layout}, bf16": (layout, ["--training.precision=bf16", *BOTH["reduce"]]),
+    }
+
+
+class Measured:
+    """Two steps of every case."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tiny = TinyRun(folder)
+        for processes in (1, 2, 4):
+            run_all(
+                processes, [self.command(name) for name in CASES if LAYOUTS[CASES[name][0]][0] == processes], folder
+            )
+
+    def command(self, name: str) -> list[str]:
+        layout, arguments = CASES[name]
+        plain = name.replace(" ", "-")
+        return [
+            str(self.tiny.recipe), "--model.kv_heads=2", "--validation=none", "--checkpoint.interval_steps=none",
+            "--batch.use=tests.distributed.test_gradient_moments:Notes", f"--batch.initial={SAMPLES}",
+            f"--batch.folder={self.folder / 'moments' / plain}", f"--run.dir={self.folder / 'runs' / plain}",
+            f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
+            "--data.use=tests.distributed.layouts:RecordedText", f"--data.notes={self.folder / 'reads' / plain}",
+            f"--data.path={self.folder / 'text' / '*.txt'}", *LAYOUTS[layout][1], *arguments,
+        ]  # fmt: skip
+
+    def moments(self, name: str) -> list[GradientMoments]:
+        """Of both steps. All processes must have been told the same."""
+        told = {path.read_text() for path in (self.folder / "moments" / name.replace(" ", "-")).iterdir()}
+        assert len(told) == 1
+        return [GradientMoments(*json.loads(line)) for line in told.pop().splitlines()]
+
+    def read(self) -> torch.Tensor:
+        """(groups, MICRO_BATCH): the first samples of the run, as one process read them."""
+        lines = (self.folder / "reads" / "one-process,-reduce" / "rank-0").read_text().splitlines()
+        return torch.tensor([json.loads(line) for line in lines[: SAMPLES // MICRO_BATCH]])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured(tmp_path_factory.mktemp("moments"))
+
+
+@pytest.fixture(scope="module")
+def truth(measured: Measured) -> dict[bool, GradientMoments]:
+    """Whether the embeddings are tied -> the moments of the first step in float64, a backward for each group."""
+    text = TextFiles(path=measured.folder / "text" / "*.txt").build(
+        tokenizer=Bytes().build(), sequence_length=SEQUENCE, cache_dir=measured.folder / "cache", progress=print
+    )
+    groups = [torch.stack([text[int(index)] for index in group]) for group in measured.read()]
+    return {tied: brute_force(groups, tied) for tied in (False, True)}
+
+
+def brute_force(groups: list[torch.Tensor], tied: bool) -> GradientMoments:
+    model = Llama(
+        size="debug", dim=16, layers=2, heads=2, kv_heads=2, head_dim=8, ffn_dim=32, tied_embeddings=tied
+    ).build(vocab_size=257, sequence_length=SEQUENCE)
+    model.init_weights(0)
+    model.double()
+    gradients = []
+    for tokens in groups:
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        gradients.append(torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(model.parameters()))]))
+    each = torch.stack(gradients)
+    assert each.dtype == torch.float64
+    mean = each.mean(0)
+    return GradientMoments(len(groups), MICRO_BATCH, float(each.square().sum()), float(mean.square().sum()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_moments_are_those_of_separate_backwards_in_float64(measured, truth, name):
+    expected = truth[name.endswith("tied")]
+    found, _ = measured.moments(name)
+    assert (found.groups, found.group_samples) == (expected.groups, expected.group_samples)
+    limit = BF16 if name.endswith("bf16") else EXACT
+    for key in ("sum_of_squares", "mean_square", "noise", "signal"):
+        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=limit), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_second_step_is_measured_like_the_first(measured, name):
+    alike = "one process, " + next((kind for kind in ("tied", "bf16") if name.endswith(kind)), "reduce")
+    found, expected = measured.moments(name)[1], measured.moments(alike)[1]
+    for key in ("sum_of_squares", "mean_square", "noise"):
+        limit = BF16 if name.endswith("bf16") else EXACT
+        assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=limit), key
