@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.batch.adaptive import Adaptive
 from components.data.source import TextSource
 from components.quantities import format_count
 from components.run_directory import RunDirectory
@@ -99,6 +100,13 @@ def _batch(plan: Plan) -> Iterator[Foreseen]:
         unit = f"{layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
         level: Level = "warning" if samples > 1.1 * requested else "note"
         yield Foreseen(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
+    policy = plan.recipe.batch
+    if isinstance(policy, Adaptive):
+        key = "minimum" if policy.shrink and policy.minimum is not None else "initial"
+        smallest = layout.fit(getattr(policy, key))
+        if smallest.micro_batches * layout.dp_size < 2:
+            message = "a step of one micro-batch does not show its noise, so the batch would stay there for good"
+            yield Foreseen("warning", f"batch.{key}", f"{message}; take {2 * layout.unit} or a smaller micro-batch")
 
 
 def _schedule(plan: Plan) -> Iterator[Foreseen]:

@@ -52,7 +52,8 @@ class Adaptive(ABC):
     maximum: PositiveCount
     """Largest global batch size, in samples."""
     minimum: PositiveCount | None = None
-    """Smallest global batch size, in samples, for one that may shrink; unset: initial."""
+    """Smallest global batch size, in samples, for one that may shrink; unset: initial. Keep it at two micro-batches or
+    more: the noise of a single one cannot be measured, so a batch that shrank to it would stay there."""
     quantum: PositiveCount = 1
     """Sizes are multiples of this, rounded up; it has to divide initial, minimum and maximum."""
     max_growth: Annotated[float, Field(gt=1)] | None = None

@@ -28,9 +28,9 @@ def steps(tiny) -> list[dict]:
 
 
 MEASURED = ["--batch.initial=4", "--batch.maximum=40", "--batch.quantum=2", "--gradient_moments.smoothing_samples=50"]
-UNBIASED = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=2", "--batch.max_growth=2"]
+UNBIASED = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=0.5", "--batch.max_growth=2"]
 PAPER = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=0.5", "--batch.estimator=paper"]
-SCALE = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.shrink=true", "--batch.minimum=2"]
+SCALE = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.shrink=true", "--batch.coefficient=4"]
 POLICIES = {
     "seesaw": SEESAW,
     "unbiased": [*MEASURED, *UNBIASED, *RULE],

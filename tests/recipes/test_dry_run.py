@@ -81,6 +81,24 @@ def test_checkpointing_saves_activations(tiny):
     assert kept["full"] < kept["selective"] < kept["none"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        (["initial=2"], "batch.initial"),
+        (["initial=8", "shrink=true", "minimum=2"], "batch.minimum"),
+        (["initial=8", "minimum=2"], None),
+        (["initial=4", "shrink=true"], None),
+    ],
+)
+def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, key):
+    """Micro-batches of 2 on one process: a batch of 2 is one group. On two processes it is one group each."""
+    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.maximum=64"]
+    policy += [f"--batch.{each}" for each in keys]
+    found = told(tiny, *policy)
+    assert {name for name, (_, message) in found.items() if "one micro-batch" in message} == ({key} if key else set())
+    assert not any("one micro-batch" in message for _, message in told(tiny, *policy, processes=2).values())
+
+
 def test_the_course_is_that_of_the_run(tiny):
     course = plan_of(tiny).course
     assert tiny.launch() == 0
