@@ -218,6 +218,9 @@ def start_dry_run(config: Config, count: Processes, text: str) -> int:
         claim = Claim.parse(text)
     except ValueError as error:
         raise UsageError(f"--dry-run: {error}") from None
+    own = getattr(config.recipe, "dry_run", None)
+    if own is not None:
+        return int(own(config, count.world_size))
     return dry_run.main(config, count.world_size, claim)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import complete_checkpoints
-from recipes.config import Config, ConfigError, Problem, flatten
+from recipes.config import Config, ConfigError, flatten
 
 log = logging.getLogger("powertrain")
 
@@ -76,13 +77,10 @@ def find_checkpoint(resume: Resume | None, checkpoints: Path, *, restarted: bool
         if not own:
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
         return own[-1]
-    path = resume.path.expanduser().absolute()
-    if not path.is_dir():
-        raise ValueError(f"--resume: {path} is no directory")
-    inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
-    chosen = inside[-1] if inside else path
-    if not (chosen / "state.json").exists():
-        raise ValueError(f"--resume: {path} is neither a checkpoint nor a run directory with one")
+    try:
+        chosen = checkpoint_at(resume.path)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
     if chosen in own and chosen != own[-1]:
         raise ValueError(
             f"--resume: {own[-1].name} is newer than {chosen.name} and would be overwritten; "
@@ -91,28 +89,54 @@ def find_checkpoint(resume: Resume | None, checkpoints: Path, *, restarted: bool
     return chosen
 
 
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest one of the run directory that it is. Raises ValueError."""
+    path = path.expanduser().absolute()
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory")
+    inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    chosen = inside[-1] if inside else path
+    if not (chosen / "state.json").exists():
+        raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
+    return chosen
+
+
+def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset."""
+    stored = flatten(stored_in.read_text(encoding="utf-8"))
+    current = flatten(config.to_toml(provenance=False))
+    for key in sorted(stored.keys() | current.keys()):
+        before, now = stored.get(key), current.get(key)
+        if before != now and key.rpartition(".")[2] not in NOT_THE_RUN:
+            yield key, before, now
+
+
+def refuse(checkpoint: Path, config: Config) -> None:
+    """Raises ConfigError with every change since `checkpoint` that would make it another run's."""
+    refused = [
+        config.problem(
+            key,
+            f"{_shown(before)} in the checkpoint, {_shown(now)} now: "
+            "this would be another run's state; start a new run",
+        )
+        for key, before, now in changes(checkpoint / "config.toml", config)
+        if rule_of(key) == "refused"
+    ]
+    if refused:
+        raise ConfigError(refused)
+
+
 def compare(checkpoint: Path, config: Config) -> None:
-    """Hold the configuration stored in `checkpoint` against this one: log what changed, refuse what must not.
+    """Hold the configuration stored in `checkpoint` against this one: refuse what must not change, log what did.
 
     Raises ConfigError with every refused change.
     """
-    stored = flatten((checkpoint / "config.toml").read_text(encoding="utf-8"))
-    current = flatten(config.to_toml(provenance=False))
-    refused: list[Problem] = []
-    for key in sorted(stored.keys() | current.keys()):
-        before, now = stored.get(key), current.get(key)
-        if before == now or key.rpartition(".")[2] in NOT_THE_RUN:
-            continue
-        change = f"{_shown(before)} in the checkpoint, {_shown(now)} now"
-        rule = rule_of(key)
-        if rule == "refused":
-            refused.append(config.problem(key, f"{change}: this would be another run's state; start a new run"))
-        elif rule == "warned":
+    refuse(checkpoint, config)
+    for key, before, now in changes(checkpoint / "config.toml", config):
+        if rule_of(key) == "warned":
             log.warning(f"resuming with a change: {key} was {_shown(before)}, is {_shown(now)}")
         else:
             log.info(f"resuming with {key} = {_shown(now)} (was {_shown(before)})")
-    if refused:
-        raise ConfigError(refused)
 
 
 def _shown(value: Any) -> str:

@@ -2,7 +2,7 @@
 
     python -m tools.schema [--output FILE]
 
-Generated from the types that decode a recipe, so it cannot disagree with them: the sections of the Pretrain recipe, and
+Generated from the types that decode a recipe, so it cannot disagree with them: the sections of the recipes, and
 for every slot all the shipped classes that fit it, told apart by `use`. Draft 7, and alternatives as `oneOf`: what
 Taplo (Even Better TOML) reads. Nothing is required, since a file may leave to others what it extends or is extended by.
 """
@@ -27,7 +27,8 @@ from recipes.config.imports import import_class, import_path
 from recipes.config.signatures import Key, Shape, SignatureError, keys_of
 from recipes.config.values import adapter, encode
 
-RECIPE = "recipes.pretrain:Pretrain"
+RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch")
+"""The first is what a file is for that names none."""
 PACKAGES = ("components", "models")
 
 Schema = dict[str, Any]
@@ -48,17 +49,20 @@ class Shipped:
     uses: tuple[str, ...]
 
 
-def recipe_schema(recipe: type, packages: Sequence[str] = PACKAGES) -> Schema:
-    """The schema of files for `recipe`; components are looked for in `packages`."""
+def recipe_schema(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -> Schema:
+    """The schema of files for `recipes`; components are looked for in `packages`."""
     writer = _Writer(list(shipped_classes(packages)))
-    known = [import_path(recipe)]
-    strict = writer.table(recipe, "recipe", known, _EVERY_FILE)
+    known = [import_path(recipe) for recipe in recipes]
+    first, *others = (
+        writer.table(recipe, "recipe", [name], _EVERY_FILE) for recipe, name in zip(recipes, known, strict=True)
+    )
+    strict = [first, *({**table, "required": ["recipe"]} for table in others)]
     other = {"title": "another recipe", "properties": {"recipe": _foreign(known)}, "required": ["recipe"]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Powertrain recipe",
         "type": "object",
-        "oneOf": [strict, other],
+        "oneOf": [*strict, other],
         "definitions": writer.definitions,
     }
 
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools.schema", description="JSON Schema of recipe files, for TOML editors.")
     parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
     output = parser.parse_args(arguments).output
-    text = json.dumps(recipe_schema(import_class(RECIPE)), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(recipe_schema([import_class(name) for name in RECIPES]), indent=2, ensure_ascii=False) + "\n"
     if output is None:
         sys.stdout.write(text)
     else:

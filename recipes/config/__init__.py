@@ -4,6 +4,7 @@ The signature is the schema: the typed keyword-only parameters of a component's 
 those of a recipe's constructor are its sections. Nothing is registered and nothing is declared twice.
 """
 
+from recipes.config.derive import derive
 from recipes.config.load import Checks, Config, load
 from recipes.config.problems import ConfigError, Origin, Problem
 from recipes.config.resolved import Leaf
@@ -19,6 +20,7 @@ __all__ = [
     "Origin",
     "Override",
     "Problem",
+    "derive",
     "describe",
     "flatten",
     "load",

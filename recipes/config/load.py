@@ -72,17 +72,38 @@ def load(
         *reader.import_paths,
         *(folder for folder in (*reader.folders, cwd) if folder not in reader.import_paths),
     ]
+    return resolve(
+        table,
+        folders,
+        import_paths=reader.import_paths,
+        default=Origin(DEFAULT, cwd),
+        default_recipe=default_recipe,
+        problems=reader.problems,
+        extra_checks=extra_checks,
+    )
+
+
+def resolve(
+    table: Table,
+    folders: Sequence[Path],
+    *,
+    import_paths: Sequence[Path],
+    default: Origin,
+    default_recipe: str,
+    problems: Sequence[Problem] = (),
+    extra_checks: Checks | None = None,
+) -> Config:
+    """The configuration that a merged tree spells. `problems` are those that reading it had."""
     make_importable(folders)
-    default = Origin(DEFAULT, cwd)
     named = table.entries.get("recipe", Value(default_recipe, default))
     cls = _recipe_class(named, folders)
     decoder = Decoder(folders, default)
     recipe, root = decoder.recipe(cls, table.without("recipe"))
-    _raise_if_any([*reader.problems, *decoder.problems])
+    _raise_if_any([*problems, *decoder.problems])
     assert recipe is not FAILED
 
     use = plain(named)
-    homes = dict.fromkeys([*reader.import_paths, *filter(None, [home_of(use, folders)]), *decoder.homes])
+    homes = dict.fromkeys([*import_paths, *filter(None, [home_of(use, folders)]), *decoder.homes])
     entries: dict[str, Any] = {"recipe": Leaf(use, named.origin)}
     if homes:
         entries["import_paths"] = Leaf([str(home) for home in homes], default)

@@ -15,6 +15,8 @@ from recipes.plan import Claim, make_plan
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 """What `base/` holds is extended, and no recipe."""
+TRAINED = [name for name in SHIPPED if name != "critical_batch"]
+"""What starts from nothing. critical_batch.toml starts from a checkpoint: tests/end_to_end/test_critical_batch.py."""
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
@@ -26,7 +28,7 @@ def own_text(folder: Path) -> list[str]:
 
 
 def arguments_for(name: str, folder: Path) -> list[str]:
-    return own_text(folder) if name == "own_text" else []
+    return {"own_text": own_text(folder), "critical_batch": [f"--branches.checkpoint={folder}"]}.get(name, [])
 
 
 def resolved(name: str, folder: Path):
@@ -78,7 +80,7 @@ def test_the_published_numbers(name, text):
 PARAMETERS = {"microllama300m": 304.6e6, "tinyllama1b": 1100.0e6, "llama3b": 3426.5e6, "llama3_8b": 8030.3e6}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys):
     """No GPU, no weights, and for the published ones neither data nor tokenizer."""
     monkeypatch.delenv("RANK", raising=False)
@@ -110,7 +112,7 @@ SMALL = {
 """Reduced depth and width; the rest of a recipe stays as it ships."""
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch):
     for variable in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(variable, raising=False)

@@ -10,20 +10,20 @@ from jsonschema import Draft7Validator
 
 from recipes.config.imports import import_class
 from tests.recipes import config_parts as parts
-from tools.schema import RECIPE, Schema, main, recipe_schema
+from tools.schema import RECIPES, Schema, main, recipe_schema
 
-RECIPES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
+FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
 
 
 @pytest.fixture(scope="module")
 def schema() -> Schema:
     """Of the small recipe in config_parts, whose components are "shipped" in tests.recipes."""
-    return recipe_schema(parts.Recipe, ["tests.recipes"])
+    return recipe_schema([parts.Recipe], ["tests.recipes"])
 
 
 @pytest.fixture(scope="module")
 def pretrain_schema() -> Schema:
-    return recipe_schema(import_class(RECIPE))
+    return recipe_schema([import_class(name) for name in RECIPES])
 
 
 def is_valid(schema: Schema, toml: str) -> bool:
@@ -94,7 +94,7 @@ def test_keys_carry_their_documentation_and_default(schema: Schema) -> None:
     assert ramp["properties"]["initial"]["default"] == 8
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(pretrain_schema: Schema, path: Path) -> None:
     document = tomli.loads(path.read_text(encoding="utf-8"))
     assert [error.message for error in Draft7Validator(pretrain_schema).iter_errors(document)] == []

@@ -1,0 +1,159 @@
+"""What the branches of a critical-batch measurement show: a table, numbers and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from components.critical_batch import largest_factor, smoothed, within
+from components.quantities import format_count
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch, trained."""
+
+    factor: int
+    batch: int
+    """In samples."""
+    batch_tokens: int
+    lr: float
+    steps: int
+    """That it was to take."""
+    losses: tuple[float, ...]
+    """Of the steps it took: fewer where one was not finite."""
+    val_loss: float | None
+    """At the end, where something is held out."""
+    noise_scales: tuple[float, ...]
+    """Of the steps where it was measured."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All branches, compared."""
+
+    branches: tuple[Branch, ...]
+    smoothing_tokens: int
+    tolerance: float
+    sequence_length: int
+
+    @cached_property
+    def curves(self) -> list[list[float]]:
+        """The smoothed loss of each branch after each of its steps."""
+        return [smoothed(branch.losses, branch.batch_tokens, self.smoothing_tokens) for branch in self.branches]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """The last smoothed loss of each branch; nan where it did not come to its end."""
+        ends = zip(self.branches, self.curves, strict=True)
+        return [curve[-1] if len(curve) == branch.steps else math.nan for branch, curve in ends]
+
+    @property
+    def factor(self) -> int:
+        """k*"""
+        return largest_factor([branch.factor for branch in self.branches], self.losses, self.tolerance)
+
+    @property
+    def batch(self) -> int:
+        """The critical batch, in samples."""
+        return self.factor * self.branches[0].batch
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether no branch was too large: the critical batch lies beyond them."""
+        return self.factor == self.branches[-1].factor
+
+    @property
+    def _too_large(self) -> int:
+        """The factor after k*, where there is one."""
+        return min(branch.factor for branch in self.branches if branch.factor > self.factor)
+
+    @property
+    def noise_scale(self) -> float | None:
+        """The gradient noise scale along the first branch, in samples."""
+        measured = self.branches[0].noise_scales
+        return median(measured) if measured else None
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        rows = [
+            {
+                "k": branch.factor,
+                "batch": branch.batch,
+                "lr": branch.lr,
+                "steps": branch.steps,
+                "smoothed_loss": loss if math.isfinite(loss) else None,
+                "difference": loss - self.losses[0] if math.isfinite(loss) else None,
+                "within_tolerance": within(loss, self.losses[0], self.tolerance),
+                "val_loss": branch.val_loss,
+            }
+            for branch, loss in zip(self.branches, self.losses, strict=True)
+        ]
+        return {
+            "smoothing_tokens": self.smoothing_tokens,
+            "tolerance": self.tolerance,
+            "branches": rows,
+            "k_star": self.factor,
+            "critical_batch": self.batch,
+            "critical_batch_tokens": self.batch * self.sequence_length,
+            "is_lower_bound": self.is_lower_bound,
+            "noise_scale": self.noise_scale,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """As a table."""
+        yield f"{'k':>6} {'batch':>8} {'lr':>10} {'steps':>8} {'loss':>9} {'difference':>11} {'validation':>11}  within"
+        for row in self.summary()["branches"]:
+            loss = "not finite" if row["smoothed_loss"] is None else f"{row['smoothed_loss']:.4f}"
+            difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+            held_out = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
+            yield (
+                f"{row['k']:>6} {row['batch']:>8} {row['lr']:>10.3g} {row['steps']:>8} {loss:>9} {difference:>11} "
+                f"{held_out:>11}  {'yes' if row['within_tolerance'] else 'no'}"
+            )
+        tokens = format_count(self.batch * self.sequence_length)
+        least, beyond = "at least ", "no branch was too large"
+        if not self.is_lower_bound:
+            least, beyond = "", f"k = {self._too_large} is too large"
+        yield f"k* = {self.factor}: the critical batch is {least}{self.batch} samples, {tokens} tokens; {beyond}"
+        noise = "not measured" if self.noise_scale is None else f"{self.noise_scale:.4g} samples"
+        yield f"gradient noise scale of the branch k = 1: {noise}"
+
+
+def draw(report: Report, output: Path) -> None:
+    """Left the smoothed losses, right what they end at. Raises ValueError without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (over_tokens, over_batch) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for branch, curve in zip(report.branches, report.curves, strict=True):
+        tokens = [branch.batch_tokens * (step + 1) for step in range(len(curve))]
+        over_tokens.plot(tokens, curve, label=f"k = {branch.factor}")
+    over_tokens.set(xlabel="tokens since the checkpoint", ylabel="smoothed loss, nats a token")
+    over_tokens.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    over_tokens.legend(frameon=False)
+
+    first = report.losses[0]
+    batches = [branch.batch for branch in report.branches]
+    over_batch.plot(batches, [loss - first for loss in report.losses], "o-")
+    over_batch.axhline(report.tolerance, color="grey", linestyle="--", label="tolerance")
+    over_batch.axvline(report.batch, color="C1", label="critical batch" + (" or more" if report.is_lower_bound else ""))
+    if report.noise_scale is not None:
+        over_batch.axvline(report.noise_scale, color="C2", label="gradient noise scale")
+    over_batch.set_xscale("log", base=2)
+    over_batch.set(xlabel="batch, samples", ylabel="difference to k = 1")
+    over_batch.legend(frameon=False)
+    for axis in (over_tokens, over_batch):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,99 @@
+"""[branches], and where they begin: the batch and the rate with which the run of a checkpoint would go on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from components.batch.layout import BatchLayout
+from components.checkpoint import read_state
+from components.clock import Clock
+from components.quantities import PositiveCount
+from recipes.config import load
+from recipes.contracts import FollowsSchedule
+from recipes.resume import checkpoint_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches:
+    """[branches]: where to start, how far to go, and how to compare."""
+
+    checkpoint: Path
+    """The checkpoint to branch from, or a run directory: its newest."""
+    tokens: PositiveCount
+    """Length of each branch; rounded up to whole steps of the largest batch."""
+    factors: tuple[PositiveCount, ...] = (1, 2, 4, 8, 16)
+    """The batch of each branch, as a multiple of B; the rate grows with the square root."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """How far above that of the first branch a loss may end, in nats a token."""
+    smoothing_tokens: PositiveCount | None = None
+    """Tokens over which the moving average of the training loss decays by 1/e; unset: a quarter of `tokens`."""
+    batch: PositiveCount | None = None
+    """B, in samples; unset: what the checkpoint's run would take next."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """The rate of the first branch; unset: what the checkpoint's run would use next."""
+
+    def __post_init__(self) -> None:
+        if self.factors[:1] != (1,):
+            raise ValueError(f"factors: {list(self.factors)} do not start at 1, with which the others are compared")
+        if any(one >= next_one for one, next_one in zip(self.factors, self.factors[1:], strict=False)):
+            raise ValueError(f"factors: {list(self.factors)} do not increase")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the branches begin."""
+
+    checkpoint: str
+    step: int
+    tokens: int
+    batch: int
+    """B, as the layout makes it."""
+    lr: float
+
+
+def find_start(branches: Branches, layout: BatchLayout) -> Start:
+    """Raises ValueError, at the key it names, where nothing can begin."""
+    try:
+        checkpoint = complete_checkpoint(branches.checkpoint)
+        state = read_state(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from None
+    batch, lr = branches.batch, branches.lr
+    if batch is None or lr is None:
+        run = load(checkpoint / "config.toml").recipe
+        clock = Clock(run.training.total_tokens, run.training.sequence_length)
+        clock.load_state_dict(state["clock"])
+        if batch is None:
+            if isinstance(run.batch, FollowsSchedule):
+                run.batch.follow(
+                    run.lr_schedule, sequence_length=clock.sequence_length, total_tokens=clock.total_tokens
+                )
+            run.batch.load_state_dict(state["batch"])
+            batch = run.batch.samples(clock)
+        if lr is None:
+            batch_tokens = layout.fit(batch).samples * clock.sequence_length
+            lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"lr: the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
+    return Start(
+        checkpoint=str(checkpoint),
+        step=state["clock"]["step"],
+        tokens=state["clock"]["tokens"],
+        batch=layout.fit(batch).samples,
+        lr=lr,
+    )
+
+
+def complete_checkpoint(path: Path) -> Path:
+    """As `checkpoint_at`, with every file it takes. Raises ValueError."""
+    checkpoint = checkpoint_at(path)
+    missing = [name for name in ("config.toml", ".metadata") if not (checkpoint / name).is_file()]
+    if missing or checkpoint.name.startswith(".") or not any(checkpoint.glob("*.distcp")):
+        what = missing[0] if missing else "tensors" if not any(checkpoint.glob("*.distcp")) else "final name"
+        raise ValueError(f"{checkpoint} is incomplete: it has no {what}; take another one")
+    return checkpoint

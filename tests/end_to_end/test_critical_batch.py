@@ -1,0 +1,301 @@
+"""Branched training: each branch is the run one would start by hand; an interrupted measurement ends as a whole one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+
+from components.batch.constant import Constant
+from components.train_step import TrainStep
+from recipes import launch
+from recipes.branch_report import Branch, Report
+from recipes.pretrain import NonFiniteError, Pretrain, TrainingRun
+from tests.end_to_end.test_resume import timeless
+
+FROM = 6
+"""Step of the checkpoint: 56 samples of 24 tokens, and 12 in each step to come."""
+RECIPE = "--recipe=recipes.critical_batch:CriticalBatch"
+TOKENS = 2400
+"""Five steps of 24 samples, rounded up: ten of 12."""
+ROUNDED = 2880
+
+
+class Measured:
+    """A finished run, and measurements on its checkpoints."""
+
+    def __init__(self, tiny) -> None:
+        self.tiny = tiny
+        self.directory = tiny.folder / "measured"
+        self.arguments = [RECIPE, f"--run.dir={self.directory}", f"--branches.checkpoint={tiny.checkpoint(FROM)}"]
+        self.arguments += [f"--branches.tokens={TOKENS}", "--branches.factors=[1,2]"]
+
+    def launch(self, *more: str) -> int:
+        return self.tiny.launch(*self.arguments, *more)
+
+    def json(self) -> dict:
+        return json.loads((self.directory / "critical_batch.json").read_text())
+
+    def rows(self, factor: int) -> list[dict]:
+        metrics = self.directory / "branches" / f"k-{factor:03d}" / "metrics.jsonl"
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+@pytest.fixture
+def measured(tiny) -> Measured:
+    assert tiny.launch() == 0
+    return Measured(tiny)
+
+
+def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
+    tiny = measured.tiny
+    before = tiny.rows()
+    assert measured.launch() == 0
+    said = capsys.readouterr().out
+    assert tiny.rows() == before, "the run branched from is left alone"
+    clock = json.loads((tiny.checkpoint(FROM) / "state.json").read_text())["clock"]
+    for factor, steps in ((1, 10), (2, 5)):
+        hand = tiny.folder / f"hand-{factor}"
+        status = tiny.launch(
+            f"--resume={tiny.checkpoint(FROM)}",
+            f"--run.dir={hand}",
+            "--batch.use=components.batch.constant:Constant",
+            f"--batch.initial={12 * factor}",
+            "--lr_schedule.use=components.lr_schedules:Constant",
+            f"--lr_schedule.max_lr={0.01 * math.sqrt(factor)}",
+            f"--training.total_tokens={clock['tokens'] + ROUNDED}",
+        )
+        assert status == 0
+        rows = [json.loads(line) for line in (hand / "metrics.jsonl").read_text().splitlines()]
+        assert timeless(measured.rows(factor)) == timeless(rows)
+        assert len([row for row in rows if "loss" in row]) == steps
+
+    found = measured.json()
+    assert (found["batch"], found["lr"], found["tokens"]) == (12, 0.01, clock["tokens"])
+    assert (found["branch_tokens"], found["smoothing_tokens"]) == (ROUNDED, ROUNDED // 4)
+    for row, factor, steps in zip(found["branches"], (1, 2), (10, 5), strict=True):
+        assert (row["k"], row["batch"], row["steps"]) == (factor, 12 * factor, steps)
+        assert row["lr"] == pytest.approx(0.01 * math.sqrt(factor))
+        losses = [step["loss"] for step in measured.rows(factor) if "loss" in step]
+        keep = math.exp(-12 * factor * 24 / (ROUNDED / 4))
+        weights = [keep ** (len(losses) - 1 - i) for i in range(len(losses))]
+        wanted = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        assert row["smoothed_loss"] == pytest.approx(wanted)
+        assert row["val_loss"] == measured.rows(factor)[-1]["val_loss"]
+    first, second = found["branches"]
+    assert second["difference"] == second["smoothed_loss"] - first["smoothed_loss"]
+    assert first["within_tolerance"]
+    within = second["difference"] <= 0.01
+    assert (second["within_tolerance"], found["is_lower_bound"]) == (within, within)
+    assert found["k_star"] == 1 + within
+    assert found["critical_batch_tokens"] == found["critical_batch"] * 24 == 12 * found["k_star"] * 24
+    assert f"k* = {found['k_star']}" in said
+    assert (measured.directory / "critical_batch.png").stat().st_size > 1000
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+def at_its_step(count: int, sends):
+    """`samples` of the constant batch, which calls `sends` where the second branch asks for its `count`-th step."""
+    asked = []
+
+    def samples(self, progress):
+        asked.append(self.initial)
+        if self.initial == 24 and asked.count(24) == count:
+            sends()
+        return self.initial
+
+    return samples
+
+
+def kill(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("moment", ["after a save", "before its first save", "before its validation"])
+def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment):
+    saves = "--checkpoint.interval_steps=" + ("100" if moment == "before its first save" else "2")
+    assert measured.launch(saves) == 0
+    whole = measured.json()
+    rows = {factor: timeless(measured.rows(factor)) for factor in (1, 2)}
+    shutil.rmtree(measured.directory)
+
+    validate = TrainingRun.validate
+    with monkeypatch.context() as patch:
+        if moment == "before its validation":
+            second_ended = lambda run: run.clock.done and run.recipe.batch.initial == 24  # noqa: E731
+            patch.setattr(TrainingRun, "validate", lambda run: kill() if second_ended(run) else validate(run))
+        else:
+            patch.setattr(Constant, "samples", at_its_step(4, kill))
+        with pytest.raises(Killed):
+            measured.launch(saves)
+    assert not (measured.directory / "critical_batch.json").exists()
+    finished = (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes()
+    taken = []
+    update = TrainStep.update
+    monkeypatch.setattr(TrainStep, "update", lambda step, lr: (taken.append(lr), update(step, lr))[1])
+    assert measured.launch("--resume", saves) == 0
+    assert measured.json() == whole
+    assert (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes() == finished
+    assert {factor: timeless(measured.rows(factor)) for factor in (1, 2)} == rows
+    assert len(taken) == (2 if moment == "after a save" else 5), "it continues from its newest checkpoint"
+
+
+def test_a_stopped_branch_stops_the_measurement_and_is_continued(measured, monkeypatch):
+    assert measured.launch() == 0
+    whole = measured.json()
+    shutil.rmtree(measured.directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(Constant, "samples", at_its_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert measured.launch() == 128 + signal.SIGTERM
+    assert len([row for row in measured.rows(2) if "loss" in row]) == 2
+    assert not (measured.directory / "critical_batch.json").exists()
+    assert measured.launch("--resume") == 0
+    assert measured.json() == whole
+
+
+def test_a_finished_measurement_is_compared_anew_and_made_longer(measured):
+    longer = f"--branches.tokens={ROUNDED + 576}"
+    assert measured.launch(longer) == 0
+    whole = measured.json()
+    shutil.rmtree(measured.directory)
+    assert measured.launch() == 0
+    assert measured.launch("--resume", longer) == 0
+    assert measured.json() == whole
+    assert measured.launch("--resume", longer, "--branches.tolerance=9") == 0
+    assert measured.json()["k_star"] == 2
+
+
+def test_a_branch_that_diverges_is_told_and_does_not_count(measured, monkeypatch):
+    train = Pretrain.main
+
+    def diverging(self, config, resume):
+        if type(self) is Pretrain and self.batch.initial == 24:
+            raise NonFiniteError("step 8: loss nan")
+        return train(self, config, resume)
+
+    monkeypatch.setattr(Pretrain, "main", diverging)
+    assert measured.launch() == 0
+    found = measured.json()
+    assert found["branches"][1]["smoothed_loss"] is None
+    assert not found["branches"][1]["within_tolerance"]
+    assert (found["k_star"], found["critical_batch"], found["is_lower_bound"]) == (1, 12, False)
+
+
+def test_batch_and_rate_are_those_the_run_would_go_on_with_or_what_one_says(measured, capsys):
+    """After step 4, of 8 samples, the ramp goes to 12; the last step but two is in the decay."""
+    tiny = measured.tiny
+
+    def planned(step: int, *more: str) -> list[str]:
+        capsys.readouterr()
+        assert measured.launch("--dry-run", f"--branches.checkpoint={tiny.checkpoint(step)}", *more) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["2"]).split()
+
+    assert planned(3)[1] == "16"
+    assert planned(4)[1] == "24"
+    assert planned(4)[4] == f"{0.01 * math.sqrt(2):.3g}"
+    decayed = tiny.rows()[-2]
+    assert decayed["lr"] < 0.01
+    assert planned(13)[4] == f"{decayed['lr'] * math.sqrt(2):.3g}"
+    assert planned(13, "--branches.batch=5", "--branches.lr=0.5") == ["2", "12", "288", "9", "0.707"]  # 5 becomes 6
+    assert not measured.directory.exists(), "a dry run writes nothing"
+
+
+def test_print_config_is_launchable(measured, capsys):
+    capsys.readouterr()
+    assert measured.launch("--print-config") == 0
+    printed = measured.tiny.folder / "printed.toml"
+    printed.write_text(capsys.readouterr().out)
+    assert launch.main([str(printed), "--dry-run"]) == 0
+
+
+def test_it_needs_no_picture(measured, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert measured.launch() == 0
+    assert "pip install 'powertrain[plot]'" in capsys.readouterr().out
+    assert measured.json()["k_star"] in (1, 2)
+    assert not (measured.directory / "critical_batch.png").exists()
+
+
+def refused(measured, capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert measured.launch(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "1 problem; nothing was started." in error
+    return error
+
+
+def test_mistakes_are_told_in_one_message(measured, capsys):
+    tiny = measured.tiny
+    source = tiny.checkpoint(FROM)
+    for dry in ([], ["--dry-run"]):
+        assert "is no directory" in refused(measured, capsys, "--branches.checkpoint=nowhere", *dry)
+        assert "neither a checkpoint nor" in refused(measured, capsys, f"--branches.checkpoint={tiny.folder}", *dry)
+        assert "do not start at 1" in refused(measured, capsys, "--branches.factors=[2,4]", *dry)
+        assert "do not start at 1" in refused(measured, capsys, "--branches.factors=[]", *dry)
+        assert "do not increase" in refused(measured, capsys, "--branches.factors=[1,4,4]", *dry)
+        assert "branches.tokens" in (said := refused(measured, capsys, "--branches.tokens=575", *dry))
+        assert "less than the 576 of one step at factor 2" in said
+        assert "model.dim" in (said := refused(measured, capsys, "--model.dim=32", *dry))
+        assert "another run's state" in said
+        assert "directory of this run" in refused(measured, capsys, f"--run.dir={tiny.directory}", *dry)
+        end = f"--branches.checkpoint={tiny.directory}"
+        assert "has come to 0.0; give a rate" in refused(measured, capsys, end, *dry)
+    for name in (".metadata", "config.toml"):
+        partial = tiny.folder / f"without-{name}"
+        shutil.copytree(source, partial)
+        (partial / name).unlink()
+        said = refused(measured, capsys, f"--branches.checkpoint={partial}")
+        assert f"is incomplete: it has no {name}" in said
+        assert "branches.checkpoint" in said
+    aside = tiny.directory / "checkpoints" / ".writing-step-00000099"
+    shutil.copytree(source, aside)
+    assert "is incomplete" in refused(measured, capsys, f"--branches.checkpoint={aside}")
+    assert not measured.directory.exists()
+
+
+def test_a_training_run_is_never_replaced_by_a_measurement(measured, capsys):
+    """debug.toml says replace, and a measurement that extends it may forget the name."""
+    other = measured.tiny.folder / "other"
+    shutil.copytree(measured.tiny.directory, other)
+    said = refused(measured, capsys, f"--run.dir={other}", "--run.if_exists=replace")
+    assert "holds a training run" in said
+    assert (other / "checkpoints").is_dir()
+
+
+def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measured, monkeypatch, capsys):
+    assert "no branches in" in refused(measured, capsys, "--resume")
+    assert "branches.checkpoint; say --resume alone" in refused(measured, capsys, f"--resume={measured.tiny.directory}")
+    assert measured.launch("--branches.factors=[1]") == 0
+    assert "already holds a measurement" in refused(measured, capsys)
+    assert "began with" in refused(measured, capsys, "--resume", "--branches.lr=0.02")
+    assert "in the finished branches" in refused(measured, capsys, "--resume", "--optimizer.weight_decay=0.0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrain, "main", kill)
+        with pytest.raises(Killed):
+            measured.launch("--run.if_exists=replace", "--branches.lr=0.02")
+    assert not (measured.directory / "critical_batch.json").exists(), "it was of another measurement"
+    assert measured.launch("--run.if_exists=replace", "--branches.lr=0.02", "--branches.factors=[1]") == 0
+    assert measured.json()["lr"] == 0.02
+    assert not (measured.directory / "branches" / "k-002").exists()
+
+
+@pytest.mark.quick
+def test_the_noise_scale_is_the_median_of_what_was_measured_in_the_first_branch():
+    def branch(factor: int, noise: tuple[float, ...]) -> Branch:
+        return Branch(factor, 8 * factor, 64 * factor, 0.1, 2, (3.0, 3.0), None, noise)
+
+    report = Report((branch(1, (40.0, 10.0, 90.0)), branch(2, (1.0,))), 100, 0.01, 8)
+    assert report.summary()["noise_scale"] == 40.0
+    assert "noise scale of the branch k = 1: 40 samples" in "\n".join(report.lines())
+    report = Report((branch(1, ()), branch(2, (1.0,))), 100, 0.01, 8)
+    assert report.summary()["noise_scale"] is None
+    assert "noise scale of the branch k = 1: not measured" in "\n".join(report.lines())
