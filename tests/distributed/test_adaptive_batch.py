@@ -1,0 +1,111 @@
+"""A batch that follows the gradient, up and down, is the same on every layout, and after a resume on another."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TinyRun
+from tests.distributed.layouts import LAYOUTS, run_all
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.timeout(600),
+]
+
+MICRO_BATCH = 2
+RECIPE = [
+    "--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.9",
+    "--batch.shrink=true", "--batch.quantum=8", "--gradient_moments.smoothing_samples=40",
+    "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
+    "--validation=none",
+]  # fmt: skip
+"""A multiple of 8 samples is whole micro-batches of two on four ranks, too."""
+WHOLE = ("one process", "two replicas", "two shards", "two slices", "four shards")
+RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
+    "two shards": (3, 38), "four shards": (20, 45), "two replicas of two shards": (36, 50), "one process": (57,),
+    "two shards of two slices": (41, 52),
+}  # fmt: skip
+"""Layout -> the steps after which it takes over from another."""
+
+
+class Runs:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tiny = TinyRun(folder)
+        self.launch({name: (name, []) for name in WHOLE})
+        sources = ["one process", "two shards", "four shards"]
+        self.launch(
+            {
+                self.name(layout, step): (layout, [f"--resume={self.checkpoint(sources[number % 3], step)}"])
+                for number, (layout, step) in enumerate(
+                    (layout, step) for layout in RESUMED for step in RESUMED[layout]
+                )
+            }
+        )
+
+    def name(self, layout: str, step: int) -> str:
+        return f"{layout} after {step}"
+
+    def checkpoint(self, name: str, step: int) -> Path:
+        return self.folder / "runs" / name.replace(" ", "-") / "checkpoints" / f"step-{step:08d}"
+
+    def launch(self, runs: dict[str, tuple[str, list[str]]]) -> None:
+        for processes in (1, 2, 4):
+            commands = [
+                [str(self.tiny.recipe), *RECIPE, *LAYOUTS[layout][1], *arguments,
+                 f"--run.dir={self.folder / 'runs' / name.replace(' ', '-')}",
+                 f"--data.notes={self.folder / 'reads' / name.replace(' ', '-')}",
+                 f"--data.path={self.folder / 'text' / '*.txt'}"]
+                for name, (layout, arguments) in runs.items()
+                if LAYOUTS[layout][0] == processes
+            ]  # fmt: skip
+            run_all(processes, commands, self.folder)
+
+    def batches(self, name: str) -> list[int]:
+        lines = (self.folder / "runs" / name.replace(" ", "-") / "metrics.jsonl").read_text().splitlines()
+        return [row["global_batch_size"] for row in map(json.loads, lines) if "loss" in row]
+
+    def samples(self, name: str, layout: str) -> list[int]:
+        """Ids in the order of the global batches: micro-batch by micro-batch, rank by rank."""
+        processes, arguments = LAYOUTS[layout]
+        tp = 2 if "--parallel.tp=2" in arguments else 1
+        folder = self.folder / "reads" / name.replace(" ", "-")
+        ranks = [
+            [json.loads(line) for line in (folder / f"rank-{rank}").read_text().splitlines()]
+            for rank in range(0, processes, tp)
+        ]
+        return [sample for micro_batches in zip(*ranks, strict=True) for each in micro_batches for sample in each]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("adaptive"))
+
+
+def test_the_batch_changes_often_enough_to_tell(runs):
+    batches = runs.batches("one process")
+    assert len(batches) >= 60
+    changes = [later - earlier for earlier, later in pairwise(batches)]
+    assert sum(change > 0 for change in changes) >= 3
+    assert sum(change < 0 for change in changes) >= 3
+
+
+@pytest.mark.parametrize("layout", [name for name in WHOLE if name != "one process"])
+def test_every_layout_takes_the_same_batches_of_the_same_samples(runs, layout):
+    batches = runs.batches("one process")
+    assert runs.batches(layout) == batches
+    expected = runs.samples("one process", "one process")[: sum(batches)]
+    assert runs.samples(layout, layout)[: sum(batches)] == expected
+
+
+@pytest.mark.parametrize("layout, step", [(layout, step) for layout in RESUMED for step in RESUMED[layout]])
+def test_another_layout_takes_over_at_any_step(runs, layout, step):
+    name = runs.name(layout, step)
+    batches = runs.batches("one process")
+    assert runs.batches(name) == batches[step:]
+    first, last = sum(batches[:step]), sum(batches)
+    assert runs.samples(name, layout)[: last - first] == runs.samples("one process", "one process")[first:last]
