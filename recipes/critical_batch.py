@@ -32,7 +32,7 @@ from recipes.branch_report import Branch, Report, draw
 from recipes.branches import Branches, Start, find_start
 from recipes.config import Config, ConfigError, derive
 from recipes.errors import RunError, blame
-from recipes.pretrain import NonFiniteError, Pretrain, device_type
+from recipes.pretrain import NonFiniteError, Pretrain
 from recipes.resume import Resume, changes, refuse, rule_of
 
 log = logging.getLogger("powertrain")
@@ -50,7 +50,7 @@ class CriticalBatch(Pretrain):
         """Train the branches that are missing, then compare all; returns the exit status."""
         with ExitStack() as cleanup:
             with blame(config, "run.device"):
-                world = World.start(device_type(self.run.device))  # the branches join what is joined here
+                world = World.start(self.run.device)  # the branches join what is joined here
             cleanup.callback(world.stop)
             measurement = Measurement(self, config, world.size)
             measurement.open(world, resume)

@@ -31,7 +31,6 @@ from components.parallel.elastic import LAUNCH
 from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.quantities import format_count
-from components.recompute import recompute
 from components.run_directory import RunDirectory
 from components.stop_signal import StopSignal
 from components.throughput import Waited, device_memory, memory_bytes, peak_flops
@@ -40,6 +39,7 @@ from components.validation import HeldOut
 from recipes.config import Config
 from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
 from recipes.course import follow_schedule
+from recipes.divide import divide
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
@@ -103,7 +103,7 @@ class TrainingRun:
         self.recipe, self.config = recipe, config
         self.stop = cleanup.enter_context(StopSignal())
         with blame(config, "run.device"):
-            self.world = World.start(device_type(recipe.run.device))
+            self.world = World.start(recipe.run.device)
         cleanup.callback(self.world.stop)
         directory = RunDirectory(recipe.run.directory)
         checkpoint = self._open(directory, resume)
@@ -148,7 +148,7 @@ class TrainingRun:
                 raise ValueError(
                     f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts"
                 )
-        self._shard(model)
+        divide(model, recipe, self.parallel, precision.dtype_of(self.precision))
         model.to_empty(device=device)
         model.init_weights(recipe.run.seed)
         self.model: nn.Module = model
@@ -358,23 +358,6 @@ class TrainingRun:
         self.world.barrier()
         return checkpoint
 
-    def _shard(self, model: nn.Module) -> None:
-        """Divide the model while it has no storage; the order is that in which the parts wrap one another."""
-        training, recipe = self.recipe.training, self.recipe.model
-        blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
-        plan = recipe.plan(tp=self.recipe.parallel.tp) if isinstance(recipe, HasPlan) else None
-        if self.parallel.tp is not None and plan is not None:
-            from components.parallel import tensor_parallel
-
-            tensor_parallel.split(model, plan.tensor_parallel, self.parallel.tp)
-        recompute(blocks or [model], training.activation_checkpoint)
-        if training.compile:
-            for block in blocks or [model]:
-                block.compile()
-        if self.parallel.fsdp is not None:
-            units = plan.units if plan is not None else []
-            fsdp.shard(model, units, self.parallel.fsdp, precision.dtype_of(self.precision))
-
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         if state["vocab_size"] != self.vocab_size:
@@ -404,12 +387,3 @@ class TrainingRun:
             f"{format_count(total)} tokens, {total / (len(self.samples) * self.sequence_length):.2f} epochs "
             f"of {format_count(len(self.samples))} sequences of {self.sequence_length}"
         )
-
-
-def device_type(wanted: str) -> str:
-    """`auto` resolved. Raises ValueError when a GPU is asked for and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("cuda: this machine shows no CUDA device; use --run.device=cpu or auto")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,14 @@ class World:
     joined: bool = False
 
     @classmethod
-    def start(cls, device_type: str) -> World:
-        """Join the processes torchrun started, if it did.
+    def start(cls, wanted: Literal["auto", "cpu", "cuda"]) -> World:
+        """Join the processes torchrun started, if it did. `auto`: on GPUs if there are any.
 
-        Raises ValueError when there are more local processes than GPUs.
+        Raises ValueError when a GPU is asked for and there is none, or fewer than local processes.
         """
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("cuda: this machine shows no CUDA device; use --run.device=cpu or auto")
+        device_type = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device(device_type)

@@ -1,0 +1,50 @@
+"""What a run says of its gradient's noise, under a batch that does not follow it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+KEYS = ("noise_scale", "norm_test", "gradient_noise", "gradient_signal", "gradient_noise_smoothed")
+CONSTANT = ["--batch.use=components.batch.constant:Constant", "--batch.initial=8", "--checkpoint.interval_steps=none"]
+
+
+def steps(tiny) -> list[dict]:
+    return [row for row in tiny.rows() if "loss" in row]
+
+
+def test_a_constant_batch_shows_what_the_norm_test_would_have_said(tiny):
+    assert tiny.launch(*CONSTANT) == 0
+    for row in steps(tiny):
+        b = row["global_batch_size"]
+        assert row["gradient_signal"] == pytest.approx(row["grad_norm"] ** 2 - row["gradient_noise"] / b, rel=1e-9)
+        assert row["noise_scale"] == pytest.approx(
+            row["gradient_noise_smoothed"] / row["gradient_signal_smoothed"], rel=1e-9
+        )
+        assert row["norm_test"] == pytest.approx(row["noise_scale"] / b, rel=1e-9)
+
+
+def test_measuring_less_often_or_never_changes_nothing_else(tiny):
+    told = {}
+    for interval in ("1", "3", "none"):
+        settings = [f"--gradient_moments.interval_steps={interval}", "--run.if_exists=replace"]
+        assert tiny.launch(*CONSTANT, *settings) == 0
+        told[interval] = steps(tiny)
+    for always, sometimes, never in zip(*told.values(), strict=True):
+        assert always["loss"] == sometimes["loss"] == never["loss"]
+        assert always["grad_norm"] == sometimes["grad_norm"] == never["grad_norm"]
+        assert all(always[key] is not None for key in KEYS)
+        assert all(never[key] is None for key in KEYS)
+        measured = (sometimes["step"] - 1) % 3 == 0
+        assert all((sometimes[key] is not None) == measured for key in KEYS)
+        if measured:
+            assert sometimes["gradient_noise"] == always["gradient_noise"]
+
+
+def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(tiny):
+    assert tiny.launch(*CONSTANT, "--training.micro_batch_size=8") == 0
+    assert all(row["noise_scale"] is None for row in steps(tiny))
+    log = (tiny.directory / "log.txt").read_text()
+    assert log.count("does not show the noise") == 1
+    assert "smaller training.micro_batch_size" in log
