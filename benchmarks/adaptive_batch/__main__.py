@@ -5,7 +5,7 @@
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values and on while the best is at the edge, with
-one seed and a third of the tokens. Runs in the file of results are not run again, so it can be stopped at any time.
+one seed and half of the tokens. Runs in the file of results are not run again, so it can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.adaptive_batch.methods import METHODS, RATES, SMALL
+from benchmarks.adaptive_batch.methods import METHODS, RATES, SMALL, VARIANTS
 from benchmarks.adaptive_batch.report import report
 from benchmarks.adaptive_batch.runs import Book, Job, Row
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="of each final run")
+    parser.add_argument("--tokens", type=int, default=2_500_000, help="of each final run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=Path("docs/data/adaptive_batch.jsonl"))
@@ -79,9 +79,11 @@ def compare(book: Book, tokens: int, seeds: int, at_a_time: int) -> None:
 
 
 def finish(book: Book, pool: ThreadPoolExecutor, rows: list[Row], tokens: int, seeds: int) -> None:
-    best = tune(book, pool, rows, tokens // 3)
-    jobs = [Job(*row, best[row], seed, tokens) for seed in range(seeds) for row in rows]
-    list(pool.map(book.run, jobs))
+    best = tune(book, pool, rows, tokens // 2)
+    variants = [row for row in rows if row[0] in VARIANTS]
+    for row in sorted(variants, key=lambda row: book.run(Job(*row, best[row], 0, tokens // 2)).val_loss)[1:]:
+        del best[row]
+    list(pool.map(book.run, [Job(*row, rate, seed, tokens) for seed in range(seeds) for row, rate in best.items()]))
 
 
 if __name__ == "__main__":
