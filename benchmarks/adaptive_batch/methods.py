@@ -10,8 +10,8 @@ MICRO_BATCH = 4
 SMALL, MEDIUM, LARGE = 8, 24, 64
 """Constant batches, in samples; adaptive ones grow from the small to the large."""
 WARMUP_STEPS = 60
-"""At the first batch of every method: in tokens, a batch of 64 would have an eighth of the steps of one of 8. Shorter, at
-ten steps, the rates that are best here ruin the first hundred steps of a batch of 8."""
+"""At the first batch of every method: in tokens, a batch of 64 would have an eighth of the steps of one of 8. Ten steps
+are too few: the rates that are best here then ruin the start of a batch of 8."""
 
 SIZE = {
     "model.dim": 128, "model.layers": 2, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 384,
