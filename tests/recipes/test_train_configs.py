@@ -117,7 +117,7 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
     for variable in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(variable, raising=False)
     reduced = {**SMALL, "run.dir": tmp_path / "run", "run.cache_dir": tmp_path / "cache"}
-    arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial=2"]
+    arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial=8"]
     reduced |= {"data.use": "components.data:TextFiles", "data.path": text}
     reduced |= {"validation.data.use": "components.data:TextFiles", "validation.data.path": text}
     if name in PUBLISHED:
