@@ -3,7 +3,8 @@
     python -m tools.plot_runs runs/debug --output debug.svg
     python -m tools.plot_runs runs/a runs/b --output both.png
 
-Loss (each step faint, its running mean on top, validation as points), learning rate, batch size and gradient norm.
+Loss (each step faint, its running mean on top, validation as points), learning rate, batch size with the noise scale
+where it was measured, and gradient norm.
 Needs the `plot` extra. Exit status: 0 done, 2 for what the user can put right.
 """
 
@@ -21,7 +22,7 @@ from components.run_directory import RunDirectory
 PANELS = {
     "loss": "loss, nats a token",
     "lr": "learning rate",
-    "global_batch_size": "batch, samples",
+    "global_batch_size": "batch, and gradient noise scale (faint), samples",
     "grad_norm": "gradient norm",
 }
 SMOOTHING = 50
@@ -94,6 +95,10 @@ def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
                 )  # fmt: skip
             else:
                 axis.plot(tokens, values, color=colour, linewidth=1.2)
+            if key == "global_batch_size" and (noisy := [row for row in rows if row.get("noise_scale") is not None]):
+                scale = [row["noise_scale"] for row in noisy]
+                axis.plot([row["tokens"] for row in noisy], scale, color=colour, alpha=0.35, linewidth=0.8)
+                axis.set_yscale("log")
     for axis, title in zip(panels.flat, PANELS.values(), strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.3)

@@ -49,12 +49,16 @@ CASES: dict[str, tuple[str, list[str]]] = {
     f"{layout}, {mode}": (layout, arguments) for layout in LAYOUTS for mode, arguments in BOTH.items()
 }
 CASES |= {f"{layout}, tied": (layout, ["--model.tied_embeddings=true"]) for layout in LAYOUTS}
-for layout in ("one process", "two replicas", "two shards", "two shards of two slices"):
-    CASES |= {
-        f"{layout}, compiled": (layout, ["--training.compile=true", *BOTH["reduce"]]),
-        f"{layout}, recomputed": (layout, ["--training.activation_checkpoint=full", *BOTH["reduce"]]),
-        f"{layout}, bf16": (layout, ["--training.precision=bf16", *BOTH["reduce"]]),
-    }
+for what, arguments, layouts in (
+    (
+        "recomputed",
+        "--training.activation_checkpoint=full",
+        ("one process", "two replicas", "two shards of two slices"),
+    ),
+    ("bf16", "--training.precision=bf16", ("one process", "two replicas", "two shards", "two shards of two slices")),
+    ("compiled", "--training.compile=true", ("two shards", "two shards of two slices")),
+):
+    CASES |= {f"{layout}, {what}": (layout, [arguments, *BOTH["reduce"]]) for layout in layouts}
 
 
 class Measured:
