@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -56,7 +57,7 @@ class Result:
 
 
 class Book:
-    """Results by job, kept in a file of JSON lines: what is in it is not run again."""
+    """Results by job, kept in a file of JSON lines: what is in it is not run again, unless it was set up otherwise."""
 
     def __init__(self, path: Path, text: dict[str, str], final_tokens: int) -> None:
         self.path, self.text, self.final_tokens = path, text, final_tokens
@@ -64,7 +65,9 @@ class Book:
         self._lock = threading.Lock()
         for line in path.read_text().splitlines() if path.exists() else []:
             entry = json.loads(line)
-            self._results[Job(**entry["job"])] = Result(**entry["result"])
+            job = Job(**entry["job"])
+            if entry["settings"] == digest(job):
+                self._results[job] = Result(**entry["result"])
 
     def finals(self, row: Row, tokens: int) -> list[Result]:
         """Results of the final runs of a row, by seed."""
@@ -85,20 +88,31 @@ class Book:
         with self._lock:
             self._results[job] = result
             with self.path.open("a") as file:
-                file.write(json.dumps({"job": asdict(job), "result": asdict(result)}) + "\n")
+                entry = {"job": asdict(job), "settings": digest(job), "result": asdict(result)}
+                file.write(json.dumps(entry) + "\n")
         said = f"{job}: {result.val_loss:.4f} in {result.steps} steps, {result.seconds:.0f} s"
         print(said, file=sys.stderr, flush=True)
         return result
 
 
-def train(job: Job, text: dict[str, str]) -> Result:
+def settings_of(job: Job) -> dict[str, Any]:
+    """The keys of a recipe that make a run what it is."""
     method = method_of(job.method)
+    return {
+        "run.seed": job.seed, "training.precision": "float32", "training.total_tokens": job.tokens, **SIZE,
+        **method.settings, **schedule(job.schedule, job.rate, method), "gradient_moments.smoothing_samples": 500,
+        "validation.interval_steps": "none", "validation.max_sequences": 512, "validation.micro_batch_size": 16,
+    }  # fmt: skip
+
+
+def digest(job: Job) -> str:
+    return hashlib.sha256(json.dumps(settings_of(job), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train(job: Job, text: dict[str, str]) -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "run.name": "compared", "run.dir": Path(folder) / "run", "run.seed": job.seed, "run.device": "cpu",
-            "training.precision": "float32", "training.total_tokens": job.tokens, **SIZE, **text, **method.settings,
-            **schedule(job.schedule, job.rate, method), "gradient_moments.smoothing_samples": 500,
-            "validation.interval_steps": "none", "validation.max_sequences": 512, "validation.micro_batch_size": 16,
+        settings = {
+            "run.name": "compared", "run.dir": Path(folder) / "run", "run.device": "cpu", **settings_of(job), **text,
             "checkpoint.interval_steps": "none", "metrics.tensorboard": "false",
         }  # fmt: skip
         done = subprocess.run(
