@@ -14,18 +14,19 @@ loses 2e-4 of the norm of two million elements (torch 2.13); in pieces of this s
 
 
 def piece_norms(tensor: Tensor) -> Tensor:
-    """Norms (pieces,), float32, of pieces of `tensor`: their squares add up to its square."""
+    """Norms (pieces,), float32 or float64 as of `tensor`, of pieces of it: their squares add up to its square."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.is_cuda:  # adds up in a tree
-        return torch.linalg.vector_norm(tensor, dtype=torch.float32).reshape(1)
+        return torch.linalg.vector_norm(tensor, dtype=dtype).reshape(1)
     # the order of elements does not matter: a transposed tensor is read as it lies in memory
     dense = tensor if tensor.is_contiguous() else tensor.mT if tensor.ndim > 1 and tensor.mT.is_contiguous() else None
     flat = (tensor.contiguous() if dense is None else dense).view(-1)
     whole = flat.numel() // PIECE * PIECE
     parts = []
     if whole:
-        parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1, dtype=torch.float32))
+        parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1, dtype=dtype))
     if whole < flat.numel() or not whole:
-        parts.append(torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1))
+        parts.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).reshape(1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -13,7 +13,7 @@ def square(tensor: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", [(1,), (PIECE - 1,), (PIECE,), (3 * PIECE + 7,), (300, 129), (2, 3, 5000), (0,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_squares_add_up_to_the_whole(shape, dtype):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert square(tensor) == pytest.approx(float(tensor.double().square().sum()), rel=1e-6)
@@ -30,6 +30,8 @@ def test_strides_do_not_matter():
     tensor = torch.randn(700, 90)
     expected = float(tensor.double().square().sum())
     assert square(tensor.t()) == pytest.approx(expected, rel=1e-6)
+    images = torch.randn(2, 30, 9, 8).to(memory_format=torch.channels_last)
+    assert square(images) == pytest.approx(float(images.double().square().sum()), rel=1e-6)
     wide = torch.randn(700, 180)
     assert square(wide[:, ::2]) == pytest.approx(float(wide[:, ::2].double().square().sum()), rel=1e-6)
 
