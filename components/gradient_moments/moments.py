@@ -116,9 +116,12 @@ class SmoothedNoise:
         if moments.groups < 2 or not (math.isfinite(moments.noise) and math.isfinite(moments.signal)):
             return None
         kept = math.exp(-(samples - self._samples) / self.smoothing_samples)
-        self._noise = kept * self._noise + (1 - kept) * moments.noise
-        self._signal = kept * self._signal + (1 - kept) * moments.signal
-        self._weight = kept * self._weight + (1 - kept)
+        # A step counts for its own samples, not for those that passed unmeasured: after many of these, as when a run
+        # begins to measure late, a single step would else decide all that follow.
+        share = 1 - math.exp(-moments.samples / self.smoothing_samples)
+        self._noise = kept * self._noise + share * moments.noise
+        self._signal = kept * self._signal + share * moments.signal
+        self._weight = kept * self._weight + share
         self._samples = samples
         return GradientNoise(moments, self._noise / self._weight, self._signal / self._weight)
 

@@ -45,18 +45,43 @@ def test_groups_of_any_size_measure_the_noise_of_one_sample():
 
 def test_smoothing_depends_on_samples_and_not_on_steps():
     """A constant measurement is kept as it is; a step of 64 samples moves the average like eight steps of 8."""
-    before, after = GradientMoments(4, 2, 10.0, 2.0), GradientMoments(4, 2, 30.0, 3.0)
+    before, after, large = (estimates(*each) for each in ((2.0, 1.0, 8), (12.0, 1.5, 8), (12.0, 1.5, 64)))
     coarse, fine = SmoothedNoise(100), SmoothedNoise(100)
     for smoothed in (coarse, fine):
-        first = smoothed.update(50, before)
+        first = smoothed.update(8, before)
         assert (first.noise, first.signal) == pytest.approx((before.noise, before.signal))
-    many = [fine.update(50 + 8 * number, after) for number in range(1, 9)][-1]
-    once = coarse.update(50 + 64, after)
+    many = [fine.update(8 + 8 * number, after) for number in range(1, 9)][-1]
+    once = coarse.update(8 + 64, large)
     assert (once.noise, once.signal) == pytest.approx((many.noise, many.signal), rel=1e-12)
     kept = math.exp(-64 / 100)
-    weight = kept * (1 - math.exp(-0.5))
+    weight = kept * (1 - math.exp(-0.08))
     expected = (weight * before.noise + (1 - kept) * after.noise) / (weight + 1 - kept)
     assert once.noise == pytest.approx(expected, rel=1e-12)
+
+
+def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
+    """A step of two groups that tells these."""
+    mean_square = signal + noise / samples
+    return GradientMoments(2, samples // 2, noise / (samples // 2) + 2 * mean_square, mean_square)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(earlier):
+    """A run that begins to measure late, or again: its first step, far off, must not stand against the next ten."""
+    smoothed = SmoothedNoise(100)
+    if earlier:
+        smoothed.update(8, estimates(7.0, 1.0, 8))
+    assert smoothed.update(10_000, estimates(90.0, 1.0, 8)).noise == pytest.approx(90.0)
+    later = [smoothed.update(10_000 + 8 * number, estimates(2.0, 1.0, 8)) for number in range(1, 11)][-1]
+    kept = math.exp(-0.08)
+    weights = [kept**age for age in range(11)]
+    assert later.noise == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
+
+
+def test_measuring_every_other_step_weighs_each_alike():
+    smoothed, kept = SmoothedNoise(100), math.exp(-0.16)
+    found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
+    assert found.noise == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
 
 
 def test_what_tells_nothing_is_left_out():
