@@ -107,6 +107,25 @@ def _batch(plan: Plan) -> Iterator[Foreseen]:
         if smallest.micro_batches * layout.dp_size < 2:
             message = "a step of one micro-batch does not show its noise, so the batch would stay there for good"
             yield Foreseen("warning", f"batch.{key}", f"{message}; take {2 * layout.unit} or a smaller micro-batch")
+        yield from _adaptive(plan, policy)
+
+
+def _adaptive(plan: Plan, policy: Adaptive) -> Iterator[Foreseen]:
+    """What the course, played with nothing measured, does not show."""
+    layout, training, name = plan.layout, plan.recipe.training, type(policy).__name__
+    unit = f"{layout.unit} = {layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
+    largest = layout.fit(policy.maximum).samples
+    if largest != policy.maximum:
+        yield Foreseen("warning", "batch.maximum", f"{policy.maximum} samples become {largest}: a multiple of {unit}")
+    elif policy.quantum % layout.unit:
+        message = f"{policy.quantum} is no multiple of {unit}, to which sizes will be rounded up"
+        yield Foreseen("note", "batch.quantum", message)
+    fewest = -(-training.total_tokens // (largest * training.sequence_length))
+    yield Foreseen(
+        "note",
+        "batch",
+        f"what {name} will measure is not known: {fewest:,} to {plan.course.steps:,} steps, by its batch",
+    )
 
 
 def _schedule(plan: Plan) -> Iterator[Foreseen]:

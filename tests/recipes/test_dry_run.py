@@ -99,6 +99,23 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, key):
     assert not any("one micro-batch" in message for _, message in told(tiny, *policy, processes=2).values())
 
 
+@pytest.mark.parametrize(
+    ("keys", "key", "level", "said"),
+    [
+        (["maximum=63"], "batch.maximum", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
+        (["maximum=64", "quantum=1"], "batch.quantum", "note", "1 is no multiple of 2 = 1 ranks x 2 a micro-batch"),
+        (["maximum=60", "quantum=4"], "batch.quantum", None, None),
+        (["maximum=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
+    ],
+)
+def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, level, said):
+    """150 samples: 2 steps of 76, or 19 of 8."""
+    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8"]
+    found = told(tiny, *policy, *(f"--batch.{each}" for each in keys))
+    assert found.get(key, (None, None))[0] == level
+    assert said is None or said in found[key][1]
+
+
 def test_the_course_is_that_of_the_run(tiny):
     course = plan_of(tiny).course
     assert tiny.launch() == 0
