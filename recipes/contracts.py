@@ -159,7 +159,7 @@ class Progress(Protocol):
 
 
 class GradientNoise(Protocol):
-    """What was measured of the gradient in one step, equal on all ranks. components/gradient_moments.py derives it."""
+    """What was measured of the gradient in one step, equal on all ranks. components/gradient_moments/ derives it."""
 
     @property
     def groups(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from components import precision
+from components.batch.adaptive import Adaptive
 from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors, read_state
 from components.clock import Clock
@@ -76,6 +77,12 @@ class Pretrain:
             yield (
                 "lr_schedule.warmup_tokens",
                 f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
+            )
+        if isinstance(self.batch, Adaptive) and self.gradient_moments.interval_steps is None:
+            yield (
+                "gradient_moments.interval_steps",
+                f"never measured, the gradient gives {type(self.batch).__name__} nothing to follow; leave it out, or "
+                "take components.batch.constant:Constant",
             )
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
@@ -367,7 +374,8 @@ class TrainingRun:
         self.tensors.restore(checkpoint)
         self.clock.load_state_dict(state["clock"])
         self.recipe.batch.load_state_dict(state["batch"])
-        self.noise.load_state_dict(state["gradient_noise"])
+        if "gradient_noise" in state:  # checkpoints of before noise was measured have none
+            self.noise.load_state_dict(state["gradient_noise"])
         if state["loader"]["epoch_length"] != len(self.samples):
             log.warning(
                 f"the data has {len(self.samples)} sequences, it had {state['loader']['epoch_length']}: "
