@@ -34,6 +34,7 @@ from components.parallel.world import World
 from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import StopSignal
+from components.storage import give_storage
 from components.throughput import Waited, device_memory, memory_bytes, peak_flops
 from components.train_step import TrainStep
 from components.validation import HeldOut
@@ -156,7 +157,7 @@ class TrainingRun:
                     f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts"
                 )
         divide(model, recipe, self.parallel, precision.dtype_of(self.precision))
-        model.to_empty(device=device)
+        give_storage(model, device)
         model.init_weights(recipe.run.seed)
         self.model: nn.Module = model
         with blame(config, "optimizer"):

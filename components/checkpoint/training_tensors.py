@@ -40,15 +40,25 @@ class TrainingTensors:
         """
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-        tensors = self.collect()
-        if not any(name.startswith(f"random.{self.world.rank}.") for name in tensor_names(checkpoint)):
+        tensors, stored = self.collect(), tensor_names(checkpoint)
+        if not any(name.startswith(f"random.{self.world.rank}.") for name in stored):
             del tensors["random"]
+        # torch invents a state for every parameter, and one that has had no gradient yet has none
+        state = tensors["optimizer"]["state"]
+        idle = {
+            name: state.pop(name)
+            for name in list(state)
+            if not any(f"optimizer.state.{name}.{key}" in stored for key in state[name])
+        }
         load_tensors(checkpoint, tensors, no_dist=self.world.size == 1)
+        state.update(idle)
         options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         set_model_state_dict(self.model, tensors["model"])
         set_optimizer_state_dict(self.model, self.optimizer, tensors["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
+        for name in idle:
+            self.optimizer.state.pop(self.model.get_parameter(name), None)
         if "random" in tensors:
             _restore_random_state(tensors["random"][str(self.world.rank)])
 

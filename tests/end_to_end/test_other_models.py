@@ -1,0 +1,79 @@
+"""A model of the user's that is built unlike ours: weights shared between modules, parameters that get no gradient."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.end_to_end.test_resume import assert_same_state, timeless
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+MODEL = '''
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Tagger(nn.Module):
+    """Knows a byte by the one before; `idle` is in no loss, `late` from the fourth step of four micro-batches on."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, 8)
+        self.idle, self.late, self.frozen = nn.Linear(3, 3), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, vocab_size, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.double()
+
+    def init_weights(self, seed):
+        self.passes.zero_()
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+
+    def forward(self, tokens, labels=None):
+        x = self.embedding(tokens)
+        if self.training:
+            self.passes += 1
+            if self.passes > 12:
+                x = x + self.late(x)
+        logits = self.head(self.frozen(x))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+    def flops_per_token(self, sequence_length):
+        return 1.0
+
+    def lr_multiplier(self, name):
+        return 1.0
+
+
+class Model:
+    def build(self, *, vocab_size, sequence_length):
+        return Tagger(vocab_size)
+'''
+
+
+def test_it_is_trained_and_continued_as_if_it_had_not_stopped(tiny, tmp_path):
+    (tiny.folder / "tagger.py").write_text(MODEL)
+    other = ["--model.use=tagger:Model"]
+    assert tiny.launch(*other) == 0
+    rows = tiny.rows()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert all(row["gradient_noise"] > 0 for row in rows if "loss" in row)
+    whole = tmp_path / "whole"
+    tiny.directory.rename(whole)
+    for stopped_at in (2, 5):  # before `late` has had a gradient, and after
+        shutil.copytree(whole, tiny.directory)
+        for later in range(stopped_at + 1, 15):
+            shutil.rmtree(tiny.checkpoint(later))
+        assert tiny.launch("--resume", *other) == 0
+        assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
+        assert_same_state(tiny.checkpoint(14), whole / "checkpoints" / "step-00000014")
+        shutil.rmtree(tiny.directory)
