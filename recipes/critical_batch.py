@@ -46,6 +46,10 @@ class CriticalBatch(Pretrain):
 
     branches: Branches
 
+    def check(self) -> Iterator[tuple[str, str]]:
+        """As of pre-training, but that the batch of a branch is constant: it need not be measured."""
+        yield from (problem for problem in super().check() if problem[0] != "gradient_moments.interval_steps")
+
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train the branches that are missing, then compare all; returns the exit status."""
         with ExitStack() as cleanup:

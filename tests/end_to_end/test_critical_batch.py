@@ -216,6 +216,11 @@ def test_print_config_is_launchable(measured, capsys):
     assert launch.main([str(printed), "--dry-run"]) == 0
 
 
+def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
+    adaptive = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
+    assert measured.launch(*adaptive, "--gradient_moments.interval_steps=none", "--dry-run") == 0
+
+
 def test_it_needs_no_picture(measured, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert measured.launch() == 0
