@@ -140,7 +140,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     finished = (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes()
     taken = []
     update = TrainStep.update
-    monkeypatch.setattr(TrainStep, "update", lambda step, lr: (taken.append(lr), update(step, lr))[1])
+    monkeypatch.setattr(TrainStep, "update", lambda step, lr, *tokens: (taken.append(lr), update(step, lr, *tokens))[1])
     assert measured.launch("--resume", saves) == 0
     assert measured.json() == whole
     assert (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes() == finished

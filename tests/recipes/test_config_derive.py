@@ -23,6 +23,8 @@ def test_the_changes_are_the_last_layer_and_the_rest_is_as_it_was(tiny, tmp_path
         "batch.initial": 32,
         "batch.stages.0.from_tokens": None,
         "batch.stages.0.samples": None,
+        "batch.linear": None,
+        "batch.quantum": None,
         "checkpoint.interval_steps": "none",
     }
     assert derived.leaves["batch.initial"].origin.where == "branch"
