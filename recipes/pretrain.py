@@ -181,6 +181,8 @@ class TrainingRun:
         if checkpoint is not None:
             with blame(config, "checkpoint"):
                 self._restore(checkpoint)
+        with blame(config, "batch"):
+            self._check_that_noise_shows()
         self.saved_at = self.started_at = self.clock.step
 
         self.loader = MicroBatchLoader(
@@ -281,9 +283,9 @@ class TrainingRun:
             return True
         if not self.told_unmeasurable:
             self.told_unmeasurable = True
-            log.warning(
-                f"a step of one micro-batch of {batch.samples} samples does not show the noise of its gradient, and no "
-                "batch policy can follow it; use a smaller training.micro_batch_size or a larger batch"
+            log.info(
+                f"a step of one micro-batch of {batch.samples} samples does not show the noise of its gradient; "
+                "a smaller training.micro_batch_size or a larger batch would"
             )
         return False
 
@@ -383,6 +385,18 @@ class TrainingRun:
                 "the order of samples is another from here on"
             )
         log.info(f"resumed from {checkpoint}: step {self.clock.step}, {self.clock.tokens} tokens")
+
+    def _check_that_noise_shows(self) -> None:
+        """Raises ValueError for a batch that follows the gradient and could never do so."""
+        if not isinstance(self.recipe.batch, Adaptive):
+            return
+        batch = self.layout.fit(self.recipe.batch.samples(self.clock))
+        if batch.micro_batches * self.ranks.size < 2:
+            raise ValueError(
+                f"initial: a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
+                f"gradient, so the batch could never change; take {2 * self.layout.unit} or a smaller "
+                "training.micro_batch_size"
+            )
 
     def _introduce(self, directory: RunDirectory) -> None:
         """The first lines of the log: what is about to happen."""

@@ -48,3 +48,10 @@ def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(t
     log = (tiny.directory / "log.txt").read_text()
     assert log.count("does not show the noise") == 1
     assert "smaller training.micro_batch_size" in log
+
+
+def test_a_batch_that_could_never_follow_its_noise_is_refused(tiny, capsys):
+    adaptive = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=64"]
+    assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
+    assert "batch" in (said := capsys.readouterr().err)
+    assert "take 16 or a smaller training.micro_batch_size" in said
