@@ -26,6 +26,9 @@ class AdamW:
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay; the step shrinks a weight by lr x weight_decay."""
+    decay_follows: Literal["schedule", "group"] = "schedule"
+    """Which lr that is: the schedule's, the same for all parameters, or times the multiplier of the parameter's group,
+    as of muP's narrower steps in a wide model. Without multipliers the two are one."""
     decay: Literal["matrices", "all", "none"] = "matrices"
     """What decays: parameters of two or more dimensions (embeddings too, norms not), everything, or nothing."""
     reference_batch_tokens: PositiveCount | None = None
@@ -39,7 +42,11 @@ class AdamW:
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, parameter in parameters:
             decays = self.decay == "all" or (self.decay == "matrices" and parameter.ndim >= 2)
-            key = (self.weight_decay if decays else 0.0, lr_multiplier(name))
+            multiplier = lr_multiplier(name)
+            # torch shrinks by the group's lr, so for the schedule's the multiplier is divided out. An average over
+            # 1 / (lr x decay) steps is what weights are, and its length should not change with width (2405.13698).
+            decay = self.weight_decay if self.decay_follows == "group" else self.weight_decay / multiplier
+            key = (decay if decays else 0.0, multiplier)
             group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_multiplier": key[1]})
             group["params"].append((name, parameter))
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}

@@ -32,6 +32,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.size, self.vocab_size = size, vocab_size
         self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
+        self.mup = size.mup
         self.rope_frequencies = rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling)
 
         self.tok_embeddings = nn.Embedding(vocab_size, size.dim)
@@ -42,11 +43,16 @@ class Decoder(nn.Module):
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored."""
         x_BTD = self.tok_embeddings(tokens_BT)
+        if self.mup is not None:
+            x_BTD = x_BTD * self.mup.embedding_multiplier
         rope = rope_table(tokens_BT.shape[1], self.rope_frequencies, tokens_BT.device)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, rope)
+        x_BTD = self.norm(x_BTD)
+        if self.mup is not None:  # before the head, whose logits are many, and for the loss never exist at one time
+            x_BTD = x_BTD / self.mup.width_multiple(self.size.dim)
         tied_weight_VD = self.tok_embeddings.weight if self.size.tied_embeddings else None
-        logits_or_loss: Tensor = self.output(self.norm(x_BTD), labels_BT, tied_weight_VD)
+        logits_or_loss: Tensor = self.output(x_BTD, labels_BT, tied_weight_VD)
         return logits_or_loss
 
     def init_weights(self, seed: int) -> None:
@@ -62,17 +68,18 @@ class Decoder(nn.Module):
         """Standard deviation of a parameter's initial values; None for norm gains, which start at 1.
 
         The two matrices of a layer that write into the residual stream shrink with depth, so that the variance they add
-        up to does not grow with the number of layers (GPT-2).
+        up to does not grow with the number of layers (GPT-2). Under muP all matrices of a layer shrink with width.
         """
         if "norm" in name:
             return None
+        std = self.init_std if self.mup is None else self.init_std * self.mup.init_std_factor(name, self.size.dim)
         if self.depth_scaled_init and name.endswith((".wo.weight", ".w_down.weight")):
-            return self.init_std / math.sqrt(2 * self.size.layers)
-        return self.init_std
+            return std / math.sqrt(2 * self.size.layers)
+        return std
 
     def lr_multiplier(self, name: str) -> float:
         """Factor on the learning rate of the parameter `name`."""
-        return 1.0
+        return 1.0 if self.mup is None else self.mup.lr_factor(name, self.size.dim)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward: 6 per matrix parameter, 12 L H C T for attention.
@@ -99,10 +106,13 @@ class Block(nn.Module):
         self.attention = Attention(size)
         self.ffn_norm = RMSNorm(size.dim, size.norm_eps)
         self.feed_forward = FeedForward(size.dim, size.ffn_dim)
+        self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope)
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        # A factor of exactly 1 neither costs nor changes anything, forward or backward.
+        factor = self.residual_multiplier
+        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope), alpha=factor)
+        return torch.add(x_BTD, self.feed_forward(self.ffn_norm(x_BTD)), alpha=factor)
 
 
 class Attention(nn.Module):
@@ -112,6 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = size.head_width
         self.grouped = size.kv_heads != size.heads
+        # None is 1 / sqrt(C), for products that are random. Query and key learn to agree, and then they add up to C.
+        self.scale = None if size.mup is None else 1 / size.head_width
         self.wq = nn.Linear(size.dim, size.heads * size.head_width, bias=False)
         self.wk = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
         self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
@@ -127,6 +139,7 @@ class Attention(nn.Module):
             k_BTKC.transpose(1, 2),
             v_BTKC.transpose(1, 2),
             is_causal=True,
+            scale=self.scale,
             enable_gqa=self.grouped,
         )
         out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))

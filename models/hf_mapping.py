@@ -60,7 +60,15 @@ def from_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
 
 
 def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
-    """The entries of `LlamaConfig` (transformers 5) that describe the same function."""
+    """The entries of `LlamaConfig` (transformers 5) that describe the same function.
+
+    Raises ValueError for a model with muP, whose multipliers a `LlamaConfig` has no entries for.
+    """
+    if size.mup is not None:
+        raise ValueError(
+            "model.mup: LlamaConfig has no multipliers; GraniteConfig does (embedding_multiplier, residual_multiplier, "
+            "attention_multiplier = 1 / head_dim, logits_scaling = dim / base_width)"
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
     if size.rope_scaling is not None:
         scaling = size.rope_scaling

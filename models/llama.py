@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from components.quantities import PositiveCount
+from models.mup import MuPKeys
 from models.plan import Plan, plan
 from models.rope import RopeScaling
 from models.sizes import SIZES, Size, SizeName
@@ -48,6 +49,8 @@ class Llama:
     """Standard deviation of the initial weights."""
     depth_scaled_init: bool = True
     """Divide it by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
+    mup: MuPKeys | None = None
+    """Maximal update parametrisation: one learning rate for every width. Unset: as the size has it, most do not."""
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -77,8 +80,10 @@ class Llama:
     @property
     def shape(self) -> Size:
         """The size after overrides."""
-        overrides = {field.name: getattr(self, field.name) for field in fields(Size)}
-        return replace(SIZES[self.size], **{key: value for key, value in overrides.items() if value is not None})
+        row = SIZES[self.size]
+        mup = row.mup if self.mup is None else self.mup.over(row.mup)
+        overrides = {field.name: getattr(self, field.name) for field in fields(Size) if field.name != "mup"}
+        return replace(row, mup=mup, **{key: value for key, value in overrides.items() if value is not None})
 
     def plan(self, *, tp: int) -> Plan:
         """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""

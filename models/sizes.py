@@ -6,11 +6,15 @@ Any number can be overridden by the key of the same name in `[model]`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from models.mup import MuP
 from models.rope import RopeScaling
 
-SizeName = Literal["debug", "microllama300m", "tinyllama1b", "openllama3b", "llama3_1b", "llama3_3b", "llama3_8b"]
+SizeName = Literal[
+    "debug", "microllama300m", "tinyllama1b", "openllama3b", "llama3_1b", "llama3_3b", "llama3_8b",
+    "powerlm12m", "powerlm36m", "powerlm121m", "powerlm1b", "powerlm3b",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,7 @@ class Size:
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     max_sequence_length: int = 2048
+    mup: MuP | None = None  # it is part of the function, by its multipliers
 
     @property
     def head_width(self) -> int:
@@ -36,7 +41,11 @@ class Size:
 
 
 # debug has 1.2M parameters beside its embeddings. The next three are those of Lau et al. 2024 (arXiv 2412.21124), from
-# the public configurations (vocabulary 32,000); the last three Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256).
+# the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last five
+# are the dense ones of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B.
+_POWER: Any = {"tied_embeddings": True, "max_sequence_length": 4096}
+_SEARCH = MuP(embedding_multiplier=12.0, residual_multiplier=0.26)
+_LARGE = MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
 # fmt: off
 SIZES: dict[SizeName, Size] = {
     "debug":          Size(dim=128,  layers=6,  heads=4,  kv_heads=2,  ffn_dim=384),
@@ -51,5 +60,10 @@ SIZES: dict[SizeName, Size] = {
                            tied_embeddings=True, max_sequence_length=131_072),
     "llama3_8b":      Size(dim=4096, layers=32, heads=32, kv_heads=8,  ffn_dim=14336,
                            rope_theta=500_000.0, rope_scaling=RopeScaling(factor=8.0), max_sequence_length=131_072),
+    "powerlm12m":     Size(dim=128,  layers=32, heads=2,  kv_heads=2,  ffn_dim=320,  mup=_SEARCH, **_POWER),
+    "powerlm36m":     Size(dim=256,  layers=32, heads=4,  kv_heads=4,  ffn_dim=640,  mup=_SEARCH, **_POWER),
+    "powerlm121m":    Size(dim=512,  layers=32, heads=8,  kv_heads=8,  ffn_dim=1280, mup=_SEARCH, **_POWER),
+    "powerlm1b":      Size(dim=1536, layers=40, heads=24, kv_heads=24, ffn_dim=4096, mup=_LARGE,  **_POWER),
+    "powerlm3b":      Size(dim=2304, layers=40, heads=36, kv_heads=36, ffn_dim=9216, mup=_LARGE,  **_POWER),
 }
 # fmt: on

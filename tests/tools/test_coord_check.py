@@ -1,0 +1,90 @@
+"""The coordinate check tells muP from the standard parametrisation, and from muP with any one rule missing."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from models import mup
+from models.mup import MuP, Rule
+from tools.coord_check import Check, Setting, check, main, slope
+
+pytestmark = pytest.mark.quick
+
+SMALL = Setting(widths=(16, 32, 64, 128), head_dim=8, base_width=16, steps=3)
+TOLERANCE = 0.15
+INNER = {f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", ".feed_forward")}
+
+
+def test_mup_passes():
+    assert check(SMALL, "mup").failures(TOLERANCE) == []
+
+
+def test_the_standard_parametrisation_fails_in_all_that_depends_on_width():
+    found = check(SMALL, "standard")
+    assert set(found.failures(TOLERANCE)) == {*INNER, "output"}
+    assert all(found.steepest[name] > 1 for name in INNER)
+
+
+@pytest.mark.parametrize(
+    ("without", "caught"), [({"lr": 0}, "layers.0.feed_forward"), ({"init_std": 0}, "layers.0.attention")]
+)
+def test_mup_without_one_rule_of_the_table_fails(without, caught, monkeypatch):
+    for pattern, rule in mup.RULES.items():
+        monkeypatch.setitem(mup.RULES, pattern, rule._replace(**without))
+    assert caught in check(SMALL, "mup").failures(TOLERANCE)
+
+
+def test_a_head_that_learns_slower_in_a_wider_model_fails_to_keep_up(monkeypatch):
+    """Neither the division of logits nor the full rate of the head may be left out or done twice."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MuP, "width_multiple", lambda self, dim: 1.0)
+        assert "output" in check(SMALL, "mup").failures(TOLERANCE)
+    patient = Setting(widths=SMALL.widths, head_dim=8, base_width=16, steps=20)
+    right = check(patient, "mup").slopes["output"][-1]
+    monkeypatch.setitem(mup.RULES, "output.weight", Rule(init_std=0, lr=-1))
+    assert check(patient, "mup").slopes["output"][-1] < right - 0.1
+
+
+def test_the_slope_is_the_exponent():
+    assert slope([8, 16, 64], [3 * width**0.7 for width in (8, 16, 64)]) == pytest.approx(0.7)
+    assert math.isnan(slope([8, 16], [1.0, math.inf]))
+    assert math.isnan(slope([8, 16], [1.0, 0.0]))
+
+
+def test_a_size_that_is_no_number_is_a_failure():
+    blown_up = Check("mup", {8: {"layers.0": [1.0, 1.0]}, 16: {"layers.0": [1.0, math.inf]}})
+    assert blown_up.failures(1e9) == ["layers.0"]
+
+
+ARGUMENTS = ["--widths", "16", "32", "64", "--head-dim", "8", "--base-width", "16", "--steps", "2", "--seeds", "2"]
+
+
+def test_the_exit_status_is_the_verdict(capsys):
+    assert main([*ARGUMENTS, "--parametrisation", "mup"]) == 0
+    assert "mup: pass (tolerance 0.15)" in capsys.readouterr().out
+    assert main([*ARGUMENTS, "--parametrisation", "standard"]) == 1
+    assert "standard: FAIL, 7 of 8 modules" in capsys.readouterr().out
+
+
+def test_both_are_drawn_side_by_side_and_mup_is_judged(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    assert main([*ARGUMENTS, "--output", str(tmp_path / "new" / "a.svg")]) == 0
+    printed = capsys.readouterr().out
+    assert "mup: pass" in printed and "standard: FAIL" in printed
+    assert ET.parse(tmp_path / "new" / "a.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--widths", "64"], "--widths: [64] has no slope; give two or more"),
+        (["--widths", "32", "40"], "--widths: 40 is no multiple of two heads of --head-dim 16"),
+        (["--steps", "0"], "--steps and --seeds: at least 1 of each"),
+    ],
+)
+def test_what_cannot_be_checked_is_told(wrong, message, capsys):
+    assert main(wrong) == 2
+    assert capsys.readouterr().err.strip() == message
