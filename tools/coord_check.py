@@ -195,6 +195,8 @@ def plot(checks: Sequence[Check], output: Path) -> None:
         for name in each.slopes:
             axis.loglog(list(each.sizes), [sizes[name][-1] for sizes in each.sizes.values()], "o-", label=name)
         axis.set_title(f"{each.parametrisation}: size after the last step", loc="left", fontsize=10)
+        axis.set_xticks(list(each.sizes), labels=[str(width) for width in each.sizes], minor=False)
+        axis.set_xticks([], minor=True)
         axis.set_xlabel("width")
         axis.grid(alpha=0.3)
     axes[0, -1].legend(frameon=False, fontsize=7)

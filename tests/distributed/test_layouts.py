@@ -97,6 +97,11 @@ ROUNDED = {
     for layout in ("one process", "two shards", "two replicas of two shards", "two shards of two slices")
     for what, arguments in {"bf16": ["--training.precision=bf16"], "compiled": ["--training.compile=true"]}.items()
 }
+MUP = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=3", "--model.mup.residual_multiplier=0.4"]
+WITH_MUP = {
+    f"{layout}, muP": (layout, [*MUP, *SHORT])
+    for layout in ("one process", "two shards", "two slices", "two shards of two slices")
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +119,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             if LAYOUTS[source][0] in sources
         }  # fmt: skip
 
-    made.launch(1, whole | ROUNDED)
-    made.launch(2, whole | VARIED | ROUNDED | moves(1, 2))
-    made.launch(4, whole | VARIED | ROUNDED | moves(1, 2, 4))
+    made.launch(1, whole | ROUNDED | WITH_MUP)
+    made.launch(2, whole | VARIED | ROUNDED | WITH_MUP | moves(1, 2))
+    made.launch(4, whole | VARIED | ROUNDED | WITH_MUP | moves(1, 2, 4))
     made.launch(2, moves(4))
     made.launch(1, moves(1, 2, 4))
     return made
@@ -185,3 +190,11 @@ def test_bf16_and_compile_change_nothing_beyond_rounding(runs, name):
     found, expected = (runs.losses(run)[:COMPARED] for run in (name, "one process"))
     assert found == pytest.approx(expected, rel={"bf16": BF16, "compiled": EQUAL}[what])
     assert what != "bf16" or found != expected
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MUP if name != "one process, muP"])
+def test_mup_finds_its_parameters_however_they_are_divided(runs, name):
+    for key in ("loss", "grad_norm"):
+        expected, found = ([row[key] for row in runs.rows(run) if key in row] for run in ("one process, muP", name))
+        assert found == pytest.approx(expected, rel=EQUAL), key
+    assert runs.losses(name)[0] != pytest.approx(runs.losses("one process")[0], rel=1e-3), "a test that can fail"

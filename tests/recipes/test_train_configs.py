@@ -18,6 +18,7 @@ SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = [name for name in SHIPPED if name != "critical_batch"]
 """What starts from nothing. critical_batch.toml starts from a checkpoint: tests/end_to_end/test_critical_batch.py."""
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
+POWER = ("powerlm3b",)
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
 
@@ -47,7 +48,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_the_published_recipes_ship():
-    assert set(PUBLISHED) < set(SHIPPED)
+    assert {*PUBLISHED, *POWER} < set(SHIPPED)
 
 
 @pytest.mark.quick
@@ -77,7 +78,25 @@ def test_the_published_numbers(name, text):
     assert optimizer.decay == "all"
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("name", POWER)
+def test_the_published_numbers_of_power(name, text):
+    """Shen et al. 2024: the learning rate, and what goes with it."""
+    recipe = resolved(name, text).recipe
+    optimizer, schedule, batch_tokens = recipe.optimizer, recipe.lr_schedule, 1024 * 4096
+    assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
+    assert recipe.model.shape == SIZES[name] and not recipe.model.depth_scaled_init
+    assert recipe.batch.initial * recipe.training.sequence_length == batch_tokens
+    published = {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031}
+    for tokens, lr in published.items():
+        assert schedule.lr(tokens, batch_tokens, recipe.training.total_tokens) == pytest.approx(lr, rel=0.02), tokens
+    end = recipe.training.total_tokens
+    assert schedule.lr(end, batch_tokens, end) == 0
+    assert schedule.lr(end * 8 // 10, batch_tokens, end) == schedule.lr(end * 8 // 10, batch_tokens, 2 * end), "stable"
+
+
 PARAMETERS = {"microllama300m": 304.6e6, "tinyllama1b": 1100.0e6, "llama3b": 3426.5e6, "llama3_8b": 8030.3e6}
+PARAMETERS |= {"powerlm3b": 3510.8e6}
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -120,8 +139,10 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
     arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial=8"]
     reduced |= {"data.use": "components.data:TextFiles", "data.path": text}
     reduced |= {"validation.data.use": "components.data:TextFiles", "validation.data.path": text}
-    if name in PUBLISHED:
+    if name in (*PUBLISHED, *POWER):
         reduced["model.vocab_size"] = 257
+    if name in POWER:
+        reduced["model.mup.base_width"] = 16  # made small, it is still twice as wide as where nothing is scaled
     arguments += [f"--{key}={value}" for key, value in reduced.items()]
     assert launch.main([str(FOLDER / f"{name}.toml"), *arguments]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
