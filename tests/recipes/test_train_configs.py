@@ -85,7 +85,8 @@ def test_the_published_numbers_of_power(name, text):
     recipe = resolved(name, text).recipe
     optimizer, schedule, batch_tokens = recipe.optimizer, recipe.lr_schedule, 1024 * 4096
     assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
-    assert recipe.model.shape == SIZES[name] and not recipe.model.depth_scaled_init
+    assert recipe.model.shape == SIZES[name] and recipe.model.depth_scaled_init
+    assert (optimizer.eps, optimizer.decay, optimizer.decay_follows) == (1e-10, "matrices", "group"), "dolomite-engine"
     assert recipe.batch.initial * recipe.training.sequence_length == batch_tokens
     published = {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031}
     for tokens, lr in published.items():
