@@ -6,17 +6,22 @@ permuted or transposed, and a round trip is bitwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from models.sizes import Size
 
+T = TypeVar("T")
+
+COMPUTED = "rotary_emb.inv_freq"
+"""The end of names under which old checkpoints store what is computed anew."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOP = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "tok_embeddings.weight": EMBEDDING,
     "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": HEAD,
 }
 _IN_LAYER = {
     "attention_norm": "input_layernorm",
@@ -45,18 +50,23 @@ def to_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
     return _rename(weights, names(size))
 
 
-def from_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
-    """The same tensors under our names.
+def stored_names(stored: Iterable[str], size: Size) -> dict[str, str]:
+    """Our name -> the name a Hugging Face checkpoint of the tensors `stored` has it under.
 
-    Drops what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied head.
-    Where a tied head was stored in place of the embedding, it becomes the embedding.
+    Leaves out what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied
+    head. Where a tied head was stored in place of the embedding, it is the embedding. Raises ValueError unless every
+    parameter is there and nothing else is.
     """
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    weights = {name: weight for name, weight in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    if size.tied_embeddings and head in weights:
-        tied = weights.pop(head)
-        weights.setdefault(embedding, tied)
-    return _rename(weights, {theirs: ours for ours, theirs in names(size).items()})
+    found = {name: name for name in stored if not name.endswith(COMPUTED)}
+    if size.tied_embeddings and HEAD in found:
+        tied = found.pop(HEAD)
+        found.setdefault(EMBEDDING, tied)
+    return _rename(found, {theirs: ours for ours, theirs in names(size).items()})
+
+
+def from_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
+    """The same tensors under our names, as `stored_names` finds them."""
+    return {ours: weights[theirs] for ours, theirs in stored_names(weights, size).items()}
 
 
 def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _rename(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+def _rename(weights: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
     """Raises ValueError unless `weights` has exactly the names of `table`."""
     missing, unknown = sorted(table.keys() - weights.keys()), sorted(weights.keys() - table.keys())
     if missing or unknown:

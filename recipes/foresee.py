@@ -83,6 +83,16 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
                 data.size_bytes()
             except (OSError, ValueError) as error:
                 yield Foreseen("warning", f"{key}.path", _absent(str(error)))
+    if (weights := recipe.run.init_from) is not None:
+        from recipes.initial_weights import check_initial_weights  # brings all models along
+
+        try:
+            for warning in check_initial_weights(plan.model, weights):
+                yield Foreseen("warning", "run.init_from", warning)
+        except FileNotFoundError as error:
+            yield Foreseen("warning", "run.init_from", _absent(str(error)))
+        except ValueError as error:
+            yield Foreseen("error", "run.init_from", str(error))
     directory = recipe.run.directory
     if RunDirectory(directory).used:
         fate = "will be replaced" if recipe.run.if_exists == "replace" else "stops a new one; --resume or --run.name"

@@ -158,7 +158,13 @@ class TrainingRun:
                 )
         divide(model, recipe, self.parallel, precision.dtype_of(self.precision))
         give_storage(model, device)
-        model.init_weights(recipe.run.seed)
+        if recipe.run.init_from is None or checkpoint is not None:
+            model.init_weights(recipe.run.seed)
+        else:
+            from recipes.initial_weights import read_initial_weights  # brings every model along
+
+            with blame(config, "run"):
+                read_initial_weights(model, recipe.run.init_from)
         self.model: nn.Module = model
         with blame(config, "optimizer"):
             optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)

@@ -34,6 +34,8 @@ class Run:
     """Seed of weights, sample order and everything else that is random."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms; slower on GPUs. A single CPU process is deterministic as it is."""
+    init_from: Path | None = None
+    """A Hugging Face directory to start from; unset: random weights. Says nothing to a run that is resumed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is a GPU."""
 

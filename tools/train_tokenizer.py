@@ -13,12 +13,12 @@ import base64
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from components.data import StandardLibrary, TextFiles
 from components.data.document import ReadingLog
 from components.data.source import TextSource
 from components.tokenizers import TiktokenFile
+from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 
 _PROOF_CHARACTERS = 2_000_000
@@ -59,16 +59,16 @@ def train(corpus: TextSource, *, vocab_size: int, pattern: str) -> dict[bytes, i
     """
     if vocab_size < 257:
         raise ValueError(f"--vocab-size {vocab_size}: expected at least 257, the bytes and the end of a document")
-    library = _library()
+    library = library_of_tokenizers()
     tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
+    tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_texts(corpus), trainer)
-    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    byte_of = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < vocab_size - 1:
         raise ValueError(
@@ -93,7 +93,7 @@ def prove(path: Path, corpus: TextSource, ranks: dict[bytes, int], pattern: str)
     Raises ValueError at the first document on which they differ, or that does not come back as it was.
     """
     ours = TiktokenFile(path=path, pattern=pattern).build()
-    theirs = hugging_face(ranks, pattern)
+    theirs = to_hugging_face(ranks, pattern)
     characters = tokens = 0
     for text in _texts(corpus):
         ids = ours.encode_batch([text])[0].tolist()
@@ -107,57 +107,8 @@ def prove(path: Path, corpus: TextSource, ranks: dict[bytes, int], pattern: str)
     return f"tiktoken and tokenizers agree on {characters:,} characters: {characters / tokens:.2f} characters per token"
 
 
-def hugging_face(ranks: dict[bytes, int], pattern: str) -> Any:
-    """The same encoding as a `tokenizers.Tokenizer`.
-
-    tiktoken joins any two neighbours whose joint bytes are a token, lowest rank first; so the merges are *all* the ways
-    to cut each token in two tokens, in the order of the ranks, and not only those that training happened to take.
-    """
-    library = _library()
-    character = _byte_characters()
-    spelled = {token: "".join(character[byte] for byte in token) for token in ranks}
-    merges = [
-        (spelled[token[:cut]], spelled[token[cut:]])
-        for token in sorted(ranks, key=ranks.__getitem__)
-        for cut in sorted(
-            range(1, len(token)), key=lambda cut: (ranks.get(token[:cut], -1), ranks.get(token[cut:], -1))
-        )
-        if token[:cut] in ranks and token[cut:] in ranks
-    ]
-    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
-    tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pattern)
-    return tokenizer
-
-
-def _pre_tokenizer(pattern: str) -> Any:
-    library = _library()
-    try:
-        regex = library.Regex(pattern)
-    except Exception as error:  # the library has no class of its own for it
-        raise ValueError(f"--pattern {pattern!r}: {error}; the names are {', '.join(PATTERNS)}") from None
-    split = library.pre_tokenizers.Split(regex, behavior="isolated")
-    byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return library.pre_tokenizers.Sequence([split, byte_level])
-
-
 def _texts(corpus: TextSource) -> Iterator[str]:
     return (document.text for document in corpus.documents(ReadingLog()))
-
-
-def _byte_characters() -> dict[int, str]:
-    """byte -> the printable character that stands for it in GPT-2's and Hugging Face's byte-level vocabularies."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        raise ValueError("training needs the `tokenizers` library: pip install 'powertrain[hf]'") from None
-    return tokenizers
 
 
 if __name__ == "__main__":

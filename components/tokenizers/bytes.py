@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,12 @@ class ByteEncoder:
                 raise ValueError(f"id {token} is outside the byte vocabulary of {self.vocab_size}")
             parts.append(b"<|endoftext|>" if token == _END else bytes((token,)))
         return b"".join(parts).decode("utf-8", errors="replace")
+
+    def hugging_face(self) -> Any:
+        """The same encoding as a `tokenizers.Tokenizer`: no merges. Raises ValueError if the library is missing."""
+        from components.tokenizers.hugging_face import to_hugging_face
+
+        return to_hugging_face({bytes((byte,)): byte for byte in range(256)}, None, {"<|endoftext|>": _END})
 
 
 def _utf8(text: str) -> bytes:

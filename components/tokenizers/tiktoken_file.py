@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -104,6 +105,7 @@ class RankEncoder:
             )
         except ValueError as error:
             raise ValueError(f"pattern: {pattern!r} is no regular expression tiktoken accepts: {error}") from error
+        self._parts = (ranks, pattern, special)
         self.vocab_size = first + len(special)
         self.end_of_document = special[end_of_document]
         self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
@@ -126,6 +128,15 @@ class RankEncoder:
             return self._encoding.decode_bytes([int(token) for token in ids]).decode("utf-8", errors="replace")
         except (KeyError, OverflowError):
             raise ValueError(f"an id is outside the vocabulary of {self.vocab_size}, or in a hole of it") from None
+
+    def hugging_face(self) -> Any:
+        """The same encoding as a `tokenizers.Tokenizer`; but special tokens are found in text, and no run is cut.
+
+        Raises ValueError if the library is missing, or cannot read the pattern.
+        """
+        from components.tokenizers.hugging_face import to_hugging_face
+
+        return to_hugging_face(*self._parts)
 
     def _encode(self, text: str) -> np.ndarray:
         parts = [np.array(self._encoding.encode_ordinary(part), dtype=self._dtype) for part in split_long_runs(text)]

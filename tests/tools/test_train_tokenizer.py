@@ -7,9 +7,10 @@ import pytest
 
 from components.data.document import ReadingLog
 from components.data.text_files import TextFiles
+from components.tokenizers.hugging_face import to_hugging_face
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import TiktokenFile
-from tools.train_tokenizer import hugging_face, main, train
+from tools.train_tokenizer import main, train
 
 pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
 pytestmark = pytest.mark.quick
@@ -55,7 +56,7 @@ def test_two_encoders_give_the_same_ids_on_text_neither_was_trained_on(pattern, 
     ranks = train(TextFiles(path=corpus), vocab_size=310, pattern=PATTERNS[pattern])
     unseen = ["Swam the whales 鯨鯨 in 18511851?", "\r\n\t \u2028x", "ÉTÉ été", ""]
     ours = TiktokenFile(path=output, pattern=pattern).build().encode_batch(unseen)
-    theirs = hugging_face(ranks, PATTERNS[pattern])
+    theirs = to_hugging_face(ranks, PATTERNS[pattern])
     for text, ids in zip(unseen, ours, strict=True):
         np.testing.assert_array_equal(ids, theirs.encode(text).ids)
 

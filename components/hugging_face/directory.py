@@ -1,0 +1,97 @@
+"""A directory of small JSON files and large ones: read within bounds, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_LARGEST_JSON = 2**26
+"""Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file. Raises ValueError for anything else, FileNotFoundError if there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes; at most {_LARGEST_JSON:,} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, of an index beside its files. Raises ValueError for a name that leads elsewhere."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{path} has no weight_map")
+    for name, file in table.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ValueError(f"{path}: {name} is said to be in {file!r}, which is no name of a file in this directory")
+    return {name: path.parent / file for name, file in table.items()}
+
+
+@contextmanager
+def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory beside `path` that takes its name once the block ends well, and is gone otherwise.
+
+    What is at `path` must be an empty directory. With `force` it may also be an earlier model, which is then replaced:
+    a directory with a config.json and no folder. Raises ValueError for all else, before the block.
+    """
+    path = path.expanduser().resolve()
+    _check_free(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    aside.mkdir()
+    try:
+        yield aside
+        _sync(aside)
+        _check_free(path, force)  # writing may have taken an hour
+        replaced = path.with_name(f"{aside.name}.replaced")
+        if path.exists():
+            path.rename(replaced)
+        aside.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_free(path: Path, force: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no directory; name another")
+    content = list(path.iterdir()) if path.is_dir() else []
+    if not content:
+        return
+    if not force:
+        raise ValueError(f"{path} is not empty; name another directory, or replace this one with --force")
+    if not (path / "config.json").is_file() or any(entry.is_dir() for entry in content):
+        raise ValueError(f"{path} is no directory of a model, and --force does not replace it; remove it first")
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The architectures of transformers that have a counterpart here: one row each.
+
+A row says how to tell that a model is one, what its `config.json` says, and under which name each parameter is stored.
+To add one, write those functions and the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from models.decoder import Decoder
+from models.hf_mapping import hf_config, names, stored_names
+from models.hf_reading import llama_keys
+from models.llama import Llama
+from models.rope import RopeScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One class of transformers and what it is here."""
+
+    model_type: str
+    """Its short name in `config.json`."""
+    use: str
+    """What `[model]` has to use."""
+    build: Callable[..., nn.Module]
+    """The model of the keys that `keys` gives, on the current device."""
+    is_one: Callable[[nn.Module], bool]
+    """Whether a model computes what this architecture does."""
+    config: Callable[[Any], dict[str, Any]]
+    """The entries of `config.json` for a model."""
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """The keys of `[model]` for a `config.json`. Raises ValueError for what the model does not compute."""
+    names: Callable[[Any], dict[str, str]]
+    """Our name -> theirs, for every parameter of a model."""
+    stored_names: Callable[[Iterable[str], Any], dict[str, str]]
+    """The same for what is stored. Raises ValueError for missing and unexpected names."""
+
+
+def _build_llama(keys: Mapping[str, Any]) -> Decoder:
+    scaling = keys["rope_scaling"]
+    llama = Llama(**{**keys, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+    return llama.build(vocab_size=keys["vocab_size"], sequence_length=1)
+
+
+def _llama_config(model: Decoder) -> dict[str, Any]:
+    size = model.size
+    if size.dim % size.heads:
+        raise ValueError(
+            f"transformers refuses a Llama whose dim = {size.dim} is no multiple of heads = {size.heads}, also with a "
+            "head_dim of its own; such a model cannot be exported"
+        )
+    entries = hf_config(size, model.vocab_size)
+    # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
+    rope = dict(entries["rope_parameters"])
+    entries["rope_theta"] = rope.pop("rope_theta")
+    entries["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return {**entries, "initializer_range": model.init_std, "attention_dropout": 0.0, "use_cache": True}
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(
+        model_type="llama",
+        use="models.llama:Llama",
+        build=_build_llama,
+        is_one=lambda model: isinstance(model, Decoder),
+        config=_llama_config,
+        keys=llama_keys,
+        names=lambda model: names(model.size),
+        stored_names=lambda stored, model: stored_names(stored, model.size),
+    ),
+}
+
+
+def architecture_of(model: nn.Module) -> tuple[str, Architecture]:
+    """Raises ValueError for a model that transformers has no class for."""
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.is_one(model):
+            return name, architecture
+    raise ValueError(f"a {type(model).__name__} is none of {', '.join(ARCHITECTURES)}")
+
+
+def architecture_in(config: Mapping[str, Any]) -> tuple[str, Architecture]:
+    """The architecture that a `config.json` names. Raises ValueError for an unknown one."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    if name is None:
+        by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+        name = by_type.get(str(config.get("model_type")), config.get("model_type"))
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"architecture {str(name)[:80]!r} is unknown here; known are {', '.join(ARCHITECTURES)}")
+    return name, ARCHITECTURES[name]
+
+
+def locate(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Our name -> the stored name, of every parameter of `model`, given the names and shapes that are stored.
+
+    Raises ValueError for missing and unexpected tensors, and for those of another shape.
+    """
+    _, architecture = architecture_of(model)
+    places = architecture.stored_names(stored, model)
+    wrong = [
+        f"{places[name]} is {list(stored[places[name]])}, not {list(parameter.shape)}"
+        for name, parameter in model.named_parameters()
+        if tuple(parameter.shape) != tuple(stored[places[name]])
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"tensors have another shape than the model's: {'; '.join(wrong[:3])}{more}")
+    return places

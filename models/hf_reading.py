@@ -1,0 +1,109 @@
+"""What a `config.json` of transformers says, in our keys: the other direction of `hf_mapping.hf_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+}
+"""The most of each that is believed: bounds what a damaged or hostile file can make us allocate."""
+
+_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `[model]`, "use" left out, that give the function of this `LlamaForCausalLM`.
+
+    Entries that are missing have the defaults of `LlamaConfig`, except for the shape, which has none. Raises ValueError
+    for an entry out of bounds, and for what the decoder does not do.
+    """
+    _refuse_what_differs(config)
+    heads = _count(config, "num_attention_heads")
+    dim = _count(config, "hidden_size")
+    theta, scaling = _rope(config)
+    keys: dict[str, Any] = {
+        "size": "debug",
+        "dim": dim,
+        "layers": _count(config, "num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": _count(config, "num_key_value_heads", heads),
+        "head_dim": _count(config, "head_dim", max(dim // heads, 1)),
+        "ffn_dim": _count(config, "intermediate_size"),
+        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tied_embeddings": config.get("tie_word_embeddings") or False,
+        "max_sequence_length": _count(config, "max_position_embeddings", 2048),
+        "vocab_size": _count(config, "vocab_size"),
+    }
+    if "head_dim" not in config and dim % heads:
+        raise ValueError(f"hidden_size = {dim} cannot be divided among num_attention_heads = {heads}")
+    if heads % keys["kv_heads"]:
+        raise ValueError(f"num_key_value_heads = {keys['kv_heads']} does not divide num_attention_heads = {heads}")
+    return keys
+
+
+def _refuse_what_differs(config: Mapping[str, Any]) -> None:
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "partial_rotary_factor": (1, None),
+        "tie_word_embeddings": (False, True, None),
+        "quantization_config": (None,),
+    }
+    for name, values in expected.items():
+        if config.get(name) not in values:
+            raise ValueError(f"{name} = {config[name]!r} is not what this decoder computes; it has {values[0]!r}")
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """rope_theta, and the keys of `models.rope:RopeScaling`: from `rope_parameters`, or what older versions wrote."""
+    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(table, Mapping):
+        raise ValueError(f"rope_parameters: {table!r} is no table")
+    theta = _number({**config, **table}, "rope_theta", 10_000.0)
+    kind = table.get("rope_type", table.get("type", "default"))
+    if table.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor = {table['partial_rotary_factor']}: this decoder turns all channels")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f'rope_type = {kind!r} is not what this decoder computes; it has "default" and "llama3"')
+    if missing := sorted(_ROPE - table.keys()):
+        raise ValueError(f"rope_parameters has no {', '.join(missing)}")
+    return theta, {
+        "factor": _number(table, "factor"),
+        "low_freq_factor": _number(table, "low_freq_factor"),
+        "high_freq_factor": _number(table, "high_freq_factor"),
+        "original_max_position": _count(
+            {"max_position_embeddings": table["original_max_position_embeddings"]}, "max_position_embeddings"
+        ),
+    }
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{name} is missing from config.json")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LIMITS[name]:
+        raise ValueError(f"{name} = {str(value)[:40]} is no number from 1 to {_LIMITS[name]:,}")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ValueError(f"{name} = {str(value)[:40]} is no number above 0")
+    return float(value)

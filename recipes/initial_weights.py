@@ -1,0 +1,106 @@
+"""The weights of a Hugging Face directory as those a run starts from: `[run] init_from`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from components.hugging_face import PickledWeights, Weights, holds_pickles, read_json
+from models.hf_architectures import Architecture, architecture_in, architecture_of, locate
+from models.hf_mapping import COMPUTED
+from models.initialise import copy_full
+
+log = logging.getLogger("powertrain")
+
+FUNCTION = ("norm_eps", "rope_theta", "rope_scaling")
+"""Keys of [model] that fit any weights, and change what they compute."""
+FREE = ("size", "max_sequence_length")
+
+
+def read_initial_weights(model: nn.Module, directory: Path) -> None:
+    """Fill every parameter of `model`, sharded or not, from `directory`: each rank reads its own share.
+
+    Raises ValueError or FileNotFoundError, beginning with `init_from: `, before anything was changed.
+    """
+    try:
+        for warning in check_initial_weights(model, directory):
+            log.warning(f"run.init_from: {warning}")
+        with Weights(directory, ignore=[COMPUTED]) as weights:
+            copy_weights(model, weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"init_from: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None
+    log.info(f"weights from {directory}")
+
+
+def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
+    """What `model` will compute otherwise than the model in `directory`; no tensor is read.
+
+    Raises ValueError where the weights do not fit, FileNotFoundError where there are none.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is no directory")
+    config = read_json(directory / "config.json")
+    name, architecture = architecture_in(config)
+    mine, own = architecture_of(model)
+    if own is not architecture:
+        raise ValueError(f"{directory} holds a {name}, and [model] is a {mine}; use = {architecture.use!r}")
+    theirs, ours = architecture.keys(config), architecture.keys(architecture.config(model))
+    _refuse_another_shape(directory, theirs, ours, architecture)
+    if holds_pickles(directory) and not any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory} has no safetensors; python -m tools.import_hf {directory} OUTPUT writes them")
+    with Weights(directory, ignore=[COMPUTED]) as weights:
+        locate(model, {name: described.shape for name, described in weights.described.items()})
+    return [f"{key} = {theirs[key]} there, {ours[key]} in [model]" for key in FUNCTION if theirs[key] != ours[key]]
+
+
+def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:
+    """Read every parameter of `model` from `weights`, whose names and shapes must be those of its architecture.
+
+    Raises ValueError for a second copy of a tied matrix that is no copy.
+    """
+    places = locate(model, {name: described.shape for name, described in weights.described.items()})
+    refuse_unequal_copies(weights, places)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _copy(parameter, weights, places[name])
+
+
+def refuse_unequal_copies(weights: Weights | PickledWeights, places: dict[str, str]) -> None:
+    """Raises ValueError if a tensor that is stored beside its tied twin is not equal to it."""
+    for extra in sorted(weights.described.keys() - set(places.values())):
+        twin = places["tok_embeddings.weight"]
+        if weights.described[extra] != weights.described[twin] or not torch.equal(
+            weights.read(extra), weights.read(twin)
+        ):
+            raise ValueError(f"{extra} and {twin} are said to be tied, and differ; set tie_word_embeddings to false")
+
+
+def _copy(parameter: Tensor, weights: Weights | PickledWeights, stored: str) -> None:
+    if isinstance(parameter, DTensor) and all(type(p) in (Shard, Replicate) for p in parameter.placements):
+        shape, start = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if 0 in shape:
+            return  # more ranks than rows: this one has nothing of it
+        slices = tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))
+        parameter.to_local().copy_(weights.read(stored, slices))
+    else:  # whole, or sharded over slices, where a rank's rows do not lie together
+        copy_full(parameter, weights.read(stored).to(parameter.dtype))
+
+
+def _refuse_another_shape(
+    directory: Path, theirs: dict[str, Any], ours: dict[str, Any], architecture: Architecture
+) -> None:
+    other = [key for key in theirs if key not in (*FUNCTION, *FREE) and theirs[key] != ours.get(key)]
+    if other:
+        there = ", ".join(f"{key} = {theirs[key]}" for key in other)
+        here = ", ".join(f"{key} = {ours.get(key)}" for key in other)
+        raise ValueError(f"{directory} has {there}; [model] has {here}. Set these keys of {architecture.use} as there")

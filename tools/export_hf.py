@@ -1,0 +1,129 @@
+"""Write a checkpoint as a Hugging Face directory, which `transformers` and most other readers open.
+
+    python -m tools.export_hf CHECKPOINT OUTPUT [--dtype bf16] [--max-shard-size 5GB]
+
+CHECKPOINT is a directory of ours, saved on any number of processes, or a run directory: then its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from components.checkpoint import load_tensors, read_state
+from components.hugging_face import Described, new_directory, parse_bytes, write_json, write_weights
+from components.tokenizers.hugging_face import save
+from models.hf_architectures import architecture_of
+from recipes.config import Config, ConfigError, load
+from recipes.resume import checkpoint_at
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory")
+    parser.add_argument("output", type=Path, help="the directory to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they were saved)")
+    parser.add_argument("--max-shard-size", default="5GB", help="the most one file of weights holds (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace the model that OUTPUT holds")
+    options = parser.parse_args(arguments)
+    try:
+        notes = export(
+            options.checkpoint,
+            options.output,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            max_shard_bytes=parse_bytes(options.max_shard_size),
+            force=options.force,
+        )
+    except (ConfigError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join(notes))
+    print(f"wrote {options.output}")
+    return 0
+
+
+def export(
+    checkpoint: Path, output: Path, *, dtype: torch.dtype | None, max_shard_bytes: int, force: bool = False
+) -> list[str]:
+    """Write the model of `checkpoint` as `output`; returns what there is to note.
+
+    Raises ValueError, ConfigError or OSError with what is wrong.
+    """
+    checkpoint = checkpoint_at(checkpoint)
+    state = read_state(checkpoint)
+    config = load(checkpoint / "config.toml")
+    with torch.device("meta"):
+        model = config.recipe.model.build(
+            vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length
+        )
+    name, architecture = architecture_of(model)
+    entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.config(model)}
+    ours = {theirs: mine for mine, theirs in architecture.names(model).items()}
+    parameters = dict(model.named_parameters())
+    tensors = {
+        theirs: Described(tuple(parameters[mine].shape), dtype or parameters[mine].dtype)
+        for theirs, mine in ours.items()
+    }
+
+    def read(group: Sequence[str]) -> dict[str, Tensor]:
+        return {
+            theirs: tensor.to(tensors[theirs].dtype)
+            for theirs, tensor in read_model(checkpoint, parameters, {theirs: ours[theirs] for theirs in group}).items()
+        }
+
+    with new_directory(output, force=force) as aside:
+        end, notes = _tokenizer(config, state["vocab_size"], aside, entries["max_position_embeddings"])
+        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        write_json(aside / "config.json", {**entries, **ids, "dtype": stored, "torch_dtype": stored})
+        write_json(aside / "generation_config.json", {**ids, "pad_token_id": end})
+        files = write_weights(aside, tensors, read, max_shard_bytes=max_shard_bytes)
+    count = sum(parameter.numel() for parameter in parameters.values())
+    of = f"{checkpoint.name}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
+    return [of, *notes]
+
+
+def read_model(
+    checkpoint: Path, parameters: Mapping[str, nn.Parameter], wanted: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors that `wanted` names, whole and on the CPU, whatever they were sharded over; nothing else is read."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    tensors = {key: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for key, name in wanted.items()}
+    try:
+        load_tensors(checkpoint, {"model": {wanted[key]: tensor for key, tensor in tensors.items()}}, no_dist=True)
+    except (CheckpointException, RuntimeError) as error:
+        reason = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
+        raise ValueError(f"{checkpoint} is damaged, or not of this model: {reason}") from None
+    return tensors
+
+
+def _tokenizer(config: Config, vocab_size: int, directory: Path, max_length: int) -> tuple[int | None, list[str]]:
+    """Write the tokenizer's files if there can be any: the id that ends a document, and what there is to note."""
+    missing = "warning: no tokenizer was written"
+    try:
+        encoder: Any = config.recipe.tokenizer.build()
+    except (OSError, ValueError) as error:
+        return None, [f"{missing}, and config.json has no eos_token_id: {error}"]
+    if encoder.vocab_size != vocab_size:
+        return None, [f"{missing}: it has {encoder.vocab_size} ids, the model was trained with {vocab_size}"]
+    end = int(encoder.end_of_document)
+    if not hasattr(encoder, "hugging_face"):
+        return end, [f"{missing}: a {type(encoder).__name__} has no method hugging_face()"]
+    try:
+        return end, [f"tokenizer in {', '.join(save(encoder, directory, max_length=max_length))}"]
+    except ValueError as error:
+        return end, [f"{missing}: {error}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
