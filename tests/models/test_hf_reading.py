@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 LLAMA = ARCHITECTURES["LlamaForCausalLM"]
 SMALL = Size(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96)
 SIZES_AND_MORE = {
-    **SIZES,
+    **{name: size for name, size in SIZES.items() if size.mup is None},
     "own head": replace(SMALL, head_dim=40),
     "tied, scaled": replace(SMALL, tied_embeddings=True, rope_scaling=RopeScaling(factor=4.0)),
 }
@@ -51,8 +51,14 @@ def test_every_number_of_a_size_is_written():
     """A number that Size gains must be written and read, or be refused where transformers has no word for it."""
     assert {field.name for field in fields(Size)} == {
         "dim", "layers", "heads", "kv_heads", "ffn_dim", "head_dim", "norm_eps", "rope_theta", "rope_scaling",
-        "tied_embeddings", "max_sequence_length",
+        "tied_embeddings", "max_sequence_length", "mup",
     }  # fmt: skip
+
+
+def test_a_llama_with_multipliers_is_refused():
+    """LlamaConfig has no word for them, and without them it is another model."""
+    with pytest.raises(ValueError, match="Granite"):
+        LLAMA.config(decoder(SIZES["powerlm12m"]))
 
 
 def test_old_configurations_have_the_defaults_of_their_time():
