@@ -11,4 +11,5 @@ if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff format --check .
   "$PYTHON" -m mypy
 fi
-exec "$PYTHON" -m pytest --rootdir "$root" -c "$root/pyproject.toml" "${@:-$root/tests}"
+# two files at a time: much of the suite is processes that start
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --rootdir "$root" -c "$root/pyproject.toml" "${@:-$root/tests}"

@@ -24,10 +24,11 @@ RECIPE = [
     "--validation=none",
 ]  # fmt: skip
 """A multiple of 8 samples is whole micro-batches of two on four ranks, too."""
-WHOLE = ("one process", "two replicas", "two shards", "two slices", "four shards")
+UNSAVED = "--checkpoint.interval_steps=none"
+SOURCES = ("one process", "two shards")
+WHOLE = (*SOURCES, "two slices", "four shards")
 RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
-    "two shards": (3, 38), "four shards": (20, 45), "two replicas of two shards": (36, 50), "one process": (57,),
-    "two shards of two slices": (41, 52),
+    "two shards": (38,), "four shards": (20,), "two replicas of two shards": (36,), "one process": (57,),
 }  # fmt: skip
 """Layout -> the steps after which it takes over from another."""
 
@@ -36,11 +37,13 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        self.launch({name: (name, []) for name in WHOLE})
-        sources = ["one process", "two shards", "four shards"]
+        self.launch({name: (name, [] if name in SOURCES else [UNSAVED]) for name in WHOLE})
         self.launch(
             {
-                self.name(layout, step): (layout, [f"--resume={self.checkpoint(sources[number % 3], step)}"])
+                self.name(layout, step): (
+                    layout,
+                    [f"--resume={self.checkpoint(SOURCES[layout == 'one process'], step)}", UNSAVED],
+                )
                 for number, (layout, step) in enumerate(
                     (layout, step) for layout in RESUMED for step in RESUMED[layout]
                 )
