@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 
 
-def smoothed(losses: Sequence[float], batch_tokens: int, smoothing_tokens: float) -> list[float]:
+def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: float) -> list[float]:
     """The exponential moving average of each step's loss and those before it, without the bias of its start.
 
-    It decays by 1/e over `smoothing_tokens`. A step counts for the tokens it took, so branches whose batches differ are
+    It decays by 1/e over `smoothing_tokens`. A step counts for the `tokens` it took, so runs whose batches differ are
     averaged over the same stretch of data.
     """
-    keep = math.exp(-batch_tokens / smoothing_tokens)
     curve, total, weight = [], 0.0, 0.0
-    for loss in losses:
+    for loss, taken in zip(losses, tokens, strict=True):
+        keep = math.exp(-taken / smoothing_tokens)
         total = keep * total + (1 - keep) * loss
         weight = keep * weight + (1 - keep)
         curve.append(total / weight)

@@ -45,7 +45,10 @@ class Report:
     @cached_property
     def curves(self) -> list[list[float]]:
         """The smoothed loss of each branch after each of its steps."""
-        return [smoothed(branch.losses, branch.batch_tokens, self.smoothing_tokens) for branch in self.branches]
+        return [
+            smoothed(branch.losses, [branch.batch_tokens] * len(branch.losses), self.smoothing_tokens)
+            for branch in self.branches
+        ]
 
     @cached_property
     def losses(self) -> list[float]:

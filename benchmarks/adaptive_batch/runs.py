@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.adaptive_batch.methods import SIZE, method_of, schedule
 from benchmarks.measure import ROOT
+from components.critical_batch import smoothed
 
 Row = tuple[str, str]
 """A method and a schedule."""
@@ -133,17 +134,19 @@ def train(job: Job, text: dict[str, str]) -> Result:
         steps=len(steps),
         samples=steps[-1]["samples"],
         seconds=sum(row["step_seconds"] for row in steps),
-        curve=smoothed(steps, job.tokens / 50),
+        curve=curve_of(steps, job.tokens / 50),
     )
 
 
-def smoothed(steps: list[dict[str, Any]], window: float) -> list[tuple[int, int, float, int]]:
+def curve_of(steps: list[dict[str, Any]], window: float) -> list[tuple[int, int, float, int]]:
     """The training loss averaged exponentially over `window` tokens, so that every batch size is smoothed alike."""
-    curve, mean, weight, before = [], 0.0, 0.0, 0
-    for row in steps:
-        kept = math.exp(-(row["tokens"] - before) / window)
-        before = row["tokens"]
-        mean, weight = kept * mean + (1 - kept) * row["loss"], kept * weight + (1 - kept)
-        curve.append((row["step"], row["tokens"], round(mean / weight, 5), row["global_batch_size"]))
+    taken = [
+        later["tokens"] - earlier for later, earlier in zip(steps, [0, *(row["tokens"] for row in steps)], strict=False)
+    ]
+    losses = smoothed([row["loss"] for row in steps], taken, window)
+    curve = [
+        (row["step"], row["tokens"], round(loss, 5), row["global_batch_size"])
+        for row, loss in zip(steps, losses, strict=True)
+    ]
     every = max(1, math.ceil(len(curve) / POINTS))
     return curve[every - 1 :: every] + ([curve[-1]] if len(curve) % every else [])

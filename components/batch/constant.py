@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from components.batch.planned import Planned
 from components.quantities import PositiveCount
 
 
 @dataclass(kw_only=True)
-class Constant:
+class Constant(Planned):
     """The same global batch size at every step."""
 
     initial: PositiveCount
@@ -17,15 +17,3 @@ class Constant:
 
     def samples(self, progress: object) -> int:
         return self.initial
-
-    def measures(self, progress: object) -> bool:
-        return True
-
-    def observe(self, progress: object, noise: object) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

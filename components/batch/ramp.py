@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 from pydantic import Field
 
+from components.batch.planned import Planned
 from components.quantities import PositiveCount, Tokens
 
 
@@ -39,7 +40,7 @@ class Stage:
 
 
 @dataclass(kw_only=True)
-class Ramp:
+class Ramp(Planned):
     """Stages by trained tokens: a pure function of the clock, so a resumed run needs no state."""
 
     initial: PositiveCount
@@ -80,15 +81,3 @@ class Ramp:
             return earlier
         size = earlier + share * (later - earlier)
         return int(size / self.quantum + 0.5) * self.quantum
-
-    def measures(self, progress: object) -> bool:
-        return True
-
-    def observe(self, progress: object, noise: object) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
+from components.batch.planned import Planned
 from components.quantities import PositiveCount
 
 
@@ -29,7 +30,7 @@ class Schedule(Protocol):
 
 
 @dataclass(kw_only=True)
-class Seesaw:
+class Seesaw(Planned):
     """Where [lr_schedule] alone would cut the rate by `factor`, cut it by its root and multiply the batch by `factor`.
 
     (arXiv 2510.14717.) The batch is set here, from the schedule at the batch `initial`; the rate follows it by the
@@ -85,15 +86,3 @@ class Seesaw:
         while size < self.maximum and rate <= next_rate:  # ends at the maximum also for a rate of zero
             size, next_rate = size * self.factor, next_rate / self.factor
         return min(-int(-size // self.quantum) * self.quantum, self.maximum)
-
-    def measures(self, progress: object) -> bool:
-        return True
-
-    def observe(self, progress: object, noise: object) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

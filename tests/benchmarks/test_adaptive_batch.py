@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.adaptive_batch import __main__ as comparison
 from benchmarks.adaptive_batch import methods, runs
-from benchmarks.adaptive_batch.runs import Book, Job, Result, smoothed
+from benchmarks.adaptive_batch.runs import Book, Job, Result, curve_of
 
 pytestmark = pytest.mark.quick
 
@@ -51,7 +51,7 @@ def test_a_curve_is_smoothed_alike_whatever_the_batch():
     """Twice the batch, half the steps: the same tokens, the same mean."""
     small = [{"step": i, "tokens": 10 * i, "loss": 5.0 - i / 100, "global_batch_size": 1} for i in range(1, 401)]
     large = [{**row, "step": row["step"] // 2, "global_batch_size": 2} for row in small if row["step"] % 2 == 0]
-    fine, coarse = smoothed(small, 200)[-1], smoothed(large, 200)[-1]
+    fine, coarse = curve_of(small, 200)[-1], curve_of(large, 200)[-1]
     assert fine[1:2] == coarse[1:2] == (4000,)
     assert fine[2] == pytest.approx(coarse[2], abs=0.01)
     assert fine[2] == pytest.approx(small[-1]["loss"] + 0.2, abs=0.01)  # an average lags by its window
