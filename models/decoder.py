@@ -4,7 +4,7 @@ It knows nothing of devices, precision or parallelism: plans for those name its 
 
     tok_embeddings
     layers.{i}.attention_norm   layers.{i}.attention.{wq,wk,wv,wo}
-    layers.{i}.ffn_norm         layers.{i}.feed_forward.{w_gate,w_up,w_down}
+    layers.{i}.ffn_norm         layers.{i}.feed_forward.{w_gate,w_up,w_down}, or of experts {router,w_gate_up,w_down}
     norm   output
 
 B batch, T sequence, D model width, H query heads, K key-value heads, C head width, F feed-forward width, V vocabulary
@@ -13,22 +13,36 @@ B batch, T sequence, D model width, H query heads, K key-value heads, C head wid
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.experts import Experts
 from models.initialise import fill_normal
 from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
 from models.rope import rope_frequencies, rope_table, rotate
+from models.router_loss import RouterKeys, RouterLoss
 from models.sizes import Size
 
 
 class Decoder(nn.Module):
-    """Llama. `size` and `vocab_size` fix the function; `init_std` and `depth_scaled_init` where training starts."""
+    """Llama. `size` and `vocab_size` fix the function; `init_std` and `depth_scaled_init` where training starts.
 
-    def __init__(self, size: Size, vocab_size: int, *, init_std: float = 0.02, depth_scaled_init: bool = True) -> None:
+    `router` says what routers are trained for besides, if there are experts.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        vocab_size: int,
+        *,
+        init_std: float = 0.02,
+        depth_scaled_init: bool = True,
+        router: RouterKeys | None = None,
+    ) -> None:
         super().__init__()
         self.size, self.vocab_size = size, vocab_size
         self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
@@ -39,20 +53,31 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(size) for i in range(size.layers)})
         self.norm = RMSNorm(size.dim, size.norm_eps)
         self.output = Head(size.dim, vocab_size, tied=size.tied_embeddings)
+        self.router_loss = RouterLoss(size.experts, router or RouterKeys()) if size.experts else None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored."""
+        """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored.
+
+        With experts, the gradient of that sum is in training also that of the router's losses; its value is not.
+        """
         x_BTD = self.tok_embeddings(tokens_BT)
         if self.mup is not None:
             x_BTD = x_BTD * self.mup.embedding_multiplier
         rope = rope_table(tokens_BT.shape[1], self.rope_frequencies, tokens_BT.device)
+        routing: list[Tensor] = []
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, rope)
+            if self.router_loss is not None:
+                x_BTD, of_layer = x_BTD
+                routing.append(of_layer)
         x_BTD = self.norm(x_BTD)
         if self.mup is not None:  # before the head, whose logits are many, and for the loss never exist at one time
             x_BTD = x_BTD / self.mup.width_multiple(self.size.dim)
         tied_weight_VD = self.tok_embeddings.weight if self.size.tied_embeddings else None
         logits_or_loss: Tensor = self.output(x_BTD, labels_BT, tied_weight_VD)
+        if self.router_loss is not None and labels_BT is not None and self.training:
+            besides = self.router_loss(routing)
+            logits_or_loss = logits_or_loss + (besides - besides.detach())
         return logits_or_loss
 
     def init_weights(self, seed: int) -> None:
@@ -87,10 +112,20 @@ class Decoder(nn.Module):
         As PaLM (arXiv 2204.02311, appendix B) counts: two per multiply-add, backward twice forward, the head included,
         the embedding look-up not, and attention over the full square, its causal half not deducted.
         """
-        matrices = sum(p.numel() for layer in self.layers.values() for p in layer.parameters() if p.dim() == 2)
         head = self.vocab_size * self.size.dim
         attention = self.size.layers * self.size.heads * self.size.head_width * sequence_length
-        return 6.0 * (matrices + head) + 12.0 * attention
+        return 6.0 * (self.active_parameters() + head) + 12.0 * attention
+
+    def active_parameters(self) -> int:
+        """Entries of the matrices that one token meets in the layers: of the experts, those it is sent to."""
+        matrices = [p for layer in self.layers.values() for p in layer.parameters() if p.dim() > 1]
+        experts = sum(p.numel() for p in matrices if p.dim() == 3)
+        idle = experts // self.size.experts * (self.size.experts - self.size.top_k) if experts else 0
+        return sum(p.numel() for p in matrices) - idle
+
+    def step_numbers(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What experts tell of the micro-batches since the last call; `add_up` sums over all processes."""
+        return {} if self.router_loss is None else self.router_loss.take_numbers(add_up)
 
     def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str) -> int:
         """Memory the head and the loss need of their own, in bytes, for the `tokens` of a micro-batch."""
@@ -105,14 +140,19 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(size.dim, size.norm_eps)
         self.attention = Attention(size)
         self.ffn_norm = RMSNorm(size.dim, size.norm_eps)
-        self.feed_forward = FeedForward(size.dim, size.ffn_dim)
+        self.feed_forward = feed_forward(size)
         self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, T, D); of a block with experts also the sums of its routing."""
         # A factor of exactly 1 neither costs nor changes anything, forward or backward.
         factor = self.residual_multiplier
         x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope), alpha=factor)
-        return torch.add(x_BTD, self.feed_forward(self.ffn_norm(x_BTD)), alpha=factor)
+        added: Any = self.feed_forward(self.ffn_norm(x_BTD))
+        if isinstance(added, tuple):
+            added_BTD, routing = added
+            return torch.add(x_BTD, added_BTD, alpha=factor), routing
+        return torch.add(x_BTD, added, alpha=factor)
 
 
 class Attention(nn.Module):
@@ -144,6 +184,13 @@ class Attention(nn.Module):
         )
         out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))
         return out_BTD
+
+
+def feed_forward(size: Size) -> nn.Module:
+    """(B, T, D) -> (B, T, D), for experts with the sums of their routing."""
+    if size.experts:
+        return Experts(size.dim, size.ffn_dim, size.experts, size.top_k)
+    return FeedForward(size.dim, size.ffn_dim)
 
 
 class FeedForward(nn.Module):

@@ -31,7 +31,8 @@ RULES = {
     "tok_embeddings.weight": Rule(init_std=0, lr=0),  # tied, it is the head as well
     "output.weight": Rule(init_std=0, lr=0),
     "layers.*.attention.w*.weight": Rule(init_std=-0.5, lr=-1),
-    "layers.*.feed_forward.w_*.weight": Rule(init_std=-0.5, lr=-1),
+    "layers.*.feed_forward.w_*.weight": Rule(init_std=-0.5, lr=-1),  # of experts as well
+    "layers.*.feed_forward.router.weight": Rule(init_std=-0.5, lr=-1),
     "*norm.weight": Rule(init_std=0, lr=0),
 }
 """Parameter name -> rule. Matrices from width to width begin and learn smaller in a wider model, all else does not.

@@ -13,7 +13,7 @@ from models.rope import RopeScaling
 
 SizeName = Literal[
     "debug", "microllama300m", "tinyllama1b", "openllama3b", "llama3_1b", "llama3_3b", "llama3_8b",
-    "powerlm12m", "powerlm36m", "powerlm121m", "powerlm1b", "powerlm3b",
+    "powerlm12m", "powerlm36m", "powerlm121m", "powerlm1b", "powerlm3b", "powermoe1b", "powermoe3b",
 ]  # fmt: skip
 
 
@@ -25,7 +25,9 @@ class Size:
     layers: int
     heads: int
     kv_heads: int
-    ffn_dim: int
+    ffn_dim: int  # of each expert, if there are experts
+    experts: int = 0  # 0: one feed-forward, for all tokens
+    top_k: int = 0  # experts of a token
     head_dim: int | None = None  # None: dim / heads, also after dim or heads was overridden
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -41,10 +43,12 @@ class Size:
 
 
 # debug has 1.2M parameters beside its embeddings. The next three are those of Lau et al. 2024 (arXiv 2412.21124), from
-# the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last five
-# are the dense ones of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B.
+# the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last seven
+# are those of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B; with experts, their
+# 1B (1.3B, of which 377M meet a token) and PowerMoE-3B (3.3B, 800M).
 _POWER: Any = {"tied_embeddings": True, "max_sequence_length": 4096}
 _SEARCH = MuP(embedding_multiplier=12.0, residual_multiplier=0.26)
+_MOE_1B = MuP(embedding_multiplier=12.0, residual_multiplier=0.28)
 _LARGE = MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
 # fmt: off
 SIZES: dict[SizeName, Size] = {
@@ -65,5 +69,9 @@ SIZES: dict[SizeName, Size] = {
     "powerlm121m":    Size(dim=512,  layers=32, heads=8,  kv_heads=8,  ffn_dim=1280, mup=_SEARCH, **_POWER),
     "powerlm1b":      Size(dim=1536, layers=40, heads=24, kv_heads=24, ffn_dim=4096, mup=_LARGE,  **_POWER),
     "powerlm3b":      Size(dim=2304, layers=40, heads=36, kv_heads=36, ffn_dim=9216, mup=_LARGE,  **_POWER),
+    "powermoe1b":     Size(dim=1024, layers=24, heads=16, kv_heads=8,  ffn_dim=512,  mup=_MOE_1B, **_POWER,
+                           experts=32, top_k=8),
+    "powermoe3b":     Size(dim=1536, layers=32, heads=24, kv_heads=8,  ffn_dim=512,  mup=_LARGE,  **_POWER,
+                           experts=40, top_k=8),
 }
 # fmt: on

@@ -1,0 +1,103 @@
+"""A linear map for each group of rows: what the experts of a mixture are computed with.
+
+torch has one kernel for all groups (`grouped_mm`), which neither pads nor waits for the sizes of the groups. It takes
+float32, bf16 and float16 on CPU and CUDA, in rows of a multiple of 16 bytes; everything else goes group by group.
+The product is an operation of its own (`torch.library`): compiled, or on fake tensors, torch's takes nothing but bf16,
+and going group by group would need numbers that are not there.
+
+S rows, sorted by group; G groups, I input features, O output features
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+KERNEL_DEVICES = ("cpu", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_ALIGNMENT = 16
+"""Bytes."""
+
+
+class GroupedLinear(nn.Module):
+    """y = x @ weight[g].T for the rows x of group g, without bias."""
+
+    def __init__(self, groups: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
+
+    def forward(self, x_SI: Tensor, ends_G: Tensor) -> Tensor:
+        """(S, O), in the autocast dtype under autocast. Group g has the rows from ends[g - 1] to ends[g], int32."""
+        weight_GOI = local_weight(self.weight)
+        device = x_SI.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SI.dtype
+        y_SO: Tensor = grouped_mm(x_SI.to(dtype), weight_GOI.to(dtype), ends_G)
+        return y_SO
+
+
+def local_weight(weight: Tensor) -> Tensor:
+    """A weight that tensor-parallel ranks hold alike, as a plain tensor; each rank's gradient is a summand."""
+    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
+
+
+@torch.library.custom_op("powertrain::grouped_mm", mutates_args=())
+def grouped_mm(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    """(S, O): rows of group g times weight[g].T. Differentiable once, in both."""
+    if kernel_takes(x_SI, weight_GOI):
+        return F.grouped_mm(x_SI, weight_GOI.mT, offs=ends_G)
+    return one_by_one(x_SI, weight_GOI, ends_G)
+
+
+@torch.library.custom_op("powertrain::grouped_mm_backward", mutates_args=())
+def grouped_mm_backward(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight. That of a group without rows is zero."""
+    d_y_SO = d_y_SO.contiguous()
+    if not kernel_takes(x_SI, weight_GOI):
+        return one_by_one(d_y_SO, weight_GOI.mT, ends_G), torch.stack(
+            [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(rows(d_y_SO, ends_G), rows(x_SI, ends_G), strict=True)]
+        )
+    d_weight_GOI = F.grouped_mm(d_y_SO.mT, x_SI, offs=ends_G)
+    # kernels may leave there what they find (pytorch/pytorch#172439, on Blackwell)
+    empty_G = ends_G.diff(prepend=ends_G.new_zeros(1)) == 0
+    return F.grouped_mm(d_y_SO, weight_GOI, offs=ends_G), d_weight_GOI.masked_fill_(empty_G[:, None, None], 0)
+
+
+def kernel_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
+    """Whether torch's kernel does, forward and backward."""
+    aligned = all(size * x_SI.element_size() % KERNEL_ALIGNMENT == 0 for size in weight_GOI.shape[1:])
+    return aligned and x_SI.device.type in KERNEL_DEVICES and x_SI.dtype in KERNEL_DTYPES
+
+
+def one_by_one(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    """A product for each group."""
+    return torch.cat([x_sI @ w_OI.T for x_sI, w_OI in zip(rows(x_SI, ends_G), weight_GOI, strict=True)])
+
+
+def rows(x_SI: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
+    """Those of each group. Waits for the device, to know where groups end."""
+    return x_SI.split(ends_G.diff(prepend=ends_G.new_zeros(1)).tolist())
+
+
+@grouped_mm.register_fake
+def _(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    return x_SI.new_empty(x_SI.shape[0], weight_GOI.shape[1])
+
+
+@grouped_mm_backward.register_fake
+def _(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_SI), torch.empty_like(weight_GOI)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, d_y_SO: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *grouped_mm_backward(d_y_SO, *ctx.saved_tensors), None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,91 @@
+"""What keeps a router from sending all tokens to the same few experts, and how well that goes.
+
+For each micro-batch by itself, and over all its tokens: training packs text, so there is no padding to leave out. A
+token whose label is ignored is sent to experts like any other, and counts.
+
+    load balancing   E sum_e f_e P_e   f_e the share of what is sent that goes to expert e, P_e the mean probability of it
+                                       (Fedus et al. 2021, arXiv 2101.03961, eqs. 4-6); 1 where experts share alike
+    z loss           mean of log(sum_e exp(logit_e))^2                    (Zoph et al. 2022, arXiv 2202.08906, eq. 5)
+
+L layers, E experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+Coefficient = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterKeys:
+    """[model.router]: what a router is trained for besides the loss of the tokens. Means over tokens and layers."""
+
+    load_balancing_coefficient: Coefficient = 0.01
+    """Of the load-balancing loss, which is 1 where all experts are sent equally much."""
+    z_loss_coefficient: Coefficient = 0.001
+    """Of the squared log-partition of the router's logits, which keeps them small."""
+
+
+class AcrossSequence(Protocol):
+    """A sum over the processes that hold the other tokens of the micro-batch."""
+
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+
+class RouterLoss(nn.Module):
+    """Adds up what all layers tell of a micro-batch: its losses, and the numbers of a step."""
+
+    def __init__(self, experts: int, keys: RouterKeys) -> None:
+        super().__init__()
+        self.experts, self.keys = experts, keys
+        self.across: AcrossSequence | None = None
+        self._sent_LE: Tensor | None = None
+        self._totals: Tensor | None = None
+
+    def forward(self, sums: Sequence[Tensor]) -> Tensor:
+        """The losses of a micro-batch, times their coefficients and summed over its tokens: (), float32.
+
+        `sums` are the `models.experts.routing_sums` of each layer. Where processes share the tokens, it is this one's
+        summand, and so are its gradients.
+        """
+        sums_LX = torch.stack(list(sums))
+        sent_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
+        sent_LE = sent_LE.detach()
+        all_sent_LE = sent_LE if self.across is None else self.across.sum(sent_LE.clone())
+        share_LE = all_sent_LE / all_sent_LE.sum(-1, keepdim=True)
+        balance = self.experts * (share_LE * probability_LE).sum(-1).mean()
+        z = z_L1.mean()
+        tokens = probability_LE.detach()[0].sum()  # probabilities of a token add up to 1
+        self._note(sent_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens]))
+        return self.keys.load_balancing_coefficient * balance + self.keys.z_loss_coefficient * z
+
+    def take_numbers(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What was noted since the last call, by its name in metrics.jsonl. `add_up` sums over all processes."""
+        if self._sent_LE is None or self._totals is None:
+            return {}
+        sent_LE, totals = self._sent_LE, self._totals
+        self._sent_LE = self._totals = None
+        layers = len(sent_LE)
+        flat = add_up(torch.cat([sent_LE.flatten(), totals]))
+        load_LE = flat[:-4].view(layers, self.experts)
+        load_LE = load_LE / load_LE.mean(-1, keepdim=True)
+        balance, z, entropy, tokens = flat[-4:].tolist()
+        return {
+            "load_balancing_loss": balance / tokens,
+            "router_z_loss": z / tokens,
+            "router_entropy": entropy / tokens,
+            "expert_load_max": float(load_LE.max()),
+            "expert_load_min": float(load_LE.min()),
+        }
+
+    def _note(self, sent_LE: Tensor, totals: Tensor) -> None:
+        sent_LE, totals = sent_LE.double(), totals.double()
+        self._sent_LE = sent_LE if self._sent_LE is None else self._sent_LE + sent_LE
+        self._totals = totals if self._totals is None else self._totals + totals
