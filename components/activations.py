@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Checkpointing = Literal["none", "full", "selective"] | int
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_dot_product")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "_scaled_dot_product")
 """Beginnings of the names of the operations whose results selective checkpointing keeps: products and attention."""
 
 

@@ -6,27 +6,24 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from components.quantities import PositiveCount
 
 Recompute = Literal["none", "full", "selective"] | PositiveCount
 
-_aten = torch.ops.aten
-_COSTLY = [
-    getattr(_aten, name).default
-    for name in (
-        "mm",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_attention_math",
-    )
-    if hasattr(_aten, name)
-]
+COSTLY = {
+    "mm",
+    "bmm",
+    "grouped_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+}
+"""Operations, by name, whose results `selective` keeps: matrix products and attention."""
 
 
 def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
@@ -50,5 +47,10 @@ def _checkpointed(forward: Callable[..., Any], contexts: dict[str, Any], *args: 
 
 
 def _selective() -> tuple[Any, Any]:
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_COSTLY)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)
     return contexts
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = getattr(operation, "_opname", "")
+    return CheckpointPolicy.MUST_SAVE if name in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

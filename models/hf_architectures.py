@@ -14,9 +14,11 @@ from torch import nn
 
 from models.decoder import Decoder
 from models.hf_mapping import hf_config, names, stored_names
-from models.hf_reading import llama_keys
+from models.hf_reading import granite_keys, granite_moe_keys, llama_keys
 from models.llama import Llama
+from models.mup import MuPKeys
 from models.rope import RopeScaling
+from models.sizes import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +43,21 @@ class Architecture:
     """The same for what is stored. Raises ValueError for missing and unexpected names."""
 
 
-def _build_llama(keys: Mapping[str, Any]) -> Decoder:
-    scaling = keys["rope_scaling"]
-    llama = Llama(**{**keys, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
-    return llama.build(vocab_size=keys["vocab_size"], sequence_length=1)
+def _build(keys: Mapping[str, Any]) -> Decoder:
+    tables: dict[str, Any] = {
+        key: None if keys.get(key) is None else of(**keys[key])
+        for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
+    }
+    return Llama(**{**keys, **tables}).build(vocab_size=keys["vocab_size"], sequence_length=1)
+
+
+def _config(model: Decoder) -> dict[str, Any]:
+    entries = hf_config(model.size, model.vocab_size)
+    # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
+    rope = dict(entries["rope_parameters"])
+    entries["rope_theta"] = rope.pop("rope_theta")
+    entries["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return {**entries, "initializer_range": model.init_std, "attention_dropout": 0.0, "use_cache": True}
 
 
 def _llama_config(model: Decoder) -> dict[str, Any]:
@@ -54,24 +67,52 @@ def _llama_config(model: Decoder) -> dict[str, Any]:
             f"transformers refuses a Llama whose dim = {size.dim} is no multiple of heads = {size.heads}, also with a "
             "head_dim of its own; such a model cannot be exported"
         )
-    entries = hf_config(size, model.vocab_size)
-    # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
-    rope = dict(entries["rope_parameters"])
-    entries["rope_theta"] = rope.pop("rope_theta")
-    entries["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    return {**entries, "initializer_range": model.init_std, "attention_dropout": 0.0, "use_cache": True}
+    return _config(model)
+
+
+def _moe_config(model: Decoder) -> dict[str, Any]:
+    losses = model.router_loss
+    assert losses is not None
+    # theirs, of even loads, is top_k where ours is 1; it counts only with output_router_logits
+    coefficient = losses.keys.load_balancing_coefficient / model.size.top_k
+    return {**_config(model), "router_aux_loss_coef": coefficient}
+
+
+def _of_decoder(
+    *,
+    model_type: str,
+    is_one: Callable[[Size], bool],
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]],
+    config: Callable[[Any], dict[str, Any]] = _config,
+) -> Architecture:
+    """A row for some sizes of the decoder."""
+    return Architecture(
+        model_type=model_type,
+        use="models.llama:Llama",
+        build=_build,
+        is_one=lambda model: isinstance(model, Decoder) and is_one(model.size),
+        config=config,
+        keys=keys,
+        names=lambda model: names(model.size),
+        stored_names=lambda stored, model: stored_names(stored, model.size),
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(
+    "LlamaForCausalLM": _of_decoder(
         model_type="llama",
-        use="models.llama:Llama",
-        build=_build_llama,
-        is_one=lambda model: isinstance(model, Decoder),
+        is_one=lambda size: size.mup is None and not size.experts,
         config=_llama_config,
         keys=llama_keys,
-        names=lambda model: names(model.size),
-        stored_names=lambda stored, model: stored_names(stored, model.size),
+    ),
+    "GraniteForCausalLM": _of_decoder(
+        model_type="granite", is_one=lambda size: size.mup is not None and not size.experts, keys=granite_keys
+    ),
+    "GraniteMoeForCausalLM": _of_decoder(
+        model_type="granitemoe",
+        is_one=lambda size: bool(size.experts),
+        config=_moe_config,
+        keys=granite_moe_keys,
     ),
 }
 

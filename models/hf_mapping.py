@@ -1,7 +1,7 @@
-"""Weights by name, between the decoder and `transformers.LlamaForCausalLM`, in both directions.
+"""Weights by name, between the decoder and `transformers`, in both directions: Llama, Granite and GraniteMoe.
 
-Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, so no weight is
-permuted or transposed, and a round trip is bitwise.
+Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, those of experts one behind the other and gate before up, so no weight is permuted or transposed,
+and a round trip is bitwise.
 """
 
 from __future__ import annotations
@@ -30,9 +30,16 @@ _IN_LAYER = {
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
+}
+_DENSE = {
     "feed_forward.w_gate": "mlp.gate_proj",
     "feed_forward.w_up": "mlp.up_proj",
     "feed_forward.w_down": "mlp.down_proj",
+}
+_EXPERTS = {
+    "feed_forward.router": "block_sparse_moe.router.layer",
+    "feed_forward.w_gate_up": "block_sparse_moe.input_linear",
+    "feed_forward.w_down": "block_sparse_moe.output_linear",
 }
 
 
@@ -40,7 +47,7 @@ def names(size: Size) -> dict[str, str]:
     """Our name -> the Hugging Face name, of every parameter of a decoder of this size."""
     table = {ours: theirs for ours, theirs in _TOP.items() if not (size.tied_embeddings and ours == "output.weight")}
     for i in range(size.layers):
-        for ours, theirs in _IN_LAYER.items():
+        for ours, theirs in {**_IN_LAYER, **(_EXPERTS if size.experts else _DENSE)}.items():
             table[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     return table
 
@@ -70,15 +77,10 @@ def from_hf(weights: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
 
 
 def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
-    """The entries of `LlamaConfig` (transformers 5) that describe the same function.
+    """The entries (transformers 5) that describe the same function.
 
-    Raises ValueError for a model with muP, whose multipliers a `LlamaConfig` has no entries for.
+    Those of `LlamaConfig`; with muP of `GraniteConfig`, which has its multipliers; with experts of `GraniteMoeConfig`.
     """
-    if size.mup is not None:
-        raise ValueError(
-            "model.mup: LlamaConfig has no multipliers; GraniteConfig does (embedding_multiplier, residual_multiplier, "
-            "attention_multiplier = 1 / head_dim, logits_scaling = dim / base_width)"
-        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
     if size.rope_scaling is not None:
         scaling = size.rope_scaling
@@ -89,7 +91,7 @@ def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position,
         }
-    return {
+    entries = {
         "vocab_size": vocab_size,
         "hidden_size": size.dim,
         "num_hidden_layers": size.layers,
@@ -103,8 +105,18 @@ def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
         "max_position_embeddings": size.max_sequence_length,
         "tie_word_embeddings": size.tied_embeddings,
         "attention_bias": False,
-        "mlp_bias": False,
     }
+    if size.mup is not None or size.experts:
+        mup = size.mup
+        entries |= {
+            "embedding_multiplier": 1.0 if mup is None else mup.embedding_multiplier,
+            "residual_multiplier": 1.0 if mup is None else mup.residual_multiplier,
+            "attention_multiplier": size.head_width**-0.5 if mup is None else 1 / size.head_width,
+            "logits_scaling": 1.0 if mup is None else mup.width_multiple(size.dim),
+        }
+    if size.experts:
+        return entries | {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    return entries | {"mlp_bias": False}
 
 
 def _rename(weights: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
@@ -112,7 +124,7 @@ def _rename(weights: Mapping[str, T], table: Mapping[str, str]) -> dict[str, T]:
     missing, unknown = sorted(table.keys() - weights.keys()), sorted(weights.keys() - table.keys())
     if missing or unknown:
         raise ValueError(
-            f"weights do not fit a Llama of {len(table)} parameters: "
+            f"weights do not fit a model of {len(table)} parameters: "
             f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
         )
     return {table[name]: weight for name, weight in weights.items()}

@@ -14,6 +14,8 @@ _LIMITS = {
     "num_key_value_heads": 2**14,
     "head_dim": 2**16,
     "max_position_embeddings": 2**31,
+    "num_local_experts": 2**12,
+    "num_experts_per_tok": 2**12,
 }
 """The most of each that is believed: bounds what a damaged or hostile file can make us allocate."""
 
@@ -50,6 +52,46 @@ def llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     if heads % keys["kv_heads"]:
         raise ValueError(f"num_key_value_heads = {keys['kv_heads']} does not divide num_attention_heads = {heads}")
     return keys
+
+
+def granite_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a `GraniteForCausalLM`: a Llama with the multipliers of muP.
+
+    Raises ValueError where these are not muP's: the attention's is 1 / head_dim, and that of the logits tells the base
+    width.
+    """
+    keys = llama_keys(config)
+    attention = _number(config, "attention_multiplier", 1.0)
+    if attention != 1 / keys["head_dim"]:
+        raise ValueError(
+            f"attention_multiplier = {attention:g}: this decoder has 1 / head_dim = {1 / keys['head_dim']:g} with muP"
+        )
+    scaling = _number(config, "logits_scaling", 1.0)
+    base_width = max(round(keys["dim"] / scaling), 1)
+    if keys["dim"] / base_width != scaling:
+        raise ValueError(f"logits_scaling = {scaling:g} is not the hidden_size of {keys['dim']} by a whole base width")
+    return keys | {
+        "mup": {
+            "base_width": base_width,
+            "embedding_multiplier": _number(config, "embedding_multiplier", 1.0),
+            "residual_multiplier": _number(config, "residual_multiplier", 1.0),
+        }
+    }
+
+
+def granite_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a `GraniteMoeForCausalLM`, with muP or, if all its multipliers say so, without."""
+    plain = llama_keys(config)
+    experts = {
+        "experts": _count(config, "num_local_experts", 8),
+        "top_k": _count(config, "num_experts_per_tok", 2),
+    }
+    if experts["top_k"] > experts["experts"]:
+        raise ValueError(f"num_experts_per_tok = {experts['top_k']} of num_local_experts = {experts['experts']}")
+    others = [_number(config, name, 1.0) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")]
+    if _number(config, "attention_multiplier", 1.0) == plain["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
+        return plain | experts
+    return granite_keys(config) | experts
 
 
 def _refuse_what_differs(config: Mapping[str, Any]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from components.quantities import PositiveCount
+from components.quantities import Count, PositiveCount
 from models.mup import MuPKeys
 from models.plan import Plan, plan
 from models.rope import RopeScaling
+from models.router_loss import RouterKeys
 from models.sizes import SIZES, Size, SizeName
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ class Llama:
     head_dim: PositiveCount | None = None
     """Channels of one head, even; dim / heads unless given."""
     ffn_dim: PositiveCount | None = None
-    """Width of the feed-forward's hidden layer."""
+    """Width of the feed-forward's hidden layer; of each expert's, if there are experts."""
+    experts: Count | None = None
+    """Feed-forwards of a block, of which every token is sent to `top_k`; 0: one for all tokens."""
+    top_k: PositiveCount | None = None
+    """Experts of a token."""
     norm_eps: float | None = None
     """Added to the mean square in RMSNorm."""
     rope_theta: float | None = None
@@ -51,6 +56,8 @@ class Llama:
     """Divide it by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
     mup: MuPKeys | None = None
     """Maximal update parametrisation: one learning rate for every width. Unset: as the size has it, most do not."""
+    router: RouterKeys | None = None
+    """What routers are trained for besides the loss of the tokens."""
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -69,6 +76,11 @@ class Llama:
                 f"head_dim: {shape.head_width} is odd, and rotary embedding turns channels in pairs; "
                 f"use {shape.head_width + 1}"
             )
+        if shape.experts and not 1 <= shape.top_k <= shape.experts:
+            raise ValueError(f"top_k: {shape.top_k} of {shape.experts} experts; take 1 to {shape.experts}")
+        for key in ("top_k", "router"):
+            if getattr(self, key) is not None and not shape.experts:
+                raise ValueError(f"{key}: this model has no experts; set experts, or leave {key} out")
         for key, value in {
             "norm_eps": shape.norm_eps,
             "rope_theta": shape.rope_theta,
@@ -90,9 +102,9 @@ class Llama:
         shape = self.shape
         if shape.kv_heads % tp:
             raise ValueError(f"kv_heads: {shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
-        if shape.ffn_dim % tp:
+        if not shape.experts and shape.ffn_dim % tp:
             raise ValueError(f"ffn_dim: {shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
-        return plan(shape.layers, tied=shape.tied_embeddings)
+        return plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
         """The decoder on the current device, with weights still to be set by `init_weights(seed)` or a checkpoint.
@@ -113,7 +125,11 @@ class Llama:
         from models.decoder import Decoder  # brings torch's compiler along, which reading a recipe does not need
 
         return Decoder(
-            shape, self.vocab_size or vocab_size, init_std=self.init_std, depth_scaled_init=self.depth_scaled_init
+            shape,
+            self.vocab_size or vocab_size,
+            init_std=self.init_std,
+            depth_scaled_init=self.depth_scaled_init,
+            router=self.router,
         )
 
 

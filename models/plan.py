@@ -21,6 +21,12 @@ TENSOR_PARALLEL = {
     "output": "vocabulary",
 }
 """Columns are output features of a matrix, and rows its input features: a pair of them needs one exchange."""
+_DENSE = "layers.*.feed_forward"
+EXPERTS = {name: style for name, style in TENSOR_PARALLEL.items() if not name.startswith(_DENSE)} | {
+    "layers.*.feed_forward": "own tokens",
+    "router_loss": "all tokens",
+}
+"""Experts are whole on every rank, and each rank's are sent the tokens of its part of the sequence."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,11 @@ class Plan:
     """Modules whose weights are gathered together, in the order of their use."""
 
 
-def plan(layers: int, *, tied: bool) -> Plan:
+def plan(layers: int, *, tied: bool, experts: bool = False) -> Plan:
     """A unit for each block, one before for the embedding and one after for norm and head.
 
     A tied matrix is used first and last: it stays with what no unit holds and is gathered for the whole pass.
     """
     blocks = [[f"layers.{i}"] for i in range(layers)]
     units = blocks if tied else [["tok_embeddings"], *blocks, ["norm", "output"]]
-    return Plan(TENSOR_PARALLEL, units)
+    return Plan(EXPERTS if experts else TENSOR_PARALLEL, units)

@@ -3,9 +3,9 @@
 For each micro-batch by itself, and over all its tokens: training packs text, so there is no padding to leave out. A
 token whose label is ignored is sent to experts like any other, and counts.
 
-    load balancing   E sum_e f_e P_e   f_e the share of what is sent that goes to expert e, P_e the mean probability of it
-                                       (Fedus et al. 2021, arXiv 2101.03961, eqs. 4-6); 1 where experts share alike
-    z loss           mean of log(sum_e exp(logit_e))^2                    (Zoph et al. 2022, arXiv 2202.08906, eq. 5)
+    load balancing   E sum_e f_e P_e, f_e the share of expert e in all that is sent, P_e its mean probability
+                     (Fedus et al. 2021, arXiv 2101.03961, eqs. 4-6); 1 where experts share alike
+    z loss           mean of log(sum_e exp(logit_e))^2 (Zoph et al. 2022, arXiv 2202.08906, eq. 5)
 
 L layers, E experts
 """

@@ -44,8 +44,8 @@ class Size:
 
 # debug has 1.2M parameters beside its embeddings. The next three are those of Lau et al. 2024 (arXiv 2412.21124), from
 # the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last seven
-# are those of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B; with experts, their
-# 1B (1.3B, of which 377M meet a token) and PowerMoE-3B (3.3B, 800M).
+# are those of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B; with experts,
+# their 1B (1.3B, of which 377M meet a token) and PowerMoE-3B (3.3B, 800M).
 _POWER: Any = {"tied_embeddings": True, "max_sequence_length": 4096}
 _SEARCH = MuP(embedding_multiplier=12.0, residual_multiplier=0.26)
 _MOE_1B = MuP(embedding_multiplier=12.0, residual_multiplier=0.28)

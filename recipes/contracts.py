@@ -98,6 +98,18 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class HasStepNumbers(Protocol):
+    """A model that has more to tell of a step than its loss."""
+
+    def step_numbers(self, add_up: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
+        """By their names in metrics.jsonl, of the micro-batches since the last call, equal on all processes.
+
+        `add_up` sums a tensor over all processes of the run, tensor-parallel ones included.
+        """
+        ...
+
+
 class Plan(Protocol):
     """How a model is divided among processes, by the names of its modules."""
 

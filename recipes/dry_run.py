@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -50,6 +50,10 @@ def _run(plan: Plan) -> Iterator[str]:
     unit = f"{layout.unit} = {layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
     yield f"run            {recipe.run.directory}"
     yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
+    experts = sum(parameter.numel() for parameter in plan.model.parameters() if parameter.ndim == 3)
+    active: Callable[[], int] | None = getattr(plan.model, "active_parameters", None)
+    if experts and active is not None:
+        yield f"experts        {experts:,} of the parameters; one token meets {active():,} in the layers"
     yield f"processes      {plan.world_size} = {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp)"
     yield f"batch          multiples of {unit}"
     yield (

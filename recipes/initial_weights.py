@@ -18,7 +18,7 @@ from models.initialise import copy_full
 
 log = logging.getLogger("powertrain")
 
-FUNCTION = ("norm_eps", "rope_theta", "rope_scaling")
+FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "mup", "top_k")
 """Keys of [model] that fit any weights, and change what they compute."""
 FREE = ("size", "max_sequence_length")
 
@@ -51,14 +51,21 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
     name, architecture = architecture_in(config)
     mine, own = architecture_of(model)
     if own is not architecture:
-        raise ValueError(f"{directory} holds a {name}, and [model] is a {mine}; use = {architecture.use!r}")
+        raise ValueError(
+            f"{directory} holds a {name}, and [model] is a {mine}; tools.import_hf writes a model.toml with the keys "
+            f"it takes, of which use = {architecture.use!r} is one"
+        )
     theirs, ours = architecture.keys(config), architecture.keys(architecture.config(model))
     _refuse_another_shape(directory, theirs, ours, architecture)
     if holds_pickles(directory) and not any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} has no safetensors; python -m tools.import_hf {directory} OUTPUT writes them")
     with Weights(directory, ignore=[COMPUTED]) as weights:
         locate(model, {name: described.shape for name, described in weights.described.items()})
-    return [f"{key} = {theirs[key]} there, {ours[key]} in [model]" for key in FUNCTION if theirs[key] != ours[key]]
+    return [
+        f"{key} = {theirs.get(key)} there, {ours.get(key)} in [model]"
+        for key in FUNCTION
+        if theirs.get(key) != ours.get(key)
+    ]
 
 
 def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:

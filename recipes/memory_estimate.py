@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from components.activations import Activations, Checkpointing, count
+from components.parallel.fsdp import cut_dimension
 from components.parallel.layout import Sizes
 
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
@@ -59,17 +60,17 @@ def estimate(
 
     data_parallel, tp = sizes.dp_replicate * sizes.dp_shard, sizes.tp
     element = compute_dtype.itemsize
-    blocks = [sum(p.numel() for p in block.parameters()) for _, block in blocks_of(model)]
-    root, largest = total - sum(blocks), max(blocks, default=0)
+    blocks = [slice_of(block, tp) for _, block in blocks_of(model)]
+    root, largest = slice_of(model, tp) - sum(blocks), max(blocks, default=0)
     if data_parallel * tp == 1:
         in_use, why = activations.weight_copies, "copies in bf16" if activations.weight_copies else "used as they are"
     else:
-        in_use = math.ceil((root + 2 * largest) / tp) * element
+        in_use = math.ceil(root + 2 * largest) * element
         why = "gathered: all outside the blocks, one block at work and the next"
     kept = activations.peak(checkpointing, tp)
     loss = math.ceil(loss_bytes(model, tokens, element_bytes=element, device_type=device_type) / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
-    reducing = math.ceil(root / tp) * (2 * element + 4) if data_parallel > 1 else 0
+    reducing = math.ceil(root) * (2 * element + 4) if data_parallel > 1 else 0
     held = 4 * mine + 4 * mine + state
     return Memory(
         {
@@ -82,19 +83,26 @@ def estimate(
             "reserved": (RESERVED[device_type], "context and buffers, roughly"),
         },
         peak=held + max(in_use + kept + loss, reducing) + RESERVED[device_type],
-        local_gradients=4 * math.ceil(total / tp) if data_parallel > 1 else 0,
+        local_gradients=4 * math.ceil(slice_of(model, tp)) if data_parallel > 1 else 0,
         parameters=total,
         state_bytes=4 * total + full_state,
     )
 
 
+def slice_of(module: nn.Module, tp: int) -> float:
+    """Parameters of `module` on each of `tp` ranks: experts are whole on all, and of the rest each has its slice."""
+    return sum(p.numel() if p.ndim == 3 else p.numel() / tp for p in module.parameters())
+
+
 def share(parameter: nn.Parameter, sizes: Sizes) -> int:
-    """Elements of `parameter` on the rank that has most: tp slices matrices, dp_shard cuts the first dimension."""
+    """Elements of `parameter` on the rank that has most: tp slices matrices but not experts, dp_shard cuts all."""
     if not parameter.ndim:
         return 1
-    rows = math.ceil(parameter.shape[0] / sizes.dp_shard)
-    elements = rows * math.prod(parameter.shape[1:])
-    return math.ceil(elements / sizes.tp) if parameter.ndim > 1 else elements
+    shape = list(parameter.shape)
+    cut = cut_dimension(shape, sizes.dp_shard)
+    shape[cut] = math.ceil(shape[cut] / sizes.dp_shard)
+    elements = math.prod(shape)
+    return math.ceil(elements / sizes.tp) if parameter.ndim == 2 else elements
 
 
 def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, float]:

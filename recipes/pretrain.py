@@ -24,7 +24,7 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors, read_state
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader
-from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments
+from components.gradient_moments import GradientMeter, MeasureMoments
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp
@@ -35,7 +35,7 @@ from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import StopSignal
 from components.storage import give_storage
-from components.throughput import Waited, device_memory, memory_bytes, peak_flops
+from components.throughput import Waited, device_memory, peak_flops
 from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.config import Config
@@ -45,6 +45,7 @@ from recipes.divide import divide
 from recipes.errors import RunError, blame
 from recipes.resume import Resume, compare, find_checkpoint
 from recipes.sections import Run, Training
+from recipes.step_row import step_row
 
 log = logging.getLogger("powertrain")
 
@@ -237,7 +238,7 @@ class TrainingRun:
             noise = self.noise.update(self.clock.samples, moments) if moments else None
             self.recipe.batch.observe(self.clock, noise)
             seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
-            self.monitor.write(self.row(batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
+            self.monitor.write(step_row(self, batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
 
             if self.due(getattr(self.recipe.validation, "interval_steps", None)):
                 self.validate()
@@ -294,44 +295,6 @@ class TrainingRun:
                 "a smaller training.micro_batch_size or a larger batch would"
             )
         return False
-
-    def row(
-        self,
-        batch: StepBatch,
-        noise: GradientNoise | None,
-        *,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        data_seconds: float,
-        step_seconds: float,
-    ) -> dict[str, Any]:
-        """What metrics.jsonl says of the step that just ended."""
-        tokens_per_second = batch.samples * self.sequence_length / step_seconds
-        peak = self.peak_flops
-        return {
-            "step": self.clock.step,
-            "tokens": self.clock.tokens,
-            "samples": self.clock.samples,
-            "epoch": self.clock.samples / len(self.samples),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "global_batch_size": batch.samples,
-            "requested_batch_size": batch.requested,
-            "micro_batches": batch.micro_batches,
-            "noise_scale": noise and noise.noise_scale,
-            "norm_test": noise and noise.norm_test,
-            "gradient_noise": noise and noise.moments.noise,
-            "gradient_signal": noise and noise.moments.signal,
-            "gradient_noise_smoothed": noise and noise.noise,
-            "gradient_signal_smoothed": noise and noise.signal,
-            "tokens_per_second": tokens_per_second,
-            "step_seconds": step_seconds,
-            "data_seconds": data_seconds,
-            "mfu": tokens_per_second * self.flops_per_token / (peak * self.world.size) if peak else None,
-            "memory_bytes": memory_bytes(self.world.device),
-        }
 
     def validate(self) -> None:
         if self.validation is not None:

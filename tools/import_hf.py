@@ -134,8 +134,7 @@ def model_toml(architecture: Architecture, keys: Mapping[str, Any]) -> str:
 def _config(original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapping[str, Described]) -> dict[str, Any]:
     """What the original says, with what it left to defaults filled in, in today's spelling, and naming no code."""
     kept = {key: value for key, value in original.items() if key not in ("torch_dtype", "auto_map", *shape)}
-    if "initializer_range" in original:
-        kept["initializer_range"] = original["initializer_range"]
+    kept |= {key: original[key] for key in ("initializer_range", "router_aux_loss_coef") if key in original}
     return {**shape, **kept, "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
 
 

@@ -21,6 +21,7 @@ GROUPS = {
         "gradient_noise_smoothed",
         "gradient_signal_smoothed",
     ),
+    "experts": ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load_max", "expert_load_min"),
     "throughput": ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"),
     "validation": ("val_loss", "val_perplexity", "val_bits_per_byte"),
 }

@@ -27,17 +27,29 @@ def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, co
     are cast to `compute_dtype` before they are gathered; gradients are reduced in float32.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    def cut(parameter: nn.Parameter) -> Shard:
+        return Shard(cut_dimension(parameter.shape, mesh.size(-1)))
 
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     sharded: list[FSDPModule] = []
     for number, names in enumerate(units):
         modules = [model.get_submodule(name) for name in names]
         last = number == len(units) - 1
-        fully_shard(modules, mesh=mesh, mp_policy=precision, reshard_after_forward=not last)
+        fully_shard(modules, mesh=mesh, mp_policy=precision, reshard_after_forward=not last, shard_placement_fn=cut)
         sharded.append(modules[0])  # type: ignore[arg-type]  # fully_shard made it one, in place
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, shard_placement_fn=cut)
     for unit, following in pairwise(sharded):
         unit.set_modules_to_forward_prefetch([following])
+
+
+def cut_dimension(shape: Sequence[int], ranks: int) -> int:
+    """Along which dimension a parameter is cut among `ranks`: the first, in parts that may differ by one row.
+
+    Of the matrices of some experts the second, if that gives all ranks equally much, and the first does not.
+    """
+    return 1 if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
 class GradientReduction:

@@ -78,6 +78,37 @@ class VocabularyParallel(GatherSequence):
         return super()._apply(module, device_mesh)
 
 
+class OwnTokens(ParallelStyle):
+    """A module that works token by token: on this rank's part of the sequence, with parameters that all ranks hold."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for part in module.modules():
+            for key, parameter in part.named_parameters(recurse=False):
+                whole = distribute_tensor(parameter, device_mesh, [Replicate()], src_data_rank=None)
+                part.register_parameter(key, nn.Parameter(whole))
+        return module
+
+
+class AcrossSequence:
+    """Sums over the ranks that hold the other parts of the sequence."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        dist.all_reduce(tensor, group=self.mesh.get_group())
+        return tensor
+
+
+class AllTokens(ParallelStyle):
+    """A module without parameters that knows of its rank's tokens, and has to know of all."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.across = AcrossSequence(device_mesh)  # type: ignore[assignment]
+        return module
+
+
 def _whole(output: Tensor) -> Tensor:
     """Logits, where they were asked for; the loss is whole already."""
     return output.full_tensor() if isinstance(output, DTensor) else output
@@ -104,6 +135,8 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "columns": ColwiseParallel,
     "rows": lambda: RowwiseParallel(output_layouts=SEQUENCE),
     "vocabulary": VocabularyParallel,
+    "own tokens": OwnTokens,
+    "all tokens": AllTokens,
 }
 """What a table may say of a module."""
 
