@@ -1,7 +1,7 @@
 """Weights by name, between the decoder and `transformers`, in both directions: Llama, Granite and GraniteMoe.
 
-Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, those of experts one behind the other and gate before up, so no weight is permuted or transposed,
-and a round trip is bitwise.
+Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, those of experts
+one behind the other and gate before up. So no weight is permuted or transposed, and a round trip is bitwise.
 """
 
 from __future__ import annotations

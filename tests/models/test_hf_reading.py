@@ -9,7 +9,8 @@ import torch
 
 from models.decoder import Decoder
 from models.hf_architectures import ARCHITECTURES, architecture_in, architecture_of, locate
-from models.hf_reading import llama_keys
+from models.hf_reading import granite_keys, granite_moe_keys, llama_keys
+from models.mup import MuP
 from models.rope import RopeScaling
 from models.sizes import SIZES, Size
 
@@ -18,9 +19,12 @@ pytestmark = pytest.mark.quick
 LLAMA = ARCHITECTURES["LlamaForCausalLM"]
 SMALL = Size(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96)
 SIZES_AND_MORE = {
-    **{name: size for name, size in SIZES.items() if size.mup is None},
+    **SIZES,
     "own head": replace(SMALL, head_dim=40),
     "tied, scaled": replace(SMALL, tied_embeddings=True, rope_scaling=RopeScaling(factor=4.0)),
+    "narrower than the base, own head": replace(SMALL, head_dim=40, mup=MuP(base_width=200)),
+    "experts without muP": replace(SMALL, experts=6, top_k=2, head_dim=40),
+    "all multipliers of one, and experts": replace(SMALL, experts=6, top_k=2, mup=MuP(base_width=64)),
 }
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,8 +44,11 @@ def decoder(size: Size) -> Decoder:
 @pytest.mark.parametrize("size", SIZES_AND_MORE.values(), ids=SIZES_AND_MORE)
 def test_what_is_written_reads_back_as_the_same_model(size):
     size = replace(size, layers=2)
+    name, architecture = architecture_of(decoder(size))
+    expected = "GraniteMoeForCausalLM" if size.experts else "LlamaForCausalLM" if size.mup is None else None
+    assert name == (expected or "GraniteForCausalLM")
     with torch.device("meta"):
-        back = LLAMA.build(LLAMA.keys(LLAMA.config(decoder(size))))
+        back = architecture.build(architecture.keys(architecture.config(decoder(size))))
     assert replace(back.size, head_dim=size.head_dim) == size
     assert back.size.head_width == size.head_width
     assert back.vocab_size == 97
@@ -51,14 +58,48 @@ def test_every_number_of_a_size_is_written():
     """A number that Size gains must be written and read, or be refused where transformers has no word for it."""
     assert {field.name for field in fields(Size)} == {
         "dim", "layers", "heads", "kv_heads", "ffn_dim", "head_dim", "norm_eps", "rope_theta", "rope_scaling",
-        "tied_embeddings", "max_sequence_length", "mup",
+        "tied_embeddings", "max_sequence_length", "mup", "experts", "top_k",
     }  # fmt: skip
 
 
-def test_a_llama_with_multipliers_is_refused():
-    """LlamaConfig has no word for them, and without them it is another model."""
-    with pytest.raises(ValueError, match="Granite"):
-        LLAMA.config(decoder(SIZES["powerlm12m"]))
+POWERMOE = {
+    "architectures": ["GraniteMoeForCausalLM"], "vocab_size": 49152, "hidden_size": 1536, "intermediate_size": 512,
+    "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40,
+    "num_experts_per_tok": 8, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0,
+    "attention_multiplier": 0.015625, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+"""PowerMoE-3B by the paper's table, as transformers spells it."""
+
+
+def test_powermoe_is_the_size_of_that_name():
+    name, architecture = architecture_in(POWERMOE)
+    with torch.device("meta"):
+        model = architecture.build(architecture.keys(POWERMOE))
+    assert name == "GraniteMoeForCausalLM"
+    assert replace(model.size, head_dim=None) == SIZES["powermoe3b"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"attention_multiplier": 0.125}, r"attention_multiplier = 0.125: this decoder has 1 / head_dim = 0.015625"),
+        ({"attention_multiplier": None}, "attention_multiplier = 1"),
+        ({"logits_scaling": 7.0}, "logits_scaling = 7 is not the hidden_size of 1536 by a whole base width"),
+        ({"residual_multiplier": 0}, "residual_multiplier = 0"),
+        ({"num_experts_per_tok": 41}, "num_experts_per_tok = 41 of num_local_experts = 40"),
+        ({"num_local_experts": 10**6}, "num_local_experts = 1000000 is no number from 1 to 4,096"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ],
+)
+def test_multipliers_and_experts_of_another_kind_are_refused(entries, message):
+    with pytest.raises(ValueError, match=message):
+        granite_moe_keys({**POWERMOE, **entries})
+
+
+def test_a_dense_granite_without_mup_is_refused_rather_than_taken_for_a_llama():
+    with pytest.raises(ValueError, match="attention_multiplier"):
+        granite_keys({**CONFIG, "attention_multiplier": 0.25})
 
 
 def test_old_configurations_have_the_defaults_of_their_time():

@@ -21,7 +21,6 @@ from components.optimizers import AdamW
 from components.parallel import fsdp, tensor_parallel
 from components.train_step import TrainStep
 from models.decoder import Decoder
-from models.hf_mapping import hf_config
 from models.llama import Llama
 from models.mup import MuP, MuPKeys, rule_of
 from models.plan import plan
@@ -260,6 +259,16 @@ def test_it_costs_no_flops_and_no_parameters():
     assert {n: p.shape for n, p in wide.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
 
 
-def test_a_llama_configuration_of_it_is_refused():
-    with pytest.raises(ValueError, match=r"^model.mup: LlamaConfig has no multipliers; GraniteConfig does"):
-        hf_config(WIDE, V)
+@pytest.mark.parametrize("base_width", [16, 64, 256])
+def test_experts_are_matrices_of_a_layer_and_so_is_their_router(base_width):
+    size = replace(WIDE, mup=replace(MUP, base_width=base_width), ffn_dim=32, experts=8, top_k=2)
+    m_width = 64 / base_width
+    model = decoder(size, init_std=0.1)
+    inner = {f"layers.{i}.feed_forward.{name}.weight" for i in (0, 1) for name in ("router", "w_gate_up", "w_down")}
+    weights = {name: weight for name, weight in model.named_parameters() if name in inner}
+    assert weights.keys() == inner
+    for name, weight in weights.items():
+        assert model.lr_multiplier(name) == 1 / m_width
+        expected = 0.1 / math.sqrt(m_width) / (math.sqrt(2 * 2) if "w_down" in name else 1)
+        ratio = float((weight.detach().double() / expected).square().mean())
+        assert abs(ratio - 1) < 5 * math.sqrt(2 / weight.numel()), name

@@ -18,7 +18,7 @@ LLAMA3 = {"rms_norm_eps": 1e-5, "vocab_size": 128256, "max_position_embeddings":
 LAU = {"vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 POWER = {"vocab_size": 49152, "max_position_embeddings": 4096, "tie_word_embeddings": True, "head_dim": 64}
 # fmt: off
-PUBLISHED = {  # their config.json; of the last five, the tables of arXiv 2408.13359
+PUBLISHED = {  # their config.json; of the last seven, the tables of arXiv 2408.13359
     "microllama300m": LAU | {
         "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
         "intermediate_size": 5632, "head_dim": 64, "rms_norm_eps": 1e-5},
@@ -52,8 +52,14 @@ PUBLISHED = {  # their config.json; of the last five, the tables of arXiv 2408.1
     "powerlm3b": POWER | {
         "hidden_size": 2304, "num_hidden_layers": 40, "num_attention_heads": 36, "num_key_value_heads": 36,
         "intermediate_size": 9216},
+    "powermoe1b": POWER | {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "intermediate_size": 512, "num_local_experts": 32, "num_experts_per_tok": 8},
+    "powermoe3b": POWER | {
+        "hidden_size": 1536, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "intermediate_size": 512, "num_local_experts": 40, "num_experts_per_tok": 8},
 }
-PARAMETERS = {  # of Llama 3 as published; all others, published as 304.6M, 1100.0M, 3426.5M, 12M ... 3.51B, to the unit
+PARAMETERS = {  # of Llama 3 as published; all others, published as 304.6M, 1100.0M, 3426.5M, 12M ... 3.30B, to the unit
     "microllama300m": 304_636_928,
     "tinyllama1b":    1_100_048_384,
     "openllama3b":    3_426_473_600,
@@ -65,10 +71,14 @@ PARAMETERS = {  # of Llama 3 as published; all others, published as 304.6M, 1100
     "powerlm121m":    121_668_096,
     "powerlm1b":      1_208_083_968,
     "powerlm3b":      3_510_819_072,
+    "powermoe1b":     1_334_625_280,
+    "powermoe3b":     3_298_788_864,
 }
+ACTIVE = {"powermoe1b": 377e6, "powermoe3b": 800e6}
 MULTIPLIERS = {  # m_width, m_emb, m_res; of PowerLM-3B the paper prints a width of 8, but 2304 / 256 = 9
     "powerlm12m": (0.5, 12, 0.26), "powerlm36m": (1, 12, 0.26), "powerlm121m": (2, 12, 0.26),
     "powerlm1b": (6, 12, 0.22), "powerlm3b": (9, 12, 0.22),
+    "powermoe1b": (4, 12, 0.28), "powermoe3b": (6, 12, 0.22),
 }
 SCALING = {"llama3_1b": 32.0, "llama3_3b": 32.0, "llama3_8b": 8.0}
 # fmt: on
@@ -93,7 +103,8 @@ def closed_form(c: dict) -> int:
     """Parameters of a Llama from its configuration: embeddings, then attention, feed-forward and two norms a layer."""
     d, width = c["hidden_size"], c["head_dim"]
     attention = 2 * d * width * (c["num_attention_heads"] + c["num_key_value_heads"])
-    layer = attention + 3 * d * c["intermediate_size"] + 2 * d
+    experts = c.get("num_local_experts", 0)
+    layer = attention + 3 * d * c["intermediate_size"] * max(experts, 1) + d * experts + 2 * d
     return c["vocab_size"] * d * (1 if c["tie_word_embeddings"] else 2) + c["num_hidden_layers"] * layer + d
 
 
@@ -103,6 +114,19 @@ def test_a_size_has_the_published_number_of_parameters(name):
         model = Decoder(SIZES[name], PUBLISHED[name]["vocab_size"])
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     assert closed_form(PUBLISHED[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_token_meets_the_published_number_of_parameters(name):
+    """In the layers: the paper counts neither embeddings nor, to three digits, routers."""
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = Decoder(size, PUBLISHED[name]["vocab_size"])
+    routers = size.layers * size.experts * size.dim
+    assert model.active_parameters() - routers == pytest.approx(ACTIVE[name], rel=0.01)
+    experts = 3 * size.dim * size.ffn_dim * size.layers
+    dense = PARAMETERS[name] - experts * (size.experts - size.top_k) - (2 * size.layers + 1) * size.dim
+    assert model.active_parameters() == dense - size.dim * 49152
 
 
 def test_debug_has_a_million_parameters_beside_its_embeddings():
