@@ -39,8 +39,9 @@ class Experts(nn.Module):
         if isinstance(x_BTD, DTensor):
             x_BTD = x_BTD.to_local()
         x_ND = x_BTD.flatten(0, 1)
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), local_weight(self.router.weight).float())
+            logits_NE = F.linear(x_ND.to(exact), local_weight(self.router.weight).to(exact))
         chosen_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
         weight_Nk = chosen_logits_Nk.softmax(-1)
 
@@ -58,13 +59,13 @@ class Experts(nn.Module):
 
 
 def routing_sums(logits_NE: Tensor, ends_E: Tensor) -> Tensor:
-    """(2 E + 2,) float32, sums over tokens: copies sent to each expert, then the router's probability of each expert,
+    """(2 E + 2,), sums over tokens: copies sent to each expert, then the router's probability of each expert,
     its squared log-partition, and its entropy in nats.
     """
     log_partition_N = logits_NE.logsumexp(-1)
     log_p_NE = logits_NE - log_partition_N.unsqueeze(-1)
     p_NE = log_p_NE.exp()
-    sent_E = ends_E.diff(prepend=ends_E.new_zeros(1)).float()
+    sent_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(p_NE.dtype)
     entropy = -(p_NE * log_p_NE).detach().sum()
     return torch.cat([sent_E, p_NE.sum(0), log_partition_N.square().sum().view(1), entropy.view(1)])
 

@@ -10,6 +10,7 @@ import torch
 from models.decoder import Decoder
 from models.llama import Llama
 from models.rope import RopeScaling, rope_frequencies
+from models.router_loss import RouterKeys
 from models.sizes import SIZES, Size
 
 pytestmark = pytest.mark.quick
@@ -27,16 +28,29 @@ OTHER = {
     "tied_embeddings": True,
     "max_sequence_length": 17,
 }
+EXPERTS = {"experts": 6, "top_k": 3}
+"""These two go together."""
 
 
 def test_every_number_of_a_size_has_another_value_here():
-    assert OTHER.keys() == {field.name for field in fields(Size)} - {"mup"}  # tests/models/test_mup.py
+    assert OTHER.keys() == {field.name for field in fields(Size)} - {"mup", *EXPERTS}  # tests/models/test_mup.py
     assert all(getattr(SIZES["debug"], key) != value for key, value in OTHER.items())
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_overrides_its_number_and_no_other(key):
     assert Llama(**{key: OTHER[key]}).shape == replace(SIZES["debug"], **{key: OTHER[key]})
+
+
+def test_experts_can_be_given_to_a_size_and_taken_from_one():
+    assert Llama(**EXPERTS).shape == replace(SIZES["debug"], **EXPERTS)
+    assert Llama(size="powermoe3b", top_k=2).shape == replace(SIZES["powermoe3b"], top_k=2)
+    dense = Llama(size="powermoe3b", layers=1, experts=0).build(vocab_size=9, sequence_length=5)
+    assert {name.split(".")[-2] for name in dense.state_dict() if "feed_forward" in name} == {
+        "w_gate",
+        "w_up",
+        "w_down",
+    }
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -107,6 +121,10 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"norm_eps": float("nan")}, r"^norm_eps: nan must be above 0$"),
         ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
+        ({"experts": 4}, r"^top_k: 0 of 4 experts; take 1 to 4$"),
+        ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
+        ({"top_k": 2}, r"^top_k: this model has no experts; set experts, or leave top_k out$"),
+        ({"router": RouterKeys()}, r"^router: this model has no experts; set experts, or leave router out$"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_a_remedy(wrong, message):

@@ -1,0 +1,195 @@
+"""With experts, the same function as `transformers.GraniteMoeForCausalLM`: logits, and the gradient of every parameter.
+
+With random weights, and with those that some steps of our trainer leave, router included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from components.checkpoint import load_tensors
+from components.hugging_face import Weights
+from models.decoder import Decoder
+from models.hf_mapping import from_hf, hf_config, names, to_hf
+from models.mup import MuP
+from models.router_loss import RouterKeys
+from models.sizes import SIZES, Size
+from recipes.config import load
+from recipes.initial_weights import check_initial_weights, copy_weights
+from tools import export_hf, import_hf
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
+
+V, B, T = 97, 2, 80
+OFF = RouterKeys(load_balancing_coefficient=0, z_loss_coefficient=0)
+SMALL = Size(dim=96, layers=2, heads=4, kv_heads=2, ffn_dim=32, experts=6, top_k=2)
+MUP = MuP(base_width=32, embedding_multiplier=5.0, residual_multiplier=0.3)
+SHAPES = {
+    "muP": replace(SMALL, mup=MUP),
+    "without muP": SMALL,
+    "tied head, an odd width": replace(SMALL, ffn_dim=27, tied_embeddings=True, mup=MUP),
+    "one expert of many": replace(SMALL, top_k=1, experts=9, mup=MUP),
+    "all experts": replace(SMALL, top_k=6, mup=MUP),
+    # their experts and multipliers, at two layers and a smaller width
+    **{
+        f"shrunk {name}": replace(SIZES[name], dim=128, layers=2, heads=2, kv_heads=1, ffn_dim=32)
+        for name in ("powermoe1b", "powermoe3b")
+    },
+}
+shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
+
+
+def theirs_of(ours: Decoder, folder: Path) -> nn.Module:
+    """Written under the names files have, and opened as anyone would; float32."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    config = hf_config(ours.size, ours.vocab_size) | {
+        "model_type": "granitemoe",
+        "architectures": ["GraniteMoeForCausalLM"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.save_file(to_hf(ours.state_dict(), ours.size), folder / "model.safetensors", {"format": "pt"})
+    return opened(folder)
+
+
+def opened(folder: Path) -> nn.Module:
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}  # nothing of torch's that we use, too
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **plain
+    )
+    assert not any(report.values()), report
+    return model
+
+
+def random_model(size: Size) -> Decoder:
+    """Logits of some units, and norm gains that differ: what is confused or lost shows."""
+    base_width = size.dim if size.mup is None else size.mup.base_width
+    model = Decoder(size, V, init_std=1.5 / math.sqrt(base_width), depth_scaled_init=False, router=OFF)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name == "norm.weight":
+                parameter.fill_(math.sqrt(size.dim / base_width))
+            if "norm" in name:
+                parameter *= torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def given(vocab_size: int = V) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.randint(vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(2))
+    return drawn[:, :-1], drawn[:, 1:]
+
+
+def assert_same_function(ours: Decoder, theirs: nn.Module) -> None:
+    tokens, labels = given(min(ours.vocab_size, 257))
+    with torch.no_grad():
+        mine, reference = ours(tokens), theirs(tokens).logits
+    assert reference.std() > 0.5, "else the tolerance says nothing"
+    torch.testing.assert_close(mine, reference, rtol=0, atol=1e-4)  # float32
+    loss = ours(tokens, labels)
+    expected = nn.functional.cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    loss.backward()
+    expected.backward()
+    in_memory = {  # version 5 renames what it reads
+        "router.layer.weight": "router.weight",
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+    }
+    for name, parameter in ours.named_parameters():
+        stored = names(ours.size)[name]
+        for file, memory in in_memory.items():
+            stored = stored.replace(file, memory)
+        grad = theirs.get_parameter(stored).grad
+        if "router" in name and ours.size.top_k == 1:  # a softmax of one logit: the router learns by its losses alone
+            assert grad.norm() < 1e-6 and parameter.grad.norm() < 1e-6
+            continue
+        # asked: 1e-3 of the norm
+        assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
+
+
+@shapes
+def test_logits_loss_and_gradients_with_random_weights(size, tmp_path):
+    ours = random_model(size)
+    assert_same_function(ours, theirs_of(ours, tmp_path))
+
+
+def test_what_transformers_saves_comes_back_bitwise(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    ours = random_model(SHAPES["tied head, an odd width"])
+    theirs_of(ours, tmp_path).save_pretrained(tmp_path / "again")
+    back = from_hf(safetensors.load_file(tmp_path / "again" / "model.safetensors"), ours.size)
+    assert back.keys() == ours.state_dict().keys()
+    assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
+
+
+def test_of_one_layer_their_load_balancing_loss_is_ours_times_top_k(tmp_path):
+    ours = random_model(replace(SHAPES["muP"], layers=1))
+    tokens, labels = given()
+    found = theirs_of(ours, tmp_path)(tokens, output_router_logits=True).aux_loss
+    ours(tokens, labels)
+    numbers = ours.step_numbers(lambda tensor: tensor)
+    assert found.item() == pytest.approx(2 * numbers["load_balancing_loss"], rel=1e-5)
+
+
+KINDS = {
+    "experts": ["--model.experts=4", "--model.top_k=2", "--model.ffn_dim=16", "--model.tied_embeddings=true"],
+    "dense": [],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_model_is_exported_opened_and_imported_again(tiny, kind, capsys):
+    """After some steps of our own trainer, at a rate at which routers and logits come to differ."""
+    mup = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=12", "--model.mup.residual_multiplier=0.22"]
+    more = ["--model.init_std=0.1", "--training.total_tokens=1100", "--lr_schedule.max_lr=5e-2"]
+    assert tiny.launch(*KINDS[kind], *mup, *more) == 0
+    checkpoint = max((tiny.directory / "checkpoints").iterdir())
+    ours = load(checkpoint / "config.toml").recipe.model.build(vocab_size=257, sequence_length=24).eval()
+    start = {name: weight.clone() for name, weight in ours.state_dict().items()}
+    load_tensors(checkpoint, {"model": ours.state_dict()}, no_dist=True)
+    assert all(not torch.equal(weight, start[name]) for name, weight in ours.state_dict().items()), "all are trained"
+
+    exported, imported = tiny.folder / "exported", tiny.folder / "imported"
+    assert export_hf.main([str(checkpoint), str(exported)]) == 0
+    said = capsys.readouterr().out
+    assert ("GraniteMoeForCausalLM" if kind == "experts" else "GraniteForCausalLM") in said
+    theirs = opened(exported)
+    if kind == "experts":
+        assert theirs.config.router_aux_loss_coef == 0.01 / 2
+        assert_same_function(ours, theirs)
+    else:
+        tokens, _ = given(257)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+
+    assert import_hf.main([str(exported), str(imported)]) == 0
+    recipe = tiny.folder / "again.toml"
+    recipe.write_text("extends = ['tiny.toml', 'imported/model.toml']")
+    config = load(recipe)
+    back = config.recipe.model.build(vocab_size=257, sequence_length=24)
+    with Weights(imported) as weights:
+        copy_weights(back, weights)
+    assert back.size == replace(ours.size, head_dim=back.size.head_dim)
+    assert all(torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items())
+    assert check_initial_weights(ours, imported) == []
+
+
+def test_a_start_from_another_number_of_chosen_experts_or_other_multipliers_is_warned_of(tmp_path):
+    size = SHAPES["muP"]
+    ours = random_model(size)
+    theirs_of(ours, tmp_path)
+    for other, key in ((replace(size, top_k=3), "top_k"), (replace(size, mup=replace(MUP, base_width=96)), "mup")):
+        (warning,) = check_initial_weights(Decoder(other, V), tmp_path)
+        assert warning.startswith(f"{key} = ")
+    with pytest.raises(ValueError, match=r"holds a GraniteMoeForCausalLM, and \[model\] is a GraniteForCausalLM"):
+        check_initial_weights(Decoder(replace(size, experts=0), V), tmp_path)
+    with pytest.raises(ValueError, match=r"has experts = 6; \[model\] has experts = 7"):
+        check_initial_weights(Decoder(replace(size, experts=7), V), tmp_path)
