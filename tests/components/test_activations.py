@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,9 +18,12 @@ BATCH, LENGTH = 3, 40
 NAMES = [f"layers.{i}" for i in range(SIZE.layers)]
 
 
-def counted(parameter_dtype=torch.float32, compute_dtype=torch.float32) -> Activations:
+EXPERTS = replace(SIZE, ffn_dim=32, experts=6, top_k=2)
+
+
+def counted(parameter_dtype=torch.float32, compute_dtype=torch.float32, size: Size = SIZE) -> Activations:
     with torch.device("meta"):
-        model = Decoder(SIZE, 500)
+        model = Decoder(size, 500)
     return count(
         model,
         NAMES,
@@ -29,9 +34,9 @@ def counted(parameter_dtype=torch.float32, compute_dtype=torch.float32) -> Activ
     )
 
 
-def really_kept(compute_dtype: torch.dtype) -> int:
+def really_kept(compute_dtype: torch.dtype, size: Size = SIZE) -> int:
     """Bytes of all storages that a real forward pass saves, but for parameters."""
-    model = Decoder(SIZE, 500)
+    model = Decoder(size, 500)
     model.init_weights(0)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -58,6 +63,19 @@ def test_bf16_on_one_process_is_what_autograd_keeps_copies_of_weights_included()
     # the head's copy is made for the loss, which keeps nothing
     in_blocks = activations.weight_copies - 2 * 500 * SIZE.dim
     assert activations.peak("none") + in_blocks == pytest.approx(really_kept(torch.bfloat16), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_are_counted_as_the_rest(dtype):
+    activations = counted(compute_dtype=dtype, size=EXPERTS)
+    copies = 0 if dtype == torch.float32 else activations.weight_copies - 2 * 500 * SIZE.dim
+    assert activations.peak("none") + copies == pytest.approx(really_kept(dtype, EXPERTS), rel=0.01)
+    sent, dense = 2 * BATCH * LENGTH, counted(compute_dtype=dtype)
+    more = activations.blocks[1].products - dense.blocks[1].products
+    # of each copy of a token gate, up and output, then their sum and the router's logits; of the dense one the same
+    element = dtype.itemsize
+    experts = element * (sent * (2 * 32 + SIZE.dim) + BATCH * LENGTH * SIZE.dim) + 4 * BATCH * LENGTH * 6
+    assert more == experts - element * BATCH * LENGTH * (2 * 160 + SIZE.dim)
 
 
 def test_a_float32_block_follows_the_formula_of_the_documentation():

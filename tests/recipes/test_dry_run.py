@@ -72,6 +72,29 @@ def test_tensor_parallelism_slices_matrices_and_the_batch_is_that_of_the_data_pa
     assert plan.memory.local_gradients == 2 * plan.memory.parameters
 
 
+EXPERTS = ("--model.experts=5", "--model.top_k=2", "--model.ffn_dim=16", "--model.kv_heads=2")
+
+
+def test_experts_are_cut_evenly_and_whole_on_tensor_parallel_ranks(tiny, capsys):
+    held = {
+        layout: memory_of(tiny, *EXPERTS, *layout, processes=4).parts["parameters"][0] // 4
+        for layout in (("--parallel.dp_shard=4",), ("--parallel.tp=4", "--model.kv_heads=4", "--model.heads=4"))
+    }
+    experts = 2 * 5 * 3 * 16 * 16  # layers x experts x matrices of 16 x 16
+    router_and_rest = held["--parallel.dp_shard=4",] - experts // 4
+    alone = memory_of(tiny, *EXPERTS).parameters
+    assert router_and_rest == pytest.approx((alone - experts) / 4, rel=0.02)  # 5 rows of a router, 257 of an embedding
+    sliced = memory_of(tiny, *EXPERTS, "--model.kv_heads=4", "--model.heads=4").parameters
+    assert held["--parallel.tp=4", "--model.kv_heads=4", "--model.heads=4"] - experts == pytest.approx(
+        (sliced - experts) / 4, rel=0.02
+    )
+    assert tiny.launch(*EXPERTS, "--dry-run") == 0
+    met = 2 * (2 * 16 * 16 + 2 * 16 * 16 + 2 * 3 * 16 * 16 + 5 * 16)
+    assert f"experts        {experts:,} of the parameters; one token meets {met:,} in the layers" in (
+        capsys.readouterr().out
+    )
+
+
 def test_checkpointing_saves_activations(tiny):
     kept = {
         how: memory_of(tiny, f"--training.activation_checkpoint={how}", "--model.layers=6").parts["activations"][0]

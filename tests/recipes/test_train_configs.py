@@ -18,7 +18,7 @@ SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = [name for name in SHIPPED if name != "critical_batch"]
 """What starts from nothing. critical_batch.toml starts from a checkpoint: tests/end_to_end/test_critical_batch.py."""
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
-POWER = ("powerlm3b",)
+POWER = ("powerlm3b", "powermoe1b", "powermoe3b")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
 
@@ -90,6 +90,8 @@ def test_the_published_numbers_of_power(name, text):
     assert recipe.batch.initial * recipe.training.sequence_length == batch_tokens
     published = {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031}
     for tokens, lr in published.items():
+        if tokens > recipe.training.total_tokens * 8 // 10:
+            continue  # decaying
         assert schedule.lr(tokens, batch_tokens, recipe.training.total_tokens) == pytest.approx(lr, rel=0.02), tokens
     end = recipe.training.total_tokens
     assert schedule.lr(end, batch_tokens, end) == 0
@@ -97,17 +99,18 @@ def test_the_published_numbers_of_power(name, text):
 
 
 PARAMETERS = {"microllama300m": 304.6e6, "tinyllama1b": 1100.0e6, "llama3b": 3426.5e6, "llama3_8b": 8030.3e6}
-PARAMETERS |= {"powerlm3b": 3510.8e6}
+PARAMETERS |= {"powerlm3b": 3510.8e6, "powermoe1b": 1334.6e6, "powermoe3b": 3298.8e6}
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys):
     """No GPU, no weights, and for the published ones neither data nor tokenizer."""
     monkeypatch.delenv("RANK", raising=False)
-    for processes, nodes in ((1, 1), (4, 1), (8, 1), (8, 8)):
+    for processes, nodes in ((1, 1), (8, 8)) if name in POWER else ((1, 1), (4, 1), (8, 1), (8, 8)):
         monkeypatch.setenv("NPROC", str(processes))
         monkeypatch.setenv("NNODES", str(nodes))
-        assert launch.main([str(FOLDER / f"{name}.toml"), "--dry-run", *arguments_for(name, text)]) == 0
+        shorter = ["--training.total_tokens=50B"] if name in POWER else []  # a million steps take seconds to play
+        assert launch.main([str(FOLDER / f"{name}.toml"), "--dry-run", *arguments_for(name, text), *shorter]) == 0
         printed = capsys.readouterr().out
         assert f"processes      {processes * nodes} = " in printed
         if name in PARAMETERS:
