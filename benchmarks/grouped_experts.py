@@ -1,0 +1,98 @@
+"""The feed-forward of experts: torch's grouped product against a product for each expert. Forward and backward.
+
+    python -m benchmarks.grouped_experts [--pairs 20] [--device cpu] [--dtype float32] [--tokens 2048]
+        [--dim 256] [--ffn-dim 128] [--experts 8 40] [--top-k 2 8]
+
+A pair is one pass of each, in turn, over the same tokens with the same weights: the machine's mood falls out. Both
+sort, copy and add up tokens alike, and differ in the products alone. Their gradients are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.measure import machine, spread
+from models.experts import Experts
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+WORST = {"float32": 1e-5, "bf16": 2e-2}
+"""The largest difference of two gradients, relative to their norm, that is rounding."""
+
+
+class Case:
+    """Experts of random weights, and tokens to send to them."""
+
+    def __init__(self, arguments: argparse.Namespace, experts: int, top_k: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        dtype, self.device = DTYPES[arguments.dtype], torch.device(arguments.device)
+        self.module = Experts(arguments.dim, arguments.ffn_dim, experts, top_k).to(self.device, dtype)
+        for parameter in self.module.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+            parameter.data.copy_(drawn)
+        x = torch.randn(1, arguments.tokens, arguments.dim, generator=generator)
+        self.x = x.to(self.device, dtype).requires_grad_()
+
+    def gradients(self, *, grouped: bool) -> tuple[torch.Tensor, ...]:
+        """Of tokens and all weights."""
+        with patch("models.grouped_linear.KERNEL_DEVICES", ("cpu", "cuda") if grouped else ()):
+            y, _ = self.module(self.x)
+            return torch.autograd.grad(y.square().sum(), (self.x, *self.module.parameters()))
+
+    def difference(self) -> float:
+        """The largest of any gradient, relative to its norm."""
+        pairs = zip(self.gradients(grouped=True), self.gradients(grouped=False), strict=True)
+        return max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
+
+    def seconds(self, *, grouped: bool) -> float:
+        self.wait()
+        start = time.perf_counter()
+        self.gradients(grouped=grouped)
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--ffn-dim", type=int, default=128)
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 40])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[2, 8], help="one for each of --experts")
+    arguments = parser.parse_args()
+    table = []
+    for experts, top_k in zip(arguments.experts, arguments.top_k, strict=True):
+        case = Case(arguments, experts, top_k)
+        worst = case.difference()
+        if not worst <= WORST[arguments.dtype]:
+            sys.exit(f"{experts} experts: gradients differ by {worst:.2g} of their norm")
+        pairs = [(case.seconds(grouped=True), case.seconds(grouped=False)) for _ in range(arguments.pairs)]
+        grouped, single = ([1000 * pair[side] for pair in pairs] for side in (0, 1))
+        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        table.append(f"| {experts}, {top_k} | {spread(grouped)} | {spread(single)} | {ratio} | {worst:.1g} |")
+        print(f"{experts} experts: measured", file=sys.stderr, flush=True)
+    print(f"\n{machine()}; {arguments.dtype} on {arguments.device}, {arguments.tokens} tokens, width {arguments.dim},")
+    print(
+        f"experts of {arguments.ffn_dim}; {arguments.pairs} pairs, medians (lowest to highest; quartiles of a pair)\n"
+    )
+    print("| experts, top k | ms, grouped | ms, one by one | one by one / grouped | gradients differ by |")
+    print("|---|---|---|---|---|\n" + "\n".join(table))
+    print(f"\nRepeat with:\n\n    python -m benchmarks.grouped_experts {shlex.join(sys.argv[1:])}".rstrip())
+
+
+if __name__ == "__main__":
+    main()
