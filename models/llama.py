@@ -77,7 +77,8 @@ class Llama:
                 f"use {shape.head_width + 1}"
             )
         if shape.experts and not 1 <= shape.top_k <= shape.experts:
-            raise ValueError(f"top_k: {shape.top_k} of {shape.experts} experts; take 1 to {shape.experts}")
+            given = f"{shape.top_k} of {shape.experts} experts" if shape.top_k else "experts need it"
+            raise ValueError(f"top_k: {given}; take 1 to {shape.experts}")
         for key in ("top_k", "router"):
             if getattr(self, key) is not None and not shape.experts:
                 raise ValueError(f"{key}: this model has no experts; set experts, or leave {key} out")

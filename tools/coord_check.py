@@ -3,6 +3,7 @@
     python -m tools.coord_check                                      # muP beside the standard parametrisation
     python -m tools.coord_check --parametrisation standard           # exit status 1: it does not
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
+    python -m tools.coord_check --experts 8 --top-k 2                # of a mixture of experts
 
 Small Llamas, alike but for their width, take a few steps on the same batch of random tokens. Of what each module gives,
 the mean absolute value is fitted against width: log size = slope x log width + constant. muP means a slope of zero at
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,8 @@ class Setting:
     lr: float = 0.01
     init_std: float = 0.1
     base_width: int = 32
+    experts: int = 0
+    top_k: int = 2
 
     def __post_init__(self) -> None:
         if len(set(self.widths)) < 2:
@@ -54,6 +57,8 @@ class Setting:
         for width in self.widths:
             if width % (2 * self.head_dim):
                 raise ValueError(f"--widths: {width} is no multiple of two heads of --head-dim {self.head_dim}")
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"--top-k: {self.top_k} of {self.experts} --experts; take 1 to {self.experts}")
         if min(self.steps, self.seeds) < 1:
             raise ValueError("--steps and --seeds: at least 1 of each")
 
@@ -80,6 +85,8 @@ def _one_seed(setting: Setting, width: int, parametrisation: Parametrisation, se
         ffn_dim=2 * width,
         init_std=setting.init_std,
         depth_scaled_init=False,
+        experts=setting.experts,
+        top_k=setting.top_k if setting.experts else None,
         mup=MuPKeys(enabled=parametrisation == "mup", base_width=setting.base_width, residual_multiplier=0.5),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
@@ -104,7 +111,8 @@ def _recording(model: nn.Module, sizes: Sizes) -> Iterator[None]:
     """Append to `sizes` with every forward pass: what embedding, each block and its two halves, and the head give."""
 
     def record(name: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output  # with experts, their routing comes along
             sizes.setdefault(name, []).append(float(output.detach().abs().mean()))
 
         return model.get_submodule(name).register_forward_hook(hook)
@@ -209,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument("--parametrisation", choices=["mup", "standard"], help="the one to judge; muP, beside standard")
     parser.add_argument("--widths", type=int, nargs="+", default=Setting.widths)
-    for key in ("head_dim", "layers", "steps", "seeds", "base_width"):
+    for key in ("head_dim", "layers", "steps", "seeds", "base_width", "experts", "top_k"):
         parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=getattr(Setting, key))
     for key in ("lr", "init_std"):
         parser.add_argument(f"--{key.replace('_', '-')}", type=float, default=getattr(Setting, key))

@@ -121,7 +121,7 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"norm_eps": float("nan")}, r"^norm_eps: nan must be above 0$"),
         ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
-        ({"experts": 4}, r"^top_k: 0 of 4 experts; take 1 to 4$"),
+        ({"experts": 4}, r"^top_k: experts need it; take 1 to 4$"),
         ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
         ({"top_k": 2}, r"^top_k: this model has no experts; set experts, or leave top_k out$"),
         ({"router": RouterKeys()}, r"^router: this model has no experts; set experts, or leave router out$"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 
@@ -18,8 +19,9 @@ TOLERANCE = 0.15
 INNER = {f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", ".feed_forward")}
 
 
-def test_mup_passes():
-    assert check(SMALL, "mup").failures(TOLERANCE) == []
+@pytest.mark.parametrize("experts", [0, 6])
+def test_mup_passes(experts):
+    assert check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
 
 
 def test_the_standard_parametrisation_fails_in_all_that_depends_on_width():
