@@ -64,10 +64,10 @@ class Course:
         """Its landmarks as a table."""
         yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
         for mark in self.landmarks:
-            step = mark.step
+            step, batch_tokens = mark.step, format_count(mark.step.batch * sequence_length)
             yield (
-                f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} {format_count(step.batch * sequence_length):>12}"
-                f" {step.micro_batches:>6,} {step.lr:>10.3g}  {mark.why}"
+                f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} {batch_tokens:>12} "
+                f"{step.micro_batches:>6,} {step.lr:>10.3g}  {mark.why}"
             )
 
 

@@ -13,7 +13,12 @@ from tools.plot_schedule import Curve, curves, main
 
 pytestmark = pytest.mark.quick
 
-ADAPTIVE = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=4", "--batch.maximum=16", "--batch.eta=1"]
+ADAPTIVE = [
+    "--batch.use=components.batch.norm_test:NormTest",
+    "--batch.initial=4",
+    "--batch.maximum=16",
+    "--batch.eta=1",
+]
 POWER = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
 
 

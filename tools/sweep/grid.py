@@ -1,0 +1,168 @@
+"""Which runs a sweep is: a recipe, keys that all runs share, and grids of keys that are crossed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from components.data.content import FileHashes
+from components.data.source import MEMORY, TextSource
+from recipes.config import Config, ConfigError, Override, load
+from recipes.resume import NOT_THE_RUN
+
+Settings = Mapping[str, str]
+"""Dotted key -> value, as on the command line."""
+Grid = Sequence[Settings]
+"""Points of one axis: the keys of a point go together."""
+
+ITS_PLACE = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
+"""Keys, and sections, that say where a run is and what it writes, but not what it learns."""
+OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: Path
+    settings: Settings
+    """All that the command line sets."""
+    varied: Settings
+    """The part of it that tells this run from the others."""
+    digest: str
+    """Of the resolved configuration and the content of its data."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} = {value}" for key, value in self.varied.items()) or str(self.recipe)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe, varied."""
+
+    recipe: Path
+    common: Settings
+    """Keys that all its runs share."""
+    grids: Sequence[Grid]
+
+    def __post_init__(self) -> None:
+        seen = set(self.common)
+        for grid in self.grids:
+            if twice := sorted(seen & grid[0].keys()):
+                raise ValueError(f"{twice[0]} is given twice: in a --grid and in another, or for all runs")
+            seen |= grid[0].keys()
+
+    def jobs(self) -> list[Job]:
+        """Every run once, the last grid fastest. Raises ValueError with all that is wrong with the first that is."""
+        jobs: dict[str, Job] = {}
+        for points in itertools.product(*self.grids):
+            varied = {key: value for point in points for key, value in point.items()}
+            settings = {**self.common, **varied}
+            try:
+                config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
+                job = Job(self.recipe, settings, varied, digest(config))
+            except (ConfigError, OSError, ValueError) as error:
+                told = ", ".join(f"{key} = {value}" for key, value in varied.items())
+                raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None
+            jobs.setdefault(job.digest, job)
+        return list(jobs.values())
+
+
+def parse_grid(texts: Sequence[str]) -> Grid:
+    """`KEY=VALUE,VALUE ...`: keys that go together, each with as many values. Raises ValueError."""
+    columns: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--grid {text}: write --grid key=value,value; the recipe comes first")
+        if key in columns:
+            raise ValueError(f"--grid: {key} is given twice")
+        columns[key.removeprefix("--")] = split(values)
+        if "" in columns[key.removeprefix("--")]:
+            raise ValueError(f"--grid {text}: a value is empty")
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise ValueError(f"--grid: keys that go together need as many values each: {told}; or give each its own --grid")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def split(text: str) -> list[str]:
+    """At the commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if char == "," and not depth and not quote:
+            parts.append("")
+            continue
+        parts[-1] += char
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in QUOTES:
+            quote = char
+        else:
+            depth += (char in OPENERS) - (char in CLOSERS)
+    return [part.strip() for part in parts]
+
+
+def digest(config: Config) -> str:
+    """What makes a run what it is: keys that were set, and the content of its text and tokenizer.
+
+    Defaults are left out, so that a component may get another key without every result being forgotten; and so is
+    where things lie. Raises ValueError or OSError if the data is not there.
+    """
+    said = {key: leaf.toml for key, leaf in config.leaves.items() if leaf.origin.where != "default" and counts(key)}
+    content = dict(_content(config))
+    said = {key: value for key, value in said.items() if not _is_path_below(key, content)}
+    return hashlib.sha256(json.dumps([said, content], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def counts(key: str) -> bool:
+    """Whether a key says what a run learns."""
+    inside = (key == place or key.startswith(f"{place}.") for place in ITS_PLACE)
+    return not any(inside) and key.rpartition(".")[2] != "cache_dir"
+
+
+def _content(config: Config) -> Iterator[tuple[str, str]]:
+    """Section -> fingerprint of what it reads, where it can say that."""
+    recipe = config.recipe
+    sources: dict[str, Any] = {"data": recipe.data, "tokenizer": recipe.tokenizer}
+    if getattr(recipe, "validation", None) is not None:
+        sources["validation.data"] = recipe.validation.data
+    for section, source in sources.items():
+        keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
+        if isinstance(source, TextSource) or section == "tokenizer":
+            yield section, _fingerprint(_Once(source, keys, recipe.run.cache_dir))
+
+
+@dataclass(frozen=True)
+class _Once:
+    """A source, equal to any other that was given the same keys: it is read once in a sweep."""
+
+    source: Any
+    keys: tuple[tuple[str, str], ...]
+    cache_dir: Path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Once) and self.keys == other.keys
+
+    def __hash__(self) -> int:
+        return hash(self.keys)
+
+
+@cache
+def _fingerprint(once: _Once) -> str:
+    if isinstance(once.source, TextSource):
+        with FileHashes(once.cache_dir / MEMORY) as hashes:
+            return once.source.fingerprint(hashes)
+    return str(once.source.build().fingerprint)
+
+
+def _is_path_below(key: str, sections: Mapping[str, str]) -> bool:
+    section, _, last = key.rpartition(".")
+    return section in sections and last in NOT_THE_RUN
