@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweep = Sweep(command.config, common, [parse_grid(texts) for texts in options.grid])
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}: at least 1")
-        rate_key = find_rate(sweep, options.rate)
         jobs, results = sweep.jobs(), Results(options.results)
+        rate_key = find_rate(sweep, options.rate)
         killed = 0 if options.report else run(jobs, Runner(results, options.jobs, options.runs), options.retry)
         report(jobs, results, rate_key, options.output)
     except KeyboardInterrupt as error:

@@ -36,18 +36,21 @@ class Optimum:
         return math.exp(self.log_rate)
 
 
-Unknown = Literal["below the grid", "above the grid", "no minimum"]
+Unknown = Literal["below the grid", "above the grid", "beside a failed run", "no minimum"]
+"""Why a cell has no optimum; the parabola may also open downwards, or there is one rate only: no minimum."""
 
 
 def optimum(losses: Mapping[float, Sequence[float]]) -> Optimum | Unknown:
     """Of rate -> losses by seed, not finite where a run failed: such a rate is out, and bounds the grid."""
     means = {rate: sum(each) / len(each) for rate, each in sorted(losses.items())}
     usable = [rate for rate, mean in means.items() if math.isfinite(mean)]
-    if not usable:
+    if not usable or len(means) == 1:
         return "no minimum"
     best = usable.index(min(usable, key=means.__getitem__))
-    if best == 0 or best == len(usable) - 1:
-        return "below the grid" if best == 0 and len(usable) > 1 else "above the grid"
+    if best == 0:
+        return "below the grid" if usable[0] == min(means) else "beside a failed run"
+    if best == len(usable) - 1:
+        return "above the grid" if usable[-1] == max(means) else "beside a failed run"
     near = {usable[best + offset] for offset in (-1, 0, 1)}
     near |= {rate for rate in usable if max(rate / usable[best], usable[best] / rate) <= REACH}
     points = [(math.log(rate / usable[best]), loss) for rate in sorted(near) for loss in losses[rate]]

@@ -26,7 +26,7 @@ def lines(cells: Sequence[Cell], rate_key: str) -> Iterator[str]:
 
 
 def table(cells: Sequence[Cell], rate_key: str) -> Iterator[str]:
-    """A row for each cell: mean loss at each rate, the best in bold, and where the parabola through it has its vertex."""
+    """A row for each cell: mean loss at each rate, the best in bold, and the vertex of the parabola through it."""
     rates = sorted({rate for cell in cells for rate in cell.outcomes})
     names = list(cells[0].key)
     yield f"| {' | '.join([*names, *(f'{rate:g}' for rate in rates), f'best {rate_key}', 'at the vertex'])} |"

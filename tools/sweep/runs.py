@@ -144,7 +144,7 @@ class Runner:
             return None
         if status == INPUT:
             raise ValueError(f"with {job}:\n{said.strip()}")
-        failure = None if status == 0 else last_line(said)
+        failure = None if status == 0 else reason(said)
         outcome = measure(RunDirectory(folder), failure)
         self.results.add(job, outcome)
         return outcome
@@ -167,8 +167,10 @@ class Runner:
         return process.returncode, said.decode(errors="replace")
 
 
-def last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")[:300]
+def reason(said: str) -> str:
+    """The first sentence of the last line: what follows is advice, and names files that are gone."""
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    return last.split(". ")[0][:300]
 
 
 def measure(run: RunDirectory, failure: str | None) -> Outcome:
