@@ -7,19 +7,21 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from components.data.content import FileHashes
 from components.data.source import MEMORY, TextSource
 from recipes.config import Config, ConfigError, Override, load
+from recipes.config.tree import DEFAULT
 from recipes.resume import NOT_THE_RUN
 
 Settings = Mapping[str, str]
 """Dotted key -> value, as on the command line."""
 Grid = Sequence[Settings]
 """Points of one axis: the keys of a point go together."""
+Fingerprints = dict[tuple[tuple[str, str], ...], str]
+"""Keys of a section -> what is in the files it reads, which is the same for many runs."""
 
 ITS_PLACE = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
 """Keys, and sections, that say where a run is and what it writes, but not what it learns."""
@@ -61,12 +63,13 @@ class Sweep:
     def jobs(self) -> list[Job]:
         """Every run once, the last grid fastest. Raises ValueError with all that is wrong with the first that is."""
         jobs: dict[str, Job] = {}
+        fingerprints: Fingerprints = {}
         for points in itertools.product(*self.grids):
             varied = {key: value for point in points for key, value in point.items()}
             settings = {**self.common, **varied}
             try:
                 config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
-                job = Job(self.recipe, settings, varied, digest(config))
+                job = Job(self.recipe, settings, varied, digest(config, fingerprints))
             except (ConfigError, OSError, ValueError) as error:
                 told = ", ".join(f"{key} = {value}" for key, value in varied.items())
                 raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None
@@ -110,15 +113,18 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def digest(config: Config) -> str:
+def digest(config: Config, fingerprints: Fingerprints) -> str:
     """What makes a run what it is: keys that were set, and the content of its text and tokenizer.
 
     Defaults are left out, so that a component may get another key without every result being forgotten; and so is
-    where things lie. Raises ValueError or OSError if the data is not there.
+    where things lie. `fingerprints` remembers what was read. Raises ValueError or OSError if the data is not there.
     """
-    said = {key: leaf.toml for key, leaf in config.leaves.items() if leaf.origin.where != "default" and counts(key)}
-    content = dict(_content(config))
-    said = {key: value for key, value in said.items() if not _is_path_below(key, content)}
+    content = {section: _fingerprint(config, section, source, fingerprints) for section, source in _sources(config)}
+    said = {
+        key: leaf.toml
+        for key, leaf in config.leaves.items()
+        if leaf.origin.where != DEFAULT and counts(key) and not _is_path_below(key, content)
+    }
     return hashlib.sha256(json.dumps([said, content], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -128,39 +134,25 @@ def counts(key: str) -> bool:
     return not any(inside) and key.rpartition(".")[2] != "cache_dir"
 
 
-def _content(config: Config) -> Iterator[tuple[str, str]]:
-    """Section -> fingerprint of what it reads, where it can say that."""
+def _sources(config: Config) -> Iterator[tuple[str, Any]]:
+    """Sections that read something and can say what."""
     recipe = config.recipe
-    sources: dict[str, Any] = {"data": recipe.data, "tokenizer": recipe.tokenizer}
-    if getattr(recipe, "validation", None) is not None:
-        sources["validation.data"] = recipe.validation.data
-    for section, source in sources.items():
-        keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
-        if isinstance(source, TextSource) or section == "tokenizer":
-            yield section, _fingerprint(_Once(source, keys, recipe.run.cache_dir))
+    yield "tokenizer", recipe.tokenizer
+    validation = getattr(recipe, "validation", None)
+    for section, data in (("data", recipe.data), ("validation.data", getattr(validation, "data", None))):
+        if isinstance(data, TextSource):
+            yield section, data
 
 
-@dataclass(frozen=True)
-class _Once:
-    """A source, equal to any other that was given the same keys: it is read once in a sweep."""
-
-    source: Any
-    keys: tuple[tuple[str, str], ...]
-    cache_dir: Path
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Once) and self.keys == other.keys
-
-    def __hash__(self) -> int:
-        return hash(self.keys)
-
-
-@cache
-def _fingerprint(once: _Once) -> str:
-    if isinstance(once.source, TextSource):
-        with FileHashes(once.cache_dir / MEMORY) as hashes:
-            return once.source.fingerprint(hashes)
-    return str(once.source.build().fingerprint)
+def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints) -> str:
+    keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
+    if keys not in known:
+        if isinstance(source, TextSource):
+            with FileHashes(config.recipe.run.cache_dir / MEMORY) as hashes:
+                known[keys] = source.fingerprint(hashes)
+        else:
+            known[keys] = str(source.build().fingerprint)
+    return known[keys]
 
 
 def _is_path_below(key: str, sections: Mapping[str, str]) -> bool:

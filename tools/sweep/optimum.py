@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -152,6 +153,7 @@ def regress(columns: np.ndarray, y: np.ndarray) -> Regression:
     return Regression(coefficients, variance * np.linalg.inv(columns.T @ columns), freedom)
 
 
+@cache
 def students_t(degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float:
     """What Student's t stays within, either side of zero: t = sqrt(n) tan(x), with a density of x ~ cos(x)^(n - 1)."""
     angle = np.linspace(0, math.pi / 2, 100_001)
