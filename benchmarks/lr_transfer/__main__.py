@@ -19,7 +19,7 @@ from benchmarks.lr_transfer.cells import METHODS, Grid, Method, cost, sweep_of
 from benchmarks.lr_transfer.report import draw, lines
 from benchmarks.measure import machine
 from tools.sweep.cells import Cell, in_cells
-from tools.sweep.runs import Results, Runner
+from tools.sweep.runs import Results, Runner, stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,16 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found: dict[Method, list[Cell]] = {}
         for method in METHODS:
             done = [(job, outcome) for job in jobs[method] if (outcome := results.get(job)) is not None]
-            cells = [cell for cell in in_cells(done, method.rate_key) if cell.finished]
-            if cells:
+            if cells := in_cells(done, method.rate_key):
                 found[method] = cells
         print(f"{sum(results.get(job) is not None for job in every)} of {len(every)} runs are done; {machine()}\n")
         if found:
             print("\n".join(lines(found)))
             draw(found, options.picture)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is not done", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -15,18 +15,16 @@ Exit status: 0 done, 1 a run was killed, 2 for what the user can put right, 130 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from recipes.launch import UsageError
 from tools.recipe_arguments import read_recipe
-from tools.sweep.cells import in_cells
+from tools.sweep.cells import in_cells, rate_of
 from tools.sweep.grid import Job, Sweep, parse_grid
 from tools.sweep.report import draw, lines
-from tools.sweep.runs import Results, Runner
+from tools.sweep.runs import Results, Runner, stopped
 
 RATES = ("lr_schedule.max_lr", "lr_schedule.a")
 """What is tuned, if it is varied and --rate does not say."""
@@ -41,12 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}: at least 1")
         jobs, results = sweep.jobs(), Results(options.results)
-        rate_key = find_rate(sweep, options.rate)
-        killed = 0 if options.report else run(jobs, Runner(results, options.jobs, options.runs), options.retry)
+        rate_key = find_rate(jobs, options.rate)
+        killed = 0 if options.report else Runner(results, options.jobs, options.runs).run(jobs, again=options.retry)
         report(jobs, results, rate_key, options.output)
-    except KeyboardInterrupt as error:
-        print("stopped; the same command goes on with what is not done", file=sys.stderr)
-        return 128 + (error.args[0] if error.args else signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
     except (UsageError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -61,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
     )
-    found.add_argument("--grid", nargs="+", action="append", required=True, metavar="KEY=VALUE,...")
+    found.add_argument("--grid", nargs="+", action="append", default=[], metavar="KEY=VALUE,...")
     found.add_argument("--results", type=Path, required=True, help="file of JSON lines, one a run; made if absent")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time (1); they share the cores")
     found.add_argument("--rate", metavar="KEY", help=f"the key whose best value is sought ({' or '.join(RATES)})")
@@ -72,26 +69,14 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def find_rate(sweep: Sweep, asked: str | None) -> str:
-    """Raises ValueError where it is not varied."""
-    varied = [key for grid in sweep.grids for key in grid[0]]
-    found = next((key for key in ([asked] if asked else RATES) if key in varied), None)
+def find_rate(jobs: Sequence[Job], asked: str | None) -> str:
+    """Raises ValueError where it is not varied, or is no number."""
+    found = next((key for key in ([asked] if asked else RATES) if key in jobs[0].varied), None)
     if found is None:
         raise ValueError(f"{asked or ' or '.join(RATES)} is not varied by a --grid; --rate names the key that is tuned")
+    for job in jobs:
+        rate_of(job, found)
     return found
-
-
-def run(jobs: Sequence[Job], runner: Runner, again: bool) -> int:
-    """As Runner.run, also stopped by SIGTERM."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        return runner.run(jobs, again=again)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def report(jobs: Sequence[Job], results: Results, rate_key: str, output: Path | None) -> None:
@@ -101,7 +86,7 @@ def report(jobs: Sequence[Job], results: Results, rate_key: str, output: Path | 
     if len(failed) == len(done):
         print("\n".join(f"{job}: {outcome}" for job, outcome in failed))
         return
-    cells = [cell for cell in in_cells(done, rate_key) if cell.finished]
+    cells = in_cells(done, rate_key)
     print("\n".join([*lines(cells, rate_key), *(f"\n{job}: {outcome}" for job, outcome in failed)]))
     if output is not None:
         draw(cells, rate_key, output)

@@ -61,18 +61,22 @@ class Cell:
         return self.means.get(rate, math.inf) / reference - 1
 
 
+def rate_of(job: Job, rate_key: str) -> float:
+    """Raises ValueError where it is no number."""
+    try:
+        return float(job.varied[rate_key])
+    except ValueError:
+        raise ValueError(f"{rate_key} = {job.varied[rate_key]} is no number: it cannot be the rate") from None
+
+
 def in_cells(done: Iterable[tuple[Job, Outcome]], rate_key: str) -> list[Cell]:
-    """Raises ValueError where a rate is no number."""
+    """Those in which a run came to its end. Raises ValueError where a rate is no number."""
     cells: dict[tuple[tuple[str, str], ...], Cell] = {}
     for job, outcome in done:
         key = {name: value for name, value in job.varied.items() if name not in (rate_key, SEED)}
-        try:
-            rate = float(job.varied[rate_key])
-        except ValueError:
-            raise ValueError(f"{rate_key} = {job.varied[rate_key]} is no number: it cannot be the rate") from None
         cell = cells.setdefault(tuple(key.items()), Cell(key))
-        cell.outcomes.setdefault(rate, []).append(outcome)
-    return list(cells.values())
+        cell.outcomes.setdefault(rate_of(job, rate_key), []).append(outcome)
+    return [cell for cell in cells.values() if cell.finished]
 
 
 def one_for_all(cells: Sequence[Cell]) -> tuple[float, float]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from components.critical_batch import smoothed
@@ -64,10 +67,12 @@ class Results:
         self.path = path
         self._outcomes: dict[str, Outcome] = {}
         self._lock = threading.Lock()
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self._whole = len(text.encode()) if text.endswith("\n") else len(text[: text.rfind("\n") + 1].encode())
+        self._torn_at: int | None = None
+        """Where a half-written line begins: its writer was killed."""
+        text = path.read_bytes() if path.exists() else b""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith("\n"):  # its writer was killed amid it
+            if not line.endswith(b"\n"):
+                self._torn_at = len(text) - len(line)
                 break
             try:
                 entry = json.loads(line)
@@ -84,11 +89,11 @@ class Results:
         with self._lock:
             self._outcomes[job.digest] = outcome
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._torn_at is not None:
+                os.truncate(self.path, self._torn_at)
+                self._torn_at = None
             with self.path.open("ab") as file:
-                if file.tell() != self._whole:
-                    file.truncate(self._whole)
                 file.write(json.dumps(entry).encode() + b"\n")
-                self._whole = file.tell()
 
 
 class Runner:
@@ -103,11 +108,11 @@ class Runner:
     def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
         """Run what has no outcome yet, or failed and is tried `again`; returns how many were killed on the way.
 
-        Raises ValueError for bad input; that, or a KeyboardInterrupt, ends the others.
+        Raises ValueError for bad input, and KeyboardInterrupt for SIGTERM, too; either ends the others.
         """
         missing = [job for job in jobs if self._is_missing(job, again)]
         killed = 0
-        with ThreadPoolExecutor(self.at_a_time) as pool:
+        with _interrupted_by_sigterm(), ThreadPoolExecutor(self.at_a_time) as pool:
             futures = {pool.submit(self._run, job): job for job in missing}
             try:
                 for number, future in enumerate(as_completed(futures), 1):
@@ -165,6 +170,26 @@ class Runner:
         said, _ = process.communicate()
         self._processes.discard(process)
         return process.returncode, said.decode(errors="replace")
+
+
+def stopped(stop: KeyboardInterrupt) -> int:
+    """Say that a sweep was stopped; returns its exit status."""
+    print("stopped; the same command goes on with what is not done", file=sys.stderr)
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does, with its number."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def reason(said: str) -> str:
