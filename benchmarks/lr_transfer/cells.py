@@ -41,7 +41,7 @@ class Method:
 
 METHODS = (
     Method("WSD", {}, "lr_schedule.max_lr", ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")),
-    Method("WSD, muP", MUP, "lr_schedule.max_lr", ("1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2")),
+    Method("WSD, muP", MUP, "lr_schedule.max_lr", ("2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2", "6.4e-2")),
     Method(
         "Power, muP",
         {**MUP, "lr_schedule.use": "components.lr_schedules:Power", "lr_schedule.max_lr": "0.02"},

@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from components.lr_schedules import SEQUENCE_OF_POWER
 from tools.sweep.grid import Job
 from tools.sweep.optimum import Optimum, Point, Unknown, optimum
 from tools.sweep.runs import Outcome
 
 SEED = "run.seed"
-SEQUENCE_OF_POWER = 4096
-"""Tokens in the unit of beta, as in components/lr_schedules.py."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from components.quantities import parse_count
 from tools.sweep.runs import Runner
 
 LENGTH, BATCH = 128, 32
@@ -20,7 +21,7 @@ def pretend(monkeypatch, loss: Callable[[Mapping[str, str]], float], status: int
         folder = Path(settings["run.dir"])
         folder.mkdir(parents=True)
         batch = int(settings.get("batch.initial", BATCH))
-        steps = -(-int(settings.get("training.total_tokens", 10**6)) // (batch * LENGTH))
+        steps = -(-parse_count(settings.get("training.total_tokens", "1M")) // (batch * LENGTH))
         rows = [
             {"step": steps, "samples": steps * batch, "tokens": steps * batch * LENGTH, "loss": loss(settings) + 0.1,
              "global_batch_size": batch, "step_seconds": 2.0},

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from components.quantities import parse_count
 from recipes.launch import ROOT
 from tests.tools.sweep.outcomes import LENGTH, pretend
 from tools.sweep.__main__ import main
@@ -30,23 +31,13 @@ CONSTANT = ["--batch.use=components.batch.constant:Constant"]
 
 def law_abiding(settings) -> float:
     """A valley whose best rate is that of the published law."""
-    tokens, batch = int(settings["training.total_tokens"].rstrip("KM").replace(".", "")), settings["batch.initial"]
-    tokens = {300: 300_000, 12: 1_200_000, 5: 5_000_000}[tokens]
-    best = int(batch) * LENGTH / 4096 * 4.6 * tokens**-0.51
+    tokens, batch = parse_count(settings["training.total_tokens"]), int(settings["batch.initial"])
+    best = batch * LENGTH / 4096 * 4.6 * tokens**-0.51
     return 4 + 0.1 * math.log(float(settings["lr_schedule.max_lr"]) / best) ** 2
 
 
-@pytest.fixture
-def numbers_that_fit(monkeypatch):
-    """The pretended runs count in whole numbers, whatever a recipe may write."""
-    from components.quantities import parse_count
-    from tests.tools.sweep import outcomes
-
-    monkeypatch.setattr(outcomes, "int", lambda value: parse_count(value) if isinstance(value, str) else value, False)
-
-
 @pytest.mark.quick
-def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, capsys, numbers_that_fit):
+def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     launched = pretend(monkeypatch, law_abiding)
     command = [str(tiny.recipe), *GRIDS, *CONSTANT, "--results", str(tmp_path / "results.jsonl"), "--jobs", "2"]
