@@ -46,7 +46,7 @@ METHODS = (
         "Power, muP",
         {**MUP, "lr_schedule.use": "components.lr_schedules:Power", "lr_schedule.max_lr": "0.02"},
         "lr_schedule.a",
-        ("1", "2", "4", "8", "16"),
+        ("1", "2", "4", "8", "16", "32"),
     ),
 )
 
