@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.batch.layout import BatchLayout
 from components.clock import Clock
+from components.quantities import format_count
 from recipes.contracts import FollowsSchedule
 
 MOST_LANDMARKS = 60
+
+
+class Step(NamedTuple):
+    """One optimizer step, before it is taken."""
+
+    number: int
+    """From 1."""
+    tokens: int
+    """Trained before this step."""
+    requested: int
+    """Samples the policy asked for."""
+    batch: int
+    """Samples it takes."""
+    micro_batches: int
+    """Of each rank."""
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -18,12 +36,7 @@ class Landmark:
     """A step worth showing."""
 
     why: str
-    step: int
-    tokens: int
-    """Trained before this step."""
-    batch: int
-    micro_batches: int
-    lr: float
+    step: Step
 
 
 @dataclass
@@ -47,6 +60,16 @@ class Course:
     def mean_batch(self) -> float:
         return self.samples / self.steps
 
+    def lines(self, sequence_length: int) -> Iterator[str]:
+        """Its landmarks as a table."""
+        yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
+        for mark in self.landmarks:
+            step, batch_tokens = mark.step, format_count(mark.step.batch * sequence_length)
+            yield (
+                f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} {batch_tokens:>12} "
+                f"{step.micro_batches:>6,} {step.lr:>10.3g}  {mark.why}"
+            )
+
 
 def follow_schedule(recipe: Any) -> None:
     """Show the schedule to a batch policy that depends on it. Raises ValueError where the two do not go together."""
@@ -57,49 +80,64 @@ def follow_schedule(recipe: Any) -> None:
         )
 
 
-def play(recipe: Any, layout: BatchLayout) -> Course:
-    """Raises ValueError where the policy asks for a batch that is none, or does not go with the schedule."""
-    training, schedule = recipe.training, recipe.lr_schedule
+def steps(recipe: Any, layout: BatchLayout) -> Iterator[Step]:
+    """Every step of a run whose policy is told nothing.
+
+    Raises ValueError where the policy asks for a batch that is none, or does not go with the schedule.
+    """
+    training = recipe.training
     follow_schedule(recipe)
     clock = Clock(training.total_tokens, training.sequence_length)
-    warmup = getattr(schedule, "warmup_tokens", 0)
-    course = Course()
-    last, highest, tenths = None, None, 0
     while not clock.done:
         batch = layout.fit(recipe.batch.samples(clock))
-        tokens, step_tokens = clock.tokens, batch.samples * training.sequence_length
-        lr = schedule.lr(tokens, step_tokens, clock.total_tokens)
+        lr = recipe.lr_schedule.lr(clock.tokens, batch.samples * training.sequence_length, clock.total_tokens)
+        yield Step(clock.step + 1, clock.tokens, batch.requested, batch.samples, batch.micro_batches, lr)
+        clock.advance(batch.samples)
+
+
+def play(recipe: Any, layout: BatchLayout) -> Course:
+    """The course of `steps(recipe, layout)`; raises what that does."""
+    return summarise(steps(recipe, layout), recipe)
+
+
+def summarise(taken: Iterable[Step], recipe: Any) -> Course:
+    """What is worth telling of the steps of a run, at least one of them."""
+    length, total = recipe.training.sequence_length, recipe.training.total_tokens
+    warmup = getattr(recipe.lr_schedule, "warmup_tokens", 0)
+    course = Course()
+    last, highest, tenths = None, None, 0
+    for step in taken:
         why = []
         if last is None:
             why.append("first")
-        elif batch.samples != last.batch:
+        elif step.batch != last.batch:
             why.append("batch")
-        if tokens < warmup <= tokens + step_tokens:
+        if step.tokens < warmup <= step.tokens + step.batch * length:
             why.append("warmed up")
-        if tokens * 10 // clock.total_tokens > tenths:
-            tenths = tokens * 10 // clock.total_tokens
+        if step.tokens * 10 // total > tenths:
+            tenths = step.tokens * 10 // total
             why.append(f"{tenths}0 %")
-        last = Landmark(", ".join(why), clock.step + 1, tokens, batch.samples, batch.micro_batches, lr)
+        last = step
         if why and len(course.landmarks) < MOST_LANDMARKS:
-            course.landmarks.append(last)
-        if highest is None or lr > highest.lr:
-            highest = last
-        if batch.samples != batch.requested:
-            course.rounded[batch.requested] = batch.samples
-        course.warmup_steps += tokens < warmup
-        course.zero_from = (tokens if course.zero_from is None else course.zero_from) if lr == 0 else None
-        if course.bad_rate is None and not (math.isfinite(lr) and lr >= 0):
-            course.bad_rate = (last.step, lr)
-        clock.advance(batch.samples)
+            course.landmarks.append(Landmark(", ".join(why), step))
+        if highest is None or step.lr > highest.lr:
+            highest = step
+        if step.batch != step.requested:
+            course.rounded[step.requested] = step.batch
+        course.warmup_steps += step.tokens < warmup
+        course.zero_from = (step.tokens if course.zero_from is None else course.zero_from) if step.lr == 0 else None
+        if course.bad_rate is None and not (math.isfinite(step.lr) and step.lr >= 0):
+            course.bad_rate = (step.number, step.lr)
+        course.samples += step.batch
     assert last is not None and highest is not None
     course.landmarks = _with(_with(course.landmarks, highest, "highest rate"), last, "last")
-    course.steps, course.samples, course.tokens = clock.step, clock.samples, clock.tokens
+    course.steps, course.tokens = last.number, course.samples * length
     return course
 
 
-def _with(landmarks: list[Landmark], extra: Landmark, why: str) -> list[Landmark]:
+def _with(landmarks: list[Landmark], extra: Step, why: str) -> list[Landmark]:
     """`landmarks` in order of steps, `extra` among them, with one more reason."""
-    by_step = {mark.step: mark for mark in [extra, *landmarks]}
-    mark = by_step[extra.step]
-    by_step[extra.step] = replace(mark, why=f"{mark.why}, {why}" if mark.why else why)
-    return [by_step[step] for step in sorted(by_step)]
+    by_step = {mark.step.number: mark for mark in landmarks}
+    mark = by_step.get(extra.number)
+    by_step[extra.number] = Landmark(why, extra) if mark is None else replace(mark, why=f"{mark.why}, {why}")
+    return [by_step[number] for number in sorted(by_step)]

@@ -36,7 +36,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _memory(plan)
     yield ""
-    yield from _course(plan)
+    yield from plan.course.lines(plan.recipe.training.sequence_length)
     yield ""
     yield from _devices(plan)
 
@@ -88,16 +88,6 @@ def _memory(plan: Plan) -> Iterator[str]:
             "reduce": 'with accumulation = "local"',
         }[mode]
         yield f"  {'and besides':<17}{_size(memory.local_gradients):>10}  of unsharded gradients, {where}"
-
-
-def _course(plan: Plan) -> Iterator[str]:
-    length = plan.recipe.training.sequence_length
-    yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
-    for mark in plan.course.landmarks:
-        yield (
-            f"{mark.step:>10,} {mark.tokens:>16,} {mark.batch:>7,} {format_count(mark.batch * length):>12} "
-            f"{mark.micro_batches:>6,} {mark.lr:>10.3g}  {mark.why}"
-        )
 
 
 def _devices(plan: Plan) -> Iterator[str]:

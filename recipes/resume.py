@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.checkpoint import complete_checkpoints
-from recipes.config import Config, ConfigError, flatten
+from components.checkpoint import complete_checkpoints, read_state, step_of
+from components.quantities import format_count
+from recipes.config import Config, ConfigError, flatten, load
 
 log = logging.getLogger("powertrain")
 
@@ -43,6 +45,9 @@ RULES: dict[str, Rule] = {
 
 NOT_THE_RUN = ("path", "cache_dir")
 """Keys that say where something lies. Data and tokenizers that moved are recognised by content, not by path."""
+
+RATES_COMPARED = 1000
+"""Steps of the past, at most, at which two schedules are compared."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,52 @@ def compare(checkpoint: Path, config: Config) -> None:
     Raises ConfigError with every refused change.
     """
     refuse(checkpoint, config)
+    reshapes = False
     for key, before, now in changes(checkpoint / "config.toml", config):
+        reshapes |= key == "training.total_tokens" or key.startswith("lr_schedule.")
         if rule_of(key) == "warned":
             log.warning(f"resuming with a change: {key} was {_shown(before)}, is {_shown(now)}")
         else:
             log.info(f"resuming with {key} = {_shown(now)} (was {_shown(before)})")
+    if reshapes and (told := another_past(checkpoint, config)):
+        log.warning(told)
+
+
+def another_past(checkpoint: Path, config: Config) -> str | None:
+    """What to say where the steps before `checkpoint` had another rate than this schedule would have given them.
+
+    So it is where the decay of a run had begun that is now given more tokens. None where the rates are the same, and
+    where the schedule is of another kind altogether, or cannot be made any more.
+    """
+    try:
+        old, clock = load(checkpoint / "config.toml").recipe, read_state(checkpoint)["clock"]
+    except (ConfigError, ValueError):  # what is damaged is told where it is needed
+        return None
+    new = config.recipe
+    if type(old.lr_schedule) is not type(new.lr_schedule) or not clock["step"]:
+        return None
+    batch = clock["tokens"] // clock["step"]
+
+    def rates(step: int) -> tuple[float, float]:
+        before, now = (
+            recipe.lr_schedule.lr(step * batch, batch, recipe.training.total_tokens) for recipe in (old, new)
+        )
+        return before, now
+
+    every = max(1, clock["step"] // RATES_COMPARED)
+    coarse = [*range(0, clock["step"], every), clock["step"] - 1]
+    other = next((step for step in coarse if not math.isclose(*rates(step))), None)
+    if other is None:
+        return None
+    first = next(step for step in range(max(0, other - every), other + 1) if not math.isclose(*rates(step)))
+    last, now = rates(clock["step"] - 1)[0], rates(clock["step"])[1]
+    before = [each for each in complete_checkpoints(checkpoint.parent) if step_of(each) <= first]
+    remedy = f"resume from {before[-1]} or earlier" if before else "start anew: no checkpoint from before that is left"
+    return (
+        "the tokens trained so far had another rate than this schedule would have given them, from "
+        f"{format_count(first * batch)} tokens on; it goes from {last:.3g} to {now:.3g} now. "
+        f"For the run as if it had been so from its start, {remedy}"
+    )
 
 
 def _shown(value: Any) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from components.optimizers import AdamW
 from models.llama import Llama
 from models.mup import MuPKeys
+from tools.pictures import pyplot, write
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0)}
@@ -189,16 +190,8 @@ def check(setting: Setting, parametrisation: Parametrisation) -> Check:
 
 def plot(checks: Sequence[Check], output: Path) -> None:
     """One panel a parametrisation, one line a module. Raises ValueError without matplotlib, or for an unknown kind."""
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False})
     panels = {"squeeze": False, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(checks), figsize=(5 * len(checks), 4), **panels)
+    figure, axes = pyplot().subplots(1, len(checks), figsize=(5 * len(checks), 4), **panels)
     for axis, each in zip(axes.flat, checks, strict=True):
         for name in each.slopes:
             axis.loglog(list(each.sizes), [sizes[name][-1] for sizes in each.sizes.values()], "o-", label=name)
@@ -208,9 +201,7 @@ def plot(checks: Sequence[Check], output: Path) -> None:
         axis.set_xlabel("width")
         axis.grid(alpha=0.3)
     axes[0, -1].legend(frameon=False, fontsize=7)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
-    plt.close(figure)
+    write(figure, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

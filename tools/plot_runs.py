@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from components.run_directory import RunDirectory
+from tools.pictures import count_tokens_on, pyplot, write
 
 PANELS = {
     "loss": "loss, nats a token",
@@ -71,15 +72,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     """One colour a run, one panel a quantity. Raises ValueError without matplotlib, or for an unknown kind of file."""
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams.update({"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    figure, panels = pyplot().subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
     for number, (name, rows) in enumerate(runs.items()):
         colour = f"C{number}"
         for axis, key in zip(panels.flat, PANELS, strict=True):
@@ -104,11 +97,8 @@ def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
         axis.grid(alpha=0.3)
     panels[0, 0].legend(frameon=False)
     for axis in panels[1]:
-        axis.set_xlabel("tokens")
-        axis.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
-    plt.close(figure)
+        count_tokens_on(axis)
+    write(figure, output)
 
 
 if __name__ == "__main__":

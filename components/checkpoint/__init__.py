@@ -14,7 +14,7 @@ told before.
 """
 
 from components.checkpoint.errors import SaveError
-from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, tensor_names
+from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, step_of, tensor_names
 from components.checkpoint.store import Checkpoint, CheckpointStore
 from components.checkpoint.training_tensors import TrainingTensors
 
@@ -26,5 +26,6 @@ __all__ = [
     "complete_checkpoints",
     "load_tensors",
     "read_state",
+    "step_of",
     "tensor_names",
 ]

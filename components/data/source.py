@@ -18,7 +18,7 @@ from components.data.prepare import Preparation, prepare
 from components.data.shards import FORMAT, open_shards, read_index
 
 _LINE_SECONDS = 5.0
-_MEMORY = "file-hashes.json"
+MEMORY = "file-hashes.json"
 
 
 class TextSource(ABC):
@@ -54,7 +54,7 @@ class TextSource(ABC):
             report=lambda state: progress(str(state)),
             report_seconds=_LINE_SECONDS,
         )
-        with FileHashes(cache_dir / _MEMORY) as hashes:
+        with FileHashes(cache_dir / MEMORY) as hashes:
             index = open_shards(directory, tokenizer=tokenizer, hashes=hashes)
         if made:
             progress(f"prepared {index.source}: {index}")
@@ -69,7 +69,7 @@ class TextSource(ABC):
         report_seconds: float,
     ) -> tuple[Path, bool]:
         """The prepared directory in `cache_dir`, and whether it had to be made now."""
-        with FileHashes(cache_dir / _MEMORY) as hashes:
+        with FileHashes(cache_dir / MEMORY) as hashes:
             content = self.fingerprint(hashes)
         key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
         directory = cache_dir / f"{type(self).__name__}-{key[:20]}"

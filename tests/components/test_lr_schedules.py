@@ -98,10 +98,29 @@ def test_wsd_is_stable_until_its_decay_and_ends_at_its_ratio():
     assert schedule.lr(1000, 10, 1000) == pytest.approx(1.0)
 
 
-@given(tokens=st.integers(0, 799), total=st.integers(1000, 10**6))
-def test_moving_the_end_of_wsd_leaves_the_stable_phase_as_it_was(tokens, total):
-    schedule = WSD(max_lr=1.0, warmup_tokens=100, decay_tokens=200)
-    assert schedule.lr(tokens, 10, total) == schedule.lr(tokens, 10, 1000)
+@pytest.mark.parametrize("kind", [WSD, Power])
+@given(tokens=st.integers(0, 800), batch=st.integers(1, 10**6), total=st.integers(1000, 10**6))
+def test_moving_the_end_leaves_the_stable_phase_as_it_was(kind, tokens, batch, total):
+    """To the last bit, for the step that starts where the shorter run begins to decay, too."""
+    schedule = kind(max_lr=1.0, warmup_tokens=100, decay_tokens=200)
+    assert schedule.lr(tokens, batch, total) == schedule.lr(tokens, batch, 1000)
+
+
+@pytest.mark.parametrize("shape", DECAYS)
+@pytest.mark.parametrize("kind", [WSD, Power])
+def test_a_decay_of_every_shape_ends_at_its_share_of_the_rate_where_it_starts(kind, shape):
+    schedule = kind(max_lr=0.02, decay=shape, decay_tokens=2 * 10**9, end_ratio=0.25)
+    total, batch = 10**10, 64 * 4096
+    start = schedule.lr(8 * 10**9, batch, total)
+    assert start == (0.02 if kind is WSD else pytest.approx(64 * 4 * (8 * 10**9) ** -0.51))
+    assert schedule.lr(total, batch, total) == pytest.approx(start / 4)
+
+
+def test_power_with_a_warm_up_longer_than_its_stable_phase_decays_from_the_law_where_the_decay_starts():
+    schedule = Power(warmup_tokens=9 * 10**9, decay="linear", decay_tokens=2 * 10**9)
+    total, batch = 10**10, 64 * 4096
+    law = 64 * 4 * (8 * 10**9) ** -0.51
+    assert schedule.lr(9 * 10**9, batch, total) == pytest.approx(law / 2)
 
 
 def test_decay_length_is_given_once():

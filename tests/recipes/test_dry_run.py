@@ -145,7 +145,8 @@ def test_the_course_is_that_of_the_run(tiny):
     steps = [row for row in tiny.rows() if "loss" in row]
     assert (course.steps, course.tokens) == (steps[-1]["step"], steps[-1]["tokens"])
     rates = {row["step"]: row["lr"] for row in steps}
-    assert {mark.step: mark.lr for mark in course.landmarks} == {m.step: rates[m.step] for m in course.landmarks}
+    shown = [mark.step for mark in course.landmarks]
+    assert {step.number: step.lr for step in shown} == {step.number: rates[step.number] for step in shown}
     whys = ", ".join(mark.why for mark in course.landmarks)
     assert all(why in whys for why in ("first", "warmed up", "highest rate", "batch", "50 %", "last"))
 

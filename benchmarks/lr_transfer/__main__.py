@@ -1,0 +1,69 @@
+"""Does one learning-rate setting serve every width, batch and length? WSD, WSD with muP, and Power with muP.
+
+    python -m benchmarks.lr_transfer --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
+    python -m benchmarks.lr_transfer ... --report        # the table and the picture of what is done so far
+
+The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
+Every rate is tried in every cell, by tools.sweep: runs in the file of results are not run again, so it can be stopped
+at any time. The default, 3 widths x 2 batches x 2 lengths at 18 settings, is 216 runs, about two and a half
+hours on two cores that do nothing else (reckoned from single runs: 30 to 40, 60 and 170 us a token at widths of 64, 128
+and 256 on one core, and some 8 s to start and validate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.lr_transfer.cells import METHODS, Grid, Method, cost, sweep_of
+from benchmarks.lr_transfer.report import draw, lines
+from benchmarks.measure import machine
+from tools.sweep.cells import Cell, in_cells
+from tools.sweep.runs import Results, Runner, stopped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.lr_transfer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--train", type=Path, required=True, help="text to train on")
+    parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
+    for key in ("widths", "batches", "tokens"):
+        parser.add_argument(f"--{key}", type=int, nargs="+", default=getattr(Grid, key))
+    parser.add_argument("--seeds", type=int, default=Grid.seeds)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--results", type=Path, default=Path("docs/data/lr_transfer.jsonl"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/lr_transfer.svg"))
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    grid = Grid(options.widths, options.batches, options.tokens, options.seeds)
+    try:
+        jobs = {method: sweep_of(method, grid, text).jobs() for method in METHODS}
+        results = Results(options.results)
+        every = sorted((job for each in jobs.values() for job in each), key=cost)
+        killed = 0 if options.report else Runner(results, options.jobs).run(every)
+        found: dict[Method, list[Cell]] = {}
+        for method in METHODS:
+            done = [(job, outcome) for job in jobs[method] if (outcome := results.get(job)) is not None]
+            if cells := in_cells(done, method.rate_key):
+                found[method] = cells
+        print(f"{sum(results.get(job) is not None for job in every)} of {len(every)} runs are done; {machine()}\n")
+        if found:
+            print("\n".join(lines(found)))
+            draw(found, options.picture)
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if killed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""How far the best rate drifts over widths, batches and lengths, and what a single setting costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.lr_transfer.cells import Method
+from tools.pictures import pyplot, write
+from tools.sweep.cells import Cell, one_for_all
+from tools.sweep.report import law, vertex
+
+GOAL = 0.01
+"""One setting should end this close to the best loss of every cell."""
+NAMES = {"model.dim": "width", "batch.initial": "batch", "training.total_tokens": "tokens"}
+
+Place = tuple[int, ...]
+"""Width, batch and tokens of a cell."""
+Found = Mapping[Method, Sequence[Cell]]
+
+
+def place(cell: Cell) -> Place:
+    return tuple(int(cell.key[key]) for key in NAMES)
+
+
+def lines(found: Found) -> Iterator[str]:
+    """A table of the cells, the drift of each method, and the law of the rates where they are rates."""
+    best = best_of_all(found)
+    chosen = {method: one_for_all(cells) for method, cells in found.items()}
+    yield from table(found, best, {method: rate for method, (rate, _) in chosen.items()})
+    for method, cells in found.items():
+        rate, worst = chosen[method]
+        against_all = max(cell.regret(rate, best[place(cell)]) for cell in cells)
+        within = sum(cell.regret(rate) <= GOAL for cell in cells)
+        bests = [cell.best for cell in cells]
+        yield ""
+        yield (
+            f"{method.name}: the best {method.rate_key} of a cell is from {min(bests):g} to {max(bests):g}; the one "
+            f"setting {rate:g} is within {GOAL:.0%} of the method's best in {within} of {len(cells)} cells, at the "
+            f"worst {worst:.1%} above it, and {against_all:.1%} above the best of all methods"
+        )
+        if method.rate_key.endswith("max_lr"):
+            yield from law(cells)
+
+
+def best_of_all(found: Found) -> dict[Place, float]:
+    """Cell -> the lowest loss of any method."""
+    best: dict[Place, float] = {}
+    for cells in found.values():
+        for cell in cells:
+            best[place(cell)] = min(best.get(place(cell), math.inf), *cell.means.values())
+    return best
+
+
+def table(found: Found, best: Mapping[Place, float], chosen: Mapping[Method, float]) -> Iterator[str]:
+    """Best rate, vertex and loss of each method in each cell, and what its one setting costs against them."""
+    columns = [f"{method.name}: best | vertex | loss | {chosen[method]:g} costs" for method in found]
+    yield f"| {' | '.join([*NAMES.values(), *columns])} |"
+    yield "|---" * (len(NAMES) + 4 * len(found)) + "|"
+    by_place = {method: {place(cell): cell for cell in cells} for method, cells in found.items()}
+    for where in sorted(best):
+        shown = [f"{number:,}" for number in where]
+        for method, cells in by_place.items():
+            cell = cells.get(where)
+            if cell is None:
+                shown += ["", "", "", ""]
+                continue
+            cost = f"{cell.regret(chosen[method]):+.2%}"
+            shown += [f"{cell.best:g}", vertex(cell), f"{cell.means[cell.best]:.3f}", cost]
+        yield f"| {' | '.join(shown)} |"
+
+
+def draw(found: Found, output: Path) -> None:
+    """Loss above the best of the cell against the setting: minima that lie on top of one another transfer."""
+    figure, panels = pyplot().subplots(
+        1, len(found), figsize=(4.5 * len(found), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (method, cells) in zip(panels.flat, found.items(), strict=True):
+        widths, batches, lengths = (sorted({place(cell)[i] for cell in cells}) for i in range(3))
+        for cell in cells:
+            width, batch, tokens = place(cell)
+            axis.plot(
+                list(cell.means),
+                [100 * cell.regret(rate) for rate in cell.means],
+                color=f"C{widths.index(width)}",
+                marker="os^Dv"[batches.index(batch) % 5],
+                linestyle=("-", "--", ":", "-.")[lengths.index(tokens) % 4],
+                markersize=4,
+                label=f"width {width}, batch {batch}, {tokens:,} tokens",
+            )
+        axis.axhline(100 * GOAL, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="symlog", xlabel=method.rate_key, ylim=(0, None))
+        axis.set_title(method.name, loc="left", fontsize=10)
+        axis.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("loss above the best of the cell, %")
+    panels[0, -1].legend(frameon=False, fontsize=6)
+    write(figure, output)

@@ -1,0 +1,130 @@
+"""The best rate and its law: exact on exact data, and intervals that hold the truth as often as they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tools.sweep.optimum import Optimum, Point, fit_law, optimum, students_t
+
+pytestmark = pytest.mark.quick
+
+RATES = [2.0**power for power in range(-12, -3)]
+
+
+def parabola(best: float, curvature: float = 0.1) -> dict[float, list[float]]:
+    return {rate: [4 + curvature * math.log(rate / best) ** 2] for rate in RATES}
+
+
+@pytest.mark.parametrize("best", [0.0021, 0.01, 2**-7.5])
+def test_the_vertex_of_a_parabola_is_found_exactly(best):
+    found = optimum(parabola(best))
+    assert isinstance(found, Optimum)
+    assert found.rate == pytest.approx(best, rel=1e-9)
+    assert found.loss == pytest.approx(4, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("losses", "why"),
+    [
+        ({1e-3: [1.0], 2e-3: [2.0], 4e-3: [3.0]}, "below the grid"),
+        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0]}, "above the grid"),
+        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]}, "beside a failed run"),
+        ({1e-3: [math.inf], 2e-3: [2.0], 4e-3: [3.0]}, "beside a failed run"),
+        ({1e-3: [math.inf]}, "no minimum"),
+        ({1e-3: [3.0]}, "no minimum"),
+    ],
+)
+def test_a_best_rate_without_neighbours_is_no_optimum(losses, why):
+    assert optimum(losses) == why
+
+
+def test_a_failed_run_further_up_does_not_matter():
+    losses = {**parabola(0.004), RATES[-1]: [math.inf]}
+    found = optimum(losses)
+    assert isinstance(found, Optimum) and found.rate == pytest.approx(0.004, rel=1e-9)
+
+
+@pytest.mark.parametrize(("freedom", "published"), [(1, 12.706), (2, 4.303), (10, 2.228), (100, 1.984)])
+def test_students_t_is_that_of_the_tables(freedom, published):
+    assert students_t(freedom) == pytest.approx(published, abs=6e-4)
+
+
+def test_the_error_of_a_vertex_holds_the_truth_as_often_as_it_says():
+    """Five rates and three seeds: 12 degrees of freedom in the window of three rates make 6."""
+    generator, held, trials = np.random.default_rng(0), 0, 500
+    for _ in range(trials):
+        losses = {rate: list(each + generator.normal(0, 0.005, 3)) for rate, each in parabola(0.0085).items()}
+        found = optimum(losses)
+        assert isinstance(found, Optimum) and found.error is not None
+        held += abs(found.log_rate - math.log(0.0085)) <= students_t(6) * found.error
+    assert 0.92 <= held / trials <= 0.98  # 0.95, with three standard deviations of 500 trials
+
+
+CELLS = [(tokens, beta) for tokens in (3e5, 1.2e6, 5e6) for beta in (0.25, 1.0)]
+A, B = 4.6, -0.51
+
+
+def best_rate(tokens: float, beta: float) -> float:
+    return beta * A * tokens**B
+
+
+def test_a_law_without_noise_is_found_exactly():
+    law = fit_law([Point(tokens, beta, best_rate(tokens, beta)) for tokens, beta in CELLS])
+    assert (law.a.value, law.b.value) == (pytest.approx(A), pytest.approx(B))
+    assert law.gamma.value == pytest.approx(A * law.middle**B)
+    assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(1)
+
+
+def test_a_rate_that_follows_the_root_of_the_batch_is_seen():
+    law = fit_law([Point(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in CELLS])
+    assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(0.5)
+
+
+def test_intervals_hold_the_true_law_as_often_as_they_say():
+    """From losses with noise, a valley that is steeper on the high side, and factors of two between rates.
+
+    The bias of a steep side moves a, and not b: it is the same in every cell. So b and the exponent of the batch are
+    judged; a and gamma are with a symmetric valley.
+    """
+    trials = 300
+    held = {"a": 0, "b": 0, "gamma": 0, "batch": 0, "b, steep": 0}
+    generator = np.random.default_rng(1)
+    for _ in range(trials):
+        for steepness in (0.0, 0.02):
+            found = []
+            for tokens, beta in CELLS:
+                best = best_rate(tokens, beta)
+                # each cell has its own place between the rates, as real ones have
+                rates = best * 2.0 ** (np.arange(-4, 5) + generator.uniform(-0.5, 0.5))
+                x = np.log(rates / best)
+                y = 4 + 0.1 * x**2 + steepness * x**3 + generator.normal(0, 0.005, len(x))
+                cell = optimum({rate: [loss] for rate, loss in zip(rates, y, strict=True)})
+                assert isinstance(cell, Optimum)
+                found.append(Point(tokens, beta, cell.rate))
+            law = fit_law(found)
+            assert law.batch_exponent is not None
+            middle = math.exp(np.mean([math.log(tokens) for tokens, _ in CELLS]))
+            if steepness:
+                held["b, steep"] += law.b.low <= B <= law.b.high
+                continue
+            held["a"] += law.a.low <= A <= law.a.high
+            held["b"] += law.b.low <= B <= law.b.high
+            held["gamma"] += law.gamma.low <= A * middle**B <= law.gamma.high
+            held["batch"] += law.batch_exponent.low <= 1 <= law.batch_exponent.high
+    shares = {name: count / trials for name, count in held.items()}
+    # 0.95, with three standard deviations of 300 trials, and a little for an error that is not quite normal
+    assert all(0.90 <= share <= 0.99 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("cells", [CELLS[:2], [(3e5, 1.0)] * 5])
+def test_too_few_cells_have_no_law(cells):
+    with pytest.raises(ValueError, match="three cells or more"):
+        fit_law([Point(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
+
+
+def test_lengths_and_batches_that_grow_together_tell_no_exponent_of_the_batch():
+    points = [Point(t, t / 1e6, best_rate(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
+    assert fit_law(points).batch_exponent is None

@@ -1,0 +1,104 @@
+"""What is run, what is remembered, and what is run again."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from components.run_directory import RunDirectory
+from tests.tools.sweep.outcomes import pretend
+from tools.sweep.grid import Job, Sweep, parse_grid
+from tools.sweep.runs import Outcome, Results, Runner, measure, reason
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture
+def jobs(tiny) -> list[Job]:
+    return Sweep(tiny.recipe, {}, [parse_grid(["lr_schedule.max_lr=1e-3,2e-3,4e-3"])]).jobs()
+
+
+def rate(settings) -> float:
+    return float(settings["lr_schedule.max_lr"])
+
+
+def test_what_is_in_the_file_is_not_run_again(jobs, tmp_path, monkeypatch):
+    launched = pretend(monkeypatch, rate)
+    path = tmp_path / "new" / "results.jsonl"
+    assert Runner(Results(path)).run(jobs[:2]) == 0
+    assert Runner(Results(path), at_a_time=2).run(jobs) == 0
+    assert [rate(settings) for settings in launched] == [1e-3, 2e-3, 4e-3]
+    assert [Results(path).get(job).loss for job in jobs] == [1e-3, 2e-3, 4e-3]
+    assert all("path" not in key for line in path.read_text().splitlines() for key in json.loads(line)["settings"])
+
+
+def test_a_line_that_its_writer_was_killed_amid_is_run_again_and_replaced(jobs, tmp_path, monkeypatch):
+    launched = pretend(monkeypatch, rate)
+    path = tmp_path / "results.jsonl"
+    Runner(Results(path)).run(jobs[:2])
+    path.write_text(path.read_text()[:-20])
+    Runner(Results(path)).run(jobs)
+    assert [rate(settings) for settings in launched] == [1e-3, 2e-3, 2e-3, 4e-3]
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 3
+    assert all(Results(path).get(job) for job in jobs)
+
+
+@pytest.mark.parametrize("status", [-9, 130, 137, 143])
+def test_a_run_that_was_killed_is_not_remembered(jobs, tmp_path, monkeypatch, capsys, status):
+    pretend(monkeypatch, rate, status)
+    path = tmp_path / "results.jsonl"
+    assert Runner(Results(path)).run(jobs) == 3
+    assert not path.exists()
+    assert "killed: it is run again next time" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_is_remembered_with_its_reason_and_run_again_when_asked(jobs, tmp_path, monkeypatch):
+    said = "step 7\nstep 8 (samples 56 to 63): loss nan, gradient norm 1.0. The parameters were not updated; the last\n"
+    launched = pretend(monkeypatch, rate, 1, said)
+    path = tmp_path / "results.jsonl"
+    assert Runner(Results(path)).run(jobs) == 0
+    outcome = Results(path).get(jobs[0])
+    assert outcome.failure == "step 8 (samples 56 to 63): loss nan, gradient norm 1.0"
+    assert outcome.loss == math.inf
+    Runner(Results(path)).run(jobs)
+    assert len(launched) == 3
+    Runner(Results(path)).run(jobs, again=True)
+    assert len(launched) == 6
+
+
+def test_bad_input_ends_the_sweep_and_names_the_run(jobs, tmp_path, monkeypatch):
+    launched = pretend(monkeypatch, rate, 2, "no such tokenizer\n")
+    with pytest.raises(ValueError, match=r"with lr_schedule\.max_lr = 1e-3:\nno such tokenizer"):
+        Runner(Results(tmp_path / "results.jsonl")).run(jobs)
+    assert len(launched) < 3
+
+
+def test_run_directories_are_kept_when_asked_and_else_write_no_checkpoints(jobs, tmp_path, monkeypatch):
+    launched = pretend(monkeypatch, rate)
+    Runner(Results(tmp_path / "a.jsonl"), keep_in=tmp_path / "kept").run(jobs)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(job.digest for job in jobs)
+    Runner(Results(tmp_path / "b.jsonl")).run(jobs)
+    assert ["checkpoint.interval_steps" in settings for settings in launched] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("text", ["nonsense\n", '{"digest": "a"}\n', '{"digest": "a", "outcome": {"x": 1}}\n'])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    path = tmp_path / "results.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.jsonl:1 is no result of a sweep"):
+        Results(path)
+
+
+def test_the_reason_is_the_first_sentence_of_the_last_line():
+    assert reason("a\nb. c. d\n\n") == "b"
+    assert reason("\n") == "it said nothing"
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_a_failure(tmp_path):
+    row = {"step": 1, "samples": 8, "tokens": 80, "loss": 2.0, "global_batch_size": 8, "step_seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 1, "val_loss": None}) + "\n")
+    assert measure(RunDirectory(tmp_path), None).failure == "its loss at the end is not finite"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert measure(RunDirectory(tmp_path), None) == Outcome(None, 2.0, 1, 8, 80, 1.0)

@@ -1,0 +1,160 @@
+"""Which runs a sweep is: a recipe, keys that all runs share, and grids of keys that are crossed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.data.content import FileHashes
+from components.data.source import MEMORY, TextSource
+from recipes.config import Config, ConfigError, Override, load
+from recipes.config.tree import DEFAULT
+from recipes.resume import NOT_THE_RUN
+
+Settings = Mapping[str, str]
+"""Dotted key -> value, as on the command line."""
+Grid = Sequence[Settings]
+"""Points of one axis: the keys of a point go together."""
+Fingerprints = dict[tuple[tuple[str, str], ...], str]
+"""Keys of a section -> what is in the files it reads, which is the same for many runs."""
+
+ITS_PLACE = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
+"""Keys, and sections, that say where a run is and what it writes, but not what it learns."""
+OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    recipe: Path
+    settings: Settings
+    """All that the command line sets."""
+    varied: Settings
+    """The part of it that tells this run from the others."""
+    digest: str
+    """Of the resolved configuration and the content of its data."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} = {value}" for key, value in self.varied.items()) or str(self.recipe)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe, varied."""
+
+    recipe: Path
+    common: Settings
+    """Keys that all its runs share."""
+    grids: Sequence[Grid]
+
+    def __post_init__(self) -> None:
+        seen = set(self.common)
+        for grid in self.grids:
+            if twice := sorted(seen & grid[0].keys()):
+                raise ValueError(f"{twice[0]} is given twice: in a --grid and in another, or for all runs")
+            seen |= grid[0].keys()
+
+    def jobs(self) -> list[Job]:
+        """Every run once, the last grid fastest. Raises ValueError with all that is wrong with the first that is."""
+        jobs: dict[str, Job] = {}
+        fingerprints: Fingerprints = {}
+        for points in itertools.product(*self.grids):
+            varied = {key: value for point in points for key, value in point.items()}
+            settings = {**self.common, **varied}
+            try:
+                config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
+                job = Job(self.recipe, settings, varied, digest(config, fingerprints))
+            except (ConfigError, OSError, ValueError) as error:
+                told = ", ".join(f"{key} = {value}" for key, value in varied.items())
+                raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None
+            jobs.setdefault(job.digest, job)
+        return list(jobs.values())
+
+
+def parse_grid(texts: Sequence[str]) -> Grid:
+    """`KEY=VALUE,VALUE ...`: keys that go together, each with as many values. Raises ValueError."""
+    columns: dict[str, list[str]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--grid {text}: write --grid key=value,value; the recipe comes first")
+        if key in columns:
+            raise ValueError(f"--grid: {key} is given twice")
+        columns[key.removeprefix("--")] = split(values)
+        if "" in columns[key.removeprefix("--")]:
+            raise ValueError(f"--grid {text}: a value is empty")
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise ValueError(f"--grid: keys that go together need as many values each: {told}; or give each its own --grid")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def split(text: str) -> list[str]:
+    """At the commas outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if char == "," and not depth and not quote:
+            parts.append("")
+            continue
+        parts[-1] += char
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in QUOTES:
+            quote = char
+        else:
+            depth += (char in OPENERS) - (char in CLOSERS)
+    return [part.strip() for part in parts]
+
+
+def digest(config: Config, fingerprints: Fingerprints) -> str:
+    """What makes a run what it is: keys that were set, and the content of its text and tokenizer.
+
+    Defaults are left out, so that a component may get another key without every result being forgotten; and so is
+    where things lie. `fingerprints` remembers what was read. Raises ValueError or OSError if the data is not there.
+    """
+    content = {section: _fingerprint(config, section, source, fingerprints) for section, source in _sources(config)}
+    said = {
+        key: leaf.toml
+        for key, leaf in config.leaves.items()
+        if leaf.origin.where != DEFAULT and counts(key) and not _is_path_below(key, content)
+    }
+    return hashlib.sha256(json.dumps([said, content], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def counts(key: str) -> bool:
+    """Whether a key says what a run learns."""
+    inside = (key == place or key.startswith(f"{place}.") for place in ITS_PLACE)
+    return not any(inside) and key.rpartition(".")[2] != "cache_dir"
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Any]]:
+    """Sections that read something and can say what."""
+    recipe = config.recipe
+    yield "tokenizer", recipe.tokenizer
+    validation = getattr(recipe, "validation", None)
+    for section, data in (("data", recipe.data), ("validation.data", getattr(validation, "data", None))):
+        if isinstance(data, TextSource):
+            yield section, data
+
+
+def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints) -> str:
+    keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
+    if keys not in known:
+        if isinstance(source, TextSource):
+            with FileHashes(config.recipe.run.cache_dir / MEMORY) as hashes:
+                known[keys] = source.fingerprint(hashes)
+        else:
+            known[keys] = str(source.build().fingerprint)
+    return known[keys]
+
+
+def _is_path_below(key: str, sections: Mapping[str, str]) -> bool:
+    section, _, last = key.rpartition(".")
+    return section in sections and last in NOT_THE_RUN

@@ -1,0 +1,227 @@
+"""Runs, started as a user starts them, measured from what they leave, and remembered in a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from components.critical_batch import smoothed
+from components.run_directory import RunDirectory
+from recipes.launch import ROOT
+from tools.sweep.grid import Job, Settings
+
+TAIL = 0.02
+"""The training loss at the end is averaged exponentially over this share of the tokens."""
+LEFT_OUT = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
+"""What a run whose directory is thrown away need not write."""
+INPUT, KILLED = 2, (130, 137, 143)
+"""Exit statuses: bad input, and ended by SIGINT, SIGKILL or SIGTERM."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left."""
+
+    val_loss: float | None = None
+    """At its end, nats a token; None without a [validation]."""
+    train_loss: float | None = None
+    """Smoothed, at its end."""
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """In steps."""
+    failure: str | None = None
+    """Why it did not come to its end."""
+
+    @property
+    def loss(self) -> float:
+        """Held out, where something is; infinite for a run that failed."""
+        found = self.train_loss if self.val_loss is None else self.val_loss
+        return math.inf if self.failure or found is None else found
+
+    def __str__(self) -> str:
+        if self.failure:
+            return f"failed after {self.steps} steps: {self.failure}"
+        return f"{self.loss:.4f} in {self.steps} steps, {self.seconds:.0f} s"
+
+
+class Results:
+    """Outcomes by the digest of their job, kept in a file: what is in it is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError for a file that holds something else."""
+        self.path = path
+        self._outcomes: dict[str, Outcome] = {}
+        self._lock = threading.Lock()
+        self._torn_at: int | None = None
+        """Where a half-written line begins: its writer was killed."""
+        text = path.read_bytes() if path.exists() else b""
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                self._torn_at = len(text) - len(line)
+                break
+            try:
+                entry = json.loads(line)
+                self._outcomes[entry["digest"]] = Outcome(**entry["outcome"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}:{number} is no result of a sweep; give --results another file") from None
+
+    def get(self, job: Job) -> Outcome | None:
+        return self._outcomes.get(job.digest)
+
+    def add(self, job: Job, outcome: Outcome) -> None:
+        settings = {key: value for key, value in job.settings.items() if not key.endswith("path")}
+        entry = {"digest": job.digest, "varied": dict(job.varied), "settings": settings, "outcome": asdict(outcome)}
+        with self._lock:
+            self._outcomes[job.digest] = outcome
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._torn_at is not None:
+                os.truncate(self.path, self._torn_at)
+                self._torn_at = None
+            with self.path.open("ab") as file:
+                file.write(json.dumps(entry).encode() + b"\n")
+
+
+class Runner:
+    """Runs jobs, some at a time, each in processes of its own."""
+
+    def __init__(self, results: Results, at_a_time: int = 1, keep_in: Path | None = None) -> None:
+        """`keep_in`: a folder for the run directories, named by digest; without it they are thrown away."""
+        self.results, self.at_a_time, self.keep_in = results, at_a_time, keep_in
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._stopping = threading.Event()
+
+    def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
+        """Run what has no outcome yet, or failed and is tried `again`; returns how many were killed on the way.
+
+        Raises ValueError for bad input, and KeyboardInterrupt for SIGTERM, too; either ends the others.
+        """
+        missing = [job for job in jobs if self._is_missing(job, again)]
+        killed = 0
+        with _interrupted_by_sigterm(), ThreadPoolExecutor(self.at_a_time) as pool:
+            futures = {pool.submit(self._run, job): job for job in missing}
+            try:
+                for number, future in enumerate(as_completed(futures), 1):
+                    job, outcome = futures[future], future.result()
+                    if outcome is None:
+                        killed += 1
+                    told = "killed: it is run again next time" if outcome is None else str(outcome)
+                    print(f"[{number}/{len(missing)}] {job}: {told}", file=sys.stderr, flush=True)
+            except BaseException:
+                self._stopping.set()
+                for process in list(self._processes):
+                    process.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return killed
+
+    def _is_missing(self, job: Job, again: bool) -> bool:
+        outcome = self.results.get(job)
+        return outcome is None or (again and outcome.failure is not None)
+
+    def _run(self, job: Job) -> Outcome | None:
+        """None: killed."""
+        if self.keep_in is not None:
+            return self._run_in(self.keep_in / job.digest, job, {})
+        with tempfile.TemporaryDirectory() as folder:
+            return self._run_in(Path(folder) / "run", job, LEFT_OUT)
+
+    def _run_in(self, folder: Path, job: Job, extra: Settings) -> Outcome | None:
+        if self._stopping.is_set():
+            return None
+        places = {"run.dir": str(folder), "run.name": job.digest, "run.if_exists": "replace"}
+        status, said = self._launch(job.recipe, {**job.settings, **places, **extra})
+        if self._stopping.is_set() or status < 0 or status in KILLED:
+            return None
+        if status == INPUT:
+            raise ValueError(f"with {job}:\n{said.strip()}")
+        failure = None if status == 0 else reason(said)
+        outcome = measure(RunDirectory(folder), failure)
+        self.results.add(job, outcome)
+        return outcome
+
+    def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str]:
+        """Exit status, and all it said."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.at_a_time))
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
+            env={"OMP_NUM_THREADS": threads, **os.environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C is for the sweep, which ends its runs itself
+        )
+        self._processes.add(process)
+        if self._stopping.is_set():
+            process.terminate()
+        said, _ = process.communicate()
+        self._processes.discard(process)
+        return process.returncode, said.decode(errors="replace")
+
+
+def stopped(stop: KeyboardInterrupt) -> int:
+    """Say that a sweep was stopped; returns its exit status."""
+    print("stopped; the same command goes on with what is not done", file=sys.stderr)
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as SIGINT does, with its number."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def reason(said: str) -> str:
+    """The first sentence of the last line: what follows is advice, and names files that are gone."""
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+    return last.split(". ")[0][:300]
+
+
+def measure(run: RunDirectory, failure: str | None) -> Outcome:
+    """From metrics.jsonl, which a run that failed early does not have."""
+    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if run.metrics.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        return Outcome(failure=failure or "it took no step")
+    last, validated = steps[-1], [row["val_loss"] for row in rows if "val_loss" in row]
+    if failure is None and None in (steps[-1]["loss"], *validated[-1:]):
+        failure = "its loss at the end is not finite"
+    return Outcome(
+        val_loss=validated[-1] if validated and failure is None else None,
+        train_loss=smoothed_end(steps, TAIL * last["tokens"]) if failure is None else None,
+        steps=last["step"],
+        samples=last["samples"],
+        tokens=last["tokens"],
+        seconds=sum(row["step_seconds"] for row in steps),
+        failure=failure,
+    )
+
+
+def smoothed_end(steps: Iterable[Mapping[str, Any]], window: float) -> float:
+    """The training loss at the end, averaged exponentially over `window` tokens: alike for every batch."""
+    rows = list(steps)
+    length = rows[-1]["tokens"] // rows[-1]["samples"]
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    return smoothed(losses, [row["global_batch_size"] * length for row in rows], window)[-1]
