@@ -48,7 +48,6 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "two shards, five experts": (2, [*UNEVEN, *SHORT, "--training.accumulation=reduce"]),
     "one process, all recomputed": (1, ["--training.activation_checkpoint=full", *SHORT]),
     "two shards, cheap ones recomputed": (2, ["--training.activation_checkpoint=selective", *SHORT]),
-    "one process, compiled": (1, ["--training.compile=true", *SHORT]),
     "two shards, bf16": (2, ["--training.precision=bf16", *SHORT]),
 }
 """Name -> processes, arguments. Of five experts two ranks cut each in two, of six each has three."""
