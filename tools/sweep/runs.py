@@ -148,6 +148,7 @@ class Runner:
         if self._stopping.is_set() or status < 0 or status in KILLED:
             return None
         if status == INPUT:
+            self._stopping.set()  # at once: the next run of this thread would find the same
             raise ValueError(f"with {job}:\n{said.strip()}")
         failure = None if status == 0 else reason(said)
         outcome = measure(RunDirectory(folder), failure)
