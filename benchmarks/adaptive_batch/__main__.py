@@ -5,86 +5,101 @@
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values and on while the best is at the edge, with
-one seed and half of the tokens. Runs in the file of results are not run again, so it can be stopped at any time.
+one seed and a third of the tokens. Runs in the file of results are not run again, so it can be stopped at any time.
+The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.adaptive_batch.methods import METHODS, RATES, SMALL, VARIANTS
-from benchmarks.adaptive_batch.report import report
-from benchmarks.adaptive_batch.runs import Book, Job, Row
+from benchmarks.adaptive_batch.report import Rows, report
+from benchmarks.adaptive_batch.runs import Book, Row, Run
+from tools.sweep.runs import Results, stopped
 
 AT_THE_SAME_MEAN = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
+TUNING = 3
+"""Of the tokens, tuning takes one part in so many."""
+MOST_RATES = 7
 
 
-def tune(book: Book, pool: ThreadPoolExecutor, rows: list[Row], tokens: int) -> dict[Row, float]:
-    """The best rate of each row."""
-    grids = {row: list(RATES[row[1]]) for row in rows}
-    while True:
-        jobs = {row: [Job(*row, rate, 0, tokens) for rate in grids[row]] for row in rows}
-        losses = dict(
-            zip(
-                (job for each in jobs.values() for job in each),
-                pool.map(lambda job: book.run(job).val_loss, [job for each in jobs.values() for job in each]),
-                strict=True,
-            )
-        )
-        best = {row: min(jobs[row], key=losses.__getitem__).rate for row in rows}
-        open_rows = [row for row in rows if best[row] in (min(grids[row]), max(grids[row])) and len(grids[row]) < 7]
-        if not open_rows:
-            return best
-        for row in open_rows:
-            low = best[row] == min(grids[row])
-            grids[row] = sorted([*grids[row], best[row] / 2 if low else best[row] * 2])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.adaptive_batch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
-    parser.add_argument("--tokens", type=int, default=2_500_000, help="of each final run")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="of each final run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=Path("docs/data/adaptive_batch.jsonl"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
     parser.add_argument("--report", action="store_true", help="run nothing")
-    arguments = parser.parse_args()
-    text = {
-        "data.path": str(arguments.train.resolve()),
-        "validation.data.path": str(arguments.valid.resolve()),
-        "tokenizer.path": str(arguments.tokenizer.resolve()),
-    }
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    book = Book(arguments.results, text, arguments.tokens)
-    if not arguments.report:
-        compare(book, arguments.tokens, arguments.seeds, arguments.jobs)
-    report(book, arguments.tokens, arguments.pictures)
+    options = parser.parse_args(arguments)
+    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    try:
+        book = Book(Results(options.results), text, options.tokens, options.jobs)
+        if not options.report:
+            for kind in options.schedules:
+                compare(book, kind, options.seeds)
+        report(rows_of(book), options.tokens, options.pictures)
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
-def compare(book: Book, tokens: int, seeds: int, at_a_time: int) -> None:
-    with ThreadPoolExecutor(at_a_time) as pool:
-        for kind in ("wsd", "power"):
-            rows = [(name, kind if kind == "power" else method.decay) for name, method in METHODS.items()]
-            rows = [row for row in rows if not (row[0] == "Seesaw" and kind == "power")]  # it needs the root rule
-            finish(book, pool, rows, tokens, seeds)
-            model = book.finals((AT_THE_SAME_MEAN, kind), tokens)[0]
-            same_mean = max(SMALL, round(model.mean_batch / 4) * 4)
-            finish(book, pool, [(f"constant {same_mean}", kind)], tokens, seeds)
+def compare(book: Book, kind: str, seeds: int) -> None:
+    """All methods under one schedule, and then the constant batch that an adaptive one came to."""
+    rows = [(name, kind if kind == "power" else method.decay) for name, method in METHODS.items()]
+    rows = [row for row in rows if row != ("Seesaw", "power")]  # it needs the root rule
+    finish(book, rows, seeds)
+    ((_, (model, *_)),) = book.finals()[AT_THE_SAME_MEAN, kind].items()
+    same_mean = max(SMALL, round(model.mean_batch / 4) * 4)
+    finish(book, [(f"constant {same_mean}", kind)], seeds)
 
 
-def finish(book: Book, pool: ThreadPoolExecutor, rows: list[Row], tokens: int, seeds: int) -> None:
-    best = tune(book, pool, rows, tokens // 2)
-    variants = [row for row in rows if row[0] in VARIANTS]
-    for row in sorted(variants, key=lambda row: book.run(Job(*row, best[row], 0, tokens // 2)).val_loss)[1:]:
-        del best[row]
-    list(pool.map(book.run, [Job(*row, rate, seed, tokens) for seed in range(seeds) for row, rate in best.items()]))
+def finish(book: Book, rows: Sequence[Row], seeds: int) -> None:
+    """Tune, and run at the best rate with every seed; of the variants of a ramp the best alone."""
+    best = tune(book, rows)
+    variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: best[row][1])
+    finals = {row: rate for row, (rate, _) in best.items() if row not in variants[1:]}
+    book.run(Run(row, rate, seed, book.final_tokens) for seed in range(seeds) for row, rate in finals.items())
+
+
+def tune(book: Book, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
+    """The best rate of each row, and its loss."""
+    grids = {row: list(RATES[row[1]]) for row in rows}
+    while True:
+        runs = [Run(row, rate, 0, book.final_tokens // TUNING) for row in rows for rate in grids[row]]
+        losses = {run: outcome.loss for run, outcome in zip(runs, book.run(runs), strict=True)}
+        best = {row: min((loss, run.rate) for run, loss in losses.items() if run.row == row) for row in rows}
+        rates = {row: rate for row, (_, rate) in best.items()}
+        at_edge = [row for row in rows if rates[row] in (min(grids[row]), max(grids[row]))]
+        open_rows = [row for row in at_edge if len(grids[row]) < MOST_RATES]
+        if not open_rows:
+            return {row: (rate, loss) for row, (loss, rate) in best.items()}
+        for row in open_rows:
+            low = rates[row] == min(grids[row])
+            grids[row] = sorted([*grids[row], rates[row] / 2 if low else rates[row] * 2])
+
+
+def rows_of(book: Book) -> Rows:
+    """What there is; of a row that was run at several rates, by other tuning, that with most seeds."""
+    finals = book.finals()
+    return {row: max(by_rate.items(), key=lambda item: len(item[1])) for row, by_rate in finals.items()}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

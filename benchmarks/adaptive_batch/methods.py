@@ -8,7 +8,11 @@ from dataclasses import dataclass
 SEQUENCE = 128
 MICRO_BATCH = 4
 SMALL, MEDIUM, LARGE = 8, 24, 64
-"""Constant batches, in samples; adaptive ones grow from the small to the large."""
+"""Constant batches, in samples; adaptive ones start from the small."""
+MAXIMUM = 256
+"""Of adaptive batches: late in a run, or while the rate decays, more than the largest constant may pay."""
+SMOOTHING = 2000
+"""Samples. A batch that never shrinks follows the upward swings of what is not smoothed enough."""
 WARMUP_STEPS = 60
 """At the first batch of every method: in tokens, a batch of 64 would have an eighth of the steps of one of 8. Ten steps
 are too few: the rates that are best here then ruin the start of a batch of 8."""
@@ -16,6 +20,7 @@ are too few: the rates that are best here then ruin the start of a batch of 8.""
 SIZE = {
     "model.dim": 128, "model.layers": 2, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 384,
     "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
+    "gradient_moments.smoothing_samples": SMOOTHING,
 }  # fmt: skip
 """0.7M parameters with 2048 tied embeddings: small, so that a run sees some four tokens for each."""
 
@@ -32,7 +37,7 @@ def stages(shares: Mapping[float, int], initial: int) -> dict[str, object]:
 
 
 def adaptive(kind: str, **keys: object) -> dict[str, object]:
-    settings = {"initial": SMALL, "maximum": LARGE, "quantum": MICRO_BATCH, **keys}
+    settings = {"initial": SMALL, "maximum": MAXIMUM, "quantum": MICRO_BATCH, **keys}
     return {"batch.use": f"components.batch.{kind}", **{f"batch.{key}": value for key, value in settings.items()}}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import base64
 
 import pytest
 
 from benchmarks.adaptive_batch import __main__ as comparison
 from benchmarks.adaptive_batch import methods, runs
-from benchmarks.adaptive_batch.runs import Book, Job, Result, curve_of
+from benchmarks.adaptive_batch.runs import Book, Run
+from tools.sweep.runs import Outcome, Results, Runner
 
 pytestmark = pytest.mark.quick
 
@@ -16,51 +17,71 @@ ROW = ("constant 8", "wsd")
 
 
 @pytest.fixture
+def text(tmp_path):
+    """What a digest reads: it is never trained on."""
+    contents = {"data.path": "some text", "validation.data.path": "other text", "tokenizer.path": ranks()}
+    for key, content in contents.items():
+        (tmp_path / f"{key}.txt").write_text(content)
+    return {key: tmp_path / f"{key}.txt" for key in contents}
+
+
+def ranks() -> str:
+    return "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+
+
+@pytest.fixture
 def trained(monkeypatch):
     """Runs whose loss is the distance of the rate from 0.012; the jobs that were run."""
     jobs = []
 
-    def train(job, text):
+    def train(runner, job):
         jobs.append(job)
-        return Result(abs(job.rate - 0.012), steps=10, samples=80, seconds=1.0, curve=[(1, 100, 5.0, 8)])
+        curve = [(5, 500, 5.0, 8), (10, 1000, 4.0, 8)] if runner.curve_points else []
+        loss = abs(float(job.varied["rate"]) - 0.012)
+        outcome = Outcome(val_loss=loss, train_loss=4.0, steps=10, samples=80, tokens=1000, seconds=1.0, curve=curve)
+        runner.results.add(job, outcome)
+        return outcome
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(Runner, "_run", train)
     return jobs
 
 
-def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, tmp_path):
-    book = Book(tmp_path / "results", {}, final_tokens=1000)
-    with ThreadPoolExecutor(1) as pool:
-        assert comparison.tune(book, pool, [ROW], 500) == {ROW: 0.008}
-    assert sorted(job.rate for job in trained) == [0.001, 0.002, 0.004, 0.008, 0.016]
+def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, text, tmp_path):
+    book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+    assert comparison.tune(book, [ROW]) == {ROW: (0.008, pytest.approx(0.004))}
+    assert sorted(float(job.varied["rate"]) for job in trained) == [0.001, 0.002, 0.004, 0.008, 0.016]
+    assert {job.varied["tokens"] for job in trained} == {"500000"}
 
 
-def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, tmp_path, monkeypatch):
-    job = Job(*ROW, 0.004, 0, 1000)
-    first = Book(tmp_path / "results", {}, final_tokens=1000).run(job)
-    again = Book(tmp_path / "results", {}, final_tokens=1000)
-    assert again.run(job).val_loss == first.val_loss
-    assert len(trained) == 1
-    assert [result.val_loss for result in again.finals(ROW, 1000)] == [first.val_loss]
+def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, text, tmp_path, monkeypatch):
+    def book():
+        return Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+
+    run = Run(ROW, 0.004, 0, 1_500_000)
+    (first,) = book().run([run])
+    (again,) = book().run([run])
+    assert (again.loss, len(trained)) == (first.loss, 1)
+    assert {row: list(found) for row, found in book().finals().items()} == {ROW: [0.004]}
     monkeypatch.setitem(methods.SIZE, "model.layers", 7)
-    Book(tmp_path / "results", {}, final_tokens=1000).run(job)
+    assert book().finals() == {}
+    book().run([run])
     assert len(trained) == 2
 
 
-def test_a_curve_is_smoothed_alike_whatever_the_batch():
-    """Twice the batch, half the steps: the same tokens, the same mean."""
-    small = [{"step": i, "tokens": 10 * i, "loss": 5.0 - i / 100, "global_batch_size": 1} for i in range(1, 401)]
-    large = [{**row, "step": row["step"] // 2, "global_batch_size": 2} for row in small if row["step"] % 2 == 0]
-    fine, coarse = curve_of(small, 200)[-1], curve_of(large, 200)[-1]
-    assert fine[1:2] == coarse[1:2] == (4000,)
-    assert fine[2] == pytest.approx(coarse[2], abs=0.01)
-    assert fine[2] == pytest.approx(small[-1]["loss"] + 0.2, abs=0.01)  # an average lags by its window
-
-
-def test_steps_to_a_loss_are_those_of_its_first_reaching():
-    result = Result(1.0, curve=[(10, 1, 5.0, 8), (20, 2, 4.0, 8), (30, 3, 4.5, 8), (40, 4, 3.0, 8)])
-    assert result.steps_to(4.2) == 20
-    assert result.steps_to(2.0) is None
+def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_path, capsys):
+    places = [f"--{name}={path}" for name, path in zip(("train", "valid", "tokenizer"), text.values(), strict=True)]
+    arguments = [*places, f"--results={tmp_path / 'results'}", f"--pictures={tmp_path}", "--seeds=2"]
+    assert comparison.main(arguments) == 0
+    found = capsys.readouterr().out
+    finals = [job.varied for job in trained if job.varied["tokens"] == "3000000"]
+    assert {job["seed"] for job in finals} == {"0", "1"}
+    ramps = len(methods.VARIANTS) - 1  # the best of them alone is run to the end
+    assert len(finals) == 2 * (2 * (len(methods.METHODS) - ramps) - 1)  # two seeds and schedules; Seesaw under one
+    assert all(f"| {job['method']} | " in found for job in finals)
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"adaptive_batch_loss.svg", "adaptive_batch_size.svg"}
+    before = len(trained)
+    assert comparison.main([*arguments, "--report"]) == 0
+    assert (capsys.readouterr().out, len(trained)) == (found, before)
 
 
 EVERY = [(name, kind) for name in [*methods.METHODS, "constant 20"] for kind in ("wsd", "power", "cosine")]
@@ -71,8 +92,7 @@ def test_every_method_is_a_recipe(name, kind, tmp_path):
     """Up to what needs the text: keys, types and cross-checks."""
     from recipes import launch
 
-    settings = runs.settings_of(Job(name, kind, 0.002, 0, 100_000))
-    recipe = runs.ROOT / "train_configs" / "own_text.toml"
+    settings = runs.settings_of(Run((name, kind), 0.002, 0, 100_000))
     extra = ["--tokenizer.path=x", "--data.path=x", "--validation.data.path=x", f"--run.dir={tmp_path / 'run'}"]
     arguments = [f"--{key}={value}" for key, value in settings.items()]
-    assert launch.main([str(recipe), *arguments, *extra, "--lr_schedule.warmup_tokens=0", "--print-config"]) == 0
+    assert launch.main([str(runs.RECIPE), *arguments, *extra, "--lr_schedule.warmup_tokens=0", "--print-config"]) == 0

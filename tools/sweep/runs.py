@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,12 +46,23 @@ class Outcome:
     """In steps."""
     failure: str | None = None
     """Why it did not come to its end."""
+    curve: list[tuple[int, int, float, int]] = field(default_factory=list)
+    """Of runs that keep it: step, tokens, smoothed training loss and batch in samples, at points along the run."""
 
     @property
     def loss(self) -> float:
         """Held out, where something is; infinite for a run that failed."""
         found = self.train_loss if self.val_loss is None else self.val_loss
         return math.inf if self.failure or found is None else found
+
+    @property
+    def mean_batch(self) -> float:
+        """In samples."""
+        return self.samples / self.steps
+
+    def steps_to(self, loss: float) -> int | None:
+        """The first step of the curve at which the smoothed training loss is at most `loss`."""
+        return next((step for step, _, smoothed, _ in self.curve if smoothed <= loss), None)
 
     def __str__(self) -> str:
         if self.failure:
@@ -66,6 +77,7 @@ class Results:
         """Raises ValueError for a file that holds something else."""
         self.path = path
         self._outcomes: dict[str, Outcome] = {}
+        self._varied: dict[str, Settings] = {}
         self._lock = threading.Lock()
         self._torn_at: int | None = None
         """Where a half-written line begins: its writer was killed."""
@@ -76,6 +88,7 @@ class Results:
                 break
             try:
                 entry = json.loads(line)
+                self._varied[entry["digest"]] = dict(entry["varied"])
                 self._outcomes[entry["digest"]] = Outcome(**entry["outcome"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{path}:{number} is no result of a sweep; give --results another file") from None
@@ -83,11 +96,15 @@ class Results:
     def get(self, job: Job) -> Outcome | None:
         return self._outcomes.get(job.digest)
 
+    def varied(self) -> list[Settings]:
+        """What told each run in the file from the others."""
+        return list(self._varied.values())
+
     def add(self, job: Job, outcome: Outcome) -> None:
         settings = {key: value for key, value in job.settings.items() if not key.endswith("path")}
         entry = {"digest": job.digest, "varied": dict(job.varied), "settings": settings, "outcome": asdict(outcome)}
         with self._lock:
-            self._outcomes[job.digest] = outcome
+            self._outcomes[job.digest], self._varied[job.digest] = outcome, job.varied
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self._torn_at is not None:
                 os.truncate(self.path, self._torn_at)
@@ -99,9 +116,14 @@ class Results:
 class Runner:
     """Runs jobs, some at a time, each in processes of its own."""
 
-    def __init__(self, results: Results, at_a_time: int = 1, keep_in: Path | None = None) -> None:
-        """`keep_in`: a folder for the run directories, named by digest; without it they are thrown away."""
-        self.results, self.at_a_time, self.keep_in = results, at_a_time, keep_in
+    def __init__(
+        self, results: Results, at_a_time: int = 1, keep_in: Path | None = None, curve_points: int = 0
+    ) -> None:
+        """`keep_in`: a folder for the run directories, named by digest; without it they are thrown away.
+
+        `curve_points`: at most so many points of each run's loss curve are kept with its outcome.
+        """
+        self.results, self.at_a_time, self.keep_in, self.curve_points = results, at_a_time, keep_in, curve_points
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = threading.Event()
 
@@ -151,7 +173,7 @@ class Runner:
             self._stopping.set()  # at once: the next run of this thread would find the same
             raise ValueError(f"with {job}:\n{said.strip()}")
         failure = None if status == 0 else reason(said)
-        outcome = measure(RunDirectory(folder), failure)
+        outcome = measure(RunDirectory(folder), failure, self.curve_points)
         self.results.add(job, outcome)
         return outcome
 
@@ -199,7 +221,7 @@ def reason(said: str) -> str:
     return last.split(". ")[0][:300]
 
 
-def measure(run: RunDirectory, failure: str | None) -> Outcome:
+def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
     """From metrics.jsonl, which a run that failed early does not have."""
     lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if run.metrics.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -209,20 +231,31 @@ def measure(run: RunDirectory, failure: str | None) -> Outcome:
     last, validated = steps[-1], [row["val_loss"] for row in rows if "val_loss" in row]
     if failure is None and None in (steps[-1]["loss"], *validated[-1:]):
         failure = "its loss at the end is not finite"
+    losses = smoothed_losses(steps, TAIL * last["tokens"])
     return Outcome(
         val_loss=validated[-1] if validated and failure is None else None,
-        train_loss=smoothed_end(steps, TAIL * last["tokens"]) if failure is None else None,
+        train_loss=losses[-1] if failure is None else None,
         steps=last["step"],
         samples=last["samples"],
         tokens=last["tokens"],
         seconds=sum(row["step_seconds"] for row in steps),
         failure=failure,
+        curve=curve(steps, losses, curve_points),
     )
 
 
-def smoothed_end(steps: Iterable[Mapping[str, Any]], window: float) -> float:
-    """The training loss at the end, averaged exponentially over `window` tokens: alike for every batch."""
-    rows = list(steps)
+def smoothed_losses(rows: Sequence[Mapping[str, Any]], window: float) -> list[float]:
+    """The training loss after each step, averaged exponentially over `window` tokens: alike for every batch."""
     length = rows[-1]["tokens"] // rows[-1]["samples"]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    return smoothed(losses, [row["global_batch_size"] * length for row in rows], window)[-1]
+    return smoothed(losses, [row["global_batch_size"] * length for row in rows], window)
+
+
+def curve(rows: Sequence[Mapping[str, Any]], losses: Sequence[float], points: int) -> list[tuple[int, int, float, int]]:
+    """Outcome.curve: the last step and those before it at equal distances, at most so many points."""
+    if not points:
+        return []
+    every = math.ceil(len(rows) / points)
+    kept = range((len(rows) - 1) % every, len(rows), every)
+    points_of_it = ((rows[at], losses[at]) for at in kept)
+    return [(row["step"], row["tokens"], round(loss, 5), row["global_batch_size"]) for row, loss in points_of_it]

@@ -10,7 +10,7 @@ import pytest
 from components.run_directory import RunDirectory
 from tests.tools.sweep.outcomes import pretend
 from tools.sweep.grid import Job, Sweep, parse_grid
-from tools.sweep.runs import Outcome, Results, Runner, measure, reason
+from tools.sweep.runs import Outcome, Results, Runner, curve, measure, reason, smoothed_losses
 
 pytestmark = pytest.mark.quick
 
@@ -102,3 +102,31 @@ def test_a_loss_that_is_not_finite_at_the_end_is_a_failure(tmp_path):
     assert measure(RunDirectory(tmp_path), None).failure == "its loss at the end is not finite"
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert measure(RunDirectory(tmp_path), None) == Outcome(None, 2.0, 1, 8, 80, 1.0)
+
+
+def steps_of(batch: int, count: int) -> list[dict]:
+    """Steps of `batch` samples of 10 tokens, whose loss falls with the tokens."""
+    return [
+        {"step": i, "samples": n, "tokens": 10 * n, "loss": 5 - n / 100, "global_batch_size": batch}
+        for i in range(1, count + 1)
+        for n in [batch * i]
+    ]
+
+
+def test_losses_are_smoothed_alike_whatever_the_batch():
+    fine, coarse = smoothed_losses(steps_of(1, 400), 200), smoothed_losses(steps_of(2, 200), 200)
+    assert fine[-1] == pytest.approx(coarse[-1], abs=0.01)
+    assert fine[-1] == pytest.approx(1.0 + 0.2, abs=0.01)  # an average lags by its window
+
+
+@pytest.mark.parametrize(("points", "wanted"), [(0, []), (3, [1, 4, 7]), (7, [1, 2, 3, 4, 5, 6, 7]), (2, [3, 7])])
+def test_a_curve_ends_with_the_last_step_and_has_no_more_points_than_asked_for(points, wanted):
+    rows = steps_of(4, 7)
+    found = curve(rows, [row["loss"] for row in rows], points)
+    assert found == [(step, 40 * step, round(5 - 4 * step / 100, 5), 4) for step in wanted]
+
+
+def test_steps_to_a_loss_are_those_of_its_first_reaching():
+    outcome = Outcome(curve=[(10, 1, 5.0, 8), (20, 2, 4.0, 8), (30, 3, 4.5, 8), (40, 4, 3.0, 8)])
+    assert outcome.steps_to(4.2) == 20
+    assert outcome.steps_to(2.0) is None
