@@ -13,16 +13,18 @@ B batch, T sequence, D model width, H query heads, K key-value heads, C head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cache import KeyValueCache, LayerCache
 from models.experts import Experts
 from models.initialise import fill_normal
 from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
+from models.packed import pack
 from models.rope import rope_frequencies, rope_table, rotate
 from models.router_loss import RouterKeys, RouterLoss
 from models.sizes import Size
@@ -55,21 +57,25 @@ class Decoder(nn.Module):
         self.output = Head(size.dim, vocab_size, tied=size.tied_embeddings)
         self.router_loss = RouterLoss(size.experts, router or RouterKeys()) if size.experts else None
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored.
 
         With experts, the gradient of that sum is in training also that of the router's losses; its value is not.
+        Given a cache, the tokens follow those it holds and join them, and the logits are those of the last, (B, 1, V).
         """
         x_BTD = self.tok_embeddings(tokens_BT)
         if self.mup is not None:
             x_BTD = x_BTD * self.mup.embedding_multiplier
-        rope = rope_table(tokens_BT.shape[1], self.rope_frequencies, tokens_BT.device)
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        rope = rope_table(length, self.rope_frequencies, device) if cache is None else cache.extend(length)
         routing: list[Tensor] = []
-        for layer in self.layers.values():
-            x_BTD = layer(x_BTD, rope)
+        for number, layer in enumerate(self.layers.values()):
+            x_BTD = layer(x_BTD, rope, None if cache is None else cache.layers[number])
             if self.router_loss is not None:
                 x_BTD, of_layer = x_BTD
                 routing.append(of_layer)
+        if cache is not None:
+            x_BTD = x_BTD[:, -1:]
         x_BTD = self.norm(x_BTD)
         if self.mup is not None:  # before the head, whose logits are many, and for the loss never exist at one time
             x_BTD = x_BTD / self.mup.width_multiple(self.size.dim)
@@ -79,6 +85,22 @@ class Decoder(nn.Module):
             besides = self.router_loss(routing)
             logits_or_loss = logits_or_loss + (besides - besides.detach())
         return logits_or_loss
+
+    def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
+        """For `capacity` tokens of as many rows as `padding` has numbers: slots to leave before each row's first."""
+        weight = self.tok_embeddings.weight
+        return KeyValueCache(
+            self.size,
+            self.rope_frequencies,
+            padding=padding,
+            capacity=capacity,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def pack(self) -> None:
+        """Make generation on a CPU faster, for good: afterwards there is no loss, nothing to train and to save."""
+        pack(self, self.tok_embeddings.weight)
 
     def init_weights(self, seed: int) -> None:
         """Fills every parameter from (seed, its name) alone; norm gains become 1."""
@@ -143,11 +165,13 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(size)
         self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D); of a block with experts also the sums of its routing."""
         # A factor of exactly 1 neither costs nor changes anything, forward or backward.
         factor = self.residual_multiplier
-        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope), alpha=factor)
+        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, cache), alpha=factor)
         added: Any = self.feed_forward(self.ffn_norm(x_BTD))
         if isinstance(added, tuple):
             added_BTD, routing = added
@@ -169,19 +193,22 @@ class Attention(nn.Module):
         self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
         self.wo = nn.Linear(size.heads * size.head_width, size.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None) -> Tensor:
         # The number of heads is read off the tensor: under tensor parallelism a rank holds some of them.
         q_BTHC = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         k_BTKC = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
-        out_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            is_causal=True,
-            scale=self.scale,
-            enable_gqa=self.grouped,
-        )
+        if cache is None:
+            out_BHTC = F.scaled_dot_product_attention(
+                q_BTHC.transpose(1, 2),
+                k_BTKC.transpose(1, 2),
+                v_BTKC.transpose(1, 2),
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=self.grouped,
+            )
+        else:
+            out_BHTC = cache.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
         out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))
         return out_BTD
 

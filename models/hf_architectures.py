@@ -29,8 +29,8 @@ class Architecture:
     """Its short name in `config.json`."""
     use: str
     """What `[model]` has to use."""
-    build: Callable[..., nn.Module]
-    """The model of the keys that `keys` gives, on the current device."""
+    component: Callable[[Mapping[str, Any]], Any]
+    """What `[model]` is with the keys that `keys` gives."""
     is_one: Callable[[nn.Module], bool]
     """Whether a model computes what this architecture does."""
     config: Callable[[Any], dict[str, Any]]
@@ -42,13 +42,17 @@ class Architecture:
     stored_names: Callable[[Iterable[str], Any], dict[str, str]]
     """The same for what is stored. Raises ValueError for missing and unexpected names."""
 
+    def build(self, keys: Mapping[str, Any]) -> nn.Module:
+        """The model of these keys, on the current device."""
+        model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
+        return model
 
-def _build(keys: Mapping[str, Any]) -> Decoder:
+def _component(keys: Mapping[str, Any]) -> Llama:
     tables: dict[str, Any] = {
         key: None if keys.get(key) is None else of(**keys[key])
         for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
     }
-    return Llama(**{**keys, **tables}).build(vocab_size=keys["vocab_size"], sequence_length=1)
+    return Llama(**{**keys, **tables})
 
 
 def _config(model: Decoder) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def _of_decoder(
     return Architecture(
         model_type=model_type,
         use="models.llama:Llama",
-        build=_build,
+        component=_component,
         is_one=lambda model: isinstance(model, Decoder) and is_one(model.size),
         config=config,
         keys=keys,

@@ -157,7 +157,7 @@ class TrainingRun:
                 raise ValueError(
                     f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts"
                 )
-        divide(model, recipe, self.parallel, precision.dtype_of(self.precision))
+        divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), training)
         give_storage(model, device)
         if recipe.run.init_from is None or checkpoint is not None:
             model.init_weights(recipe.run.seed)

@@ -42,11 +42,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
-    """Fill `tensors` in place from `checkpoint`, each rank with its own shards."""
-    import torch.distributed.checkpoint as dcp
+    """Fill `tensors` in place from `checkpoint`, each rank with its own shards.
 
-    with single_process_is_fine():
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
+    Raises ValueError for files that are damaged or hold other tensors.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with single_process_is_fine():
+            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
+    except (CheckpointException, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not no_dist:
+            raise  # another process may be gone
+        reason = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
+        raise ValueError(f"{checkpoint} is damaged, or not of this model: {reason}") from error
 
 
 def tensor_names(checkpoint: Path) -> set[str]:

@@ -2,5 +2,6 @@
 
 from components.tokenizers.bytes import Bytes
 from components.tokenizers.tiktoken_file import TiktokenFile
+from components.tokenizers.tokenizer_json import TokenizerJson
 
-__all__ = ["Bytes", "TiktokenFile"]
+__all__ = ["Bytes", "TiktokenFile", "TokenizerJson"]

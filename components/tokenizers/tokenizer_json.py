@@ -1,0 +1,90 @@
+"""A tokenizer.json of Hugging Face, read by their `tokenizers` library."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers
+
+_LARGEST_FILE = 2**28
+_ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_SPACE = "\u2581"
+"""How SentencePiece spells a space."""
+
+
+@dataclass(kw_only=True)
+class TokenizerJson:
+    """A tokenizer.json, such as the one beside the weights of a Hugging Face model. Needs the `hf` extra."""
+
+    path: Path
+    """The file."""
+    end_of_document: str = "<|endoftext|>"
+    """The token of it that is written after every document."""
+
+    def build(self) -> JsonEncoder:
+        """Raises FileNotFoundError, or ValueError for a file that is no tokenizer or lacks the token."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"path: {self.path} does not exist")
+        if self.path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"path: {self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
+        text = self.path.read_text(encoding="utf-8")
+        try:
+            tokenizer = library_of_tokenizers().Tokenizer.from_str(text)
+        except ValueError:
+            raise
+        except Exception as error:  # the library has no class of its own for it
+            raise ValueError(f"path: {self.path} is no tokenizer.json: {str(error)[:200]}") from None
+        end = tokenizer.token_to_id(self.end_of_document)
+        if end is None:
+            raise ValueError(f"end_of_document: {self.path} has no token {self.end_of_document!r}")
+        return JsonEncoder(tokenizer, end, hashlib.sha256(text.encode()).hexdigest())
+
+
+class JsonEncoder:
+    """Encodes as the library does, but adds no special token, and finds none in text."""
+
+    def __init__(self, tokenizer: Any, end_of_document: int, digest: str) -> None:
+        tokenizer.encode_special_tokens = True  # their text is ordinary text
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        spelled = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(spelled.values()) + 1
+        self.end_of_document = end_of_document
+        self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}"
+        self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        """(vocab_size,) int64 bytes of each id; 0 for special tokens."""
+        special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        bytes_of = set(byte_characters().values())
+        byte_level = "ByteLevel" in repr(tokenizer.decoder)
+        for token, id in spelled.items():
+            if id not in special:
+                self.byte_lengths[id] = len(token) if byte_level and bytes_of.issuperset(token) else _bytes(token)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """(tokens,) uint32 ids of each text."""
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, dtype=np.uint32) for each in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens as they are spelled. Raises ValueError for an id outside the vocabulary."""
+        if not all(0 <= id < self.vocab_size for id in ids):
+            raise ValueError(f"an id is outside the vocabulary of {self.vocab_size}")
+        text: str = self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
+        return text
+
+    def hugging_face(self) -> Any:
+        """The library's tokenizer."""
+        return self._tokenizer
+
+
+def _bytes(token: str) -> int:
+    """UTF-8 bytes that a token of SentencePiece, or an added one, stands for."""
+    return 1 if _ONE_BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode("utf-8", "replace"))

@@ -1,0 +1,131 @@
+"""A trained model on disk, to be used and not trained on: a checkpoint of ours, or a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.checkpoint import load_tensors, read_state
+from components.hugging_face import Weights, read_json
+from components.tokenizers import TokenizerJson
+from models.hf_architectures import architecture_in
+from models.hf_mapping import COMPUTED
+from recipes.config import Override, load
+from recipes.contracts import EncodesText, Model, Tokenizer
+from recipes.initial_weights import copy_weights
+from recipes.resume import checkpoint_at
+
+MOST_UNTRAINED = 2048
+"""Tokens of a sequence where it is not known how long those of the training were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is known of it before its weights are read."""
+
+    path: Path
+    """The checkpoint, or the directory."""
+    component: Model
+    """[model]"""
+    tokenizer: Tokenizer | None
+    """[tokenizer], if it has one."""
+    vocab_size: int
+    """Ids it was trained with."""
+    sequence_length: int
+    """Tokens of a sequence of its training."""
+    step: int | None = None
+    """Of its training."""
+    recipe: Any = None
+    """The recipe that trained it, if that is known."""
+
+    def encoder(self) -> EncodesText:
+        """Its tokenizer, ready. Raises ValueError or OSError if there is none, or none that fits."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.path} has no tokenizer.json, or one that does not say which token ends a document")
+        encoder = self.tokenizer.build()
+        # a Hugging Face model may have more rows than its tokenizer ids
+        fits = encoder.vocab_size == self.vocab_size if self.recipe else encoder.vocab_size <= self.vocab_size
+        if not fits:
+            raise ValueError(
+                f"{self.path} was trained with a vocabulary of {self.vocab_size}, and the tokenizer has "
+                f"{encoder.vocab_size} ids; name the tokenizer it was trained with"
+            )
+        return encoder
+
+    def build(self, sequence_length: int) -> nn.Module:
+        """The model on the meta device. Raises ValueError if its sequences cannot be so long."""
+        with torch.device("meta"):
+            return self.component.build(vocab_size=self.vocab_size, sequence_length=sequence_length)
+
+    def read(self, model: nn.Module, *, alone: bool) -> None:
+        """Fill every parameter; `alone` is one process, else each reads the shards it holds.
+
+        Raises ValueError for what is damaged.
+        """
+        if self.recipe is not None:
+            load_tensors(self.path, {"model": model.state_dict()}, no_dist=alone)
+            return
+        with Weights(self.path, ignore=[COMPUTED]) as weights:
+            copy_weights(model, weights)
+
+
+def open_trained(path: Path, overrides: Sequence[Override] = ()) -> Trained:
+    """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
+
+    `overrides` are for the configuration that a checkpoint holds. Raises ValueError, OSError or ConfigError.
+    """
+    path = path.expanduser().absolute()
+    if (path / "config.json").is_file():
+        return _of_hugging_face(path)
+    try:
+        checkpoint = checkpoint_at(path)
+    except ValueError as error:
+        here = "; nor is there a config.json, as a Hugging Face directory has" if path.is_dir() else ""
+        raise ValueError(f"{error}{here}") from None
+    state = read_state(checkpoint)
+    recipe = load(checkpoint / "config.toml", overrides).recipe
+    return Trained(
+        path=checkpoint,
+        component=recipe.model,
+        tokenizer=recipe.tokenizer,
+        vocab_size=state["vocab_size"],
+        sequence_length=recipe.training.sequence_length,
+        step=state["clock"]["step"],
+        recipe=recipe,
+    )
+
+
+def _of_hugging_face(directory: Path) -> Trained:
+    config = read_json(directory / "config.json")
+    try:
+        _, architecture = architecture_in(config)
+        keys = architecture.keys(config)
+        component = architecture.component(keys)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    return Trained(
+        path=directory,
+        component=component,
+        tokenizer=_tokenizer(directory, config.get("eos_token_id")),
+        vocab_size=keys["vocab_size"],
+        sequence_length=min(keys["max_sequence_length"], MOST_UNTRAINED),
+    )
+
+
+def _tokenizer(directory: Path, end: Any) -> Tokenizer | None:
+    """Its tokenizer.json, if there is one; `end` is the id that ends a document, where no token is named for it."""
+    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    named = read_json(settings).get("eos_token") if settings.is_file() else None
+    if named is None:
+        end = end[0] if isinstance(end, list) and end else end
+        added = read_json(file).get("added_tokens") or []
+        named = next((token for token in added if token.get("id") == end), None)
+    named = named.get("content") if isinstance(named, dict) else named
+    return TokenizerJson(path=file, end_of_document=named) if isinstance(named, str) else None

@@ -1,0 +1,201 @@
+"""tools/generate writes what `transformers` does, of each prompt what it gives alone, and the same again by seed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.generation import continue_texts
+from components.sampling import Sampling
+from recipes.trained import open_trained
+from tests.conftest import TinyRun
+from tests.tools.test_export_hf import MODELS, TOKENIZER, trained
+from tools import export_hf, generate, import_hf
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
+
+PROMPTS = ["It was the best of ", "I", "Some years ago, never mind how "]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A trained run that no test changes."""
+    tiny = TinyRun(tmp_path_factory.mktemp("generate"))
+    trained(tiny, "--model.max_sequence_length=50")
+    return tiny.directory
+
+
+@pytest.fixture
+def told(capsys):
+    """Run the tool: (exit status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = generate.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def greedy_of_transformers(directory: Path, prompt: str, tokens: int) -> str:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    given = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["bytes, grouped heads", "all at once"])
+def test_greedy_is_what_transformers_generates_from_the_export(tiny, told, name):
+    trained(tiny, *MODELS[name])
+    exported = tiny.folder / "exported"
+    assert export_hf.main([str(tiny.directory), str(exported)]) == 0
+    expected = greedy_of_transformers(exported, PROMPTS[0], 60)
+    assert len(set(expected)) > 8, "else it says little"
+    for source in (tiny.directory, max((tiny.directory / "checkpoints").iterdir()), exported):
+        status, out, _ = told(source, PROMPTS[0], "--greedy", "--max-tokens", 60, "--precision", "float32")
+        assert (status, out) == (0, expected + "\n"), source
+
+
+def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(reference, tmp_path):
+    """Its tokenizer is not there: by ids."""
+    directory = tmp_path / "imported"
+    assert import_hf.main([str(reference("checkpoints/tiny-random-llama")), str(directory)]) == 0
+    found = open_trained(directory)
+    model = found.component.build(vocab_size=found.vocab_size, sequence_length=64)
+    found.read(model, alone=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    given = torch.randint(found.vocab_size, (9,), generator=torch.Generator().manual_seed(0))
+    expected = theirs.generate(given[None], attention_mask=torch.ones(1, 9), max_new_tokens=40, do_sample=False)
+    model.pack()
+    steps = continue_texts(
+        model, [given.tolist()], Sampling(temperature=0.0), torch.zeros(1, 40, dtype=torch.float64),
+        end=2, vocab_size=found.vocab_size, device=torch.device("cpu"),
+    )  # fmt: skip
+    written = [ids[0] for ids in steps]
+    assert written == [id for id in expected[0, 9:].tolist() if id != 2]
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        found.encoder()
+
+
+@pytest.mark.parametrize("how", [["--greedy"], ["--temperature=1.3", "--top-k=40", "--top-p=0.95", "--seed=5"]])
+def test_a_batch_is_its_prompts_alone_and_a_seed_is_repeated(run, told, tmp_path, how):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (*PROMPTS, "")))
+    together = [run, "--prompts", prompts, "--json", "--max-tokens=40", *how]
+    status, out, _ = told(*together)
+    assert status == 0
+    assert told(*together)[1] == told(*together, "--batch=3")[1] == out
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in rows] == [*PROMPTS, ""]
+    assert len({row["text"] for row in rows}) == 4
+    for number, row in enumerate(rows):
+        own = [*how[:-1], f"--seed={5 + number}"] if len(how) > 1 else how
+        _, alone, _ = told(run, row["prompt"], "--json", "--max-tokens=40", *own)
+        assert json.loads(alone) == row
+        assert row["tokens"] == min(40, 50 - max(1, len(row["prompt"]))), "no further than its sequences go"
+    if len(how) > 1:
+        assert told(*together, "--seed=6")[1] != out
+
+
+def test_it_stops_where_the_document_ends(run, told, monkeypatch):
+    _, whole, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
+    text = json.loads(whole)["text"]
+    encoder = type(open_trained(run).tokenizer.build())
+    monkeypatch.setattr(encoder, "end_of_document", ord(text[9]))
+    status, out, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
+    expected = text[: text.index(text[9])]
+    assert (status, json.loads(out)) == (
+        0,
+        {"prompt": "It was", "text": expected, "tokens": len(expected), "end": "end_of_document"},
+    )
+
+
+def test_characters_stream_out_whole(run, told, monkeypatch):
+    writes = []
+    monkeypatch.setattr(generate, "show", writes.append)
+    forced = iter("🐋x鯨".encode())
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits, uniform: torch.tensor([next(forced)]))
+    assert told(run, "a", "--max-tokens=8")[0] == 0
+    assert [written for written in writes if written] == ["a", "🐋", "x", "鯨", "\n"]
+
+
+def test_several_prompts_and_standard_input(run, told, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
+    status, out, _ = told(run, "--prompts=-", "--greedy", "--max-tokens=5")
+    parts = out.split("--- ")
+    assert status == 0
+    assert [part[:5] for part in parts[1:]] == ["1\none", "2\ntwo"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_an_interrupt_shows_what_is_there(run, told, monkeypatch, arguments):
+    drawn = iter(b"ab\xf0")
+
+    def choose(self, logits, uniform):
+        id = next(drawn, None)
+        if id is None:
+            raise KeyboardInterrupt
+        return torch.tensor([id])
+
+    monkeypatch.setattr(Sampling, "choose", choose)
+    status, out, err = told(run, "It", *arguments)
+    assert (status, err) == (130, "note: the model was trained on 24 tokens at a time; beyond them it writes blindly\n")
+    if arguments:
+        assert json.loads(out) == {"prompt": "It", "text": "ab\ufffd", "tokens": 3, "end": "interrupted"}
+    else:
+        assert out == "Itab\ufffd\n"
+
+
+def test_mistakes_are_told_with_status_2(tiny, told):
+    def refused(*arguments: object) -> str:
+        status, out, err = told(*arguments)
+        assert (status, out) == (2, "")
+        assert "Traceback" not in err
+        return err
+
+    assert "is no directory" in refused(tiny.folder / "nowhere", "x")
+    said = refused(tiny.folder, "x")
+    assert "neither a checkpoint nor a run directory with one; nor is there a config.json" in said
+    trained(tiny, *TOKENIZER, "--model.max_sequence_length=50")
+    run = tiny.directory
+    assert "51 tokens, and a sequence of this model at most 50" in refused(run, "x\n\t" * 17)
+    assert "holds no prompt" in refused(run, "--prompts", "/dev/null")
+    assert "top_p: 2.0" in refused(run, "x", "--top-p=2")
+    assert "No such file" in refused(run, "--prompts", tiny.folder / "prompts.txt")
+    bad = tiny.folder / "bad.jsonl"
+    bad.write_text('{"prompt": "x"}\n{"text": "y"}\n')
+    assert "bad.jsonl:2" in refused(run, "--prompts", bad)
+    checkpoint = max((run / "checkpoints").iterdir())
+    config = checkpoint / "config.toml"
+    lost = config.read_text().replace("stdlib-4096", "lost")
+    config.write_text(lost)
+    assert "lost.tiktoken does not exist" in refused(run, "x")
+    ranks = Path(TOKENIZER[1].partition("=")[2])
+    assert told(run, "x", "--tokenizer", ranks, "--max-tokens=1")[0] == 0
+    fewer = tiny.folder / "fewer.tiktoken"
+    fewer.write_bytes(b"".join(ranks.read_bytes().splitlines(keepends=True)[:4000]))
+    assert "trained with a vocabulary of" in refused(run, "x", "--tokenizer", fewer)
+    exported = tiny.folder / "exported"
+    config.write_text(lost.replace("lost", "stdlib-4096"))
+    assert export_hf.main([str(run), str(exported)]) == 0
+    shutil.move(exported / "tokenizer.json", tiny.folder)
+    assert "has no tokenizer.json" in refused(exported, "x")
+    for file in checkpoint.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "is damaged" in refused(run, "x")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["x", "--prompts=y"], ["--greedy", "--temperature=1"], ["--batch=0"], ["--max-tokens=0"]]
+)
+def test_a_command_line_that_makes_no_sense_has_status_2(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["runs/debug", *arguments])
+    assert stopped.value.code == 2
