@@ -43,11 +43,12 @@ class Trained:
     recipe: Any = None
     """The recipe that trained it, if that is known."""
 
-    def encoder(self) -> EncodesText:
-        """Its tokenizer, ready. Raises ValueError or OSError if there is none, or none that fits."""
-        if self.tokenizer is None:
+    def encoder(self, tokenizer: Tokenizer | None = None) -> EncodesText:
+        """`tokenizer`, or else its own, ready. Raises ValueError or OSError if there is none, or none that fits."""
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
             raise ValueError(f"{self.path} has no tokenizer.json, or one that does not say which token ends a document")
-        encoder = self.tokenizer.build()
+        encoder = tokenizer.build()
         # a Hugging Face model may have more rows than its tokenizer ids
         fits = encoder.vocab_size == self.vocab_size if self.recipe else encoder.vocab_size <= self.vocab_size
         if not fits:

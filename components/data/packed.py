@@ -72,6 +72,12 @@ class PackedTokens:
         ]
         return np.concatenate(parts).astype(np.int64, copy=False).reshape(-1, 2)
 
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64: the ids from number `start` of all documents end to end on."""
+        ids = np.empty(count, dtype=np.int64)
+        self._read(start, ids)
+        return ids
+
     def _read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (n,) with the tokens from `start` on, across shards where need be."""
         maps = self._mapped()

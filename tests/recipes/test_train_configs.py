@@ -15,8 +15,9 @@ from recipes.plan import Claim, make_plan
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
 """What `base/` holds is extended, and no recipe."""
-TRAINED = [name for name in SHIPPED if name != "critical_batch"]
-"""What starts from nothing. critical_batch.toml starts from a checkpoint: tests/end_to_end/test_critical_batch.py."""
+FROM_A_CHECKPOINT = {"critical_batch": "branches.checkpoint", "evaluate": "evaluation.checkpoint"}
+"""What starts from one, and the key that names it: tests/end_to_end/ has a test for each."""
+TRAINED = [name for name in SHIPPED if name not in FROM_A_CHECKPOINT]
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
 POWER = ("powerlm3b", "powermoe1b", "powermoe3b")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
@@ -29,7 +30,8 @@ def own_text(folder: Path) -> list[str]:
 
 
 def arguments_for(name: str, folder: Path) -> list[str]:
-    return {"own_text": own_text(folder), "critical_batch": [f"--branches.checkpoint={folder}"]}.get(name, [])
+    checkpoints = {recipe: [f"--{key}={folder}"] for recipe, key in FROM_A_CHECKPOINT.items()}
+    return {"own_text": own_text(folder), **checkpoints}.get(name, [])
 
 
 def resolved(name: str, folder: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.quantities import PositiveCount
-
-IGNORED = -100
-"""Label of a position that has no loss."""
+from components.validation.totals import IGNORED, Ranks, Totals
 
 
 class EncodesText(Protocol):
@@ -34,16 +31,6 @@ class HeldOutData(Protocol):
     def build(
         self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> Samples: ...
-
-
-class Ranks(Protocol):
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def sum(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +66,22 @@ class Validation:
         self.byte_lengths = byte_lengths
         self.micro_batch_size = micro_batch_size
 
-    @torch.no_grad()
     def evaluate(
         self, model: nn.Module, world: Ranks, arithmetic: Callable[[], AbstractContextManager[object]]
     ) -> dict[str, float]:
-        """`val_loss` (nats per token), `val_perplexity` and `val_bits_per_byte`, equal on all ranks.
+        """`val_loss` (nats per token), `val_perplexity` and `val_bits_per_byte`, equal on all ranks."""
+        totals = self.totals(model, world, arithmetic)
+        return {
+            "val_loss": totals.loss,
+            "val_perplexity": totals.perplexity,
+            "val_bits_per_byte": totals.bits_per_byte,
+        }
 
-        Bits per byte divides the loss of all predicted tokens, end-of-document ones included, by the UTF-8 bytes
-        those tokens stand for.
-        """
+    @torch.no_grad()
+    def totals(
+        self, model: nn.Module, world: Ranks, arithmetic: Callable[[], AbstractContextManager[object]]
+    ) -> Totals:
+        """Equal on all ranks."""
         model.eval()
         totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         unit = self.micro_batch_size * world.size
@@ -102,10 +96,5 @@ class Validation:
             counted = labels[labels != IGNORED]
             totals += torch.tensor([float(loss), counted.numel(), int(self.byte_lengths[counted].sum())])
         model.train()
-        nats, token_count, byte_count = world.sum(totals).tolist()
-        loss = nats / token_count
-        return {
-            "val_loss": loss,
-            "val_perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "val_bits_per_byte": nats / math.log(2) / byte_count if byte_count else math.inf,
-        }
+        nats, tokens, byte_count = world.sum(totals).tolist()
+        return Totals(nats, int(tokens), int(byte_count))

@@ -1,0 +1,46 @@
+"""What an evaluation adds up, and who adds it up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that has no loss."""
+
+
+class Ranks(Protocol):
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of the predicted tokens, end-of-document ones included."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    """UTF-8 bytes those tokens stand for."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.inf

@@ -1,0 +1,200 @@
+"""Evaluate a trained model: loss, perplexity and bits per byte on any text, on any number of processes.
+
+./run_train.sh train_configs/evaluate.toml --evaluation.checkpoint=runs/debug
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from components import precision
+from components.metrics.console import start_log
+from components.parallel.layout import Layout, Parallel
+from components.parallel.world import World
+from components.precision import Precision
+from components.quantities import PositiveCount
+from components.storage import give_storage
+from components.validation import Documents, HeldOut, SlidingWindow, Totals
+from recipes.config import Config
+from recipes.contracts import Data, HasPlan, Tokenizer
+from recipes.divide import divide
+from recipes.errors import blame
+from recipes.resume import Resume
+from recipes.sections import default_cache
+from recipes.trained import Trained, open_trained
+
+log = logging.getLogger("powertrain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """[evaluation]: of what, and how."""
+
+    checkpoint: Path
+    """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    method: Literal["packed", "documents"] = "packed"
+    """Sequences cut from all text end to end, as in training; or each document by itself, under a sliding window."""
+    sequence_length: PositiveCount | None = None
+    """Tokens of a sequence, or of the window; unset: as in training (2048 at the most, where that is not known)."""
+    stride: PositiveCount | None = None
+    """Tokens by which the window slides; unset: half of it. Smaller is slower, and gives more context."""
+    micro_batch_size: PositiveCount = 8
+    """Sequences, or windows, of one forward pass on one rank."""
+    limit: PositiveCount | None = None
+    """Use only the first so many sequences, or documents; unset: all."""
+    precision: Precision = "auto"
+    """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: CUDA if there is a GPU."""
+    cache_dir: Path = field(default_factory=default_cache)
+    """Where prepared data is kept, as [run] has it in training."""
+    output: Path | None = None
+    """A file for the result, as JSON."""
+    table: Path | None = None
+    """A file for the result of each document, a JSON object a line."""
+
+    def __post_init__(self) -> None:
+        if self.method == "packed":
+            for key in ("stride", "table"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f'{key}: sequences know no documents; it takes method = "documents"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """An evaluation. Its parameters are the sections of the recipe."""
+
+    evaluation: Evaluation
+    data: Data | None = None
+    """Unset: the held-out text of the run."""
+    tokenizer: Tokenizer | None = None
+    """Unset: that of the run, or of the directory."""
+    parallel: Parallel = field(default_factory=Parallel)
+
+    def main(self, config: Config, resume: Resume | None) -> int:
+        """Evaluate, print and write; returns the exit status."""
+        with ExitStack() as cleanup:
+            with blame(config, "evaluation"):
+                if resume is not None:
+                    raise ValueError("checkpoint: --resume is for training; this key names what to evaluate")
+                trained, length, model = self.open()
+            with blame(config, "evaluation.device"):
+                world = World.start(self.evaluation.device)
+            cleanup.callback(world.stop)
+            start_log(None, speak=world.is_main)
+            result, rows = self.measure(config, world, trained, length, model)
+            if world.is_main:
+                with blame(config, "evaluation"):
+                    self.report(result, rows)
+        return 0
+
+    def dry_run(self, config: Config, world_size: int) -> int:
+        """Check what can be checked without data, and say what would be evaluated."""
+        with blame(config, "evaluation"):
+            trained, length, model = self.open()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{trained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
+        return 0
+
+    def open(self) -> tuple[Trained, int, nn.Module]:
+        """What to evaluate, the tokens of a sequence, and the model on the meta device.
+
+        Raises ValueError, OSError or ConfigError where it cannot be.
+        """
+        keys = self.evaluation
+        try:
+            trained = open_trained(keys.checkpoint)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"checkpoint: {error}") from None
+        length = keys.sequence_length or trained.sequence_length
+        tp = self.parallel.tp
+        if keys.stride is not None and keys.stride > length:
+            raise ValueError(f"stride: {keys.stride} is more than the window's {length} tokens, and would skip some")
+        if length % tp:
+            raise ValueError(f"sequence_length: {length} cannot be divided by parallel.tp = {tp}")
+        if isinstance(trained.component, HasPlan):
+            trained.component.plan(tp=tp)
+        elif tp > 1:
+            raise ValueError(f"{type(trained.component).__name__} has no plan(tp), and parallel.tp is {tp}")
+        return trained, length, trained.build(length)
+
+    def measure(
+        self, config: Config, world: World, trained: Trained, length: int, model: nn.Module
+    ) -> tuple[dict[str, Any], list[Totals]]:
+        """The result, and that of each document where they are told apart."""
+        keys = self.evaluation
+        layout = self.parallel.build(world)
+        with blame(config, "tokenizer"):
+            tokenizer = trained.encoder(self.tokenizer)
+        with blame(config, "data"):
+            data = self.data or getattr(getattr(trained.recipe, "validation", None), "data", None)
+            if data is None:
+                raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
+            text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
+            evaluated: Any
+            if keys.method == "packed":
+                held_out = HeldOut(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
+                evaluated = world.main_first(lambda: held_out.open(**text, sequence_length=length))
+            else:
+                documents = world.main_first(lambda: data.build(**text, sequence_length=1))
+                if not isinstance(documents, Documents):
+                    raise ValueError(f'use: {type(data).__name__} has no documents; evaluate with method = "packed"')
+                stride = keys.stride or max(1, length // 2)
+                evaluated = SlidingWindow(
+                    documents, tokenizer.end_of_document, length, stride, keys.micro_batch_size, keys.limit
+                )
+        chosen = precision.resolve(keys.precision, world.device)
+        with blame(config, "evaluation"):
+            divide(model, trained.component, layout, precision.dtype_of(chosen))
+            give_storage(model, world.device)
+            trained.read(model, alone=world.size == 1)
+        arithmetic = arithmetic_of(layout, chosen, world)
+        rows: list[Totals] = []
+        if keys.method == "packed":
+            total = evaluated.totals(model, layout.data, arithmetic)
+        else:
+            rows = evaluated.evaluate(model, layout.data, arithmetic, multiple=layout.sizes.tp)
+            total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
+        about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
+        window = {"sequence_length": length}
+        if keys.method == "documents":
+            window |= {"stride": stride, "documents": len(rows)}
+        return {**about, **window, "precision": chosen, **numbers(total)}, rows
+
+    def report(self, result: dict[str, Any], rows: list[Totals]) -> None:
+        keys = self.evaluation
+        log.info(
+            f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
+            f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+            f"bits per byte {result['bits_per_byte']:.4f}"
+        )
+        written = {
+            keys.output: json.dumps(result, indent=1) + "\n",
+            keys.table: "".join(json.dumps({"document": i, **numbers(row)}) + "\n" for i, row in enumerate(rows)),
+        }
+        for path, content in written.items():
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(content, encoding="utf-8")
+                log.info(f"wrote {path}")
+
+
+def numbers(totals: Totals) -> dict[str, float]:
+    """As JSON has them."""
+    means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
+    return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}
+
+
+def arithmetic_of(
+    layout: Layout, chosen: Literal["bf16", "float32"], world: World
+) -> Callable[[], AbstractContextManager[object]]:
+    """The context of a forward pass. FSDP2 hands out parameters in the precision wanted."""
+    return lambda: precision.autocast("float32" if layout.fsdp else chosen, world.device)

@@ -1,0 +1,48 @@
+"""A checkpoint of shards, evaluated on any layout: what one process finds, and what its export gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from recipes import launch
+from tests.distributed.layouts import LAYOUTS, run_all
+from tests.end_to_end.test_evaluate import CONFIG
+from tools import export_hf
+
+
+def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
+    # five sequences: of the last pass one rank has half, the other nothing
+    methods = {"packed": ["--evaluation.limit=5"], "documents": ["--evaluation.method=documents"]}
+    layouts = {name: more for name, (processes, more) in LAYOUTS.items() if processes == 2}
+    common = [f"--evaluation.cache_dir={tiny.folder / 'cache'}", "--evaluation.device=cpu"]
+    common += [
+        "--evaluation.precision=float32",
+        "--evaluation.micro_batch_size=2",
+        "--data.use=components.data:TextFiles",
+    ]
+    common += [f"--data.path={tiny.folder / 'text' / 'held_out'}"]
+
+    def command(source, name: str, method: str, *more: str) -> list[str]:
+        output = f"--evaluation.output={tiny.folder / f'{name}-{method}.json'}"
+        return [str(CONFIG), f"--evaluation.checkpoint={source}", output, *common, *methods[method], *more]
+
+    train = [str(tiny.recipe), "--training.total_tokens=1100", "--lr_schedule.max_lr=5e-2", "--model.kv_heads=2"]
+    commands = [train]
+    commands += [command(tiny.directory, name, m, *more) for name, more in layouts.items() for m in methods]
+    run_all(2, commands, tiny.folder)
+    exported = tiny.folder / "exported"
+    assert export_hf.main([str(tiny.directory), str(exported)]) == 0
+    for method in methods:
+        for name, source in (("one", tiny.directory), ("exported", exported)):
+            assert launch.main([*command(source, name, method, "--evaluation.sequence_length=24")]) == 0
+        results = {
+            name: json.loads((tiny.folder / f"{name}-{method}.json").read_text())
+            for name in ("one", "exported", *layouts)
+        }
+        expected = results["one"]
+        assert expected["tokens"] > 100
+        for name, found in results.items():
+            assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"]), name
+            assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6), name  # float32 in another order
