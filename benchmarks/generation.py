@@ -1,0 +1,108 @@
+"""Tokens written a second, against `transformers.generate` on the same weights.
+
+    python -m benchmarks.generation [--rounds 10] [--tokens 64] [--sizes 2M 20M 100M] [--batches 1 8]
+
+Both continue the same prompts greedily, as far, in the same precision; ours is what tools/generate runs. They take
+turns, because a shared machine drifts by more than they differ; the ratio is that of a turn. Random weights: what is
+written is nonsense, and takes as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine
+from benchmarks.throughput import quartiles
+from components.generation import continue_texts
+from components.sampling import Sampling
+from models.decoder import Decoder
+from models.hf_mapping import hf_config, to_hf
+from models.sizes import SIZES, Size
+
+SIZE = {
+    "2M": SIZES["debug"],
+    "20M": Size(dim=384, layers=9, heads=6, kv_heads=6, ffn_dim=1152),
+    "100M": Size(dim=768, layers=12, heads=12, kv_heads=4, ffn_dim=2048),
+    "1B": SIZES["tinyllama1b"],
+}
+VOCAB, PROMPT = 4096, 32
+
+
+def both(size: Size, rows: int, tokens: int, device: torch.device) -> list[Callable[[], Tensor]]:
+    """Ours and theirs: each writes `tokens` ids after each of `rows` prompts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ours = Decoder(size, VOCAB).to(device, dtype)
+    ours.init_weights(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
+    theirs.load_state_dict(to_hf(ours.state_dict(), size), strict=not size.tied_embeddings)
+    theirs.to(device, dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    ours.pack()
+    prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def we_write() -> Tensor:
+        greedy, numbers = Sampling(temperature=0.0), torch.zeros(rows, tokens, dtype=torch.float64)
+        steps = continue_texts(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
+        return torch.tensor(list(steps)).T
+
+    def they_write() -> Tensor:
+        given = prompts.to(device)
+        written = theirs.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+        return written[:, PROMPT:].cpu()
+
+    return [we_write, they_write]
+
+
+def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device) -> str:
+    """A row of the table."""
+    writers = both(SIZE[name], rows, tokens, device)
+    first, second = (write() for write in writers)  # and warm up
+    same = (first == second).float().mean().item()
+    seconds = []
+    for _ in range(rounds):
+        turn = []
+        for write in writers:
+            start = time.perf_counter()
+            write()
+            turn.append(time.perf_counter() - start)
+        seconds.append(turn)
+    speeds = [[rows * tokens / turn[side] for turn in seconds] for side in (0, 1)]
+    ratios = [theirs / ours for ours, theirs in seconds]
+    cells = [f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds]
+    cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{same:.0%}"]
+    return " | ".join([name, str(rows), *cells])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))
+    print(
+        f"python -m benchmarks.generation --rounds {arguments.rounds} --tokens {arguments.tokens} --sizes {sizes} "
+        f"--batches {batches} --device {device}\n{machine()}; after {PROMPT} tokens; medians, with the quartiles\n"
+    )
+    print("| model | texts | tokens/s, ours | tokens/s, transformers | ratio of a turn | same tokens |")
+    print("|---|---|---|---|---|---|")
+    for name in arguments.sizes:
+        for rows in arguments.batches:
+            print(f"| {compare(name, rows, arguments.tokens, arguments.rounds, device)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
