@@ -1,6 +1,6 @@
 """Tokens written a second, against `transformers.generate` on the same weights.
 
-    python -m benchmarks.generation [--rounds 10] [--tokens 64] [--sizes 2M 20M 100M] [--batches 1 8]
+    python -m benchmarks.generation [--rounds 10] [--tokens 64] [--sizes 2M 20M 100M] [--batches 1 8] [--unpacked]
 
 Both continue the same prompts greedily, as far, in the same precision; ours is what tools/generate runs. They take
 turns, because a shared machine drifts by more than they differ; the ratio is that of a turn. Random weights: what is
@@ -34,7 +34,7 @@ SIZE = {
 VOCAB, PROMPT = 4096, 32
 
 
-def both(size: Size, rows: int, tokens: int, device: torch.device) -> list[Callable[[], Tensor]]:
+def both(size: Size, rows: int, tokens: int, device: torch.device, packed: bool) -> list[Callable[[], Tensor]]:
     """Ours and theirs: each writes `tokens` ids after each of `rows` prompts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +45,8 @@ def both(size: Size, rows: int, tokens: int, device: torch.device) -> list[Calla
     theirs.load_state_dict(to_hf(ours.state_dict(), size), strict=not size.tied_embeddings)
     theirs.to(device, dtype).eval()
     theirs.generation_config.eos_token_id = None
-    ours.pack()
+    if packed:
+        ours.pack()
     prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def we_write() -> Tensor:
@@ -63,9 +64,9 @@ def both(size: Size, rows: int, tokens: int, device: torch.device) -> list[Calla
     return [we_write, they_write]
 
 
-def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device) -> str:
+def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device, packed: bool) -> str:
     """A row of the table."""
-    writers = both(SIZE[name], rows, tokens, device)
+    writers = both(SIZE[name], rows, tokens, device, packed)
     first, second = (write() for write in writers)  # and warm up
     same = (first == second).float().mean().item()
     seconds = []
@@ -90,18 +91,22 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--unpacked", action="store_true", help="leave our matrices as they are")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))
-    print(
-        f"python -m benchmarks.generation --rounds {arguments.rounds} --tokens {arguments.tokens} --sizes {sizes} "
-        f"--batches {batches} --device {device}\n{machine()}; after {PROMPT} tokens; medians, with the quartiles\n"
-    )
+    command = f"--rounds {arguments.rounds} --tokens {arguments.tokens} --sizes {sizes} --batches {batches}"
+    command += f" --device {device}" + " --unpacked" * arguments.unpacked
+    print(f"python -m benchmarks.generation {command}")
+    print(f"{machine()}; after {PROMPT} tokens; medians, with the quartiles\n")
     print("| model | texts | tokens/s, ours | tokens/s, transformers | ratio of a turn | same tokens |")
     print("|---|---|---|---|---|---|")
     for name in arguments.sizes:
         for rows in arguments.batches:
-            print(f"| {compare(name, rows, arguments.tokens, arguments.rounds, device)} |", flush=True)
+            print(
+                f"| {compare(name, rows, arguments.tokens, arguments.rounds, device, not arguments.unpacked)} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

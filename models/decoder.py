@@ -165,9 +165,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(size)
         self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
-    def forward(
-        self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D); of a block with experts also the sums of its routing."""
         # A factor of exactly 1 neither costs nor changes anything, forward or backward.
         factor = self.residual_multiplier

@@ -47,6 +47,7 @@ class Architecture:
         model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
         return model
 
+
 def _component(keys: Mapping[str, Any]) -> Llama:
     tables: dict[str, Any] = {
         key: None if keys.get(key) is None else of(**keys[key])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.experts import Experts
+
 SMALLEST = 2**17
 """Weights of a matrix below which it lies in the cache anyway, and the call costs more than the layout saves."""
 
@@ -38,6 +40,8 @@ def pack(model: nn.Module, tied_weight: Tensor) -> None:
     if tied_weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     for parent in list(model.modules()):
+        if isinstance(parent, Experts):  # it reads the weight of its router itself, in float32
+            continue
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and layer.bias is None:
                 weight = tied_weight if layer.weight is None else layer.weight
