@@ -27,7 +27,7 @@ from recipes.config.imports import import_class, import_path
 from recipes.config.signatures import Key, Shape, SignatureError, keys_of
 from recipes.config.values import adapter, encode
 
-RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch")
+RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
 """The first is what a file is for that names none."""
 PACKAGES = ("components", "models")
 
