@@ -34,6 +34,26 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Tensor: ...
 
 
+class Order(Protocol):
+    """(n,) global sample numbers -> (n,) epochs, (n,) indices into the samples: a pure function."""
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def order_of(samples: Samples, *, seed: int, shuffle: bool = True) -> Order:
+    """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
+    if hasattr(samples, "order"):
+        order: Order = samples.order(seed=seed, shuffle=shuffle)
+        return order
+    return SampleOrder(len(samples), seed=seed, shuffle=shuffle)
+
+
+def epochs(samples: Samples, consumed: int) -> dict[str, Any]:
+    """How often the data was gone through in the first `consumed` samples: in all, and each source of a mixture."""
+    whole: dict[str, Any] = {"epoch": consumed / len(samples)}
+    return whole | ({"source_epochs": samples.source_epochs(consumed)} if hasattr(samples, "source_epochs") else {})
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What one forward and backward pass takes."""
@@ -43,7 +63,7 @@ class MicroBatch:
     labels: Tensor
     """(m, T) int64, contiguous: the token after each of `tokens`."""
     sample_ids: Tensor
-    """(m,) int64 global sample numbers: sample s is sequence s mod n, as shuffled, of epoch s div n."""
+    """(m,) int64 global sample numbers: what each is follows from the order alone."""
 
 
 class MicroBatchLoader:
@@ -87,7 +107,7 @@ class MicroBatchLoader:
         self._cursor = start
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedSamples(samples, SampleOrder(len(samples), seed=seed, shuffle=shuffle)),
+            "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _as_it_is,
             "num_workers": num_workers,
@@ -178,7 +198,7 @@ class _OrderedSamples:
     """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
 
     samples: Samples
-    order: SampleOrder
+    order: Order
 
     def __getitems__(self, sample_ids: range) -> _Block | Exception:
         """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
