@@ -1,6 +1,6 @@
 """Show the samples that a model sees at some step, decoded, with the bounds of tokens and where each sample is from.
 
-    python -m tools.inspect_data CONFIG.toml --step 120 [--micro-batch 0] [--rank 0] [--ranks 1] [--section.key=value]...
+    python -m tools.inspect_data CONFIG.toml --step 120 [--micro-batch 0] [--rank 0] [--ranks 1] [--key=value]...
     python -m tools.inspect_data CONFIG.toml --sample 4096 [--count 2] [--ids]
 
 The samples come through the loader of the run, so they are those it trains on. A step that the run has done is looked
@@ -68,7 +68,8 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
         start, micro_batches = samples_before(config, options.step, options.ranks)
         if not 0 <= micro_batch < micro_batches:
             raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, from 0")
-        yield f"step {options.step}, micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
+        which = f"micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
+        yield f"step {options.step}, {which}"
     with blame(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
     with blame(config, "data"):

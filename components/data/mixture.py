@@ -147,7 +147,7 @@ class MixedSamples:
 
 
 class MixedOrder:
-    """Global sample number -> (epoch of its source, index among all sequences): a pure function, as `SampleOrder` is."""
+    """Global sample number -> (epoch of its source, index among all sequences): as pure a function as `SampleOrder`."""
 
     def __init__(self, interleaving: StagedInterleaving, lengths: Sequence[int], *, seed: int, shuffle: bool):
         self._interleaving = interleaving

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.data.content import FileHashes, hash_files
 from components.data.document import Document, ReadingLog
 from components.data.reading import line_feeds, read_blocks, read_lines
-from components.data.source import TextSource
+from components.data.source import FileSource
 
 _TEXT = (".txt", ".txt.gz")
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
@@ -23,7 +22,7 @@ _PART_CHARACTERS = 2**22
 
 
 @dataclass(kw_only=True)
-class TextFiles(TextSource):
+class TextFiles(FileSource):
     """`.txt` and JSON lines (`.jsonl`, or `.json` as C4 has it), each also `.gz`, in the order of their names.
 
     A `.txt` file is one document, a JSON line is one. Byte-order marks, CRLF and invalid UTF-8 are put right and
@@ -43,16 +42,13 @@ class TextFiles(TextSource):
         if self.document_separator == "":
             raise ValueError('document_separator: "" separates nothing; leave the key out')
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
-        for path in self.files().values():
-            yield from self._text(path, log) if path.name.endswith(_TEXT) else self._json_lines(path, log)
+    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+        return self._text(path, log) if path.name.endswith(_TEXT) else self._json_lines(path, log)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
-        settings = json.dumps([self.text_key, self.document_separator])
-        return f"TextFiles-1 {settings} {hash_files(self.files(), hashes)}"
-
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files().values())
+    def manner(self, path: Path) -> str:
+        if path.name.endswith(_TEXT):
+            return f"text-1 {json.dumps(self.document_separator)}"
+        return f"json-lines-1 {json.dumps(self.text_key)}"
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.path)) if isinstance(self.path, list) else str(self.path)

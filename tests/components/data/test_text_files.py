@@ -144,7 +144,7 @@ def test_paths_that_lead_nowhere_name_their_key(tmp_path):
         TextFiles(path=tmp_path, document_separator="")
 
 
-def test_the_fingerprint_is_of_content_names_and_settings_and_not_of_the_place(tmp_path):
+def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(tmp_path):
     def fingerprint(folder: str, **settings) -> str:
         return TextFiles(path=tmp_path / folder, **settings).fingerprint(FileHashes(tmp_path / "memory"))
 
@@ -154,10 +154,14 @@ def test_the_fingerprint_is_of_content_names_and_settings_and_not_of_the_place(t
     original = fingerprint("here")
     assert fingerprint("there") == original
     assert fingerprint("here", document_separator="\n") != original
-    assert fingerprint("here", text_key="body") != original
+    assert fingerprint("here", text_key="body") == original  # plain text has no keys
+    write(tmp_path / "lines/a.jsonl", lines({"text": "one", "body": "two"}))
+    assert fingerprint("lines", text_key="body") != fingerprint("lines")
     write(tmp_path / "there/b.txt", "twO")
     assert fingerprint("there") != original
     (tmp_path / "here/b.txt").rename(tmp_path / "here/c.txt")
+    assert fingerprint("here") == original
+    (tmp_path / "here/c.txt").rename(tmp_path / "here/Z.txt")  # now before a.txt
     assert fingerprint("here") != original
 
 
