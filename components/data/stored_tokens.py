@@ -65,8 +65,8 @@ class StoredTokens:
             raise OSError(error.errno, f"cannot read the data ({error.strerror})", str(self._files[file])) from None
         if len(data) < count * size:
             raise OSError(
-                f"{self._files[file]} ends at byte {first * size + len(data):,}, in the middle of the data: it was "
-                "truncated while it was in use"
+                f"{self._files[file]} was truncated while it was in use: it has {os.fstat(self._open[file]).st_size:,} "
+                f"bytes, and the data goes on to byte {(first + count) * size:,}"
             )
         return np.frombuffer(data, dtype=self._dtype)
 
