@@ -86,11 +86,12 @@ class MicroBatchLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 4,
+        patience_seconds: float = 600.0,
     ):
         """`start` is the first global sample not yet trained on: any number, whatever layout trained those before it.
 
         `prefetch_factor` is how many micro-batches each of `num_workers` processes reads ahead; with no workers they
-        are read as they are asked for.
+        are read as they are asked for. A worker that has given nothing for `patience_seconds` is given up.
         """
         if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
@@ -117,6 +118,7 @@ class MicroBatchLoader:
         }
         if num_workers:
             self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": _ignore_signals}
+            self._settings |= {"timeout": patience_seconds}
         self._stream: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 
@@ -159,7 +161,14 @@ class MicroBatchLoader:
                 self._stream = iter(StatefulDataLoader(**self._settings))
             # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
             atexit.register(self._at_exit)
-        block = next(self._stream)
+        try:
+            block = next(self._stream)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise OSError(
+                f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
+            ) from error
         if isinstance(block, Exception):
             raise block
         self._given += 1

@@ -171,7 +171,8 @@ class RankEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """(tokens,) uint16 or uint32 ids of each text, without the end of document."""
-        threads = min(len(texts), os.cpu_count() or 1, 16)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(len(texts), cores, 16)
         if threads < 2:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken encodes outside the interpreter's lock
