@@ -86,8 +86,8 @@ def speed(folder: Path, megabytes: int, rounds: int, text: Path | None) -> None:
         shares = [base / own for base, own in zip(seconds["tiktoken, 1 thread"], values, strict=True)]
         low, _, high = statistics.quantiles(shares, n=4)
         print(
-            f"{name:20} {spread([size / value for value in values])} MB/s; {statistics.median(shares):.2f} of tiktoken, "
-            f"quartiles {low:.2f} to {high:.2f}"
+            f"{name:20} {spread([size / value for value in values])} MB/s; "
+            f"{statistics.median(shares):.2f} of tiktoken, quartiles {low:.2f} to {high:.2f}"
         )
 
 
@@ -95,7 +95,8 @@ def training_peak(folder: Path, cache: Path, out: Path) -> int:
     """Bytes of the largest moment of 20 steps of the debug recipe on the text."""
     out.mkdir()
     settings = {
-        "data.use": "components.data:TextFiles", "data.path": str(folder), "validation": "none", "run.dir": f"{out}/run",
+        "data.use": "components.data:TextFiles", "data.path": str(folder), "validation": "none",
+        "run.dir": f"{out}/run",
         "run.cache_dir": str(cache), "training.total_tokens": "80K", "lr_schedule.warmup_tokens": "10K",
         "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.initial": "16", "batch.folder": str(out),
         "checkpoint.interval_steps": "none",

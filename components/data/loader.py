@@ -26,6 +26,8 @@ from components.data.order import SampleOrder
 
 # m micro-batch size, T sequence length
 
+_ORDERED_AT_ONCE = 4096
+
 
 class Samples(Protocol):
     """Packed sequences. `__getitems__(indices) -> (n, T+1)`, where there is one, is used to read many at once."""
@@ -202,24 +204,31 @@ class _SampleNumbers:
         return (range(start, start + self.size) for start in count(self.first + self.skip * self.stride, self.stride))
 
 
-@dataclass(frozen=True)
 class _OrderedSamples:
     """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
 
-    samples: Samples
-    order: Order
+    def __init__(self, samples: Samples, order: Order):
+        self.samples = samples
+        self.order = order
+        self._first = 0
+        self._indices: list[int] = []  # of the samples from `_first` on: the order is quick in bulk only
 
     def __getitems__(self, sample_ids: range) -> _Block | Exception:
         """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
-        numbers = np.arange(sample_ids.start, sample_ids.stop, dtype=np.int64)
-        _, indices = self.order(numbers)
+        if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
+            self._first = sample_ids.start
+            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + _ORDERED_AT_ONCE))
+            self._indices = self.order(bulk)[1].tolist()
+        indices = self._indices[sample_ids.start - self._first : sample_ids.stop - self._first]
         try:
-            sequences = self._read(indices.tolist())
+            sequences = self._read(indices)
         except (ValueError, OSError) as error:
             if type(error).__module__ != "builtins":
                 raise  # may not survive pickling
             return error
-        return _Block(torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.from_numpy(numbers))
+        return _Block(
+            torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.arange(sample_ids.start, sample_ids.stop)
+        )
 
     def _read(self, indices: Sequence[int]) -> Tensor:
         """(m, T+1)"""

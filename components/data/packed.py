@@ -61,10 +61,11 @@ class PackedTokens:
             if not 0 <= index < self._length:
                 raise IndexError(f"sequence {index} of {self._length}")
             self.tokens.read(int(index) * self.sequence_length, row)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.vocab_size:
+        if rows.size and int(rows.view(np.uint64).max()) >= self.vocab_size:  # a negative one is the largest of all
+            wrong = rows.flat[rows.view(np.uint64).argmax()]
             raise ValueError(
-                f"{self.source}: token id {rows.max() if rows.min() >= 0 else rows.min()} is outside the vocabulary of "
-                f"{self.vocab_size}; the files are not what they were, or were made with another tokenizer"
+                f"{self.source}: token id {wrong} is outside the vocabulary of {self.vocab_size}; the files are not "
+                "what they were, or were made with another tokenizer"
             )
         return torch.from_numpy(rows)
 

@@ -7,6 +7,7 @@ cut short would end the process by a signal, where a read says what happened.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ class StoredTokens:
         """`segments` (n, 3) int64: number of the file, first id in it, ids."""
         self._files = list(files)
         self._dtype = dtype
-        self._segments = segments
-        self._starts = np.concatenate([[0], np.cumsum(segments[:, 2])])  # of each segment in the whole; then the end
+        self._segments = np.ascontiguousarray(segments, dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(segments[:, 2])])  # of each segment in the whole; then the end
+        self._starts = starts.astype(np.int64)
         self._open: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, the one used last at the end
 
     def __len__(self) -> int:
@@ -37,11 +39,12 @@ class StoredTokens:
 
         Raises OSError, naming the file, where it cannot be read or is shorter than it was.
         """
-        segment = int(np.searchsorted(self._starts, start, side="right")) - 1
+        starts, segments = self._starts.data, self._segments.data  # memory views give Python's numbers, quickly
+        segment = bisect_right(starts, start) - 1
         done = 0
         while done < len(out):
-            file, first, count = self._segments[segment].tolist()
-            skipped = start + done - int(self._starts[segment])
+            file, first, count = segments[segment, 0], segments[segment, 1], segments[segment, 2]
+            skipped = start + done - starts[segment]
             part = self._read(file, first + skipped, min(count - skipped, len(out) - done))
             out[done : done + len(part)] = part
             done += len(part)
@@ -49,7 +52,7 @@ class StoredTokens:
 
     def segment_at(self, position: int) -> tuple[int, int]:
         """(segment, position within it) of the id at `position`."""
-        segment = int(np.searchsorted(self._starts, position, side="right")) - 1
+        segment = bisect_right(self._starts.data, position) - 1
         return segment, position - int(self._starts[segment])
 
     def _read(self, file: int, first: int, count: int) -> np.ndarray:
