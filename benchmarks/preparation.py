@@ -5,7 +5,8 @@
 
 Speed: raw `tiktoken.encode_batch` on one thread and preparing on one and on two cores take turns, in an order that
 changes with the round; preparing reads JSON lines, encodes and writes synced shards into an empty cache. The documents
-are paragraphs of the standard library, or of --text, drawn by a seed.
+are paragraphs of the standard library, or of --text, drawn by a seed. Time on the clock says what one waits; time of
+the processor, of all processes together, is what can be compared where others use the machine, too.
 Memory: the peaks of preparing such a corpus and of training the debug recipe from it, each in a process of its own,
 above the same process with next to no text.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -41,54 +43,67 @@ print(max(largest) * (1 if sys.platform == "darwin" else 1024))
 """
 
 
-def raw(files: list[Path]) -> Callable[[], float]:
+Seconds = tuple[float, float]
+"""On the clock, and of the processor."""
+
+
+def timed(work: Callable[[], object]) -> Seconds:
+    start, used = time.perf_counter(), _processor_seconds()
+    work()
+    return time.perf_counter() - start, _processor_seconds() - used
+
+
+def _processor_seconds() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def raw(files: list[Path]) -> Callable[[], Seconds]:
     encoding = tokenizer()._encoding
     texts = [json.loads(line)["text"] for path in files for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def measure() -> float:
-        start = time.perf_counter()
+    def encode() -> None:
         for first in range(0, len(texts), 1024):  # all at once would measure the memory for a list of all ids
             encoding.encode_batch(texts[first : first + 1024], num_threads=1, disallowed_special=())
-        return time.perf_counter() - start
 
-    return measure
+    return lambda: timed(encode)
 
 
-def prepare_on(folder: Path, cores: int) -> Callable[[], float]:
-    def measure() -> float:
+def prepare_on(folder: Path, cores: int) -> Callable[[], Seconds]:
+    def prepare() -> None:
         allowed = os.sched_getaffinity(0)
         if len(allowed) < cores:
             raise SystemExit(f"this needs {cores} cores; there are {len(allowed)}")
         os.sched_setaffinity(0, set(sorted(allowed)[:cores]))
         try:
             with tempfile.TemporaryDirectory() as cache:
-                start = time.perf_counter()
                 TextFiles(path=folder).prepare(
                     tokenizer=tokenizer(), cache_dir=Path(cache), report=lambda state: None, report_seconds=1.0
                 )
-                return time.perf_counter() - start
         finally:
             os.sched_setaffinity(0, allowed)
 
-    return measure
+    return lambda: timed(prepare)
 
 
 def speed(folder: Path, megabytes: int, rounds: int, text: Path | None) -> None:
     files = write_files(folder, megabytes * 10**6, text)
     size = sum(path.stat().st_size for path in files) / 1e6
     ways = {"tiktoken, 1 thread": raw(files), "1 core": prepare_on(folder, 1), "2 cores": prepare_on(folder, 2)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in sorted(ways, reverse=bool(turn % 2)):
             seconds[name].append(ways[name]())
     print(f"{machine()}; {size:,.0f} MB of JSON lines in {len(files)} files, {rounds} rounds in turn")
     for name, values in seconds.items():
-        shares = [base / own for base, own in zip(seconds["tiktoken, 1 thread"], values, strict=True)]
-        low, _, high = statistics.quantiles(shares, n=4)
-        print(
-            f"{name:20} {spread([size / value for value in values])} MB/s; "
-            f"{statistics.median(shares):.2f} of tiktoken, quartiles {low:.2f} to {high:.2f}"
-        )
+        for clock, which in (("clock", 0), ("processor", 1)):
+            own = [value[which] for value in values]
+            shares = [base[which] / value for base, value in zip(seconds["tiktoken, 1 thread"], own, strict=True)]
+            low, middle, high = statistics.quantiles(shares, n=4)
+            print(
+                f"{name:20} {clock:10} {spread([size / value for value in own])} MB/s; "
+                f"{middle:.2f} of tiktoken, quartiles {low:.2f} to {high:.2f}"
+            )
 
 
 def training_peak(folder: Path, cache: Path, out: Path) -> int:

@@ -17,7 +17,7 @@ from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS
 from components.data.stored_tokens import StoredTokens
 
 
-class Tokens(Protocol):
+class Stored(Protocol):
     """Ids end to end."""
 
     def __len__(self) -> int: ...
@@ -31,18 +31,18 @@ class PackedTokens:
     first is a target exactly once; what is left over at the end, fewer than T tokens, is not used.
     """
 
-    def __init__(self, tokens: Tokens, *, sequence_length: int, vocab_size: int, source: str):
+    def __init__(self, stored: Stored, *, sequence_length: int, vocab_size: int, source: str):
         """`source` names it for people. Raises ValueError if there is not one whole sequence."""
         if sequence_length < 1:
             raise ValueError(f"sequence_length = {sequence_length}: expected at least 1")
-        self.tokens = tokens
+        self.stored = stored
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.source = source
-        self._length = (len(tokens) - 1) // sequence_length
+        self._length = (len(stored) - 1) // sequence_length
         if self._length < 1:
             raise ValueError(
-                f"{source} holds {len(tokens):,} tokens, which is not one sequence of sequence_length + 1 = "
+                f"{source} holds {len(stored):,} tokens, which is not one sequence of sequence_length + 1 = "
                 f"{sequence_length + 1:,}; use a shorter sequence_length or more text"
             )
 
@@ -60,7 +60,7 @@ class PackedTokens:
         for row, index in zip(rows, indices, strict=True):
             if not 0 <= index < self._length:
                 raise IndexError(f"sequence {index} of {self._length}")
-            self.tokens.read(int(index) * self.sequence_length, row)
+            self.stored.read(int(index) * self.sequence_length, row)
         if rows.size and int(rows.view(np.uint64).max()) >= self.vocab_size:  # a negative one is the largest of all
             wrong = rows.flat[rows.view(np.uint64).argmax()]
             raise ValueError(
@@ -68,6 +68,12 @@ class PackedTokens:
                 "what they were, or were made with another tokenizer"
             )
         return torch.from_numpy(rows)
+
+    def tokens(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64: the ids from number `start` of all documents end to end on."""
+        ids = np.empty(count, dtype=np.int64)
+        self.stored.read(start, ids)
+        return ids
 
     def describe(self, index: int) -> str:
         """Where sequence `index` comes from, for people."""
@@ -93,10 +99,9 @@ class PreparedText(PackedTokens):
         self.index = index
         self._segments = segments
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
-        self._stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments[:, :3])
-        super().__init__(
-            self._stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source
-        )
+        stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments[:, :3])
+        self._segment_at = stored.segment_at
+        super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
         """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
@@ -105,7 +110,7 @@ class PreparedText(PackedTokens):
 
     def place(self, position: int) -> Place:
         """Where the token at `position`, counted through all documents end to end, comes from."""
-        segment, offset = self._stored.segment_at(position)
+        segment, offset = self._segment_at(position)
         ends = np.cumsum(self._documents(segment)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
         number = int(self._segments[:segment, 4].sum()) + within

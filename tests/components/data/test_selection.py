@@ -38,8 +38,7 @@ def build(source, cache: Path, tokenizer=None):
 
 def texts_of(samples) -> list[str]:
     """The documents of a data set, read back from its tokens."""
-    tokens = np.empty(len(samples.tokens), dtype=np.int64)
-    samples.tokens.read(0, tokens)
+    tokens = samples.tokens(0, len(samples.stored))
     parts = np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1]
     return [bytes(part[:-1].tolist()).decode() for part in parts]
 

@@ -44,9 +44,7 @@ def build(path, tokenizer=None, sequence_length=2, progress=None, **settings):
 
 
 def all_tokens(samples) -> list[int]:
-    out = np.empty(len(samples.tokens), dtype=np.int64)
-    samples.tokens.read(0, out)
-    return out.tolist()
+    return samples.tokens(0, len(samples.stored)).tolist()
 
 
 @pytest.mark.parametrize("dtype", MEGATRON)
