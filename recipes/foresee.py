@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.batch.adaptive import Adaptive
+from components.data.mixture import Mixture
 from components.data.source import TextSource
 from components.quantities import format_count
 from components.run_directory import RunDirectory
@@ -77,7 +78,10 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
     if plan.tokenizer_missing:
         yield Foreseen("warning", "tokenizer.path", _absent(plan.tokenizer_missing))
     validation = getattr(recipe, "validation", None)
-    for key, data in (("data", recipe.data), ("validation.data", getattr(validation, "data", None))):
+    sections = {"data": recipe.data, "validation.data": getattr(validation, "data", None)}
+    if isinstance(recipe.data, Mixture):
+        sections |= {f"data.sources.{name}": source for name, source in recipe.data.sources.items()}
+    for key, data in sections.items():
         if isinstance(data, TextSource):
             try:
                 data.size_bytes()

@@ -13,6 +13,7 @@ from torch import nn
 from components import precision
 from components.batch.layout import BatchLayout
 from components.data.document import ReadingLog
+from components.data.mixture import Mixture
 from components.data.source import TextSource
 from components.parallel.layout import Sizes
 from components.throughput import Device, named_device
@@ -141,6 +142,9 @@ def make_plan(config: Config, world_size: int, claim: Claim) -> Plan:
 
 def epoch_tokens(data: Any, tokenizer: Any) -> int | None:
     """Tokens of the data, from the tokens per stored byte of its first documents; None for data that is not here."""
+    if isinstance(data, Mixture):
+        parts = [epoch_tokens(source, tokenizer) for source in data.sources.values()]
+        return None if None in parts else sum(filter(None, parts))
     if tokenizer is None or not isinstance(data, TextSource):
         return None
     log, tokens, characters = ReadingLog(), 0, 0

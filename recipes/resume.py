@@ -12,6 +12,7 @@ from typing import Any, Literal
 from components.checkpoint import complete_checkpoints, read_state, step_of
 from components.quantities import format_count
 from recipes.config import Config, ConfigError, flatten, load
+from recipes.config.tree import DEFAULT
 
 log = logging.getLogger("powertrain")
 
@@ -107,10 +108,15 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset."""
+    """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset.
+
+    A key that the file does not have, and nobody set since, is one that its component did not know yet: the default
+    is then what the component did without it.
+    """
     stored = flatten(stored_in.read_text(encoding="utf-8"))
     current = flatten(config.to_toml(provenance=False))
-    for key in sorted(stored.keys() | current.keys()):
+    defaults = {key for key, leaf in config.leaves.items() if leaf.origin.where == DEFAULT}
+    for key in sorted(stored.keys() | (current.keys() - defaults)):
         before, now = stored.get(key), current.get(key)
         if before != now and key.rpartition(".")[2] not in NOT_THE_RUN:
             yield key, before, now

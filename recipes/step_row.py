@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from components.batch.layout import StepBatch
+from components.data.loader import epochs
 from components.gradient_moments import GradientNoise
 from components.throughput import memory_bytes
 from recipes.contracts import HasStepNumbers
@@ -31,7 +32,7 @@ def step_row(
         "step": run.clock.step,
         "tokens": run.clock.tokens,
         "samples": run.clock.samples,
-        "epoch": run.clock.samples / len(run.samples),
+        **epochs(run.samples, run.clock.samples),
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,

@@ -2,18 +2,20 @@
 
     python -m tools.prepare_data CONFIG.toml [--section.key=value]...
 
-Exit status: 0 done, also when there was nothing to do; 2 for what the user can put right.
+Interrupted or killed, it goes on where it was when it is started again.
+Exit status: 0 done, also when there was nothing to do; 2 for what the user can put right; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from components.data.mixture import Mixture
 from components.data.prepare import Preparation
 from components.data.source import TextSource
 from recipes.config import Config, ConfigError, load
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ConfigError, UsageError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; start again to go on: what is encoded so far is kept", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -45,16 +50,27 @@ def prepare_recipe(config: Config) -> None:
         sections["validation.data"] = recipe.validation.data
     for section, data in sections.items():
         with blame(config, section):
-            if isinstance(data, TextSource):
-                _prepare_with_bar(section, data, tokenizer, recipe)
+            for name, source in _sources(section, data):
+                _prepare_with_bar(name, source, tokenizer, recipe)
             samples = data.build(
                 tokenizer=tokenizer,
                 sequence_length=recipe.training.sequence_length,
                 cache_dir=recipe.run.cache_dir,
                 progress=print,
             )
-        index = getattr(samples, "index", "ready")
-        print(f"[{section}] {index}; {len(samples):,} sequences of {recipe.training.sequence_length}")
+        for name, part in getattr(samples, "sources", {section: samples}).items():
+            index = getattr(part, "index", "ready")
+            print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
+
+
+def _sources(section: str, data: Data) -> Iterator[tuple[str, TextSource]]:
+    """The sources of text in a section: itself, or those of a mixture."""
+    parts: dict[str, object] = {section: data}
+    if isinstance(data, Mixture):
+        parts = {f"{section}.sources.{name}": part for name, part in data.sources.items()}
+    for name, part in parts.items():
+        if isinstance(part, TextSource):
+            yield name, part
 
 
 def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, recipe: Any) -> None:

@@ -1,9 +1,11 @@
-"""Train a byte-pair encoding and write it as a tiktoken rank file.
+"""Train a byte-pair encoding and write it as a tiktoken rank file, and as a tokenizer.json beside it.
 
     python -m tools.train_tokenizer --vocab-size 4096 --output my.tiktoken                     # on the default corpus
     python -m tools.train_tokenizer --vocab-size 32_000 --output my.tiktoken --path "corpus/**/*.jsonl.gz"
+    python -m tools.train_tokenizer --vocab-size 32_000 --output my.tiktoken --recipe my.toml   # on its [data]
 
-Use the file with [tokenizer] use = "components.tokenizers:TiktokenFile", path = ..., pattern = the same.
+Use the file with [tokenizer] use = "components.tokenizers:TiktokenFile", path = ..., pattern = the same; or
+my.tokenizer.json with use = "components.tokenizers:TokenizerJson".
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from __future__ import annotations
 import argparse
 import base64
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from components.data import StandardLibrary, TextFiles
+from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
 from components.data.document import ReadingLog
 from components.data.source import TextSource
-from components.tokenizers import TiktokenFile
+from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
+from recipes.config import ConfigError, load
 
+END_OF_DOCUMENT = "<|endoftext|>"
 _PROOF_CHARACTERS = 2_000_000
 
 
@@ -34,25 +38,44 @@ def main(arguments: list[str] | None = None) -> int:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--source", choices=["stdlib"], default="stdlib", help="the default corpus, its training split")
-    source.add_argument("--path", type=Path, nargs="+", help="text files, directories or glob patterns instead")
-    parser.add_argument("--text-key", default="text", help="the key of the text in JSON lines (default: text)")
+    source.add_argument("--path", nargs="+", help="instead: files, directories or globs, or hf://dataset/config/split")
+    source.add_argument("--recipe", type=Path, help="instead: the [data] of a recipe, all sources of a mixture")
+    parser.add_argument("--text-key", default="text", help="the key or column of the text (default: text)")
     options = parser.parse_args(arguments)
     try:
-        corpus: TextSource = (
-            TextFiles(path=options.path, text_key=options.text_key) if options.path else StandardLibrary(split="train")
-        )
+        corpus = list(sources(options.path, options.recipe, options.text_key))
         pattern = resolve_pattern(options.pattern)
         ranks = train(corpus, vocab_size=options.vocab_size, pattern=pattern)
         write_ranks(options.output, ranks)
-        print(prove(options.output, corpus, ranks, pattern))
-    except (ValueError, OSError) as error:
+        as_json = options.output.with_suffix(".tokenizer.json")
+        to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(as_json))
+        print(prove(options.output, as_json, corpus, pattern))
+    except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f'wrote {options.output}: {len(ranks):,} ranks; use it with pattern = "{options.pattern}"')
+    print(f"wrote {as_json}: the same for Hugging Face")
     return 0
 
 
-def train(corpus: TextSource, *, vocab_size: int, pattern: str) -> dict[bytes, int]:
+def sources(paths: Sequence[str] | None, recipe: Path | None, text_key: str) -> Iterator[TextSource]:
+    """What the command line names. Raises ConfigError or ValueError."""
+    if recipe is not None:
+        data = load(recipe, []).recipe.data
+        for name, source in (data.sources if isinstance(data, Mixture) else {"[data]": data}).items():
+            if not isinstance(source, TextSource):
+                raise ValueError(f"--recipe {recipe}: {name} is no source of text")
+            yield source
+        return
+    files = [Path(path) for path in paths or () if not path.startswith("hf://")]
+    yield from (HuggingFaceDataset(path=path, text_key=text_key) for path in paths or () if path.startswith("hf://"))
+    if files:
+        yield TextFiles(path=files, text_key=text_key)
+    if not paths:
+        yield StandardLibrary(split="train")
+
+
+def train(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dict[bytes, int]:
     """Token bytes -> rank, for `vocab_size` - 1 tokens: the last id is left for the end of a document.
 
     Raises ValueError if the `tokenizers` library is missing or the text does not hold that many tokens.
@@ -72,7 +95,8 @@ def train(corpus: TextSource, *, vocab_size: int, pattern: str) -> dict[bytes, i
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < vocab_size - 1:
         raise ValueError(
-            f"{corpus} gives only {len(ranks):,} tokens; use --vocab-size {len(ranks) + 1} or train on more text"
+            f"{', '.join(map(str, corpus))} gives only {len(ranks):,} tokens; use --vocab-size {len(ranks) + 1} or "
+            "train on more text"
         )
     return ranks
 
@@ -87,17 +111,17 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     aside.replace(path)
 
 
-def prove(path: Path, corpus: TextSource, ranks: dict[bytes, int], pattern: str) -> str:
-    """Encode the corpus' first documents with tiktoken, from the file, and with `tokenizers`: a line about it.
+def prove(path: Path, as_json: Path, corpus: Sequence[TextSource], pattern: str) -> str:
+    """Encode the corpus' first documents with tiktoken and with `tokenizers`, each from its file: a line about it.
 
     Raises ValueError at the first document on which they differ, or that does not come back as it was.
     """
     ours = TiktokenFile(path=path, pattern=pattern).build()
-    theirs = to_hugging_face(ranks, pattern)
+    theirs = TokenizerJson(path=as_json).build()
     characters = tokens = 0
     for text in _texts(corpus):
         ids = ours.encode_batch([text])[0].tolist()
-        if ids != theirs.encode(text).ids:
+        if ids != theirs.encode_batch([text])[0].tolist():
             raise ValueError(f"tiktoken and tokenizers encode {text[:80]!r}... differently under {pattern!r}")
         if ours.decode(ids) != text:
             raise ValueError(f"{text[:80]!r}... does not come back from its ids")
@@ -107,8 +131,8 @@ def prove(path: Path, corpus: TextSource, ranks: dict[bytes, int], pattern: str)
     return f"tiktoken and tokenizers agree on {characters:,} characters: {characters / tokens:.2f} characters per token"
 
 
-def _texts(corpus: TextSource) -> Iterator[str]:
-    return (document.text for document in corpus.documents(ReadingLog()))
+def _texts(corpus: Sequence[TextSource]) -> Iterator[str]:
+    return (document.text for source in corpus for document in source.documents(ReadingLog()))
 
 
 if __name__ == "__main__":

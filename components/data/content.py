@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -64,14 +63,6 @@ def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_files(files: Mapping[str, Path], hashes: FileHashes) -> str:
-    """One digest of the names, sizes and contents of `files` (name -> where it lies); the place does not count."""
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        digest.update(f"{name}\0{path.stat().st_size}\0{hashes.sha256(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

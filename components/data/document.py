@@ -1,9 +1,9 @@
-"""What a source yields and what preparing asks of a tokenizer: the two sides that meet in prepare."""
+"""What a source yields and what preparing asks of a tokenizer: the two sides that meet in encode."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -25,7 +25,21 @@ class ReadingLog:
     source_bytes: int = 0
     """Bytes of the source read so far, as stored (compressed where it is); drives the progress bar."""
     repairs: Counter[str] = field(default_factory=Counter)
-    """What was found and put right, by name: "replaced characters", "line ends", "empty documents", ..."""
+    """What was found and put right, by name: "replaced characters", "line ends", ..."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that is prepared by itself, once: a file, or all of a source that has no files."""
+
+    name: str
+    """For people: the path within the source."""
+    content: str
+    """Text that changes whenever `read` could yield anything else."""
+    size_bytes: int
+    """Bytes that `log.source_bytes` will have grown by; 0 if unknown."""
+    read: Callable[[ReadingLog], Iterator[Document]]
+    """The documents, in an order that does not change. Can be pickled if other processes are to share the work."""
 
 
 class EncodesText(Protocol):
@@ -38,3 +52,13 @@ class EncodesText(Protocol):
     @property
     def fingerprint(self) -> str: ...
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+
+def storable(text: str, log: ReadingLog) -> tuple[str, bytes]:
+    """Text that UTF-8 can hold, and its bytes: a lone surrogate (JSON can spell one) becomes U+FFFD, counted."""
+    try:
+        return text, text.encode()
+    except UnicodeEncodeError:
+        repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        log.repairs["replaced characters"] += repaired.count("\ufffd") - text.count("\ufffd")
+        return repaired, repaired.encode()

@@ -26,12 +26,34 @@ from components.data.order import SampleOrder
 
 # m micro-batch size, T sequence length
 
+_ORDERED_AT_ONCE = 4096
+
 
 class Samples(Protocol):
     """Packed sequences. `__getitems__(indices) -> (n, T+1)`, where there is one, is used to read many at once."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Tensor: ...
+
+
+class Order(Protocol):
+    """(n,) global sample numbers -> (n,) epochs, (n,) indices into the samples: a pure function."""
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def order_of(samples: Samples, *, seed: int, shuffle: bool = True) -> Order:
+    """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
+    if hasattr(samples, "order"):
+        order: Order = samples.order(seed=seed, shuffle=shuffle)
+        return order
+    return SampleOrder(len(samples), seed=seed, shuffle=shuffle)
+
+
+def epochs(samples: Samples, consumed: int) -> dict[str, Any]:
+    """How often the data was gone through in the first `consumed` samples: in all, and each source of a mixture."""
+    whole: dict[str, Any] = {"epoch": consumed / len(samples)}
+    return whole | ({"source_epochs": samples.source_epochs(consumed)} if hasattr(samples, "source_epochs") else {})
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,7 @@ class MicroBatch:
     labels: Tensor
     """(m, T) int64, contiguous: the token after each of `tokens`."""
     sample_ids: Tensor
-    """(m,) int64 global sample numbers: sample s is sequence s mod n, as shuffled, of epoch s div n."""
+    """(m,) int64 global sample numbers: what each is follows from the order alone."""
 
 
 class MicroBatchLoader:
@@ -66,11 +88,12 @@ class MicroBatchLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 4,
+        patience_seconds: float = 600.0,
     ):
         """`start` is the first global sample not yet trained on: any number, whatever layout trained those before it.
 
         `prefetch_factor` is how many micro-batches each of `num_workers` processes reads ahead; with no workers they
-        are read as they are asked for.
+        are read as they are asked for. A worker that has given nothing for `patience_seconds` is given up.
         """
         if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
@@ -87,7 +110,7 @@ class MicroBatchLoader:
         self._cursor = start
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedSamples(samples, SampleOrder(len(samples), seed=seed, shuffle=shuffle)),
+            "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _as_it_is,
             "num_workers": num_workers,
@@ -97,6 +120,7 @@ class MicroBatchLoader:
         }
         if num_workers:
             self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": _ignore_signals}
+            self._settings |= {"timeout": patience_seconds}
         self._stream: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 
@@ -139,7 +163,14 @@ class MicroBatchLoader:
                 self._stream = iter(StatefulDataLoader(**self._settings))
             # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
             atexit.register(self._at_exit)
-        block = next(self._stream)
+        try:
+            block = next(self._stream)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise OSError(
+                f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
+            ) from error
         if isinstance(block, Exception):
             raise block
         self._given += 1
@@ -173,24 +204,31 @@ class _SampleNumbers:
         return (range(start, start + self.size) for start in count(self.first + self.skip * self.stride, self.stride))
 
 
-@dataclass(frozen=True)
 class _OrderedSamples:
     """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
 
-    samples: Samples
-    order: SampleOrder
+    def __init__(self, samples: Samples, order: Order):
+        self.samples = samples
+        self.order = order
+        self._first = 0
+        self._indices: list[int] = []  # of the samples from `_first` on: the order is quick in bulk only
 
     def __getitems__(self, sample_ids: range) -> _Block | Exception:
         """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
-        numbers = np.arange(sample_ids.start, sample_ids.stop, dtype=np.int64)
-        _, indices = self.order(numbers)
+        if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
+            self._first = sample_ids.start
+            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + _ORDERED_AT_ONCE))
+            self._indices = self.order(bulk)[1].tolist()
+        indices = self._indices[sample_ids.start - self._first : sample_ids.stop - self._first]
         try:
-            sequences = self._read(indices.tolist())
+            sequences = self._read(indices)
         except (ValueError, OSError) as error:
             if type(error).__module__ != "builtins":
                 raise  # may not survive pickling
             return error
-        return _Block(torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.from_numpy(numbers))
+        return _Block(
+            torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.arange(sample_ids.start, sample_ids.stop)
+        )
 
     def _read(self, indices: Sequence[int]) -> Tensor:
         """(m, T+1)"""

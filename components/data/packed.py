@@ -1,46 +1,50 @@
-"""Prepared shards as fixed-length sequences, read through a memory map."""
+"""Prepared text as fixed-length sequences."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import json
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.shards import DOCUMENT_DTYPE, Index, documents_file, tokens_file
+from components.data.index import PIECES, Index
+from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS
+from components.data.stored_tokens import StoredTokens
+
+
+class Stored(Protocol):
+    """Ids end to end."""
+
+    def __len__(self) -> int: ...
+    def read(self, start: int, out: np.ndarray) -> None: ...
 
 
 class PackedTokens:
     """Sequence i is tokens [i*T, i*T + T + 1) of all documents end to end, T being `sequence_length`.
 
     Neighbours share one token, the last target of one and the first input of the next, so every token but the very
-    first is a target exactly once; what is left over at the end, fewer than T tokens, is not used. Each process maps
-    the files for itself: pickling carries paths, never tokens.
+    first is a target exactly once; what is left over at the end, fewer than T tokens, is not used.
     """
 
-    def __init__(self, directory: Path, index: Index, sequence_length: int):
-        """`index` is that of `directory`, already verified. Raises ValueError if there is not one whole sequence."""
+    def __init__(self, stored: Stored, *, sequence_length: int, vocab_size: int, source: str):
+        """`source` names it for people. Raises ValueError if there is not one whole sequence."""
         if sequence_length < 1:
             raise ValueError(f"sequence_length = {sequence_length}: expected at least 1")
-        self.directory = directory
-        self.index = index
+        self.stored = stored
         self.sequence_length = sequence_length
-        self._length = (index.tokens - 1) // sequence_length
+        self.vocab_size = vocab_size
+        self.source = source
+        self._length = (len(stored) - 1) // sequence_length
         if self._length < 1:
             raise ValueError(
-                f"{index.source} holds {index.tokens:,} tokens, which is not one sequence of sequence_length + 1 = "
+                f"{source} holds {len(stored):,} tokens, which is not one sequence of sequence_length + 1 = "
                 f"{sequence_length + 1:,}; use a shorter sequence_length or more text"
             )
-        self._starts = [
-            0,
-            *accumulate(shard.tokens for shard in index.shards),
-        ]  # of each shard in the whole; then the end
-        self._maps: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -56,52 +60,74 @@ class PackedTokens:
         for row, index in zip(rows, indices, strict=True):
             if not 0 <= index < self._length:
                 raise IndexError(f"sequence {index} of {self._length}")
-            self._read(int(index) * self.sequence_length, row)
-        if rows.size and int(rows.max()) >= self.index.vocab_size:
+            self.stored.read(int(index) * self.sequence_length, row)
+        if rows.size and int(rows.view(np.uint64).max()) >= self.vocab_size:  # a negative one is the largest of all
+            wrong = rows.flat[rows.view(np.uint64).argmax()]
             raise ValueError(
-                f"{self.directory}: token id {rows.max()} is outside the vocabulary of {self.index.vocab_size}; "
-                "delete the directory to prepare it anew"
+                f"{self.source}: token id {wrong} is outside the vocabulary of {self.vocab_size}; the files are not "
+                "what they were, or were made with another tokenizer"
             )
         return torch.from_numpy(rows)
-
-    def document_lengths(self) -> np.ndarray:
-        """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
-        parts = [
-            np.fromfile(self.directory / documents_file(shard.number), dtype=DOCUMENT_DTYPE, count=shard.documents * 2)
-            for shard in self.index.shards
-        ]
-        return np.concatenate(parts).astype(np.int64, copy=False).reshape(-1, 2)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """(count,) int64: the ids from number `start` of all documents end to end on."""
         ids = np.empty(count, dtype=np.int64)
-        self._read(start, ids)
+        self.stored.read(start, ids)
         return ids
 
-    def _read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (n,) with the tokens from `start` on, across shards where need be."""
-        maps = self._mapped()
-        shard = bisect_right(self._starts, start) - 1
-        done = 0
-        while done < len(out):
-            offset = start + done - self._starts[shard]
-            part = maps[shard][offset : offset + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-            shard += 1
+    def describe(self, index: int) -> str:
+        """Where sequence `index` comes from, for people."""
+        return f"{self.source}, sequence {index}"
 
-    def _mapped(self) -> list[np.ndarray]:
-        if self._maps is None:
-            self._maps = [
-                np.memmap(
-                    self.directory / tokens_file(shard.number),
-                    dtype=self.index.token_dtype,
-                    mode="r",
-                    shape=(shard.tokens,),
-                )
-                for shard in self.index.shards
-            ]
-        return self._maps
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}
+class Place(NamedTuple):
+    """A token in its document."""
+
+    piece: str
+    """Name of the file, or of the source."""
+    document: int
+    """Number among the documents of the piece that are used."""
+    token: int
+
+
+class PreparedText(PackedTokens):
+    """The sequences of a prepared data set, which knows its documents."""
+
+    def __init__(self, directory: Path, index: Index, segments: np.ndarray, sequence_length: int):
+        """What `open_index` gave, so everything is verified already."""
+        self.directory = directory
+        self.index = index
+        self._segments = segments
+        self._shards = [directory.parent / index.store / shard for shard in index.shards]
+        stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments[:, :3])
+        self._segment_at = stored.segment_at
+        super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
+
+    def document_lengths(self) -> np.ndarray:
+        """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
+        rows = [self._documents(segment) for segment in range(len(self._segments))]
+        return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
+
+    def place(self, position: int) -> Place:
+        """Where the token at `position`, counted through all documents end to end, comes from."""
+        segment, offset = self._segment_at(position)
+        ends = np.cumsum(self._documents(segment)["tokens"])
+        within = int(np.searchsorted(ends, offset, side="right"))
+        number = int(self._segments[:segment, 4].sum()) + within
+        pieces = json.loads((self.directory / PIECES).read_text(encoding="utf-8"))
+        starts = [0, *accumulate(count for _, count in pieces)]
+        piece = int(np.searchsorted(starts, number, side="right")) - 1
+        token = offset - (int(ends[within - 1]) if within else 0)
+        return Place(pieces[piece][0], number - starts[piece], token)
+
+    def describe(self, index: int) -> str:
+        start = index * self.sequence_length
+        first, last = self.place(start), self.place(start + self.sequence_length)
+        begin = f"{first.piece} document {first.document} token {first.token}"
+        return f"{begin} to {last.piece} document {last.document} token {last.token}"
+
+    def _documents(self, segment: int) -> np.ndarray:
+        shard, _, _, first, count = self._segments[segment].tolist()
+        return np.fromfile(
+            self._shards[shard] / DOCUMENTS, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
+        )

@@ -1,24 +1,34 @@
-"""From documents to token shards on disk, atomically: the directory is complete or it is not there."""
+"""Encoding what is not encoded yet: on all cores, with progress, and from where a killed process stopped."""
 
 from __future__ import annotations
 
-import hashlib
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from components.data.atomic import sync_file, written_aside
-from components.data.document import Document, EncodesText, ReadingLog
-from components.data.shards import DOCUMENT_DTYPE, FORMAT, INDEX, Index, Shard, documents_file, token_dtype, tokens_file
+from components.data.document import EncodesText, Piece
+from components.data.encode import SHARD_TOKENS, encode_group
+from components.data.shards import Encoded, catalogue
 
-SHARD_TOKENS = 2**28
-"""A shard is closed after the document that takes it past this many tokens: half a gigabyte of uint16."""
+_GROUP_BYTES = 2**25
+_GROUP_PIECES = 2**12
+"""Neighbouring pieces are encoded together up to this size and number; a larger piece is a group by itself."""
 
-_BATCH_CHARACTERS = 2**22
-_BATCH_DOCUMENTS = 2**12
+_WORTH_PROCESSES = 2**26
+"""Bytes of source below which starting processes takes longer than it saves."""
 
 
 @dataclass(frozen=True)
@@ -45,173 +55,154 @@ class Preparation:
         return f"{line}; {self.tokens:,} tokens, {rate / 1e6:.1f} MB/s"
 
 
-def prepare(
-    documents: Iterable[Document],
-    directory: Path,
+class Reporter:
+    """Adds up what was done, and reports it from time to time."""
+
+    def __init__(self, source: str, total_bytes: int, report: Callable[[Preparation], None], report_seconds: float):
+        self._source, self._total = source, total_bytes
+        self._report, self._seconds = report, report_seconds
+        self._started = self._reported = time.monotonic()
+        self._bytes = self._tokens = 0
+
+    def advance(self, read_bytes: int, tokens: int) -> None:
+        self._bytes, self._tokens = self._bytes + read_bytes, self._tokens + tokens
+        now = time.monotonic()
+        if now - self._reported >= self._seconds:
+            self._reported = now
+            self._report(Preparation(self._source, self._bytes, self._total, self._tokens, now - self._started))
+
+
+def encode_missing(
+    pieces: Sequence[Piece],
+    store: Path,
     *,
     tokenizer: EncodesText,
     source: str,
-    content: str,
-    log: ReadingLog,
-    total_bytes: int,
     report: Callable[[Preparation], None],
     report_seconds: float,
     shard_tokens: int = SHARD_TOKENS,
-) -> None:
-    """Write `directory`. If another process writes the same one meanwhile, the first to finish wins and both succeed.
+    group_bytes: int = _GROUP_BYTES,
+    processes: int | None = None,
+) -> dict[str, Encoded]:
+    """Encode the pieces that `store` does not hold; returns where every piece lies, by content.
 
-    `source` and `content` name the text for people and for machines (its fingerprint); `log` is the one that iterating
-    `documents` fills. `report` is called at most every `report_seconds`. Raises ValueError if there is no text at all.
+    If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is for
+    people; `report` is called at most every `report_seconds`; `processes` is by default chosen by cores and work.
+    Raises ValueError or OSError for what cannot be read or encoded; what was encoded until then stays.
     """
-    started = reported = time.monotonic()
-    with written_aside(directory) as aside:
-        writer = _Writer(aside, tokenizer, log, shard_tokens)
-        for batch in _batches(documents):
-            writer.add(batch)
-            if time.monotonic() - reported >= report_seconds:
-                reported = time.monotonic()
-                report(Preparation(source, log.source_bytes, total_bytes, writer.tokens, reported - started))
-        shards = writer.finish()
-        if not shards:
-            raise ValueError(f"{source} holds no text: {log.repairs['empty documents']:,} empty documents")
-        index = Index(
-            format=FORMAT,
-            source=source,
-            content=content,
-            tokenizer=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            end_of_document=tokenizer.end_of_document,
-            dtype=token_dtype(tokenizer.vocab_size),
-            repairs=dict(sorted(log.repairs.items())),
-            shards=shards,
-        )
-        with (aside / INDEX).open("wb") as file:
-            file.write(index.model_dump_json(indent=2).encode())
-            sync_file(file)
+    there = catalogue(store)
+    wanted = list({piece.content: piece for piece in pieces}.values())
+    groups = [
+        missing
+        for group in grouped(wanted, group_bytes)
+        if (missing := [piece for piece in group if piece.content not in there])
+    ]
+    total = sum(piece.size_bytes for group in groups for piece in group)
+    reporter = Reporter(source, total, report, report_seconds)
+    work = partial(encode_group, store=store, shard_tokens=shard_tokens)
+    if processes is None:
+        processes = min(len(groups), cores()) if total >= _WORTH_PROCESSES else 1
+    if processes > 1 and _can_be_sent(tokenizer, groups):
+        _encode_in_processes(groups, work, tokenizer, processes, reporter)
+    else:
+        for group in groups:
+            work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, advance=reporter.advance)
+    return catalogue(store) if groups else there
 
 
-class _Writer:
-    """Encodes documents and appends them to shards in `directory`."""
+def grouped(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list[Piece]]:
+    """Neighbours together until they are large enough."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_PIECES):
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += piece.size_bytes
+    if group:
+        yield group
 
-    def __init__(self, directory: Path, tokenizer: EncodesText, log: ReadingLog, shard_tokens: int):
-        self._directory = directory
-        self._tokenizer = tokenizer
-        self._log = log
-        self._shard_tokens = shard_tokens
-        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-        self._end = np.array([tokenizer.end_of_document], dtype=self._dtype)
-        self._shards: list[Shard] = []
-        self._open: _OpenShard | None = None
-        self._tokens = self._bytes = 0  # of the document that is being written
-        self.tokens = 0
-        """Written so far."""
 
-    def add(self, batch: list[Document]) -> None:
-        texts, sizes = zip(*(self._storable(document.text) for document in batch), strict=True)
-        encoded = self._tokenizer.encode_batch(texts)
-        self._check(np.concatenate(encoded))
-        for document, size, ids in zip(batch, sizes, encoded, strict=True):
-            if self._tokens == 0 and document.complete and not document.text.strip():
-                self._log.repairs["empty documents"] += 1
-                continue
-            self._append(ids)
-            self._bytes += size
-            if document.complete:
-                self._end_document()
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def finish(self) -> list[Shard]:
-        """What was written, every file on the disk."""
-        if self._tokens:
-            self._end_document()
-        self._close_shard()
-        return self._shards
 
-    def _storable(self, text: str) -> tuple[str, int]:
-        """Text that UTF-8 can hold, and its bytes: a lone surrogate (JSON can spell one) becomes U+FFFD."""
+def _can_be_sent(*what: object) -> bool:
+    try:
+        pickle.dumps(what)
+    except Exception:  # whatever a class of the user's own raises
+        return False
+    return True
+
+
+def _encode_in_processes(
+    groups: Sequence[Sequence[Piece]],
+    work: Callable[..., None],
+    tokenizer: EncodesText,
+    processes: int,
+    reporter: Reporter,
+) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    progress: Any = context.Queue()
+    pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, progress))
+    try:
+        waiting: set[Future[None]] = {pool.submit(_Worker.run, work, group) for group in groups}
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            for read_bytes, tokens in _all_of(progress):
+                reporter.advance(read_bytes, tokens)
+    except BrokenProcessPool:
+        raise OSError(
+            "a process that prepared data was killed, perhaps for want of memory; start again to go on: what is "
+            "encoded so far is kept"
+        ) from None
+    finally:
+        for process in list((pool._processes or {}).values()):  # an interrupted one would finish its group first
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _all_of(progress: Any) -> Iterator[tuple[int, int]]:
+    while True:
         try:
-            return text, len(text.encode())
-        except UnicodeEncodeError:
-            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            self._log.repairs["replaced characters"] += repaired.count("\ufffd") - text.count("\ufffd")
-            return repaired, len(repaired.encode())
-
-    def _check(self, ids: np.ndarray) -> None:
-        """A tokenizer of the user's own may be wrong; an id that does not fit would be stored as another one."""
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokenizer.vocab_size:
-            size = self._tokenizer.vocab_size
-            raise ValueError(f"the tokenizer gave ids from {ids.min()} to {ids.max()}; its vocabulary is {size}")
-
-    def _append(self, ids: np.ndarray) -> None:
-        if self._open is None:
-            self._open = _OpenShard(self._directory, len(self._shards))
-        self._open.tokens.write(ids.astype(self._dtype, copy=False))
-        self._tokens += len(ids)
-        self.tokens += len(ids)
-
-    def _end_document(self) -> None:
-        self._append(self._end)
-        assert self._open is not None
-        self._open.documents.write(np.array([self._tokens, self._bytes], dtype=DOCUMENT_DTYPE))
-        self._open.text_bytes += self._bytes
-        self._tokens = self._bytes = 0
-        if self._open.tokens.count >= self._shard_tokens:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._open is not None:
-            self._shards.append(self._open.close())
-            self._open = None
+            yield progress.get_nowait()
+        except queue.Empty:
+            return
 
 
-class _OpenShard:
-    """The two files of a shard that is being written."""
+class _Worker:
+    """A process that encodes groups, one core each."""
 
-    def __init__(self, directory: Path, number: int):
-        self._number = number
-        self.tokens = _HashedFile(directory / tokens_file(number))
-        self.documents = _HashedFile(directory / documents_file(number))
-        self.text_bytes = 0
+    tokenizer: EncodesText
+    progress: Any
 
-    def close(self) -> Shard:
-        return Shard(
-            number=self._number,
-            tokens=self.tokens.count,
-            documents=self.documents.count // 2,
-            text_bytes=self.text_bytes,
-            tokens_sha256=self.tokens.close(),
-            documents_sha256=self.documents.close(),
+    @classmethod
+    def start(cls, tokenizer: EncodesText, progress: Any) -> None:
+        cls.tokenizer, cls.progress = tokenizer, progress
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+
+    @classmethod
+    def run(cls, work: Callable[..., None], group: Sequence[Piece]) -> None:
+        work(
+            group,
+            tokenizer=cls.tokenizer,
+            encode=cls.encode,
+            advance=lambda read_bytes, tokens: cls.progress.put((read_bytes, tokens)),
         )
 
-
-class _HashedFile:
-    """A file of numbers that knows how many it has and their SHA-256."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("wb", buffering=2**20)
-        self._digest = hashlib.sha256()
-        self.count = 0
-
-    def write(self, numbers: np.ndarray) -> None:
-        data = numbers.tobytes()
-        self._digest.update(data)
-        self._file.write(data)
-        self.count += numbers.size
-
-    def close(self) -> str:
-        sync_file(self._file)
-        self._file.close()
-        return self._digest.hexdigest()
+    @classmethod
+    def encode(cls, texts: Sequence[str]) -> list[np.ndarray]:
+        """One text at a time: a tokenizer starts threads for several, and the other cores are taken."""
+        return [cls.tokenizer.encode_batch([text])[0] for text in texts]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Enough text at a time to keep the threads of a tokenizer busy, little enough to hold."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

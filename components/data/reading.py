@@ -11,9 +11,17 @@ from io import BufferedReader
 from pathlib import Path
 
 from components.data.document import ReadingLog
+from components.data.zstandard_file import Zstandard
 
 BLOCK_BYTES = 2**22
 """Text is read in blocks of 4 MiB, so memory does not grow with the file."""
+
+LONGEST_LINE = 2**28
+"""Bytes. A file of another kind would otherwise be read whole, in search of the end of a line."""
+
+COMPRESSED = (".gz", ".zst")
+
+Stream = gzip.GzipFile | BufferedReader
 
 _REPLACEMENT = "\ufffd"
 
@@ -21,7 +29,7 @@ _REPLACEMENT = "\ufffd"
 def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """The text of `path` in blocks that never split a character or a line end."""
     rest = b""
-    with _opened(path, log) as (stream, count_read):
+    with opened(path, log) as (stream, count_read):
         while block := stream.read(block_bytes):
             count_read()
             data = rest + block
@@ -33,12 +41,15 @@ def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> 
 
 
 def read_lines(path: Path, log: ReadingLog) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without its end) of each line of `path` that is not blank."""
-    with _opened(path, log) as (stream, count_read):
-        for number, line in enumerate(stream, start=1):
+    """(line number from 1, text with its end) of each line of `path`. Raises ValueError for an endless one."""
+    with opened(path, log) as (stream, count_read):
+        number = 0
+        while line := stream.readline(LONGEST_LINE):
             count_read()
-            if line := line.strip():
-                yield number, decode(line, log)
+            number += 1
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes is no line of a text")
+            yield number, decode(line, log)
 
 
 def decode(data: bytes, log: ReadingLog, encoding: str = "utf-8") -> str:
@@ -60,14 +71,18 @@ def line_feeds(text: str, log: ReadingLog) -> str:
 
 
 @contextmanager
-def _opened(path: Path, log: ReadingLog) -> Iterator[tuple[gzip.GzipFile | BufferedReader, Callable[[], None]]]:
+def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], None]]]:
     """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
 
-    Raises ValueError for a damaged gzip file and for UTF-16, which would otherwise decode to rubbish.
+    Raises ValueError for a damaged compressed file and for UTF-16, which would otherwise decode to rubbish.
     """
     before = log.source_bytes
     with path.open("rb") as stored:
-        stream: gzip.GzipFile | BufferedReader = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+        stream: Stream = stored
+        if path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=stored)
+        elif path.suffix == ".zst":
+            stream = BufferedReader(Zstandard(stored, path), BLOCK_BYTES)
 
         def count_read() -> None:
             log.source_bytes = before + stored.tell()
@@ -81,7 +96,7 @@ def _opened(path: Path, log: ReadingLog) -> Iterator[tuple[gzip.GzipFile | Buffe
                 raise ValueError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv -f utf-16 -t utf-8")
             yield stream, count_read
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged, or no gzip file: {error}") from error
+            raise ValueError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
 
 
 def _unfinished(data: bytes) -> int:

@@ -1,95 +1,100 @@
-"""Prepared data on disk: a directory with an index, token shards and the lengths of the documents in them.
+"""Encoded text on disk: a shard is a directory that holds some pieces of text, encoded by one tokenizer.
 
-    index.json               what it was made from, and the size and SHA-256 of every file below
-    tokens-00000.bin         token ids, little-endian uint16 or uint32, each document followed by end_of_document
-    documents-00000.bin      (documents, 2) little-endian int64: tokens with the end token, bytes of text
+    encoded-<tokenizer>/shard-<group>-00000/
+        shard.json       which pieces, how many documents of each, and the size and SHA-256 of the files below
+        tokens.bin       token ids, little-endian uint16 or uint32, each document followed by end_of_document
+        documents.bin    of each document: tokens with the end token, bytes of text, BLAKE2b-128 of the text
 
-A document never crosses shards. Nothing here is ever unpickled, and no size is believed before the file has it.
+Pieces that are encoded together make a group; one that grows large is several shards, of which the last says so. A
+document never crosses shards. Shards know nothing of the order of files, nor of which documents are wanted: a data set
+(components/data/index.py) refers to them. Nothing here is unpickled, and no size is believed before the file has it.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.data.content import FileHashes
-from components.data.document import EncodesText
+from components.data.document import EncodesText, Piece
 
-FORMAT: Literal[1] = 1
-"""Raised whenever the same text and tokenizer would give other files."""
+FORMAT: Literal[2] = 2
+"""Raised whenever the same text and tokenizer would give other files. It enters the names: others lie elsewhere."""
 
-INDEX = "index.json"
-_LARGEST_INDEX = 2**26
-DOCUMENT_DTYPE = np.dtype("<i8")
+RECORD, TOKENS, DOCUMENTS = "shard.json", "tokens.bin", "documents.bin"
+DOCUMENT_DTYPE = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,))])
+_LARGEST_RECORD = 2**28
 
-_Size = Annotated[int, Field(ge=0, lt=2**62)]
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Shard(BaseModel):
-    """A pair of files, `tokens_file(number)` and `documents_file(number)`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    number: Annotated[int, Field(ge=0, lt=100_000)]
-    tokens: _Size
-    documents: _Size
-    text_bytes: _Size
-    tokens_sha256: _Digest
-    documents_sha256: _Digest
+Size = Annotated[int, Field(ge=0, lt=2**62)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
-class Index(BaseModel):
-    """index.json"""
+class Record(BaseModel):
+    """A file of ours: what is not in the model, or of another type, is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    format: Literal[1]
-    source: str
-    """Where the text came from, for people."""
+
+class PieceRecord(Record):
+    """A piece of text, or as much of it as lies in this shard."""
+
     content: str
-    """Fingerprint of that text."""
+    read: Size
+    """Documents that were read; more than `documents` where some had no text."""
+    documents: Size
+    tokens: Size
+    ended: bool
+    """Whether this is the end of the piece."""
+    repairs: dict[str, int]
+    """What was put right while the whole piece was read, by name; told where it ends."""
+
+
+class Shard(Record):
+    """shard.json"""
+
+    format: Literal[2]
     tokenizer: str
     """Fingerprint of the tokenizer."""
-    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
-    end_of_document: _Size
     dtype: Literal["uint16", "uint32"]
-    repairs: dict[str, int]
-    """What was found and put right while reading, by name."""
-    shards: Annotated[list[Shard], Field(min_length=1)]
+    tokens: Size
+    documents: Size
+    tokens_sha256: Digest
+    documents_sha256: Digest
+    pieces: Annotated[list[PieceRecord], Field(min_length=1)]
+    last: bool
+    """Whether this is the last shard of its group."""
 
     @property
     def token_dtype(self) -> np.dtype:
         """Of the ids in a shard: little-endian on every machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
 
-    @property
-    def documents(self) -> int:
-        return sum(shard.documents for shard in self.shards)
+class Fragment(NamedTuple):
+    """Where (a part of) a piece lies."""
 
-    @property
-    def text_bytes(self) -> int:
-        return sum(shard.text_bytes for shard in self.shards)
-
-    def __str__(self) -> str:
-        text = f"{self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens"
-        repairs = ", ".join(f"{count:,} {name}" for name, count in sorted(self.repairs.items()) if count)
-        return f"{text}; put right: {repairs}" if repairs else text
+    shard: str
+    """Name of the shard's directory."""
+    first_token: int
+    tokens: int
+    first_document: int
+    documents: int
 
 
-def tokens_file(number: int) -> str:
-    return f"tokens-{number:05d}.bin"
+@dataclass(frozen=True)
+class Encoded:
+    """A piece that is encoded."""
 
-
-def documents_file(number: int) -> str:
-    return f"documents-{number:05d}.bin"
+    fragments: tuple[Fragment, ...]
+    read: int
+    repairs: dict[str, int]
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -97,59 +102,98 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def read_index(directory: Path) -> Index:
-    """The index of a prepared directory. Raises ValueError, naming file and remedy, for anything but a sound one."""
-    path = directory / INDEX
+def store_name(tokenizer: EncodesText) -> str:
+    """The directory, in the cache, of all shards of a tokenizer."""
+    return f"encoded-{hashlib.sha256(f'{FORMAT} {tokenizer.fingerprint}'.encode()).hexdigest()[:20]}"
+
+
+def group_name(pieces: Sequence[Piece]) -> str:
+    """What the shards of these pieces, encoded together, are called."""
+    return f"shard-{hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()[:20]}"
+
+
+def shard_name(group: str, part: int) -> str:
+    return f"{group}-{part:05d}"
+
+
+def parts_of(store: Path, group: str) -> Iterator[Shard]:
+    """The shards of a group that are there, up to the first that is not."""
+    part = 0
+    while (directory := store / shard_name(group, part)).is_dir():
+        yield read_record(directory / RECORD, Shard)
+        part += 1
+
+
+def catalogue(store: Path) -> dict[str, Encoded]:
+    """Content -> the piece as it is encoded, for every group that is complete."""
+    found: dict[str, Encoded] = {}
+    for first in sorted(store.glob("shard-*-00000")):
+        group = first.name.rpartition("-")[0]
+        parts = list(parts_of(store, group))
+        if parts[-1].last:
+            found |= _pieces_of(group, parts)
+    return found
+
+
+def _pieces_of(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, Encoded]]:
+    fragments: list[Fragment] = []
+    read = 0
+    for number, shard in enumerate(parts):
+        token = document = 0
+        for piece in shard.pieces:
+            fragments.append(Fragment(shard_name(group, number), token, piece.tokens, document, piece.documents))
+            token, document, read = token + piece.tokens, document + piece.documents, read + piece.read
+            if piece.ended:
+                yield piece.content, Encoded(tuple(fragments), read, piece.repairs)
+                fragments, read = [], 0
+
+
+def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
+    """The file `path` as `model`. Raises ValueError, naming file and remedy, for anything but a sound one."""
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise ValueError(f"{path.stat().st_size:,} bytes is no size for an index")
-        index = Index.model_validate_json(path.read_bytes())
+        if path.stat().st_size > _LARGEST_RECORD:
+            raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
+        return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(_refusal(path, "is missing")) from None
+        raise ValueError(refusal(path, "is missing")) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(_refusal(path, f"is damaged or of another version ({where}: {first['msg']})")) from None
+        raise ValueError(refusal(path, f"is damaged or of another version ({where}: {first['msg']})")) from None
     except ValueError as error:
-        raise ValueError(_refusal(path, f"is damaged ({error})")) from None
-    return index
+        raise ValueError(refusal(path, f"is damaged ({error})")) from None
 
 
-def open_shards(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -> Index:
-    """The index of `directory` once its tokenizer and the size and content of every shard are known to be right.
+def check_shard(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -> Shard:
+    """The record of a shard once its tokenizer and the size and content of its files are known to be right.
 
     Contents are hashed in full the first time and whenever a file's size or times changed since (see FileHashes).
     Raises ValueError naming the file that is wrong and the remedy.
     """
-    index = read_index(directory)
-    if index.tokenizer != tokenizer.fingerprint:
+    shard = read_record(directory / RECORD, Shard)
+    if shard.tokenizer != tokenizer.fingerprint:
+        theirs, ours = _short(shard.tokenizer), _short(tokenizer.fingerprint)
         raise ValueError(
-            _refusal(
-                directory / INDEX,
-                f"was made with another tokenizer ({_short(index.tokenizer)}, this run has "
-                f"{_short(tokenizer.fingerprint)})",
-            )
+            refusal(directory / RECORD, f"was made with another tokenizer ({theirs}, this run has {ours})")
         )
-    for shard in index.shards:
-        token_bytes = shard.tokens * index.token_dtype.itemsize
-        _check_file(directory / tokens_file(shard.number), token_bytes, shard.tokens_sha256, hashes)
-        document_bytes = shard.documents * 2 * DOCUMENT_DTYPE.itemsize
-        _check_file(directory / documents_file(shard.number), document_bytes, shard.documents_sha256, hashes)
-    return index
+    check_file(directory / TOKENS, shard.tokens * shard.token_dtype.itemsize, shard.tokens_sha256, hashes)
+    check_file(directory / DOCUMENTS, shard.documents * DOCUMENT_DTYPE.itemsize, shard.documents_sha256, hashes)
+    return shard
 
 
-def _check_file(path: Path, size: int, sha256: str, hashes: FileHashes) -> None:
+def check_file(path: Path, size: int, sha256: str, hashes: FileHashes) -> None:
+    """Raises ValueError if the file is not what its record says."""
     if not path.is_file():
-        raise ValueError(_refusal(path, "is missing"))
+        raise ValueError(refusal(path, "is missing"))
     found = path.stat().st_size
     if found != size:
         kind = "truncated" if found < size else "altered"
-        raise ValueError(_refusal(path, f"is {kind}: {found:,} bytes where the index says {size:,}"))
+        raise ValueError(refusal(path, f"is {kind}: {found:,} bytes where its record says {size:,}"))
     if hashes.sha256(path) != sha256:
-        raise ValueError(_refusal(path, "was altered: its SHA-256 is not the one in the index"))
+        raise ValueError(refusal(path, "was altered: its SHA-256 is not the one in its record"))
 
 
-def _refusal(path: Path, problem: str) -> str:
+def refusal(path: Path, problem: str) -> str:
     return f"{path} {problem}. Delete the directory {path.parent}; it is prepared anew at the next start."
 
 

@@ -1,28 +1,44 @@
 """What every source of text shares: it prepares itself on first use and opens as packed sequences.
 
 To bring your own, subclass `TextSource` and say two things: how to iterate the documents, and what tells one content
-from another.
+from another. A source that is made of files subclasses `FileSource` instead, and its files are prepared side by side.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from components.data.content import FileHashes
-from components.data.document import Document, EncodesText, ReadingLog
-from components.data.packed import PackedTokens
-from components.data.prepare import Preparation, prepare
-from components.data.shards import FORMAT, open_shards, read_index
+from components.data.document import Document, EncodesText, Piece, ReadingLog
+from components.data.index import INDEX, Index, Selection, open_index, write_index
+from components.data.packed import PreparedText
+from components.data.prepare import Preparation, cores, encode_missing
+from components.data.shards import FORMAT, read_record, store_name
 
 _LINE_SECONDS = 5.0
 MEMORY = "file-hashes.json"
 
 
+@dataclass(kw_only=True)
 class TextSource(ABC):
-    """A [data] section: documents that are tokenised once into `cache_dir` and read from there ever after."""
+    """A [data] section: documents that are tokenized once into `cache_dir` and read from there ever after."""
+
+    deduplicate: bool = False
+    """Leave out documents whose text is exactly that of an earlier one."""
+    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the documents to hold out, chosen by a hash of their text: for validation without files of its own."""
+    held_out: bool = False
+    """Use the documents that `hold_out` holds out, and not the others."""
 
     @abstractmethod
     def documents(self, log: ReadingLog) -> Iterator[Document]:
@@ -40,13 +56,17 @@ class TextSource(ABC):
         """Bytes that `log.source_bytes` will have reached at the end, for the time left; 0 if unknown."""
         return 0
 
+    def pieces(self, hashes: FileHashes) -> list[Piece]:
+        """The source in parts that can be prepared one without the other, in order; here it is one part."""
+        return [Piece(str(self), self.fingerprint(hashes), self.size_bytes(), self.documents)]
+
     def build(
         self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> PackedTokens:
+    ) -> PreparedText:
         """Prepare on first use, then open, verified. `progress` takes a line every few seconds of preparing.
 
         With several processes let one build first: the others then find the work done (doing it together is safe, but
-        every one of them would tokenise). Raises ValueError or OSError for bad input or damaged shards.
+        every one of them would tokenize). Raises ValueError or OSError for bad input or damaged shards.
         """
         directory, made = self.prepare(
             tokenizer=tokenizer,
@@ -55,10 +75,10 @@ class TextSource(ABC):
             report_seconds=_LINE_SECONDS,
         )
         with FileHashes(cache_dir / MEMORY) as hashes:
-            index = open_shards(directory, tokenizer=tokenizer, hashes=hashes)
+            index, segments = open_index(directory, tokenizer=tokenizer, hashes=hashes)
         if made:
             progress(f"prepared {index.source}: {index}")
-        return PackedTokens(directory, index, sequence_length)
+        return PreparedText(directory, index, segments, sequence_length)
 
     def prepare(
         self,
@@ -69,24 +89,76 @@ class TextSource(ABC):
         report_seconds: float,
     ) -> tuple[Path, bool]:
         """The prepared directory in `cache_dir`, and whether it had to be made now."""
+        if self.held_out and not self.hold_out:
+            raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
+        selection = Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
         with FileHashes(cache_dir / MEMORY) as hashes:
-            content = self.fingerprint(hashes)
+            pieces = self.pieces(hashes)
+        content = hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()
+        content = f"{content} {selection.model_dump_json()}"
         key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
         directory = cache_dir / f"{type(self).__name__}-{key[:20]}"
         if directory.exists():
-            if read_index(directory).content != content:
+            index = read_record(directory / INDEX, Index)
+            if index.content != content:
                 raise ValueError(f"{directory} holds other text than its name says; delete it to prepare it anew")
-            return directory, False
-        log = ReadingLog()
-        prepare(
-            self.documents(log),
-            directory,
+            if all((cache_dir / index.store / shard).is_dir() for shard in index.shards):
+                return directory, False
+        store = store_name(tokenizer)
+        encoded = encode_missing(
+            pieces,
+            cache_dir / store,
             tokenizer=tokenizer,
             source=str(self),
-            content=content,
-            log=log,
-            total_bytes=self.size_bytes(),
             report=report,
             report_seconds=report_seconds,
         )
+        shutil.rmtree(
+            directory, ignore_errors=True
+        )  # of a data set whose shards were deleted; they may lie elsewhere now
+        write_index(
+            directory,
+            [(piece.name, encoded[piece.content]) for piece in pieces],
+            source=str(self),
+            content=content,
+            tokenizer=tokenizer,
+            store=store,
+            selection=selection,
+        )
         return directory, True
+
+
+@dataclass(kw_only=True)
+class FileSource(TextSource):
+    """A source that is made of files. Their order is that of `files`; where they lie does not matter."""
+
+    @abstractmethod
+    def files(self) -> dict[str, Path]:
+        """Name, for people -> file, in order. Raises ValueError or OSError where there is none."""
+
+    @abstractmethod
+    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+        """The documents of one file; as `documents`."""
+
+    @abstractmethod
+    def manner(self, path: Path) -> str:
+        """Text that changes whenever `read` would make other documents of the same bytes: kind, settings, version."""
+
+    def documents(self, log: ReadingLog) -> Iterator[Document]:
+        for path in self.files().values():
+            yield from self.read(path, log)
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        return repr([piece.content for piece in self.pieces(hashes)])
+
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files().values())
+
+    def pieces(self, hashes: FileHashes) -> list[Piece]:
+        files = self.files()
+        with ThreadPoolExecutor(min(8, cores())) as pool:  # hashing leaves the interpreter's lock
+            digests = list(pool.map(hashes.sha256, files.values()))
+        return [
+            Piece(name, f"{self.manner(path)} {digest}", path.stat().st_size, partial(self.read, path))
+            for (name, path), digest in zip(files.items(), digests, strict=True)
+        ]

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from components.data.content import FileHashes, hash_files
 from components.data.document import Document, ReadingLog
 from components.data.reading import decode, line_feeds
-from components.data.source import TextSource
+from components.data.source import FileSource
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload", "ensurepip"}
 _SKIPPED |= {"idlelib", "lib2to3", "turtledemo", "tkinter", "distutils", "msilib", "encodings"}
@@ -24,28 +23,24 @@ _LEAST_BYTES = 2_000_000
 
 
 @dataclass(kw_only=True)
-class StandardLibrary(TextSource):
+class StandardLibrary(FileSource):
     """About 390 Python files, 8.6 MB. The content differs between patch versions of Python, the split does not."""
 
     split: Literal["train", "validation", "test"] = "train"
     """90 % of the files, 5 % or 5 %, by a hash of the file's path."""
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
-        for path in self._files().values():
-            data = path.read_bytes()
-            log.source_bytes += len(data)
-            yield Document(line_feeds(decode(data, log, _encoding(data)), log))
+    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+        data = path.read_bytes()
+        log.source_bytes += len(data)
+        yield Document(line_feeds(decode(data, log, _encoding(data)), log))
 
-    def fingerprint(self, hashes: FileHashes) -> str:
-        return f"StandardLibrary-1 {hash_files(self._files(), hashes)}"
-
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self._files().values())
+    def manner(self, path: Path) -> str:
+        return "StandardLibrary-1"
 
     def __str__(self) -> str:
         return f"the Python standard library ({self.split})"
 
-    def _files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, Path]:
         """Relative path -> file of this split, sorted. Raises ValueError where the library is zipped or stripped."""
         root = Path(sysconfig.get_paths()["stdlib"])
         files: dict[str, Path] = {}

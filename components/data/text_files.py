@@ -1,4 +1,4 @@
-"""Text files of one's own: plain text and JSON lines, compressed or not."""
+"""Text files of one's own: plain text, JSON, CSV and Parquet, compressed or not."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.data.content import FileHashes, hash_files
 from components.data.document import Document, ReadingLog
-from components.data.reading import line_feeds, read_blocks, read_lines
-from components.data.source import TextSource
+from components.data.formats import SUFFIXES, kind_of, read_csv, read_json, read_parquet, read_text
+from components.data.source import FileSource
 
-_TEXT = (".txt", ".txt.gz")
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
-SUFFIXES = _TEXT + _JSON_LINES
-
-_PART_CHARACTERS = 2**22
-"""A document longer than this is handed on in parts, cut after a line where it has any."""
+_READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 @dataclass(kw_only=True)
-class TextFiles(TextSource):
-    """`.txt` and JSON lines (`.jsonl`, or `.json` as C4 has it), each also `.gz`, in the order of their names.
+class TextFiles(FileSource):
+    """`.txt`, `.jsonl`, `.json` (lines, or one array), `.csv`, each also `.gz` and `.zst`, and `.parquet`, by name.
 
-    A `.txt` file is one document, a JSON line is one. Byte-order marks, CRLF and invalid UTF-8 are put right and
-    counted, documents without text are dropped and counted. A line that is no JSON object, or has no text where
+    A `.txt` file is one document, a JSON object or a row is one. Byte-order marks, CRLF and invalid UTF-8 are put right
+    and counted, documents without text are dropped and counted. A line that is no JSON object, or has no text where
     `text_key` says, stops the preparation with its file and line: it may be one of very many, and silence would hide
     that.
     """
@@ -35,7 +29,7 @@ class TextFiles(TextSource):
     path: Path | list[Path]
     """A file, a directory (searched with all below it) or a glob pattern such as "corpus/**/*.jsonl.gz"; or several."""
     text_key: str = "text"
-    """The key of the text in a JSON line."""
+    """The key of the text in a JSON object, the column in `.csv` and `.parquet`."""
     document_separator: str | None = None
     """Cuts `.txt` files into documents, for example "<|endoftext|>\\n". Without it a file is one document."""
 
@@ -43,16 +37,15 @@ class TextFiles(TextSource):
         if self.document_separator == "":
             raise ValueError('document_separator: "" separates nothing; leave the key out')
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
-        for path in self.files().values():
-            yield from self._text(path, log) if path.name.endswith(_TEXT) else self._json_lines(path, log)
+    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+        kind = kind_of(path)
+        if kind == ".txt":
+            return read_text(path, log, self.document_separator)
+        return _READERS[kind](path, log, self.text_key)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
-        settings = json.dumps([self.text_key, self.document_separator])
-        return f"TextFiles-1 {settings} {hash_files(self.files(), hashes)}"
-
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files().values())
+    def manner(self, path: Path) -> str:
+        kind = kind_of(path)
+        return f"{kind}-1 {json.dumps(self.document_separator if kind == '.txt' else self.text_key)}"
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.path)) if isinstance(self.path, list) else str(self.path)
@@ -69,37 +62,6 @@ class TextFiles(TextSource):
             raise FileNotFoundError("path: [] names no file, directory or glob pattern")
         common = os.path.commonpath([file.parent for file in found])
         return {file.relative_to(common).as_posix(): file for file in sorted(found)}
-
-    def _text(self, path: Path, log: ReadingLog) -> Iterator[Document]:
-        separator = self.document_separator
-        pending = ""
-        for block in read_blocks(path, log):
-            pending += block
-            if separator:
-                *finished, pending = pending.split(separator)
-                yield from map(Document, finished)
-            if len(pending) > _PART_CHARACTERS:
-                # Not within the last characters: they may be the first half of a separator.
-                end = len(pending) - len(separator or "")
-                cut = pending.rfind("\n", 0, end) + 1 or end
-                yield Document(pending[:cut], complete=False)
-                pending = pending[cut:]
-        if pending or not separator:
-            yield Document(pending)
-
-    def _json_lines(self, path: Path, log: ReadingLog) -> Iterator[Document]:
-        for number, line in read_lines(path, log):
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: expected a JSON object on each line ({error})") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object on each line, found {line[:60]}")
-            text = value.get(self.text_key)
-            if not isinstance(text, str):
-                keys = ", ".join(sorted(value)[:10])
-                raise ValueError(f"{path}:{number}: no text under text_key = {self.text_key!r}; the line has {keys}")
-            yield Document(line_feeds(text, log))
 
 
 def _matches(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Tokenizers: `use = "components.tokenizers:TiktokenFile"`. Each builds an object that encodes text to ids and back."""
 
 from components.tokenizers.bytes import Bytes
-from components.tokenizers.tiktoken_file import TiktokenFile
+from components.tokenizers.tiktoken_file import TiktokenEncoding, TiktokenFile
 from components.tokenizers.tokenizer_json import TokenizerJson
 
-__all__ = ["Bytes", "TiktokenFile", "TokenizerJson"]
+__all__ = ["Bytes", "TiktokenEncoding", "TiktokenFile", "TokenizerJson"]

@@ -112,6 +112,7 @@ def _prove(encoder: Converts, tokenizer: Any) -> None:
         text = encoder.decode([token])
         if text not in special and "\ufffd" not in text:
             texts.append(text)
-    for text, ours, theirs in zip(texts, encoder.encode_batch(texts), tokenizer.encode_batch(texts), strict=True):
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for text, ours, theirs in zip(texts, encoder.encode_batch(texts), encoded, strict=True):
         if list(ours) != theirs.ids:
             raise ValueError(f"the `tokenizers` library would encode {text[:60]!r} as {theirs.ids[:9]}, not {ours[:9]}")

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
 
-from components.tokenizers.patterns import resolve_pattern
+from components.tokenizers.patterns import PATTERNS, resolve_pattern
 
 _MOST_RANKS = 2**22
 """Bounds what a damaged or hostile file can make us allocate; the largest vocabulary in use is near 2**18."""
@@ -26,30 +26,78 @@ _LONGEST_RUN = 2**14
 """Characters. tiktoken's regular expression overflows its stack on a megabyte of spaces, so longer runs are cut."""
 
 
+LLAMA3_SPECIAL_TOKENS = [
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *(f"<|reserved_special_token_{number}|>" for number in range(4)),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+    *(f"<|reserved_special_token_{number}|>" for number in range(5, 251)),
+]
+"""The 256 of Meta's llama3/tokenizer.py: ids 128000 to 128255 with its rank file."""
+
+
 @dataclass(kw_only=True)
 class TiktokenFile:
-    """A tiktoken rank file, such as r50k_base.tiktoken or one that tools/train_tokenizer wrote."""
+    """A tiktoken rank file, such as r50k_base.tiktoken, Llama 3's tokenizer.model or one of tools/train_tokenizer."""
 
     path: Path
     """The rank file."""
     pattern: str
-    """How text is cut before merging: "gpt2", "cl100k", "llama3" or a regular expression. The file does not say which
-    it was trained with, and another one silently gives other ids."""
-    special_tokens: list[str] = field(default_factory=lambda: ["<|endoftext|>"])
-    """Tokens with the ids after the largest rank, in this order. Never produced by encoding text."""
+    """How text is cut before merging: "gpt2", "cl100k", "llama3", "o200k" or a regular expression. The file does not
+    say which it was trained with, and another one silently gives other ids."""
+    special_tokens: Literal["llama3"] | list[str] = field(default_factory=lambda: ["<|endoftext|>"])
+    """Tokens with the ids after the largest rank, in this order; "llama3": Meta's 256."""
     end_of_document: str = "<|endoftext|>"
-    """Which of `special_tokens` is written after every document."""
+    """Which of `special_tokens` is written after every document; Llama 3's is <|end_of_text|>."""
+    parse_special: bool = False
+    """Make the special tokens that text spells those tokens; else they are ordinary text."""
 
     def build(self) -> RankEncoder:
         """Raises FileNotFoundError, or ValueError for a file or setting that makes no tokenizer."""
-        if self.end_of_document not in self.special_tokens:
-            raise ValueError(
-                f"end_of_document: {self.end_of_document!r} is not among special_tokens = {self.special_tokens}"
-            )
-        if len(set(self.special_tokens)) < len(self.special_tokens):
-            raise ValueError(f"special_tokens: {self.special_tokens} holds a token twice")
+        tokens = LLAMA3_SPECIAL_TOKENS if self.special_tokens == "llama3" else list(self.special_tokens)
+        end = self.end_of_document
+        if end not in tokens:
+            hint = "; that of Llama 3 is '<|end_of_text|>'" if self.special_tokens == "llama3" else ""
+            raise ValueError(f"end_of_document: {end!r} is not among special_tokens = {self.special_tokens}{hint}")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError(f"special_tokens: {tokens} holds a token twice")
         ranks = read_ranks(self.path)
-        return RankEncoder(ranks, resolve_pattern(self.pattern), self.special_tokens, self.end_of_document)
+        first = max(ranks.values()) + 1
+        special = {token: first + number for number, token in enumerate(tokens)}
+        return RankEncoder(ranks, resolve_pattern(self.pattern), special, end, parse_special=self.parse_special)
+
+
+@dataclass(kw_only=True)
+class TiktokenEncoding:
+    """An encoding that tiktoken knows by name. Its ranks are downloaded once and kept (TIKTOKEN_CACHE_DIR)."""
+
+    name: str
+    """As in tiktoken.get_encoding: "gpt2", "cl100k_base", "o200k_base", ..."""
+    end_of_document: str = "<|endoftext|>"
+    """Which of the encoding's special tokens is written after every document."""
+    parse_special: bool = False
+    """Make the special tokens that text spells those tokens; else they are ordinary text."""
+
+    def build(self) -> RankEncoder:
+        """Raises ValueError for a name tiktoken does not know, OSError where the ranks cannot be had."""
+        names = tiktoken.list_encoding_names()
+        if self.name not in names:
+            raise ValueError(f"name: {self.name!r} is none of {', '.join(names)}")
+        encoding = tiktoken.get_encoding(self.name)
+        special = encoding._special_tokens
+        if self.end_of_document not in special:
+            raise ValueError(f"end_of_document: {self.end_of_document!r} is not among {', '.join(special)}")
+        pattern = PATTERNS.get(_PATTERN_OF.get(self.name, ""), encoding._pat_str)
+        return RankEncoder(
+            encoding._mergeable_ranks, pattern, special, self.end_of_document, parse_special=self.parse_special
+        )
+
+
+_PATTERN_OF = {
+    **dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), "gpt2"),
+    "cl100k_base": "cl100k",
+    **dict.fromkeys(("o200k_base", "o200k_harmony"), "o200k"),
+}
+"""Ours in place of tiktoken's own, for the `tokenizers` library reads those otherwise."""
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -95,10 +143,16 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
 class RankEncoder:
     """Encodes with tiktoken, on as many threads as there are cores. Picklable."""
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: Sequence[str], end_of_document: str):
-        """Raises ValueError if `pattern` is no regular expression."""
-        first = max(ranks.values()) + 1
-        special = {token: first + i for i, token in enumerate(special_tokens)}
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        pattern: str,
+        special: dict[str, int],
+        end_of_document: str,
+        *,
+        parse_special: bool = False,
+    ):
+        """`special` is token -> id, of which there may be holes between. Raises ValueError for a wrong `pattern`."""
         try:
             self._encoding = tiktoken.Encoding(
                 "powertrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
@@ -106,17 +160,19 @@ class RankEncoder:
         except ValueError as error:
             raise ValueError(f"pattern: {pattern!r} is no regular expression tiktoken accepts: {error}") from error
         self._parts = (ranks, pattern, special)
-        self.vocab_size = first + len(special)
+        self._parsed = frozenset(special) if parse_special else frozenset()
+        self.vocab_size = 1 + max(*ranks.values(), *special.values())
         self.end_of_document = special[end_of_document]
         self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
         """(vocab_size,) int64 bytes of each id; 0 for special tokens and for holes between ranks."""
         self.byte_lengths[list(ranks.values())] = [len(token) for token in ranks]
-        self.fingerprint = _fingerprint(ranks, pattern, special, end_of_document)
+        self.fingerprint = _fingerprint(ranks, pattern, special, end_of_document, parse_special)
         self._dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """(tokens,) uint16 or uint32 ids of each text; special tokens in it are ordinary text."""
-        threads = min(len(texts), os.cpu_count() or 1, 16)
+        """(tokens,) uint16 or uint32 ids of each text, without the end of document."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(len(texts), cores, 16)
         if threads < 2:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken encodes outside the interpreter's lock
@@ -139,8 +195,15 @@ class RankEncoder:
         return to_hugging_face(*self._parts)
 
     def _encode(self, text: str) -> np.ndarray:
-        parts = [np.array(self._encoding.encode_ordinary(part), dtype=self._dtype) for part in split_long_runs(text)]
+        parts = [self._encode_part(part).astype(self._dtype, copy=False) for part in split_long_runs(text)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=self._parsed, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot hold
+            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._encode_part(repaired)
 
 
 def split_long_runs(text: str, longest: int = _LONGEST_RUN) -> Iterator[str]:
@@ -158,9 +221,12 @@ def split_long_runs(text: str, longest: int = _LONGEST_RUN) -> Iterator[str]:
     yield text[start:]
 
 
-def _fingerprint(ranks: dict[bytes, int], pattern: str, special: dict[str, int], end_of_document: str) -> str:
+def _fingerprint(
+    ranks: dict[bytes, int], pattern: str, special: dict[str, int], end_of_document: str, parse_special: bool
+) -> str:
     digest = hashlib.sha256()
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
     digest.update(repr((pattern, _LONGEST_RUN, sorted(special.items()), end_of_document)).encode())
+    digest.update(b"parse_special" * parse_special)
     return f"tiktoken-1-{digest.hexdigest()}"

@@ -27,6 +27,8 @@ class TokenizerJson:
     """The file."""
     end_of_document: str = "<|endoftext|>"
     """The token of it that is written after every document."""
+    parse_special: bool = False
+    """Make the special tokens that text spells those tokens; else they are ordinary text."""
 
     def build(self) -> JsonEncoder:
         """Raises FileNotFoundError, or ValueError for a file that is no tokenizer or lacks the token."""
@@ -44,21 +46,23 @@ class TokenizerJson:
         end = tokenizer.token_to_id(self.end_of_document)
         if end is None:
             raise ValueError(f"end_of_document: {self.path} has no token {self.end_of_document!r}")
-        return JsonEncoder(tokenizer, end, hashlib.sha256(text.encode()).hexdigest())
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return JsonEncoder(tokenizer, end, digest, parse_special=self.parse_special)
 
 
 class JsonEncoder:
-    """Encodes as the library does, but adds no special token, and finds none in text."""
+    """Encodes as the library does, but adds no special token, and finds none in text unless asked to. Picklable."""
 
-    def __init__(self, tokenizer: Any, end_of_document: int, digest: str) -> None:
-        tokenizer.encode_special_tokens = True  # their text is ordinary text
+    def __init__(self, tokenizer: Any, end_of_document: int, digest: str, *, parse_special: bool = False) -> None:
+        tokenizer.encode_special_tokens = not parse_special
+        self._parse_special = parse_special
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         spelled = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(spelled.values()) + 1
         self.end_of_document = end_of_document
-        self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}"
+        self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}" + "-special" * parse_special
         self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
         """(vocab_size,) int64 bytes of each id; 0 for special tokens."""
         special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
@@ -83,6 +87,10 @@ class JsonEncoder:
     def hugging_face(self) -> Any:
         """The library's tokenizer."""
         return self._tokenizer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = not self._parse_special  # which pickling forgets
 
 
 def _bytes(token: str) -> int:

@@ -104,6 +104,20 @@ def test_a_change_with_consequences_is_told_and_one_without_is_applied(tiny, cap
     assert "lr_schedule.max_lr was 0.01, is 0.02" in output
 
 
+def test_a_checkpoint_of_before_a_component_got_another_key_is_continued(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    stored = max((tiny.directory / "checkpoints").glob("step-*")) / "config.toml"
+    lines = stored.read_text().splitlines()
+    older = [line for line in lines if not line.startswith(("deduplicate =", "hold_out =", "tied_embeddings ="))]
+    assert len(older) < len(lines) - 3
+    stored.write_text("\n".join(older) + "\n")
+    capsys.readouterr()
+    assert tiny.launch("--resume", "--training.total_tokens=800") == 0
+    assert "deduplicate" not in capsys.readouterr().out
+    assert tiny.launch("--resume", "--training.total_tokens=900", "--data.deduplicate=true") == 0
+    assert "data.deduplicate was False, is True" in capsys.readouterr().out
+
+
 def test_resuming_needs_a_checkpoint(tiny, capsys):
     assert tiny.launch("--resume") == 2
     assert "no complete checkpoint" in capsys.readouterr().err

@@ -7,12 +7,11 @@ import pytest
 
 from components.data.document import ReadingLog
 from components.data.text_files import TextFiles
-from components.tokenizers.hugging_face import to_hugging_face
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import TiktokenFile
-from tools.train_tokenizer import main, train
+from tools.train_tokenizer import main, sources, train
 
-pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
+tokenizers = pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
 pytestmark = pytest.mark.quick
 
 # Repetition gives merges; accents, CJK and an emoji give bytes that are no characters of their own.
@@ -39,13 +38,13 @@ def test_the_file_holds_every_byte_and_the_ids_asked_for(corpus, tmp_path, capsy
     assert tokenizer.decode(tokenizer.encode_batch([every_byte])[0]) == every_byte
     assert len(tokenizer.encode_batch([TEXT])[0]) < len(TEXT.encode()) / 1.5  # it did learn merges
     assert "agree" in capsys.readouterr().out
-    assert sorted(path.name for path in output.parent.iterdir()) == ["my.tiktoken"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["my.tiktoken", "my.tokenizer.json"]
 
 
 def test_training_twice_gives_the_same_ranks(corpus):
     source = TextFiles(path=corpus)
-    assert train(source, vocab_size=290, pattern=PATTERNS["gpt2"]) == train(
-        source, vocab_size=290, pattern=PATTERNS["gpt2"]
+    assert train([source], vocab_size=290, pattern=PATTERNS["gpt2"]) == train(
+        [source], vocab_size=290, pattern=PATTERNS["gpt2"]
     )
 
 
@@ -53,12 +52,12 @@ def test_training_twice_gives_the_same_ranks(corpus):
 def test_two_encoders_give_the_same_ids_on_text_neither_was_trained_on(pattern, corpus, tmp_path):
     output = tmp_path / "my.tiktoken"
     assert main(["--vocab-size", "310", "--output", str(output), "--pattern", pattern, "--path", str(corpus)]) == 0
-    ranks = train(TextFiles(path=corpus), vocab_size=310, pattern=PATTERNS[pattern])
     unseen = ["Swam the whales 鯨鯨 in 18511851?", "\r\n\t \u2028x", "ÉTÉ été", ""]
     ours = TiktokenFile(path=output, pattern=pattern).build().encode_batch(unseen)
-    theirs = to_hugging_face(ranks, PATTERNS[pattern])
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "my.tokenizer.json"))
     for text, ids in zip(unseen, ours, strict=True):
         np.testing.assert_array_equal(ids, theirs.encode(text).ids)
+    assert theirs.token_to_id("<|endoftext|>") == theirs.get_vocab_size() - 1 == 309
 
 
 def test_json_lines_are_read_by_their_key(tmp_path):
@@ -87,3 +86,22 @@ def test_what_the_user_can_put_right_is_one_message_and_no_file(change, message,
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "my.tiktoken").exists()
+
+
+def test_a_recipe_gives_its_data_and_every_source_of_a_mixture(tiny, tmp_path):
+    assert [str(source) for source in sources(None, tiny.recipe, "text")] == [str(tiny.folder / "text/*.txt")]
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_text(
+        'extends = ["tiny.toml"]\n[data]\nuse = "components.data:Mixture"\nweights = { a = 1, b = 1 }\n'
+        'sources.a = { use = "components.data:TextFiles", path = "text/held_out" }\n'
+        'sources.b = { use = "components.data:StandardLibrary" }\n'
+    )
+    assert [type(source).__name__ for source in sources(None, mixture, "text")] == ["TextFiles", "StandardLibrary"]
+    output = tmp_path / "my.tiktoken"
+    assert main(["--vocab-size", "262", "--output", str(output), "--recipe", str(tiny.recipe)]) == 0
+
+
+def test_paths_may_name_a_data_set_of_the_hub():
+    found = list(sources(["hf://me/tales/default/train", "a.txt", "b"], None, "body"))
+    assert [str(source) for source in found] == ["hf://me/tales/default/train", "a.txt, b"]
+    assert {source.text_key for source in found} == {"body"}

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.loader import MicroBatchLoader
+from components.data.interleave import StagedInterleaving
+from components.data.loader import MicroBatchLoader, order_of
+from components.data.mixture import MixedOrder
 from components.data.order import SampleOrder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -165,6 +167,58 @@ def test_an_error_of_reading_arrives_as_it_was_raised(workers):
         pytest.raises(ValueError, match=r"^shard of sequence \d+ cannot be read$"),
     ):
         next(loader.next_step(1))
+
+
+class Stuck(Numbers):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        time.sleep(60)
+        raise AssertionError
+
+
+def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
+    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, patience_seconds=0.5)
+    with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not answer"):
+        next(loader.next_step(1))
+
+
+WORKERS = st.sampled_from([0, 1, 3])
+
+
+class Mixed(Numbers):
+    """Two of them, in an order of their own."""
+
+    def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
+        interleaving = StagedInterleaving([(0, [2, 1]), (40, [1, 3])])
+        return MixedOrder(interleaving, [10, 13], seed=seed, shuffle=shuffle)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 3), min_size=1, max_size=3),
+            st.fixed_dictionaries(
+                {
+                    "ranks": st.integers(1, 4),
+                    "micro_batch_size": st.integers(1, 4),
+                    "workers": st.sampled_from([0, 1, 3]),
+                }
+            ),
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    start=st.integers(0, 100),
+    samples=st.sampled_from([Numbers(), Mixed()]),
+)
+def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(parts, start, samples):
+    seen, cursor = [], start
+    for steps, layout in parts:  # each goes on where the last one stopped
+        stream, cursor = global_stream(steps, **layout, start=cursor, samples=samples)
+        seen += chain.from_iterable(stream)
+    _, indices = order_of(samples, seed=5)(np.arange(start, cursor))
+    first_tokens = (indices * samples.sequence_length).tolist()
+    assert seen == list(zip(range(start, cursor), first_tokens, strict=True))
 
 
 def test_workers_live_through_signals_and_end_with_the_loader():

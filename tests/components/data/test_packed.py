@@ -1,4 +1,5 @@
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.content import FileHashes
-from components.data.document import Document, ReadingLog
+from components.data.document import ReadingLog
 from components.data.packed import PackedTokens
-from components.data.prepare import prepare
-from components.data.shards import open_shards
+from components.data.prepare import encode_missing
 from components.tokenizers import Bytes, TiktokenFile
+from tests.components.data.conftest import Given
 
 pytestmark = pytest.mark.quick
 
@@ -30,23 +30,12 @@ def concatenated(texts: list[str]) -> list[int]:
     return [token for text in texts if text.strip() for token in [*text.encode(), 256]]
 
 
-def open_in_shards(folder, texts, *, sequence_length, shard_tokens):
+def open_in_shards(folder, texts, *, sequence_length, shard_tokens, monkeypatch):
     """Prepared with shards of about `shard_tokens`."""
-    tokenizer, directory = Bytes().build(), folder / "prepared"
-    prepare(
-        map(Document, texts),
-        directory,
-        tokenizer=tokenizer,
-        source="a test",
-        content="1",
-        log=ReadingLog(),
-        total_bytes=0,
-        report=print,
-        report_seconds=0,
-        shard_tokens=shard_tokens,
+    monkeypatch.setattr("components.data.source.encode_missing", partial(encode_missing, shard_tokens=shard_tokens))
+    return Given(text=tuple(texts)).build(
+        tokenizer=Bytes().build(), sequence_length=sequence_length, cache_dir=folder, progress=print
     )
-    index = open_shards(directory, tokenizer=tokenizer, hashes=FileHashes(folder / "memory"))
-    return PackedTokens(directory, index, sequence_length)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,11 +45,16 @@ def open_in_shards(folder, texts, *, sequence_length, shard_tokens):
     shard_tokens=st.integers(1, 60),
 )
 def test_sequences_are_the_documents_end_to_end_across_shards(tmp_path_factory, texts, sequence_length, shard_tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        check_sequences(tmp_path_factory.mktemp("p"), texts, sequence_length, shard_tokens, patch)
+
+
+def check_sequences(folder, texts, sequence_length, shard_tokens, monkeypatch):
     tokens = concatenated(texts)
     if (length := (len(tokens) - 1) // sequence_length) < 1:
         return
     samples = open_in_shards(
-        tmp_path_factory.mktemp("p"), texts, sequence_length=sequence_length, shard_tokens=shard_tokens
+        folder, texts, sequence_length=sequence_length, shard_tokens=shard_tokens, monkeypatch=monkeypatch
     )
     assert len(samples) == length
     whole = samples.__getitems__(range(length))
@@ -73,13 +67,13 @@ def test_sequences_are_the_documents_end_to_end_across_shards(tmp_path_factory, 
     assert torch.equal(backwards, whole.flip(0))
 
 
-def test_documents_and_their_bytes_are_kept(tmp_path):
-    samples = open_in_shards(tmp_path, TEXTS, sequence_length=4, shard_tokens=20)
+def test_documents_and_their_bytes_are_kept(tmp_path, monkeypatch):
+    samples = open_in_shards(tmp_path, TEXTS, sequence_length=4, shard_tokens=20, monkeypatch=monkeypatch)
     kept = [text for text in TEXTS if text.strip()]
     assert samples.document_lengths().tolist() == [[len(t.encode()) + 1, len(t.encode())] for t in kept]
     assert samples.index.documents == 3
     assert len(samples.index.shards) > 1
-    assert samples.index.repairs == {"empty documents": 2}
+    assert samples.index.dropped == {"empty": 2}
 
 
 def test_labels_stand_for_every_byte_but_the_first(packed):
@@ -114,9 +108,8 @@ def test_too_little_text_is_an_error_with_numbers(packed):
 
 def test_ids_outside_the_vocabulary_never_reach_the_model(packed):
     samples = packed(["some text"], 4)
-    changed = samples.index.model_copy(update={"vocab_size": 100})
-    with pytest.raises(ValueError, match=r"token id \d+ is outside the vocabulary of 100"):
-        PackedTokens(samples.directory, changed, 4)[0]
+    with pytest.raises(ValueError, match=r"a test: token id \d+ is outside the vocabulary of 100"):
+        PackedTokens(samples.stored, sequence_length=4, vocab_size=100, source="a test")[0]
 
 
 def test_tinyshakespeare_has_the_reference_number_of_tokens(texts, tmp_path):

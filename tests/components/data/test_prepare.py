@@ -4,7 +4,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
+from components.data.atomic import written_aside
 from components.data.content import FileHashes, hash_file
-from components.data.document import Document, ReadingLog
-from components.data.shards import open_shards, read_index
+from components.data.document import Document, Piece, ReadingLog
+from components.data.index import Index
+from components.data.prepare import encode_missing
+from components.data.shards import Shard, check_shard, read_record
+from components.data.source import TextSource
 from components.tokenizers import Bytes
 from tests.components.data.conftest import Given
 
@@ -96,8 +104,17 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def shards(cache: Path) -> list[Path]:
+    return sorted(cache.glob("encoded-*/shard-*"))
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """Every file of every shard."""
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.glob("encoded-*/shard-*/*"))}
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("file", ["tokens-00000.bin", "documents-00000.bin"])
+@pytest.mark.parametrize("file", ["tokens.bin", "documents.bin"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [(truncate, "is truncated"), (lengthen, "is altered"), (flip, "was altered"), (Path.unlink, "is missing")],
@@ -108,12 +125,24 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
 ):
     if remembered:  # as if the files had been there for long, so that their hashes are known already
         monkeypatch.setattr("components.data.content._SETTLED_SECONDS", -1e9)
-    directory = build(tmp_path).directory
     build(tmp_path)
-    damage(directory / file)
-    with pytest.raises(
-        ValueError, match=rf"{file} {message}.* Delete the directory .*{directory.name}; it is prepared"
-    ):
+    build(tmp_path)
+    (shard,) = shards(tmp_path)
+    whole = contents(tmp_path)
+    damage(shard / file)
+    with pytest.raises(ValueError, match=rf"{file} {message}.* Delete the directory .*{shard.name}; it is prepared"):
+        build(tmp_path)
+    shutil.rmtree(shard)
+    build(tmp_path)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("damage", [truncate, lengthen, flip, Path.unlink])
+def test_damaged_segments_are_refused(tmp_path, damage):
+    directory = build(tmp_path).directory
+    damage(directory / "segments.npy")
+    with pytest.raises(ValueError, match=rf"segments\.npy .* Delete the directory .*{directory.name}"):
         build(tmp_path)
     shutil.rmtree(directory)
     build(tmp_path)
@@ -121,51 +150,49 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
 
 @pytest.mark.quick
 def test_shards_of_another_tokenizer_are_refused(tmp_path):
-    directory = build(tmp_path).directory
+    build(tmp_path)
+    (shard,) = shards(tmp_path)
     with pytest.raises(
-        ValueError, match=r"index\.json was made with another tokenizer \(bytes-1, this run has shifted\)"
+        ValueError, match=r"shard\.json was made with another tokenizer \(bytes-1, this run has shifted\)"
     ):
-        open_shards(directory, tokenizer=Shifted(), hashes=FileHashes(tmp_path / "memory"))
+        check_shard(shard, tokenizer=Shifted(), hashes=FileHashes(tmp_path / "memory"))
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    "change",
+    ("file", "change"),
     [
-        {"format": 2},
-        {"dtype": "object"},
-        {"shards": []},
-        {"vocab_size": -1},
-        {"vocab_size": "257"},
-        {"surprise": 1},
-        {"repairs": {"x": "y"}},
+        ("index.json", {"format": 1}),
+        ("index.json", {"dtype": "object"}),
+        ("index.json", {"shards": []}),
+        ("index.json", {"shards": ["../../etc"]}),
+        ("index.json", {"store": ".."}),
+        ("index.json", {"vocab_size": -1}),
+        ("index.json", {"vocab_size": "257"}),
+        ("index.json", {"surprise": 1}),
+        ("index.json", {"repairs": {"x": "y"}}),
+        ("shard.json", {"format": 1}),
+        ("shard.json", {"tokens": -1}),
+        ("shard.json", {"pieces": []}),
     ],
     ids=str,
 )
-def test_an_index_that_is_not_ours_is_refused(tmp_path, change):
-    path = build(tmp_path).directory / "index.json"
+def test_a_record_that_is_not_ours_is_refused(tmp_path, file, change):
+    build(tmp_path)
+    path = next(tmp_path.rglob(file))
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"index\.json is damaged or of another version .*Delete the directory"):
+    with pytest.raises(ValueError, match=rf"{file} is damaged or of another version .*Delete the directory"):
         build(tmp_path)
-
-
-@pytest.mark.quick
-def test_a_shard_cannot_lie_outside_its_directory(tmp_path):
-    path = build(tmp_path).directory / "index.json"
-    index = json.loads(path.read_text())
-    for wrong in ("../../etc/passwd", -1, 10**6):
-        path.write_text(json.dumps(index | {"shards": [index["shards"][0] | {"number": wrong}]}))
-        with pytest.raises(ValueError, match=r"shards.0.number"):
-            read_index(path.parent)
 
 
 @pytest.mark.quick
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=100) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-def test_no_index_crashes_the_reader(tmp_path, content):
-    (tmp_path / "index.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+@pytest.mark.parametrize("model", [Index, Shard])
+def test_no_content_crashes_the_reader(tmp_path, content, model):
+    (tmp_path / "record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="Delete the directory"):
-        read_index(tmp_path)
+        read_record(tmp_path / "record.json", model)
 
 
 @pytest.mark.quick
@@ -178,16 +205,16 @@ def test_a_directory_without_index_is_refused(tmp_path):
 
 @pytest.mark.quick
 def test_no_text_at_all_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="holds no text: 2 empty documents"):
+    with pytest.raises(ValueError, match="holds no text: of 2 documents, 2 empty were dropped"):
         build(tmp_path, Given(text=("", " \n")))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("Given-*"))
 
 
 @pytest.mark.quick
 def test_a_tokenizer_that_gives_impossible_ids_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="its vocabulary is 258"):
         build(tmp_path, tokenizer=Shifted(shift=1000))
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.quick
@@ -225,7 +252,7 @@ class Slow(Given):
 def test_progress_tells_how_far_and_how_long(tmp_path):
     seen = []
     Slow(text=()).prepare(tokenizer=Bytes().build(), cache_dir=tmp_path, report=seen.append, report_seconds=0)
-    assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in range(1, 11)]
+    assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in [*range(1, 11), 10]]  # last: the end
     assert "3.0 of 10.0 MB (30%)" in str(seen[2])
     assert "s left" in str(seen[2])
 
@@ -237,47 +264,80 @@ def run(script: str, *arguments: object) -> subprocess.Popen:
 
 KILLED = """
 import os, signal, sys
+from functools import partial
 from pathlib import Path
-from components.data.document import Document
+from components.data import source
 from components.tokenizers import Bytes
-from tests.components.data.conftest import Given
+from tests.components.data.test_prepare import Many
 
-class Killed(Given):
-    def documents(self, log):
-        for i in range(100):
-            if i == 50:
-                print("half way", flush=True)
-                os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-            yield Document("x" * 500_000)
-
-Killed(text=()).build(tokenizer=Bytes().build(), sequence_length=8, cache_dir=Path(sys.argv[1]), progress=print)
+number = sys.argv[2]
+source.encode_missing = partial(source.encode_missing, shard_tokens=1_200_000)
+Many(kill_at=int(sys.argv[3]), by=getattr(signal, number) if number else 0).build(
+    tokenizer=Bytes().build(), sequence_length=8, cache_dir=Path(sys.argv[1]), progress=print
+)
 """
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_taken_as_complete(tmp_path, monkeypatch):
-    class Killed(Given):
-        pass
+@dataclass(kw_only=True)
+class Many(TextSource):
+    """Two pieces, one of 20 documents of half a megabyte, one of five."""
 
-    with run(KILLED, tmp_path, "SIGKILL") as process:
+    kill_at: int
+    by: int
+
+    def documents(self, log: ReadingLog) -> Iterator[Document]:
+        for number in range(25):
+            if number == self.kill_at and self.by:
+                print("half way", flush=True)
+                os.kill(os.getpid(), self.by)
+            log.repairs["line ends"] += 1
+            yield Document(f"{number} " * 200_000 if number % 7 else "  ", complete=number != 9)
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        return "many"
+
+    def pieces(self, hashes: FileHashes) -> list[Piece]:
+        def read(start: int | None, stop: int | None, log: ReadingLog) -> Iterator[Document]:
+            return islice(self.documents(log), start, stop)
+
+        return [Piece("a", "a", 0, partial(read, 0, 20)), Piece("b", "b", 0, partial(read, 20, None))]
+
+
+@pytest.mark.parametrize("kill_at", [3, 15, 24])
+def test_a_killed_preparation_goes_on_and_gives_the_same_shards_byte_by_byte(tmp_path, monkeypatch, kill_at):
+    with run(KILLED, tmp_path / "killed", "SIGKILL", kill_at) as process:
         assert process.wait() == -signal.SIGKILL
-    (leftover,) = tmp_path.glob(".Killed-*.part")
-    assert any(leftover.iterdir())
-    assert not list(tmp_path.glob("Killed-*"))
-    # The next one is not confused by it, and sweeps it away once it is old enough to be nobody's.
+    assert not list((tmp_path / "killed").glob("Many-*"))
+    before = contents(tmp_path / "killed")
+    # Who takes it up is not confused by what was left, and sweeps it away once it is old enough to be nobody's.
     monkeypatch.setattr("components.data.atomic._ABANDONED_SECONDS", -1.0)
-    samples = build(tmp_path, Killed(text=()) if False else Killed(text=TEXT))
-    assert samples.index.documents == 2
+    monkeypatch.setattr("components.data.source.encode_missing", partial(encode_missing, shard_tokens=1_200_000))
+    resumed = build(tmp_path / "killed", Many(kill_at=0, by=0))
+    whole = build(tmp_path / "whole", Many(kill_at=0, by=0))
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert before.items() <= contents(tmp_path / "whole").items()
+    assert len(before) // 3 >= {3: 0, 15: 1, 24: 4}[kill_at]
+    assert resumed.index == whole.index
+    assert whole.index.documents == 20 and whole.index.dropped == {"empty": 4}
+    assert len(shards(tmp_path / "killed")) > 5
+    assert not list((tmp_path / "killed").glob("encoded-*/.*"))
+
+
+@contextmanager
+def closing_by(end: Callable[[], None]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        end()
 
 
 def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path, monkeypatch):
     monkeypatch.setattr("components.data.atomic._ABANDONED_SECONDS", -1.0)
-    with run(KILLED, tmp_path, "SIGSTOP") as process:
+    with run(KILLED, tmp_path, "SIGSTOP", 24) as process, closing_by(process.kill):
         assert process.stdout is not None
         process.stdout.readline()
-        (leftover,) = tmp_path.glob(".*.part")
-        from components.data.atomic import written_aside
-
-        target = tmp_path / leftover.name[1:].split(".")[0]
+        (leftover,) = tmp_path.glob("encoded-*/.*.part")
+        target = leftover.parent / leftover.name[1:].split(".")[0]
         with pytest.raises(InterruptedError), written_aside(target):
             assert leftover.exists()
             raise InterruptedError
@@ -286,7 +346,7 @@ def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path
         with written_aside(target) as aside:
             assert not leftover.exists()
             (aside / "file").write_text("whole")
-    assert [path.name for path in tmp_path.iterdir()] == [target.name]
+    assert target.name in {path.name for path in leftover.parent.iterdir()}
 
 
 RACING = """
@@ -317,12 +377,10 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert all(output.endswith(f"{list(b'the s')}\n") for output in outputs)
-    (directory,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    assert sorted(path.name for path in directory.iterdir()) == [
-        "documents-00000.bin",
-        "index.json",
-        "tokens-00000.bin",
-    ]
+    (directory,) = (tmp_path / "cache").glob("Racing-*")
+    assert sorted(path.name for path in directory.iterdir()) == ["index.json", "pieces.json", "segments.npy"]
+    (shard,) = shards(tmp_path / "cache")
+    assert sorted(path.name for path in shard.iterdir()) == ["documents.bin", "shard.json", "tokens.bin"]
 
 
 @pytest.mark.quick

@@ -22,7 +22,7 @@ GOLDEN = {
 
 
 def names(split: str) -> set[str]:
-    return set(StandardLibrary(split=split)._files())
+    return set(StandardLibrary(split=split).files())
 
 
 def test_the_splits_are_disjoint_and_have_their_shares():
@@ -51,7 +51,7 @@ def test_documents_are_the_files_with_line_feeds():
     documents = [document.text for document in source.documents(log)]
     assert log.source_bytes == source.size_bytes() > 100_000
     assert all("\r" not in text for text in documents)
-    by_name = dict(zip(source._files(), documents, strict=True))
+    by_name = dict(zip(source.files(), documents, strict=True))
     assert list(by_name) == sorted(by_name)
     name, text = next((name, text) for name, text in by_name.items() if text.isascii() and text)
     assert text == Path(sysconfig.get_paths()["stdlib"], name).read_text()

@@ -89,8 +89,8 @@ def test_a_separator_cuts_a_file_into_documents(tmp_path):
 
 @pytest.mark.parametrize("separator", [None, "<|end|>", "\n--\n"])
 def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, separator):
-    monkeypatch.setattr("components.data.text_files._PART_CHARACTERS", 50)
-    monkeypatch.setattr("components.data.text_files.read_blocks", lambda path, log: read_blocks(path, log, 17))
+    monkeypatch.setattr("components.data.formats._PART_CHARACTERS", 50)
+    monkeypatch.setattr("components.data.formats.read_blocks", lambda path, log: read_blocks(path, log, 17))
     text = "".join(f"line {i} of it\n" if i % 7 else "x" * 3 * i for i in range(60))
     stories = [text[:300], text[300:420], text[420:]]
     path = write(tmp_path / "a.txt", (separator or "").join(stories))
@@ -103,8 +103,8 @@ def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, se
     ("line", "message"),
     [
         ('{"text": "cut off', r"a\.jsonl:2: expected a JSON object on each line"),
-        ('["text"]', r"a\.jsonl:2: expected a JSON object on each line, found"),
-        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; the line has body, id"),
+        ('["text"]', r"a\.jsonl:2: expected a JSON object, found"),
+        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; it has body, id"),
         ('{"text": null}', r"a\.jsonl:2: no text under text_key"),
         ("[" * 100_000, r"a\.jsonl:2: expected a JSON object"),
     ],
@@ -124,7 +124,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is damaged, or no gzip file"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged, or no \.gz file"):
             read(TextFiles(path=path))
     with pytest.raises(ValueError, match="is UTF-16; convert it"):
         read(TextFiles(path=write(tmp_path / "wide.txt", "text".encode("utf-16"))))
@@ -144,7 +144,7 @@ def test_paths_that_lead_nowhere_name_their_key(tmp_path):
         TextFiles(path=tmp_path, document_separator="")
 
 
-def test_the_fingerprint_is_of_content_names_and_settings_and_not_of_the_place(tmp_path):
+def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(tmp_path):
     def fingerprint(folder: str, **settings) -> str:
         return TextFiles(path=tmp_path / folder, **settings).fingerprint(FileHashes(tmp_path / "memory"))
 
@@ -154,10 +154,14 @@ def test_the_fingerprint_is_of_content_names_and_settings_and_not_of_the_place(t
     original = fingerprint("here")
     assert fingerprint("there") == original
     assert fingerprint("here", document_separator="\n") != original
-    assert fingerprint("here", text_key="body") != original
+    assert fingerprint("here", text_key="body") == original  # plain text has no keys
+    write(tmp_path / "lines/a.jsonl", lines({"text": "one", "body": "two"}))
+    assert fingerprint("lines", text_key="body") != fingerprint("lines")
     write(tmp_path / "there/b.txt", "twO")
     assert fingerprint("there") != original
     (tmp_path / "here/b.txt").rename(tmp_path / "here/c.txt")
+    assert fingerprint("here") == original
+    (tmp_path / "here/c.txt").rename(tmp_path / "here/Z.txt")  # now before a.txt
     assert fingerprint("here") != original
 
 

@@ -9,7 +9,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.tokenizers import TiktokenFile
+from components.tokenizers import TiktokenEncoding, TiktokenFile
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import split_long_runs
 
@@ -17,8 +17,19 @@ pytestmark = pytest.mark.quick
 
 SHIPPED = Path(__file__).resolve().parents[3] / "assets" / "tokenizers" / "stdlib-4096.tiktoken"
 
-# As tiktoken has them for r50k_base and cl100k_base, and Meta for Llama 3.
+# As tiktoken has them for r50k_base, cl100k_base and o200k_base, and Meta for Llama 3.
 OFFICIAL = {
+    "o200k": "|".join(
+        [
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""\p{N}{1,3}""",
+            r""" ?[^\s\p{L}\p{N}]+[\r\n/]*""",
+            r"""\s*[\r\n]+""",
+            r"""\s+(?!\S)""",
+            r"""\s+""",
+        ]
+    ),
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     "cl100k": (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
@@ -219,3 +230,51 @@ def test_ids_equal_those_of_tiktokens_own_encodings(rank_files, file, pattern):
         assert ours.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
 
     agree()
+
+
+def test_llama3_has_its_special_tokens_where_meta_has_them(tmp_path):
+    encoder = TiktokenFile(
+        path=rank_file(tmp_path / "tokenizer.model", {b"ab": 127_999}),
+        pattern="llama3",
+        special_tokens="llama3",
+        end_of_document="<|end_of_text|>",
+    ).build()
+    assert encoder.vocab_size == 128_256
+    assert encoder.end_of_document == 128_001
+    known = {"<|begin_of_text|>": 128_000, "<|start_header_id|>": 128_006, "<|end_header_id|>": 128_007}
+    known |= {"<|eot_id|>": 128_009, "<|reserved_special_token_250|>": 128_255, "<|reserved_special_token_4|>": 128_008}
+    assert {token: encoder.decode([number]) for token, number in known.items()} == {token: token for token in known}
+    with pytest.raises(ValueError, match=r"end_of_document: .* that of Llama 3 is '<\|end_of_text\|>'"):
+        TiktokenFile(path=tmp_path / "tokenizer.model", pattern="llama3", special_tokens="llama3").build()
+
+
+def test_special_tokens_are_parsed_only_where_that_is_asked_for():
+    plain, parsing = (TiktokenFile(path=SHIPPED, pattern="cl100k", parse_special=parse).build() for parse in (0, 1))
+    text = "x<|endoftext|>y"
+    assert parsing.encode_batch([text])[0].tolist() == [
+        *plain.encode_batch(["x"])[0], 4095, *plain.encode_batch(["y"])[0]
+    ]  # fmt: skip
+    assert 4095 not in plain.encode_batch([text])[0]
+    assert plain.fingerprint != parsing.fingerprint
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character():
+    encoder = TiktokenFile(path=SHIPPED, pattern="cl100k").build()
+    assert encoder.decode(encoder.encode_batch(["a\ud800b"])[0]) == "a\ufffdb"
+
+
+def test_encodings_of_tiktoken_by_name(rank_files, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setattr("tiktoken.load.read_file", lambda url: (rank_files / url.rpartition("/")[2]).read_bytes())
+    encoder = TiktokenEncoding(name="cl100k_base").build()
+    theirs = tiktoken.get_encoding("cl100k_base")
+    assert encoder.vocab_size == theirs.n_vocab == 100_277
+    assert encoder.end_of_document == theirs.eot_token == 100_257
+    text = "def f(x):\r\n    return 'It\u2019s 12345' <|endoftext|>"
+    assert encoder.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
+    assert encoder.byte_lengths[[100_256, 100_257, 100_270]].tolist() == [0, 0, 0]  # holes and special tokens
+    with pytest.raises(ValueError, match="name: 'gpt7' is none of gpt2"):
+        TiktokenEncoding(name="gpt7").build()
+    with pytest.raises(ValueError, match="end_of_document: '</s>' is not among"):
+        TiktokenEncoding(name="cl100k_base", end_of_document="</s>").build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_it_is_the_tokenizer_it_was_made_from(pair):
         assert theirs.decode(found.tolist()) == text
         assert theirs.byte_lengths[found].sum() == len(text.encode())
     assert theirs.decode([ours.end_of_document]) == END
+
+
+def test_special_tokens_are_parsed_only_where_that_is_asked_for_also_after_pickling(pair, tmp_path):
+    _, plain = pair
+    plain.hugging_face().save(str(tmp_path / "tokenizer.json"))
+    parsing = TokenizerJson(path=tmp_path / "tokenizer.json", parse_special=True).build()
+    for encoder, count in ((plain, 0), (parsing, 1)):
+        for each in (encoder, pickle.loads(pickle.dumps(encoder))):
+            assert (each.encode_batch([f"x {END} y"])[0] == 4095).sum() == count
+    assert plain.fingerprint != parsing.fingerprint
 
 
 def test_a_tokenizer_of_sentence_pieces_counts_its_bytes(tmp_path):

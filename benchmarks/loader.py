@@ -1,0 +1,148 @@
+"""Reading prepared tokens: tokens/s of our loader, of the bare memory map, and of torchdata and datasets pipelines.
+
+    python -m benchmarks.loader [--megatokens 100] [--rounds 5] [--sequence-length 1024] [--micro-batch-size 8]
+
+All give shuffled micro-batches of inputs and labels, int64, from the same ids, in this process; they take turns, in an
+order that changes with the round. Cold: the system was asked to forget the file before (posix_fadvise), which a shared
+or virtual disk may not heed. `datasets` reads its own Arrow file of the same sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torchdata.nodes import Batcher, Loader, Mapper, MapStyleWrapper
+
+from benchmarks.measure import machine, spread
+from components.data import TokenFiles
+from components.data.loader import MicroBatchLoader
+from components.data.order import SampleOrder
+from components.tokenizers import Bytes
+
+Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def ours(samples: Any, size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    with MicroBatchLoader(samples, seed=0, micro_batch_size=size, num_workers=workers) as loader:
+        while True:
+            (micro,) = loader.next_step(1)
+            yield micro.tokens, micro.labels
+
+
+def memory_map(path: Path, length: int, sequences: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As nanoGPT reads it, but every sequence once, in our order."""
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    _, indices = SampleOrder(sequences, seed=0)(np.arange(sequences))
+    for start in range(0, sequences - size, size):
+        rows = [tokens[i * length : (i + 1) * length + 1].astype(np.int64) for i in indices[start : start + size]]
+        block = torch.from_numpy(np.stack(rows))
+        yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+class Sequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """What one writes for torchdata or a DataLoader: a sequence of the map at a time."""
+
+    def __init__(self, path: Path, length: int, sequences: int):
+        self.tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        self.length, self.sequences = length, sequences
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        part = self.tokens[index * self.length : (index + 1) * self.length + 1]
+        return torch.from_numpy(part.astype(np.int64))
+
+
+def with_torchdata(data: Sequences, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    sampler = torch.utils.data.RandomSampler(data, generator=generator)
+    batches = Batcher(MapStyleWrapper(data, sampler), batch_size=size)
+    return iter(Loader(Mapper(batches, _pair)))
+
+
+def _pair(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    block = torch.stack(rows)
+    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def with_datasets(data: Any, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for batch in data.shuffle(seed=0).with_format("torch").iter(batch_size=size):
+        block = batch["ids"].long()
+        yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop the file from its cache."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def rate(batches: Batches, length: int, count: int) -> float:
+    """Tokens a second over `count` micro-batches after the first, which starts processes."""
+    stream = batches()
+    next(stream)
+    start, tokens = time.perf_counter(), 0
+    for inputs, _ in islice(stream, count - 1):
+        tokens += inputs.numel()
+    return tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megatokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--micro-batches", type=int, default=1000, help="in one measurement")
+    options = parser.parse_args()
+    length, size = options.sequence_length, options.micro_batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.bin"
+        ids = np.random.default_rng(0).integers(0, 257, options.megatokens * 10**6, dtype=np.uint16)
+        ids.tofile(path)
+        sequences = (len(ids) - 1) // length
+        count = min(options.micro_batches, sequences // size)
+        samples = TokenFiles(path=path).build(
+            tokenizer=Bytes().build(), sequence_length=length, cache_dir=Path(folder), progress=print
+        )
+        rows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length][: count * size]
+        arrow = datasets.Dataset.from_generator(
+            lambda: ({"ids": row} for row in rows),
+            features=datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"))}),
+            cache_dir=folder,
+        )
+        ways: dict[str, Batches] = {
+            "loader": lambda: ours(samples, size, 0),
+            "loader, 1 worker": lambda: ours(samples, size, 1),
+            "memory map": lambda: memory_map(path, length, sequences, size),
+            "torchdata": lambda: with_torchdata(Sequences(path, length, sequences), size),
+            "datasets": lambda: with_datasets(arrow, size),
+        }
+        rates: dict[str, list[float]] = {f"{name}, {state}": [] for name in ways for state in ("cold", "warm")}
+        for turn in range(options.rounds):
+            for name in sorted(ways, reverse=bool(turn % 2)):
+                forget(path)
+                rates[f"{name}, cold"].append(rate(ways[name], length, count) / 1e6)
+                rates[f"{name}, warm"].append(rate(ways[name], length, count) / 1e6)
+        print(f"{machine()}; {count} micro-batches of {size} x {length}, {options.rounds} rounds in turn")
+        for name, values in rates.items():
+            low, _, high = statistics.quantiles(values, n=4)
+            print(f"{name:24} {spread(values)} M tokens/s, quartiles {low:.3g} to {high:.3g}")
+
+
+if __name__ == "__main__":
+    main()

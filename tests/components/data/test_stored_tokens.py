@@ -1,0 +1,68 @@
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from components.data.loader import MicroBatchLoader
+from components.data.packed import PackedTokens
+from components.data.stored_tokens import StoredTokens
+
+pytestmark = pytest.mark.quick
+
+
+def stored(folder, files: int, ids: int = 10) -> StoredTokens:
+    """File n holds n * ids ... n * ids + ids - 1."""
+    paths = [folder / str(number) for number in range(files)]
+    for number, path in enumerate(paths):
+        np.arange(number * ids, (number + 1) * ids, dtype="<u4").tofile(path)
+    return StoredTokens(paths, np.dtype("<u4"), np.array([[number, 0, ids] for number in range(files)]))
+
+
+def read(tokens: StoredTokens, start: int, count: int) -> list[int]:
+    out = np.empty(count, dtype=np.int64)
+    tokens.read(start, out)
+    return out.tolist()
+
+
+def test_more_files_than_may_be_open_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("components.data.stored_tokens._MOST_OPEN", 3)
+    tokens = stored(tmp_path, 9)
+    assert read(tokens, 0, 90) == list(range(90))
+    assert read(tokens, 25, 40) == list(range(25, 65))
+    assert len(tokens._open) == 3
+    copy = pickle.loads(pickle.dumps(tokens))
+    assert read(copy, 85, 5) == list(range(85, 90))
+    del tokens, copy
+
+
+def test_reads_that_signals_cut_short_are_completed(tmp_path, monkeypatch):
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: pread(file, min(count, 7), offset))
+    assert read(stored(tmp_path, 2), 3, 14) == list(range(3, 17))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path, workers):
+    tokens = stored(tmp_path, 3, ids=100)
+    samples = PackedTokens(tokens, sequence_length=10, vocab_size=1000, source="a test")
+    os.truncate(tmp_path / "1", 44)
+    with (
+        MicroBatchLoader(samples, seed=0, micro_batch_size=4, num_workers=workers) as loader,
+        pytest.raises(OSError, match=r"1 was truncated while it was in use: it has 44 bytes"),
+    ):
+        list(loader.next_step(20))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monkeypatch, workers):
+    def fails(file, count, offset):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    samples = PackedTokens(stored(tmp_path, 3), sequence_length=5, vocab_size=1000, source="a test")
+    with (
+        MicroBatchLoader(samples, seed=0, micro_batch_size=4, num_workers=workers) as loader,
+        pytest.raises(OSError, match=r"cannot read the data \(Input/output error\): '.*/\d'"),
+    ):
+        list(loader.next_step(1))

@@ -1,0 +1,150 @@
+"""Show the samples that a model sees at some step, decoded, with the bounds of tokens and where each sample is from.
+
+    python -m tools.inspect_data CONFIG.toml --step 120 [--micro-batch 0] [--rank 0] [--ranks 1] [--key=value]...
+    python -m tools.inspect_data CONFIG.toml --sample 4096 [--count 2] [--ids]
+
+The samples come through the loader of the run, so they are those it trains on. A step that the run has done is looked
+up in its metrics.jsonl; another one is reckoned from the batch policy, which is refused where the policy follows the
+gradient. A bar stands before every token, and a token that is no whole character shows as <id>.
+Exit status: 0 done, 2 for what the user can put right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from components.batch.adaptive import Adaptive
+from components.batch.layout import BatchLayout
+from components.clock import Clock
+from components.data.loader import MicroBatch, MicroBatchLoader, Samples, order_of
+from components.run_directory import RunDirectory
+from recipes.config import Config, ConfigError, load
+from recipes.contracts import EncodesText
+from recipes.course import follow_schedule
+from recipes.errors import blame
+from recipes.launch import UsageError, parse
+
+BAR = "│"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.inspect_data",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Everything else is as for run_train.sh: CONFIG.toml and --section.key=value.",
+        allow_abbrev=False,
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--step", type=int, default=1, help="the optimizer step, from 1 (default: 1)")
+    where.add_argument("--sample", type=int, help="instead of a step: the first global sample to show")
+    parser.add_argument("--micro-batch", type=int, default=0, help="of the step, from 0 (default: 0)")
+    parser.add_argument("--rank", type=int, default=0, help="data-parallel rank (default: 0)")
+    parser.add_argument("--ranks", type=int, default=1, help="number of data-parallel ranks (default: 1)")
+    parser.add_argument("--count", type=int, help="show this many samples at most")
+    parser.add_argument("--ids", action="store_true", help="show the ids as well")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        command = parse(rest)
+        for line in inspect(load(command.config, command.overrides), options):
+            print(line)
+    except (ConfigError, UsageError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
+    """The lines to print. Raises ConfigError, ValueError or OSError."""
+    recipe = config.recipe
+    size = recipe.training.micro_batch_size
+    start, micro_batch = (options.sample, 0) if options.sample is not None else (None, options.micro_batch)
+    if start is None:
+        start, micro_batches = samples_before(config, options.step, options.ranks)
+        if not 0 <= micro_batch < micro_batches:
+            raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, from 0")
+        which = f"micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
+        yield f"step {options.step}, {which}"
+    with blame(config, "tokenizer"):
+        tokenizer = recipe.tokenizer.build()
+    with blame(config, "data"):
+        samples = recipe.data.build(
+            tokenizer=tokenizer,
+            sequence_length=recipe.training.sequence_length,
+            cache_dir=recipe.run.cache_dir,
+            progress=lambda line: print(line, file=sys.stderr),
+        )
+    layout: dict[str, Any] = {"micro_batch_size": size, "dp_rank": options.rank, "dp_size": options.ranks}
+    if options.sample is not None:
+        layout = {"micro_batch_size": options.count or size}
+    with MicroBatchLoader(samples, seed=recipe.run.seed, start=start, **layout) as loader:
+        *_, seen = loader.next_step(micro_batch + 1)
+    yield from shown(seen, samples, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids)
+
+
+def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
+    """(samples trained on before `step`, micro-batches of it on each rank). Raises ValueError where nobody knows."""
+    recipe = config.recipe
+    layout = BatchLayout(recipe.training.micro_batch_size, ranks)
+    clock = Clock(recipe.training.total_tokens, recipe.training.sequence_length)
+    if step < 1:
+        raise ValueError(f"--step {step}: steps count from 1")
+    metrics = RunDirectory(recipe.run.directory).metrics
+    if metrics.is_file():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["step"] == step and "global_batch_size" in row:
+                batch = row["global_batch_size"]
+                if batch % layout.unit:
+                    raise ValueError(
+                        f"--ranks {ranks}: {metrics} has {batch} samples in step {step}, which {ranks} ranks with "
+                        f"micro-batches of {layout.micro_batch_size} cannot have taken"
+                    )
+                return row["samples"] - batch, batch // layout.unit
+    if isinstance(recipe.batch, Adaptive):
+        raise ValueError(
+            f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"
+        )
+    with blame(config, "batch"):
+        follow_schedule(recipe)
+        while not clock.done:
+            batch = layout.fit(recipe.batch.samples(clock))
+            if clock.step == step - 1:
+                return clock.samples, batch.micro_batches
+            clock.advance(batch.samples)
+    raise ValueError(f"--step {step}: the run ends with step {clock.step}")
+
+
+def shown(
+    seen: MicroBatch, samples: Samples, tokenizer: EncodesText, *, seed: int, count: int | None, ids: bool
+) -> Iterator[str]:
+    """Each sample of a micro-batch: its numbers, then its text token by token, the label of the last one after `>`."""
+    epochs, indices = order_of(samples, seed=seed)(seen.sample_ids.numpy())
+    describe = getattr(samples, "describe", "sequence {}".format)
+    for row in range(len(seen.sample_ids))[:count]:
+        tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])
+        yield f"\nsample {seen.sample_ids[row]}, epoch {epochs[row]}, {describe(int(indices[row]))}"
+        yield f"{BAR}{BAR.join(spelled(tokens, tokenizer))}{BAR}>{spelled([last], tokenizer)[0]}"
+        if ids:
+            yield f"{np.array2string(np.array(tokens), threshold=sys.maxsize, max_line_width=120)} > {last}"
+
+
+def spelled(tokens: Sequence[int], tokenizer: EncodesText) -> list[str]:
+    """The text of each token; <id> for one that is no whole character, or for nothing."""
+    known: dict[int, str] = {}
+    for token in set(tokens):
+        try:
+            text = tokenizer.decode([token])
+        except ValueError:
+            text = "\ufffd"
+        known[token] = f"<{token}>" if not text or "\ufffd" in text else text
+    return [known[token] for token in tokens]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
