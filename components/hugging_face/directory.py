@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import uuid
@@ -11,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from components.durable import sync_directory, write_synced
 
 _LARGEST_JSON = 2**26
 """Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
@@ -33,11 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_index(path: Path) -> dict[str, Path]:
@@ -65,13 +62,13 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        _sync(aside)
+        sync_directory(aside)
         _check_free(path, force)  # writing may have taken an hour
         replaced = path.with_name(f"{aside.name}.replaced")
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
-        _sync(path.parent)
+        sync_directory(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -88,10 +85,3 @@ def _check_free(path: Path, force: bool) -> None:
     if not (path / "config.json").is_file() or any(entry.is_dir() for entry in content):
         raise ValueError(f"{path} is no directory of a model, and --force does not replace it; remove it first")
 
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from components.durable import sync_file
 from components.hugging_face.directory import write_json
 from components.hugging_face.weights import INDEX, SINGLE, Described
 
@@ -55,8 +55,7 @@ def write_weights(
         mode = (directory / file).stat().st_mode & 0o777  # safetensors makes files that only their owner may read
         save_file({name: content[name].contiguous() for name in group}, directory / file, {"format": "pt"})
         (directory / file).chmod(mode)
-        with (directory / file).open("rb") as written:
-            os.fsync(written.fileno())
+        sync_file(directory / file)
         places |= dict.fromkeys(group, file)
     if len(groups) > 1:
         total = sum(tensor.bytes for tensor in tensors.values())
