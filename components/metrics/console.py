@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def start_log(path: Path | None, *, speak: bool) -> RichConsole:
     log.propagate = False
     log.addHandler(_ToConsole(console))
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _ToFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
     return console
@@ -37,7 +38,21 @@ class _ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = {"WARNING": "yellow", "ERROR": "bold red"}.get(record.levelname)
-        self.console.print(record.getMessage(), style=style, markup=False)
+        try:
+            self.console.print(record.getMessage(), style=style, markup=False)
+        except (OSError, SystemExit):  # rich's answer to a broken pipe; whoever listened has left, and training goes on
+            self.console.quiet = True
+
+
+class _ToFile(logging.FileHandler):
+    """log.txt. What a full disk does not take is on the terminal, where it is told once that it is not here."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is that of logging)
+        if not self.told:
+            self.told = True
+            log.error(f"{self.baseFilename} cannot be written. Training goes on")
 
 
 class ConsoleProgress:
@@ -67,13 +82,19 @@ class ConsoleProgress:
         mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
         row = {**row, "tokens_per_second": mean, "mfu": mfu}
         left = seconds_left(row, self.total_tokens)
-        self._bar.update(self._task, completed=row["tokens"], line=f"loss {row['loss']:.3f}  {duration(left)} left")
+        with suppress(OSError, SystemExit):
+            line = f"loss {row['loss']:.3f}  {duration(left)} left"
+            self._bar.update(self._task, completed=row["tokens"], line=line)
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
             log.info(step_line(row, self.total_tokens))
             self._steps.clear()
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
-        self._bar.stop()
+        with suppress(OSError, SystemExit):
+            self._bar.stop()
 
 
 def speed(rows: Sequence[Mapping[str, Any]]) -> float:

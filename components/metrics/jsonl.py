@@ -9,22 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.metrics.append import Appended
+
 
 class JsonLines:
-    """Appends rows to a file, each written at once, so that a reader and a crash both see whole lines."""
+    """Appends rows to a file, each at once."""
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
         """Continue `path` after `after_step`: what an interrupted run wrote beyond it is cut off."""
-        self.path = path
         _truncate(path, after_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = Appended(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that are not finite become null, as JSON has none."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+        """One row; numbers that are not finite become null, as JSON has none. Raises OSError if it has to wait."""
+        line = json.dumps({key: _finite(value) for key, value in row.items()})
+        self._file.append(f"{line}\n".encode())
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+    def __str__(self) -> str:
+        return str(self._file.path)
 
 
 def _finite(value: Any) -> Any:
@@ -39,10 +47,11 @@ def _truncate(path: Path, after_step: int) -> None:
     with path.open("rb") as file:
         for line in file:
             try:
-                row = json.loads(line)
-            except ValueError:
+                step = json.loads(line)["step"]
+                whole = line.endswith(b"\n") and step <= after_step
+            except (ValueError, KeyError, TypeError):
                 break
-            if not line.endswith(b"\n") or row.get("step", 0) > after_step:
+            if not whole:
                 break
             kept += len(line)
     os.truncate(path, kept)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from components.metrics.append import Appended
 
 GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),
@@ -30,17 +40,42 @@ _TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in 
 
 
 class TensorBoard:
-    """Writes rows as scalars over steps; a resumed run hides what the interrupted one wrote after the checkpoint."""
+    """Writes rows as scalars over steps; a resumed run hides what the interrupted one wrote after the checkpoint.
+
+    An event file of its own for each start, one event for each row. torch's SummaryWriter would write the same from a
+    thread, which ends at the first error, with a traceback, and loses what it holds when the process is killed.
+    """
 
     def __init__(self, directory: Path, *, after_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that a run without it need not pay
-
-        self._writer = SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = Appended(directory / name)  # read in the order of their names
+        self._append(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
+        if after_step:
+            start = SessionLog(status=SessionLog.START)
+            self._append(Event(wall_time=now / 1e9, step=after_step + 1, session_log=start))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if name in _TAGS and isinstance(value, (int, float)) and math.isfinite(value):
-                self._writer.add_scalar(_TAGS[name], value, row["step"])
+        """Raises OSError if the row has to wait."""
+        values = [
+            Summary.Value(tag=_TAGS[name], simple_value=value)
+            for name, value in row.items()
+            if name in _TAGS and isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        self._append(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def __str__(self) -> str:
+        return str(self._directory)
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.append(record.getvalue())
