@@ -1,32 +1,43 @@
-"""Stopping on request: a signal sets a flag, the loop reads it between steps."""
+"""Requests from outside, read by the loop between steps: signals, a stop file, a time limit."""
 
 from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
-ONE_REQUEST_SECONDS = 2.0
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+SAVING = signal.SIGUSR1
+ONE_REQUEST_SECONDS = 1.0
 """Signals this close together are one request: a scheduler signals a whole job, and a launcher passes its own on."""
+
+NOTHING, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
+_SIGNALS = 100
+"""Requests are numbers, of which the largest of all ranks is what all do; above this, the number of a signal more."""
+_FILE_INTERVAL_SECONDS = 0.5
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM once; another one, later, acts at once, as if it had never been caught.
+    """Catches SIGINT and SIGTERM once, and SIGUSR1; a second one to stop acts at once, as if it had not been caught.
 
-    `received` is the number of the signal, 0 while there was none. Use as a context manager: leaving it restores the
-    handlers that were there before.
+    `received` is the number of the signal to stop, 0 while there was none; `save` whether to save and go on. Use as a
+    context manager: leaving it restores the handlers that were there before.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self.save = False
         self._at = 0.0
+        self._save_at = -ONE_REQUEST_SECONDS
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in CAUGHT:
+        for number in STOPPING:
             self._before[number] = signal.signal(number, self._catch)
+        self._before[SAVING] = signal.signal(SAVING, self._catch_save)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -39,7 +50,64 @@ class StopSignal:
             self._restore()
             signal.raise_signal(number)
 
+    def _catch_save(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._save_at > ONE_REQUEST_SECONDS:
+            self.save, self._save_at = True, time.monotonic()
+
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class Requests:
+    """What this process was asked to do. All take the largest number that one of them found."""
+
+    def __init__(self, signals: StopSignal, *, file: Path | None, ends_at: float | None) -> None:
+        """`file` stops the run once it exists, a time of `time.time()` does when it has come."""
+        self.signals = signals
+        self.file = file
+        self.ends_at = ends_at
+        self._looked_at = 0.0
+
+    def pending(self) -> int:
+        """NOTHING, SAVE, or a number that `stops`."""
+        if self.signals.received:
+            return _SIGNALS + self.signals.received
+        if self._file_exists():
+            return STOP_FILE
+        if self.ends_at is not None and time.time() >= self.ends_at:
+            return TIME_LIMIT
+        return SAVE if self.signals.save else NOTHING
+
+    def saved(self) -> None:
+        """The request to save was met. Call on all ranks: a signal may have reached one of them, or each."""
+        self.signals.save = False
+
+    def clear_file(self) -> None:
+        """Remove the stop file: it has been obeyed, or was meant for a run before."""
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.unlink()
+
+    def _file_exists(self) -> bool:
+        now = time.monotonic()
+        if self.file is None or now - self._looked_at < _FILE_INTERVAL_SECONDS:
+            return False
+        self._looked_at = now
+        return self.file.exists()
+
+
+def stops(request: int) -> bool:
+    return request > SAVE
+
+
+def exit_status(request: int) -> int:
+    """Of a run that was stopped by `request` after it has saved: that of a SIGTERM where it was no signal."""
+    return 128 + (request - _SIGNALS if request > _SIGNALS else signal.SIGTERM)
+
+
+def reason(request: int) -> str:
+    if request > _SIGNALS:
+        return f"signal {request - _SIGNALS}"
+    return "the stop file" if request == STOP_FILE else "run.max_minutes"

@@ -10,12 +10,12 @@ from typing import Annotated
 from pydantic import Field
 
 from components.batch.layout import BatchLayout
-from components.checkpoint import read_state
 from components.clock import Clock
 from components.quantities import PositiveCount
 from recipes.config import load
 from recipes.contracts import FollowsSchedule
 from recipes.resume import checkpoint_at
+from recipes.run_state import read_run_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def find_start(branches: Branches, layout: BatchLayout) -> Start:
     """Raises ValueError, at the key it names, where nothing can begin."""
     try:
         checkpoint = complete_checkpoint(branches.checkpoint)
-        state = read_state(checkpoint)
+        state = read_run_state(checkpoint)
     except ValueError as error:
         raise ValueError(f"checkpoint: {error}") from None
     batch, lr = branches.batch, branches.lr

@@ -22,18 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from components.batch.layout import BatchLayout
-from components.checkpoint import complete_checkpoints, read_state
+from components.checkpoint import complete_checkpoints
+from components.durable import replace_file
 from components.metrics.console import start_log
 from components.parallel.elastic import LAUNCH
 from components.parallel.world import World
 from components.quantities import format_count
 from components.run_directory import RunDirectory
+from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report, draw
 from recipes.branches import Branches, Start, find_start
 from recipes.config import Config, ConfigError, derive
 from recipes.errors import RunError, blame
-from recipes.pretrain import NonFiniteError, Pretrain
+from recipes.pretrain import Pretrain
 from recipes.resume import Resume, changes, refuse, rule_of
+from recipes.run_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
@@ -57,6 +60,8 @@ class CriticalBatch(Pretrain):
                 world = World.start(self.run.device)  # the branches join what is joined here
             cleanup.callback(world.stop)
             measurement = Measurement(self, config, world.size)
+            with blame(config, "run"):
+                world.main_first(lambda: cleanup.enter_context(measurement.directory.held()) if world.is_main else None)
             measurement.open(world, resume)
             log.info("\n".join(measurement.plan()))
             for factor in self.branches.factors:
@@ -180,9 +185,10 @@ class Measurement:
                 for written in (self.report, self.report.with_suffix(".png")):
                     written.unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.directory.create(launch)
-            self.directory.config.write_text(self.config.to_toml(), encoding="utf-8")
-            begun.write_text(json.dumps(asdict(self.start), indent=1) + "\n", encoding="utf-8")
+            if launch is not None:
+                self.directory.remember(launch)
+            replace_file(self.directory.config, self.config.to_toml())
+            replace_file(begun, json.dumps(asdict(self.start), indent=1) + "\n")
         world.barrier()
         start_log(self.directory.log if world.is_main else None, speak=world.is_main)
 
@@ -197,7 +203,7 @@ class Measurement:
             log.info(f"branch k = {factor} is finished")
             return 0
         # a branch that ended between its last save and its validation is trained again
-        unfinished = own and read_state(own[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
+        unfinished = own and read_run_state(own[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
         try:
             status: int = config.recipe.main(config, Resume(None if unfinished else Path(self.start.checkpoint)))
         except NonFiniteError as error:
@@ -233,7 +239,7 @@ class Measurement:
 
     def _is_finished(self, factor: int, newest: Path) -> bool:
         rows = self.rows(factor)
-        reached = read_state(newest)["clock"]["tokens"] >= self.start.tokens + self.tokens
+        reached = read_run_state(newest)["clock"]["tokens"] >= self.start.tokens + self.tokens
         return reached and (self.recipe.validation is None or any("val_loss" in row for row in rows[-1:]))
 
     def _compare(self, begun: Path) -> None:
@@ -268,7 +274,7 @@ def report(measurement: Measurement) -> None:
     log.info("\n".join(found.lines()))
     written = {**asdict(start), "branch_tokens": measurement.tokens, **found.summary()}
     path = measurement.report
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps(written, indent=1) + "\n")
     log.info(f"wrote {path}")
     try:
         draw(found, path.with_suffix(".png"))

@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,37 +18,38 @@ from torch import nn
 from components import precision
 from components.batch.adaptive import Adaptive
 from components.batch.layout import BatchLayout, StepBatch
-from components.checkpoint import Checkpoint, TrainingTensors, read_state
+from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader
 from components.gradient_moments import GradientMeter, MeasureMoments
+from components.guard import Guard
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp
-from components.parallel.elastic import LAUNCH
+from components.parallel.elastic import launched_at
 from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.quantities import format_count
 from components.run_directory import RunDirectory
-from components.stop_signal import StopSignal
+from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
 from components.storage import give_storage
 from components.throughput import Waited, device_memory, peak_flops
 from components.train_step import TrainStep
 from components.validation import HeldOut
+from recipes.bad_steps import answer
 from recipes.config import Config
 from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
 from recipes.course import follow_schedule
 from recipes.divide import divide
 from recipes.errors import RunError, blame
-from recipes.resume import Resume, compare, find_checkpoint
+from recipes.micro_batches import checked
+from recipes.opening import open_run
+from recipes.resume import Resume, compare
+from recipes.run_state import restore, state_of
 from recipes.sections import Run, Training
 from recipes.step_row import step_row
 
 log = logging.getLogger("powertrain")
-
-
-class NonFiniteError(RunError):
-    """The loss or the gradient norm of a step is not finite, and the recipe says stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,7 @@ class Pretrain:
     validation: HeldOut | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
+    guard: Guard = field(default_factory=Guard)
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Problems that only show across sections, as (dotted path, message)."""
@@ -98,11 +97,10 @@ class Pretrain:
             yield "parallel.tp", f"{type(self.model).__name__} has no plan(tp) to divide it by"
 
     def main(self, config: Config, resume: Resume | None) -> int:
-        """Run to the end, or to a signal; returns the exit status."""
+        """Run to the end, or until it is asked to stop; returns the exit status."""
         with ExitStack() as cleanup:
-            run = TrainingRun(self, config, resume, cleanup)
-            stopped_by = run.train()
-        return 128 + stopped_by if stopped_by else 0
+            request = TrainingRun(self, config, resume, cleanup).train()
+        return exit_status(request) if stops(request) else 0
 
 
 class TrainingRun:
@@ -110,17 +108,25 @@ class TrainingRun:
 
     def __init__(self, recipe: Pretrain, config: Config, resume: Resume | None, cleanup: ExitStack) -> None:
         self.recipe, self.config = recipe, config
-        self.stop = cleanup.enter_context(StopSignal())
+        signals = cleanup.enter_context(StopSignal())
         with blame(config, "run.device"):
             self.world = World.start(recipe.run.device)
         cleanup.callback(self.world.stop)
         directory = RunDirectory(recipe.run.directory)
-        checkpoint = self._open(directory, resume)
-        console = start_log(directory.log if self.world.is_main else None, speak=self.world.is_main)
+        opened = open_run(directory, config, resume, self.world, cleanup)
+        checkpoint = opened.checkpoint
+        with blame(config, "run"):
+            console = start_log(directory.log if self.world.is_main else None, speak=self.world.is_main)
+        for warning in opened.warnings:
+            log.warning(warning)
         if checkpoint is not None:
             compare(checkpoint, config)
-        if self.world.is_main:
-            directory.config.write_text(config.to_toml(), encoding="utf-8")
+        limit = recipe.run.max_minutes
+        self.requests = Requests(
+            signals,
+            file=directory.stop if self.world.is_main else None,
+            ends_at=None if limit is None else launched_at() + 60 * limit,
+        )
 
         torch.manual_seed(recipe.run.seed + self.world.rank)
         torch.use_deterministic_algorithms(recipe.run.deterministic)
@@ -184,13 +190,13 @@ class TrainingRun:
         self.tensors = TrainingTensors(model, optimizer, self.world)
         self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
         cleanup.callback(self.store.close)
-        self.store.clean()
+        self.guard = recipe.guard.build()
         if checkpoint is not None:
             with blame(config, "checkpoint"):
-                self._restore(checkpoint)
+                restore(self, checkpoint)
         with blame(config, "batch"):
             self._check_that_noise_shows()
-        self.saved_at = self.started_at = self.clock.step
+        self.store.saved_step = self.started_at = self.clock.step
 
         self.loader = MicroBatchLoader(
             self.samples,
@@ -207,35 +213,36 @@ class TrainingRun:
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
         self.monitor = Monitor([])
         if self.world.is_main:
-            self.monitor = recipe.metrics.build(
-                jsonl=directory.metrics,
-                tensorboard=directory.tensorboard,
-                console=console,
-                after_step=self.clock.step,
-                total_tokens=training.total_tokens,
-            )
+            with blame(config, "run"):
+                self.monitor = recipe.metrics.build(
+                    jsonl=directory.metrics,
+                    tensorboard=directory.tensorboard,
+                    console=console,
+                    after_step=self.clock.step,
+                    total_tokens=training.total_tokens,
+                )
         cleanup.callback(self.monitor.close)
         self._introduce(directory)
 
     def train(self) -> int:
-        """The loop. Returns the signal that ended it, or 0 when all tokens were trained."""
-        stopped_by = 0
-        while not self.clock.done and not stopped_by:
+        """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
+        request = NOTHING
+        while not self.clock.done and not stops(request):
             started = time.perf_counter()
             batch = self.layout.fit(self.recipe.batch.samples(self.clock))
             step_tokens = batch.samples * self.sequence_length
-            micro_batches = Waited(self.loader.next_step(batch.micro_batches))
+            micro_batches = Waited(checked(self.loader.next_step(batch.micro_batches), self.vocab_size, self.config))
             loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens, measure=self.measures(batch))
             grad_norm, moments = self.step.clip()
             lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
-            if math.isfinite(loss) and math.isfinite(grad_norm):
+            if (bad := self.guard.judge(loss, grad_norm)) is None:
                 self.step.update(lr, step_tokens)
             else:
-                self.refuse_update(loss, grad_norm, batch)
+                answer(self, bad, batch)
 
             self.clock.advance(batch.samples)
             self.loader.consumed()
-            noise = self.noise.update(self.clock.samples, moments) if moments else None
+            noise = self.noise.update(self.clock.samples, moments) if moments and not bad else None
             self.recipe.batch.observe(self.clock, noise)
             seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
             self.monitor.write(step_row(self, batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
@@ -244,42 +251,43 @@ class TrainingRun:
                 self.validate()
             if self.due(self.recipe.checkpoint.interval_steps):
                 self.save()
-            stopped_by = self.world.maximum(self.stop.received)
-        self.finish(stopped_by)
-        return stopped_by
+            request = self.world.maximum(self.requests.pending())
+            if request == SAVE:
+                self.requests.saved()
+                self.save()
+        self.finish(request)
+        return request
 
     def due(self, interval_steps: int | None) -> bool:
         """Whether something that happens every `interval_steps` happens now; the end of the run has its own."""
         return interval_steps is not None and self.clock.step % interval_steps == 0 and not self.clock.done
 
-    def finish(self, stopped_by: int) -> None:
+    def finish(self, request: int) -> None:
+        """Save what is not saved, validate at the end, and tell again what went wrong on the way."""
         if self.clock.step == self.started_at:
             log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
             return
-        if self.clock.step > self.saved_at:
+        self.store.wait()
+        if self.store.saved_step != self.clock.step:
             self.save()
-        if not stopped_by or self.clock.done:
+        if not stops(request) or self.clock.done:
             self.validate()
         self.store.wait()
-        if stopped_by and not self.clock.done:
-            log.info(f"stopped by signal {stopped_by} after step {self.clock.step}; continue with --resume")
+        self.monitor.flush()
+        self.requests.clear_file()
+        for failed in self.store.failed_steps:
+            log.error(f"the checkpoint of step {failed} could not be saved")
+        for failure in self.monitor.failures():
+            log.error(failure)
+        if self.store.saved_step != self.clock.step:
+            raise RunError(
+                f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "
+                f"{self.store.newest() or 'none'}. Make room, or mend the disk, and continue with --resume"
+            )
+        if stops(request) and not self.clock.done:
+            log.info(f"stopped by {reason(request)} after step {self.clock.step}; continue with --resume")
         else:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
-
-    def refuse_update(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
-        """Leave out the update of a step whose numbers are not finite; stop the run unless the recipe says skip."""
-        self.step.discard()
-        first, last = self.clock.samples, self.clock.samples + batch.samples - 1
-        what = f"step {self.clock.step + 1} (samples {first} to {last}): loss {loss}, gradient norm {grad_norm}"
-        if self.recipe.training.on_nonfinite == "skip":
-            log.warning(f"{what}; its update is left out")
-            return
-        if self.clock.step > self.saved_at:
-            self.save()
-        raise NonFiniteError(
-            f"{what}. The parameters were not updated; the last good checkpoint is {self.store.newest() or 'none'}. "
-            "To leave such steps out, continue with --resume --training.on_nonfinite=skip"
-        )
 
     def measures(self, batch: StepBatch) -> bool:
         """Whether the gradient noise of the step that starts now is measured."""
@@ -302,58 +310,12 @@ class TrainingRun:
             self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **numbers})
 
     def save(self) -> None:
-        """Write a checkpoint of everything the next step depends on."""
-        state = {
-            "clock": self.clock.state_dict(),
-            "batch": dict(self.recipe.batch.state_dict()),
-            "gradient_noise": self.noise.state_dict(),
-            "loader": {"cursor": self.clock.samples, "epoch_length": len(self.samples)},
-            "vocab_size": self.vocab_size,
-            "world_size": self.world.size,
-        }
-        path = self.store.save(self.clock.step, self.tensors.collect(), state, self.config.to_toml())
-        self.saved_at = self.clock.step
-        done = "saving in the background" if self.recipe.checkpoint.async_save else "saved"
-        log.info(f"step {self.clock.step:>6}  {done} {path}")
-
-    def _open(self, directory: RunDirectory, resume: Resume | None) -> Path | None:
-        """Make the run directory ready; returns the checkpoint to continue, if any."""
-        launch = os.environ.get(LAUNCH)
-        # Processes that were started again after a failure find the directory as they left it, and may use it.
-        restarted = bool(self.world.maximum(directory.belongs_to(launch)))
-        with blame(self.config, "run"):
-            checkpoint = find_checkpoint(resume, directory.checkpoints, restarted=restarted)
-            if directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path)):
-                if self.recipe.run.if_exists == "refuse" and not restarted:
-                    raise ValueError(
-                        f"{directory.path} already holds a run; continue it with --resume, give this one another "
-                        "--run.name, or say --run.if_exists=replace"
-                    )
-                self.world.barrier()  # nobody may still be looking for what is deleted here
-                if self.world.is_main:
-                    directory.clear()
-            self.world.barrier()  # nobody may still be asking whose it is
-            directory.create(launch if self.world.is_main else None)
-        self.world.barrier()
-        return checkpoint
-
-    def _restore(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
-        if state["vocab_size"] != self.vocab_size:
-            raise ValueError(
-                f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {self.vocab_size}"
-            )
-        self.tensors.restore(checkpoint)
-        self.clock.load_state_dict(state["clock"])
-        self.recipe.batch.load_state_dict(state["batch"])
-        if "gradient_noise" in state:  # checkpoints of before noise was measured have none
-            self.noise.load_state_dict(state["gradient_noise"])
-        if state["loader"]["epoch_length"] != len(self.samples):
-            log.warning(
-                f"the data has {len(self.samples)} sequences, it had {state['loader']['epoch_length']}: "
-                "the order of samples is another from here on"
-            )
-        log.info(f"resumed from {checkpoint}: step {self.clock.step}, {self.clock.tokens} tokens")
+        """Write a checkpoint of everything the next step depends on; if that fails it is told, and training goes on."""
+        self.monitor.flush()  # no checkpoint is ahead of the metrics
+        step = self.clock.step
+        saved = self.store.save(step, self.tensors.collect(), state_of(self), self.config.to_toml())
+        if saved is not False:
+            log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.store.path(step)}")
 
     def _check_that_noise_shows(self) -> None:
         """Raises ValueError for a batch that follows the gradient and could never do so."""

@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "validation": "free",
     "checkpoint": "free",
     "metrics": "free",
+    "guard": "free",
     "import_paths": "free",
 }
 """The rule of a key is that of its longest prefix here; what nothing covers is warned about."""
@@ -69,51 +70,59 @@ def rule_of(key: str) -> Rule:
     return "warned"
 
 
-def find_checkpoint(resume: Resume | None, checkpoints: Path, *, restarted: bool = False) -> Path | None:
-    """The checkpoint to continue, if any; one that was `restarted` after a failure continues with its own newest.
+def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: bool = False) -> list[Path]:
+    """Checkpoints that may be continued, the last of which ought to be: the others are for when it is damaged.
 
-    Raises ValueError when there is not what was asked for, or when it would be overtaken by newer ones.
+    What was `restarted` after a failure continues with its own newest. Raises ValueError when there is not what was
+    asked for, or when it would be overtaken by newer ones.
     """
     own = complete_checkpoints(checkpoints)
     if restarted and own:
-        return own[-1]
+        return own
     if resume is None:
-        return None
+        return []
     if resume.path is None:
         if not own:
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
-        return own[-1]
+        return own
     try:
-        chosen = checkpoint_at(resume.path)
+        chosen = checkpoints_at(resume.path)
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
-    if chosen in own and chosen != own[-1]:
+    if chosen[-1] in own and chosen[-1] != own[-1]:
         raise ValueError(
-            f"--resume: {own[-1].name} is newer than {chosen.name} and would be overwritten; "
+            f"--resume: {own[-1].name} is newer than {chosen[-1].name} and would be overwritten; "
             "give the continued run a --run.name of its own, or move the newer checkpoints away"
         )
     return chosen
 
 
-def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that `path` is, or the newest one of the run directory that it is. Raises ValueError."""
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint that `path` is, or those of the run directory that it is, oldest first. Raises ValueError."""
     path = path.expanduser().absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is no directory")
     inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
-    chosen = inside[-1] if inside else path
-    if not (chosen / "state.json").exists():
+    if not ((inside[-1] if inside else path) / "state.json").exists():
         raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
-    return chosen
+    return inside or [path]
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest one of the run directory that it is. Raises ValueError."""
+    return checkpoints_at(path)[-1]
 
 
 def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset.
 
     A key that the file does not have, and nobody set since, is one that its component did not know yet: the default
-    is then what the component did without it.
+    is then what the component did without it. Raises ValueError if the file is damaged.
     """
-    stored = flatten(stored_in.read_text(encoding="utf-8"))
+    try:
+        stored = flatten(stored_in.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{stored_in} is damaged: {error}") from None
     current = flatten(config.to_toml(provenance=False))
     defaults = {key for key, leaf in config.leaves.items() if leaf.origin.where == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):
@@ -138,11 +147,7 @@ def refuse(checkpoint: Path, config: Config) -> None:
 
 
 def compare(checkpoint: Path, config: Config) -> None:
-    """Hold the configuration stored in `checkpoint` against this one: refuse what must not change, log what did.
-
-    Raises ConfigError with every refused change.
-    """
-    refuse(checkpoint, config)
+    """Log what this configuration has otherwise than the one stored in `checkpoint`, after `refuse`."""
     reshapes = False
     for key, before, now in changes(checkpoint / "config.toml", config):
         reshapes |= key == "training.total_tokens" or key.startswith("lr_schedule.")

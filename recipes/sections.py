@@ -38,6 +38,9 @@ class Run:
     """A Hugging Face directory to start from; unset: random weights. Says nothing to a run that is resumed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: CUDA if there is a GPU."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after the launch at which the run saves and stops, for queues that would kill it: leave room for a step
+    and a checkpoint. Unset: no limit."""
 
     @property
     def directory(self) -> Path:
@@ -64,7 +67,5 @@ class Training:
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
     accumulation: Accumulation = "auto"
     """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient norm that is not finite: stop the run, or leave that step's update out."""
     loader_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for memory-mapped tokens."""

@@ -4,6 +4,7 @@
         *.distcp, .metadata     tensors, resharded on load to whatever the new run looks like
         state.json              clock, batch policy: everything that is no tensor
         config.toml             the configuration that made it
+        manifest.json           size and SHA-256 of all of these
 
 A checkpoint is written aside (`.writing-step-00000123`), synced to the disk and renamed. A directory that bears its
 final name is therefore complete, and an interrupted save leaves only a name that no one reads. Saved asynchronously,
@@ -13,19 +14,21 @@ torch.distributed.checkpoint takes most of a second to import, so it is imported
 told before.
 """
 
-from components.checkpoint.errors import SaveError
+from components.checkpoint.manifest import DamagedError, verify
 from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, step_of, tensor_names
-from components.checkpoint.store import Checkpoint, CheckpointStore
+from components.checkpoint.store import Checkpoint, CheckpointStore, clean
 from components.checkpoint.training_tensors import TrainingTensors
 
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
-    "SaveError",
+    "DamagedError",
     "TrainingTensors",
+    "clean",
     "complete_checkpoints",
     "load_tensors",
     "read_state",
     "step_of",
     "tensor_names",
+    "verify",
 ]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from components.checkpoint.errors import SaveError
 from components.checkpoint.reading import ALONE_WARNING
 
 log = logging.getLogger("powertrain")
+
+_NOTEWORTHY_SECONDS = 10.0
 
 
 class Background:
@@ -40,48 +39,38 @@ class Background:
             )
         )
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: tuple[Path, Future[None]] | None = None
+        self._under_way: Future[bool] | None = None
 
-    def save(self, aside: Path, tensors: dict[str, Any], final: Path, complete: Callable[[], None]) -> None:
-        """Copy `tensors`, then return; in the thread write them to `aside` and call `complete`.
+    def start(self, tensors: dict[str, Any], write: Callable[[Any], bool]) -> None:
+        """Copy `tensors`, then return; in the thread `write` the copy, which tells whether it could.
 
         The copy is a snapshot also on the CPU, whose tensors training goes on to change in place.
         """
         staged = self._stager.stage(tensors)
-        self._under_way = final, self._thread.submit(self._write, aside, staged, final, complete)
+        self._under_way = self._thread.submit(write, staged)
 
-    def wait(self) -> None:
-        """Until no save is under way. Raises SaveError when the last one failed."""
+    def wait(self) -> bool | None:
+        """Until no save is under way; what the last `write` told, None if there was none since the last call."""
         if self._under_way is None:
-            return
-        final, future = self._under_way
-        self._under_way = None
-        try:
-            future.result()
-        except Exception as error:
-            raise SaveError(f"{final} could not be saved: {error}") from error
+            return None
+        future, self._under_way = self._under_way, None
+        waited_from = time.monotonic()
+        saved = future.result()
+        if (seconds := time.monotonic() - waited_from) > _NOTEWORTHY_SECONDS:
+            log.warning(
+                f"training waited {seconds:.0f} s for the checkpoint before: the disk is slower than "
+                "checkpoint.interval_steps asks for"
+            )
+        return saved
+
+    def maximum(self, value: int) -> int:
+        """The largest `value` of all processes, over a group that the training loop does not use."""
+        if self.group is not None:
+            tensor = torch.tensor(value)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            value = int(tensor)
+        return value
 
     def close(self) -> None:
         self._thread.shutdown()
         self._stager.close()
-
-    def _write(self, aside: Path, staged: Any, final: Path, complete: Callable[[], None]) -> None:
-        try:
-            dcp.save(staged, checkpoint_id=aside, process_group=self.group, no_dist=self.group is None)
-            complete()
-        except Exception as error:
-            log.error(f"{final} could not be saved: {error}")
-            with suppress(RuntimeError):  # the others may be gone
-                self._any_failed(True)
-            raise
-        if self._any_failed(False):
-            raise RuntimeError("another process failed; its message is with it")
-        log.info(f"saved {final}")
-
-    def _any_failed(self, failed: bool) -> bool:
-        """Whether it failed on any rank."""
-        if self.group is not None:
-            flag = torch.tensor(int(failed))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-            failed = bool(flag)
-        return failed

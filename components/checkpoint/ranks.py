@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -12,4 +13,15 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
-    def barrier(self) -> None: ...
+    def maximum(self, value: int) -> int: ...
+
+
+def together(work: Callable[[], None], maximum: Callable[[int], int]) -> None:
+    """`work()` on every rank, and none goes on before all have ended. An error on one is an error on all."""
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        failure = error
+    if maximum(int(failure is not None)):
+        raise failure or OSError("another process failed; its message is with it")

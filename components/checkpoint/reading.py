@@ -8,12 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-FORMAT = 1
-"""Version of the layout of a checkpoint. A reader refuses what is newer than itself."""
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+FORMAT = 2
+"""Version of the layout of a checkpoint. A reader refuses what is newer than itself. 2 has a manifest."""
 
 ALONE_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
+_LARGEST_STATE = 2**26
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -26,14 +30,17 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises ValueError when it is none, or newer than this code reads."""
+    path = checkpoint / "state.json"
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        if (size := path.stat().st_size) > _LARGEST_STATE:
+            raise ValueError(f"{size:,} bytes is no size for it")
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{checkpoint} is no checkpoint: it has no state.json") from None
-    except ValueError as error:
-        raise ValueError(f"{checkpoint / 'state.json'} is damaged: {error}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise ValueError(f"{checkpoint / 'state.json'} is damaged: it names no format")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(state, dict) or type(state.get("format")) is not int:
+        raise ValueError(f"{path} is damaged: it names no format")
     if state["format"] > FORMAT:
         raise ValueError(
             f"{checkpoint} has format {state['format']}; this version reads up to {FORMAT}: update Powertrain"
@@ -42,28 +49,36 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
-    """Fill `tensors` in place from `checkpoint`, each rank with its own shards.
+    """Fill `tensors` in place from `checkpoint`, each rank with its own shards. Executes nothing that is stored there.
 
     Raises ValueError for files that are damaged or hold other tensors.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from components.checkpoint.untrusted import UntrustedReader
+
     try:
         with single_process_is_fine():
-            dcp.load(tensors, checkpoint_id=checkpoint, no_dist=no_dist)
-    except (CheckpointException, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not no_dist:
+            dcp.load(tensors, storage_reader=UntrustedReader(checkpoint), no_dist=no_dist)
+    except CheckpointException as error:
+        raise ValueError(f"{checkpoint} is damaged, or not of this model: {first_failure(error)}") from error
+    except RuntimeError as error:
+        if not no_dist:
             raise  # another process may be gone
-        reason = next(iter(getattr(error, "failures", {}).values()), (error, None))[0]
-        raise ValueError(f"{checkpoint} is damaged, or not of this model: {reason}") from error
+        raise ValueError(f"{checkpoint} is damaged, or not of this model: {error}") from error
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
-    """Names of the tensors a checkpoint holds."""
-    import torch.distributed.checkpoint as dcp
+    """Names of the tensors a checkpoint holds. Raises ValueError for damaged metadata."""
+    from components.checkpoint.metadata import read_metadata
 
-    return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    return set(read_metadata(checkpoint).state_dict_metadata)
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """What one process met, of what torch.distributed.checkpoint gathered of all, with their tracebacks."""
+    return next((failure for failure, _ in error.failures.values()), error)
 
 
 def step_of(checkpoint: Path) -> int:

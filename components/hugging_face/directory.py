@@ -84,4 +84,3 @@ def _check_free(path: Path, force: bool) -> None:
         raise ValueError(f"{path} is not empty; name another directory, or replace this one with --force")
     if not (path / "config.json").is_file() or any(entry.is_dir() for entry in content):
         raise ValueError(f"{path} is no directory of a model, and --force does not replace it; remove it first")
-

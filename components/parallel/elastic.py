@@ -33,9 +33,11 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 LAUNCH = "POWERTRAIN_LAUNCH"
 """Environment variable: one value per launch, the same after a restart. A scheduler that requeues may set it."""
+_LAUNCHED_AT = "POWERTRAIN_LAUNCHED_AT"
+"""Environment variable of the workers: when the launcher began, in seconds since the epoch."""
 _ENDS = "POWERTRAIN_ENDS"
 """Environment variable of the workers: a folder in which they leave the status they end with."""
-_ONE_REQUEST_SECONDS = 2.0
+_ONE_REQUEST_SECONDS = 1.0
 """Signals this close together are one request: a scheduler may signal a launcher in more than one way."""
 _PATIENCE_SECONDS = 900
 """How long the nodes of a run wait for each other: the slowest may first have to set up its environment."""
@@ -85,6 +87,7 @@ def run_workers(command: Sequence[str], node: Node) -> int:
         ends.mkdir()
         os.environ[_ENDS] = str(ends)
         os.environ.setdefault(LAUNCH, uuid.uuid4().hex)
+        os.environ[_LAUNCHED_AT] = str(time.time())
         try:
             rendezvous = get_rendezvous_handler(node.rendezvous())
             try:
@@ -131,6 +134,7 @@ class Agent(LocalElasticAgent):
         started: dict[int, Any] = super()._start_workers(worker_group)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._pass_on)  # in place of the agent's own, which stops the workers itself
+        signal.signal(signal.SIGUSR1, self._tell_workers)
         if self._signalled:  # while they were being started again: there is nothing new to save
             raise SignalException("signalled during a restart", signal.Signals(self._signalled))
         return started
@@ -143,6 +147,9 @@ class Agent(LocalElasticAgent):
         if self._signalled:
             return
         self._signalled, self._signalled_at = number, now
+        self._tell_workers(number, frame)
+
+    def _tell_workers(self, number: int, frame: FrameType | None) -> None:
         for worker in self.get_worker_group().workers:
             with suppress(ProcessLookupError):
                 os.kill(worker.id, number)
@@ -174,6 +181,11 @@ class Agent(LocalElasticAgent):
             status, _, message = file.read_text(encoding="utf-8").partition("\n")
             ends[int(file.name)] = int(status), message
         return ends
+
+
+def launched_at() -> float:
+    """When the run was launched, in seconds since the epoch: a restart of its processes does not count."""
+    return float(os.environ.get(_LAUNCHED_AT) or time.time())
 
 
 def follow_launcher() -> None:

@@ -80,7 +80,7 @@ class World:
     def main_first(self, work: Callable[[], T]) -> T:
         """`work()` on the main process, then on the others, which find what it left. An error on one is raised on all.
 
-        For work whose result is kept on disk, such as preparing data.
+        For work whose result is kept on disk, such as preparing data. Bad input on one process is bad input on all.
         """
         if self.size == 1:
             return work()
@@ -88,13 +88,17 @@ class World:
         failure: Exception | None = None
         if self.is_main:
             result, failure = _attempt(work)
-        if self.maximum(int(failure is not None)):
-            raise failure or RuntimeError("the main process failed; its message is above")
+        self._raise_if_any(failure, "the main process")
         if not self.is_main:
             result, failure = _attempt(work)
-        if self.maximum(int(failure is not None)):
-            raise failure or RuntimeError("another process failed; its message is above")
+        self._raise_if_any(failure, "another process")
         return result  # type: ignore[return-value]
+
+    def _raise_if_any(self, failure: Exception | None, who: str) -> None:
+        kind = self.maximum(0 if failure is None else 1 if isinstance(failure, (ValueError, OSError)) else 2)
+        if kind:
+            message = f"{who} failed; its message is with it"
+            raise failure or (ValueError if kind == 1 else RuntimeError)(message)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

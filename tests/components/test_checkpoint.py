@@ -10,7 +10,6 @@ from components.checkpoint import (
     Checkpoint,
     CheckpointStore,
     TrainingTensors,
-    complete_checkpoints,
     load_tensors,
     read_state,
 )
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.quick
 class Alone:
     rank, size, is_main = 0, 1, True
 
-    def barrier(self) -> None:
-        pass
+    def maximum(self, value: int) -> int:
+        return value
 
 
 def training(seed: int, tied: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -50,14 +49,14 @@ def test_training_continues_bitwise(tmp_path, tied):
     for seed in range(3):
         step(model, optimizer, seed)
     store = CheckpointStore(tmp_path, Alone())
-    saved = store.save(3, TrainingTensors(model, optimizer, Alone()).collect(), {"clock": {}}, "a = 1\n")
+    assert store.save(3, TrainingTensors(model, optimizer, Alone()).collect(), {"clock": {}}, "a = 1\n")
     drawn = torch.rand(5)
     for seed in range(3, 6):
         step(model, optimizer, seed)
 
     resumed, resumed_optimizer = training(99, tied)
     torch.manual_seed(123)
-    TrainingTensors(resumed, resumed_optimizer, Alone()).restore(saved)
+    TrainingTensors(resumed, resumed_optimizer, Alone()).restore(store.path(3))
     assert torch.equal(torch.rand(5), drawn), "the random state is part of the checkpoint"
     for seed in range(3, 6):
         step(resumed, resumed_optimizer, seed)
@@ -68,28 +67,34 @@ def test_training_continues_bitwise(tmp_path, tied):
     ]
 
 
-def test_a_save_that_dies_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
     store = CheckpointStore(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
-    for dies_in in ("components.checkpoint.store._write_synced", "torch.distributed.checkpoint.save"):
+    for dies_in in (
+        "components.checkpoint.store.write_synced",
+        "torch.distributed.checkpoint.save",
+        "pathlib.Path.rename",
+    ):
 
         def die(*args, **kwargs):
             raise OSError("No space left on device")
 
         with monkeypatch.context() as patch:
             patch.setattr(dies_in, die)
-            with pytest.raises(OSError, match="No space"):
-                store.save(2, tensors, {}, "")
-        assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
-    store.clean()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+            assert store.save(2, tensors, {}, "") is False
+        assert "step-00000002 could not be saved: No space left on device" in caplog.text
+        caplog.clear()
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert (store.saved_step, store.failed_steps) == (1, [2, 2, 2])
+    assert store.save(3, tensors, {}, ""), "a disk that has room again is used again"
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
     store = CheckpointStore(tmp_path, Alone())
     for value in (1.0, 2.0):
-        path = store.save(5, {"x": torch.full((3,), value)}, {"value": value}, "")
+        store.save(5, {"x": torch.full((3,), value)}, {"value": value}, "")
+    path = store.path(5)
     loaded = {"x": torch.zeros(3)}
     load_tensors(path, loaded, no_dist=True)
     assert loaded["x"].tolist() == [2.0] * 3
@@ -117,7 +122,7 @@ def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
         (None, "no checkpoint"),
         ("{", "damaged"),
         ("[]", "names no format"),
-        (json.dumps({"format": 99}), "format 99; this version reads up to 1"),
+        (json.dumps({"format": 99}), "format 99; this version reads up to 2"),
     ],
 )
 def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):

@@ -14,8 +14,9 @@ import pytest
 from components.batch.constant import Constant
 from components.train_step import TrainStep
 from recipes import launch
+from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
-from recipes.pretrain import NonFiniteError, Pretrain, TrainingRun
+from recipes.pretrain import Pretrain, TrainingRun
 from tests.end_to_end.test_resume import timeless
 
 FROM = 6

@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_loses_nothing(tiny,
     output = capsys.readouterr()
     assert "step 3 (samples 16 to 23): loss nan" in output.out
     assert str(tiny.checkpoint(2)) in output.out
-    assert "--training.on_nonfinite=skip" in output.out
+    assert "--guard.on_nonfinite=skip" in output.out
     assert "Traceback" not in output.out + output.err
     assert tiny.checkpoint(2).is_dir()
     assert [row["step"] for row in tiny.rows()] == [1, 2]
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_loses_nothing(tiny,
 def test_a_loss_that_is_not_finite_can_be_stepped_over(tiny, capsys):
     (tiny.folder / "poison.py").write_text(POISON)
     arguments = ["--model.use=poison:Poisoned", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
-    arguments += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--training.on_nonfinite=skip"]
+    arguments += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--guard.on_nonfinite=skip"]
     assert tiny.launch(*arguments) == 0
     assert "step 3 (samples 16 to 23): loss nan" in capsys.readouterr().out
     steps = [row for row in tiny.rows() if "lr" in row]

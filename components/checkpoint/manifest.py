@@ -1,0 +1,105 @@
+"""manifest.json: size and SHA-256 of every file of a checkpoint, by which damage is found before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from components.checkpoint.reading import read_state
+from components.durable import write_synced
+
+MANIFEST = "manifest.json"
+_LARGEST_BYTES = 2**26
+_BLOCK_BYTES = 2**22
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved; the message names the file and what is wrong with it."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bytes: Annotated[int, Field(ge=0, lt=2**62)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}$")], _File]
+
+
+def write_part(directory: Path, rank: int) -> None:
+    """Note what `rank` wrote into `directory`, for `write_manifest`. The tensor files of a rank begin with its number.
+
+    Each process reads what it wrote itself: that is in its machine's memory still, and the work is divided.
+    """
+    files = {path.name: _describe(path) for path in directory.glob(f"__{rank}_*")}
+    write_synced(_part(directory, rank), _Manifest(files=files).model_dump_json())
+
+
+def write_manifest(directory: Path, ranks: int) -> None:
+    """Put together what the ranks have noted, and add the files that are nobody's. Call when all else is there."""
+    files: dict[str, _File] = {}
+    for rank in range(ranks):
+        part = _part(directory, rank)
+        files |= _Manifest.model_validate_json(part.read_bytes()).files
+        part.unlink()
+    for path in directory.iterdir():
+        if path.name not in files:
+            files[path.name] = _describe(path)
+    write_synced(directory / MANIFEST, _Manifest(files=dict(sorted(files.items()))).model_dump_json(indent=1))
+
+
+def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
+    """Hold every file of `checkpoint` against its manifest; of several `ranks` each reads its share.
+
+    Raises DamagedError. Checkpoints of format 1 have no manifest; that they can be read is all that is known of them.
+    """
+    state = read_state(checkpoint)
+    path = checkpoint / MANIFEST
+    if state["format"] == 1 and not path.exists():
+        return
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
+        files = _Manifest.model_validate_json(path.read_bytes()).files
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, OSError) as error:
+        raise DamagedError(f"{path} is damaged: {error}") from None
+    if missing := {"state.json", "config.toml", ".metadata"} - files.keys():
+        raise DamagedError(f"{path} is damaged: it does not name {min(missing)}")
+    for name, described in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        if (size := file.stat().st_size) != described.bytes:
+            raise DamagedError(f"{file} has {size:,} bytes where {described.bytes:,} were written")
+    for name in sorted(files)[rank::ranks]:
+        try:
+            found = _describe(checkpoint / name)
+        except OSError as error:
+            raise DamagedError(f"{checkpoint / name} cannot be read: {error.strerror or error}") from None
+        if found != files[name]:
+            raise DamagedError(f"{checkpoint / name} was altered: its SHA-256 is not the one that was written")
+
+
+def _describe(path: Path) -> _File:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return _File(bytes=size, sha256=digest.hexdigest())
+
+
+def _part(directory: Path, rank: int) -> Path:
+    return directory / f".manifest-{rank}"

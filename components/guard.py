@@ -1,0 +1,108 @@
+"""[guard]: steps whose loss or gradient is bad are recognised before they touch the parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from components.quantities import PositiveCount
+
+Action = Literal["stop", "skip", "roll_back"]
+
+_LEAST_DEVIATION = 1e-3
+"""Of the mean: a loss that has hardly moved so far is not to be held to rounding errors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """[guard]: what becomes of a step whose numbers are not finite, or whose loss leaps up.
+
+    stop: end the run. skip: leave the update of that step out. roll_back: besides, return parameters and optimizer to
+    the newest checkpoint, while the data goes on after the samples of the bad step (PaLM, arXiv 2204.02311, 5.1).
+    """
+
+    on_nonfinite: Action = "stop"
+    """A loss or gradient norm that is not finite."""
+    on_spike: Action | None = None
+    """A loss above `spike_deviations`; unset: such a step is one like any other."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 6.0
+    """Standard deviations above the mean of the steps before that make a loss a spike."""
+    spike_memory_steps: PositiveCount = 100
+    """Steps after which a loss has lost 63 % of its weight in mean and deviation, and before which none is a spike."""
+    max_consecutive: PositiveCount = 10
+    """Bad steps in a row that end the run, whatever else is said."""
+
+    def build(self) -> StepGuard:
+        return StepGuard(self)
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """Why a step is not to be trusted, and what to do."""
+
+    action: Action
+    finite: bool
+    why: str
+    """Its numbers in words."""
+
+
+@dataclass
+class StepGuard:
+    """Judges every step from numbers that are equal on all ranks. What is bad never enters what it compares with."""
+
+    rules: Guard
+    consecutive: int = field(default=0, init=False)
+    """Bad steps since the last good one."""
+    _mean: float = field(default=0.0, init=False)
+    _variance: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    def judge(self, loss: float, grad_norm: float) -> BadStep | None:
+        """What is wrong with a step of this mean loss and gradient norm; None: nothing."""
+        bad = self._bad(loss, grad_norm)
+        if bad is None:
+            self.consecutive = 0
+            self._remember(loss)
+            return None
+        self.consecutive += 1
+        if self.consecutive >= self.rules.max_consecutive and bad.action != "stop":
+            why = f"{bad.why}; bad steps in a row: {self.consecutive}, which is guard.max_consecutive"
+            return BadStep("stop", bad.finite, why)
+        return bad
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "consecutive": self.consecutive,
+            "mean": self._mean,
+            "variance": self._variance,
+            "steps": self._steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.consecutive, self._steps = int(state["consecutive"]), int(state["steps"])
+        self._mean, self._variance = float(state["mean"]), float(state["variance"])
+
+    def _bad(self, loss: float, grad_norm: float) -> BadStep | None:
+        numbers = f"loss {loss:.6g}, gradient norm {grad_norm:.6g}"
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return BadStep(self.rules.on_nonfinite, False, numbers)
+        if self.rules.on_spike is None or self._steps < self.rules.spike_memory_steps:
+            return None
+        deviation = max(math.sqrt(self._variance), _LEAST_DEVIATION * abs(self._mean))
+        above = (loss - self._mean) / deviation if deviation else 0.0
+        if above <= self.rules.spike_deviations:
+            return None
+        return BadStep(
+            self.rules.on_spike, True, f"{numbers}, {above:.3g} standard deviations above the mean of {self._mean:.6g}"
+        )
+
+    def _remember(self, loss: float) -> None:
+        """Exponential mean and variance (West 1979), of all steps alike while they are few."""
+        self._steps += 1
+        share = max(1 / self._steps, 1 - math.exp(-1 / self.rules.spike_memory_steps))
+        off = loss - self._mean
+        self._mean += share * off
+        self._variance = (1 - share) * (self._variance + share * off * off)

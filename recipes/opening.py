@@ -1,0 +1,107 @@
+"""Making the run directory ready: whose it is, what dead runs left in it, and which checkpoint is continued."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from components.checkpoint import DamagedError, clean, verify
+from components.durable import replace_file
+from components.parallel.elastic import LAUNCH
+from components.parallel.world import World
+from components.run_directory import RunDirectory
+from recipes.config import Config
+from recipes.errors import blame
+from recipes.resume import Resume, find_checkpoints, refuse
+
+
+@dataclass
+class Opened:
+    """A run directory that is ready."""
+
+    checkpoint: Path | None
+    """The one to continue."""
+    warnings: list[str] = field(default_factory=list)
+    """What there is to tell, once there is a log to tell it in."""
+
+
+def open_run(
+    directory: RunDirectory, config: Config, resume: Resume | None, world: World, cleanup: ExitStack
+) -> Opened:
+    """Take the directory until `cleanup`, and store the configuration in it. Every rank calls it.
+
+    Raises ConfigError where the run may not begin: another one is in it, or it holds one that is not to be continued.
+    """
+    launch = os.environ.get(LAUNCH)
+
+    def take() -> None:
+        if world.is_main:
+            cleanup.enter_context(directory.held())
+            clean(directory.checkpoints)
+
+    with blame(config, "run"):
+        world.main_first(take)
+        # Processes that were started again after a failure find the directory as they left it, and may use it.
+        restarted = bool(world.maximum(directory.belongs_to(launch)))
+        opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
+        checkpoint = opened.checkpoint
+        replaces = directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path))
+        if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
+            raise ValueError(
+                f"{directory.path} already holds a run; continue it with --resume, give this one another "
+                "--run.name, or say --run.if_exists=replace"
+            )
+        if checkpoint is not None:
+            refuse(checkpoint, config)
+
+    def prepare() -> None:
+        if world.is_main:
+            if replaces:
+                directory.clear()
+            directory.stop.unlink(missing_ok=True)  # it was meant for a run before
+            replace_file(directory.config, config.to_toml())
+            if launch is not None:
+                directory.remember(launch)
+
+    with blame(config, "run"):
+        world.main_first(prepare)
+    return opened
+
+
+def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> Path | None:
+    """The last of `candidates` whose content is what was saved; of each that is not, `warnings` gets a line.
+
+    All ranks read their share of it, and find the same.
+    """
+    for checkpoint in reversed(candidates):
+        damage = ""
+        try:
+            verify(checkpoint, rank=world.rank, ranks=world.size)
+        except DamagedError as error:
+            damage = str(error)
+        if not world.maximum(int(bool(damage))):
+            return checkpoint
+        warnings.append(f"{damage or f'{checkpoint} is damaged'}; taking the checkpoint before it")
+    return None
+
+
+def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Opened:
+    if not candidates:
+        return Opened(None)
+    warnings: list[str] = []
+    checkpoint = newest_sound(candidates, world, warnings)
+    if checkpoint is None:
+        first = warnings[0].partition("; taking")[0]
+        others = len(candidates) - 1
+        raise ValueError(f"--resume: {first}" + (f"; so are the {others} before it" if others else ""))
+
+    def set_aside() -> None:
+        """Under its name a damaged one would be the newest, for which sound ones are removed in their turn."""
+        if world.is_main and checkpoint.parent == directory.checkpoints:
+            for damaged in candidates[candidates.index(checkpoint) + 1 :]:
+                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+
+    world.main_first(set_aside)
+    return Opened(checkpoint, warnings)

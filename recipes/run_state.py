@@ -1,0 +1,102 @@
+"""What a run puts into a checkpoint beside its tensors, and how it comes back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from components.checkpoint import read_state
+
+if TYPE_CHECKING:
+    from recipes.pretrain import TrainingRun
+
+log = logging.getLogger("powertrain")
+
+_Number = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Clock(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    step: _Number
+    samples: _Number
+    tokens: _Number
+
+
+class _Loader(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    epoch_length: Annotated[int, Field(ge=1, lt=2**62)]
+
+
+class _State(BaseModel):
+    """Of state.json what is read outside the component that wrote it."""
+
+    model_config = ConfigDict(strict=True)
+
+    clock: _Clock
+    batch: dict[str, Any]
+    loader: _Loader
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of the checkpoint of a run. Raises ValueError when it is none, damaged or too new."""
+    state = read_state(checkpoint)
+    try:
+        _State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{checkpoint / 'state.json'} is damaged: {where}: {first['msg']}") from None
+    return state
+
+
+def state_of(run: TrainingRun) -> dict[str, Any]:
+    """Everything the next step depends on that is no tensor, as JSON."""
+    return {
+        "clock": run.clock.state_dict(),
+        "batch": dict(run.recipe.batch.state_dict()),
+        "gradient_noise": run.noise.state_dict(),
+        "guard": run.guard.state_dict(),
+        "loader": {"cursor": run.clock.samples, "epoch_length": len(run.samples)},
+        "vocab_size": run.vocab_size,
+        "world_size": run.world.size,
+    }
+
+
+def restore(run: TrainingRun, checkpoint: Path) -> None:
+    """Continue from `checkpoint`. Raises ValueError if it is damaged, or not of this model."""
+    state = read_run_state(checkpoint)
+    if state["vocab_size"] != run.vocab_size:
+        raise ValueError(f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {run.vocab_size}")
+    run.tensors.restore(checkpoint)
+    run.clock.load_state_dict(state["clock"])
+    _restore_parts(run, checkpoint, state)
+    if state["loader"]["epoch_length"] != len(run.samples):
+        log.warning(
+            f"the data has {len(run.samples)} sequences, it had {state['loader']['epoch_length']}: "
+            "the order of samples is another from here on"
+        )
+    log.info(f"resumed from {checkpoint}: step {run.clock.step}, {run.clock.tokens} tokens")
+
+
+def roll_back(run: TrainingRun, checkpoint: Path) -> None:
+    """Parameters, optimizer and batch become those of `checkpoint`; clock and data go on from where they are."""
+    consecutive = run.guard.consecutive
+    run.tensors.restore(checkpoint)
+    _restore_parts(run, checkpoint, read_run_state(checkpoint))
+    run.guard.consecutive = consecutive
+
+
+def _restore_parts(run: TrainingRun, checkpoint: Path, state: dict[str, Any]) -> None:
+    try:
+        run.recipe.batch.load_state_dict(state["batch"])
+        for name, part in (("gradient_noise", run.noise), ("guard", run.guard)):
+            if name in state:  # checkpoints of before there was one have none
+                part.load_state_dict(state[name])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{checkpoint / 'state.json'} is damaged: {type(error).__name__} {error}") from None
