@@ -10,12 +10,13 @@ from typing import Annotated
 from pydantic import Field
 
 from components.batch.layout import BatchLayout
+from components.checkpoint import verify
 from components.clock import Clock
 from components.quantities import PositiveCount
-from recipes.config import load
 from recipes.contracts import FollowsSchedule
 from recipes.resume import checkpoint_at
 from recipes.run_state import read_run_state
+from recipes.stored_config import stored_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +61,17 @@ def find_start(branches: Branches, layout: BatchLayout) -> Start:
     """Raises ValueError, at the key it names, where nothing can begin."""
     try:
         checkpoint = complete_checkpoint(branches.checkpoint)
+        verify(checkpoint)
         state = read_run_state(checkpoint)
     except ValueError as error:
         raise ValueError(f"checkpoint: {error}") from None
     batch, lr = branches.batch, branches.lr
     if batch is None or lr is None:
-        run = load(checkpoint / "config.toml").recipe
+        try:
+            run = stored_config(checkpoint).recipe
+        except ValueError as error:
+            without = str(error).replace("say --trust-code", "set batch and lr instead")
+            raise ValueError(f"checkpoint: {without}") from None
         clock = Clock(run.training.total_tokens, run.training.sequence_length)
         clock.load_state_dict(state["clock"])
         if batch is None:

@@ -29,3 +29,16 @@ def blame(config: Config, path: str) -> Iterator[None]:
         if match and f"{path}.{match.group(1)}" in config.leaves:
             path, message = f"{path}.{match.group(1)}", message[match.end() :]
         raise ConfigError([config.problem(path, message)]) from error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to turn down, if `error` says that memory has run out; None for any other."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError):
+        where = "the GPU" if "CUDA" in text else "this machine"
+        return (
+            f"{where} has run out of memory; halve training.micro_batch_size (the batch stays as it is), set "
+            'training.activation_checkpoint = "full", shorten training.sequence_length, or shard over more processes. '
+            "--dry-run reckons what is needed. What was saved is not lost: --resume continues"
+        )
+    return None

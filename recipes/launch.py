@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.config import Config, ConfigError, Override, load
-from recipes.errors import RunError, blame
+from recipes.errors import RunError, blame, out_of_memory
 
 log = logging.getLogger("powertrain")
 
@@ -155,6 +156,8 @@ def start_workers(count: Processes, environment: Mapping[str, str], arguments: S
 
 def main(arguments: Sequence[str]) -> int:
     status, message = 0, ""
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
     if in_worker():
         from components.parallel.elastic import follow_launcher
 
@@ -236,6 +239,8 @@ def start_recipe(config: Config, command: Command) -> int:
         raise
     except ConfigError:
         raise
-    except Exception:
+    except Exception as error:
+        if (remedy := out_of_memory(error)) is not None:
+            raise ConfigError([config.problem("training.micro_batch_size", remedy)]) from error
         log.critical("the run crashed; the traceback is in log.txt, too", exc_info=True)
         raise

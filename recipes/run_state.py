@@ -51,7 +51,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{checkpoint / 'state.json'} is damaged: {where}: {first['msg']}") from None
+        raise ValueError(f"{checkpoint} is damaged: state.json: {where}: {first['msg']}") from None
     return state
 
 
@@ -99,4 +99,4 @@ def _restore_parts(run: TrainingRun, checkpoint: Path, state: dict[str, Any]) ->
             if name in state:  # checkpoints of before there was one have none
                 part.load_state_dict(state[name])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{checkpoint / 'state.json'} is damaged: {type(error).__name__} {error}") from None
+        raise ValueError(f"{checkpoint} is damaged: state.json: {type(error).__name__} {error}") from None

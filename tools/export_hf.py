@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checkpoint import load_tensors, read_state
+from components.checkpoint import load_tensors, verify
 from components.hugging_face import Described, new_directory, parse_bytes, write_json, write_weights
 from components.tokenizers.hugging_face import save
 from models.hf_architectures import architecture_of
-from recipes.config import Config, ConfigError, load
+from recipes.config import Config, ConfigError
 from recipes.resume import checkpoint_at
+from recipes.run_state import read_run_state
+from recipes.stored_config import stored_config
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="the directory to write")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they were saved)")
     parser.add_argument("--max-shard-size", default="5GB", help="the most one file of weights holds (default: 5GB)")
+    parser.add_argument("--trust-code", action="store_true", help="import code of its own that CHECKPOINT names")
     parser.add_argument("--force", action="store_true", help="replace the model that OUTPUT holds")
     options = parser.parse_args(arguments)
     try:
@@ -42,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=DTYPES[options.dtype] if options.dtype else None,
             max_shard_bytes=parse_bytes(options.max_shard_size),
             force=options.force,
+            trust_code=options.trust_code,
         )
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -52,15 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(
-    checkpoint: Path, output: Path, *, dtype: torch.dtype | None, max_shard_bytes: int, force: bool = False
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    force: bool = False,
+    trust_code: bool = False,
 ) -> list[str]:
     """Write the model of `checkpoint` as `output`; returns what there is to note.
 
     Raises ValueError, ConfigError or OSError with what is wrong.
     """
     checkpoint = checkpoint_at(checkpoint)
-    state = read_state(checkpoint)
-    config = load(checkpoint / "config.toml")
+    verify(checkpoint)
+    state = read_run_state(checkpoint)
+    config = stored_config(checkpoint, trust_code=trust_code)
     with torch.device("meta"):
         model = config.recipe.model.build(
             vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length

@@ -14,8 +14,15 @@ torch.distributed.checkpoint takes most of a second to import, so it is imported
 told before.
 """
 
-from components.checkpoint.manifest import DamagedError, verify
-from components.checkpoint.reading import complete_checkpoints, load_tensors, read_state, step_of, tensor_names
+from components.checkpoint.manifest import verify
+from components.checkpoint.reading import (
+    DamagedError,
+    complete_checkpoints,
+    load_tensors,
+    read_state,
+    step_of,
+    tensor_names,
+)
 from components.checkpoint.store import Checkpoint, CheckpointStore, clean
 from components.checkpoint.training_tensors import TrainingTensors
 

@@ -8,16 +8,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.checkpoint.reading import read_state
+from components.checkpoint.reading import DamagedError, read_state
 from components.durable import write_synced
 
 MANIFEST = "manifest.json"
 _LARGEST_BYTES = 2**26
 _BLOCK_BYTES = 2**22
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not what was saved; the message names the file and what is wrong with it."""
 
 
 class _File(BaseModel):
@@ -58,7 +54,7 @@ def write_manifest(directory: Path, ranks: int) -> None:
 def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     """Hold every file of `checkpoint` against its manifest; of several `ranks` each reads its share.
 
-    Raises DamagedError. Checkpoints of format 1 have no manifest; that they can be read is all that is known of them.
+    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; that they can be read is all that is known of them.
     """
     state = read_state(checkpoint)
     path = checkpoint / MANIFEST
@@ -69,27 +65,32 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
             raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
         files = _Manifest.model_validate_json(path.read_bytes()).files
     except FileNotFoundError:
-        raise DamagedError(f"{path} is missing") from None
+        raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise DamagedError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise _damaged(checkpoint, f"{MANIFEST}: {where}: {first['msg']}") from None
     except (ValueError, OSError) as error:
-        raise DamagedError(f"{path} is damaged: {error}") from None
+        raise _damaged(checkpoint, f"{MANIFEST}: {error}") from None
     if missing := {"state.json", "config.toml", ".metadata"} - files.keys():
-        raise DamagedError(f"{path} is damaged: it does not name {min(missing)}")
+        raise _damaged(checkpoint, f"{MANIFEST} does not name {min(missing)}")
     for name, described in files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise DamagedError(f"{file} is missing")
+            raise _damaged(checkpoint, f"{name} is missing")
         if (size := file.stat().st_size) != described.bytes:
-            raise DamagedError(f"{file} has {size:,} bytes where {described.bytes:,} were written")
+            raise _damaged(checkpoint, f"{name} has {size:,} bytes where {described.bytes:,} were written")
     for name in sorted(files)[rank::ranks]:
         try:
             found = _describe(checkpoint / name)
         except OSError as error:
-            raise DamagedError(f"{checkpoint / name} cannot be read: {error.strerror or error}") from None
+            raise _damaged(checkpoint, f"{name} cannot be read: {error.strerror or error}") from None
         if found != files[name]:
-            raise DamagedError(f"{checkpoint / name} was altered: its SHA-256 is not the one that was written")
+            raise _damaged(checkpoint, f"{name} is not what was written: its SHA-256 is another")
+
+
+def _damaged(checkpoint: Path, why: str) -> DamagedError:
+    return DamagedError(f"{checkpoint} is damaged: {why}")
 
 
 def _describe(path: Path) -> _File:

@@ -21,6 +21,10 @@ _LARGEST_STATE = 2**26
 _NAME = re.compile(r"step-(\d{8,})")
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved; the message names the file and what is wrong with it."""
+
+
 def complete_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first."""
     if not directory.is_dir():
@@ -29,18 +33,18 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises ValueError when it is none, or newer than this code reads."""
+    """`state.json` of a checkpoint. Raises DamagedError when it is none, ValueError when this code is too old for it."""
     path = checkpoint / "state.json"
     try:
         if (size := path.stat().st_size) > _LARGEST_STATE:
             raise ValueError(f"{size:,} bytes is no size for it")
         state = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{checkpoint} is no checkpoint: it has no state.json") from None
+        raise DamagedError(f"{checkpoint} is no checkpoint: it has no state.json") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise DamagedError(f"{checkpoint} is damaged: state.json: {error}") from None
     if not isinstance(state, dict) or type(state.get("format")) is not int:
-        raise ValueError(f"{path} is damaged: it names no format")
+        raise DamagedError(f"{checkpoint} is damaged: state.json names no format")
     if state["format"] > FORMAT:
         raise ValueError(
             f"{checkpoint} has format {state['format']}; this version reads up to {FORMAT}: update Powertrain"

@@ -53,10 +53,12 @@ def load(
     cwd: Path | None = None,
     default_recipe: str = "recipes.pretrain:Pretrain",
     extra_checks: Checks | None = None,
+    own_code: bool = True,
 ) -> Config:
     """The configuration in the file at `path`, under `overrides`. Raises ConfigError with all that is wrong.
 
     Relative paths on the command line, and in defaults, are relative to `cwd`; those in a file, to that file.
+    Modules of one's own are found beside the file and in `cwd`, unless `own_code` is false.
     `extra_checks` joins the recipe's own `check()`.
     """
     cwd = (cwd or Path.cwd()).absolute()
@@ -68,10 +70,8 @@ def load(
         raise ConfigError(reader.problems)
     assert isinstance(table, Table)
 
-    folders = [
-        *reader.import_paths,
-        *(folder for folder in (*reader.folders, cwd) if folder not in reader.import_paths),
-    ]
+    beside = (*reader.folders, cwd) if own_code else ()
+    folders = [*reader.import_paths, *(folder for folder in beside if folder not in reader.import_paths)]
     return resolve(
         table,
         folders,
