@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from components.checkpoint import complete_checkpoints, read_state, step_of
 from components.quantities import format_count
-from recipes.config import Config, ConfigError, flatten, load
+from recipes.config import Config, ConfigError, flatten
 from recipes.config.tree import DEFAULT
+from recipes.stored_config import stored_config
 
 log = logging.getLogger("powertrain")
 
@@ -166,7 +167,7 @@ def another_past(checkpoint: Path, config: Config) -> str | None:
     where the schedule is of another kind altogether, or cannot be made any more.
     """
     try:
-        old, clock = load(checkpoint / "config.toml").recipe, read_state(checkpoint)["clock"]
+        old, clock = stored_config(checkpoint, like=config).recipe, read_state(checkpoint)["clock"]
     except (ConfigError, ValueError):  # what is damaged is told where it is needed
         return None
     new = config.recipe

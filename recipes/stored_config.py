@@ -13,19 +13,25 @@ OURS = ("components.", "models.", "recipes.")
 _LARGEST_BYTES = 2**22
 
 
-def stored_config(checkpoint: Path, overrides: Sequence[Override] = (), *, trust_code: bool = False) -> Config:
+def stored_config(
+    checkpoint: Path, overrides: Sequence[Override] = (), *, trust_code: bool = False, like: Config | None = None
+) -> Config:
     """The configuration in `checkpoint`, under `overrides`.
 
-    Unless its code is trusted it may name none but this project's, and nothing is searched for beside it. Raises
-    ValueError for one that does, ConfigError for one that is no configuration.
+    Unless its code is trusted it may name none but this project's and that of `like`, the user's own recipe, which was
+    imported already; nothing is searched for beside it. Raises ValueError for one that does, ConfigError for one that
+    is no configuration.
     """
     path = checkpoint / "config.toml"
     if not trust_code:
-        _check(path, {override.path for override in overrides})
+        leaves = like.leaves if like is not None else {}
+        known = [leaf.value for key, leaf in leaves.items() if _names_code(key)]
+        places = leaves["import_paths"].value if "import_paths" in leaves else []
+        _check(path, {override.path for override in overrides}, known, places)
     return load(path, overrides, own_code=trust_code)
 
 
-def _check(path: Path, overridden: set[str]) -> None:
+def _check(path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object]) -> None:
     try:
         if (size := path.stat().st_size) > _LARGEST_BYTES:
             raise ValueError(f"{size:,} bytes is no size for it")
@@ -33,16 +39,18 @@ def _check(path: Path, overridden: set[str]) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():
-        last = key.rpartition(".")[2]
-        if key in overridden:
-            continue
-        if (last == "use" or key == "recipe") and not _is_ours(value):
+        if _names_code(key) and key not in overridden and value not in known and not _is_ours(value):
             raise ValueError(
                 f"{path} names code that is not of this project, {key} = {value!r}, and would run it; if you trust "
                 "where it comes from, say --trust-code"
             )
-        if key in ("import_paths", "extends"):
+        elsewhere = key == "import_paths" and not (isinstance(value, list) and all(place in places for place in value))
+        if elsewhere or key == "extends":
             raise ValueError(f"{path} names other places to read from, {key}; if you trust it, say --trust-code")
+
+
+def _names_code(key: str) -> bool:
+    return key == "recipe" or key.rpartition(".")[2] == "use"
 
 
 def _is_ours(use: object) -> bool:

@@ -54,7 +54,8 @@ def write_manifest(directory: Path, ranks: int) -> None:
 def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     """Hold every file of `checkpoint` against its manifest; of several `ranks` each reads its share.
 
-    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; that they can be read is all that is known of them.
+    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; that they can be
+    read is all that is known of them.
     """
     state = read_state(checkpoint)
     path = checkpoint / MANIFEST

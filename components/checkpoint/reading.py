@@ -33,7 +33,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint. Raises DamagedError when it is none, ValueError when this code is too old for it."""
+    """`state.json` of a checkpoint. Raises DamagedError if it is none, ValueError if this code is too old."""
     path = checkpoint / "state.json"
     try:
         if (size := path.stat().st_size) > _LARGEST_STATE:
