@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -46,6 +47,11 @@ class Device:
     memory_bytes: int
 
 
+def _of_device(plain: str, table: Mapping[str, float]) -> float | None:
+    """The first entry whose name is part of `plain`, and not of a larger number in it."""
+    return next((table[part] for part in table if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
+
+
 def named_device(name: str) -> Device:
     """A device by name, case aside: one of the tables above, or `cpu`, this machine. Raises ValueError."""
     if name.lower() == "cpu":
@@ -54,8 +60,8 @@ def named_device(name: str) -> Device:
         measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
         return Device("cpu", max(measured), psutil.virtual_memory().total)
     plain = name.lower().replace("-", " ").replace("_", " ")
-    peak = next((value for part, value in DENSE_BF16_FLOPS.items() if part.lower() in plain), None)
-    memory = next((value for part, value in MEMORY_GB.items() if part.lower() in plain), None)
+    peak = _of_device(plain, DENSE_BF16_FLOPS)
+    memory = _of_device(plain, MEMORY_GB)
     if peak is None or memory is None:
         known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
         raise ValueError(f"{name} is no device we know; one of {known}")

@@ -198,16 +198,17 @@ class TrainingRun:
             self._check_that_noise_shows()
         self.store.saved_step = self.started_at = self.clock.step
 
-        self.loader = MicroBatchLoader(
-            self.samples,
-            seed=recipe.run.seed,
-            micro_batch_size=training.micro_batch_size,
-            dp_rank=self.ranks.rank,
-            dp_size=self.ranks.size,
-            start=self.clock.samples,
-            num_workers=training.loader_workers,
-            pin_memory=device.type == "cuda",
-        )
+        with blame(config, "data"):
+            self.loader = MicroBatchLoader(
+                self.samples,
+                seed=recipe.run.seed,
+                micro_batch_size=training.micro_batch_size,
+                dp_rank=self.ranks.rank,
+                dp_size=self.ranks.size,
+                start=self.clock.samples,
+                num_workers=training.loader_workers,
+                pin_memory=device.type == "cuda",
+            )
         cleanup.callback(self.loader.close)
         self.flops_per_token = model.flops_per_token(training.sequence_length)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
@@ -231,7 +232,7 @@ class TrainingRun:
             started = time.perf_counter()
             batch = self.layout.fit(self.recipe.batch.samples(self.clock))
             step_tokens = batch.samples * self.sequence_length
-            micro_batches = Waited(checked(self.loader.next_step(batch.micro_batches), self.vocab_size, self.config))
+            micro_batches = Waited(checked(self, self.loader.next_step(batch.micro_batches)))
             loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens, measure=self.measures(batch))
             grad_norm, moments = self.step.clip()
             lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)

@@ -117,6 +117,8 @@ def _decode(shape: Shape, value: Any, folder: Path) -> Any:
         raise ValueError(f"expected {expectation(shape)}") from None
     except ValidationError as error:
         raise ValueError(_explain(shape, error)) from None
+    if value == "" and isinstance(decoded, PurePath):
+        raise ValueError('expected a path, as text; the directory you stand in is written "."')
     return _absolute_paths(decoded, folder)
 
 

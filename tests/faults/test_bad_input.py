@@ -1,0 +1,93 @@
+"""Every mistake of a user ends with status 2 and one clear message, whatever it is a mistake in."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipes import launch
+from tests.conftest import TinyRun
+from tests.faults.bad_arguments import ARGUMENTS, RECIPES
+from tests.faults.bad_files import AFTER_A_RUN, FRESH
+
+MODULES = {
+    "fails.py": "raise KeyError('x')",
+    "exits.py": "raise SystemExit(0)",
+    "broken.py": "def f(:",
+    "untyped.py": "class Mine:\n  def __init__(self, *, a): ...\n"
+    "  samples = measures = observe = lambda self, x, y=0: 0\n"
+    "  state_dict = load_state_dict = lambda self, x=0: 0\n",
+}
+SHORT = "--training.total_tokens=400"
+
+
+@pytest.fixture(autouse=True)
+def clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("my_data", *(name.removesuffix(".py") for name in MODULES)):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of three steps in it."""
+    tiny = TinyRun(tmp_path_factory.mktemp("trained"))
+    assert tiny.launch(SHORT) == 0
+    return tiny.folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: list[str], said: str) -> None:
+    before = sorted(folder.rglob("run/*"))
+    capsys.readouterr()
+    status = launch.main(arguments)
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    assert said in output.err, output.out + output.err
+    assert status == 2
+    assert output.err.count("nothing was started") <= 1
+    left = [path for path in sorted(folder.rglob("run/*")) if path not in before and path.name != "log.txt"]
+    assert not [path for path in left if "checkpoints" in str(path)]
+
+
+def test_there_are_more_than_120() -> None:
+    assert len(ARGUMENTS) + len(RECIPES) + len(FRESH) + len(AFTER_A_RUN) >= 120
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_on_the_command_line(tiny: TinyRun, capsys, monkeypatch, name: str) -> None:
+    arguments, said = ARGUMENTS[name]
+    (tiny.folder / "empty").mkdir()
+    monkeypatch.chdir(tiny.folder)
+    refused(capsys, tiny.folder, ["tiny.toml", *arguments.split()], said)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_in_a_recipe(tiny: TinyRun, capsys, monkeypatch, name: str) -> None:
+    recipe, said = RECIPES[name]
+    (tiny.folder / "mine.toml").write_text(recipe)
+    for file, source in MODULES.items():
+        (tiny.folder / file).write_text(source)
+    monkeypatch.chdir(tiny.folder)
+    refused(capsys, tiny.folder, ["mine.toml"], said)
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_in_text_tokenizers_and_datasets(tiny: TinyRun, capsys, name: str) -> None:
+    spoil, said = FRESH[name]
+    recipe = tiny.recipe.read_text()
+    if "dataset" in name:
+        tiny.recipe.write_text(recipe.replace('use = "components.data:TextFiles"\npath = "text/*.txt"', "", 1))
+    refused(capsys, tiny.folder, [str(tiny.recipe), *spoil(tiny.folder)], said)
+
+
+@pytest.mark.parametrize("name", AFTER_A_RUN)
+def test_in_what_a_run_left(trained: Path, tmp_path: Path, capsys, name: str) -> None:
+    spoil, said = AFTER_A_RUN[name]
+    folder = tmp_path / "copy"
+    shutil.copytree(trained, folder)
+    refused(capsys, folder, [str(folder / "tiny.toml"), SHORT, *spoil(folder)], said)

@@ -1,0 +1,244 @@
+"""A file from someone else never executes code: a pickle that would is refused by every loader of the project."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.checkpoint import load_tensors, tensor_names
+from components.hugging_face import PickledWeights
+from recipes.config import ConfigError
+from recipes.resume import another_past
+from recipes.stored_config import stored_config
+from tests.conftest import TinyRun
+from tools import export_hf, import_hf
+
+SHORT = "--training.total_tokens=400"
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return builtins.exec, (f"open({str(self.mark)!r}, 'w').close()",)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny = TinyRun(tmp_path_factory.mktemp("trained"))
+    assert tiny.launch(SHORT) == 0
+    return tiny.folder
+
+
+@pytest.fixture
+def stranger(trained: Path, tmp_path: Path) -> TinyRun:
+    """A run directory that someone else sent, of the format that had no manifest: they would have made one to match."""
+    folder = tmp_path / "stranger"
+    shutil.copytree(trained, folder)
+    tiny = TinyRun.__new__(TinyRun)
+    tiny.folder, tiny.recipe, tiny.directory = folder, folder / "tiny.toml", folder / "run"
+    newest, *others = sorted((tiny.directory / "checkpoints").iterdir(), reverse=True)
+    for other in others:
+        shutil.rmtree(other)
+    (newest / "manifest.json").unlink()
+    state = newest / "state.json"
+    state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    return tiny
+
+
+def newest(tiny: TinyRun) -> Path:
+    return max((tiny.directory / "checkpoints").iterdir())
+
+
+def in_metadata(checkpoint: Path, evil: Evil) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(evil))
+
+
+def beside_metadata(checkpoint: Path, evil: Evil) -> None:
+    """What it should hold, and more."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.planner_data = evil
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def in_tensors(checkpoint: Path, evil: Evil) -> None:
+    """In place of every tensor and every setting that is large enough to hold it."""
+    (file,) = checkpoint.glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    stream = Path(f"{file}.evil")
+    torch.save(evil, stream)
+    planted = stream.read_bytes()
+    stream.unlink()
+    start = len(content)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = start, len(planted)
+    file.write_bytes(bytes(content) + planted)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+PLANTED = [in_metadata, beside_metadata, in_tensors]
+LOADERS: dict[str, Callable[[TinyRun], object]] = {
+    "--resume": lambda tiny: tiny.launch("--resume", "--training.total_tokens=800"),
+    "a fork": lambda tiny: tiny.launch(f"--resume={newest(tiny)}", f"--run.dir={tiny.folder / 'fork'}"),
+    "tools.export_hf": lambda tiny: export_hf.main([str(newest(tiny)), str(tiny.folder / "out")]),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_checkpoint_with_code_in_it_is_refused(stranger: TinyRun, tmp_path, capsys, plant, loader: str) -> None:
+    mark = tmp_path / "executed"
+    plant(newest(stranger), Evil(mark))
+    assert LOADERS[loader](stranger) == 2
+    output = capsys.readouterr()
+    assert not mark.exists()
+    assert "damaged, or" in output.err
+    assert "Traceback" not in output.out + output.err
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_the_test_would_notice(stranger: TinyRun, tmp_path, plant) -> None:
+    """The same files do execute code where torch loads them."""
+    import torch.distributed.checkpoint as dcp
+
+    mark, checkpoint = tmp_path / "executed", newest(stranger)
+    plant(checkpoint, Evil(mark))
+    state = {"optimizer": {"param_groups": [{"lr": 0.0}, {"lr": 0.0}]}}
+    with pytest.raises((Exception, dcp.api.CheckpointException)):
+        dcp.load({"optimizer.param_groups.w.lr": 0.0, **state}, checkpoint_id=checkpoint, no_dist=True)
+        raise RuntimeError("loaded")
+    if plant is not in_tensors:
+        assert mark.exists()
+
+
+def test_every_reader_of_the_component_refuses(stranger: TinyRun, tmp_path) -> None:
+    mark, checkpoint = tmp_path / "executed", newest(stranger)
+    in_metadata(checkpoint, Evil(mark))
+    with pytest.raises(ValueError, match=r"it names builtins.exec, which has no place there"):
+        tensor_names(checkpoint)
+    with pytest.raises(ValueError, match="damaged, or"):
+        load_tensors(checkpoint, {"x": torch.zeros(1)}, no_dist=True)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda place: setattr(place, "relative_path", "../../../text/0.txt"), "no file of this checkpoint"),
+        (lambda place: setattr(place, "relative_path", "/etc/passwd"), "no file of this checkpoint"),
+        (lambda place: setattr(place, "length", 2**40), "beyond the end"),
+        (lambda place: setattr(place, "offset", -1), "a number is none"),
+    ],
+)
+def test_places_stay_within_the_checkpoint(stranger: TinyRun, change, said: str) -> None:
+    checkpoint = newest(stranger)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    change(next(iter(metadata.storage_data.values())))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=said):
+        tensor_names(checkpoint)
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(stranger: TinyRun) -> None:
+    checkpoint = newest(stranger)
+    (file,) = checkpoint.glob("*.distcp")
+    file.rename(stranger.folder / "elsewhere")
+    file.symlink_to(stranger.folder / "elsewhere")
+    with pytest.raises(ValueError, match="no file of this checkpoint"):
+        tensor_names(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\x80\x04r\xff\xff\xff\x7f.",  # LONG_BINPUT: a memo of two thousand million entries
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x0f.",  # BYTEARRAY8 of an exabyte
+        b"\x80\x02" + b"(" * 100_000 + b"l" * 100_000 + b".",
+    ],
+)
+def test_a_pickle_that_asks_for_more_than_its_size_is_refused(tmp_path, bomb: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(bomb)
+    with pytest.raises(ValueError, match="no metadata of a checkpoint"):
+        tensor_names(tmp_path)
+
+
+def test_tensors_that_unpack_to_more_than_their_size_are_refused(stranger: TinyRun) -> None:
+    checkpoint = newest(stranger)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    (file,) = checkpoint.glob("*.distcp")
+    torch.save(torch.zeros(10**6), stranger.folder / "zeros")
+    start = file.stat().st_size
+    with file.open("ab") as end, zipfile.ZipFile(stranger.folder / "zeros") as plain:
+        with zipfile.ZipFile(stranger.folder / "bomb", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.infolist():
+                packed.writestr(entry.filename, plain.read(entry))
+        end.write((stranger.folder / "bomb").read_bytes())
+    length = file.stat().st_size - start
+    name = next(name for name, entry in metadata.state_dict_metadata.items() if name.startswith("model."))
+    for index, place in metadata.storage_data.items():
+        if index.fqn == name:
+            place.offset, place.length = start, length
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    target = torch.zeros(metadata.state_dict_metadata[name].size)
+    with pytest.raises(ValueError, match="unpack to more than its size"):
+        load_tensors(checkpoint, {name: target}, no_dist=True)
+
+
+def test_old_hugging_face_weights_with_code_in_them_are_refused(tmp_path, capsys) -> None:
+    mark, directory = tmp_path / "executed", tmp_path / "model"
+    directory.mkdir()
+    torch.save({"w": Evil(mark)}, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        PickledWeights(directory)
+    (directory / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 16}')
+    assert import_hf.main([str(directory), str(tmp_path / "out")]) == 2
+    assert not mark.exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+USES = {
+    "a module beside it": 'use = "planted:Evil"',
+    "a module elsewhere": 'import_paths = ["."]\n[x]\nuse = "planted:Evil"',
+    "the standard library": 'use = "subprocess:Popen"',
+    "what a module of ours has imported": 'use = "recipes.config.load:Path"',
+    "another recipe file": 'extends = ["planted.toml"]',
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_configuration_in_a_checkpoint_may_not_name_code(stranger: TinyRun, tmp_path, capsys, name: str) -> None:
+    checkpoint, mark = newest(stranger), tmp_path / "executed"
+    (checkpoint / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: ...\n")
+    stored = (checkpoint / "config.toml").read_text()
+    named = USES[name]
+    text = f"[lr_schedule]\n{named}\n" if named.startswith("use") else f"{named}\n"
+    head, _, rest = stored.partition("[lr_schedule]")
+    (checkpoint / "config.toml").write_text(text + head.replace("\n[", "\n[", 1) + "[other]" + rest)
+    with pytest.raises((ValueError, ConfigError)):
+        stored_config(checkpoint)
+    assert export_hf.main([str(checkpoint), str(tmp_path / "out")]) == 2
+    assert "trust" in capsys.readouterr().err
+    assert not mark.exists()
+
+
+def test_resuming_does_not_import_what_the_checkpoint_names(stranger: TinyRun, tmp_path) -> None:
+    from recipes.config import Override, load
+
+    checkpoint, mark = newest(stranger), tmp_path / "executed"
+    (checkpoint / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: ...\n")
+    stored = (checkpoint / "config.toml").read_text()
+    assert 'use = "components.lr_schedules:WSD"' in stored
+    (checkpoint / "config.toml").write_text(stored.replace("components.lr_schedules:WSD", "planted:Evil"))
+    assert another_past(checkpoint, load(stranger.recipe, [Override("training.total_tokens", "9000")])) is None
+    assert not mark.exists()
