@@ -65,7 +65,7 @@ def named_device(name: str) -> Device:
     if peak is None or memory is None:
         known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
         raise ValueError(f"{name} is no device we know; one of {known}")
-    return Device(name, peak, memory * 10**9)
+    return Device(name, peak, int(memory * 10**9))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -16,10 +16,10 @@ class RunError(Exception):
 
 
 @contextmanager
-def blame(config: Config, path: str) -> Iterator[None]:
+def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
     """Turn a ValueError, OSError or ImportError of the block into a ConfigError at `path`.
 
-    A message that begins with `key: ` is about that key of the table at `path`.
+    `started`: the run has begun. A message that begins with `key: ` is about that key of the table at `path`.
     """
     try:
         yield
@@ -28,7 +28,7 @@ def blame(config: Config, path: str) -> Iterator[None]:
         match = _NAMES_A_KEY.match(message)
         if match and f"{path}.{match.group(1)}" in config.leaves:
             path, message = f"{path}.{match.group(1)}", message[match.end() :]
-        raise ConfigError([config.problem(path, message)]) from error
+        raise ConfigError([config.problem(path, message)], started=started) from error
 
 
 def out_of_memory(error: BaseException) -> str | None:

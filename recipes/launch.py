@@ -241,6 +241,6 @@ def start_recipe(config: Config, command: Command) -> int:
         raise
     except Exception as error:
         if (remedy := out_of_memory(error)) is not None:
-            raise ConfigError([config.problem("training.micro_batch_size", remedy)]) from error
+            raise ConfigError([config.problem("training.micro_batch_size", remedy)], started=True) from error
         log.critical("the run crashed; the traceback is in log.txt, too", exc_info=True)
         raise

@@ -17,7 +17,7 @@ def checked(run: TrainingRun, micro_batches: Iterator[MicroBatch]) -> Iterator[M
 
     They are on the CPU still, where looking costs little; on a GPU such an id ends the process without a word.
     """
-    with blame(run.config, "data"):
+    with blame(run.config, "data", started=True):
         for micro_batch in micro_batches:
             length = micro_batch.tokens.shape[-1]
             if length != run.sequence_length:

@@ -42,13 +42,16 @@ class Problem:
 class ConfigError(Exception):
     """The configuration cannot be used; `problems` holds everything that is wrong with it, in file order."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], *, started: bool = False) -> None:
+        """`started`: it showed only when the run had begun."""
         self.problems = sorted(problems, key=_reading_order)
+        self.started = started
         super().__init__(self.problems)
 
     def __str__(self) -> str:
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return "\n".join([*map(str, self.problems), f"{count}; nothing was started."])
+        outcome = "the run has ended" if self.started else "nothing was started"
+        return "\n".join([*map(str, self.problems), f"{count}; {outcome}."])
 
 
 def _reading_order(problem: Problem) -> tuple[bool, str, int]:

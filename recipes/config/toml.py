@@ -46,7 +46,7 @@ def write_value(value: Any) -> str:
     if isinstance(value, str):
         return _string(value)
     if isinstance(value, int):
-        return str(value)
+        return str(value) if value.bit_length() < 10_000 else hex(value)  # Python writes no more than 4300 digits
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Losses that are not finite, or leap: the step is left out, taken back, or the last; and it is told with its samples."""
+"""Losses that are not finite, or leap: the step is left out, taken back, or the last, and told with its samples."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from components.train_step import TrainStep
 from recipes import launch
 from tests.conftest import TinyRun
 from tests.faults.bad_arguments import ARGUMENTS, RECIPES
@@ -49,7 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: list[st
     assert "Traceback" not in output.out + output.err
     assert said in output.err, output.out + output.err
     assert status == 2
-    assert output.err.count("nothing was started") <= 1
+    assert output.err.count("nothing was started") + output.err.count("the run has ended") <= 1
     left = [path for path in sorted(folder.rglob("run/*")) if path not in before and path.name != "log.txt"]
     assert not [path for path in left if "checkpoints" in str(path)]
 
@@ -74,6 +76,22 @@ def test_in_a_recipe(tiny: TinyRun, capsys, monkeypatch, name: str) -> None:
         (tiny.folder / file).write_text(source)
     monkeypatch.chdir(tiny.folder)
     refused(capsys, tiny.folder, ["mine.toml"], said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_turn_down(tiny: TinyRun, capsys, monkeypatch, error: Exception) -> None:
+    def accumulate(*args: object, **kwargs: object) -> float:
+        raise error
+
+    monkeypatch.setattr(TrainStep, "accumulate", accumulate)
+    refused(capsys, tiny.folder, [str(tiny.recipe)], "has run out of memory; halve training.micro_batch_size")
 
 
 @pytest.mark.parametrize("name", FRESH)
