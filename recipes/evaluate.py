@@ -40,6 +40,8 @@ class Evaluation:
 
     checkpoint: Path
     """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    trust_code: bool = False
+    """Import code of its own that the checkpoint names; without this it may name none but this project's."""
     method: Literal["packed", "documents"] = "packed"
     """Sequences cut from all text end to end, as in training; or each document by itself, under a sliding window."""
     sequence_length: PositiveCount | None = None
@@ -111,9 +113,10 @@ class Evaluate:
         """
         keys = self.evaluation
         try:
-            trained = open_trained(keys.checkpoint)
+            trained = open_trained(keys.checkpoint, trust_code=keys.trust_code)
         except (ValueError, OSError) as error:
-            raise ValueError(f"checkpoint: {error}") from None
+            said = str(error).replace("--trust-code", "--evaluation.trust_code=true")
+            raise ValueError(f"checkpoint: {said}") from None
         length = keys.sequence_length or trained.sequence_length
         tp = self.parallel.tp
         if keys.stride is not None and keys.stride > length:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.checkpoint import complete_checkpoints, read_state, step_of
+from components.checkpoint import complete_checkpoints, step_of
 from components.quantities import format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.tree import DEFAULT
+from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
 
 log = logging.getLogger("powertrain")
@@ -167,7 +168,7 @@ def another_past(checkpoint: Path, config: Config) -> str | None:
     where the schedule is of another kind altogether, or cannot be made any more.
     """
     try:
-        old, clock = stored_config(checkpoint, like=config).recipe, read_state(checkpoint)["clock"]
+        old, clock = stored_config(checkpoint, like=config).recipe, read_run_state(checkpoint)["clock"]
     except (ConfigError, ValueError):  # what is damaged is told where it is needed
         return None
     new = config.recipe

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.checkpoint import load_tensors, read_state
+from components.checkpoint import load_tensors, verify
 from components.hugging_face import Weights, read_json
 from components.tokenizers import TokenizerJson
 from models.hf_architectures import architecture_in
 from models.hf_mapping import COMPUTED
-from recipes.config import Override, load
+from recipes.config import Override
 from recipes.contracts import EncodesText, Model, Tokenizer
 from recipes.initial_weights import copy_weights
 from recipes.resume import checkpoint_at
+from recipes.run_state import read_run_state
+from recipes.stored_config import stored_config
 
 MOST_UNTRAINED = 2048
 """Tokens of a sequence where it is not known how long those of the training were."""
@@ -75,10 +77,11 @@ class Trained:
             copy_weights(model, weights)
 
 
-def open_trained(path: Path, overrides: Sequence[Override] = ()) -> Trained:
+def open_trained(path: Path, overrides: Sequence[Override] = (), *, trust_code: bool = False) -> Trained:
     """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    `overrides` are for the configuration that a checkpoint holds. Raises ValueError, OSError or ConfigError.
+    `overrides` are for the configuration that a checkpoint holds; it names no code but this project's, unless that is
+    trusted. Raises ValueError, OSError or ConfigError.
     """
     path = path.expanduser().absolute()
     if (path / "config.json").is_file():
@@ -88,8 +91,9 @@ def open_trained(path: Path, overrides: Sequence[Override] = ()) -> Trained:
     except ValueError as error:
         here = "; nor is there a config.json, as a Hugging Face directory has" if path.is_dir() else ""
         raise ValueError(f"{error}{here}") from None
-    state = read_state(checkpoint)
-    recipe = load(checkpoint / "config.toml", overrides).recipe
+    verify(checkpoint)
+    state = read_run_state(checkpoint)
+    recipe = stored_config(checkpoint, overrides, trust_code=trust_code).recipe
     return Trained(
         path=checkpoint,
         component=recipe.model,

@@ -82,7 +82,7 @@ class Generator:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine shows no CUDA device")
         own = [Override("tokenizer.path", str(options.tokenizer.absolute()))] if options.tokenizer else []
-        trained = open_trained(options.checkpoint, own)
+        trained = open_trained(options.checkpoint, own, trust_code=options.trust_code)
         self.encoder = trained.encoder()
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a model of the user's may have none
@@ -216,6 +216,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="prompt n of a file draws from seed + n (default: 0)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, tokens, end")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="its file, if it is no longer where it was")
+    parser.add_argument("--trust-code", action="store_true", help="import code of its own that CHECKPOINT names")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument(
         "--precision", choices=("auto", "bf16", "float32"), default="auto", help="default: what is fast here"

@@ -14,11 +14,12 @@ import torch
 
 from components.checkpoint import load_tensors, tensor_names
 from components.hugging_face import PickledWeights
+from recipes import launch
 from recipes.config import ConfigError
 from recipes.resume import another_past
 from recipes.stored_config import stored_config
 from tests.conftest import TinyRun
-from tools import export_hf, import_hf
+from tools import export_hf, generate, import_hf
 
 SHORT = "--training.total_tokens=400"
 
@@ -91,6 +92,24 @@ PLANTED = [in_metadata, beside_metadata, in_tensors]
 LOADERS: dict[str, Callable[[TinyRun], object]] = {
     "--resume": lambda tiny: tiny.launch("--resume", "--training.total_tokens=800"),
     "a fork": lambda tiny: tiny.launch(f"--resume={newest(tiny)}", f"--run.dir={tiny.folder / 'fork'}"),
+    "tools.generate": lambda tiny: generate.main([str(newest(tiny)), "It was"]),
+    "an evaluation": lambda tiny: launch.main(
+        [
+            str(launch.ROOT / "train_configs" / "evaluate.toml"),
+            f"--evaluation.checkpoint={newest(tiny)}",
+            f"--evaluation.cache_dir={tiny.folder / 'cache'}",
+            "--data.use=components.data:TextFiles",
+            f"--data.path={tiny.folder / 'text' / '*.txt'}",
+        ]
+    ),
+    "branched training": lambda tiny: tiny.launch(
+        "--recipe=recipes.critical_batch:CriticalBatch",
+        f"--branches.checkpoint={newest(tiny)}",
+        "--branches.tokens=400",
+        "--branches.factors=[1]",
+        "--branches.lr=0.001",
+        f"--run.dir={tiny.folder / 'branches'}",
+    ),
     "tools.export_hf": lambda tiny: export_hf.main([str(newest(tiny)), str(tiny.folder / "out")]),
 }
 
