@@ -2,7 +2,7 @@
 
     python -m benchmarks.long_run [--steps 20000] [--save-every 500]
 
-A tiny model trains that many steps with metrics, TensorBoard, gradient noise, the guard and checkpoints. Printed is the
+A tiny model trains that many steps with metrics, TensorBoard, gradient noise and checkpoints. Printed is the
 memory the process holds at ten points, and what it has grown by, per thousand steps, over the second half.
 """
 
@@ -48,7 +48,7 @@ def measure(steps: int, save_every: int) -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         settings = {
             "run.dir": str(Path(folder) / "run"), "training.total_tokens": str(steps * BATCH * LENGTH),
-            "metrics.tensorboard": "true", "metrics.console_interval_steps": "100", "guard.on_spike": "skip",
+            "metrics.tensorboard": "true", "metrics.console_interval_steps": "100",
             "checkpoint.interval_steps": str(save_every),
         }  # fmt: skip
         config = load(make_recipe(Path(folder)), [Override(key, value) for key, value in settings.items()])
