@@ -20,15 +20,17 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that are not finite become null, as JSON has none."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
+        """One row."""
+        self._file.write(json_object(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """As JSON. Numbers that are not finite become null: JSON has none, and readers refuse Python's `Infinity`."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, indent=indent)
 
 
 def _truncate(path: Path, after_step: int) -> None:
