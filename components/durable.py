@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+UNFINISHED = ".*.part"
+"""What a process that was killed in `replace_file` leaves beside the file matches this."""
+
 
 def write_synced(path: Path, text: str) -> None:
     """Write `text`, and return when it is on the disk; the name is not, before `sync_directory`."""

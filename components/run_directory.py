@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.durable import UNFINISHED
+
 _PATIENCE_SECONDS = 10.0
 """How long one waits for another run to leave: what was just killed may have processes that have yet to notice."""
 
@@ -66,14 +68,16 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the directory, and keep every other run out of it. One that was left empty is gone afterwards.
+        """Make the directory, keep every other run out of it, and sweep up after those that were killed.
 
-        The kernel lets go of it with the process, however that ends. Raises ValueError while another run has it.
+        The kernel lets go of it with the process, however that ends; one left empty is gone afterwards. Raises ValueError while another run has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            _lock(handle, self.path)
+            if _lock(handle, self.path):
+                for leftover in self.path.glob(UNFINISHED):
+                    leftover.unlink(missing_ok=True)
             yield
         finally:
             os.close(handle)
@@ -88,15 +92,16 @@ class RunDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(handle: int, path: Path) -> None:
+def _lock(handle: int, path: Path) -> bool:
+    """Whether this process alone has it now; some network file systems cannot lock, and there nobody is kept out."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # some network file systems cannot lock: there nobody is kept out
+                return False
         if time.monotonic() > deadline:
             raise ValueError(
                 f"name: another run is writing to {path}; stop it, wait for it, or give this one another --run.name"

@@ -44,7 +44,9 @@ class Sampling:
         """
         if self.is_greedy:
             return logits_BV.argmax(-1)
-        exact = logits_BV.float() / self.temperature
+        exact = logits_BV.double()
+        # from the largest on: a quotient by next to nothing may be - infinity, and not + infinity
+        exact = (exact - exact.amax(-1, keepdim=True)) / self.temperature
         ids_BV: Tensor | None = None
         if self.top_k is not None and self.top_k < exact.shape[-1]:
             exact, ids_BV = exact.topk(self.top_k)

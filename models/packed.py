@@ -35,9 +35,11 @@ class PackedLinear(nn.Module):
 def pack(model: nn.Module, tied_weight: Tensor) -> None:
     """Replace the large linear layers of `model`, in place; one that has no weight of its own has `tied_weight`.
 
-    Does nothing where there is no oneDNN, or the weights are not on the CPU.
+    Does nothing where there is no oneDNN for these weights, or they are not on the CPU.
     """
     if tied_weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    if tied_weight.dtype == torch.bfloat16 and not multiplies_bf16():
         return
     for parent in list(model.modules()):
         if isinstance(parent, Experts):  # it reads the weight of its router itself, in float32
@@ -47,3 +49,8 @@ def pack(model: nn.Module, tied_weight: Tensor) -> None:
                 weight = tied_weight if layer.weight is None else layer.weight
                 if weight.numel() >= SMALLEST:
                     setattr(parent, name, PackedLinear(weight))
+
+
+def multiplies_bf16() -> bool:
+    """Whether oneDNN takes bf16 on this processor; where not, packing fails and torch's plain product does not."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -17,6 +16,7 @@ from torch import nn
 
 from components import precision
 from components.metrics.console import start_log
+from components.metrics.jsonl import json_object
 from components.parallel.layout import Layout, Parallel
 from components.parallel.world import World
 from components.precision import Precision
@@ -180,8 +180,8 @@ class Evaluate:
             f"bits per byte {result['bits_per_byte']:.4f}"
         )
         written = {
-            keys.output: json.dumps(result, indent=1) + "\n",
-            keys.table: "".join(json.dumps({"document": i, **numbers(row)}) + "\n" for i, row in enumerate(rows)),
+            keys.output: json_object(result, indent=1) + "\n",
+            keys.table: "".join(json_object({"document": i, **numbers(row)}) + "\n" for i, row in enumerate(rows)),
         }
         for path, content in written.items():
             if path is not None:
@@ -191,7 +191,7 @@ class Evaluate:
 
 
 def numbers(totals: Totals) -> dict[str, float]:
-    """As JSON has them."""
+    """By their names in the result."""
     means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
     return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +76,15 @@ class Trained:
             copy_weights(model, weights)
 
 
-def open_trained(path: Path, overrides: Sequence[Override] = (), *, trust_code: bool = False) -> Trained:
+def open_trained(path: Path, tokenizer: Path | None = None, *, trust_code: bool = False) -> Trained:
     """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    `overrides` are for the configuration that a checkpoint holds; it names no code but this project's, unless that is
-    trusted. Raises ValueError, OSError or ConfigError.
+    `tokenizer` is the file of its tokenizer, where that is not where it was. A checkpoint's configuration names no code
+    but this project's, unless that is trusted. Raises ValueError, OSError or ConfigError.
     """
     path = path.expanduser().absolute()
     if (path / "config.json").is_file():
-        return _of_hugging_face(path)
+        return _of_hugging_face(path, tokenizer)
     try:
         checkpoint = checkpoint_at(path)
     except ValueError as error:
@@ -93,7 +92,8 @@ def open_trained(path: Path, overrides: Sequence[Override] = (), *, trust_code: 
         raise ValueError(f"{error}{here}") from None
     verify(checkpoint)
     state = read_run_state(checkpoint)
-    recipe = stored_config(checkpoint, overrides, trust_code=trust_code).recipe
+    moved = [Override("tokenizer.path", str(tokenizer.absolute()))] if tokenizer else []
+    recipe = stored_config(checkpoint, moved, trust_code=trust_code).recipe
     return Trained(
         path=checkpoint,
         component=recipe.model,
@@ -105,7 +105,7 @@ def open_trained(path: Path, overrides: Sequence[Override] = (), *, trust_code: 
     )
 
 
-def _of_hugging_face(directory: Path) -> Trained:
+def _of_hugging_face(directory: Path, tokenizer: Path | None) -> Trained:
     config = read_json(directory / "config.json")
     try:
         _, architecture = architecture_in(config)
@@ -116,16 +116,19 @@ def _of_hugging_face(directory: Path) -> Trained:
     return Trained(
         path=directory,
         component=component,
-        tokenizer=_tokenizer(directory, config.get("eos_token_id")),
+        tokenizer=_tokenizer(directory, tokenizer, config.get("eos_token_id")),
         vocab_size=keys["vocab_size"],
         sequence_length=min(keys["max_sequence_length"], MOST_UNTRAINED),
     )
 
 
-def _tokenizer(directory: Path, end: Any) -> Tokenizer | None:
-    """Its tokenizer.json, if there is one; `end` is the id that ends a document, where no token is named for it."""
-    file, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if not file.is_file():
+def _tokenizer(directory: Path, given: Path | None, end: Any) -> Tokenizer | None:
+    """The `given` tokenizer.json, or its own, if there is one.
+
+    `end` is the id that ends a document, where no token is named for it.
+    """
+    file, settings = given or directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if given is None and not file.is_file():
         return None
     named = read_json(settings).get("eos_token") if settings.is_file() else None
     if named is None:

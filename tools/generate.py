@@ -26,7 +26,7 @@ from components.generation import continue_texts
 from components.sampling import Sampling, uniform_numbers
 from components.storage import give_storage
 from components.tokenizers.streaming import TextStream
-from recipes.config import ConfigError, Override
+from recipes.config import ConfigError
 from recipes.trained import open_trained
 
 
@@ -81,8 +81,7 @@ class Generator:
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine shows no CUDA device")
-        own = [Override("tokenizer.path", str(options.tokenizer.absolute()))] if options.tokenizer else []
-        trained = open_trained(options.checkpoint, own, trust_code=options.trust_code)
+        trained = open_trained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
         self.encoder = trained.encoder()
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a model of the user's may have none
@@ -184,7 +183,8 @@ def show(text: str) -> None:
 def read_prompts(path: Path) -> list[str]:
     """A line each, blank ones left out; of `.jsonl`, what each object has under "prompt". Raises ValueError."""
     text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    # not splitlines, which also ends a line at characters that JSON and prose may have inside one
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no prompt")
     if path.suffix != ".jsonl":
@@ -213,7 +213,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     how.add_argument("--temperature", type=float, default=0.8, help="below 1 the probable more often (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="choose among so many tokens")
     parser.add_argument("--top-p", type=float, help="choose among the tokens that make up this probability")
-    parser.add_argument("--seed", type=int, default=0, help="prompt n of a file draws from seed + n (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="prompt n of a file draws from seed + n (default: 0)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, tokens, end")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="its file, if it is no longer where it was")
     parser.add_argument("--trust-code", action="store_true", help="import code of its own that CHECKPOINT names")
@@ -225,6 +225,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.prompts and options.prompt:
         parser.error("a PROMPT or --prompts FILE, not both")
     return options
+
+
+def seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**62:  # torch takes 63 bits, and the number of the prompt is added
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to 2**62 - 1")
+    return number
 
 
 def at_least_one(text: str) -> int:

@@ -21,9 +21,8 @@ class JsonLines:
         self._file = Appended(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row; numbers that are not finite become null, as JSON has none. Raises OSError if it has to wait."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()})
-        self._file.append(f"{line}\n".encode())
+        """One row. Raises OSError if it has to wait."""
+        self._file.append(f"{json_object(row)}\n".encode())
 
     def flush(self) -> None:
         self._file.flush()
@@ -35,8 +34,10 @@ class JsonLines:
         return str(self._file.path)
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """As JSON. Numbers that are not finite become null: JSON has none, and readers refuse Python's `Infinity`."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, indent=indent)
 
 
 def _truncate(path: Path, after_step: int) -> None:

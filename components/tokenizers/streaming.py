@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"
 """What a decoder makes of bytes that are no character, or not yet."""
+_MOST_BYTES = 4
+"""Of a character in UTF-8, and so the most ids that one takes."""
 
 
 class TextStream:
@@ -14,37 +16,49 @@ class TextStream:
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
         """`before` are the ids of the text that is continued: some tokenizers drop the space of a first token."""
         self._decode = decode
-        self._ids = list(before[-1:])
+        self._ids = self._last_character(before)
         """Those that may still matter to the text of the next."""
-        self._shown = len(self._text())
+        self._shown = len(self._text(self._ids))
         """Characters of their text that were returned."""
+        self._new = 0
+        """How many of them came since the text was last certain to its end."""
 
     def push(self, id: int) -> str:
         """The text that became certain with `id`."""
         self._ids.append(id)
-        text = self._text()
-        # Of bytes that more bytes may complete, a decoder makes exactly one broken character, the last.
-        unfinished = text.endswith(_BROKEN)
-        new = self._since(text[:-1] if unfinished else text)
-        if not unfinished:
-            self._ids = [id]
-            self._shown = len(self._text())
+        self._new += 1
+        text = self._text(self._ids)
+        # Of bytes that more bytes may complete, decoders make one broken character, and those of SentencePiece one for
+        # each byte of the run of them, also of those that were whole characters without the last.
+        certain = text.rstrip(_BROKEN)
+        new = self._since(certain)
+        if certain == text:
+            self._ids = self._ids[-self._new :]
+            self._shown = len(self._text(self._ids))
+            self._new = 0
         return new
 
     def finish(self) -> str:
         """What was held back."""
-        return self._since(self._text())
+        return self._since(self._text(self._ids))
 
     def _since(self, text: str) -> str:
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
 
-    def _text(self) -> str:
+    def _last_character(self, before: Sequence[int]) -> list[int]:
+        """The fewest ids at the end that begin with a whole character; of bytes that are none, the last."""
+        for count in range(1, _MOST_BYTES + 1):
+            if not self._text(before[-count:]).startswith(_BROKEN):
+                return list(before[-count:])
+        return list(before[-1:])
+
+    def _text(self, ids: Sequence[int]) -> str:
         try:
-            return self._decode(self._ids)
+            return self._decode(ids)
         except ValueError:  # an id that stands for nothing: a hole between ranks
-            return "".join(self._one(id) for id in self._ids)
+            return "".join(self._one(id) for id in ids)
 
     def _one(self, id: int) -> str:
         try:

@@ -94,7 +94,9 @@ class Validation:
             with arithmetic():
                 loss = model(tokens.to(world.device), labels.to(world.device))
             counted = labels[labels != IGNORED]
-            totals += torch.tensor([float(loss), counted.numel(), int(self.byte_lengths[counted].sum())])
+            totals[0] += float(loss)
+            totals[1] += counted.numel()
+            totals[2] += int(self.byte_lengths[counted].sum())
         model.train()
         nats, tokens, byte_count = world.sum(totals).tolist()
         return Totals(nats, int(tokens), int(byte_count))

@@ -82,6 +82,12 @@ def test_the_ends_of_the_interval_are_tokens_too(keys):
     assert all(by_hand(**keys)[id] > 0 for id in chosen.tolist())
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 5e-324])
+def test_next_to_no_temperature_is_greedy(temperature):
+    points = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert Sampling(temperature=temperature).choose(torch.tensor([LOGITS] * 3), points).tolist() == [4, 4, 4]
+
+
 def test_a_row_does_not_depend_on_the_others():
     generator = torch.Generator().manual_seed(0)
     logits, points = torch.randn(5, 50, generator=generator), torch.rand(5, generator=generator, dtype=torch.float64)

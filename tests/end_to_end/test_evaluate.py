@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.validation import Totals
 from recipes import launch
+from recipes.evaluate import Evaluate, Evaluation, numbers
 from tests.conftest import TinyRun
 from tools import export_hf
 
@@ -110,6 +112,18 @@ def test_documents_are_what_transformers_computes_token_by_token(evaluated, thei
     assert found["loss"] == pytest.approx(sum(expected) / sum(map(len, documents())), rel=1e-5)
     in_all = sum(len(text.encode()) for text in TEXTS)
     assert found["bits_per_byte"] == pytest.approx(sum(expected) / math.log(2) / in_all, rel=1e-5)
+
+
+def test_the_result_of_a_broken_model_is_still_json(tmp_path):
+    output, table = tmp_path / "result.json", tmp_path / "table.jsonl"
+    keys = Evaluation(checkpoint=tmp_path, method="documents", output=output, table=table)
+    rows = [Totals(math.nan, 3, 2), Totals(1.0, 1, 0)]
+    about = {"checkpoint": "broken", "data": "text"}
+    Evaluate(evaluation=keys).report({**about, **numbers(rows[0])}, rows)
+    written = [output.read_text(), *table.read_text().splitlines()]
+    found = [json.loads(text, parse_constant=pytest.fail) for text in written]
+    assert [row["loss"] for row in found] == [None, None, 1.0]
+    assert found[2]["bits_per_byte"] is None
 
 
 def test_without_data_it_is_the_validation_of_the_run(evaluated):

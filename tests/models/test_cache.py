@@ -136,3 +136,13 @@ def test_a_packed_model_computes_the_same(size, monkeypatch):
         torch.testing.assert_close(logits[:, row], wanted, **TOLERANCE)
     with pytest.raises(ValueError, match="logits, no loss"):
         model(torch.tensor([rows[0]]), torch.tensor([rows[0]]))
+
+
+def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN, and packs nothing")
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    monkeypatch.setattr(packed, "multiplies_bf16", lambda: False)
+    model = decoder(SMALL).bfloat16()
+    model.pack()
+    assert not any(isinstance(module, packed.PackedLinear) for module in model.modules())

@@ -134,6 +134,15 @@ def test_several_prompts_and_standard_input(run, told, monkeypatch):
     assert [part[:5] for part in parts[1:]] == ["1\none", "2\ntwo"]
 
 
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, name):
+    prompts = ["one\u2028still one", "two\x0cthe same", "three"]
+    lines = prompts if name.endswith("txt") else [json.dumps({"prompt": each}, ensure_ascii=False) for each in prompts]
+    file = tmp_path / name
+    file.write_bytes("\r\n".join([*lines, ""]).encode())
+    assert generate.read_prompts(file) == prompts
+
+
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_an_interrupt_shows_what_is_there(run, told, monkeypatch, arguments):
     drawn = iter(b"ab\xf0")
@@ -181,16 +190,21 @@ def test_mistakes_are_told_with_status_2(tiny, told):
     assert "trained with a vocabulary of" in refused(run, "x", "--tokenizer", fewer)
     exported = tiny.folder / "exported"
     assert export_hf.main([str(run), str(exported)]) == 0
-    shutil.move(exported / "tokenizer.json", tiny.folder)
+    moved = shutil.move(exported / "tokenizer.json", tiny.folder)
     assert "has no tokenizer.json" in refused(exported, "x")
+    assert told(exported, "x", "--tokenizer", moved, "--max-tokens=1")[0] == 0
+    assert "is no tokenizer.json" in refused(exported, "x", "--tokenizer", ranks)
+    assert "nowhere.json does not exist" in refused(exported, "x", "--tokenizer", tiny.folder / "nowhere.json")
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
     assert "is damaged" in refused(run, "x")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["x", "--prompts=y"], ["--greedy", "--temperature=1"], ["--batch=0"], ["--max-tokens=0"]]
-)
+    "arguments",
+    [["x", "--prompts=y"], ["--greedy", "--temperature=1"], ["--batch=0"], ["--max-tokens=0"],
+     ["--seed=-1"], ["--seed=99999999999999999999"]],
+)  # fmt: skip
 def test_a_command_line_that_makes_no_sense_has_status_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         generate.main(["runs/debug", *arguments])

@@ -35,6 +35,22 @@ def test_a_character_comes_with_its_last_byte():
     assert pieces(ENCODERS["bytes"], "a🐋b".encode()) == ["a", "", "", "", "🐋", "b", ""]
 
 
+def byte_fallback(ids):
+    """As SentencePiece's decoder in `tokenizers` does it: a run of bytes that is no text is broken byte by byte."""
+    try:
+        return bytes(ids).decode()
+    except UnicodeDecodeError:
+        return "\ufffd" * len(ids)
+
+
+@pytest.mark.parametrize("before", ["", "so ", "🐋"])
+def test_a_decoder_that_breaks_every_byte_of_an_unfinished_run(before):
+    stream = TextStream(byte_fallback, before.encode())
+    found = [stream.push(id) for id in "🐋鯨aé🐋".encode()]
+    assert found == ["", "", "", "🐋", "", "", "鯨", "a", "", "é", "", "", "", "🐋"]
+    assert stream.finish() == ""
+
+
 @pytest.mark.parametrize(
     "data", [b"\xf0\x9f", b"\x80\x80\x80", b"a\xf0\x9fb", b"\xe9\xe9\xa8", b"\xff\xf0\x9f\x90\x8b\xc3"]
 )

@@ -64,6 +64,16 @@ def test_loss_perplexity_and_bits_per_byte(micro, limit):
     assert numbers["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / byte_count, rel=1e-6)
 
 
+def test_bytes_are_counted_beyond_what_float32_holds():
+    class Long(Text):
+        byte_lengths = np.arange(VOCAB) * (2**22 + 1)
+
+    held_out = HeldOut(data=Source(), micro_batch_size=COUNT)
+    validation = held_out.open(tokenizer=Long(), sequence_length=LENGTH, cache_dir=None, progress=print)
+    _, byte_count, _ = by_hand(validation.samples)
+    assert validation.totals(Bigram(), Alone(), nullcontext).bytes == byte_count * (2**22 + 1)
+
+
 def test_ranks_share_the_sequences_and_each_counts_once():
     class OneOfThree(Alone):
         def __init__(self, rank):
