@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.batch.adaptive import Adaptive
-from components.data.mixture import Mixture
+from components.data.mixture import sources_in
 from components.data.source import TextSource
 from components.quantities import format_count
 from components.run_directory import RunDirectory
@@ -78,9 +78,7 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
     if plan.tokenizer_missing:
         yield Foreseen("warning", "tokenizer.path", _absent(plan.tokenizer_missing))
     validation = getattr(recipe, "validation", None)
-    sections = {"data": recipe.data, "validation.data": getattr(validation, "data", None)}
-    if isinstance(recipe.data, Mixture):
-        sections |= {f"data.sources.{name}": source for name, source in recipe.data.sources.items()}
+    sections = sources_in("data", recipe.data) | sources_in("validation.data", getattr(validation, "data", None))
     for key, data in sections.items():
         if isinstance(data, TextSource):
             try:

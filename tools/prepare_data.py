@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from components.data.mixture import Mixture
+from components.data.mixture import sources_in
 from components.data.prepare import Preparation
 from components.data.source import TextSource
 from recipes.config import Config, ConfigError, load
@@ -65,10 +65,7 @@ def prepare_recipe(config: Config) -> None:
 
 def _sources(section: str, data: Data) -> Iterator[tuple[str, TextSource]]:
     """The sources of text in a section: itself, or those of a mixture."""
-    parts: dict[str, object] = {section: data}
-    if isinstance(data, Mixture):
-        parts = {f"{section}.sources.{name}": part for name, part in data.sources.items()}
-    for name, part in parts.items():
+    for name, part in sources_in(section, data).items():
         if isinstance(part, TextSource):
             yield name, part
 

@@ -146,12 +146,13 @@ def _array_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
         at = _blank_end(text, at)
         if at < len(text):
             if text[at] == "]" and opening == ",":
-                return
+                break
             if text[at] != opening:
                 raise ValueError(f"{path} item {number}: expected {opening!r}, found {text[at : at + 60]!r}")
             start = _blank_end(text, at + 1)
             if text[start : start + 1] == "]" and opening == "[":
-                return
+                at = start
+                break
             try:
                 value, end = decoder.raw_decode(text, start)
             except (ValueError, RecursionError) as error:
@@ -171,6 +172,9 @@ def _array_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
         if len(more) == 1:
             raise ValueError(f"{path} item {number}: expected a JSON object, found {text[at : at + 60]!r} at the end")
         text, at = "".join(more), 0
+    for after in (text[at + 1 :], *blocks):
+        if after.strip():
+            raise ValueError(f"{path}: after its array of {number} items comes {after.strip()[:60]!r}")
 
 
 def _blank_end(text: str, at: int) -> int:

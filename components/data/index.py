@@ -190,12 +190,12 @@ def _json(index: Index) -> bytes:
 
 def _documents(store: Path, fragments: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:
     """The DOCUMENT_DTYPE rows of all fragments in order."""
-    rows = [
-        np.fromfile(
-            store / shard / DOCUMENTS, dtype=DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
-        )
-        for shard, _, _, first, count in fragments
-    ]
+    rows = []
+    for shard, _, _, first, count in fragments:
+        path = store / shard / DOCUMENTS
+        rows.append(np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize))
+        if len(rows[-1]) < count:
+            raise ValueError(refusal(path, "is truncated"))
     return np.concatenate(rows) if rows else np.empty(0, dtype=DOCUMENT_DTYPE)
 
 

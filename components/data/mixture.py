@@ -60,6 +60,9 @@ class Mixture:
     """Other weights later in the training, in order of tokens: the second phase of a two-phase pre-training."""
 
     def __post_init__(self) -> None:
+        for name, source in self.sources.items():
+            if isinstance(source, Mixture):  # its order and stages would be lost
+                raise ValueError(f"sources.{name}: a mixture of mixtures; list the sources of both in one")
         for weights in self._weights():
             if strange := [name for name in weights if name not in self.sources]:
                 raise ValueError(f"weights: {strange[0]} is none of the sources: {', '.join(self.sources) or 'none'}")
@@ -95,6 +98,13 @@ class Mixture:
 
     def _weights(self) -> list[dict[str, float]]:
         return [self.weights, *(stage.weights for stage in self.stages)]
+
+
+def sources_in(section: str, data: object) -> dict[str, object]:
+    """Key -> source, of all that the section holds: itself, or those of a mixture."""
+    if isinstance(data, Mixture):
+        return {f"{section}.sources.{name}": source for name, source in data.sources.items()}
+    return {section: data}
 
 
 class MixedSamples:

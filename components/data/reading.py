@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], N
     before = log.source_bytes
     with path.open("rb") as stored:
         stream: Stream = stored
+        if path.suffix in COMPRESSED and not os.fstat(stored.fileno()).st_size:
+            raise ValueError(f"{path} is damaged, or no {path.suffix} file: it holds no bytes")
         if path.suffix == ".gz":
             stream = gzip.GzipFile(fileobj=stored)
         elif path.suffix == ".zst":

@@ -36,6 +36,10 @@ class TextFiles(FileSource):
     def __post_init__(self) -> None:
         if self.document_separator == "":
             raise ValueError('document_separator: "" separates nothing; leave the key out')
+        if "\r" in (self.document_separator or ""):
+            raise ValueError(
+                f"document_separator: {self.document_separator!r} is nowhere, for line ends are put right to \\n first"
+            )
 
     def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
         kind = kind_of(path)
@@ -57,7 +61,8 @@ class TextFiles(FileSource):
         """
         found: set[Path] = set()
         for path in self.path if isinstance(self.path, list) else [self.path]:
-            found.update(file.resolve() for file in _matches(path))
+            # Links are not followed: those of the Hub's cache lead to files whose names say nothing of their kind.
+            found.update(Path(os.path.abspath(file)) for file in _matches(path))  # noqa: PTH100
         if not found:
             raise FileNotFoundError("path: [] names no file, directory or glob pattern")
         common = os.path.commonpath([file.parent for file in found])

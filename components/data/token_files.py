@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from components.data.content import FileHashes
 from components.data.document import EncodesText
 from components.data.packed import PackedTokens
 from components.data.stored_tokens import StoredTokens
@@ -50,7 +52,7 @@ class TokenFiles:
     ) -> PackedTokens:
         """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
         paths = self.path if isinstance(self.path, list) else [self.path]
-        found = [self._open(path) for path in paths]
+        found = [self._open(path, tokenizer.vocab_size) for path in paths]
         if not found:
             raise FileNotFoundError("path: [] names no file")
         if len({tokens.dtype for tokens in found}) > 1:
@@ -73,17 +75,33 @@ class TokenFiles:
             start += int(tokens.segments[:, 1].sum())
         return samples
 
-    def _open(self, path: Path) -> _Tokens:
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Text that changes whenever the ids could be others."""
+        paths = self.path if isinstance(self.path, list) else [self.path]
+        read = [file for path in paths for file in (path, _index_of(path)) if file is not None]
+        return f"TokenFiles-1 {json.dumps([self.dtype, [hashes.sha256(file) for file in read]])}"
+
+    def _open(self, path: Path, vocab_size: int) -> _Tokens:
         if not path.is_file():
             raise FileNotFoundError(f"path: {path} does not exist")
-        index = path.with_suffix(".idx")
-        if path.suffix == ".bin" and index.is_file():
+        index = _index_of(path)
+        if index is not None:
             return _read_megatron(index, path.stat().st_size)
+        if self.dtype == "uint16" and vocab_size > 2**16:
+            raise ValueError(
+                f"dtype: uint16 cannot hold the {vocab_size:,} ids of the tokenizer; set it to uint32, or name the "
+                f"tokenizer that made {path}"
+            )
         dtype = np.dtype(self.dtype).newbyteorder("<")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest:
             raise ValueError(f"{path} holds {path.stat().st_size:,} bytes, which are no whole {self.dtype} ids")
         return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None)
+
+
+def _index_of(path: Path) -> Path | None:
+    index = path.with_suffix(".idx")
+    return index if path.suffix == ".bin" and index.is_file() else None
 
 
 def _read_megatron(path: Path, bin_bytes: int) -> _Tokens:

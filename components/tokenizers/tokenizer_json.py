@@ -36,10 +36,11 @@ class TokenizerJson:
             raise FileNotFoundError(f"path: {self.path} does not exist")
         if self.path.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"path: {self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
-        text = self.path.read_text(encoding="utf-8")
+        library = library_of_tokenizers()
         try:
-            tokenizer = library_of_tokenizers().Tokenizer.from_str(text)
-        except ValueError:
+            text = self.path.read_text(encoding="utf-8")
+            tokenizer = library.Tokenizer.from_str(text)
+        except OSError:
             raise
         except Exception as error:  # the library has no class of its own for it
             raise ValueError(f"path: {self.path} is no tokenizer.json: {str(error)[:200]}") from None

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from components.data.content import FileHashes
+from components.data.mixture import sources_in
 from components.data.source import MEMORY, TextSource
+from components.data.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.tree import DEFAULT
 from recipes.resume import NOT_THE_RUN
@@ -138,16 +140,17 @@ def _sources(config: Config) -> Iterator[tuple[str, Any]]:
     """Sections that read something and can say what."""
     recipe = config.recipe
     yield "tokenizer", recipe.tokenizer
-    validation = getattr(recipe, "validation", None)
-    for section, data in (("data", recipe.data), ("validation.data", getattr(validation, "data", None))):
-        if isinstance(data, TextSource):
-            yield section, data
+    held_out = getattr(getattr(recipe, "validation", None), "data", None)
+    for section, data in (("data", recipe.data), ("validation.data", held_out)):
+        for key, source in sources_in(section, data).items():
+            if isinstance(source, TextSource | TokenFiles):
+                yield key, source
 
 
 def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints) -> str:
     keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
     if keys not in known:
-        if isinstance(source, TextSource):
+        if isinstance(source, TextSource | TokenFiles):
             with FileHashes(config.recipe.run.cache_dir / MEMORY) as hashes:
                 known[keys] = source.fingerprint(hashes)
         else:

@@ -126,6 +126,10 @@ def test_sequences_of_all_sources_can_be_read_in_any_order(tmp_path):
         ({"stages": [Stage(from_tokens=0, weights={"a": 1})]}, "^stages: .* do not increase"),
         ({"stages": [Stage(from_tokens=9, weights={"a": 1}), Stage(from_tokens=9, weights={"b": 1})]}, "^stages: "),
         ({"stages": [Stage(from_tokens=9, weights={"y": 1})]}, "y is none of the sources"),
+        (
+            {"sources": {"a": Mixture(sources={"c": Numbers(0, 1)}, weights={"c": 1}), "b": Numbers(0, 1)}},
+            r"^sources\.a: a mixture of mixtures",
+        ),
     ],
 )
 def test_mistakes_name_their_key(settings, message):

@@ -54,6 +54,16 @@ def test_every_kind_of_file_in_the_order_of_names(tmp_path):
     assert read(TextFiles(path=[tmp_path, tmp_path / "b.txt"]))[0] == expected  # a file named twice is read once
 
 
+def test_links_keep_their_names(tmp_path):
+    """As the cache of the Hub has them: names that lead to files without any."""
+    write(tmp_path / "blobs/0f", lines({"text": "second"}))
+    write(tmp_path / "blobs/a0", "first")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot/b.jsonl").symlink_to("../blobs/0f")
+    (tmp_path / "snapshot/a.txt").symlink_to("../blobs/a0")
+    assert read(TextFiles(path=tmp_path / "snapshot"))[0] == ["first", "second"]
+
+
 def test_marks_line_ends_and_bad_bytes_are_put_right_and_counted(tmp_path):
     write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     write(tmp_path / "b.txt", b"bad \xff\xfe, cut \xe4\xbd, kept \xef\xbf\xbd")
@@ -142,6 +152,8 @@ def test_paths_that_lead_nowhere_name_their_key(tmp_path):
         TextFiles(path=tmp_path / "*").files()
     with pytest.raises(ValueError, match=r"^document_separator: "):
         TextFiles(path=tmp_path, document_separator="")
+    with pytest.raises(ValueError, match=r"^document_separator: '\\r\\n' is nowhere"):
+        TextFiles(path=tmp_path, document_separator="\r\n")
 
 
 def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,11 @@ def test_other_mistakes_are_told(tmp_path):
     np.full(100, 300, "<u2").tofile(tmp_path / "large.bin")
     with pytest.raises(ValueError, match=r"large\.bin: token id 300 is outside the vocabulary of 257"):
         build(tmp_path / "large.bin", Bytes().build())[0]
+    np.zeros(100, "<u4").tofile(tmp_path / "wide.bin")
+    large = SimpleNamespace(vocab_size=2**16 + 1, end_of_document=0)
+    with pytest.raises(ValueError, match=r"^dtype: uint16 cannot hold the 65,537 ids of the tokenizer; .*wide\.bin"):
+        build(tmp_path / "wide.bin", large)
+    assert len(build(tmp_path / "wide.bin", large, dtype="uint32")) == 49
     np.zeros(100, "<u2").tofile(tmp_path / "a.bin")
     write_index(tmp_path / "b.idx", 4, [25], [0], [0, 1])
     (tmp_path / "b.bin").write_bytes(bytes(100))

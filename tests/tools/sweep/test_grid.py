@@ -83,6 +83,28 @@ def test_what_a_run_learns_tells_it_from_another(tiny):
     assert digest_of(tiny.recipe) != before
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        'use = "components.data:Mixture"\nweights = { a = 1 }\n'
+        'sources.a = { use = "components.data:TextFiles", path = "a.txt" }\n',
+        'use = "components.data:TokenFiles"\npath = "a.txt"\n',
+    ],
+)
+def test_so_does_the_content_of_mixtures_and_of_token_files(tiny, data):
+    recipe = tiny.recipe.read_text()
+    head, section, rest = recipe.partition("[data]\n")
+    assert section
+    tiny.recipe.write_text(f"{head}{section}{data}\n{rest[rest.index('['):]}")
+    digests = set()
+    for name, content in (("a.txt", "words"), ("a.txt", "other words"), ("b.txt", "words")):
+        (tiny.folder / name).write_text(content)
+        digests.add(digest_of(tiny.recipe))
+    assert len(digests) == 2
+    tiny.recipe.write_text(tiny.recipe.read_text().replace("a.txt", "b.txt"))
+    assert digest_of(tiny.recipe) in digests  # the file moved
+
+
 def test_where_a_run_is_and_what_it_writes_does_not(tiny, tmp_path):
     before = digest_of(tiny.recipe)
     assert digest_of(tiny.recipe, run__name="other", checkpoint__keep_last="1", metrics__tensorboard="true") == before
