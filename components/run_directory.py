@@ -70,7 +70,8 @@ class RunDirectory:
     def held(self) -> Iterator[None]:
         """Make the directory, keep every other run out of it, and sweep up after those that were killed.
 
-        The kernel lets go of it with the process, however that ends; one left empty is gone afterwards. Raises ValueError while another run has it.
+        The kernel lets go of it with the process, however that ends; one left empty is gone afterwards.
+        Raises ValueError while another run has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)

@@ -95,7 +95,7 @@ def test_so_does_the_content_of_mixtures_and_of_token_files(tiny, data):
     recipe = tiny.recipe.read_text()
     head, section, rest = recipe.partition("[data]\n")
     assert section
-    tiny.recipe.write_text(f"{head}{section}{data}\n{rest[rest.index('['):]}")
+    tiny.recipe.write_text(f"{head}{section}{data}\n{rest[rest.index('[') :]}")
     digests = set()
     for name, content in (("a.txt", "words"), ("a.txt", "other words"), ("b.txt", "words")):
         (tiny.folder / name).write_text(content)
