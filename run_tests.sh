@@ -11,5 +11,6 @@ if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff format --check .
   "$PYTHON" -m mypy
 fi
-# two files at a time: much of the suite is processes that start
+# two files at a time, one thread each: small tensors gain nothing from threads, which would spin for each other's core
+export OMP_NUM_THREADS=1
 exec "$PYTHON" -m pytest -n 2 --dist loadfile --rootdir "$root" -c "$root/pyproject.toml" "${@:-$root/tests}"

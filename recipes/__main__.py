@@ -1,10 +1,20 @@
 """Start the launcher of this checkout, whatever the working directory holds: `python -m` would look there first."""
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from recipes.launch import main  # noqa: E402
+from recipes.launch import in_worker, main  # noqa: E402
 
-sys.exit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+if in_worker():
+    # All is saved and closed. What the interpreter would still take down, threads of process groups that something
+    # refers to, now and then aborts there, and a run that was done would count as failed.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+sys.exit(status)

@@ -13,6 +13,7 @@ from components.batch.layout import BatchLayout
 from components.checkpoint import verify
 from components.clock import Clock
 from components.quantities import PositiveCount
+from recipes.config import Config
 from recipes.contracts import FollowsSchedule
 from recipes.resume import checkpoint_at
 from recipes.run_state import read_run_state
@@ -57,8 +58,8 @@ class Start:
     lr: float
 
 
-def find_start(branches: Branches, layout: BatchLayout) -> Start:
-    """Raises ValueError, at the key it names, where nothing can begin."""
+def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start:
+    """Where those of the recipe in `config` begin. Raises ValueError, at the key it names, where nothing can."""
     try:
         checkpoint = complete_checkpoint(branches.checkpoint)
         verify(checkpoint)
@@ -68,7 +69,7 @@ def find_start(branches: Branches, layout: BatchLayout) -> Start:
     batch, lr = branches.batch, branches.lr
     if batch is None or lr is None:
         try:
-            run = stored_config(checkpoint).recipe
+            run = stored_config(checkpoint, like=config).recipe
         except ValueError as error:
             without = str(error).replace("say --trust-code", "set batch and lr instead")
             raise ValueError(f"checkpoint: {without}") from None

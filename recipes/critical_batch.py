@@ -92,7 +92,7 @@ class Measurement:
         layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
         self.length = recipe.training.sequence_length
         with blame(config, "branches"):
-            self.start = find_start(self.branches, layout)
+            self.start = find_start(self.branches, layout, config)
             if Path(self.start.checkpoint).is_relative_to(self.directory.path):
                 raise ValueError(
                     f"checkpoint: {self.start.checkpoint} lies in the directory of this run; "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field, RootModel
 
 from components.data.atomic import sync_file, written_aside
 from components.data.content import FileHashes
@@ -103,6 +103,12 @@ class Selection(Record):
             kept &= is_held == self.held_out
             dropped["not held out" if self.held_out else "held out"] = int(wrong.sum())
         return kept
+
+
+class Pieces(RootModel[list[tuple[str, Size]]]):
+    """pieces.json: of each piece of text its name, and how many of its documents are used."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
 def write_index(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.index import PIECES, Index
-from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS
+from components.data.index import PIECES, Index, Pieces
+from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, refusal
 from components.data.stored_tokens import StoredTokens
 
 
@@ -114,8 +113,10 @@ class PreparedText(PackedTokens):
         ends = np.cumsum(self._documents(segment)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
         number = int(self._segments[:segment, 4].sum()) + within
-        pieces = json.loads((self.directory / PIECES).read_text(encoding="utf-8"))
+        pieces = read_record(self.directory / PIECES, Pieces).root
         starts = [0, *accumulate(count for _, count in pieces)]
+        if starts[-1] != self.index.documents:
+            raise ValueError(refusal(self.directory / PIECES, "does not belong to its index"))
         piece = int(np.searchsorted(starts, number, side="right")) - 1
         token = offset - (int(ends[within - 1]) if within else 0)
         return Place(pieces[piece][0], number - starts[piece], token)

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-STEPS, SAVED_AT, SAMPLES, SEQUENCE = 20, 16, 8, 24
+STEPS, SAVED_AT, SAMPLES, SEQUENCE = 20, 18, 8, 24
 RECIPE = [
     "--batch.use=components.batch.constant:Constant",
     f"--batch.initial={SAMPLES}",
@@ -94,7 +94,7 @@ VARIED = {
 MOVES = {f"{source} to {target}": (source, target) for source in LAYOUTS for target in LAYOUTS}
 ROUNDED = {
     f"{layout}, {what}": (layout, arguments + SHORT)
-    for layout in ("one process", "two shards", "two replicas of two shards", "two shards of two slices")
+    for layout in ("one process", "two shards", "two shards of two slices")
     for what, arguments in {"bf16": ["--training.precision=bf16"], "compiled": ["--training.compile=true"]}.items()
 }
 MUP = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=3", "--model.mup.residual_multiplier=0.4"]

@@ -52,26 +52,47 @@ def dataset(length: str, item: str) -> Spoil:
 
 
 def prepared(change: Callable[[Path], object]) -> Spoil:
-    """After the text was prepared once; `change` gets the directory of its shards."""
+    """After the text was prepared once; `change` gets the directory of its index."""
 
     def spoil(folder: Path) -> list[str]:
-        (directory,) = (each for each in (folder / "cache").glob("TextFiles-*") if "held" not in _source(each))
-        change(directory)
+        change(_index(folder))
         return ["--run.if_exists=replace"]
 
     return spoil
+
+
+def shards(change: Callable[[Path], object]) -> Spoil:
+    """As `prepared`, but `change` gets each directory with a part of its tokens."""
+
+    def spoil(folder: Path) -> list[str]:
+        directory = _index(folder)
+        index = json.loads((directory / "index.json").read_text())
+        for shard in index["shards"]:
+            change(directory.parent / index["store"] / shard)
+        return ["--run.if_exists=replace"]
+
+    return spoil
+
+
+def _index(folder: Path) -> Path:
+    (directory,) = (each for each in (folder / "cache").glob("TextFiles-*") if "held" not in _source(each))
+    return directory
 
 
 def _source(directory: Path) -> str:
     return str(json.loads((directory / "index.json").read_text())["source"])
 
 
-def index(**entries: object) -> Spoil:
+def record(name: str, **entries: object) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
-        file = directory / "index.json"
+        file = directory / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
 
-    return prepared(change)
+    return change
+
+
+def index(**entries: object) -> Spoil:
+    return prepared(record("index.json", **entries))
 
 
 def checkpoint(change: Callable[[Path], object], *arguments: str) -> Spoil:
@@ -99,11 +120,7 @@ def unsigned(change: Callable[[Path], object]) -> Spoil:
 
 
 def state(**entries: object) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        file = path / "state.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
-
-    return change
+    return record("state.json", **entries)
 
 
 def cut(name: str) -> Callable[[Path], None]:
@@ -145,7 +162,7 @@ FRESH: dict[str, tuple[Spoil, str]] = {
     "text of nothing but blanks": (text(b" \n\n \t\n"), "holds no text"),
     "text shorter than a sequence": (text(b"abc"), "not one sequence"),
     "UTF-16": (text("text".encode("utf-16")), "is UTF-16"),
-    "gzip that is none": (text(b"not zipped", "bad.txt.gz"), "no gzip file"),
+    "gzip that is none": (text(b"not zipped", "bad.txt.gz"), "is damaged, or no .gz file"),
     "gzip that is cut off": (text(gzip.compress(b"abc" * 999)[:-9], "bad.txt.gz"), "is damaged"),
     "JSON lines that are none": (text(b"{\n", "bad.jsonl"), "bad.jsonl:1: expected a JSON object"),
     "JSON lines of numbers": (text(b"3\n", "bad.jsonl"), "bad.jsonl:1: expected a JSON object"),
@@ -185,13 +202,19 @@ AFTER_A_RUN: dict[str, tuple[Spoil, str]] = {
     "an index that is a list": (prepared(write("index.json", "[]")), "is damaged or of another version"),
     "an index of another version": (index(format=99), "is damaged or of another version"),
     "an index of a vocabulary of none": (index(vocab_size=0), "vocab_size"),
-    "an index of another tokenizer": (index(tokenizer="other"), "was made with another tokenizer"),
     "an index of another text": (index(content="other"), "holds other text"),
-    "an index of endless shards": (index(shards=[]), "shards"),
-    "shards that are gone": (prepared(drop("tokens-*.bin")), "is missing"),
-    "shards that are cut": (prepared(cut("tokens-*.bin")), "is truncated"),
-    "shards that were altered": (prepared(flip("tokens-*.bin")), "was altered"),
-    "documents that are cut": (prepared(cut("documents-*.bin")), "is truncated"),
+    "an index of no shards": (index(shards=[]), "shards"),
+    "an index of shards that lie elsewhere": (index(store="../../elsewhere"), "store"),
+    "segments that are gone": (prepared(drop("segments.npy")), "is missing"),
+    "segments that are cut": (prepared(cut("segments.npy")), "was altered"),
+    "segments that were altered": (prepared(flip("segments.npy")), "was altered"),
+    "shards of another tokenizer": (shards(record("shard.json", tokenizer="other")), "was made with another tokenizer"),
+    "shards of another version": (shards(record("shard.json", format=99)), "is damaged or of another version"),
+    "shards whose record is gone": (shards(drop("shard.json")), "is missing"),
+    "shards that are gone": (shards(drop("tokens.bin")), "is missing"),
+    "shards that are cut": (shards(cut("tokens.bin")), "is truncated"),
+    "shards that were altered": (shards(flip("tokens.bin")), "was altered"),
+    "documents that are cut": (shards(cut("documents.bin")), "is truncated"),
     "another width": (checkpoint(lambda path: None, "--model.dim=32"), "in the checkpoint"),
     "more layers": (checkpoint(lambda path: None, "--model.layers=3"), "in the checkpoint"),
     "another tokenizer": (checkpoint(lambda path: None, *TIKTOKEN, "--tokenizer.pattern=gpt2"), "in the checkpoint"),

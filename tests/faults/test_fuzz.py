@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from components.checkpoint import complete_checkpoints, load_tensors, tensor_names, verify
 from components.checkpoint.reading import read_state
-from components.data.content import FileHashes
-from components.data.packed import PackedTokens
-from components.data.shards import open_shards
+from components.data import TextFiles
 from components.tokenizers import Bytes, TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load
 from recipes.run_state import read_run_state
@@ -119,19 +117,25 @@ def test_tokenizer_files(tmp_path_factory, edits, special: list[str], pattern: s
 
 
 @FUZZ
-@given(edits=mutations(), name=st.sampled_from(["index.json", "tokens-00000.bin", "documents-00000.bin"]))
+@given(
+    edits=mutations(),
+    name=st.sampled_from(["index.json", "segments.npy", "pieces.json", "shard.json", "tokens.bin", "documents.bin"]),
+)
 def test_token_shards(trained: Path, tmp_path_factory, edits, name: str) -> None:
-    source = min((trained / "cache").glob("TextFiles-*"))
-    tokenizer = Bytes().build()
+    original = min((trained / "cache").rglob(name))
     folder = tmp_path_factory.mktemp("shards")
-    directory = spoilt(source, folder, name, mutate((source / name).read_bytes(), edits))
-    try:
-        index = open_shards(directory, tokenizer=tokenizer, hashes=FileHashes(folder / "hashes"))
-        samples = PackedTokens(directory, index, 24)
-    except ValueError as error:
-        assert str(directory) in str(error) or "holds" in str(error)
-        return
-    assert len(samples[len(samples) - 1]) == 25
+    content = mutate(original.read_bytes(), edits)
+    cache = spoilt(trained / "cache", folder, str(original.relative_to(trained / "cache")), content)
+    for text in ("*.txt", "held_out/*.txt"):  # one of them has the file
+        try:
+            samples = TextFiles(path=trained / "text" / text).build(
+                tokenizer=Bytes().build(), sequence_length=24, cache_dir=cache, progress=lambda line: None
+            )
+            last = len(samples) - 1
+            assert len(samples[last]) == 25
+            samples.describe(last)
+        except ValueError as error:
+            assert str(cache) in str(error)
 
 
 @FUZZ

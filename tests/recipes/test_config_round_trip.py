@@ -16,7 +16,7 @@ from tests.recipes import config_parts as parts
 pytestmark = pytest.mark.quick
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-paths = texts.filter(lambda text: "\0" not in text and not text.startswith("~"))
+paths = texts.filter(lambda text: text and "\0" not in text and not text.startswith("~"))
 counts = st.one_of(st.integers(min_value=1), st.sampled_from(["20M", "1.5B", "4_096"]))
 sources = st.fixed_dictionaries({"path": paths}, optional={"weight": st.floats(min_value=0)})
 optional_number = st.one_of(st.floats(), st.integers(), st.just("none"))
