@@ -17,7 +17,7 @@ WITHIN = "--training.attention_within=document"
 COMPILED, RECOMPUTED = "--training.compile=true", "--training.activation_checkpoint=selective"
 EXPERTS = ["--model.experts=4", "--model.top_k=2"]
 RUNS: dict[str, tuple[str, list[str]]] = {
-    "one process": ("one process", [WITHIN]),
+    "one process": ("one process", [WITHIN, f"--checkpoint.interval_steps={SAVED_AT}"]),
     "one process, across documents": ("one process", []),
     "one process, experts": ("one process", [WITHIN, *EXPERTS]),
     "two shards": ("two shards", [WITHIN]),
@@ -46,7 +46,7 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
         return [
             str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
             "--batch.use=components.batch.constant:Constant", f"--batch.initial={SAMPLES}",
-            f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", f"--checkpoint.interval_steps={SAVED_AT}",
+            f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
             "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
             *LAYOUTS[layout][1], *arguments,
         ]  # fmt: skip

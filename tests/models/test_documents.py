@@ -142,6 +142,21 @@ def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [256, 200], ids=["whole blocks", "a part of one"])
+def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
+    given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for way in (lambda starts_BT, head_width: OneByOne(starts_BT), documents):
+        monkeypatch.setattr(module, "documents", way)
+        model = apart(replace(SMALL, dim=64)).float().cuda()
+        loss = model(given, given.roll(-1, 1))
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert isinstance(documents(given == END, 16), InBlocks)
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
+
+
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
     """Whole, where attention is in blocks; the lengths of one by one are not for the compiler."""
     for way, whole in ((documents, False), (uncompiled, True)):
