@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cache import KeyValueCache, LayerCache
+from models.cache import KeyValueCache
+from models.documents import documents, positions
 from models.experts import Experts
 from models.initialise import fill_normal
 from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
@@ -56,6 +57,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(size.dim, size.norm_eps)
         self.output = Head(size.dim, vocab_size, tied=size.tied_embeddings)
         self.router_loss = RouterLoss(size.experts, router or RouterKeys()) if size.experts else None
+        self.end_of_document: int | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits (B, T, V); or, given labels, the sum of their cross-entropies (), float32. Label -100 is ignored.
@@ -66,11 +68,10 @@ class Decoder(nn.Module):
         x_BTD = self.tok_embeddings(tokens_BT)
         if self.mup is not None:
             x_BTD = x_BTD * self.mup.embedding_multiplier
-        length, device = tokens_BT.shape[1], tokens_BT.device
-        rope = rope_table(length, self.rope_frequencies, device) if cache is None else cache.extend(length)
+        rope, contexts = self._contexts(tokens_BT, cache)
         routing: list[Tensor] = []
-        for number, layer in enumerate(self.layers.values()):
-            x_BTD = layer(x_BTD, rope, None if cache is None else cache.layers[number])
+        for layer, context in zip(self.layers.values(), contexts, strict=True):
+            x_BTD = layer(x_BTD, rope, context)
             if self.router_loss is not None:
                 x_BTD, of_layer = x_BTD
                 routing.append(of_layer)
@@ -85,6 +86,24 @@ class Decoder(nn.Module):
             besides = self.router_loss(routing)
             logits_or_loss = logits_or_loss + (besides - besides.detach())
         return logits_or_loss
+
+    def _contexts(self, tokens_BT: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Sequence[Context | None]]:
+        """Rotations by the tokens' positions, (2, T, 1, C) or (2, B or 1, T, 1, C), and what each layer attends to.
+
+        None is all that comes before, in a sequence. Text that is generated is one document: a cache knows no others.
+        """
+        length = tokens_BT.shape[1]
+        if cache is not None:
+            return cache.extend(length), cache.layers
+        rope = rope_table(length, self.rope_frequencies, tokens_BT.device)
+        if self.end_of_document is None:
+            return rope, [None] * len(self.layers)
+        starts_BT = tokens_BT == self.end_of_document
+        return rope[:, positions(starts_BT)], [documents(starts_BT, self.size.head_width)] * len(self.layers)
+
+    def separate_documents(self, end_of_document: int) -> None:
+        """From now on that token starts a document: none sees one of another, and positions count from the start."""
+        self.end_of_document = end_of_document
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
         """For `capacity` tokens of as many rows as `padding` has numbers: slots to leave before each row's first."""
@@ -156,6 +175,14 @@ class Decoder(nn.Module):
         )
 
 
+class Context(Protocol):
+    """What queries attend to, where that is not simply all tokens before them in their sequence."""
+
+    def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
+        """What they find, (B, H, T, C)."""
+        ...
+
+
 class Block(nn.Module):
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -165,11 +192,11 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(size)
         self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rope: Tensor, context: Context | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D); of a block with experts also the sums of its routing."""
         # A factor of exactly 1 neither costs nor changes anything, forward or backward.
         factor = self.residual_multiplier
-        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, cache), alpha=factor)
+        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, context), alpha=factor)
         added: Any = self.feed_forward(self.ffn_norm(x_BTD))
         if isinstance(added, tuple):
             added_BTD, routing = added
@@ -191,12 +218,12 @@ class Attention(nn.Module):
         self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
         self.wo = nn.Linear(size.heads * size.head_width, size.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, context: Context | None = None) -> Tensor:
         # The number of heads is read off the tensor: under tensor parallelism a rank holds some of them.
         q_BTHC = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         k_BTKC = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
-        if cache is None:
+        if context is None:
             out_BHTC = F.scaled_dot_product_attention(
                 q_BTHC.transpose(1, 2),
                 k_BTKC.transpose(1, 2),
@@ -206,7 +233,7 @@ class Attention(nn.Module):
                 enable_gqa=self.grouped,
             )
         else:
-            out_BHTC = cache.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
+            out_BHTC = context.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
         out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))
         return out_BTD
 

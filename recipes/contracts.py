@@ -110,6 +110,17 @@ class HasStepNumbers(Protocol):
         ...
 
 
+@runtime_checkable
+class SeparatesDocuments(Protocol):
+    """A model that can keep the documents of a sequence apart, for training.attention_within = "document"."""
+
+    def separate_documents(self, end_of_document: int) -> None:
+        """From now on every `end_of_document` among the tokens of a forward pass starts a document, and so does the
+        beginning of a sequence: no token sees one of another document, and positions count from the start of its own.
+        """
+        ...
+
+
 class Plan(Protocol):
     """How a model is divided among processes, by the names of its modules."""
 

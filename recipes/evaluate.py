@@ -27,8 +27,9 @@ from recipes.config import Config
 from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
 from recipes.errors import blame
+from recipes.language_model import check_separates, keep_documents_apart
 from recipes.resume import Resume
-from recipes.sections import default_cache
+from recipes.sections import AttentionWithin, default_cache
 from recipes.trained import Trained, open_trained
 
 log = logging.getLogger("powertrain")
@@ -46,6 +47,8 @@ class Evaluation:
     """Sequences cut from all text end to end, as in training; or each document by itself, under a sliding window."""
     sequence_length: PositiveCount | None = None
     """Tokens of a sequence, or of the window; unset: as in training (2048 at the most, where that is not known)."""
+    attention_within: AttentionWithin | None = None
+    """Whether the tokens of a sequence attend to all of it, or to their document; unset: as in training."""
     stride: PositiveCount | None = None
     """Tokens by which the window slides; unset: half of it. Smaller is slower, and gives more context."""
     micro_batch_size: PositiveCount = 8
@@ -68,6 +71,8 @@ class Evaluation:
             for key in ("stride", "table"):
                 if getattr(self, key) is not None:
                     raise ValueError(f'{key}: sequences know no documents; it takes method = "documents"')
+        elif self.attention_within is not None:
+            raise ValueError('attention_within: a window holds nothing but one document; it takes method = "packed"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +132,15 @@ class Evaluate:
             trained.component.plan(tp=tp)
         elif tp > 1:
             raise ValueError(f"{type(trained.component).__name__} has no plan(tp), and parallel.tp is {tp}")
-        return trained, length, trained.build(length)
+        model = trained.build(length)
+        if self.apart(trained):
+            check_separates(model)
+        return trained, length, model
+
+    def apart(self, trained: Trained) -> bool:
+        """Whether the documents of a sequence are kept apart."""
+        keys = self.evaluation
+        return keys.method == "packed" and (keys.attention_within or trained.attention_within) == "document"
 
     def measure(
         self, config: Config, world: World, trained: Trained, length: int, model: nn.Module
@@ -146,6 +159,8 @@ class Evaluate:
             if keys.method == "packed":
                 held_out = HeldOut(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
                 evaluated = world.main_first(lambda: held_out.open(**text, sequence_length=length))
+                if self.apart(trained):
+                    keep_documents_apart(model, evaluated.samples, tokenizer.end_of_document)
             else:
                 documents = world.main_first(lambda: data.build(**text, sequence_length=1))
                 if not isinstance(documents, Documents):
@@ -167,9 +182,11 @@ class Evaluate:
             rows = evaluated.evaluate(model, layout.data, arithmetic, multiple=layout.sizes.tp)
             total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
-        window = {"sequence_length": length}
+        window: dict[str, Any] = {"sequence_length": length}
         if keys.method == "documents":
             window |= {"stride": stride, "documents": len(rows)}
+        else:
+            window["attention_within"] = "document" if self.apart(trained) else "sequence"
         return {**about, **window, "precision": chosen, **numbers(total)}, rows
 
     def report(self, result: dict[str, Any], rows: list[Totals]) -> None:

@@ -20,6 +20,7 @@ from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError, Problem
 from recipes.course import Course, play
 from recipes.errors import blame
+from recipes.language_model import build_model
 from recipes.memory_estimate import Memory, activations_of, estimate
 
 MFU = 0.4
@@ -116,8 +117,8 @@ def make_plan(config: Config, world_size: int, claim: Claim) -> Plan:
             if not vocab_size:
                 raise FileNotFoundError(f"{error}; given model.vocab_size, a dry run does without it") from error
     if vocab_size:
-        with _collected(config, "model", problems), torch.device("meta"):
-            model = recipe.model.build(vocab_size=vocab_size, sequence_length=training.sequence_length)
+        with _collected(config, "model", problems):
+            model = build_model(config, vocab_size)
     layout = BatchLayout(training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
     course = Course()
     with _collected(config, "batch", problems):

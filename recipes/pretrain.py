@@ -38,10 +38,11 @@ from components.train_step import TrainStep
 from components.validation import HeldOut
 from recipes.bad_steps import answer
 from recipes.config import Config
-from recipes.contracts import BatchPolicy, Data, HasPlan, LanguageModel, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, Tokenizer
 from recipes.course import follow_schedule
 from recipes.divide import divide
 from recipes.errors import RunError, blame
+from recipes.language_model import build_model, keep_documents_apart
 from recipes.micro_batches import checked
 from recipes.opening import open_run
 from recipes.resume import Resume, compare
@@ -157,12 +158,10 @@ class TrainingRun:
             with blame(config, "validation"):
                 self.validation = self.world.main_first(lambda: held_out.open(**text))
 
-        with blame(config, "model"), torch.device("meta"):
-            model = recipe.model.build(vocab_size=tokenizer.vocab_size, sequence_length=training.sequence_length)
-            if not isinstance(model, LanguageModel):
-                raise ValueError(
-                    f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts"
-                )
+        model = build_model(config, tokenizer.vocab_size)
+        if training.attention_within == "document":
+            with blame(config, "data"):
+                keep_documents_apart(model, self.samples, tokenizer.end_of_document)
         divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), training)
         give_storage(model, device)
         if recipe.run.init_from is None or checkpoint is not None:

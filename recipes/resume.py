@@ -35,6 +35,7 @@ RULES: dict[str, Rule] = {
     "run.seed": "warned",
     "training.max_grad_norm": "warned",
     "training.precision": "warned",
+    "training.attention_within": "warned",
     # How, where and how long: extending total_tokens is what the schedules are anchored for.
     "training": "free",
     "run": "free",

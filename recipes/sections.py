@@ -47,6 +47,10 @@ class Run:
         return self.dir if self.dir is not None else Path("runs").absolute() / self.name
 
 
+AttentionWithin = Literal["sequence", "document"]
+"""What a token may attend to: all that comes before it in its sequence, or only what is of its document."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """[training]: how much to train, and in which pieces."""
@@ -57,6 +61,9 @@ class Training:
     """Tokens of one sample that are predicted."""
     micro_batch_size: PositiveCount
     """Samples of one forward and backward pass on one rank."""
+    attention_within: AttentionWithin = "sequence"
+    """What a token attends to: all before it in its sequence, or what of that is of its document. Positions count from
+    the start of the same."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm to this; "none": do not clip."""
     precision: Precision = "auto"

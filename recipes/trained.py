@@ -19,6 +19,7 @@ from recipes.contracts import EncodesText, Model, Tokenizer
 from recipes.initial_weights import copy_weights
 from recipes.resume import checkpoint_at
 from recipes.run_state import read_run_state
+from recipes.sections import AttentionWithin
 from recipes.stored_config import stored_config
 
 MOST_UNTRAINED = 2048
@@ -39,6 +40,8 @@ class Trained:
     """Ids it was trained with."""
     sequence_length: int
     """Tokens of a sequence of its training."""
+    attention_within: AttentionWithin = "sequence"
+    """As in its training."""
     step: int | None = None
     """Of its training."""
     recipe: Any = None
@@ -100,6 +103,7 @@ def open_trained(path: Path, tokenizer: Path | None = None, *, trust_code: bool 
         tokenizer=recipe.tokenizer,
         vocab_size=state["vocab_size"],
         sequence_length=recipe.training.sequence_length,
+        attention_within=recipe.training.attention_within,
         step=state["clock"]["step"],
         recipe=recipe,
     )

@@ -5,7 +5,8 @@
 
 The samples come through the loader of the run, so they are those it trains on. A step that the run has done is looked
 up in its metrics.jsonl; another one is reckoned from the batch policy, which is refused where the policy follows the
-gradient. A bar stands before every token, and a token that is no whole character shows as <id>.
+gradient. A bar stands before every token, and a token that is no whole character shows as <id>. Where attention stays
+within documents, a double bar stands before the first token of each: position 0, and nothing before it is seen.
 Exit status: 0 done, 2 for what the user can put right.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -24,13 +26,14 @@ from components.batch.layout import BatchLayout
 from components.clock import Clock
 from components.data.loader import MicroBatch, MicroBatchLoader, Samples, order_of
 from components.run_directory import RunDirectory
+from models.documents import positions
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
 from recipes.course import follow_schedule
 from recipes.errors import blame
 from recipes.launch import UsageError, parse
 
-BAR = "│"
+BAR, DOUBLE_BAR = "│", "║"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,7 +87,8 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
         layout = {"micro_batch_size": options.count or size}
     with MicroBatchLoader(samples, seed=recipe.run.seed, start=start, **layout) as loader:
         *_, seen = loader.next_step(micro_batch + 1)
-    yield from shown(seen, samples, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids)
+    apart = recipe.training.attention_within == "document"
+    yield from shown(seen, samples, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids, apart=apart)
 
 
 def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
@@ -121,15 +125,21 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
 
 
 def shown(
-    seen: MicroBatch, samples: Samples, tokenizer: EncodesText, *, seed: int, count: int | None, ids: bool
+    seen: MicroBatch, samples: Samples, tokenizer: EncodesText, *, seed: int, count: int | None, ids: bool, apart: bool
 ) -> Iterator[str]:
-    """Each sample of a micro-batch: its numbers, then its text token by token, the label of the last one after `>`."""
+    """Each sample of a micro-batch: its numbers, then its text token by token, the label of the last one after `>`.
+
+    `apart`: documents are.
+    """
     epochs, indices = order_of(samples, seed=seed)(seen.sample_ids.numpy())
     describe = getattr(samples, "describe", "sequence {}".format)
     for row in range(len(seen.sample_ids))[:count]:
         tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])
         yield f"\nsample {seen.sample_ids[row]}, epoch {epochs[row]}, {describe(int(indices[row]))}"
-        yield f"{BAR}{BAR.join(spelled(tokens, tokenizer))}{BAR}>{spelled([last], tokenizer)[0]}"
+        first = (positions(seen.tokens[row : row + 1] == tokenizer.end_of_document)[0] == 0).tolist()
+        bars = [DOUBLE_BAR if apart and starts else BAR for starts in first]
+        text = "".join(map(add, bars, spelled(tokens, tokenizer)))
+        yield f"{text}{BAR}>{spelled([last], tokenizer)[0]}"
         if ids:
             yield f"{np.array2string(np.array(tokens), threshold=sys.maxsize, max_line_width=120)} > {last}"
 

@@ -102,6 +102,19 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
 
 
+def test_documents_kept_apart_are_those_of_a_mask_and_of_positions_given_by_hand():
+    ours, theirs = pair(SHAPES["all at once"])
+    ours.separate_documents(end_of_document := 5)
+    given = tokens()
+    given[0, [3, 4, 31]] = given[1, [0, 60]] = end_of_document
+    document = (given == end_of_document).cumsum(1)
+    sees = (document[:, :, None] == document[:, None, :]).tril()
+    position_ids = sees.sum(-1) - 1
+    mask = torch.zeros(B, 1, T, T).masked_fill(~sees.unsqueeze(1), float("-inf"))
+    with torch.no_grad():
+        assert_same_logits(ours(given), theirs(given, attention_mask=mask, position_ids=position_ids).logits)
+
+
 @pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.rope_scaling])
 @pytest.mark.parametrize("scaling", [None, STRETCHED, RopeScaling(factor=1)], ids=["its own", "stretched", "off"])
 def test_scaled_frequencies_are_those_of_transformers(name, scaling):

@@ -58,6 +58,19 @@ def test_samples_and_ids_can_be_asked_for(tiny, samples, capsys):
     assert [int(number) for number in re.findall(r"\d+", ids)] == micro.tokens[0].tolist()
 
 
+def test_a_double_bar_stands_where_attention_begins(tiny, samples, capsys):
+    """Before the first token of a sequence and before every end token: as the model has it."""
+    with MicroBatchLoader(samples, seed=0, micro_batch_size=len(samples)) as loader:
+        (micro,) = loader.next_step(1)
+    row = int((micro.tokens[:, 1:] == 256).any(1).nonzero()[0])
+    text = output(tiny, capsys, "--sample", str(row), "--count", "1", "--training.attention_within=document")
+    shown = text.splitlines()[-1]
+    assert shown.startswith("║") and shown.count("║") == 2
+    assert "║<|endoftext|>│" in shown
+    plain = output(tiny, capsys, "--sample", str(row), "--count", "1")
+    assert shown.replace("║", "│") == plain.splitlines()[-1]
+
+
 def test_a_token_that_is_no_character_shows_its_id():
     assert spelled([*"é".encode(), ord("a"), 256], Bytes().build()) == ["<195>", "<169>", "a", "<|endoftext|>"]
 

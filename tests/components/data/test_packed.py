@@ -1,5 +1,6 @@
 import pickle
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.components.data.conftest import Given
 
 pytestmark = pytest.mark.quick
 
+RANKS = Path(__file__).resolve().parents[3] / "assets" / "tokenizers" / "stdlib-4096.tiktoken"
 TEXTS = [
     "Call me Ishmael.",
     "",
@@ -74,6 +76,17 @@ def test_documents_and_their_bytes_are_kept(tmp_path, monkeypatch):
     assert samples.index.documents == 3
     assert len(samples.index.shards) > 1
     assert samples.index.dropped == {"empty": 2}
+
+
+def test_the_end_token_stands_where_documents_end_and_nowhere_else(tmp_path):
+    """So attention within documents goes by it; text that spells it is text."""
+    tokenizer = TiktokenFile(path=RANKS, pattern="cl100k").build()
+    text = ("one", "<|endoftext|>", "two <|endoftext|> three", "four")
+    samples = Given(text=text).build(tokenizer=tokenizer, sequence_length=1, cache_dir=tmp_path, progress=print)
+    lengths = samples.document_lengths()[:, 0]
+    ids = samples.tokens(0, int(lengths.sum()))
+    assert np.flatnonzero(ids == tokenizer.end_of_document).tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert len(lengths) == len(text)
 
 
 def test_labels_stand_for_every_byte_but_the_first(packed):

@@ -1,0 +1,72 @@
+"""What attention within documents costs or saves: forward and backward against those across documents.
+
+    python -m benchmarks.documents [--rounds 12] [--lengths 16 128 512 4096] [--device cpu]
+
+One model of 7M parameters on micro-batches of 4 x 1,024 random ids that end a document every so many tokens on average.
+One pass within documents and one across, in turn: the machine's mood falls out of a pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import machine, spread
+from models.decoder import Decoder
+from models.sizes import Size
+
+SIZE = Size(dim=256, layers=6, heads=8, kv_heads=8, ffn_dim=768)
+VOCAB, END, ROWS, LENGTH = 4096, 0, 4, 1024
+WARM_UP = 2
+
+
+def seconds(model: Decoder, tokens: Tensor, end_of_document: int | None) -> float:
+    """Of a forward and a backward pass."""
+    model.end_of_document = end_of_document
+    synchronize(tokens)
+    started = time.perf_counter()
+    model(tokens, tokens).backward()
+    synchronize(tokens)
+    model.zero_grad()
+    return time.perf_counter() - started
+
+
+def synchronize(tokens: Tensor) -> None:
+    if tokens.is_cuda:
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 128, 512, 4096])
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    with torch.device(arguments.device):
+        model = Decoder(SIZE, VOCAB)
+    model.init_weights(0)
+    print(f"{machine()}, {arguments.rounds} rounds: medians, lowest to highest; quartiles of the pairs\n")
+    print("| tokens of a document | tokens/s across documents | within | ratio of a pair |\n|---|---|---|---|")
+    for length in arguments.lengths:
+        across, within = [], []
+        for _ in range(WARM_UP + arguments.rounds):
+            tokens = torch.randint(1, VOCAB, (ROWS, LENGTH), device=arguments.device)
+            tokens[torch.rand(tokens.shape, device=arguments.device) < 1 / length] = END
+            across.append(seconds(model, tokens, None))
+            within.append(seconds(model, tokens, END))
+        pairs = [one / other for one, other in zip(across[WARM_UP:], within[WARM_UP:], strict=True)]
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        speeds = [spread([ROWS * LENGTH / each for each in times[WARM_UP:]], ",.0f") for times in (across, within)]
+        print(f"| {length:,} | {speeds[0]} | {speeds[1]} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+    print(f"\nRepeat with:\n\n    python -m benchmarks.documents {shlex.join(sys.argv[1:])}".rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The model of a recipe, built and held against what the recipe asks of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from recipes.config import Config
+from recipes.contracts import LanguageModel, Samples, SeparatesDocuments
+from recipes.errors import blame
+
+log = logging.getLogger("powertrain")
+
+LOOKED_AT = 64
+"""Sequences in which an end of a document is looked for."""
+
+
+def build_model(config: Config, vocab_size: int) -> Any:
+    """The model of a training, on the meta device. Raises ConfigError for one that cannot do what is asked of it."""
+    recipe = config.recipe
+    with blame(config, "model"), torch.device("meta"):
+        model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
+        if not isinstance(model, LanguageModel):
+            raise ValueError(f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts")
+    if recipe.training.attention_within == "document":
+        with blame(config, "training"):
+            check_separates(model)
+    return model
+
+
+def check_separates(model: object) -> None:
+    """Raises ValueError for a model that cannot keep documents apart."""
+    if not isinstance(model, SeparatesDocuments):
+        raise ValueError(
+            f"attention_within: {type(model).__name__} has no separate_documents(end_of_document), which keeps "
+            'documents apart; say attention_within = "sequence"'
+        )
+
+
+def keep_documents_apart(model: Any, samples: Samples, end_of_document: int) -> None:
+    """Let `model` attend within documents, and warn where `samples` seem to have none: it would tell none apart."""
+    model.separate_documents(end_of_document)
+    looked_at = range(0, len(samples), -(-len(samples) // LOOKED_AT))
+    if not any(bool((samples[index] == end_of_document).any()) for index in looked_at):
+        log.warning(
+            f'attention_within = "document": none of {len(looked_at)} sequences looked at holds the id '
+            f"{end_of_document}, which ends a document; where it ends none, whole sequences are attended to"
+        )
