@@ -27,8 +27,8 @@ UNSAVED = "--checkpoint.interval_steps=none"
 SOURCES = ("one process", "two shards")
 WHOLE = (*SOURCES, "two slices", "four shards")
 RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
-    "two shards": 38, "four shards": 20, "two replicas of two shards": 36, "one process": 57,
-    "two shards of two slices": 52,
+    "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
+    "two shards of two slices": 54,
 }  # fmt: skip
 """Layout -> the step after which it takes over from another."""
 

@@ -56,7 +56,7 @@ for what, arguments, layouts in (
         ("one process", "two replicas", "two shards of two slices"),
     ),
     ("bf16", "--training.precision=bf16", ("one process", "two replicas", "two shards", "two shards of two slices")),
-    ("compiled", "--training.compile=true", ("two shards", "two shards of two slices")),
+    ("compiled", "--training.compile=true", ("two shards", "two slices")),
 ):
     CASES |= {f"{layout}, {what}": (layout, [arguments, *BOTH["reduce"]]) for layout in layouts}
 

@@ -93,9 +93,12 @@ VARIED = {
 }
 MOVES = {f"{source} to {target}": (source, target) for source in LAYOUTS for target in LAYOUTS}
 ROUNDED = {
-    f"{layout}, {what}": (layout, arguments + SHORT)
-    for layout in ("one process", "two shards", "two shards of two slices")
-    for what, arguments in {"bf16": ["--training.precision=bf16"], "compiled": ["--training.compile=true"]}.items()
+    f"{layout}, {what}": (layout, [argument, *SHORT])
+    for what, argument, layouts in (
+        ("bf16", "--training.precision=bf16", ("one process", "two shards", "two shards of two slices")),
+        ("compiled", "--training.compile=true", ("one process", "two shards of two slices")),
+    )
+    for layout in layouts
 }
 MUP = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=3", "--model.mup.residual_multiplier=0.4"]
 WITH_MUP = {
