@@ -4,8 +4,9 @@
     python -m benchmarks.adaptive_batch ... --report     # the table and the pictures of what is done so far
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
-For every method and schedule the rate is tuned first, over three values and on while the best is at the edge, with
-one seed and a third of the tokens. Runs in the file of results are not run again, so it can be stopped at any time.
+For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
+is at the edge, with one seed and a third of the tokens. Runs in the file of results are not run again, so it can be
+stopped at any time.
 The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.adaptive_batch.methods import METHODS, RATES, SMALL, VARIANTS
+from benchmarks.adaptive_batch.methods import FIRST, METHODS, RATES, SMALL, VARIANTS
 from benchmarks.adaptive_batch.report import Rows, report
 from benchmarks.adaptive_batch.runs import Book, Row, Run
 from tools.sweep.runs import Results, stopped
@@ -25,7 +26,6 @@ AT_THE_SAME_MEAN = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
 TUNING = 3
 """Of the tokens, tuning takes one part in so many."""
-MOST_RATES = 7
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,19 +80,21 @@ def finish(book: Book, rows: Sequence[Row], seeds: int) -> None:
 
 def tune(book: Book, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
     """The best rate of each row, and its loss."""
-    grids = {row: list(RATES[row[1]]) for row in rows}
+    tried = {row: set(RATES[row[1]][FIRST]) for row in rows}
     while True:
-        runs = [Run(row, rate, 0, book.final_tokens // TUNING) for row in rows for rate in grids[row]]
+        runs = [Run(row, rate, 0, book.final_tokens // TUNING) for row in rows for rate in sorted(tried[row])]
         losses = {run: outcome.loss for run, outcome in zip(runs, book.run(runs), strict=True)}
         best = {row: min((loss, run.rate) for run, loss in losses.items() if run.row == row) for row in rows}
-        rates = {row: rate for row, (_, rate) in best.items()}
-        at_edge = [row for row in rows if rates[row] in (min(grids[row]), max(grids[row]))]
-        open_rows = [row for row in at_edge if len(grids[row]) < MOST_RATES]
-        if not open_rows:
+        neighbours = {row: set(around(best[row][1], RATES[row[1]])) for row in rows}
+        if all(neighbours[row] <= tried[row] for row in rows):
             return {row: (rate, loss) for row, (loss, rate) in best.items()}
-        for row in open_rows:
-            low = rates[row] == min(grids[row])
-            grids[row] = sorted([*grids[row], rates[row] / 2 if low else rates[row] * 2])
+        tried = {row: tried[row] | neighbours[row] for row in rows}
+
+
+def around(rate: float, rates: Sequence[float]) -> Sequence[float]:
+    """`rate` and those next to it."""
+    at = rates.index(rate)
+    return rates[max(0, at - 1) : at + 2]
 
 
 def rows_of(book: Book) -> Rows:

@@ -75,12 +75,12 @@ METHODS: dict[str, Method] = {
     "doubling, early": Method(doubling(0.05, 0.1, 0.2, 0.4)),
     "doubling, evenly": Method(doubling(0.2, 0.4, 0.6, 0.8)),
     "doubling, late": Method(doubling(0.35, 0.55, 0.7, 0.85)),
-    **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.4, 2.0, 2.8)},
+    **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
     "norm test of the paper, eta 0.15": Method(
         adaptive("norm_test:NormTest", eta=0.15, estimator="paper", workers=4), rule=False
     ),
-    "noise scale, a quarter": Method(
-        adaptive("noise_scale:NoiseScale", coefficient=0.25, shrink="true", max_growth=2,
+    "noise scale, a fifth": Method(
+        adaptive("noise_scale:NoiseScale", coefficient=0.2, shrink="true", max_growth=2,
                  delay_tokens=WARMUP_STEPS * SMALL * SEQUENCE)
     ),
     "Seesaw": Method(adaptive("seesaw:Seesaw"), decay="cosine"),
@@ -95,8 +95,11 @@ def method_of(name: str) -> Method:
     return Method(constant(size), first=size, rule=False)
 
 
-RATES = {"wsd": (1e-3, 2e-3, 4e-3), "cosine": (1e-3, 2e-3, 4e-3), "power": (4.0, 8.0, 16.0)}
-"""First values to try: the highest rate, under Power its amplitude a. Tuning goes on while the best is at the edge."""
+_HIGHEST = (0.7e-3, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 11e-3)
+RATES = {"wsd": _HIGHEST, "cosine": _HIGHEST, "power": (2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0, 23.0, 32.0)}
+"""Values to try, each some root of two above the one before: of the highest rate, under Power of its amplitude a."""
+FIRST = slice(2, 5)
+"""Those to try first. Tuning goes on to their neighbours while the best is at the edge."""
 
 
 def schedule(name: str, rate: float, method: Method) -> dict[str, object]:

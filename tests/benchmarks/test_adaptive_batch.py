@@ -31,13 +31,13 @@ def ranks() -> str:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs whose loss is the distance of the rate from 0.012; the jobs that were run."""
+    """Runs whose loss is the distance of the rate from 0.0075; the jobs that were run."""
     jobs = []
 
     def train(runner, job):
         jobs.append(job)
         curve = [(5, 500, 5.0, 8), (10, 1000, 4.0, 8)] if runner.curve_points else []
-        loss = abs(float(job.varied["rate"]) - 0.012)
+        loss = abs(float(job.varied["rate"]) - 0.0075)
         outcome = Outcome(val_loss=loss, train_loss=4.0, steps=10, samples=80, tokens=1000, seconds=1.0, curve=curve)
         runner.results.add(job, outcome)
         return outcome
@@ -48,8 +48,8 @@ def trained(monkeypatch):
 
 def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, text, tmp_path):
     book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
-    assert comparison.tune(book, [ROW]) == {ROW: (0.008, pytest.approx(0.004))}
-    assert sorted(float(job.varied["rate"]) for job in trained) == [0.001, 0.002, 0.004, 0.008, 0.016]
+    assert comparison.tune(book, [ROW]) == {ROW: (0.008, pytest.approx(0.0005))}
+    assert sorted(float(job.varied["rate"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
     assert {job.varied["tokens"] for job in trained} == {"500000"}
 
 
