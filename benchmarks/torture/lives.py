@@ -62,6 +62,8 @@ TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_byt
 """What two runs that are the same may differ in."""
 INSTANTS = ("start", "any", "save", "metrics")
 _PATIENCE_SECONDS = 120.0
+_PATIENCE_OF_THE_BEREAVED_SECONDS = 10.0
+"""Of a process whose partner was killed: where the two had not met yet, it would wait for it for half an hour."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,8 @@ def _attempt(
         victims = children if chance.random() < 0.5 else [chance.choice(children)]
         for child in victims:
             os.kill(child, signal.SIGKILL)
-    statuses = [_status(child) for child in children]
+    patience = _PATIENCE_SECONDS if until is None else _PATIENCE_OF_THE_BEREAVED_SECONDS
+    statuses = [_status(child, patience) for child in children]
     if any(status < 0 for status in statuses):
         return None
     return max(statuses)
@@ -165,9 +168,9 @@ def _fork(arguments: list[str], environment: dict[str, str], rank: int, director
         os._exit(status)
 
 
-def _status(child: int) -> int:
-    """Its exit status; minus the signal that ended it. One that hangs because another is gone is killed, too."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+def _status(child: int, patience: float) -> int:
+    """Its exit status; minus the signal that ended it, which it gets from here after so many seconds."""
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
