@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,16 +33,23 @@ class HeldOutData(Protocol):
     ) -> Samples: ...
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """Samples that say in which order they are to be taken, as (n,) numbers -> (n,) epochs, (n,) indices."""
+
+    def order(self, *, seed: int, shuffle: bool) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """[validation]: the mean token loss over the first sequences of a held-out source."""
+    """[validation]: the mean token loss over sequences of held-out text."""
 
     data: HeldOutData
     """Where the text comes from: any component that fits [data]."""
     interval_steps: PositiveCount | None = None
     """Optimizer steps between validations; unset: only at the end of the run."""
     max_sequences: PositiveCount | None = None
-    """Use only this many sequences; unset: all of them."""
+    """Use only this many sequences, of a mixture by its weights; unset: all of them, once."""
     micro_batch_size: PositiveCount = 8
     """Sequences in one forward pass."""
 
@@ -54,15 +61,18 @@ class HeldOut:
             tokenizer=tokenizer, sequence_length=sequence_length, cache_dir=cache_dir, progress=progress
         )
         count = len(samples) if self.max_sequences is None else min(len(samples), self.max_sequences)
-        return Validation(samples, count, torch.from_numpy(tokenizer.byte_lengths), self.micro_batch_size)
+        indices: Sequence[int] = range(count)
+        if count < len(samples) and isinstance(samples, Ordered):  # the first of a mixture are all of one source
+            indices = samples.order(seed=0, shuffle=False)(np.arange(count))[1].tolist()
+        return Validation(samples, indices, torch.from_numpy(tokenizer.byte_lengths), self.micro_batch_size)
 
 
 class Validation:
-    """Evaluates a model on `count` sequences, in their own order; every sequence counts once on any number of ranks."""
+    """Evaluates a model on the sequences of `indices`; each of them counts once on any number of ranks."""
 
-    def __init__(self, samples: Samples, count: int, byte_lengths: Tensor, micro_batch_size: int) -> None:
+    def __init__(self, samples: Samples, indices: Sequence[int], byte_lengths: Tensor, micro_batch_size: int) -> None:
         self.samples = samples
-        self.count = count
+        self.indices = indices
         self.byte_lengths = byte_lengths
         self.micro_batch_size = micro_batch_size
 
@@ -85,12 +95,13 @@ class Validation:
         model.eval()
         totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         unit = self.micro_batch_size * world.size
-        for first in range(0, self.count, unit):
+        count = len(self.indices)
+        for first in range(0, count, unit):
             # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
             mine = range(first + world.rank * self.micro_batch_size, first + (world.rank + 1) * self.micro_batch_size)
-            chunk = torch.stack([self.samples[min(index, self.count - 1)] for index in mine])
+            chunk = torch.stack([self.samples[self.indices[min(number, count - 1)]] for number in mine])
             tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
-            labels[[index >= self.count for index in mine]] = IGNORED
+            labels[[number >= count for number in mine]] = IGNORED
             with arithmetic():
                 loss = model(tokens.to(world.device), labels.to(world.device))
             counted = labels[labels != IGNORED]

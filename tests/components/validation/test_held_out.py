@@ -98,3 +98,24 @@ def test_the_model_trains_on_afterwards():
     model = Bigram()
     build().evaluate(model, Alone(), nullcontext)
     assert model.training
+
+
+def test_a_part_of_a_mixture_has_its_weights_and_all_of_it_counts_once():
+    class Mixed(list):
+        def order(self, *, seed, shuffle):
+            assert not shuffle
+            return lambda numbers: (0 * numbers, np.where(numbers % 3 == 2, 4 + numbers // 3, numbers - numbers // 3))
+
+    class Sources(Source):
+        def build(self, **how):
+            return Mixed(super().build(**how))
+
+    def measured(limit):
+        held_out = HeldOut(data=Sources(), max_sequences=limit)
+        opened = held_out.open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print)
+        return opened.totals(Bigram(), Alone(), nullcontext).nats, opened.samples
+
+    nats, samples = measured(3)
+    assert nats == pytest.approx(by_hand([samples[0], samples[1], samples[4]])[0], rel=1e-6)
+    nats, samples = measured(None)
+    assert nats == pytest.approx(by_hand(samples)[0], rel=1e-6)
