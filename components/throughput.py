@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -68,11 +69,12 @@ def named_device(name: str) -> Device:
     return Device(name, peak, int(memory * 10**9))
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak matrix FLOP/s of one process's device in `dtype`; None where it is unknown.
 
-    GPUs have a published figure. A CPU's is measured, for a tenth of a second, as the best of a few products of
-    matrices of 1024 x 1024: MFU there is the share of what this machine's own matrix product reaches.
+    GPUs have a published figure. A CPU's is measured, once in a process and for a tenth of a second, as the best of a
+    few products of matrices of 1024 x 1024: MFU there is the share of what this machine's own matrix product reaches.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

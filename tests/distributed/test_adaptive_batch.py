@@ -24,20 +24,21 @@ RECIPE = [
 ]  # fmt: skip
 """A multiple of 8 samples is whole micro-batches of two on four ranks, too."""
 UNSAVED = "--checkpoint.interval_steps=none"
+SAVED = "--checkpoint.interval_steps=2"
 SOURCES = ("one process", "two shards")
 WHOLE = (*SOURCES, "two slices", "four shards")
 RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
     "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
     "two shards of two slices": 54,
 }  # fmt: skip
-"""Layout -> the step after which it takes over from another."""
+"""Layout -> the step, one that is saved, after which it takes over from another."""
 
 
 class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        self.launch({name: (name, [] if name in SOURCES else [UNSAVED]) for name in WHOLE})
+        self.launch({name: (name, [SAVED if name in SOURCES else UNSAVED]) for name in WHOLE})
         self.launch(
             {
                 self.name(layout): (layout, [f"--resume={self.checkpoint(source, step)}", UNSAVED])
