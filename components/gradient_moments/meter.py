@@ -26,15 +26,15 @@ class GradientMeter:
         self._device = device
         self._add_up = add_up
         self._squares: SquaredNorm | None = None
-        self._seen = 0
-        for parameter in _backward_parameters(model):
-            if parameter.requires_grad:
-                self._watch(parameter)
+        self._seen: set[int] = set()
+        trained = (parameter for parameter in _backward_parameters(model) if parameter.requires_grad)
+        for number, parameter in enumerate(trained):
+            self._watch(number, parameter)
 
     def start(self, *, measure: bool) -> None:
         """A step begins; without `measure` its gradients pass unseen."""
         self._squares = SquaredNorm(self._device) if measure else None
-        self._seen = 0
+        self._seen.clear()
 
     def end_micro_batch(self) -> None:
         """Call after the backward of every micro-batch."""
@@ -48,24 +48,28 @@ class GradientMeter:
 
         `groups` micro-batches of `group_samples` samples were taken on `ranks` data-parallel ranks.
         """
-        square = SquaredNorm(self._device)
+        square, count = SquaredNorm(self._device), 0
         for gradient in gradients:
             square.add(gradient)
+            count += 1
         if self._squares is None:
             return self._add_up(square.total()).sqrt(), None
-        if not self._seen:
-            raise RuntimeError("no gradient passed the hooks that measure it: does the model replace its parameters?")
+        if len(self._seen) < count:
+            raise RuntimeError(
+                f"{count - len(self._seen)} of {count} gradients did not pass the hooks that measure them: "
+                "does the model replace its parameters?"
+            )
         totals = self._add_up(torch.stack([square.total(), self._squares.total()]))
         mean_square, sum_of_squares = totals.tolist()
         # each came as its share of the mean over the micro-batches of its rank
         sum_of_squares *= (groups / ranks) ** 2
         return totals[0].sqrt(), GradientMoments(groups, group_samples, sum_of_squares, mean_square)
 
-    def _watch(self, parameter: Tensor) -> None:
+    def _watch(self, number: int, parameter: Tensor) -> None:
         def square(gradient: Tensor) -> Tensor | None:
             if self._squares is None:
                 return None
-            self._seen += 1
+            self._seen.add(number)
             # Tensor parallelism leaves some gradients as sums to be taken, or whole where the parameter is divided.
             wanted = getattr(parameter, "placements", None)
             reduced = None

@@ -59,12 +59,13 @@ def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
     assert float(norm) == pytest.approx(4.0)  # 2 for each of three weights and the bias
 
 
-def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero():
+@pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
+def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
     model = nn.Linear(3, 1)
     meter = GradientMeter(model, torch.device("cpu"), lambda tensor: tensor)
-    model.weight = nn.Parameter(torch.ones(1, 3))
-    model.bias = nn.Parameter(torch.ones(1))
+    for name in replaced:
+        setattr(model, name, nn.Parameter(getattr(model, name).detach()))
     meter.start(measure=True)
     model(torch.ones(2, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match="replace its parameters"):
+    with pytest.raises(RuntimeError, match=f"{len(replaced)} of 2 gradients .* replace its parameters"):
         finish(meter, model)
