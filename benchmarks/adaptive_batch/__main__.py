@@ -5,7 +5,7 @@
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
-is at the edge, with one seed and a third of the tokens. Runs in the file of results are not run again, so it can be
+is at the edge, with one seed and a quarter of the tokens. Runs in the file of results are not run again, so it can be
 stopped at any time.
 The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
 """
@@ -24,7 +24,7 @@ from tools.sweep.runs import Results, stopped
 
 AT_THE_SAME_MEAN = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
-TUNING = 3
+TUNING = 4
 """Of the tokens, tuning takes one part in so many."""
 
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
-    parser.add_argument("--tokens", type=int, default=3_000_000, help="of each final run")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="of each final run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
