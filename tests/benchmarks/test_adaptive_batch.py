@@ -50,7 +50,7 @@ def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, text, tmp_pa
     book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
     assert comparison.tune(book, [ROW]) == {ROW: (0.008, pytest.approx(0.0005))}
     assert sorted(float(job.varied["rate"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
-    assert {job.varied["tokens"] for job in trained} == {"500000"}
+    assert {job.varied["tokens"] for job in trained} == {"375000"}
 
 
 def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, text, tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     arguments = [*places, f"--results={tmp_path / 'results'}", f"--pictures={tmp_path}", "--seeds=2"]
     assert comparison.main(arguments) == 0
     found = capsys.readouterr().out
-    finals = [job.varied for job in trained if job.varied["tokens"] == "3000000"]
+    finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
     ramps = len(methods.VARIANTS) - 1  # the best of them alone is run to the end
     assert len(finals) == 2 * (2 * (len(methods.METHODS) - ramps) - 1)  # two seeds and schedules; Seesaw under one
