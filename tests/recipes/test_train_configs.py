@@ -19,7 +19,7 @@ FROM_A_CHECKPOINT = {"critical_batch": "branches.checkpoint", "evaluate": "evalu
 """What starts from one, and the key that names it: tests/end_to_end/ has a test for each."""
 TRAINED = [name for name in SHIPPED if name not in FROM_A_CHECKPOINT]
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
-POWER = ("powerlm3b", "powermoe1b", "powermoe3b")
+POWER = ("powerlm36m", "powerlm1b", "powerlm3b", "powermoe1b", "powermoe3b")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
 
@@ -85,13 +85,17 @@ def test_the_published_numbers(name, text):
 def test_the_published_numbers_of_power(name, text):
     """Shen et al. 2024: the learning rate, and what goes with it."""
     recipe = resolved(name, text).recipe
-    optimizer, schedule, batch_tokens = recipe.optimizer, recipe.lr_schedule, 1024 * 4096
+    optimizer, schedule, sequences = recipe.optimizer, recipe.lr_schedule, recipe.batch.initial
+    batch_tokens = sequences * 4096
     assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
     assert recipe.model.shape == SIZES[name] and recipe.model.depth_scaled_init
     assert (optimizer.eps, optimizer.decay, optimizer.decay_follows) == (1e-10, "matrices", "group"), "dolomite-engine"
-    assert recipe.batch.initial * recipe.training.sequence_length == batch_tokens
-    published = {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031}
-    for tokens, lr in published.items():
+    assert recipe.training.sequence_length == 4096
+    published = {
+        1024: {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031},
+        64: {10**9: 0.0066, 10**10: 0.0020, 10**11: 0.00063, 10**12: 0.00019},
+    }
+    for tokens, lr in published[sequences].items():
         if tokens > recipe.training.total_tokens * 8 // 10:
             continue  # decaying
         assert schedule.lr(tokens, batch_tokens, recipe.training.total_tokens) == pytest.approx(lr, rel=0.02), tokens
@@ -101,7 +105,13 @@ def test_the_published_numbers_of_power(name, text):
 
 
 PARAMETERS = {"microllama300m": 304.6e6, "tinyllama1b": 1100.0e6, "llama3b": 3426.5e6, "llama3_8b": 8030.3e6}
-PARAMETERS |= {"powerlm3b": 3510.8e6, "powermoe1b": 1334.6e6, "powermoe3b": 3298.8e6}
+PARAMETERS |= {
+    "powerlm36m": 36.717e6,
+    "powerlm1b": 1208.1e6,
+    "powerlm3b": 3510.8e6,
+    "powermoe1b": 1334.6e6,
+    "powermoe3b": 3298.8e6,
+}
 
 
 @pytest.mark.parametrize("name", TRAINED)
