@@ -5,9 +5,9 @@
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
-is at the edge, with one seed and a quarter of the tokens. The best rate falls with the length of a run: final runs under
-WSD and cosine take the next one below, while Power's amplitude, which has the length in its law, stays. Runs in the file
-of results are not run again, so it can be stopped at any time.
+is at the edge, with one seed and a quarter of the tokens. The best rate falls with the length of a run: final runs
+under WSD and cosine take the next one below, while Power's amplitude, which has the length in its law, stays. Runs in
+the file of results are not run again, so it can be stopped at any time.
 The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
 """
 
@@ -80,8 +80,8 @@ def finish(book: Book, rows: Sequence[Row], seeds: int) -> None:
 
 
 def for_all_tokens(tuned: float, kind: str) -> float:
-    """The rate of a final run. By the law of Power, T^-0.51, four times the tokens want half of it. A constant batch of 8
-    came to 3.969 at the whole and to 3.974 at half of it (4M tokens, one seed), so it is the one between.
+    """The rate of a final run. By the law of Power, T^-0.51, four times the tokens want half of it. A constant batch of
+    8 came to 3.969 at the whole and to 3.974 at half of it (4M tokens, one seed), so it is the one between.
     """
     return tuned if kind == "power" else around(tuned, RATES[kind])[0]
 
