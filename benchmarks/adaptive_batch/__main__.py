@@ -5,9 +5,10 @@
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
-is at the edge, with one seed and a quarter of the tokens. The best rate falls with the length of a run: final runs
-under WSD and cosine take the next one below, while Power's amplitude, which has the length in its law, stays. Runs in
-the file of results are not run again, so it can be stopped at any time.
+is at the edge, with one seed and a quarter of the tokens. The best rate falls with the length of a run, by the law of
+Power to half for four times the tokens: at full length the first seed tries two, the next two below under WSD and
+cosine, and under Power, whose law has the length in it, the tuned amplitude and the next below. The better one gets the
+other seeds. Runs in the file of results are not run again, so it can be stopped at any time.
 The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
 """
 
@@ -66,24 +67,26 @@ def compare(book: Book, kind: str, seeds: int) -> None:
     rows = [(name, kind if kind == "power" else method.decay) for name, method in METHODS.items()]
     rows = [row for row in rows if row != ("Seesaw", "power")]  # it needs the root rule
     finish(book, rows, seeds)
-    ((_, (model, *_)),) = book.finals()[AT_THE_SAME_MEAN, kind].items()
+    _, (model, *_) = rows_of(book)[AT_THE_SAME_MEAN, kind]
     same_mean = max(SMALL, round(model.mean_batch / 4) * 4)
     finish(book, [(f"constant {same_mean}", kind)], seeds)
 
 
 def finish(book: Book, rows: Sequence[Row], seeds: int) -> None:
-    """Tune, and run as that tells with every seed; of the variants of a ramp the best alone."""
+    """Tune, and run at the better of two rates with every seed; of the variants of a ramp the best alone."""
     best = tune(book, rows)
     variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: best[row][1])
-    finals = {row: for_all_tokens(rate, row[1]) for row, (rate, _) in best.items() if row not in variants[1:]}
-    book.run(Run(row, rate, seed, book.final_tokens) for seed in range(seeds) for row, rate in finals.items())
+    rates = {row: at_full_length(rate, row[1]) for row, (rate, _) in best.items() if row not in variants[1:]}
+    book.run(Run(row, rate, 0, book.final_tokens) for row, two in rates.items() for rate in two)
+    better = {row: rate for row, (rate, _) in rows_of(book).items() if row in rates}
+    book.run(Run(row, rate, seed, book.final_tokens) for seed in range(1, seeds) for row, rate in better.items())
 
 
-def for_all_tokens(tuned: float, kind: str) -> float:
-    """The rate of a final run. By the law of Power, T^-0.51, four times the tokens want half of it. A constant batch of
-    8 came to 3.969 at the whole and to 3.974 at half of it (4M tokens, one seed), so it is the one between.
-    """
-    return tuned if kind == "power" else around(tuned, RATES[kind])[0]
+def at_full_length(tuned: float, kind: str) -> Sequence[float]:
+    """Two rates to try, lower ones first."""
+    rates = RATES[kind]
+    at = rates.index(tuned) + (kind == "power")
+    return rates[max(0, at - 2) : max(at, 1)]
 
 
 def tune(book: Book, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
@@ -106,9 +109,9 @@ def around(rate: float, rates: Sequence[float]) -> Sequence[float]:
 
 
 def rows_of(book: Book) -> Rows:
-    """What there is; of a row that was run at several rates, by other tuning, that with most seeds."""
+    """What there is; of a row that was run at several rates, the one with which the first seed did best."""
     finals = book.finals()
-    return {row: max(by_rate.items(), key=lambda item: len(item[1])) for row, by_rate in finals.items()}
+    return {row: min(by_rate.items(), key=lambda item: item[1][0].loss) for row, by_rate in finals.items()}
 
 
 if __name__ == "__main__":

@@ -53,6 +53,15 @@ def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, text, tmp_pa
     assert {job.varied["tokens"] for job in trained} == {"375000"}
 
 
+def test_a_row_is_run_at_the_rate_below_the_tuned_one_that_is_better(trained, text, tmp_path):
+    book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+    comparison.finish(book, [ROW], seeds=3)
+    finals = [(job.varied["seed"], job.varied["rate"]) for job in trained if job.varied["tokens"] == "1500000"]
+    assert finals == [("0", "0.004"), ("0", "0.0056"), ("1", "0.0056"), ("2", "0.0056")]
+    ((rate, outcomes),) = comparison.rows_of(book).values()
+    assert (rate, len(outcomes)) == (0.0056, 3)
+
+
 def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, text, tmp_path, monkeypatch):
     def book():
         return Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
@@ -75,8 +84,9 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     found = capsys.readouterr().out
     finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
-    ramps = len(methods.VARIANTS) - 1  # the best of them alone is run to the end
-    assert len(finals) == 2 * (2 * (len(methods.METHODS) - ramps) - 1)  # two seeds and schedules; Seesaw under one
+    methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps the best alone
+    # the first seed tries two rates where there are two below the tuned one; Seesaw is run under one schedule
+    assert len(finals) == 3 * methods_run + 2 * (methods_run - 1)
     assert all(f"| {job['method']} | " in found for job in finals)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"adaptive_batch_loss.svg", "adaptive_batch_size.svg"}
     before = len(trained)
