@@ -34,18 +34,24 @@ def report(rows: Rows, tokens: int, pictures: Path) -> None:
 
 def table(here: Rows) -> None:
     names = " | ".join(name.removeprefix("constant ") for name in BASELINES)
-    print(f"| method | rate | held-out loss | seeds | steps | mean batch | seconds | steps to the end of {names} |")
-    print("|---" * (7 + len(BASELINES)) + "|")
+    columns = "method | rate | held-out loss | training loss at the end | seeds | steps | mean batch | seconds"
+    print(f"| {columns} | steps to the end of {names} |")
+    print("|---" * (columns.count("|") + 1 + len(BASELINES)) + "|")
     goals = {name: end_of(results) for (name, _), (_, results) in here.items() if name in BASELINES}
     for row, (rate, results) in sorted(here.items(), key=lambda item: mean_loss(item[1][1])):
-        losses = [result.loss for result in results]
         reached = [steps_to(results, goals.get(name)) for name in BASELINES]
         print(
-            f"| {row[0]} | {rate:g} | {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
-            f"| {len(losses)} | {statistics.mean(r.steps for r in results):.0f} "
+            f"| {row[0]} | {rate:g} | {spread([r.loss for r in results])} "
+            f"| {spread([r.curve[-1][2] for r in results if r.curve])} "
+            f"| {len(results)} | {statistics.mean(r.steps for r in results):.0f} "
             f"| {statistics.mean(r.mean_batch for r in results):.1f} "
             f"| {statistics.mean(r.seconds for r in results):.0f} | {' | '.join(reached)} |"
         )
+
+
+def spread(losses: list[float]) -> str:
+    """Mean, lowest and highest."""
+    return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else "-"
 
 
 def mean_loss(results: list[Outcome]) -> float:
@@ -87,5 +93,6 @@ def draw_sizes(rows: Rows, picture: Path) -> None:
                 points = results[0].curve
                 panel.step([p[1] for p in points], [p[3] for p in points], where="pre", label=name)
         panel.set(yscale="log", xlabel="tokens", ylabel="batch, samples", title=" or ".join(kinds))
-        panel.legend(fontsize=7)
+        if panel.lines:
+            panel.legend(fontsize=7)
     write(figure, picture)
