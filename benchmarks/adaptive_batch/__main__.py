@@ -9,7 +9,8 @@ is at the edge, with one seed and a quarter of the tokens. The best rate falls w
 Power to half for four times the tokens: at full length the first seed tries two, the next two below under WSD and
 cosine, and under Power, whose law has the length in it, the tuned amplitude and the next below. The better one gets the
 other seeds. Runs in the file of results are not run again, so it can be stopped at any time.
-The default takes some three hours on two cores of their own; it leaves out larger models and longer runs.
+The default takes some four hours on two cores of their own, half of it for each schedule; it leaves out larger models
+and longer runs.
 """
 
 from __future__ import annotations
