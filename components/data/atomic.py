@@ -46,6 +46,14 @@ def written_aside(directory: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def discard(directory: Path) -> None:
+    """Remove `directory`, all of it at once for whoever looks."""
+    aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:12]}.part"
+    with suppress(FileNotFoundError):  # another process did
+        directory.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _sweep(leftover: Path) -> None:
     """Remove `leftover` unless its writer lives: the kernel drops a lock with the process that held it."""
     with suppress(OSError):

@@ -7,7 +7,6 @@ from another. A source that is made of files subclasses `FileSource` instead, an
 from __future__ import annotations
 
 import hashlib
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from components.data.atomic import discard
 from components.data.content import FileHashes
 from components.data.document import Document, EncodesText, Piece, ReadingLog
 from components.data.index import INDEX, Index, Selection, open_index, write_index
@@ -98,12 +98,8 @@ class TextSource(ABC):
         content = f"{content} {selection.model_dump_json()}"
         key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
         directory = cache_dir / f"{type(self).__name__}-{key[:20]}"
-        if directory.exists():
-            index = read_record(directory / INDEX, Index)
-            if index.content != content:
-                raise ValueError(f"{directory} holds other text than its name says; delete it to prepare it anew")
-            if all((cache_dir / index.store / shard).is_dir() for shard in index.shards):
-                return directory, False
+        if directory.exists() and _has_its_shards(directory, content):
+            return directory, False
         store = store_name(tokenizer)
         encoded = encode_missing(
             pieces,
@@ -113,9 +109,9 @@ class TextSource(ABC):
             report=report,
             report_seconds=report_seconds,
         )
-        shutil.rmtree(
-            directory, ignore_errors=True
-        )  # of a data set whose shards were deleted; they may lie elsewhere now
+        # What is there now may be another process's, which is using it already.
+        if directory.exists() and not _has_its_shards(directory, content):
+            discard(directory)
         write_index(
             directory,
             [(piece.name, encoded[piece.content]) for piece in pieces],
@@ -126,6 +122,14 @@ class TextSource(ABC):
             selection=selection,
         )
         return directory, True
+
+
+def _has_its_shards(directory: Path, content: str) -> bool:
+    """Whether all that the prepared `directory` refers to is still there. Raises ValueError if it is of other text."""
+    index = read_record(directory / INDEX, Index)
+    if index.content != content:
+        raise ValueError(f"{directory} holds other text than its name says; delete it to prepare it anew")
+    return all((directory.parent / index.store / shard).is_dir() for shard in index.shards)
 
 
 @dataclass(kw_only=True)

@@ -384,6 +384,31 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
 
 
 @pytest.mark.quick
+def test_what_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
+    @dataclass(kw_only=True)
+    class Overtaken(Given):
+        before: Callable[[], object] = bool
+
+        def documents(self, log: ReadingLog) -> Iterator[Document]:
+            self.before()
+            return super().documents(log)
+
+    def build(before: Callable[[], object]) -> None:
+        Overtaken(text=("the same text",), before=before).build(
+            tokenizer=Bytes().build(), sequence_length=4, cache_dir=tmp_path, progress=print
+        )
+
+    def overtake() -> None:
+        build(bool)
+        (directory,) = tmp_path.glob("Overtaken-*")
+        (directory / "mark").touch()
+
+    build(overtake)
+    (directory,) = tmp_path.glob("Overtaken-*")
+    assert (directory / "mark").exists()
+
+
+@pytest.mark.quick
 def test_hashes_are_remembered_only_of_settled_files(tmp_path, monkeypatch):
     path, memory = tmp_path / "a", tmp_path / "memory"
     path.write_text("one")
