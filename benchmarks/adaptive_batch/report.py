@@ -37,20 +37,21 @@ def table(here: Rows) -> None:
     columns = "method | rate | held-out loss | training loss at the end | seeds | steps | mean batch | seconds"
     print(f"| {columns} | steps to the end of {names} |")
     print("|---" * (columns.count("|") + 1 + len(BASELINES)) + "|")
-    goals = {name: end_of(results) for (name, _), (_, results) in here.items() if name in BASELINES}
+    baselines = {name: at_the_end(results) for (name, _), (_, results) in here.items() if name in BASELINES}
+    goals = {name: statistics.mean(losses) for name, losses in baselines.items() if losses}
     for row, (rate, results) in sorted(here.items(), key=lambda item: mean_loss(item[1][1])):
         reached = [steps_to(results, goals.get(name)) for name in BASELINES]
         print(
-            f"| {row[0]} | {rate:g} | {spread([r.loss for r in results])} "
-            f"| {spread([r.curve[-1][2] for r in results if r.curve])} "
+            f"| {row[0]} | {rate:g} | {over_seeds([r.loss for r in results])} "
+            f"| {over_seeds(at_the_end(results))} "
             f"| {len(results)} | {statistics.mean(r.steps for r in results):.0f} "
             f"| {statistics.mean(r.mean_batch for r in results):.1f} "
             f"| {statistics.mean(r.seconds for r in results):.0f} | {' | '.join(reached)} |"
         )
 
 
-def spread(losses: list[float]) -> str:
-    """Mean, lowest and highest."""
+def over_seeds(losses: list[float]) -> str:
+    """Mean, lowest and highest; "-" if every run failed."""
     return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else "-"
 
 
@@ -58,9 +59,9 @@ def mean_loss(results: list[Outcome]) -> float:
     return statistics.mean(result.loss for result in results)
 
 
-def end_of(results: list[Outcome]) -> float:
-    """The smoothed training loss at the end, over the seeds."""
-    return statistics.mean(result.curve[-1][2] for result in results if result.curve)
+def at_the_end(results: list[Outcome]) -> list[float]:
+    """The smoothed training loss that each seed ended with."""
+    return [result.train_loss for result in results if result.train_loss is not None]
 
 
 def steps_to(results: list[Outcome], loss: float | None) -> str:
