@@ -47,6 +47,8 @@ class Course:
     steps: int = 0
     samples: int = 0
     tokens: int = 0
+    largest: int = 0
+    """The largest batch, in samples."""
     rounded: dict[int, int] = field(default_factory=dict)
     """Requested batch -> the batch the layout makes of it, where the two differ; in samples."""
     warmup_steps: int = 0
@@ -129,6 +131,7 @@ def summarise(taken: Iterable[Step], recipe: Any) -> Course:
         if course.bad_rate is None and not (math.isfinite(step.lr) and step.lr >= 0):
             course.bad_rate = (step.number, step.lr)
         course.samples += step.batch
+        course.largest = max(course.largest, step.batch)
     assert last is not None and highest is not None
     course.landmarks = _with(_with(course.landmarks, highest, "highest rate"), last, "last")
     course.steps, course.tokens = last.number, course.samples * length

@@ -120,6 +120,12 @@ def _batch(plan: Plan) -> Iterator[Foreseen]:
             message = "a step of one micro-batch does not show its noise, so the batch would stay there for good"
             yield Foreseen("warning", f"batch.{key}", f"{message}; take {2 * layout.unit} or a smaller micro-batch")
         yield from _adaptive(plan, policy)
+    adaptive = isinstance(policy, Adaptive)
+    largest = layout.fit(policy.maximum).samples if adaptive else plan.course.largest
+    epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
+    if epoch and largest > epoch:
+        message = f"the data has some {epoch:,} sequences, so a step of {largest:,} would see them more than once"
+        yield Foreseen("warning", "batch.maximum" if adaptive else "batch", message)
 
 
 def _adaptive(plan: Plan, policy: Adaptive) -> Iterator[Foreseen]:

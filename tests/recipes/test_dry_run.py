@@ -128,6 +128,8 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, key):
         (["maximum=63"], "batch.maximum", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
         (["maximum=64", "quantum=1"], "batch.quantum", "note", "1 is no multiple of 2 = 1 ranks x 2 a micro-batch"),
         (["maximum=60", "quantum=4"], "batch.quantum", None, None),
+        (["maximum=50", "quantum=2"], "batch.maximum", None, None),
+        (["maximum=90", "quantum=2"], "batch.maximum", "warning", "a step of 90 would see them more than once"),
         (["maximum=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
     ],
 )
@@ -178,6 +180,7 @@ def test_devices_by_name(name, gigabytes):
     ("arguments", "key", "level", "said"),
     [
         (["--batch.initial=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
+        (["--batch.initial=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would see them more"),
         (["--data.path=nowhere/*.txt"], "data.path", "warning", "nowhere"),
         (["--validation.data.path=nowhere.txt"], "validation.data.path", "warning", "nowhere"),
         (["--lr_schedule.warmup_tokens=1800"], "lr_schedule.warmup_tokens", "warning", "50% of the run"),
