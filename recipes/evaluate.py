@@ -54,7 +54,7 @@ class Evaluation:
     micro_batch_size: PositiveCount = 8
     """Sequences, or windows, of one forward pass on one rank."""
     limit: PositiveCount | None = None
-    """Use only the first so many sequences, or documents; unset: all."""
+    """Use only so many sequences, spread over all of the text, or the first so many documents; unset: all."""
     precision: Precision = "auto"
     """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -49,7 +49,7 @@ class HeldOut:
     interval_steps: PositiveCount | None = None
     """Optimizer steps between validations; unset: only at the end of the run."""
     max_sequences: PositiveCount | None = None
-    """Use only this many sequences, of a mixture by its weights; unset: all of them, once."""
+    """Use only this many sequences, spread over all of the text, of a mixture by its weights; unset: all, once."""
     micro_batch_size: PositiveCount = 8
     """Sequences in one forward pass."""
 
@@ -61,9 +61,11 @@ class HeldOut:
             tokenizer=tokenizer, sequence_length=sequence_length, cache_dir=cache_dir, progress=progress
         )
         count = len(samples) if self.max_sequences is None else min(len(samples), self.max_sequences)
-        indices: Sequence[int] = range(count)
-        if count < len(samples) and isinstance(samples, Ordered):  # the first of a mixture are all of one source
-            indices = samples.order(seed=0, shuffle=False)(np.arange(count))[1].tolist()
+        # the first would be the opening of one file, and of a mixture all of one source
+        if count < len(samples) and isinstance(samples, Ordered):
+            indices = sorted(samples.order(seed=0, shuffle=True)(np.arange(count))[1].tolist())
+        else:
+            indices = [number * len(samples) // count for number in range(count)]
         return Validation(samples, indices, torch.from_numpy(tokenizer.byte_lengths), self.micro_batch_size)
 
 

@@ -110,7 +110,9 @@ def test_the_loss_is_that_of_every_document_alone(run):
 def test_validation_and_evaluation_follow_the_rule_of_the_training(run):
     last = [row for row in run.rows() if "val_loss" in row][-1]
     trained = model_of(run, run.checkpoint(last["step"]))
-    sequences = [run.ids[start : start + LENGTH + 1] for start in range(0, SEQUENCES * LENGTH, LENGTH)]
+    count = (len(run.ids) - 1) // LENGTH
+    starts = [number * count // SEQUENCES * LENGTH for number in range(SEQUENCES)]
+    sequences = [run.ids[start : start + LENGTH + 1] for start in starts]
     assert last["val_loss"] == pytest.approx(
         sum(nats(trained, each) for each in sequences) / SEQUENCES / LENGTH, rel=1e-5
     )
