@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.torch_version import TorchVersion
 
 from components.checkpoint.reading import ALONE_WARNING
 
 log = logging.getLogger("powertrain")
 
 _NOTEWORTHY_SECONDS = 10.0
+_COPIES_ONCE = TorchVersion(torch.__version__) < "2.13"
+"""Up to torch 2.12 a stager takes itself apart after a copy, and fails at the next."""
 
 
 class Background:
@@ -31,13 +34,7 @@ class Background:
         self.group = dist.new_group(backend="gloo") if distributed else None
         if not distributed:
             warnings.filterwarnings("ignore", message=ALONE_WARNING)  # for good: a thread must not change and restore
-        cuda = torch.cuda.is_available()
-        # It keeps its buffers, pinned where that speeds up the copy, for as long as the tensors they mirror live.
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[bool] | None = None
 
@@ -46,6 +43,9 @@ class Background:
 
         The copy is a snapshot also on the CPU, whose tensors training goes on to change in place.
         """
+        if _COPIES_ONCE:
+            self._stager.close()
+            self._stager = _new_stager()
         staged = self._stager.stage(tensors)
         self._under_way = self._thread.submit(write, staged)
 
@@ -74,3 +74,13 @@ class Background:
     def close(self) -> None:
         self._thread.shutdown()
         self._stager.close()
+
+
+def _new_stager() -> DefaultStager:
+    """It keeps its buffers, pinned where that speeds up the copy, for as long as the tensors they mirror live."""
+    cuda = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+    )
