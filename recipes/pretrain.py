@@ -341,6 +341,3 @@ class TrainingRun:
             f"{format_count(total)} tokens, {total / (len(self.samples) * self.sequence_length):.2f} epochs "
             f"of {format_count(len(self.samples))} sequences of {self.sequence_length}"
         )
-        batch = self.layout.fit(self.recipe.batch.samples(self.clock)).samples
-        if batch > len(self.samples):
-            log.warning(f"a step of {batch:,} samples sees the {len(self.samples):,} sequences of the data again")

@@ -8,6 +8,7 @@ was prefetched, and the only state is a number of samples.
 from __future__ import annotations
 
 import atexit
+import logging
 import signal
 import warnings
 import weakref
@@ -25,6 +26,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from components.data.order import SampleOrder
 
 # m micro-batch size, T sequence length
+
+log = logging.getLogger("powertrain")
 
 _ORDERED_AT_ONCE = 4096
 
@@ -104,6 +107,8 @@ class MicroBatchLoader:
             raise ValueError(
                 f"num_workers = {num_workers} (at least 0), prefetch_factor = {prefetch_factor} (at least 1)"
             )
+        self._epoch = len(samples)
+        self._told_of_repeats = False
         self._stride = dp_size * micro_batch_size
         self._start = start
         self._given = 0  # micro-batches handed out by this rank
@@ -137,6 +142,9 @@ class MicroBatchLoader:
         """
         if micro_batches < 1:
             raise ValueError(f"a step of {micro_batches} micro-batches: expected at least 1")
+        if (step := micro_batches * self._stride) > self._epoch and not self._told_of_repeats:
+            self._told_of_repeats = True
+            log.warning(f"a step of {step:,} samples sees the {self._epoch:,} sequences of the data again")
         return (self._next() for _ in range(micro_batches))
 
     def consumed(self) -> None:
