@@ -10,14 +10,16 @@ def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: f
     """The exponential moving average of each step's loss and those before it, without the bias of its start.
 
     It decays by 1/e over `smoothing_tokens`. A step counts for the `tokens` it took, so runs whose batches differ are
-    averaged over the same stretch of data.
+    averaged over the same stretch of data. A loss that is not finite leaves the average as it was; before the first
+    finite one it is nan.
     """
     curve, total, weight = [], 0.0, 0.0
     for loss, taken in zip(losses, tokens, strict=True):
-        keep = math.exp(-taken / smoothing_tokens)
-        total = keep * total + (1 - keep) * loss
-        weight = keep * weight + (1 - keep)
-        curve.append(total / weight)
+        if math.isfinite(loss):
+            keep = math.exp(-taken / smoothing_tokens)
+            total = keep * total + (1 - keep) * loss
+            weight = keep * weight + (1 - keep)
+        curve.append(total / weight if weight else math.nan)
     return curve
 
 

@@ -43,10 +43,13 @@ class AdamW:
         for name, parameter in parameters:
             decays = self.decay == "all" or (self.decay == "matrices" and parameter.ndim >= 2)
             multiplier = lr_multiplier(name)
+            if not multiplier >= 0:
+                raise ValueError(f"the model gives {name} the learning-rate multiplier {multiplier}: 0 or more, please")
             # torch shrinks by the group's lr, so for the schedule's the multiplier is divided out. An average over
             # 1 / (lr x decay) steps is what weights are, and its length should not change with width (2405.13698).
-            decay = self.weight_decay if self.decay_follows == "group" else self.weight_decay / multiplier
-            key = (decay if decays else 0.0, multiplier)
+            # A multiplier of 0 freezes a parameter: it does not decay either.
+            decay = self.weight_decay if decays and multiplier else 0.0
+            key = (decay if self.decay_follows == "group" or not multiplier else decay / multiplier, multiplier)
             group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_multiplier": key[1]})
             group["params"].append((name, parameter))
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}

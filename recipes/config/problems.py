@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+HAS_ENDED = "the run has ended"
+"""What the message of an error says that showed only when the run had begun."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -50,7 +53,7 @@ class ConfigError(Exception):
 
     def __str__(self) -> str:
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        outcome = "the run has ended" if self.started else "nothing was started"
+        outcome = HAS_ENDED if self.started else "nothing was started"
         return "\n".join([*map(str, self.problems), f"{count}; {outcome}."])
 
 

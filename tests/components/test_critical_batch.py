@@ -22,6 +22,13 @@ def test_the_average_weighs_each_step_by_the_share_of_an_exponential_that_its_to
         assert smoothed(losses, [batch] * 4, scale)[count - 1] == pytest.approx(wanted, rel=1e-12)
 
 
+def test_a_loss_that_is_not_finite_leaves_the_average_as_it_was():
+    found = smoothed([math.nan, 2.0, math.inf, 3.0], [8] * 4, 20.0)
+    assert math.isnan(found[0])
+    assert found[1] == found[2] == pytest.approx(2.0)
+    assert found[3] == pytest.approx(smoothed([2.0, 3.0], [8] * 2, 20.0)[-1], rel=1e-12)
+
+
 def test_a_constant_is_itself_from_the_first_step_on():
     assert smoothed([2.5] * 4, [8] * 4, 100.0) == pytest.approx([2.5] * 4)
 

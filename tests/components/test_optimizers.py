@@ -1,4 +1,5 @@
 import copy
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -39,6 +40,27 @@ def test_groups_carry_the_multiplier_of_their_names():
     multipliers = {name: g["lr_multiplier"] for g in built.param_groups for name in g["param_names"]}
     assert multipliers["1.weight"] == 0.25
     assert {multipliers[name] for name in multipliers if name != "1.weight"} == {1.0}
+
+
+@pytest.mark.parametrize("follows", ["schedule", "group"])
+def test_a_multiplier_of_zero_freezes_a_parameter(follows):
+    net = model()
+    optimizer = AdamW(decay="all", decay_follows=follows).build(
+        parameters=net.named_parameters(), lr_multiplier=lambda name: float(name != "1.weight")
+    )
+    assert {name for name, decay in decays(optimizer).items() if decay} == {"0.weight", "1.bias", "2.weight", "2.bias"}
+    before = copy.deepcopy(net.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_multiplier"]
+    net(torch.arange(10)).square().sum().backward()
+    optimizer.step()
+    assert {name for name, tensor in net.state_dict().items() if torch.equal(tensor, before[name])} == {"1.weight"}
+
+
+@pytest.mark.parametrize("multiplier", [-1.0, math.nan])
+def test_a_multiplier_that_is_none_is_refused(multiplier):
+    with pytest.raises(ValueError, match=r"0\.weight the learning-rate multiplier (-1\.0|nan): 0 or more"):
+        AdamW().build(parameters=model().named_parameters(), lr_multiplier=lambda name: multiplier)
 
 
 def test_update_is_the_formula_in_float64():

@@ -22,6 +22,7 @@ from pathlib import Path
 from recipes.launch import UsageError
 from tools.recipe_arguments import read_recipe
 from tools.sweep.cells import in_cells, rate_of
+from tools.sweep.devices import processes_of_a_run
 from tools.sweep.grid import Job, Sweep, parse_grid
 from tools.sweep.report import draw, lines
 from tools.sweep.runs import Results, Runner, stopped
@@ -35,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = read_recipe(rest)
         common = {override.path: override.text for override in command.overrides}
-        sweep = Sweep(command.config, common, [parse_grid(texts) for texts in options.grid])
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}: at least 1")
+        grids = [parse_grid(texts) for texts in options.grid]
+        sweep = Sweep(command.config, common, grids, processes_of_a_run(options.jobs))
         jobs, results = sweep.jobs(), Results(options.results)
         rate_key = find_rate(jobs, options.rate)
         killed = 0 if options.report else Runner(results, options.jobs, options.runs).run(jobs, again=options.retry)

@@ -12,6 +12,8 @@ from tools.sweep.optimum import Optimum, Point, Unknown, optimum
 from tools.sweep.runs import Outcome
 
 SEED = "run.seed"
+ALIKE = 1.01
+"""Numbers within this factor are one: a warm-up in whole steps may end a little below its rate."""
 
 
 @dataclass
@@ -54,6 +56,12 @@ class Cell:
         """The mean batch, in sequences of 4096 tokens."""
         return self.tokens / self.finished[0].steps / SEQUENCE_OF_POWER
 
+    @property
+    def applied(self) -> float | None:
+        """The highest rate of its runs as a multiple of the one that is tuned; None where that is not one number."""
+        factors = [out.peak_lr / rate for rate, each in self.outcomes.items() for out in each if out.failure is None]
+        return factors[0] if max(factors) <= ALIKE * min(factors) else None
+
     def regret(self, rate: float, best: float | None = None) -> float:
         """How far above the `best` loss, that of its own best rate unless given, a rate ends; as a share of it."""
         reference = min(self.means.values()) if best is None else best
@@ -87,6 +95,10 @@ def one_for_all(cells: Sequence[Cell]) -> tuple[float, float]:
 
 
 def points(cells: Sequence[Cell]) -> list[Point]:
-    """Of the cells whose best rate lies inside the grid."""
-    found = ((cell, cell.optimum) for cell in cells)
-    return [Point(cell.tokens, cell.beta, best.rate) for cell, best in found if isinstance(best, Optimum)]
+    """Of the cells whose best rate lies inside the grid, as rates that were applied."""
+    found = ((cell, cell.optimum, cell.applied) for cell in cells)
+    return [
+        Point(cell.tokens, cell.beta, best.rate * applied)
+        for cell, best, applied in found
+        if isinstance(best, Optimum) and applied
+    ]

@@ -54,6 +54,8 @@ class Sweep:
     common: Settings
     """Keys that all its runs share."""
     grids: Sequence[Grid]
+    processes: int = 1
+    """Of each run."""
 
     def __post_init__(self) -> None:
         seen = set(self.common)
@@ -71,7 +73,7 @@ class Sweep:
             settings = {**self.common, **varied}
             try:
                 config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
-                job = Job(self.recipe, settings, varied, digest(config, fingerprints))
+                job = Job(self.recipe, settings, varied, digest(config, fingerprints, self.processes))
             except (ConfigError, OSError, ValueError) as error:
                 told = ", ".join(f"{key} = {value}" for key, value in varied.items())
                 raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None
@@ -115,8 +117,8 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def digest(config: Config, fingerprints: Fingerprints) -> str:
-    """What makes a run what it is: keys that were set, and the content of its text and tokenizer.
+def digest(config: Config, fingerprints: Fingerprints, processes: int = 1) -> str:
+    """What makes a run what it is: keys that were set, the content of its text and tokenizer, and its processes.
 
     Defaults are left out, so that a component may get another key without every result being forgotten; and so is
     where things lie. `fingerprints` remembers what was read. Raises ValueError or OSError if the data is not there.
@@ -127,6 +129,8 @@ def digest(config: Config, fingerprints: Fingerprints) -> str:
         for key, leaf in config.leaves.items()
         if leaf.origin.where != DEFAULT and counts(key) and not _is_path_below(key, content)
     }
+    if processes > 1:  # a batch is rounded up to what they can share
+        said["processes"] = str(processes)
     return hashlib.sha256(json.dumps([said, content], sort_keys=True).encode()).hexdigest()[:16]
 
 

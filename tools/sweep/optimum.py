@@ -20,6 +20,8 @@ PUBLISHED_A, PUBLISHED_B = 4.6, -0.51
 REACH = 2.1
 """Rates within this factor of the best join the parabola, and at least the neighbours."""
 CONFIDENCE = 0.95
+APART = 1.5
+"""Lengths of a law differ by this factor at least: those of one nominal length differ by how steps fill it."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,12 @@ class Law:
 
 def fit_law(points: Sequence[Point]) -> Law:
     """Raises ValueError where the cells do not determine it."""
-    if len({point.tokens for point in points}) < 2 or len(points) < 3:
-        raise ValueError("the law needs three cells or more with an optimum inside the grid, at two or more lengths")
+    lengths = [point.tokens for point in points]
+    if len(points) < 3 or max(lengths) < APART * min(lengths):
+        raise ValueError(
+            "the law needs three cells or more with an optimum inside the grid, at two or more lengths, "
+            f"a factor of {APART:g} apart at least"
+        )
     tokens, beta, rate = (np.log([getattr(point, name) for point in points]) for name in ("tokens", "beta", "rate"))
     middle = tokens.mean()
     ones = np.ones_like(tokens)
@@ -163,4 +169,5 @@ def students_t(degrees_of_freedom: int, confidence: float = CONFIDENCE) -> float
 
 
 def _exponential(of: Estimate) -> Estimate:
-    return Estimate(math.exp(of.value), math.exp(of.low), math.exp(of.high))
+    with np.errstate(over="ignore"):  # an interval may be wider than numbers are
+        return Estimate(*(float(np.exp(number)) for number in (of.value, of.low, of.high)))

@@ -54,7 +54,9 @@ def vertex(cell: Cell) -> str:
 
 
 def law(cells: Sequence[Cell]) -> Iterator[str]:
-    """gamma = eta_opt / beta = a T^b beside the published one."""
+    """gamma = eta_opt / beta = a T^b beside the published one; eta is the highest rate that was applied."""
+    if capped := sum(not cell.applied for cell in cells):
+        yield f"in {capped} cells the highest rate applied is no fixed multiple of the one tuned: they have no law"
     try:
         found = fit_law(points(cells))
     except ValueError as error:

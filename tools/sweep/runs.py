@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from typing import Any
 
 from components.critical_batch import smoothed
 from components.run_directory import RunDirectory
+from recipes.config.problems import HAS_ENDED
 from recipes.launch import ROOT
+from tools.sweep.devices import shares, visible
 from tools.sweep.grid import Job, Settings
 
 TAIL = 0.02
@@ -46,6 +49,8 @@ class Outcome:
     """In steps."""
     failure: str | None = None
     """Why it did not come to its end."""
+    peak_lr: float = 0.0
+    """The highest learning rate of a step, as the schedule gave it."""
     curve: list[tuple[int, int, float, int]] = field(default_factory=list)
     """Of runs that keep it: step, tokens, smoothed training loss and batch in samples, at points along the run."""
 
@@ -124,6 +129,10 @@ class Runner:
         `curve_points`: at most so many points of each run's loss curve are kept with its outcome.
         """
         self.results, self.at_a_time, self.keep_in, self.curve_points = results, at_a_time, keep_in, curve_points
+        self._shares: queue.SimpleQueue[Settings] = queue.SimpleQueue()
+        """Of the GPUs, those that no run has now."""
+        for share in shares(visible(), at_a_time):
+            self._shares.put(share)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = threading.Event()
 
@@ -169,7 +178,7 @@ class Runner:
         status, said = self._launch(job.recipe, {**job.settings, **places, **extra})
         if self._stopping.is_set() or status < 0 or status in KILLED:
             return None
-        if status == INPUT:
+        if status == INPUT and HAS_ENDED not in said:
             self._stopping.set()  # at once: the next run of this thread would find the same
             raise ValueError(f"with {job}:\n{said.strip()}")
         failure = None if status == 0 else reason(said)
@@ -180,9 +189,10 @@ class Runner:
     def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str]:
         """Exit status, and all it said."""
         threads = str(max(1, (os.cpu_count() or 1) // self.at_a_time))
+        share = self._shares.get()
         process = subprocess.Popen(
             [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
-            env={"OMP_NUM_THREADS": threads, **os.environ},
+            env={"OMP_NUM_THREADS": threads, **os.environ, **share},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C is for the sweep, which ends its runs itself
@@ -192,6 +202,7 @@ class Runner:
             process.terminate()
         said, _ = process.communicate()
         self._processes.discard(process)
+        self._shares.put(share)
         return process.returncode, said.decode(errors="replace")
 
 
@@ -216,9 +227,13 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def reason(said: str) -> str:
-    """The first sentence of the last line: what follows is advice, and names files that are gone."""
-    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-    return last.split(". ")[0][:300]
+    """The first sentence of what it said last: what follows is advice, and names files that are gone."""
+    lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    last = lines.pop()
+    if HAS_ENDED in last:  # a problem with a key: its message is indented below it
+        while lines and lines[-1].startswith(" "):
+            last = lines.pop()
+    return last.strip().split(". ")[0][:300]
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
@@ -240,6 +255,7 @@ def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Ou
         tokens=last["tokens"],
         seconds=sum(row["step_seconds"] for row in steps),
         failure=failure,
+        peak_lr=max(row["lr"] for row in steps),
         curve=curve(steps, losses, curve_points),
     )
 

@@ -12,8 +12,21 @@ from tools.sweep.runs import Runner
 LENGTH, BATCH = 128, 32
 
 
-def pretend(monkeypatch, loss: Callable[[Mapping[str, str]], float], status: int = 0, said: str = "") -> list[dict]:
-    """Every run leaves `loss(settings)`, and the settings are listed; it ends with `status`."""
+def highest_rate(settings: Mapping[str, str]) -> float:
+    """As WSD has it, with a linear rule for the batch where there is a reference."""
+    rate = float(settings.get("lr_schedule.max_lr", 1.0))
+    reference = int(settings.get("lr_schedule.reference_batch_tokens", 0))
+    return rate * int(settings.get("batch.initial", BATCH)) * LENGTH / reference if reference else rate
+
+
+def pretend(
+    monkeypatch,
+    loss: Callable[[Mapping[str, str]], float],
+    status: int = 0,
+    said: str = "",
+    lr: Callable[[Mapping[str, str]], float] = highest_rate,
+) -> list[dict]:
+    """Every run leaves `loss(settings)` and `lr(settings)`, and the settings are listed; it ends with `status`."""
     launched: list[dict] = []
 
     def launch(self: Runner, recipe: Path, settings: Mapping[str, str]) -> tuple[int, str]:
@@ -24,7 +37,7 @@ def pretend(monkeypatch, loss: Callable[[Mapping[str, str]], float], status: int
         steps = -(-parse_count(settings.get("training.total_tokens", "1M")) // (batch * LENGTH))
         rows = [
             {"step": steps, "samples": steps * batch, "tokens": steps * batch * LENGTH, "loss": loss(settings) + 0.1,
-             "global_batch_size": batch, "step_seconds": 2.0},
+             "global_batch_size": batch, "step_seconds": 2.0, "lr": lr(settings)},
             {"step": steps, "tokens": steps * batch * LENGTH, "val_loss": loss(settings)},
         ]  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -105,6 +105,13 @@ def test_so_does_the_content_of_mixtures_and_of_token_files(tiny, data):
     assert digest_of(tiny.recipe) in digests  # the file moved
 
 
+def test_so_does_the_number_of_processes_which_rounds_the_batch(tiny):
+    grid = [parse_grid(["lr_schedule.max_lr=1e-3"])]
+    digests = [Sweep(tiny.recipe, {}, grid, *count).jobs()[0].digest for count in ([], [1], [2], [4])]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 def test_where_a_run_is_and_what_it_writes_does_not(tiny, tmp_path):
     before = digest_of(tiny.recipe)
     assert digest_of(tiny.recipe, run__name="other", checkpoint__keep_last="1", metrics__tensorboard="true") == before

@@ -54,6 +54,32 @@ def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.quick
+def test_the_law_is_that_of_the_rate_that_was_applied(tiny, tmp_path, monkeypatch, capsys):
+    """Under a rule for the batch: the best `max_lr` does not follow the batch, as its reference says what it is for."""
+    rule = ["--lr_schedule.batch_rule=linear", "--lr_schedule.reference_batch_tokens=4096"]
+
+    def loss(settings):
+        best = 4.6 * parse_count(settings["training.total_tokens"]) ** -0.51
+        return 4 + 0.1 * math.log(float(settings["lr_schedule.max_lr"]) / best) ** 2
+
+    pretend(monkeypatch, loss)
+    assert main([str(tiny.recipe), *GRIDS, *CONSTANT, *rule, "--results", str(tmp_path / "results.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"b = -0.5(09|1|11) \(.* to .*\); published -0.51", said), said
+    assert "beta^c has c = 1 (" in said
+
+
+@pytest.mark.quick
+def test_a_cap_that_does_not_bind_has_no_law(tiny, tmp_path, monkeypatch, capsys):
+    power = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
+    pretend(monkeypatch, law_abiding, lr=lambda settings: 1e-3)
+    assert main([str(tiny.recipe), *GRIDS, *CONSTANT, *power, "--results", str(tmp_path / "results.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert "in 6 cells the highest rate applied is no fixed multiple of the one tuned" in said
+    assert "no law of the best rates" in said
+
+
+@pytest.mark.quick
 def test_the_table_shows_each_cell_and_what_one_rate_costs(tiny, tmp_path, monkeypatch, capsys):
     losses = {("16", "1e-3"): 2.0, ("16", "2e-3"): 1.0, ("16", "4e-3"): 1.5, ("32", "1e-3"): 4.0, ("32", "2e-3"): 4.04}
 

@@ -119,10 +119,17 @@ def test_intervals_hold_the_true_law_as_often_as_they_say():
     assert all(0.90 <= share <= 0.99 for share in shares.values()), shares
 
 
-@pytest.mark.parametrize("cells", [CELLS[:2], [(3e5, 1.0)] * 5])
+@pytest.mark.parametrize(
+    "cells", [CELLS[:2], [(3e5, 1.0)] * 5, [(300_032, 0.25), (303_104, 1.0), (300_032, 4.0), (303_104, 0.3)]]
+)
 def test_too_few_cells_have_no_law(cells):
     with pytest.raises(ValueError, match="three cells or more"):
         fit_law([Point(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
+
+
+def test_a_law_that_is_hardly_known_has_wide_intervals_and_no_error():
+    law = fit_law([Point(3e5, 1.0, 1e-9), Point(5e5, 1.0, 1e-2), Point(5e5, 1.0, 1e-9)])
+    assert (law.a.low, law.a.high) == (0, math.inf)
 
 
 def test_lengths_and_batches_that_grow_together_tell_no_exponent_of_the_batch():

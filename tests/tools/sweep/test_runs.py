@@ -8,6 +8,8 @@ import math
 import pytest
 
 from components.run_directory import RunDirectory
+from recipes.config import ConfigError
+from recipes.config.problems import Problem
 from tests.tools.sweep.outcomes import pretend
 from tools.sweep.grid import Job, Sweep, parse_grid
 from tools.sweep.runs import Outcome, Results, Runner, curve, measure, reason, smoothed_losses
@@ -75,6 +77,20 @@ def test_bad_input_ends_the_sweep_and_names_the_run(jobs, tmp_path, monkeypatch)
     assert len(launched) == 1
 
 
+def test_a_run_that_ends_on_the_way_by_what_it_is_given_is_remembered_as_any_that_fails(jobs, tmp_path, monkeypatch):
+    """As one that is out of memory: the others may have enough."""
+    said = str(
+        ConfigError(
+            [Problem("command line", "training.micro_batch_size", "out of memory. Take\nless", "64")], started=True
+        )
+    )
+    launched = pretend(monkeypatch, rate, 2, f"step 1\n{said}\n")
+    path = tmp_path / "results.jsonl"
+    assert Runner(Results(path)).run(jobs) == 0
+    assert len(launched) == 3
+    assert Results(path).get(jobs[0]).failure == "out of memory"
+
+
 def test_run_directories_are_kept_when_asked_and_else_write_no_checkpoints(jobs, tmp_path, monkeypatch):
     launched = pretend(monkeypatch, rate)
     Runner(Results(tmp_path / "a.jsonl"), keep_in=tmp_path / "kept").run(jobs)
@@ -96,12 +112,21 @@ def test_the_reason_is_the_first_sentence_of_the_last_line():
     assert reason("\n") == "it said nothing"
 
 
+def test_a_step_that_was_stepped_over_does_not_cost_the_loss(tmp_path):
+    rows = [{**row, "step_seconds": 1.0, "lr": 0.1} for row in steps_of(4, 400)]
+    rows[5]["loss"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with_gap = measure(RunDirectory(tmp_path), None, curve_points=400)
+    assert with_gap.loss == pytest.approx(smoothed_losses(steps_of(4, 400), 320)[-1], rel=1e-3)
+    assert all(math.isfinite(loss) for _, _, loss, _ in with_gap.curve)
+
+
 def test_a_loss_that_is_not_finite_at_the_end_is_a_failure(tmp_path):
-    row = {"step": 1, "samples": 8, "tokens": 80, "loss": 2.0, "global_batch_size": 8, "step_seconds": 1.0}
+    row = {"step": 1, "samples": 8, "tokens": 80, "loss": 2.0, "global_batch_size": 8, "step_seconds": 1.0, "lr": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 1, "val_loss": None}) + "\n")
     assert measure(RunDirectory(tmp_path), None).failure == "its loss at the end is not finite"
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    assert measure(RunDirectory(tmp_path), None) == Outcome(None, 2.0, 1, 8, 80, 1.0)
+    assert measure(RunDirectory(tmp_path), None) == Outcome(None, 2.0, 1, 8, 80, 1.0, peak_lr=0.5)
 
 
 def steps_of(batch: int, count: int) -> list[dict]:
