@@ -26,7 +26,7 @@ class Branch:
     steps: int
     """That it was to take."""
     losses: tuple[float, ...]
-    """Of the steps it took: fewer where one was not finite."""
+    """Of the steps it took, nan where one was not finite: fewer where it did not come to its end."""
     val_loss: float | None
     """At the end, where something is held out."""
     noise_scales: tuple[float, ...]
@@ -52,9 +52,11 @@ class Report:
 
     @cached_property
     def losses(self) -> list[float]:
-        """The last smoothed loss of each branch; nan where it did not come to its end."""
-        ends = zip(self.branches, self.curves, strict=True)
-        return [curve[-1] if len(curve) == branch.steps else math.nan for branch, curve in ends]
+        """The last smoothed loss of each branch; nan where it did not come to its end, or a step was stepped over."""
+        return [
+            curve[-1] if len(curve) == branch.steps and all(map(math.isfinite, branch.losses)) else math.nan
+            for branch, curve in zip(self.branches, self.curves, strict=True)
+        ]
 
     @property
     def factor(self) -> int:

@@ -35,7 +35,7 @@ from recipes.branches import Branches, Start, find_start
 from recipes.config import Config, ConfigError, derive
 from recipes.errors import RunError, blame
 from recipes.pretrain import Pretrain
-from recipes.resume import Resume, changes, refuse, rule_of
+from recipes.resume import Resume, changes, lies_in, refuse, rule_of
 from recipes.run_state import read_run_state
 
 log = logging.getLogger("powertrain")
@@ -93,7 +93,7 @@ class Measurement:
         self.length = recipe.training.sequence_length
         with blame(config, "branches"):
             self.start = find_start(self.branches, layout, config)
-            if Path(self.start.checkpoint).is_relative_to(self.directory.path):
+            if lies_in(Path(self.start.checkpoint), self.directory.path):
                 raise ValueError(
                     f"checkpoint: {self.start.checkpoint} lies in the directory of this run; "
                     "give the measurement a --run.name of its own"

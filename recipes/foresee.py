@@ -114,11 +114,15 @@ def _batch(plan: Plan) -> Iterator[Foreseen]:
         yield Foreseen(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
     policy = plan.recipe.batch
     if isinstance(policy, Adaptive):
-        key = "minimum" if policy.shrink and policy.minimum is not None else "initial"
-        smallest = layout.fit(getattr(policy, key))
-        if smallest.micro_batches * layout.dp_size < 2:
+        sizes = (policy.initial, policy.smallest)
+        shows = {size: layout.fit(size).micro_batches * layout.dp_size > 1 for size in sizes}
+        remedy = f"take {2 * layout.unit} or a smaller micro-batch"
+        if not shows[policy.initial]:  # the run refuses it
+            message = "a step of one micro-batch does not show its noise, so the batch could never change"
+            yield Foreseen("error", "batch.initial", f"{message}; {remedy}")
+        elif not shows[policy.smallest]:
             message = "a step of one micro-batch does not show its noise, so the batch would stay there for good"
-            yield Foreseen("warning", f"batch.{key}", f"{message}; take {2 * layout.unit} or a smaller micro-batch")
+            yield Foreseen("warning", "batch.minimum", f"{message}; {remedy}")
         yield from _adaptive(plan, policy)
     adaptive = isinstance(policy, Adaptive)
     largest = layout.fit(policy.maximum).samples if adaptive else plan.course.largest
@@ -138,11 +142,12 @@ def _adaptive(plan: Plan, policy: Adaptive) -> Iterator[Foreseen]:
     elif policy.quantum % layout.unit:
         message = f"{policy.quantum} is no multiple of {unit}, to which sizes will be rounded up"
         yield Foreseen("note", "batch.quantum", message)
-    fewest = -(-training.total_tokens // (largest * training.sequence_length))
+    smallest = layout.fit(policy.smallest).samples
+    fewest, most = (-(-training.total_tokens // (size * training.sequence_length)) for size in (largest, smallest))
     yield Foreseen(
         "note",
         "batch",
-        f"what {name} will measure is not known: {fewest:,} to {plan.course.steps:,} steps, by its batch",
+        f"what {name} will measure is not known: {fewest:,} to {most:,} steps, by its batch",
     )
 
 

@@ -14,7 +14,7 @@ from components.parallel.world import World
 from components.run_directory import RunDirectory
 from recipes.config import Config
 from recipes.errors import blame
-from recipes.resume import Resume, find_checkpoints, refuse
+from recipes.resume import Resume, find_checkpoints, lies_in, refuse
 
 
 @dataclass
@@ -47,7 +47,7 @@ def open_run(
         restarted = bool(world.maximum(directory.belongs_to(launch)))
         opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
         checkpoint = opened.checkpoint
-        replaces = directory.used and (checkpoint is None or not checkpoint.is_relative_to(directory.path))
+        replaces = directory.used and (checkpoint is None or not lies_in(checkpoint, directory.path))
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
                 f"{directory.path} already holds a run; continue it with --resume, give this one another "

@@ -144,7 +144,7 @@ class TrainingRun:
 
         with blame(config, "tokenizer"):
             tokenizer = recipe.tokenizer.build()
-        self.vocab_size = tokenizer.vocab_size
+        self.vocab_size, self.tokenizer_fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         text: dict[str, Any] = {
             "tokenizer": tokenizer,
             "sequence_length": training.sequence_length,

@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     "optimizer": "warned",
     "lr_schedule": "warned",
     "batch": "warned",
+    "gradient_moments": "warned",
     "run.seed": "warned",
     "training.max_grad_norm": "warned",
     "training.precision": "warned",
@@ -89,7 +90,7 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
         return own
     try:
-        chosen = checkpoints_at(resume.path)
+        chosen = [_in_spelling_of(checkpoints, each) for each in checkpoints_at(resume.path)]
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
     if chosen[-1] in own and chosen[-1] != own[-1]:
@@ -98,6 +99,21 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
             "give the continued run a --run.name of its own, or move the newer checkpoints away"
         )
     return chosen
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Also by another name: through a link, or `..`."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _in_spelling_of(checkpoints: Path, path: Path) -> Path:
+    """`path` as a child of `checkpoints` where it is one by another name, through a link or `..`: it is told by name
+    below what is this run's own, which a new run would remove."""
+    here = checkpoints.resolve()
+    for place in (path.parent.resolve() / path.name, path.resolve()):
+        if place.parent == here:
+            return checkpoints / place.name
+    return path
 
 
 def checkpoints_at(path: Path) -> list[Path]:

@@ -41,6 +41,8 @@ class _State(BaseModel):
     batch: dict[str, Any]
     loader: _Loader
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
+    tokenizer: str | None = None
+    """Its fingerprint; checkpoints of before it was kept have none."""
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
         "guard": run.guard.state_dict(),
         "loader": {"cursor": run.clock.samples, "epoch_length": len(run.samples)},
         "vocab_size": run.vocab_size,
+        "tokenizer": run.tokenizer_fingerprint,
         "world_size": run.world.size,
     }
 
@@ -73,6 +76,11 @@ def restore(run: TrainingRun, checkpoint: Path) -> None:
     state = read_run_state(checkpoint)
     if state["vocab_size"] != run.vocab_size:
         raise ValueError(f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {run.vocab_size}")
+    if state.get("tokenizer") not in (None, run.tokenizer_fingerprint):
+        raise ValueError(
+            f"{checkpoint} was trained with another tokenizer of {run.vocab_size} ids: "
+            f"{state['tokenizer']}, not {run.tokenizer_fingerprint}"
+        )
     run.tensors.restore(checkpoint)
     run.clock.load_state_dict(state["clock"])
     _restore_parts(run, checkpoint, state)

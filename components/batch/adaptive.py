@@ -77,10 +77,10 @@ class Adaptive(ABC):
         for name, size in (("initial", self.initial), ("minimum", self.minimum), ("maximum", self.maximum)):
             if size is not None and size % self.quantum:
                 raise ValueError(f"quantum: {self.quantum} does not divide {name} = {size}; make it a multiple")
-        if self.max_growth is not None and self._furthest_up(self._floor) == self._floor < self.maximum:
-            needed = 1 + self.quantum / self._floor
+        if self.max_growth is not None and self._furthest_up(self.smallest) == self.smallest < self.maximum:
+            needed = 1 + self.quantum / self.smallest
             raise ValueError(
-                f"max_growth: {self.max_growth} x {self._floor} samples falls short of the next multiple of "
+                f"max_growth: {self.max_growth} x {self.smallest} samples falls short of the next multiple of "
                 f"quantum = {self.quantum}, so the batch could never grow; make it {needed:.4g} or more"
             )
         if self.shrink and not self.measure_at_maximum:
@@ -135,14 +135,15 @@ class Adaptive(ABC):
         return self._within(limited)
 
     @property
-    def _floor(self) -> int:
-        return self.initial if self.minimum is None else self.minimum
+    def smallest(self) -> int:
+        """What it may come to, in samples."""
+        return self.minimum if self.shrink and self.minimum is not None else self.initial
 
     def _up(self, size: int) -> int:
         return -(-size // self.quantum) * self.quantum
 
     def _within(self, size: int) -> int:
-        return min(max(size, self._floor), self.maximum)
+        return min(max(size, self.smallest), self.maximum)
 
     def _furthest_up(self, size: int) -> int:
         if self.max_growth is None:
@@ -151,5 +152,5 @@ class Adaptive(ABC):
 
     def _furthest_down(self, size: int) -> int:
         if self.max_growth is None:
-            return self._floor
+            return self.smallest
         return self._up(math.ceil(size / self.max_growth * (1 - ROUNDING)))

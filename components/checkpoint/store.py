@@ -143,9 +143,12 @@ class CheckpointStore:
     ) -> bool:
         """Write `final`; whether it could be done is the same on every rank, and was told."""
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import FileSystemWriter
         from torch.distributed.checkpoint.api import CheckpointException
 
         aside = self.directory / f"{_ASIDE}{final.name}"
+        # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
+        writer = FileSystemWriter(aside, per_thread_copy_ahead=0 if self._background is not None else 10_000_000)
         group = self._background.group if self._background is not None else None
 
         def prepare() -> None:
@@ -155,7 +158,7 @@ class CheckpointStore:
 
         def write() -> None:
             try:
-                dcp.save(tensors, checkpoint_id=aside, process_group=group, no_dist=self.world.size == 1)
+                dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
             except CheckpointException as error:
                 raise OSError(str(first_failure(error))) from error
             write_part(aside, self.world.rank)

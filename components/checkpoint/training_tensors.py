@@ -27,22 +27,26 @@ class TrainingTensors:
         return {
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
-            "random": {str(self.world.rank): _random_state()},
+            "random": {str(self.world.rank): self._random_state()},
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Load model, the optimizer's state and, where the checkpoint has this rank's, the random state.
+        """Load model, the optimizer's state and, as far as the checkpoint has this rank's, the random state.
 
         The options of the parameter groups, which a checkpoint holds as well, stay those of the recipe: it may have
         changed, and an optimizer may have set them for one step's batch.
 
-        On more ranks than the checkpoint was written by, the new ranks keep the random state the seed gave them.
+        On more ranks than the checkpoint was written by, or on GPUs if it was on none, what is new keeps the random
+        state that the seed gave it.
         """
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
         tensors, stored = self.collect(), tensor_names(checkpoint)
-        if not any(name.startswith(f"random.{self.world.rank}.") for name in stored):
-            del tensors["random"]
+        rank = str(self.world.rank)
+        random = tensors.pop("random")[rank]
+        random = {name: tensor for name, tensor in random.items() if f"random.{rank}.{name}" in stored}
+        if random:
+            tensors["random"] = {rank: random}
         # torch invents a state for every parameter, and one that has had no gradient yet has none
         state = tensors["optimizer"]["state"]
         idle = {
@@ -59,18 +63,17 @@ class TrainingTensors:
             group.update(own)
         for name in idle:
             self.optimizer.state.pop(self.model.get_parameter(name), None)
-        if "random" in tensors:
-            _restore_random_state(tensors["random"][str(self.world.rank)])
+        _restore_random_state(random)
 
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if any(parameter.is_cuda for parameter in self.model.parameters()):
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
 
 
 def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -64,7 +64,8 @@ class GradientReduction:
         from torch.distributed.fsdp import FSDPModule
 
         self.model = model if isinstance(model, FSDPModule) else None
-        whole = 4 * sum(parameter.numel() for parameter in model.parameters()) / tp
+        # experts are whole on every slice
+        whole = 4 * sum(weight.numel() / (1 if weight.ndim == 3 else tp) for weight in model.parameters())
         self.local = mode == "local" or (mode == "auto" and whole <= LOCAL_SHARE * device_memory)
 
     def before_backward(self, *, last: bool) -> None:

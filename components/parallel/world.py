@@ -14,6 +14,11 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+PATIENCE = timedelta(minutes=30)
+"""For a collective in which all processes take part at once; one that takes longer is taken for hung."""
+PATIENCE_FOR_MAIN = timedelta(days=7)
+"""For what the main process does alone, such as preparing a corpus."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -23,6 +28,8 @@ class World:
     size: int
     device: torch.device
     joined: bool = False
+    waiting: dist.ProcessGroup | None = None
+    """In which processes wait for the main one; the default group where there is none."""
 
     @classmethod
     def start(cls, wanted: Literal["auto", "cpu", "cuda"]) -> World:
@@ -44,8 +51,9 @@ class World:
         joins = size > 1 and not dist.is_initialized()
         if joins:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        return cls(rank, size, device, joins)
+            dist.init_process_group(backend, timeout=PATIENCE)
+        waiting = dist.new_group(backend="gloo", timeout=PATIENCE_FOR_MAIN) if size > 1 else None
+        return cls(rank, size, device, joins, waiting)
 
     def stop(self) -> None:
         """Leave the process group, if `start` joined it: one that was there before is its owner's."""
@@ -63,12 +71,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def maximum(self, value: int) -> int:
-        """The largest `value` of all processes."""
+    def maximum(self, value: int, group: dist.ProcessGroup | None = None) -> int:
+        """The largest `value` of all processes; in a `group` of all of them, unless in the default one."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
         return int(tensor)
 
     def barrier(self) -> None:
@@ -95,7 +103,8 @@ class World:
         return result  # type: ignore[return-value]
 
     def _raise_if_any(self, failure: Exception | None, who: str) -> None:
-        kind = self.maximum(0 if failure is None else 1 if isinstance(failure, (ValueError, OSError)) else 2)
+        kind = 0 if failure is None else 1 if isinstance(failure, (ValueError, OSError)) else 2
+        kind = self.maximum(kind, self.waiting)
         if kind:
             message = f"{who} failed; its message is with it"
             raise failure or (ValueError if kind == 1 else RuntimeError)(message)

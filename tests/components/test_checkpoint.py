@@ -67,6 +67,29 @@ def test_training_continues_bitwise(tmp_path, tied):
     ]
 
 
+def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_way_round(tmp_path, monkeypatch):
+    """The random state of what the checkpoint does not know stays as it is, and that of what is not here is left."""
+    on_cpu, store = TrainingTensors._random_state, CheckpointStore(tmp_path, Alone())
+    restored = []
+    monkeypatch.setattr("torch.cuda.set_rng_state", restored.append)
+
+    def on_gpu(tensors):
+        return {**on_cpu(tensors), "cuda": torch.full((16,), 7, dtype=torch.uint8)}
+
+    for number, (there, here) in enumerate([(on_cpu, on_gpu), (on_gpu, on_cpu), (on_gpu, on_gpu)], 1):
+        model, optimizer = training(0)
+        step(model, optimizer, 1)
+        monkeypatch.setattr(TrainingTensors, "_random_state", there)
+        assert store.save(number, TrainingTensors(model, optimizer, Alone()).collect(), {}, "")
+        drawn = torch.rand(3)
+        other, other_optimizer = training(1)
+        monkeypatch.setattr(TrainingTensors, "_random_state", here)
+        TrainingTensors(other, other_optimizer, Alone()).restore(store.path(number))
+        assert torch.equal(torch.rand(3), drawn)
+        assert torch.equal(other[1].weight, model[1].weight)
+        assert len(restored) == (number == 3)
+
+
 def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
     store = CheckpointStore(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}

@@ -68,6 +68,19 @@ def test_what_is_saved_is_the_moment_of_the_call_bitwise(tmp_path, store, monkey
 
 
 @pytest.mark.quick
+def test_writing_a_copy_takes_no_stream_of_a_gpu(store, monkeypatch):
+    """The thread's GPU is the first one, whatever the rank's: each rank would hold some of its memory."""
+    held = HeldBack(monkeypatch)
+    store.save(1, {"x": torch.ones(3)}, {}, "")
+    assert held.begun.wait(30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: pytest.fail("a stream was taken"))
+    held.go.set()
+    store.wait()
+    assert store.saved_step == 1
+
+
+@pytest.mark.quick
 def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named(store, monkeypatch):
     held = HeldBack(monkeypatch)
     store.save(1, {"x": torch.ones(3)}, {}, "")

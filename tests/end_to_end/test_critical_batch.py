@@ -295,6 +295,15 @@ def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measure
 
 
 @pytest.mark.quick
+def test_a_branch_with_a_step_that_was_stepped_over_is_not_within():
+    losses = {1: (3.0, 2.9), 2: (3.0, math.nan)}
+    branches = [Branch(k, 8 * k, 64 * k, 0.1, 2, each, None, ()) for k, each in losses.items()]
+    report = Report(tuple(branches), 100, 0.01, 8)
+    assert report.factor == 1
+    assert report.summary()["branches"][1]["smoothed_loss"] is None
+
+
+@pytest.mark.quick
 def test_the_noise_scale_is_the_median_of_what_was_measured_in_the_first_branch():
     def branch(factor: int, noise: tuple[float, ...]) -> Branch:
         return Branch(factor, 8 * factor, 64 * factor, 0.1, 2, (3.0, 3.0), None, noise)

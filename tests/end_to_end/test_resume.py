@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from components.tokenizers.bytes import ByteEncoder
+from recipes.run_state import state_of
+
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"}
 
 
@@ -129,6 +132,35 @@ def test_resuming_an_old_checkpoint_under_newer_ones_is_refused(tiny, capsys):
     assert tiny.launch("--training.total_tokens=800") == 0
     assert tiny.launch(f"--resume={tiny.checkpoint(2)}") == 2
     assert "is newer than step-00000002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["text/../run", "elsewhere/run", "elsewhere/run/checkpoints/step-00000003", "latest"])
+def test_a_run_resumed_by_another_name_of_its_place_is_continued_and_not_replaced(tiny, tmp_path, capsys, named):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    (tmp_path / "latest").symlink_to(tiny.checkpoint(3))
+    before = tiny.rows()
+    replace = ["--run.if_exists=replace", "--training.total_tokens=800"]
+    assert tiny.launch(f"--resume={tmp_path / named}", *replace) == 0
+    assert tiny.rows()[:2] == before[:2], "what was there is there still"
+    assert all(tiny.checkpoint(step).is_dir() for step in range(1, 5))
+    older = tmp_path / "elsewhere" / "run" / "checkpoints" / "step-00000002"
+    assert tiny.launch(f"--resume={older}", *replace) == 2
+    assert "is newer than step-00000002" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_other_content_is_refused(tiny, capsys, monkeypatch):
+    before_it_was_kept = tiny.folder / "old"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "recipes.pretrain.state_of", lambda run: {k: v for k, v in state_of(run).items() if k != "tokenizer"}
+        )
+        assert tiny.launch("--training.total_tokens=400", f"--run.dir={before_it_was_kept}") == 0
+    assert tiny.launch("--training.total_tokens=400") == 0
+    monkeypatch.setattr(ByteEncoder, "fingerprint", "bytes-of-another-order")
+    assert tiny.launch("--resume", "--training.total_tokens=600") == 2
+    assert "trained with another tokenizer of 257 ids: bytes-1, not bytes-of-another-order" in capsys.readouterr().err
+    assert tiny.launch("--resume", "--training.total_tokens=600", f"--run.dir={before_it_was_kept}") == 0
 
 
 def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, capsys):

@@ -1,0 +1,51 @@
+"""What processes do for one another, in real ones."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from components.parallel import world
+from components.parallel.world import World
+
+
+def join(rank: int, folder: str) -> World:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    world.PATIENCE = timedelta(seconds=2)
+    dist_init = dist.init_process_group
+    dist.init_process_group = lambda backend, timeout: dist_init(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout
+    )
+    return World.start("cpu")
+
+
+def wait_for_main(rank: int, folder: str) -> None:
+    joined = join(rank, folder)
+    assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
+    with pytest.raises(ValueError, match="no text" if rank == 0 else "the main process failed"):
+        joined.main_first(lambda: (_ for _ in ()).throw(ValueError("no text")))
+    joined.stop()
+
+
+def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
+    mp.spawn(wait_for_main, (str(tmp_path),), nprocs=2)
+
+
+def run_late(rank: int, folder: str) -> None:
+    joined = join(rank, folder)
+    if rank == 0:
+        time.sleep(4)
+    with pytest.raises(RuntimeError):
+        joined.maximum(rank)
+    os._exit(0)  # gloo aborts a process that leaves it in this state
+
+
+def test_a_collective_is_given_up_after_its_time(tmp_path):
+    """Without this the test above would say nothing."""
+    mp.spawn(run_late, (str(tmp_path),), nprocs=2)
