@@ -103,8 +103,13 @@ def stops(request: int) -> bool:
 
 
 def exit_status(request: int) -> int:
-    """Of a run that was stopped by `request` after it has saved: that of a SIGTERM where it was no signal."""
-    return 128 + (request - _SIGNALS if request > _SIGNALS else signal.SIGTERM)
+    """Of a run that was stopped by `request` after it has saved.
+
+    Somebody's stop file is as good as a Ctrl-C. The time limit is as a scheduler's SIGTERM, after which it goes on.
+    """
+    if request > _SIGNALS:
+        return 128 + request - _SIGNALS
+    return 128 + (signal.SIGINT if request == STOP_FILE else signal.SIGTERM)
 
 
 def reason(request: int) -> str:

@@ -9,12 +9,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from recipes.launch import in_worker, main  # noqa: E402
 
-status = main(sys.argv[1:])
-if in_worker():
-    # All is saved and closed. What the interpreter would still take down, threads of process groups that something
-    # refers to, now and then aborts there, and a run that was done would count as failed.
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-sys.exit(status)
+if __name__ == "__main__":  # processes that prepare data import this file again, by another name
+    status = main(sys.argv[1:])
+    if in_worker():
+        # All is saved and closed. What the interpreter would still take down, threads of process groups that something
+        # refers to, now and then aborts there, and a run that was done would count as failed.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

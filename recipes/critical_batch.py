@@ -58,7 +58,7 @@ class CriticalBatch(Pretrain):
         with ExitStack() as cleanup:
             with blame(config, "run.device"):
                 world = World.start(self.run.device)  # the branches join what is joined here
-            cleanup.callback(world.stop)
+            cleanup.push(world.stop_unless_failed)
             measurement = Measurement(self, config, world.size)
             with blame(config, "run"):
                 world.main_first(lambda: cleanup.enter_context(measurement.directory.held()) if world.is_main else None)
@@ -177,16 +177,18 @@ class Measurement:
                     f"{self.directory.path} already holds a measurement; continue it with --resume, give this one "
                     "another --run.name, or say --run.if_exists=replace"
                 )
+        launches = world.gather(launch or "")
         world.barrier()  # nobody may still be looking at what is deleted here
         if world.is_main:
             if not (again and begun.exists()):
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.directory.clear()
+                self.directory.stop.unlink(missing_ok=True)
                 for written in (self.report, self.report.with_suffix(".png")):
                     written.unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
-                self.directory.remember(launch)
+                self.directory.remember(launches)
             replace_file(self.directory.config, self.config.to_toml())
             replace_file(begun, json.dumps(asdict(self.start), indent=1) + "\n")
         world.barrier()

@@ -95,7 +95,7 @@ class Evaluate:
                 trained, length, model = self.open()
             with blame(config, "evaluation.device"):
                 world = World.start(self.evaluation.device)
-            cleanup.callback(world.stop)
+            cleanup.push(world.stop_unless_failed)
             start_log(None, speak=world.is_main)
             result, rows = self.measure(config, world, trained, length, model)
             if world.is_main:

@@ -206,6 +206,11 @@ def run(arguments: Sequence[str]) -> int:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size)
+    if in_worker() and "LOCAL_RANK" not in os.environ:
+        raise UsageError(
+            "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "
+            "to start a run, or set all three for each process"
+        )
     if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
         return start_workers(count, os.environ, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,14 @@ class Opened:
     """The one to continue."""
     warnings: list[str] = field(default_factory=list)
     """What there is to tell, once there is a log to tell it in."""
+    begin: Callable[[], None] = lambda: None
+    """Every rank calls it when all is ready: only then what an old run left is removed, and the new one is stored."""
 
 
 def open_run(
     directory: RunDirectory, config: Config, resume: Resume | None, world: World, cleanup: ExitStack
 ) -> Opened:
-    """Take the directory until `cleanup`, and store the configuration in it. Every rank calls it.
+    """Take the directory until `cleanup`. Every rank calls it, and `begin` of what it returns.
 
     Raises ConfigError where the run may not begin: another one is in it, or it holds one that is not to be continued.
     """
@@ -38,8 +41,9 @@ def open_run(
 
     def take() -> None:
         if world.is_main:
-            cleanup.enter_context(directory.held())
-            clean(directory.checkpoints)
+            if cleanup.enter_context(directory.held()):
+                clean(directory.checkpoints)
+            directory.stop.unlink(missing_ok=True)  # it was meant for a run before
 
     with blame(config, "run"):
         world.main_first(take)
@@ -56,25 +60,36 @@ def open_run(
         if checkpoint is not None:
             refuse(checkpoint, config)
 
-    def prepare() -> None:
+    log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
+    launches = world.gather(launch or "")
+
+    def store() -> None:
         if world.is_main:
             if replaces:
-                directory.clear()
-            directory.stop.unlink(missing_ok=True)  # it was meant for a run before
+                directory.clear(log_from)
             replace_file(directory.config, config.to_toml())
             if launch is not None:
-                directory.remember(launch)
+                directory.remember(launches)
 
-    with blame(config, "run"):
-        world.main_first(prepare)
+    def begin() -> None:
+        with blame(config, "run"):
+            world.main_first(store)
+
+    opened.begin = begin
     return opened
 
 
 def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> Path | None:
     """The last of `candidates` whose content is what was saved; of each that is not, `warnings` gets a line.
 
-    All ranks read their share of it, and find the same.
+    All ranks read their share of it, and find the same. Raises ValueError where they have others to choose from.
     """
+    names = [checkpoint.name for checkpoint in candidates]
+    if not world.agree(str(names)):
+        raise ValueError(
+            f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. All need the "
+            "run directory, on a file system that shows what another node has written; try again"
+        )
     for checkpoint in reversed(candidates):
         damage = ""
         try:
@@ -88,10 +103,10 @@ def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> P
 
 
 def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Opened:
-    if not candidates:
-        return Opened(None)
     warnings: list[str] = []
     checkpoint = newest_sound(candidates, world, warnings)
+    if not candidates:
+        return Opened(None)
     if checkpoint is None:
         first = warnings[0].partition("; taking")[0]
         others = len(candidates) - 1

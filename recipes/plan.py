@@ -151,10 +151,12 @@ def epoch_tokens(data: Any, tokenizer: Any) -> int | None:
     log, tokens, characters = ReadingLog(), 0, 0
     try:
         size = data.size_bytes()
+        if not size:  # unknown, and reading it may mean the network
+            return None
         for document in data.documents(log):
             tokens += len(tokenizer.encode_batch([document.text])[0]) + document.complete
             characters += len(document.text)
-            if characters > SAMPLE_CHARACTERS:
+            if characters > SAMPLE_CHARACTERS and log.source_bytes:
                 return tokens * size // log.source_bytes
     except (OSError, ValueError):
         return None

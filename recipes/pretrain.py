@@ -112,7 +112,7 @@ class TrainingRun:
         signals = cleanup.enter_context(StopSignal())
         with blame(config, "run.device"):
             self.world = World.start(recipe.run.device)
-        cleanup.callback(self.world.stop)
+        cleanup.push(self.world.stop_unless_failed)
         directory = RunDirectory(recipe.run.directory)
         opened = open_run(directory, config, resume, self.world, cleanup)
         checkpoint = opened.checkpoint
@@ -153,6 +153,11 @@ class TrainingRun:
         }
         with blame(config, "data"):
             self.samples = self.world.main_first(lambda: recipe.data.build(**text))
+            if not self.world.agree(f"{len(self.samples)} {getattr(self.samples, 'fingerprint', None)}"):
+                raise ValueError(
+                    f"the processes do not see the same data; this one has {len(self.samples):,} sequences. Every node "
+                    "needs the same files"
+                )
         self.validation = None
         if (held_out := recipe.validation) is not None:
             with blame(config, "validation"):
@@ -209,6 +214,7 @@ class TrainingRun:
                 pin_memory=device.type == "cuda",
             )
         cleanup.callback(self.loader.close)
+        opened.begin()
         self.flops_per_token = model.flops_per_token(training.sequence_length)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
         self.monitor = Monitor([])

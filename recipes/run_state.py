@@ -30,6 +30,8 @@ class _Loader(BaseModel):
     model_config = ConfigDict(strict=True)
 
     epoch_length: Annotated[int, Field(ge=1, lt=2**62)]
+    content: str | None = None
+    """What the data was; unknown of a dataset without a `fingerprint`."""
 
 
 class _State(BaseModel):
@@ -64,7 +66,11 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
         "batch": dict(run.recipe.batch.state_dict()),
         "gradient_noise": run.noise.state_dict(),
         "guard": run.guard.state_dict(),
-        "loader": {"cursor": run.clock.samples, "epoch_length": len(run.samples)},
+        "loader": {
+            "cursor": run.clock.samples,
+            "epoch_length": len(run.samples),
+            "content": getattr(run.samples, "fingerprint", None),
+        },
         "vocab_size": run.vocab_size,
         "tokenizer": run.tokenizer_fingerprint,
         "world_size": run.world.size,
@@ -84,11 +90,14 @@ def restore(run: TrainingRun, checkpoint: Path) -> None:
     run.tensors.restore(checkpoint)
     run.clock.load_state_dict(state["clock"])
     _restore_parts(run, checkpoint, state)
+    before, content = state["loader"].get("content"), getattr(run.samples, "fingerprint", None)
     if state["loader"]["epoch_length"] != len(run.samples):
         log.warning(
             f"the data has {len(run.samples)} sequences, it had {state['loader']['epoch_length']}: "
             "the order of samples is another from here on"
         )
+    elif None not in (before, content) and before != content:
+        log.warning(f"the data is not what it was: {content}, before {before}")
     log.info(f"resumed from {checkpoint}: step {run.clock.step}, {run.clock.tokens} tokens")
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
-from components.data.document import ReadingLog
+from components.data.document import ReadingLog, storable
 from components.data.source import TextSource
 from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
@@ -132,7 +132,9 @@ def prove(path: Path, as_json: Path, corpus: Sequence[TextSource], pattern: str)
 
 
 def _texts(corpus: Sequence[TextSource]) -> Iterator[str]:
-    return (document.text for source in corpus for document in source.documents(ReadingLog()))
+    """As they would be prepared: half of a surrogate pair, which has no bytes, is put right."""
+    log = ReadingLog()
+    return (storable(document.text, log)[0] for source in corpus for document in source.documents(log))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ def written_aside(directory: Path) -> Iterator[Path]:
     for leftover in directory.parent.glob(f".{directory.name}.*.part"):
         _sweep(leftover)
     aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:12]}.part"
-    aside.mkdir()
-    handle = os.open(aside, os.O_RDONLY)
+    lock = _lock_of(aside)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with suppress(OSError):  # some network file systems cannot lock: then nothing is swept there
             fcntl.flock(handle, fcntl.LOCK_EX)
+        aside.mkdir()
         yield aside
-        os.fsync(handle)
+        _sync_directory(aside)
         try:
             aside.rename(directory)
         except OSError:
@@ -42,8 +43,14 @@ def written_aside(directory: Path) -> Iterator[Path]:
             # Another process finished first.
         _sync_directory(directory.parent)
     finally:
-        os.close(handle)
         shutil.rmtree(aside, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock_of(aside: Path) -> Path:
+    """A file beside it: the lock of a directory NFS would keep to this machine."""
+    return aside.with_name(f"{aside.name}.lock")
 
 
 def discard(directory: Path) -> None:
@@ -59,10 +66,12 @@ def _sweep(leftover: Path) -> None:
     with suppress(OSError):
         if time.time() - leftover.stat().st_mtime < _ABANDONED_SECONDS:
             return  # may have been made a moment ago, and not be locked yet
-        handle = os.open(leftover, os.O_RDONLY)
+        lock = _lock_of(leftover)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover)
+            lock.unlink()
         finally:
             os.close(handle)
 

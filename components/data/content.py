@@ -28,7 +28,7 @@ class FileHashes:
     def sha256(self, path: Path) -> str:
         """Hex digest of the content of `path`."""
         status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        stamp = _stamp(status)
         key = str(path.absolute())
         known = self._known.get(key)
         if known is not None and known[:3] == stamp:
@@ -55,6 +55,15 @@ class FileHashes:
             aside.replace(self._memory)
         except OSError:  # only memory: a full or read-only disk costs the time of reading again
             aside.unlink(missing_ok=True)
+
+
+def stamp_of(path: Path) -> list[int]:
+    """Size, time of modification and time of change: another when the content is."""
+    return _stamp(path.stat())
+
+
+def _stamp(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def hash_file(path: Path) -> str:

@@ -25,7 +25,13 @@ _PARQUET_ROWS = 256
 
 def kind_of(path: Path) -> str:
     """The suffix that says what is in the file, without that of its compression."""
-    return path.suffixes[-2] if path.suffix in COMPRESSED else path.suffix
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-2] if suffixes[-1] in COMPRESSED else suffixes[-1]
+
+
+def kind_is_known(path: Path) -> bool:
+    """Whether its name ends in one of SUFFIXES."""
+    return path.name.lower().endswith(SUFFIXES)
 
 
 def read_text(path: Path, log: ReadingLog, separator: str | None) -> Iterator[Document]:

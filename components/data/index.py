@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def write_index(
     kept_before = np.concatenate([[0], np.cumsum(kept)])[np.concatenate([[0], ends])]
     for _, piece in pieces:
         repairs.update(piece.repairs)
-    names = [[name, int(count)] for (name, _), count in zip(pieces, np.diff(kept_before), strict=True)]
+    names = [[_printable(name), int(count)] for (name, _), count in zip(pieces, np.diff(kept_before), strict=True)]
     stored = io.BytesIO()
     np.save(stored, segments, allow_pickle=False)
     index = Index(
@@ -190,6 +191,11 @@ def open_index(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -
     return index, segments
 
 
+def _printable(name: str) -> str:
+    """A file name that is no UTF-8 as one that is."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _json(index: Index) -> bytes:
     return index.model_dump_json(indent=1).encode()
 
@@ -215,6 +221,9 @@ def _segments(
     if not len(lengths):
         return np.empty((0, 5), dtype=np.int64)
     counts = [count for *_, count in fragments]
+    if kept.all():  # of billions of documents not one number each
+        rows = [(numbers[name], token, tokens, first, count) for name, token, tokens, first, count in fragments]
+        return _joined(np.array(rows, dtype=np.int64))
     shard = np.repeat([numbers[name] for name, *_ in fragments], counts)
     in_fragment = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
     document = np.repeat([first for *_, first, _ in fragments], counts) + in_fragment
@@ -222,9 +231,12 @@ def _segments(
     before_fragment = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
     token = np.repeat([first for _, first, *_ in fragments], counts) + (ends - lengths) - before_fragment
     rows = np.stack([shard, token, lengths, document, np.ones_like(document)], axis=1)[kept].astype(np.int64)
-    if not len(rows):
-        return rows
-    joined = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 3] == rows[:-1, 3] + 1)
+    return _joined(rows) if len(rows) else rows
+
+
+def _joined(rows: np.ndarray) -> np.ndarray:
+    """Rows as those of `_segments`, of which those that follow one another in a shard become one."""
+    joined = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 3] == rows[:-1, 3] + rows[:-1, 4])
     starts = np.flatnonzero(np.concatenate([[True], ~joined]))
     segments: np.ndarray = rows[starts]
     for column in (2, 4):

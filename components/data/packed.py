@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -96,6 +97,8 @@ class PreparedText(PackedTokens):
         """What `open_index` gave, so everything is verified already."""
         self.directory = directory
         self.index = index
+        self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
+        """Of the text, wherever it lies."""
         self._segments = segments
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
         stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments[:, :3])

@@ -80,11 +80,11 @@ def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], N
     before = log.source_bytes
     with path.open("rb") as stored:
         stream: Stream = stored
-        if path.suffix in COMPRESSED and not os.fstat(stored.fileno()).st_size:
+        if path.suffix.lower() in COMPRESSED and not os.fstat(stored.fileno()).st_size:
             raise ValueError(f"{path} is damaged, or no {path.suffix} file: it holds no bytes")
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=stored)
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             stream = BufferedReader(Zstandard(stored, path), BLOCK_BYTES)
 
         def count_read() -> None:

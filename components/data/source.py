@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import Field
 
 from components.data.atomic import discard
-from components.data.content import FileHashes
+from components.data.content import FileHashes, stamp_of
 from components.data.document import Document, EncodesText, Piece, ReadingLog
 from components.data.index import INDEX, Index, Selection, open_index, write_index
 from components.data.packed import PreparedText
@@ -160,9 +160,22 @@ class FileSource(TextSource):
 
     def pieces(self, hashes: FileHashes) -> list[Piece]:
         files = self.files()
+        stamps = list(map(stamp_of, files.values()))
         with ThreadPoolExecutor(min(8, cores())) as pool:  # hashing leaves the interpreter's lock
             digests = list(pool.map(hashes.sha256, files.values()))
         return [
-            Piece(name, f"{self.manner(path)} {digest}", path.stat().st_size, partial(self.read, path))
-            for (name, path), digest in zip(files.items(), digests, strict=True)
+            Piece(name, f"{self.manner(path)} {digest}", stamp[0], partial(_read_as_hashed, self.read, path, stamp))
+            for (name, path), digest, stamp in zip(files.items(), digests, stamps, strict=True)
         ]
+
+
+def _read_as_hashed(
+    read: Callable[[Path, ReadingLog], Iterator[Document]], path: Path, stamp: list[int], log: ReadingLog
+) -> Iterator[Document]:
+    """The documents of a file that is what it was when it was hashed. Raises OSError where it is another by the end.
+
+    What is encoded is kept by that hash for good.
+    """
+    yield from read(path, log)
+    if stamp_of(path) != stamp:
+        raise OSError(f"{path} changed while it was prepared; start again once it is complete")

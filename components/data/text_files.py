@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.data.document import Document, ReadingLog
-from components.data.formats import SUFFIXES, kind_of, read_csv, read_json, read_parquet, read_text
+from components.data.formats import SUFFIXES, kind_is_known, kind_of, read_csv, read_json, read_parquet, read_text
 from components.data.source import FileSource
 
 _READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
@@ -71,16 +71,29 @@ class TextFiles(FileSource):
 
 def _matches(path: Path) -> list[Path]:
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
+        if not kind_is_known(path):
             raise ValueError(f"path: {path} does not end in {', '.join(SUFFIXES)}")
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file()]
+        found = [file for file in _below(path) if kind_is_known(file) and file.is_file()]
     else:
         names = [name for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207
-        found = [Path(name) for name in names if name.endswith(SUFFIXES)]
+        found = [Path(name) for name in names if kind_is_known(Path(name))]
         if names and not found:
             raise ValueError(f"path: {path} matches {len(names)} files, none of which ends in {', '.join(SUFFIXES)}")
     if not found:
         raise FileNotFoundError(f"path: {path} matches no file that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files, also in folders that are links; none twice, however the links lead."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()  # of two ways to a folder it is always the same one
+        status = Path(place).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(place, name) for name in files)

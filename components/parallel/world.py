@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,15 @@ class World:
         if self.joined and dist.is_initialized():
             dist.destroy_process_group()
 
+    def stop_unless_failed(self, kind: type[BaseException] | None, *error: object) -> None:
+        """`stop`, as the `__exit__` of a context, after a good end.
+
+        NCCL takes a group down together: a process that fails alone would wait here for the others, which wait for it
+        in some collective, and its error would never be told. It ends with the process.
+        """
+        if kind is None:
+            self.stop()
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
@@ -78,6 +88,19 @@ class World:
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
         return int(tensor)
+
+    def agree(self, text: str) -> bool:
+        """Whether `text` is the same in all processes."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return self.maximum(number) == -self.maximum(-number)
+
+    def gather(self, text: str) -> list[str]:
+        """`text` of every process, by rank."""
+        if self.size == 1:
+            return [text]
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text, group=self.waiting)
+        return texts
 
     def barrier(self) -> None:
         """Wait for every process."""

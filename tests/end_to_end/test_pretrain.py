@@ -128,6 +128,22 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_corpus_is_prepared_by_several_processes_in_a_run(tiny, processes):
+    """From 64 MiB on; they import the launcher's own file again, which must not start a run of theirs."""
+    for number in range(3):
+        text = f"It was the best of times, it was the {number}th of times.\n" * (2**26 // 3 // 50)
+        (tiny.folder / "text" / f"large-{number}.txt").write_text(text)
+    done = subprocess.run(
+        [ROOT / "run_train.sh", tiny.recipe, "--training.total_tokens=384"],
+        env={**os.environ, "PYTHON": sys.executable, "NPROC": processes, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "documents, 6" in done.stdout and "done: 384 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_folders_of_the_same_names_where_one_stands_are_not_taken_for_ours(tiny, tmp_path, processes):
     for name in ("recipes", "components", "models", "tools"):
         (tmp_path / "elsewhere" / name).mkdir(parents=True)

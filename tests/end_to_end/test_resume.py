@@ -173,6 +173,28 @@ def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, caps
     assert (tiny.directory / "notes.md").read_text() == "mine"
 
 
+@pytest.mark.parametrize("wrong", ["--data.path=nowhere/*.txt", "--training.sequence_length=100000"])
+def test_a_run_that_cannot_begin_replaces_nothing(tiny, capsys, wrong):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    before = {
+        path: path.read_bytes() for path in tiny.directory.rglob("*") if path.is_file() and path.name != "log.txt"
+    }
+    assert tiny.launch("--run.if_exists=replace", wrong) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    assert tiny.launch("--run.if_exists=replace", "--training.total_tokens=350") == 0
+    log = (tiny.directory / "log.txt").read_text()
+    assert log.count("done:") == 1 and log.count("epochs of 67 sequences") == 1, "it is that of the new run"
+    assert not tiny.checkpoint(3).exists()
+
+
+def test_other_text_of_the_same_length_is_told(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    text = tiny.folder / "text" / "0.txt"
+    text.write_text(text.read_text().replace("best", "rest"))
+    assert tiny.launch("--resume", "--training.total_tokens=600") == 0
+    assert "the data is not what it was: " in (tiny.directory / "log.txt").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_asynchronous_checkpoints_are_bitwise_the_synchronous_ones_and_continue_like_them(new_tiny):
     plain, background = new_tiny("plain"), new_tiny("background")

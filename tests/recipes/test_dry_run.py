@@ -240,6 +240,19 @@ def test_a_schedule_that_ends_too_early(tiny):
     assert told(tiny, "--lr_schedule.use=early:Early", "--lr_schedule.sign=-1.0")["lr_schedule"][0] == "error"
 
 
+def test_the_tokens_of_data_are_estimated_of_any_kind_and_unknown_of_the_network(tiny):
+    """A Parquet file counts what was read after 256 rows; those of books are more than what is looked at."""
+    pa = pytest.importorskip("pyarrow", reason="needs the [data] extra")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the [data] extra")
+    rows = ["It was the best of times. " * 400] * 300
+    file = tiny.folder / "books.parquet"
+    parquet.write_table(pa.table({"text": rows}), file, compression="none", use_dictionary=False)
+    found = plan_of(tiny, f"--data.path={file}").epoch_tokens
+    assert found == pytest.approx(sum(len(row) + 1 for row in rows), rel=0.2)
+    hub = ["--data.use=components.data:HuggingFaceDataset", "--data.path=hf://some/where/train"]
+    assert plan_of(tiny, *hub).epoch_tokens is None
+
+
 def test_a_directory_in_use(tiny):
     assert tiny.launch("--training.total_tokens=300") == 0
     assert told(tiny)["run.name"][0] == "warning"

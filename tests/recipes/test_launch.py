@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from components.parallel.elastic import Node
+from recipes import launch
 from recipes.config import Override
 from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, start_workers
 
@@ -93,6 +94,15 @@ def test_processes_that_are_no_number(environment):
 def test_nodes_that_cannot_meet_are_told_why(environment, said):
     with pytest.raises(UsageError, match=said):
         start_workers(Processes(8, 2), environment, ["my.toml"])
+
+
+def test_a_rank_that_nobody_has_started_is_told(tiny, monkeypatch, capsys):
+    """As some schedulers set it for each machine."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UsageError, match=r"RANK and WORLD_SIZE are set, .* LOCAL_RANK is not; unset them"):
+        launch.run([str(tiny.recipe)])
 
 
 def test_several_nodes_meet_at_node_0():

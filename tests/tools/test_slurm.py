@@ -64,8 +64,9 @@ def test_every_node_starts_with_what_it_needs_to_find_the_others(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(143, True), (1, False), (2, False)])
-def test_only_a_run_that_was_stopped_after_saving_is_queued_again(tmp_path, status, requeued):
+@pytest.mark.parametrize(("status", "requeued"), [(143, True), (130, False), (1, False), (2, False)])
+def test_only_a_run_that_was_stopped_by_a_limit_is_queued_again(tmp_path, status, requeued):
+    """130 is that of the stop file: whoever made it wants the nodes back."""
     assert submit(tmp_path, RUN_STATUS=str(status)) == status
     assert (tmp_path / "requeued").exists() == requeued
 

@@ -60,6 +60,13 @@ def test_two_encoders_give_the_same_ids_on_text_neither_was_trained_on(pattern, 
     assert theirs.token_to_id("<|endoftext|>") == theirs.get_vocab_size() - 1 == 309
 
 
+def test_half_a_surrogate_pair_is_put_right_as_in_preparation(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "the whale \\ud83d the whale the whale"}\n')
+    output = tmp_path / "my.tiktoken"
+    assert main(["--vocab-size", "260", "--output", str(output), "--path", str(tmp_path / "a.jsonl")]) == 0
+    assert output.exists()
+
+
 def test_json_lines_are_read_by_their_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "the whale the whale the whale"}\n')
     source = TextFiles(path=tmp_path / "a.jsonl", text_key="body")

@@ -207,6 +207,35 @@ def test_a_tokenizer_that_gives_impossible_ids_is_an_error(tmp_path):
 
 
 @pytest.mark.quick
+def test_a_file_that_changes_between_its_hash_and_its_end_is_told_and_not_kept_under_that_hash(tmp_path):
+    file, cache = tmp_path / "a.txt", tmp_path / "cache"
+    file.write_text("what was hashed, long enough")
+
+    class Meanwhile(TextFiles):
+        def read(self, path, log):
+            path.write_text("what was encoded, of another length")
+            yield from super().read(path, log)
+
+    how = {"tokenizer": Bytes().build(), "sequence_length": 8, "cache_dir": cache, "progress": print}
+    with pytest.raises(OSError, match=r"a\.txt changed while it was prepared"):
+        Meanwhile(path=file).build(**how)
+    file.write_text("what was hashed, long enough")
+    samples = TextFiles(path=file).build(**how)
+    assert bytes(samples.tokens(0, 15).tolist()) == b"what was hashed"
+
+
+@pytest.mark.quick
+def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("enough text for one sequence")
+    samples = TextFiles(path=folder).build(
+        tokenizer=Bytes().build(), sequence_length=8, cache_dir=tmp_path / "cache", progress=print
+    )
+    assert samples.describe(0).startswith(r"caf\xe9.txt document 0")
+
+
+@pytest.mark.quick
 def test_lone_surrogates_become_text(tmp_path):
     samples = build(tmp_path, Given(text=("cut \ud83d in two",)))
     assert Bytes().build().decode(samples[0][:7]) == "cut \ufffd"

@@ -64,6 +64,16 @@ def test_links_keep_their_names(tmp_path):
     assert read(TextFiles(path=tmp_path / "snapshot"))[0] == ["first", "second"]
 
 
+def test_folders_that_are_links_are_followed_and_none_is_read_twice(tmp_path):
+    write(tmp_path / "books/a.txt", "first")
+    write(tmp_path / "other disk/web/b.TXT", "second")
+    write(tmp_path / "other disk/web/c.Json.GZ", gzip.compress(lines({"text": "third"}).encode()))
+    (tmp_path / "books/web").symlink_to(tmp_path / "other disk/web")
+    (tmp_path / "books/once more").symlink_to(tmp_path / "other disk/web")
+    (tmp_path / "other disk/web/back").symlink_to(tmp_path / "books")
+    assert read(TextFiles(path=tmp_path / "books"))[0] == ["first", "second", "third"]
+
+
 def test_marks_line_ends_and_bad_bytes_are_put_right_and_counted(tmp_path):
     write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     write(tmp_path / "b.txt", b"bad \xff\xfe, cut \xe4\xbd, kept \xef\xbf\xbd")

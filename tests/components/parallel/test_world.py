@@ -37,6 +37,20 @@ def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_
     mp.spawn(wait_for_main, (str(tmp_path),), nprocs=2)
 
 
+def say(rank: int, folder: str) -> None:
+    joined = join(rank, folder)
+    assert joined.agree("the same") and not joined.agree(f"of rank {rank}")
+    assert joined.gather(f"of rank {rank}") == ["of rank 0", "of rank 1"]
+    joined.stop_unless_failed(ValueError)
+    assert dist.is_initialized(), "a process that failed alone would wait for the others in there"
+    joined.stop_unless_failed(None)
+    assert not dist.is_initialized()
+
+
+def test_what_processes_say_to_one_another(tmp_path):
+    mp.spawn(say, (str(tmp_path),), nprocs=2)
+
+
 def run_late(rank: int, folder: str) -> None:
     joined = join(rank, folder)
     if rank == 0:
