@@ -78,13 +78,15 @@ class RunDirectory:
         however that ends; a directory left empty is gone afterwards. Raises ValueError while another run has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / LOCK, self.path) as locked:
-            if locked:
-                for leftover in self.path.glob(UNFINISHED):
-                    leftover.unlink(missing_ok=True)
-            yield locked
-        with suppress(OSError):
-            self.path.rmdir()
+        try:
+            with _locked(self.path / LOCK, self.path) as locked:
+                if locked:
+                    for leftover in self.path.glob(UNFINISHED):
+                        leftover.unlink(missing_ok=True)
+                yield locked
+        finally:
+            with suppress(OSError):
+                self.path.rmdir()
 
     def clear(self, log_from: int | None = None) -> None:
         """Remove what a run leaves behind, and nothing else that may lie in the directory.
