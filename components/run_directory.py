@@ -91,8 +91,8 @@ class RunDirectory:
     def clear(self, log_from: int | None = None) -> None:
         """Remove what a run leaves behind, and nothing else that may lie in the directory.
 
-        Of the log, only what is before byte `log_from` where that is given. Raises OSError for what cannot be removed:
-        what is left of an old run would be taken for the new one's.
+        Where `log_from` is given, the log loses only what is before that byte. Raises OSError for what cannot be
+        removed: what is left of an old run would be taken for the new one's.
         """
         for file in (self.config, self.metrics):
             file.unlink(missing_ok=True)
@@ -142,8 +142,9 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
             break
         os.close(handle)  # whoever had it has removed it meanwhile
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk keeps no note, but the lock
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield True
     finally:
         file.unlink(missing_ok=True)
