@@ -62,12 +62,12 @@ class World:
             dist.destroy_process_group()
 
     def stop_unless_failed(self, kind: type[BaseException] | None, *error: object) -> None:
-        """`stop`, as the `__exit__` of a context, after a good end.
+        """`stop`, as the `__exit__` of a context; on GPUs after a good end only.
 
         NCCL takes a group down together: a process that fails alone would wait here for the others, which wait for it
         in some collective, and its error would never be told. It ends with the process.
         """
-        if kind is None:
+        if kind is None or self.device.type != "cuda":
             self.stop()
 
     @property

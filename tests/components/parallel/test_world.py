@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -41,9 +43,9 @@ def say(rank: int, folder: str) -> None:
     joined = join(rank, folder)
     assert joined.agree("the same") and not joined.agree(f"of rank {rank}")
     assert joined.gather(f"of rank {rank}") == ["of rank 0", "of rank 1"]
-    joined.stop_unless_failed(ValueError)
+    replace(joined, device=torch.device("cuda")).stop_unless_failed(ValueError)
     assert dist.is_initialized(), "a process that failed alone would wait for the others in there"
-    joined.stop_unless_failed(None)
+    joined.stop_unless_failed(ValueError)
     assert not dist.is_initialized()
 
 
