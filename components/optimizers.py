@@ -49,7 +49,9 @@ class AdamW:
             # 1 / (lr x decay) steps is what weights are, and its length should not change with width (2405.13698).
             # A multiplier of 0 freezes a parameter: it does not decay either.
             decay = self.weight_decay if decays and multiplier else 0.0
-            key = (decay if self.decay_follows == "group" or not multiplier else decay / multiplier, multiplier)
+            if decay and self.decay_follows == "schedule":
+                decay /= multiplier
+            key = (decay, multiplier)
             group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_multiplier": key[1]})
             group["params"].append((name, parameter))
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}

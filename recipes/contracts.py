@@ -55,7 +55,10 @@ class Tokenizer(Protocol):
 
 
 class Samples(Protocol):
-    """A map-style dataset of packed sequences, in a fixed order that has nothing to do with shuffling."""
+    """A map-style dataset of packed sequences, in a fixed order that has nothing to do with shuffling.
+
+    If it has a `fingerprint`, a string that changes with its content, processes and resumed runs are held against it.
+    """
 
     def __len__(self) -> int:
         """Sequences in one epoch."""

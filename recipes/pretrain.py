@@ -153,7 +153,8 @@ class TrainingRun:
         }
         with blame(config, "data"):
             self.samples = self.world.main_first(lambda: recipe.data.build(**text))
-            if not self.world.agree(f"{len(self.samples)} {getattr(self.samples, 'fingerprint', None)}"):
+            self.content: str | None = getattr(self.samples, "fingerprint", None)
+            if not self.world.agree(f"{len(self.samples)} {self.content}"):
                 raise ValueError(
                     f"the processes do not see the same data; this one has {len(self.samples):,} sequences. Every node "
                     "needs the same files"

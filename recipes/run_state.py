@@ -69,7 +69,7 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
         "loader": {
             "cursor": run.clock.samples,
             "epoch_length": len(run.samples),
-            "content": getattr(run.samples, "fingerprint", None),
+            "content": run.content,
         },
         "vocab_size": run.vocab_size,
         "tokenizer": run.tokenizer_fingerprint,
@@ -90,14 +90,14 @@ def restore(run: TrainingRun, checkpoint: Path) -> None:
     run.tensors.restore(checkpoint)
     run.clock.load_state_dict(state["clock"])
     _restore_parts(run, checkpoint, state)
-    before, content = state["loader"].get("content"), getattr(run.samples, "fingerprint", None)
+    before = state["loader"].get("content")
     if state["loader"]["epoch_length"] != len(run.samples):
         log.warning(
             f"the data has {len(run.samples)} sequences, it had {state['loader']['epoch_length']}: "
             "the order of samples is another from here on"
         )
-    elif None not in (before, content) and before != content:
-        log.warning(f"the data is not what it was: {content}, before {before}")
+    elif None not in (before, run.content) and before != run.content:
+        log.warning(f"the data is not what it was: {run.content}, before {before}")
     log.info(f"resumed from {checkpoint}: step {run.clock.step}, {run.clock.tokens} tokens")
 
 

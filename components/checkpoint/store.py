@@ -147,8 +147,10 @@ class CheckpointStore:
         from torch.distributed.checkpoint.api import CheckpointException
 
         aside = self.directory / f"{_ASIDE}{final.name}"
-        # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
-        writer = FileSystemWriter(aside, per_thread_copy_ahead=0 if self._background is not None else 10_000_000)
+        writer = FileSystemWriter(aside)
+        if self._background is not None:
+            # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
+            writer.per_thread_copy_ahead = 0
         group = self._background.group if self._background is not None else None
 
         def prepare() -> None:

@@ -25,13 +25,13 @@ _PARQUET_ROWS = 256
 
 def kind_of(path: Path) -> str:
     """The suffix that says what is in the file, without that of its compression."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return suffixes[-2] if suffixes[-1] in COMPRESSED else suffixes[-1]
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return name.suffix.lower()
 
 
 def kind_is_known(path: Path) -> bool:
-    """Whether its name ends in one of SUFFIXES."""
-    return path.name.lower().endswith(SUFFIXES)
+    """Whether its name ends in one of SUFFIXES, and is more than that."""
+    return path.name.lower().endswith(SUFFIXES) and bool(kind_of(path))
 
 
 def read_text(path: Path, log: ReadingLog, separator: str | None) -> Iterator[Document]:

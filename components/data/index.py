@@ -221,7 +221,7 @@ def _segments(
     if not len(lengths):
         return np.empty((0, 5), dtype=np.int64)
     counts = [count for *_, count in fragments]
-    if kept.all():  # of billions of documents not one number each
+    if kept.all():  # the fragments say it all, without an array of numbers for each document
         rows = [(numbers[name], token, tokens, first, count) for name, token, tokens, first, count in fragments]
         return _joined(np.array(rows, dtype=np.int64))
     shard = np.repeat([numbers[name] for name, *_ in fragments], counts)

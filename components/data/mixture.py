@@ -119,7 +119,7 @@ class MixedSamples:
     def fingerprint(self) -> str | None:
         """Of the text of all sources; None where one of them does not know its own."""
         each = {name: getattr(source, "fingerprint", None) for name, source in self.sources.items()}
-        return None if None in each.values() else " ".join(f"{name}={print}" for name, print in each.items())
+        return None if None in each.values() else " ".join(f"{name}={content}" for name, content in each.items())
 
     def __len__(self) -> int:
         return self._starts[-1]

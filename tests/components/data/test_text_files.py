@@ -68,6 +68,7 @@ def test_folders_that_are_links_are_followed_and_none_is_read_twice(tmp_path):
     write(tmp_path / "books/a.txt", "first")
     write(tmp_path / "other disk/web/b.TXT", "second")
     write(tmp_path / "other disk/web/c.Json.GZ", gzip.compress(lines({"text": "third"}).encode()))
+    write(tmp_path / "books/.txt", "a hidden file without a kind")
     (tmp_path / "books/web").symlink_to(tmp_path / "other disk/web")
     (tmp_path / "books/once more").symlink_to(tmp_path / "other disk/web")
     (tmp_path / "other disk/web/back").symlink_to(tmp_path / "books")
