@@ -86,17 +86,23 @@ class Evaluate:
     """Unset: that of the run, or of the directory."""
     parallel: Parallel = field(default_factory=Parallel)
 
+    @property
+    def device(self) -> str:
+        """Where it computes, for the launcher, which starts a process for each GPU."""
+        return self.evaluation.device
+
     def main(self, config: Config, resume: Resume | None) -> int:
         """Evaluate, print and write; returns the exit status."""
         with ExitStack() as cleanup:
             with blame(config, "evaluation"):
                 if resume is not None:
                     raise ValueError("checkpoint: --resume is for training; this key names what to evaluate")
-                trained, length, model = self.open()
             with blame(config, "evaluation.device"):
                 world = World.start(self.evaluation.device)
             cleanup.push(world.stop_unless_failed)
             start_log(None, speak=world.is_main)
+            with blame(config, "evaluation"):
+                trained, length, model = world.main_first(lambda: self.open(world.rank, world.size))
             result, rows = self.measure(config, world, trained, length, model)
             if world.is_main:
                 with blame(config, "evaluation"):
@@ -111,14 +117,15 @@ class Evaluate:
         print(f"{trained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
         return 0
 
-    def open(self) -> tuple[Trained, int, nn.Module]:
+    def open(self, rank: int = 0, ranks: int = 1) -> tuple[Trained, int, nn.Module]:
         """What to evaluate, the tokens of a sequence, and the model on the meta device.
 
-        Raises ValueError, OSError or ConfigError where it cannot be.
+        Each of `ranks` looks for damage in its share of a checkpoint. Raises ValueError, OSError or ConfigError where
+        it cannot be.
         """
         keys = self.evaluation
         try:
-            trained = open_trained(keys.checkpoint, trust_code=keys.trust_code)
+            trained = open_trained(keys.checkpoint, trust_code=keys.trust_code, rank=rank, ranks=ranks)
         except (ValueError, OSError) as error:
             said = str(error).replace("--trust-code", "--evaluation.trust_code=true")
             raise ValueError(f"checkpoint: {said}") from None

@@ -36,7 +36,7 @@ usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--
                         =DEVICE[@MFU] reckons with one device and utilisation: H100, A100@45%, cpu, @0.5
   --help                this text
 
-environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, else 1;
+environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, or 1;
              a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT for several nodes;
              MAX_RESTARTS after a failure (default 0)
 """
@@ -115,13 +115,20 @@ class Processes:
         return self.per_node * self.nodes
 
 
-def processes(environment: Mapping[str, str]) -> Processes:
-    """From the environment; without NPROC or NGPU one process for each visible GPU, or one. Raises UsageError."""
+def processes(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> Processes:
+    """From the environment; without NPROC or NGPU one for each GPU, or one for a `recipe` that wants none.
+
+    `gpus` are those that are visible, if not to this process. Raises UsageError.
+    """
     per_node = environment.get("NPROC") or environment.get("NGPU")
     if per_node is None:
-        import torch
+        if getattr(recipe, "device", "auto") == "cpu":
+            gpus = 0
+        if gpus is None:
+            import torch
 
-        per_node = str(max(1, torch.cuda.device_count()))
+            gpus = torch.cuda.device_count()
+        per_node = str(max(1, gpus))
     nodes = environment.get("NNODES") or "1"
     for name, value in (("NPROC", per_node), ("NNODES", nodes)):
         if not value.isdigit() or int(value) < 1:
@@ -201,7 +208,7 @@ def run(arguments: Sequence[str]) -> int:
     if command.print_config:
         print(config.to_toml(), end="")
         return 0
-    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ)
+    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):

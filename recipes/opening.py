@@ -96,9 +96,10 @@ def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> P
             verify(checkpoint, rank=world.rank, ranks=world.size)
         except DamagedError as error:
             damage = str(error)
-        if not world.maximum(int(bool(damage))):
+        found = [text for text in world.gather(damage) if text]
+        if not found:
             return checkpoint
-        warnings.append(f"{damage or f'{checkpoint} is damaged'}; taking the checkpoint before it")
+        warnings.append(f"{found[0]}; taking the checkpoint before it")
     return None
 
 

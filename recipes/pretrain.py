@@ -72,6 +72,11 @@ class Pretrain:
     metrics: Metrics = field(default_factory=Metrics)
     guard: Guard = field(default_factory=Guard)
 
+    @property
+    def device(self) -> str:
+        """Where it computes, for the launcher, which starts a process for each GPU."""
+        return self.run.device
+
     def check(self) -> Iterator[tuple[str, str]]:
         """Problems that only show across sections, as (dotted path, message)."""
         warmup = getattr(self.lr_schedule, "warmup_tokens", 0)

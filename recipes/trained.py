@@ -79,11 +79,14 @@ class Trained:
             copy_weights(model, weights)
 
 
-def open_trained(path: Path, tokenizer: Path | None = None, *, trust_code: bool = False) -> Trained:
+def open_trained(
+    path: Path, tokenizer: Path | None = None, *, trust_code: bool = False, rank: int = 0, ranks: int = 1
+) -> Trained:
     """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
     `tokenizer` is the file of its tokenizer, where that is not where it was. A checkpoint's configuration names no code
-    but this project's, unless that is trusted. Raises ValueError, OSError or ConfigError.
+    but this project's, unless that is trusted; each of `ranks` processes looks for damage in its share of it. Raises
+    ValueError, OSError or ConfigError.
     """
     path = path.expanduser().absolute()
     if (path / "config.json").is_file():
@@ -93,7 +96,7 @@ def open_trained(path: Path, tokenizer: Path | None = None, *, trust_code: bool 
     except ValueError as error:
         here = "; nor is there a config.json, as a Hugging Face directory has" if path.is_dir() else ""
         raise ValueError(f"{error}{here}") from None
-    verify(checkpoint)
+    verify(checkpoint, rank=rank, ranks=ranks)
     state = read_run_state(checkpoint)
     moved = [Override("tokenizer.path", str(tokenizer.absolute()))] if tokenizer else []
     recipe = stored_config(checkpoint, moved, trust_code=trust_code).recipe

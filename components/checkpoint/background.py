@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.torch_version import TorchVersion
 
 from components.checkpoint.reading import ALONE_WARNING
+from components.processes import gather_text
 
 log = logging.getLogger("powertrain")
 
@@ -63,13 +64,9 @@ class Background:
             )
         return saved
 
-    def maximum(self, value: int) -> int:
-        """The largest `value` of all processes, over a group that the training loop does not use."""
-        if self.group is not None:
-            tensor = torch.tensor(value)
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
-            value = int(tensor)
-        return value
+    def gather(self, text: str) -> list[str]:
+        """`text` of every process, by rank, over a group that the training loop does not use."""
+        return [text] if self.group is None else gather_text(text, self.group)
 
     def close(self) -> None:
         self._thread.shutdown()

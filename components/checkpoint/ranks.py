@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from components.processes import attempt, raise_in_all
+
 
 class Ranks(Protocol):
     @property
@@ -13,15 +15,10 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
-    def maximum(self, value: int) -> int: ...
+    def gather(self, text: str) -> list[str]: ...
 
 
-def together(work: Callable[[], None], maximum: Callable[[int], int]) -> None:
+def together(work: Callable[[], None], gather: Callable[[str], list[str]]) -> None:
     """`work()` on every rank, and none goes on before all have ended. An error on one is an error on all."""
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    if maximum(int(failure is not None)):
-        raise failure or OSError("another process failed; its message is with it")
+    _, failure = attempt(work)
+    raise_in_all(failure, gather)

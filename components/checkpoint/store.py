@@ -101,10 +101,10 @@ class CheckpointStore:
         self._saving = step
         final = self.path(step)
         background = self._background
-        maximum = self.world.maximum if background is None else background.maximum
+        gather = self.world.gather if background is None else background.gather
 
         def write(held: dict[str, Any]) -> bool:
-            return self._write(final, held, state, config, maximum)
+            return self._write(final, held, state, config, gather)
 
         if background is not None:
             background.start(tensors, write)
@@ -139,7 +139,7 @@ class CheckpointStore:
         tensors: dict[str, Any],
         state: Mapping[str, Any],
         config: str,
-        maximum: Callable[[int], int],
+        gather: Callable[[str], list[str]],
     ) -> bool:
         """Write `final`; whether it could be done is the same on every rank, and was told."""
         import torch.distributed.checkpoint as dcp
@@ -171,7 +171,7 @@ class CheckpointStore:
 
         try:
             for part in (prepare, write, complete):
-                together(part, maximum)
+                together(part, gather)
         except Exception as error:
             log.error(f"{final} could not be saved: {error}. The checkpoints before it stay")
             if self.world.is_main:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from components.processes import attempt, gather_text, raise_in_all
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
@@ -81,12 +83,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def maximum(self, value: int, group: dist.ProcessGroup | None = None) -> int:
-        """The largest `value` of all processes; in a `group` of all of them, unless in the default one."""
+    def maximum(self, value: int) -> int:
+        """The largest `value` of all processes."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
     def agree(self, text: str) -> bool:
@@ -96,11 +98,7 @@ class World:
 
     def gather(self, text: str) -> list[str]:
         """`text` of every process, by rank."""
-        if self.size == 1:
-            return [text]
-        texts: list[str] = [""] * self.size
-        dist.all_gather_object(texts, text, group=self.waiting)
-        return texts
+        return [text] if self.size == 1 else gather_text(text, self.waiting)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -118,23 +116,9 @@ class World:
         result: T | None = None
         failure: Exception | None = None
         if self.is_main:
-            result, failure = _attempt(work)
-        self._raise_if_any(failure, "the main process")
+            result, failure = attempt(work)
+        raise_in_all(failure, self.gather)
         if not self.is_main:
-            result, failure = _attempt(work)
-        self._raise_if_any(failure, "another process")
+            result, failure = attempt(work)
+        raise_in_all(failure, self.gather)
         return result  # type: ignore[return-value]
-
-    def _raise_if_any(self, failure: Exception | None, who: str) -> None:
-        kind = 0 if failure is None else 1 if isinstance(failure, (ValueError, OSError)) else 2
-        kind = self.maximum(kind, self.waiting)
-        if kind:
-            message = f"{who} failed; its message is with it"
-            raise failure or (ValueError if kind == 1 else RuntimeError)(message)
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as error:
-        return None, error

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from recipes import launch
+from recipes.launch import ROOT
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_evaluate import CONFIG
 from tools import export_hf
@@ -46,3 +50,24 @@ def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
         for name, found in results.items():
             assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"]), name
             assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6), name  # float32 in another order
+
+
+def test_damage_in_the_share_of_either_process_is_told(tiny):
+    assert launch.main([str(tiny.recipe), "--training.total_tokens=1100"]) == 0
+    checkpoint = max((tiny.directory / "checkpoints").iterdir())
+    names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"])
+    command = [sys.executable, ROOT / "recipes", CONFIG, f"--evaluation.checkpoint={tiny.directory}"]
+    for name in names[:2]:  # of the files one process reads every second, beginning with the first
+        file = checkpoint / name
+        whole = file.read_bytes()
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        ended = subprocess.run(
+            [*command, "--evaluation.device=cpu"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert f"{name} is not what was written: its SHA-256 is another" in ended.stdout + ended.stderr
+        file.write_bytes(whole)

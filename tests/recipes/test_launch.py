@@ -6,7 +6,7 @@ import pytest
 
 from components.parallel.elastic import Node
 from recipes import launch
-from recipes.config import Override
+from recipes.config import Override, load
 from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, start_workers
 
 pytestmark = pytest.mark.quick
@@ -74,6 +74,14 @@ def test_what_makes_no_sense_is_told(arguments, said):
 )
 def test_processes_from_the_environment(environment, expected):
     assert processes(environment) == expected
+
+
+def test_a_process_for_each_gpu_unless_the_recipe_wants_none(tiny):
+    on_gpus, on_cpu = (load(tiny.recipe, [Override("run.device", device)]).recipe for device in ("auto", "cpu"))
+    assert processes({}, on_gpus, gpus=8) == Processes(8, 1)
+    assert processes({}, on_cpu, gpus=8) == Processes(1, 1)
+    assert processes({"NPROC": "2"}, on_cpu, gpus=8) == Processes(2, 1)
+    assert processes({}, on_gpus, gpus=0) == Processes(1, 1)
 
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])

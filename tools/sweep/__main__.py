@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from recipes.launch import UsageError
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}: at least 1")
         grids = [parse_grid(texts) for texts in options.grid]
-        sweep = Sweep(command.config, common, grids, processes_of_a_run(options.jobs))
+        sweep = Sweep(command.config, common, grids, partial(processes_of_a_run, options.jobs))
         jobs, results = sweep.jobs(), Results(options.results)
         rate_key = find_rate(jobs, options.rate)
         killed = 0 if options.report else Runner(results, options.jobs, options.runs).run(jobs, again=options.retry)

@@ -33,8 +33,8 @@ def shares(devices: Sequence[str], runs: int) -> list[Mapping[str, str]]:
     return [{VISIBLE: ",".join(devices[run * each : (run + 1) * each])} for run in range(runs)]
 
 
-def processes_of_a_run(runs: int) -> int:
-    """How many processes the launcher will start for each of `runs` runs at a time. Raises UsageError."""
+def processes_of_a_run(runs: int, recipe: object) -> int:
+    """How many processes the launcher will start for the `recipe` of one of `runs` at a time. Raises UsageError."""
     share = shares(devices := visible(), runs)[0]
-    count = len(share[VISIBLE].split(",")) if share else len(devices)
-    return processes({"NPROC": str(max(1, count)), **os.environ}).world_size
+    gpus = len(share[VISIBLE].split(",")) if share else len(devices)
+    return processes(os.environ, recipe, gpus).world_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class Sweep:
     common: Settings
     """Keys that all its runs share."""
     grids: Sequence[Grid]
-    processes: int = 1
-    """Of each run."""
+    processes: Callable[[object], int] = lambda recipe: 1
+    """Of a run of such a recipe."""
 
     def __post_init__(self) -> None:
         seen = set(self.common)
@@ -73,7 +73,7 @@ class Sweep:
             settings = {**self.common, **varied}
             try:
                 config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
-                job = Job(self.recipe, settings, varied, digest(config, fingerprints, self.processes))
+                job = Job(self.recipe, settings, varied, digest(config, fingerprints, self.processes(config.recipe)))
             except (ConfigError, OSError, ValueError) as error:
                 told = ", ".join(f"{key} = {value}" for key, value in varied.items())
                 raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None

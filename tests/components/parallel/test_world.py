@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -30,8 +31,18 @@ def join(rank: int, folder: str) -> World:
 def wait_for_main(rank: int, folder: str) -> None:
     joined = join(rank, folder)
     assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
-    with pytest.raises(ValueError, match="no text" if rank == 0 else "the main process failed"):
-        joined.main_first(lambda: (_ for _ in ()).throw(ValueError("no text")))
+
+    def fail(who: int, error: Exception) -> int:
+        if rank == who:
+            raise error
+        return rank
+
+    for who in (0, 1):
+        told = "" if rank == who else rf" \(rank {who}\)"
+        with pytest.raises(ValueError, match=rf"^path: no text{told}$"):
+            joined.main_first(partial(fail, who, ValueError("path: no text")))
+        with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
+            joined.main_first(partial(fail, who, ZeroDivisionError("by hand")))
     joined.stop()
 
 

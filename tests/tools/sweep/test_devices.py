@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,9 @@ def test_a_run_has_a_process_for_each_of_its_devices_unless_it_is_told(monkeypat
     if nproc is not None:
         monkeypatch.setenv("NPROC", nproc)
     assert visible() == [device for device in named.split(",") if device]
-    assert processes_of_a_run(runs) == count
+    assert processes_of_a_run(runs, None) == count
+    on_cpu = SimpleNamespace(device="cpu")
+    assert processes_of_a_run(runs, on_cpu) == int(nproc or 1)
 
 
 def test_a_run_finds_its_share_in_its_environment_and_leaves_it_to_the_next(tmp_path, monkeypatch):

@@ -1,0 +1,44 @@
+"""What the processes of a run tell one another: texts, and the error of one, which all raise.
+
+A process that failed alone would leave the others waiting for it in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def gather_text(text: str, group: dist.ProcessGroup | None) -> list[str]:
+    """`text` of every process of a `group`, or of the default one, by rank."""
+    texts = [""] * dist.get_world_size(group)
+    dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `work()` gives, or how it failed."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
+    """Raise this process's `failure`, or else say what the first other process that has one found; if none has, return.
+
+    Every process calls it. `gather` brings a text of each, by rank: the process that speaks may be another than the one
+    that knows. Bad input (ValueError, OSError) is a ValueError there, anything else a RuntimeError.
+    """
+    bad_input = isinstance(failure, (ValueError, OSError))
+    said = gather("" if failure is None else f"input {failure}" if bad_input else f"other {failure!r}")
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(said):
+        kind, _, message = text.partition(" ")
+        if kind:
+            raise (ValueError if kind == "input" else RuntimeError)(f"{message} (rank {rank})")
