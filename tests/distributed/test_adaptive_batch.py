@@ -26,10 +26,10 @@ RECIPE = [
 UNSAVED = "--checkpoint.interval_steps=none"
 SAVED = "--checkpoint.interval_steps=2"
 SOURCES = ("one process", "two shards")
-WHOLE = (*SOURCES, "two slices", "four shards")
+WHOLE = (*SOURCES, "four shards")
 RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
     "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
-    "two shards of two slices": 54,
+    "two slices": 50, "two shards of two slices": 54,
 }  # fmt: skip
 """Layout -> the step, one that is saved, after which it takes over from another."""
 
