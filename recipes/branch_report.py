@@ -135,7 +135,7 @@ def draw(report: Report, output: Path) -> None:
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
+        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
     mpl.use("agg")
     from matplotlib import pyplot as plt
 

@@ -23,7 +23,7 @@ class Run:
     """[run]: identity and place of a run."""
 
     name: Annotated[str, Field(pattern=r"^[^/\\]+$")] = "run"
-    """Name of the run; its directory is runs/<name>."""
+    """Name of the run; its directory is runs/<name>, where you stand."""
     dir: Path | None = None
     """The run directory itself, in place of runs/<name>."""
     cache_dir: Path = field(default_factory=default_cache)
@@ -75,4 +75,4 @@ class Training:
     accumulation: Accumulation = "auto"
     """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
     loader_workers: Count = 0
-    """Processes that read ahead; 0: read in the training process, enough for memory-mapped tokens."""
+    """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""

@@ -11,7 +11,7 @@ def pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install 'powertrain[plot]'") from None
+        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
     mpl.use("agg")
     mpl.rcParams.update({"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot as plt

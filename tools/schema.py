@@ -10,26 +10,17 @@ Taplo (Even Better TOML) reads. Nothing is required, since a file may leave to o
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import json
-import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from recipes.config import describe
-from recipes.config.fit import misfit
 from recipes.config.imports import import_class, import_path
-from recipes.config.signatures import Key, Shape, SignatureError, keys_of
+from recipes.config.signatures import Key, Shape, keys_of
 from recipes.config.values import adapter, encode
-
-RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
-"""The first is what a file is for that names none."""
-PACKAGES = ("components", "models")
+from tools.shipped import PACKAGES, RECIPES, Shipped, fits, shipped_classes, summary
 
 Schema = dict[str, Any]
 
@@ -41,17 +32,9 @@ _EVERY_FILE: dict[str, Schema] = {
 _IMPORT_PATH = r"^[\w.]+:[\w.]+$"
 
 
-@dataclass(frozen=True)
-class Shipped:
-    """A class of the project, with every import path that may name it, its home first."""
-
-    cls: type
-    uses: tuple[str, ...]
-
-
 def recipe_schema(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -> Schema:
     """The schema of files for `recipes`; components are looked for in `packages`."""
-    writer = _Writer(list(shipped_classes(packages)))
+    writer = _Writer(list(shipped_classes(packages, recipes)))
     known = [import_path(recipe) for recipe in recipes]
     first, *others = (
         writer.table(recipe, "recipe", [name], _EVERY_FILE) for recipe, name in zip(recipes, known, strict=True)
@@ -67,30 +50,6 @@ def recipe_schema(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -
     }
 
 
-def shipped_classes(packages: Sequence[str]) -> Iterator[Shipped]:
-    """Every public class defined in `packages`. A package that re-exports a class is one more way to name it."""
-    modules = [importlib.import_module(name) for name in packages]
-    for package in list(modules):
-        found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-        modules += filter(None, (_module(module.name) for module in found))
-    for module in modules:
-        for name, cls in sorted(vars(module).items()):
-            if isinstance(cls, type) and cls.__module__ == module.__name__ and not name.startswith("_"):
-                parents = [other for other in modules if module.__name__.startswith(f"{other.__name__}.")]
-                uses = [f"{parent.__name__}:{name}" for parent in parents if getattr(parent, name, None) is cls]
-                yield Shipped(cls, (import_path(cls), *uses))
-
-
-def _module(name: str) -> ModuleType | None:
-    """None for a module that needs an extra which is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in PACKAGES:
-            raise
-        return None
-
-
 class _Writer:
     """Writes the schemas of classes; those of slots and sections, which may nest in themselves, into `definitions`."""
 
@@ -100,12 +59,12 @@ class _Writer:
 
     def table(self, cls: type, selector: str, uses: Sequence[str], more: dict[str, Schema] | None = None) -> Schema:
         """The table of one class, which its `selector` may name in any of the ways `uses`; `more` are further keys."""
-        summary, docs = _summary(cls), describe(cls)
-        selected = {selector: {"enum": list(uses), "description": summary}}
+        said, docs = summary(cls), describe(cls)
+        selected = {selector: {"enum": list(uses), "description": said}}
         keys = {name: self._key(key, docs.get(name)) for name, key in keys_of(cls).items()}
         return {
             "title": uses[-1],
-            "description": summary,
+            "description": said,
             "properties": {**selected, **(more or {}), **keys},
             "additionalProperties": False,
         }
@@ -148,24 +107,16 @@ class _Writer:
     def _section(self, cls: type) -> Schema:
         """The section's own class, or a replacement that `use` names."""
         known = [import_path(cls)]
-        return {"type": "object", "description": _summary(cls), "oneOf": [self.table(cls, "use", known), _own(known)]}
+        return {"type": "object", "description": summary(cls), "oneOf": [self.table(cls, "use", known), _own(known)]}
 
     def _slot(self, slot: type) -> Schema:
         """Any shipped class that fits, a class of the user's, or a table whose `use` stands in another file."""
-        fitting = [shipped for shipped in self._shipped if _fits(shipped.cls, slot)]
+        fitting = [shipped for shipped in self._shipped if fits(shipped.cls, slot)]
         tables = [{**self.table(each.cls, "use", each.uses), "required": ["use"]} for each in fitting]
         names = sorted({name for table in tables for name in table["properties"]} - {"use"})
         elsewhere = {"title": "`use` is in another file", "propertyNames": {"enum": names}}
         own = _own([use for each in fitting for use in each.uses])
-        return {"type": "object", "description": _summary(slot), "oneOf": [*tables, own, elsewhere]}
-
-
-def _fits(cls: type, slot: type) -> bool:
-    try:
-        keys_of(cls)
-    except SignatureError:
-        return False
-    return misfit(cls, slot) is None
+        return {"type": "object", "description": summary(slot), "oneOf": [*tables, own, elsewhere]}
 
 
 def _own(known: Sequence[str]) -> Schema:
@@ -181,11 +132,6 @@ def _foreign(known: Sequence[str]) -> Schema:
         "not": {"enum": list(known)},
         "description": "package.module:Name",
     }
-
-
-def _summary(cls: type) -> str:
-    """The first paragraph of the class's docstring, on one line."""
-    return " ".join((inspect.getdoc(cls) or cls.__name__).split("\n\n")[0].split())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

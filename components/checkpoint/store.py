@@ -35,8 +35,8 @@ _REPLACED = ".replaced-"
 class Checkpoint:
     """[checkpoint]: when to save, and what to keep. A run always saves when it ends or is stopped."""
 
-    interval_steps: PositiveCount | None = None
-    """Optimizer steps between saves; unset: only at the end."""
+    interval_steps: PositiveCount | None = 1000
+    """Optimizer steps between saves; "none": only at the end."""
     keep_last: PositiveCount | None = 3
     """How many of the newest to keep; "none": all."""
     keep_every: PositiveCount | None = None

@@ -89,7 +89,7 @@ def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Documen
         import pyarrow as pa
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{path}: this needs the `pyarrow` library: pip install 'powertrain[data]'") from None
+        raise ValueError(f"{path}: this needs the `pyarrow` library: pip install -e '.[data]'") from None
     size, before, row = path.stat().st_size, log.source_bytes, 0
     try:
         with pa.parquet.ParquetFile(path) as file:

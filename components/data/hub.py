@@ -67,7 +67,7 @@ class HuggingFaceDataset(TextSource):
         try:
             import datasets
         except ModuleNotFoundError:
-            raise ValueError("this needs the `datasets` library: pip install 'powertrain[data]'") from None
+            raise ValueError("this needs the `datasets` library: pip install -e '.[data]'") from None
         wanted = {"path": self._name, "name": self._config, "split": self._split, "revision": self.revision}
         try:
             return datasets.load_dataset(**wanted, streaming=True)

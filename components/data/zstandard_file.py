@@ -18,7 +18,7 @@ class Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ModuleNotFoundError:
-            raise ValueError(f"{path}: this needs the `zstandard` library: pip install 'powertrain[data]'") from None
+            raise ValueError(f"{path}: this needs the `zstandard` library: pip install -e '.[data]'") from None
         self._library: Any = zstandard
         self._stored = stored
         self._frame: Any = None

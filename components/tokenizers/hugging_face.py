@@ -100,7 +100,7 @@ def library_of_tokenizers() -> Any:
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise ValueError("this needs the `tokenizers` library: pip install 'powertrain[hf]'") from None
+        raise ValueError("this needs the `tokenizers` library: pip install -e '.[hf]'") from None
     return tokenizers
 
 

@@ -225,7 +225,7 @@ def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
 def test_it_needs_no_picture(measured, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert measured.launch() == 0
-    assert "pip install 'powertrain[plot]'" in capsys.readouterr().out
+    assert "pip install -e '.[plot]'" in capsys.readouterr().out
     assert measured.json()["k_star"] in (1, 2)
     assert not (measured.directory / "critical_batch.png").exists()
 

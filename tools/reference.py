@@ -1,0 +1,144 @@
+"""Write the page of every key: what it takes, its default and its meaning.
+
+    python -m tools.reference [--output docs/keys.md]
+
+Generated from the signatures that decode a recipe, and the docstrings beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components.quantities import Count
+from recipes.config import describe
+from recipes.config.imports import import_class, import_path
+from recipes.config.signatures import Key, Shape, keys_of
+from recipes.config.toml import write_value
+from recipes.config.values import encode, expectation, expected
+from tools.shipped import PACKAGES, RECIPES, Shipped, fits, shipped_classes, summary
+
+INTRODUCTION = """\
+# Every key
+
+Written by `python -m tools.reference --output docs/keys.md`. `./run_train.sh my.toml --print-config` shows what each
+key is in a run, and where that comes from; [recipes](recipes.md) says how files are put together, and
+[`models/sizes.py`](../models/sizes.py) has the numbers of each model size.
+
+A count is a whole number, or text such as "20M" or "1.5B". A key whose default is – has to be given. Where several
+classes stand below a section its `use` names one of them, or [your own](components.md).
+
+Besides its sections a file has `recipe`, the class of what is run (unset: pre-training), `extends`, a list of files to
+merge below this one, and `import_paths`, a list of directories with modules of your own."""
+
+
+class Page:
+    """The lines of the page. A class is described where it is first met."""
+
+    def __init__(self, recipes: Sequence[type], packages: Sequence[str]) -> None:
+        self._shipped = list(shipped_classes(packages, recipes))
+        self._told: set[type] = set()
+
+    def recipe(self, cls: type) -> Iterator[str]:
+        """The sections of a recipe that none before it had."""
+        yield from ("", f"## `{import_path(cls)}`", "", summary(cls))
+        had, values = [], {}
+        for name, key in keys_of(cls).items():
+            if key.shape.kind not in ("section", "slot"):
+                values[name] = key
+            elif key.shape.annotation in self._told:
+                had.append(f"`[{name}]`")
+            else:
+                yield from self._part(f"[{name}]", key.shape, "###")
+        yield from self._keys("[]", values, describe(cls), "##")
+        if had:
+            yield from ("", f"Its other sections are those above: {', '.join(had)}.")
+
+    def _part(self, title: str, shape: Shape, level: str) -> Iterator[str]:
+        """A table of the file, and the tables in it."""
+        cls = shape.annotation
+        self._told.add(cls)
+        yield from ("", f"{level} `{title}`")
+        if said := summary(cls).removeprefix(title).removeprefix(": "):
+            yield from ("", said[0].upper() + said[1:])
+        if shape.kind == "section":
+            yield from self._keys(title, keys_of(cls), describe(cls), level)
+        else:
+            for each in self._fitting(cls):
+                if each.cls not in self._told:
+                    self._told.add(each.cls)
+                    yield from ("", f"{level}# `{each.uses[-1]}`", "", summary(each.cls))
+                    yield from self._keys(title, keys_of(each.cls), describe(each.cls), f"{level}#")
+
+    def _keys(self, title: str, keys: Mapping[str, Key], docs: Mapping[str, str], level: str) -> Iterator[str]:
+        if not keys:
+            return
+        yield from ("", "| key | value | default | |", "|---|---|---|---|")
+        inner = []
+        for name, key in keys.items():
+            yield f"| `{name}` | {self._value(key.shape)} | {default(key)} | {_cell(docs.get(name, ''))} |"
+            of = key.shape.of or key.shape
+            if of.kind == "section" and of.annotation not in self._told:
+                inner.append((f"[{title[1:-1]}.{name}]".replace("[.", "["), of))
+        for below, shape in inner:
+            yield from self._part(below, shape, f"{level}#")
+
+    def _value(self, shape: Shape) -> str:
+        none = ', or `"none"`' if shape.optional else ""
+        if shape.kind == "list" and shape.of:
+            return f"a list of: {self._value(shape.of)}{none}"
+        if shape.kind == "dict" and shape.of:
+            return f"a table, name to: {self._value(shape.of)}{none}"
+        if shape.kind == "section":
+            return f"a table of the keys below{none}"
+        if shape.kind == "slot":
+            names = ", ".join(f"`{each.cls.__name__}`" for each in self._fitting(shape.annotation))
+            return f"a table whose `use` names one of: {names}{none}"
+        return _cell(expectation(shape).replace(expected(Count), "a count"))
+
+    def _fitting(self, slot: type) -> list[Shipped]:
+        return [each for each in self._shipped if fits(each.cls, slot)]
+
+
+def default(key: Key) -> str:
+    """As TOML would have it."""
+    if key.required:
+        return "–"
+    value: Any = key.make_default()
+    if key.shape.kind != "leaf" and value is not None:
+        return "" if value else "none"
+    if value is None:
+        return '`"none"`'
+    if isinstance(value, Path) and value.is_relative_to(Path.home()):
+        value = f"~/{value.relative_to(Path.home()).as_posix()}"
+    return f"`{_cell(write_value(encode(value)))}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def page(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -> str:
+    """The whole of it, as Markdown."""
+    writer = Page(recipes, packages)
+    lines = [INTRODUCTION, *(line for recipe in recipes for line in writer.recipe(recipe))]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.reference", description="Write the page of every key.")
+    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
+    output = parser.parse_args(arguments).output
+    text = page([import_class(name) for name in RECIPES])
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""Which recipes and components come with the project, and which slot each fits: for what is generated from them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from recipes.config.fit import misfit
+from recipes.config.imports import import_path
+from recipes.config.signatures import SignatureError, keys_of
+
+RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
+"""The first is what a file is for that names none."""
+PACKAGES = ("components", "models")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A class of the project, with every import path that may name it, its home first."""
+
+    cls: type
+    uses: tuple[str, ...]
+
+
+def shipped_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> Iterator[Shipped]:
+    """Every public class defined in `packages`, but those that are a section of one of `recipes` already.
+
+    A package that re-exports a class is one more way to name it.
+    """
+    modules = [importlib.import_module(name) for name in packages]
+    for package in list(modules):
+        found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        modules += filter(None, (_module(module.name, packages) for module in found))
+    placed = {key.shape.annotation for recipe in recipes for key in keys_of(recipe).values()}
+    for module in modules:
+        for name, cls in sorted(vars(module).items()):
+            if isinstance(cls, type) and cls.__module__ == module.__name__ and not name.startswith("_"):
+                parents = [other for other in modules if module.__name__.startswith(f"{other.__name__}.")]
+                uses = [f"{parent.__name__}:{name}" for parent in parents if getattr(parent, name, None) is cls]
+                if cls not in placed:
+                    yield Shipped(cls, (import_path(cls), *uses))
+
+
+def fits(cls: type, slot: type) -> bool:
+    """Whether `cls` is a component, and one for `slot`."""
+    try:
+        keys_of(cls)
+    except SignatureError:
+        return False
+    return misfit(cls, slot) is None
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of the class's docstring, on one line."""
+    return " ".join((inspect.getdoc(cls) or cls.__name__).split("\n\n")[0].split())
+
+
+def _module(name: str, packages: Sequence[str]) -> ModuleType | None:
+    """None for a module that needs an extra which is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in packages:
+            raise
+        return None
