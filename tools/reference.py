@@ -7,19 +7,17 @@ Generated from the signatures that decode a recipe, and the docstrings beside th
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.quantities import Count
 from recipes.config import describe
-from recipes.config.imports import import_class, import_path
+from recipes.config.imports import import_path
 from recipes.config.signatures import Key, Shape, keys_of
 from recipes.config.toml import write_value
 from recipes.config.values import encode, expectation, expected
-from tools.shipped import PACKAGES, RECIPES, Shipped, fits, shipped_classes, summary
+from tools.shipped import PACKAGES, Shipped, fits, generate, shipped_classes, summary
 
 INTRODUCTION = """\
 # Every key
@@ -129,15 +127,7 @@ def page(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.reference", description="Write the page of every key.")
-    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
-    output = parser.parse_args(arguments).output
-    text = page([import_class(name) for name in RECIPES])
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
-    return 0
+    return generate("tools.reference", "Write the page of every key.", page, arguments)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ Taplo (Even Better TOML) reads. Nothing is required, since a file may leave to o
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes.config import describe
-from recipes.config.imports import import_class, import_path
+from recipes.config.imports import import_path
 from recipes.config.signatures import Key, Shape, keys_of
 from recipes.config.values import adapter, encode
-from tools.shipped import PACKAGES, RECIPES, Shipped, fits, shipped_classes, summary
+from tools.shipped import PACKAGES, Shipped, fits, generate, shipped_classes, summary
 
 Schema = dict[str, Any]
 
@@ -135,15 +133,10 @@ def _foreign(known: Sequence[str]) -> Schema:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tools.schema", description="JSON Schema of recipe files, for TOML editors.")
-    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
-    output = parser.parse_args(arguments).output
-    text = json.dumps(recipe_schema([import_class(name) for name in RECIPES]), indent=2, ensure_ascii=False) + "\n"
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        output.write_text(text, encoding="utf-8")
-    return 0
+    def text(recipes: Sequence[type]) -> str:
+        return json.dumps(recipe_schema(recipes), indent=2, ensure_ascii=False) + "\n"
+
+    return generate("tools.schema", "JSON Schema of recipe files, for TOML editors.", text, arguments)
 
 
 if __name__ == "__main__":

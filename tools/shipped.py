@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from recipes.config.fit import misfit
-from recipes.config.imports import import_path
+from recipes.config.imports import import_class, import_path
 from recipes.config.signatures import SignatureError, keys_of
 
 RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
@@ -57,6 +60,21 @@ def fits(cls: type, slot: type) -> bool:
 def summary(cls: type) -> str:
     """The first paragraph of the class's docstring, on one line."""
     return " ".join((inspect.getdoc(cls) or cls.__name__).split("\n\n")[0].split())
+
+
+def generate(
+    name: str, description: str, text_of: Callable[[Sequence[type]], str], arguments: Sequence[str] | None
+) -> int:
+    """The command line of a tool that writes something of the shipped recipes."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
+    output = parser.parse_args(arguments).output
+    text = text_of([import_class(recipe) for recipe in RECIPES])
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        output.write_text(text, encoding="utf-8")
+    return 0
 
 
 def _module(name: str, packages: Sequence[str]) -> ModuleType | None:
