@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from components.optimizers import AdamW
 from models.llama import Llama
 from models.mup import MuPKeys
+from recipes.config import describe
 from tools.pictures import pyplot, write
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
@@ -42,15 +43,25 @@ class Setting:
     """What all the models of a check have in common."""
 
     widths: Sequence[int] = (32, 64, 128, 256)
+    """dim of each model; heads and ffn_dim grow with it"""
     head_dim: int = 16
+    """channels of a head"""
     layers: int = 2
+    """blocks of a model"""
     steps: int = 5
+    """optimizer steps, all on one batch"""
     seeds: int = 2
+    """models of each width, whose sizes are averaged"""
     lr: float = 0.01
+    """rate of all steps, before muP's multipliers"""
     init_std: float = 0.1
+    """standard deviation of the initial weights, before muP's"""
     base_width: int = 32
+    """the width at which muP scales nothing"""
     experts: int = 0
+    """experts of a feed-forward; 0: none"""
     top_k: int = 2
+    """experts of a token"""
 
     def __post_init__(self) -> None:
         if len(set(self.widths)) < 2:
@@ -207,12 +218,17 @@ def plot(checks: Sequence[Check], output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument("--parametrisation", choices=["mup", "standard"], help="the one to judge; muP, beside standard")
-    parser.add_argument("--widths", type=int, nargs="+", default=Setting.widths)
-    for key in ("head_dim", "layers", "steps", "seeds", "base_width", "experts", "top_k"):
-        parser.add_argument(f"--{key.replace('_', '-')}", type=int, default=getattr(Setting, key))
-    for key in ("lr", "init_std"):
-        parser.add_argument(f"--{key.replace('_', '-')}", type=float, default=getattr(Setting, key))
-    parser.add_argument("--tolerance", type=float, default=0.15, help="how far off a slope may be")
+    for key, meaning in describe(Setting).items():
+        default = getattr(Setting, key)
+        several = key == "widths"
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            type=float if isinstance(default, float) else int,
+            nargs="+" if several else None,
+            default=default,
+            help=f"{meaning} (default: {' '.join(map(str, default)) if several else default})",
+        )
+    parser.add_argument("--tolerance", type=float, default=0.15, help="how far off a slope may be (default: 0.15)")
     parser.add_argument("--output", type=Path, help="picture to draw: .svg, .png or .pdf")
     options = vars(parser.parse_args(arguments))
     judged: Parametrisation | None
