@@ -31,17 +31,22 @@ def lines(found: Found) -> Iterator[str]:
     yield from table(found, best, {method: rate for method, (rate, _) in chosen.items()})
     for method, cells in found.items():
         rate, worst = chosen[method]
-        against_all = max(cell.regret(rate, best[place(cell)]) for cell in cells)
-        within = sum(cell.regret(rate) <= GOAL for cell in cells)
+        own = [cell.regret(rate) for cell in cells]
+        against_all = [cell.regret(rate, best[place(cell)]) for cell in cells]
         bests = [cell.best for cell in cells]
         yield ""
         yield (
             f"{method.name}: the best {method.rate_key} of a cell is from {min(bests):g} to {max(bests):g}; the one "
-            f"setting {rate:g} is within {GOAL:.0%} of the method's best in {within} of {len(cells)} cells, at the "
-            f"worst {worst:.1%} above it, and {against_all:.1%} above the best of all methods"
+            f"setting {rate:g} is within {GOAL:.0%} of the method's best in {_reached(own)} of {len(cells)} cells, at "
+            f"the worst {worst:.1%} above it, and of the best of all methods in {_reached(against_all)}, at the worst "
+            f"{max(against_all):.1%} above that"
         )
         if method.rate_key.endswith("max_lr"):
             yield from law(cells)
+
+
+def _reached(regrets: Sequence[float]) -> int:
+    return sum(regret <= GOAL for regret in regrets)
 
 
 def best_of_all(found: Found) -> dict[Place, float]:
@@ -74,7 +79,7 @@ def table(found: Found, best: Mapping[Place, float], chosen: Mapping[Method, flo
 def draw(found: Found, output: Path) -> None:
     """Loss above the best of the cell against the setting: minima that lie on top of one another transfer."""
     figure, panels = pyplot().subplots(
-        1, len(found), figsize=(4.5 * len(found), 4.5), sharey=True, squeeze=False, layout="constrained"
+        1, len(found), figsize=(4 * len(found) + 2.5, 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (method, cells) in zip(panels.flat, found.items(), strict=True):
         widths, batches, lengths = (sorted({place(cell)[i] for cell in cells}) for i in range(3))
@@ -91,8 +96,14 @@ def draw(found: Found, output: Path) -> None:
             )
         axis.axhline(100 * GOAL, color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="symlog", xlabel=method.rate_key, ylim=(0, None))
+        rates = sorted({rate for cell in cells for rate in cell.means})
+        axis.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
+        axis.set_xticks([], minor=True)
+        axis.set_yticks([0, 1, 2, 5, 10, 20], labels=["0", "1", "2", "5", "10", "20"])
         axis.set_title(method.name, loc="left", fontsize=10)
         axis.grid(alpha=0.3)
     panels[0, 0].set_ylabel("loss above the best of the cell, %")
-    panels[0, -1].legend(frameon=False, fontsize=6)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, handlelength=3, loc="outside right center"
+    )
     write(figure, output)

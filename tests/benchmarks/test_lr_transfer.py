@@ -75,7 +75,7 @@ def test_the_report_tells_a_rate_that_transfers_from_one_that_drifts(text, tmp_p
     said = capsys.readouterr().out
     assert len(launched) == 4 * sum(len(method.rates) for method in METHODS)
     assert "Power, muP: the best lr_schedule.a of a cell is from 4 to 4; the one setting 4 is within 1%" in said
-    assert "in 4 of 4 cells, at the worst 0.0% above it, and 0.0% above the best of all methods" in said
+    assert "in 4 of 4 cells, at the worst 0.0% above it, and of the best of all methods in 4, at the worst 0.0%" in said
     assert "WSD, muP: the best lr_schedule.max_lr of a cell is from 0.002 to 0.008" in said
     assert "WSD: the best lr_schedule.max_lr of a cell is from 0.002 to 0.016" in said
     assert "| 128 | 32 | 1,200,000 |" in said
