@@ -51,8 +51,8 @@ class AdamW:
             decay = self.weight_decay if decays and multiplier else 0.0
             if decay and self.decay_follows == "schedule":
                 decay /= multiplier
-            key = (decay, multiplier)
-            group = groups.setdefault(key, {"params": [], "weight_decay": key[0], "lr_multiplier": key[1]})
+            settings = {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
+            group = groups.setdefault((decay, multiplier), settings)
             group["params"].append((name, parameter))
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}
         fused = devices <= set(FUSED_DEVICES)

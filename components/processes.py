@@ -13,7 +13,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def gather_text(text: str, group: dist.ProcessGroup | None) -> list[str]:
+def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """`text` of every process of a `group`, or of the default one, by rank."""
     texts = [""] * dist.get_world_size(group)
     dist.all_gather_object(texts, text, group=group)

@@ -27,10 +27,10 @@ def place(cell: Cell) -> Place:
 def lines(found: Found) -> Iterator[str]:
     """A table of the cells, the drift of each method, and the law of the rates where they are rates."""
     best = best_of_all(found)
-    chosen = {method: one_for_all(cells) for method, cells in found.items()}
-    yield from table(found, best, {method: rate for method, (rate, _) in chosen.items()})
+    chosen = {method: one_for_all(cells)[0] for method, cells in found.items()}
+    yield from table(found, best, chosen)
     for method, cells in found.items():
-        rate, worst = chosen[method]
+        rate = chosen[method]
         own = [cell.regret(rate) for cell in cells]
         against_all = [cell.regret(rate, best[place(cell)]) for cell in cells]
         bests = [cell.best for cell in cells]
@@ -38,8 +38,8 @@ def lines(found: Found) -> Iterator[str]:
         yield (
             f"{method.name}: the best {method.rate_key} of a cell is from {min(bests):g} to {max(bests):g}; the one "
             f"setting {rate:g} is within {GOAL:.0%} of the method's best in {_reached(own)} of {len(cells)} cells, at "
-            f"the worst {worst:.1%} above it, and of the best of all methods in {_reached(against_all)}, at the worst "
-            f"{max(against_all):.1%} above that"
+            f"the worst {max(own):.1%} above it, and of the best of all methods in {_reached(against_all)}, at the "
+            f"worst {max(against_all):.1%} above that"
         )
         if method.rate_key.endswith("max_lr"):
             yield from law(cells)

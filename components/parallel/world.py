@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -98,7 +99,7 @@ class World:
 
     def gather(self, text: str) -> list[str]:
         """`text` of every process, by rank."""
-        return [text] if self.size == 1 else gather_text(text, self.waiting)
+        return [text] if self.size == 1 else gather_text(text)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -115,10 +116,11 @@ class World:
             return work()
         result: T | None = None
         failure: Exception | None = None
+        wait = partial(gather_text, group=self.waiting)
         if self.is_main:
             result, failure = attempt(work)
-        raise_in_all(failure, self.gather)
+        raise_in_all(failure, wait)
         if not self.is_main:
             result, failure = attempt(work)
-        raise_in_all(failure, self.gather)
+        raise_in_all(failure, wait)
         return result  # type: ignore[return-value]

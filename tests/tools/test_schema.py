@@ -75,6 +75,13 @@ def test_typing_errors_are_invalid(schema: Schema, toml: str) -> None:
     assert not is_valid(schema, toml)
 
 
+def test_a_section_is_not_offered_for_a_slot_whose_methods_it_happens_to_have(pretrain_schema: Schema) -> None:
+    tables = pretrain_schema["definitions"]["recipes.contracts.Tokenizer"]["oneOf"]
+    offered = {use for table in tables for use in table.get("properties", {}).get("use", {}).get("enum", ())}
+    assert "components.tokenizers:Bytes" in offered
+    assert {use.partition(":")[0].split(".")[1] for use in offered} == {"tokenizers"}
+
+
 @pytest.mark.quick
 def test_a_slot_offers_the_classes_that_fit_it(schema: Schema) -> None:
     alternatives = schema["definitions"][f"{parts.HERE}.BatchPolicy"]["oneOf"]
