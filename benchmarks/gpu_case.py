@@ -25,27 +25,30 @@ from benchmarks.measure import ROOT
 from components.throughput import memory_bytes, peak_flops
 from recipes.config import Config, Override, load
 
-KINDS = ("compiled", "eager", "plain", "plain compiled")
-"""Ours with and without torch.compile; the loop over transformers' model without and with it."""
+KINDS = ("compiled", "eager", "no noise", "documents", "plain", "plain compiled")
+"""Ours with and without torch.compile; compiled, without measuring gradient noise, or with document masking; the loop
+over transformers' model without and with torch.compile."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A recipe, and the samples of a micro-batch that fit 140 GB without computing activations again."""
+    """A recipe, and the micro-batch and activation checkpointing it is measured with."""
 
     config: Path
     micro_batch: int
+    activation_checkpoint: str = "none"
 
 
 MODELS = {
     "300M": Measured(ROOT / "train_configs" / "microllama300m.toml", 16),
     "1.1B": Measured(ROOT / "train_configs" / "tinyllama1b.toml", 8),
-    "3B": Measured(ROOT / "train_configs" / "llama3b.toml", 16),  # of 512 tokens; the others have 2,048
+    "3B": Measured(ROOT / "train_configs" / "llama3b.toml", 16, "selective"),  # of 512 tokens; those above of 2,048
+    "MoE-1B": Measured(ROOT / "train_configs" / "powermoe1b.toml", 4, "selective"),  # of 4,096
 }
 VOCAB = 32_000
 SMOKE = {
     "model.dim": 64, "model.layers": 2, "model.heads": 4, "model.kv_heads": 2, "model.ffn_dim": 128,
-    "model.vocab_size": 512, "tokenizer.vocab_size": 512, "training.sequence_length": 32,
+    "model.vocab_size": 512, "tokenizer.vocab_size": 512, "training.sequence_length": 32, "model.head_dim": 16,
     "training.micro_batch_size": 2,
 }  # fmt: skip
 
@@ -60,9 +63,11 @@ class Report:
     def __init__(self, path: Path, steps: int, device: torch.device) -> None:
         self.file, self.left, self.device = path.open("w", encoding="utf-8", buffering=1), steps, device
 
-    def begin(self, *, flops_per_token: float, tokens_per_step: int) -> None:
+    def begin(self, *, flops_per_token: float, tokens_per_step: int, estimated_bytes: int | None = None) -> None:
+        """`estimated_bytes`: what the dry run says that tensors take at the most."""
         peak = peak_flops(self.device, torch.bfloat16)
-        self._write({"flops_per_token": flops_per_token, "tokens_per_step": tokens_per_step, "peak_flops": peak})
+        head = {"flops_per_token": flops_per_token, "tokens_per_step": tokens_per_step, "peak_flops": peak}
+        self._write({**head, "estimated_bytes": estimated_bytes})
 
     def step(self, loss: float) -> None:
         """Call after every step; raises Enough after the last."""
@@ -82,16 +87,21 @@ def configure(arguments: argparse.Namespace, directory: str) -> Config:
     case = MODELS[arguments.model]
     settings: dict[str, object] = {
         "run.dir": directory, "run.device": "cpu" if arguments.smoke else "cuda",
-        "tokenizer.use": "benchmarks.measure:Vocabulary", "tokenizer.vocab_size": VOCAB,
+        "tokenizer.use": "benchmarks.measure:Vocabulary", "tokenizer.vocab_size": VOCAB, "model.vocab_size": VOCAB,
         "data.use": "benchmarks.measure:RandomTokens", "validation.data.use": "benchmarks.measure:RandomTokens",
         "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "lr_schedule.warmup_tokens": 0,
         "training.micro_batch_size": case.micro_batch, "training.precision": "bf16",
-        "training.activation_checkpoint": arguments.activation_checkpoint,
-        "training.compile": str(arguments.kind == "compiled").lower(),
+        "training.activation_checkpoint": arguments.activation_checkpoint or case.activation_checkpoint,
+        "training.compile": str(arguments.kind != "eager" and not arguments.smoke).lower(),
+        "training.attention_within": "document" if arguments.kind == "documents" else "sequence",
         "batch.use": "components.batch.constant:Constant", "batch.initial": 1,
     }  # fmt: skip
+    if arguments.kind == "no noise":
+        settings["gradient_moments.interval_steps"] = "none"
     if arguments.smoke:
         settings |= SMOKE
+        if arguments.model.startswith("MoE"):
+            settings |= {"model.experts": 4, "model.top_k": 2}
     if arguments.micro_batch:
         settings["training.micro_batch_size"] = arguments.micro_batch
     settings["batch.initial"] = int(str(settings["training.micro_batch_size"])) * arguments.accumulation
@@ -119,8 +129,21 @@ def ours(config: Config, report: Report) -> None:
 
         run.monitor.write = reported  # type: ignore[method-assign]
         samples = config.recipe.batch.initial
-        report.begin(flops_per_token=run.flops_per_token, tokens_per_step=samples * run.sequence_length)
+        report.begin(
+            flops_per_token=run.flops_per_token,
+            tokens_per_step=samples * run.sequence_length,
+            estimated_bytes=estimated_bytes(config),
+        )
         run.train()
+
+
+def estimated_bytes(config: Config) -> int | None:
+    """What --dry-run says of the memory of a rank, without what is no tensor."""
+    from recipes.memory_estimate import RESERVED
+    from recipes.plan import Claim, make_plan
+
+    memory = make_plan(config, 1, Claim.parse("")).memory
+    return None if isinstance(memory, str) else memory.peak - RESERVED[config.recipe.run.device]
 
 
 def plain(config: Config, report: Report, *, compiled: bool) -> None:
@@ -170,7 +193,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps, the warm-up among them")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a step")
-    parser.add_argument("--activation-checkpoint", default="none", help="as in [training]; of ours only")
+    parser.add_argument("--activation-checkpoint", help="as in [training]; of ours only; default: each model's own")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: shows that it runs, no more")
     return parser
 

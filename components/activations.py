@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,11 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "_scaled_dot_product"
 """Beginnings of the names of the operations whose results selective checkpointing keeps: products and attention."""
 
 
+FUSIBLE = {"_to_copy", "add", "addcmul", "div", "exp", "mul", "neg", "pow", "rsqrt", "sigmoid", "silu", "sub"}
+"""Operations whose results a compiled block computes again in backward, inside the kernel that needs them, unless a
+product reads them too."""
+
+
 @dataclass(frozen=True)
 class BlockActivations:
     """Bytes of one block, for one micro-batch."""
@@ -34,6 +39,8 @@ class BlockActivations:
     """Its input, all that full checkpointing keeps."""
     products: int
     """Results of its matrix products and its attention, which selective checkpointing keeps besides."""
+    fused: int = 0
+    """What of `kept` a compiled block does not keep."""
 
     def under(self, checkpointing: Checkpointing, index: int) -> int:
         """Bytes kept until backward comes to this block, the `index`-th."""
@@ -41,26 +48,29 @@ class BlockActivations:
             return self.kept
         return min(self.kept, self.input + (self.products if checkpointing == "selective" else 0))
 
+    def compiled(self) -> BlockActivations:
+        """The same block under torch.compile."""
+        return replace(self, kept=self.kept - self.fused, fused=0)
+
     def sliced(self, tp: int) -> BlockActivations:
         """On each of `tp` ranks: all is sliced, by heads, features or sequence, but for two gathered copies of the
         input that its first products need."""
         gathered = min(self.kept, 2 * self.input)
-        return BlockActivations((self.kept - gathered) // tp + gathered, self.input // tp, self.products // tp)
+        kept = (self.kept - gathered) // tp + gathered
+        return BlockActivations(kept, self.input // tp, self.products // tp, self.fused // tp)
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a forward pass leaves for backward, weights and their copies not counted."""
+    """Bytes a forward pass leaves for backward, weights not counted."""
 
     blocks: tuple[BlockActivations, ...]
     elsewhere: int
     """Outside of the blocks; what the loss needs while it is computed is not in it."""
-    weight_copies: int
-    """Bytes of parameters cast to the precision of the products."""
 
-    def peak(self, checkpointing: Checkpointing, tp: int = 1) -> int:
+    def peak(self, checkpointing: Checkpointing, tp: int = 1, *, compiled: bool = False) -> int:
         """The most that is kept at once: all blocks, and the one that is being computed again."""
-        blocks = [block.sliced(tp) for block in self.blocks]
+        blocks = [(block.compiled() if compiled else block).sliced(tp) for block in self.blocks]
         kept = [block.under(checkpointing, index) for index, block in enumerate(blocks)]
         again = [block.kept - held for block, held in zip(blocks, kept, strict=True)]
         return self.elsewhere // tp + sum(kept) + max(again, default=0)
@@ -72,22 +82,20 @@ def count(
     *,
     micro_batch_size: int,
     sequence_length: int,
-    parameter_dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> Activations:
     """Of `model(tokens, labels)`, on the meta device or any other; `blocks` names those of its modules.
 
-    Sharded, the parameters come in `compute_dtype`; on one process they are float32, and autocast copies them.
+    The weights that a model computes with are in `compute_dtype`, as FSDP2 gathers them or as copies.
     Raises whatever the model raises; one whose shapes depend on data cannot run without any.
     """
     with torch.device("meta"):
-        model = copy.deepcopy(model).to(device="meta", dtype=parameter_dtype)
-    autocast = nullcontext() if compute_dtype == parameter_dtype else torch.autocast("cpu", compute_dtype)
+        model = copy.deepcopy(model).to(device="meta", dtype=compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
         ledger = _Ledger(model)
-        with ledger.watch({name: model.get_submodule(name) for name in blocks}), autocast:
+        with ledger.watch({name: model.get_submodule(name) for name in blocks}):
             model(tokens, tokens)
     return ledger.total(blocks)
 
@@ -98,10 +106,12 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._parameters = {_storage(parameter) for parameter in model.parameters()}
-        self._copies: dict[int, Tensor] = {}
         self._kept: dict[int, tuple[str, Tensor]] = {}
         self._products: dict[int, tuple[str, Tensor]] = {}
         self._inputs: dict[str, int] = {}
+        self._made_by: dict[int, str] = {}
+        self._read_by_products: set[int] = set()
+        self._entered: set[int] = set()
         self._block = ""
 
     @contextmanager
@@ -118,36 +128,47 @@ class _Ledger(TorchDispatchMode):
         first = result[0] if isinstance(result, tuple) and result else result
         if isinstance(first, Tensor):
             name = func._opname
-            if name == "_to_copy" and _storage(args[0]) in self._parameters:
-                self._copies[_storage(first)] = first
-            elif name.startswith(PRODUCTS):
+            read = [_storage(argument) for argument in args if isinstance(argument, Tensor)]
+            if _storage(first) not in read:  # a view, or a result in place, is no new tensor
+                self._made_by[_storage(first)] = name
+                self._read_by_products.discard(_storage(first))
+            if name.startswith(PRODUCTS):
                 self._products[_storage(first)] = (self._block, first)
+                self._read_by_products.update(read)
         return result
 
     def total(self, blocks: Sequence[str]) -> Activations:
         def of(entries: dict[int, tuple[str, Tensor]], name: str) -> int:
             return sum(_nbytes(tensor) for block, tensor in entries.values() if block == name)
 
+        fused = {
+            storage: entry
+            for storage, entry in self._kept.items()
+            if self._made_by.get(storage) in FUSIBLE and storage not in self._read_by_products | self._entered
+        }
         return Activations(
             tuple(
-                BlockActivations(of(self._kept, name), self._inputs.get(name, 0), of(self._products, name))
+                BlockActivations(
+                    of(self._kept, name), self._inputs.get(name, 0), of(self._products, name), of(fused, name)
+                )
                 for name in blocks
             ),
             of(self._kept, ""),
-            sum(map(_nbytes, self._copies.values())),
         )
 
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self._block = name
         tensors = (tensor for tensor in arguments if isinstance(tensor, Tensor))
-        self._inputs[name] = sum(_nbytes(tensor) for tensor in tensors if tensor.requires_grad)
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        self._inputs[name] = sum(map(_nbytes, inputs))
+        self._entered.update(map(_storage, inputs))
 
     def _leave(self) -> None:
         self._block = ""
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
-        if storage not in self._parameters and storage not in self._copies:
+        if storage not in self._parameters:
             self._kept.setdefault(storage, (self._block, tensor))  # holding it keeps its address from being given again
         return tensor
 

@@ -59,11 +59,24 @@ class AdamW:
         # lr is set before every step; 0 makes a forgotten one harmless instead of subtly wrong
         options: dict[str, Any] = {"lr": 0.0, "betas": self.betas, "eps": self.eps, "fused": fused}
         if self.reference_batch_tokens is None:
-            return torch.optim.AdamW(list(groups.values()), **options)
+            return LocalAdamW(list(groups.values()), **options)
         return AdamWByTokens(list(groups.values()), self.reference_batch_tokens, options)
 
 
-class AdamWByTokens(torch.optim.AdamW):
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on the local tensors of DTensors: the update is element-wise, so a shard needs nothing of the others.
+
+    Over DTensors the host takes seven times as long to launch it (13 ms in place of 2 for 200 parameters).
+    """
+
+    def _init_group(self, *arguments: Any) -> bool:
+        has_complex: bool = super()._init_group(*arguments)
+        for tensors in arguments[1:]:
+            tensors[:] = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+        return has_complex
+
+
+class AdamWByTokens(LocalAdamW):
     """AdamW whose second moment forgets per token, whatever the batch (arXiv 2507.07101).
 
     v loses the share beta2 in a step of B0 tokens, so over n tokens beta2^(n / B0); a step of B tokens has to lose

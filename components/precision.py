@@ -1,8 +1,7 @@
-"""Arithmetic: which precision a device is fast in, and how a forward pass is put into it."""
+"""Which precision a device is fast in."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -30,10 +29,3 @@ def cpu_multiplies_bf16() -> bool:
 
 def dtype_of(precision: Literal["bf16", "float32"]) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def autocast(precision: Literal["bf16", "float32"], device: torch.device) -> AbstractContextManager[object]:
-    """The context of a forward pass: parameters stay float32, matrix products run in bf16."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,13 +1,15 @@
-"""One optimizer step: accumulate gradients over micro-batches, clip, update."""
+"""One optimizer step: accumulate gradients over micro-batches, clip, update. The host waits for no result here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from components.step_numbers import StepNumbers
 
 
 class Ranks(Protocol):
@@ -17,6 +19,13 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
+
+
+class Processes(Protocol):
+    """All processes of the run, tensor-parallel ones included."""
+
+    @property
+    def size(self) -> int: ...
     def sum(self, tensor: Tensor) -> Tensor: ...
 
 
@@ -45,20 +54,15 @@ class FollowsBatch(Protocol):
         ...
 
 
-Moments = TypeVar("Moments", covariant=True)
-
-
-class Meter(Protocol[Moments]):
+class Meter(Protocol):
     """Measures the gradient; components/gradient_moments has one."""
 
     def start(self, *, measure: bool) -> None: ...
     def end_micro_batch(self) -> None: ...
-    def finish(
-        self, gradients: Iterable[Tensor], *, groups: int, ranks: int, group_samples: int
-    ) -> tuple[Tensor, Moments | None]: ...
+    def sums(self, gradients: Iterable[Tensor]) -> Tensor: ...
 
 
-class TrainStep(Generic[Moments]):
+class TrainStep:
     """Forward, backward, clip and update, on whatever the model was sharded into.
 
     The loss of a step is the mean over all tokens of its global batch. Each micro-batch therefore contributes its *sum*
@@ -70,66 +74,100 @@ class TrainStep(Generic[Moments]):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         ranks: Ranks,
+        world: Processes,
         *,
-        meter: Meter[Moments],
+        meter: Meter,
         reduction: Reduction,
         max_grad_norm: float | None,
-        arithmetic: Callable[[], AbstractContextManager[object]],
+        compute: Callable[[], AbstractContextManager[object]],
     ) -> None:
+        """`compute` gives the context of forward and backward, which provides the weights they compute with."""
         self.model = model
         self.optimizer = optimizer
         self.ranks = ranks
+        self.world = world
         self.meter = meter
         self.reduction = reduction
         self.max_grad_norm = max_grad_norm
-        self.arithmetic = arithmetic
+        self.compute = compute
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._groups = self._group_samples = 0
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether `update` takes `skip`: torch's fused optimizers do, as they do for a GradScaler."""
+        return bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
     def accumulate(
-        self, micro_batches: Iterable[MicroBatch], count: int, step_tokens: int, *, measure: bool = False
-    ) -> float:
-        """Gradients of the mean loss over the step's tokens on all ranks; returns that loss, equal on all ranks.
+        self,
+        micro_batches: Iterable[MicroBatch],
+        count: int,
+        step_tokens: int,
+        *,
+        measure: bool = False,
+        more: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> StepNumbers:
+        """Gradients of the mean loss over the step's tokens on all ranks, clipped to max_grad_norm.
 
         `count` is the number of this rank's `micro_batches`, `step_tokens` that of the tokens of all ranks; `measure`
-        asks for the moments of the gradient.
+        asks for the squared norms of the micro-batches' gradients. `more` is called after the last backward for further
+        summands to be added up over all processes.
+
+        The numbers: `loss` (1,), the sum over the step's tokens; `squares` (2,), those of `Meter.sums`; and `more`.
         """
-        self._groups = count * self.ranks.size
         self.meter.start(measure=measure)
         # Reduced gradients are averaged over the ranks; times the number of ranks they are the sum.
         share = self.ranks.size / step_tokens
         total = torch.zeros((), device=self.ranks.device)
-        for number, micro_batch in enumerate(micro_batches, 1):
-            tokens = micro_batch.tokens.to(self.ranks.device, non_blocking=True)
-            labels = micro_batch.labels.to(self.ranks.device, non_blocking=True)
-            with self.arithmetic():
+        with self.compute():
+            for number, micro_batch in enumerate(micro_batches, 1):
+                tokens = micro_batch.tokens.to(self.ranks.device, non_blocking=True)
+                labels = micro_batch.labels.to(self.ranks.device, non_blocking=True)
                 loss = self.model(tokens, labels)
-            self.reduction.before_backward(last=number == count)
-            (loss * share).backward()
-            self.meter.end_micro_batch()
-            total += loss.detach()
-            self._group_samples = len(tokens)
-        return float(self.ranks.sum(total)) / step_tokens
-
-    def clip(self) -> tuple[float, Moments | None]:
-        """Scale the gradients down to max_grad_norm; returns their norm as it was, and the moments if measured."""
-        gradients = (parameter.grad for parameter in self.parameters if parameter.grad is not None)
-        norm, moments = self.meter.finish(
-            gradients, groups=self._groups, ranks=self.ranks.size, group_samples=self._group_samples
-        )
+                self.reduction.before_backward(last=number == count)
+                (loss * share).backward()
+                self.meter.end_micro_batch()
+                total += loss.detach()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # tensor-parallel neighbours have the same loss
+        copies = self.world.size // self.ranks.size
+        summands = {"loss": total.double() / copies, "squares": self.meter.sums(gradients), **more()}
+        numbers = StepNumbers(summands, self.world.sum)
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm.float())
-        return float(norm), moments
+            self._clip(gradients, numbers["squares"][0].sqrt().float(), self.max_grad_norm)
+        return numbers
 
-    def update(self, lr: float, step_tokens: int) -> None:
-        """One optimizer step of `step_tokens` on all ranks, at `lr` times each group's multiplier."""
+    def update(self, lr: float, step_tokens: int, *, skip: Tensor | None = None) -> None:
+        """One optimizer step of `step_tokens` on all ranks, at `lr` times each group's multiplier.
+
+        Where `skip`, a float32 () on the device, is 1 parameters and optimizer state stay as they are, and the host
+        need not know; for optimizers that `skips_on_device`.
+        """
         if isinstance(self.optimizer, FollowsBatch):
             self.optimizer.follow_batch(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self.optimizer.step()
         self.discard()
 
     def discard(self) -> None:
         """Drop the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+        """Scale `gradients` of norm `norm` down to `max_norm`, as torch.nn.utils.clip_grads_with_norm_ does.
+
+        On local tensors: for DTensors that takes three times as long to launch.
+        """
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        local = [gradient._local_tensor if hasattr(gradient, "_local_tensor") else gradient for gradient in gradients]
+        if self.ranks.device.type == "cuda":
+            torch._foreach_mul_(local, factor)
+            return
+        for gradient in local:
+            gradient.mul_(factor)
+
+
+def not_finite(numbers: StepNumbers) -> Tensor:
+    """Float32 () on the device: 1 where the loss or the norm of the gradient is not finite, else 0."""
+    return (~torch.isfinite(torch.cat([numbers["loss"], numbers["squares"][:1]])).all()).float()

@@ -24,7 +24,7 @@ class KeyValueCache:
     def __init__(
         self,
         size: Size,
-        rope_frequencies: list[float],
+        rope_frequencies_C: Tensor,
         *,
         padding: Sequence[int],
         capacity: int,
@@ -39,7 +39,7 @@ class KeyValueCache:
             LayerCache(torch.empty(2, rows, size.kv_heads, capacity, size.head_width, device=device, dtype=dtype))
             for _ in range(size.layers)
         ]
-        self._rope = rope_table(capacity, rope_frequencies, device).to(dtype).unsqueeze(1)  # (2, 1, S, 1, C)
+        self._rope = rope_table(capacity, rope_frequencies_C).unsqueeze(1)  # (2, 1, S, 1, C)
         self._seen_BS: Tensor | None = None
         if any(padding):
             first_B1 = torch.tensor(padding, device=device).unsqueeze(-1)

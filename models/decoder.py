@@ -13,7 +13,7 @@ B batch, T sequence, D model width, H query heads, K key-value heads, C head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +26,7 @@ from models.experts import Experts
 from models.initialise import fill_normal
 from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
 from models.packed import pack
-from models.rope import rope_frequencies, rope_table, rotate
+from models.rope import RopeFrequencies, rope_frequencies, rope_table, rotate
 from models.router_loss import RouterKeys, RouterLoss
 from models.sizes import Size
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.size, self.vocab_size = size, vocab_size
         self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
         self.mup = size.mup
-        self.rope_frequencies = rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling)
+        self.rope_frequencies = RopeFrequencies(rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling))
 
         self.tok_embeddings = nn.Embedding(vocab_size, size.dim)
         self.layers = nn.ModuleDict({str(i): Block(size) for i in range(size.layers)})
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         length = tokens_BT.shape[1]
         if cache is not None:
             return cache.extend(length), cache.layers
-        rope = rope_table(length, self.rope_frequencies, tokens_BT.device)
+        rope = rope_table(length, self.rope_frequencies.on(tokens_BT.device))
         if self.end_of_document is None:
             return rope, [None] * len(self.layers)
         starts_BT = tokens_BT == self.end_of_document
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         weight = self.tok_embeddings.weight
         return KeyValueCache(
             self.size,
-            self.rope_frequencies,
+            self.rope_frequencies.on(weight.device),
             padding=padding,
             capacity=capacity,
             device=weight.device,
@@ -164,14 +164,23 @@ class Decoder(nn.Module):
         idle = experts // self.size.experts * (self.size.experts - self.size.top_k) if experts else 0
         return sum(p.numel() for p in matrices) - idle
 
-    def step_numbers(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What experts tell of the micro-batches since the last call; `add_up` sums over all processes."""
-        return {} if self.router_loss is None else self.router_loss.take_numbers(add_up)
+    def pop_metric_sums(self) -> Tensor | None:
+        """What experts tell of the micro-batches since the last call, (n,) on the device; None without experts."""
+        return None if self.router_loss is None else self.router_loss.pop_sums()
 
-    def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str) -> int:
+    def metrics_of(self, sums: Tensor) -> dict[str, float]:
+        """By their names in metrics.jsonl, from `pop_metric_sums` summed over all processes, on the CPU."""
+        return {} if self.router_loss is None else self.router_loss.metrics_of(sums)
+
+    def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str, compiled: bool = False) -> int:
         """Memory the head and the loss need of their own, in bytes, for the `tokens` of a micro-batch."""
         return working_bytes(
-            tokens, self.vocab_size, self.size.dim, element_bytes=element_bytes, device_type=device_type
+            tokens,
+            self.vocab_size,
+            self.size.dim,
+            element_bytes=element_bytes,
+            device_type=device_type,
+            compiled=compiled,
         )
 
 
@@ -292,6 +301,11 @@ class Head(nn.Linear):
         if tied:
             self.register_parameter("weight", None)
         self.vocabulary: VocabularyShard | None = None
+        self._compiled_loss = False
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Compile the loss. The products around it are single kernels, and logits are one product."""
+        self._compiled_loss = True
 
     def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None, tied_weight_VD: Tensor | None = None) -> Tensor:
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
@@ -301,5 +315,10 @@ class Head(nn.Linear):
         if self.vocabulary is not None:
             x_BTD, weight_VD, first = self.vocabulary.local(x_BTD, weight_VD)
         return linear_cross_entropy(
-            x_BTD.flatten(0, 1), weight_VD, labels_BT.flatten(), first=first, across=self.vocabulary
+            x_BTD.flatten(0, 1),
+            weight_VD,
+            labels_BT.flatten(),
+            first=first,
+            across=self.vocabulary,
+            compiled=self._compiled_loss,
         )

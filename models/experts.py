@@ -39,23 +39,60 @@ class Experts(nn.Module):
         if isinstance(x_BTD, DTensor):
             x_BTD = x_BTD.to_local()
         x_ND = x_BTD.flatten(0, 1)
-        exact = torch.promote_types(x_ND.dtype, torch.float32)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.to(exact), local_weight(self.router.weight).to(exact))
+        logits_NE = router_logits(x_ND, local_weight(self.router.weight))
         chosen_logits_Nk, chosen_Nk = logits_NE.topk(self.top_k, dim=-1)
         weight_Nk = chosen_logits_Nk.softmax(-1)
 
-        expert_S, source_S = chosen_Nk.flatten().sort(stable=True)
-        place_Nk = source_S.argsort().view_as(chosen_Nk)  # where each token's copies went
-        every_E = torch.arange(self.experts, device=x_ND.device)
+        # narrow keys: a radix sort on a GPU takes a pass for each byte
+        keys_S = chosen_Nk.flatten().to(torch.uint8 if self.experts <= 256 else torch.int16)
+        expert_S, source_S = keys_S.sort(stable=True)
+        places_S = torch.arange(len(source_S), device=x_ND.device)
+        place_Nk = torch.empty_like(source_S).scatter_(0, source_S, places_S).view_as(chosen_Nk)  # where copies went
+        every_E = torch.arange(self.experts, device=x_ND.device, dtype=keys_S.dtype)
         ends_E = torch.searchsorted(expert_S, every_E, right=True, out_int32=True)
 
         x_SD = _Dispatch.apply(x_ND, source_S, place_Nk)
+        weight_S = _Permute.apply(weight_Nk, source_S, place_Nk)
         gate_SF, up_SF = self.w_gate_up(x_SD, ends_E).chunk(2, -1)
-        y_SD = self.w_down(F.silu(gate_SF) * up_SF, ends_E)
-        y_NkD = _Collect.apply(y_SD, source_S, place_Nk)
-        out_ND = torch.bmm(weight_Nk.to(y_NkD.dtype).unsqueeze(1), y_NkD).squeeze(1)
+        # weighted where the rows are narrow: w_down is linear
+        y_SD = self.w_down(F.silu(gate_SF) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E)
+        out_ND = _Collect.apply(y_SD, source_S, place_Nk)
         return out_ND.view_as(x_BTD), routing_sums(logits_NE, ends_E)
+
+
+def router_logits(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    """(N, E), float32 at least: rounded ones are often equal. Products of bf16 are exact in float32, so on a GPU tensor
+    cores compute them; their gradients are products in bf16, as those of every other matrix.
+    """
+    if x_ND.is_cuda and x_ND.dtype == weight_ED.dtype == torch.bfloat16:
+        logits_NE: Tensor = _mm_float32(x_ND, weight_ED)
+        return logits_NE
+    exact = torch.promote_types(x_ND.dtype, torch.float32)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return F.linear(x_ND.to(exact), weight_ED.to(exact))
+
+
+@torch.library.custom_op("powertrain::mm_float32", mutates_args=())
+def _mm_float32(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    return torch.mm(x_ND, weight_ED.T, out_dtype=torch.float32)
+
+
+@_mm_float32.register_fake
+def _(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+    return x_ND.new_empty(len(x_ND), len(weight_ED), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, d_NE: Tensor) -> tuple[Tensor, Tensor]:
+    x_ND, weight_ED = ctx.saved_tensors
+    d_NE = d_NE.to(x_ND.dtype)
+    return d_NE @ weight_ED, d_NE.T @ x_ND
+
+
+_mm_float32.register_autograd(_backward, setup_context=_save)
 
 
 def routing_sums(logits_NE: Tensor, ends_E: Tensor) -> Tensor:
@@ -70,6 +107,19 @@ def routing_sums(logits_NE: Tensor, ends_E: Tensor) -> Tensor:
     return torch.cat([sent_E, p_NE.sum(0), log_partition_N.square().sum().view(1), entropy.view(1)])
 
 
+def gather_sum(y_SD: Tensor, place_Nk: Tensor) -> Tensor:
+    """(N, D): the sum of each token's k copies."""
+    if not torch.compiler.is_compiling():
+        return y_SD[place_Nk].sum(1)
+    # k gathers in one element-wise kernel; as a reduction over k the compiler's is three times slower (H200)
+    exact = torch.promote_types(y_SD.dtype, torch.float32)
+    first, *others = place_Nk.unbind(1)
+    total_ND = y_SD[first].to(exact)
+    for place_N in others:
+        total_ND = total_ND + y_SD[place_N].to(exact)
+    return total_ND.to(y_SD.dtype)
+
+
 class _Dispatch(torch.autograd.Function):
     """(N, D) -> (S, D): every token once for each of its experts, sorted by expert."""
 
@@ -82,19 +132,35 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_SD: Tensor) -> tuple[Tensor | None, ...]:
         (place_Nk,) = ctx.saved_tensors
-        return d_SD[place_Nk].sum(1), None, None
+        return gather_sum(d_SD, place_Nk), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """(N, k) -> (S,): a number for each copy, in the order of the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_Nk: Tensor, source_S: Tensor, place_Nk: Tensor) -> Tensor:
+        ctx.save_for_backward(place_Nk)
+        return weight_Nk.flatten()[source_S]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_S: Tensor) -> tuple[Tensor | None, ...]:
+        (place_Nk,) = ctx.saved_tensors
+        return d_S[place_Nk], None, None
 
 
 class _Collect(torch.autograd.Function):
-    """(S, D) -> (N, k, D): the way back."""
+    """(S, D) -> (N, D): the sum of each token's copies."""
 
     @staticmethod
     def forward(ctx: Any, y_SD: Tensor, source_S: Tensor, place_Nk: Tensor) -> Tensor:
         ctx.save_for_backward(source_S)
-        return y_SD[place_Nk]
+        ctx.top_k = place_Nk.shape[1]
+        return gather_sum(y_SD, place_Nk)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_NkD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_ND: Tensor) -> tuple[Tensor | None, ...]:
         (source_S,) = ctx.saved_tensors
-        return d_NkD.flatten(0, 1)[source_S], None, None
+        return d_ND[source_S // ctx.top_k], None, None

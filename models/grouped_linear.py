@@ -10,6 +10,7 @@ S rows, sorted by group; G groups, I input features, O output features
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,9 +62,16 @@ def grouped_mm_backward(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G
             [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(rows(d_y_SO, ends_G), rows(x_SI, ends_G), strict=True)]
         )
     d_weight_GOI = F.grouped_mm(d_y_SO.mT, x_SI, offs=ends_G)
-    # kernels may leave there what they find (pytorch/pytorch#172439, on Blackwell)
-    empty_G = ends_G.diff(prepend=ends_G.new_zeros(1)) == 0
-    return F.grouped_mm(d_y_SO, weight_GOI, offs=ends_G), d_weight_GOI.masked_fill_(empty_G[:, None, None], 0)
+    if leaves_empty_groups(d_y_SO.device):
+        empty_G = ends_G.diff(prepend=ends_G.new_zeros(1)) == 0
+        d_weight_GOI.masked_fill_(empty_G[:, None, None], 0)
+    return F.grouped_mm(d_y_SO, weight_GOI, offs=ends_G), d_weight_GOI
+
+
+@cache
+def leaves_empty_groups(device: torch.device) -> bool:
+    """Whether the kernel leaves what it finds in the gradient of a group without rows (pytorch/pytorch#172439)."""
+    return device.type != "cpu" and torch.cuda.get_device_capability(device) >= (10, 0)  # Blackwell
 
 
 def kernel_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:

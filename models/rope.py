@@ -52,20 +52,41 @@ def rope_frequencies(width: int, theta: float, scaling: RopeScaling | None = Non
     return frequencies if scaling is None else [scaling.scale(frequency) for frequency in frequencies]
 
 
-def rope_table(length: int, frequencies: list[float], device: torch.device) -> Tensor:
-    """Cosine and signed sine of every position, (2, T, 1, C) float32: `[0]` for a channel, `[1]` for its partner.
+class RopeFrequencies:
+    """The frequencies of a model, and a copy on each device that asked for one.
 
-    Made anew in every forward, which costs microseconds: a table that is no state cannot be lost by the meta device,
-    cast by FSDP2 or left out of a checkpoint.
+    Made on the device in every forward, they would let the host wait for it each time. They are neither a parameter nor
+    a buffer: what is no state cannot be lost by the meta device, cast by FSDP2 or left out of a checkpoint.
     """
-    positions = torch.arange(length, device=device, dtype=torch.float32)
-    angles_TC = torch.outer(positions, torch.tensor(frequencies, device=device))
+
+    def __init__(self, frequencies: list[float]) -> None:
+        self.values = frequencies
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """(C / 2,) float32."""
+        if (copy := self._copies.get(device)) is not None:
+            return copy
+        with torch.inference_mode(False):
+            copy = torch.tensor(self.values, device=device)
+        if type(copy) is Tensor:  # a fake tensor lives no longer than its mode
+            self._copies[device] = copy
+        return copy
+
+
+def rope_table(length: int, frequencies_C: Tensor) -> Tensor:
+    """Cosine and signed sine of every position, (2, T, 1, C) float32: `[0]` for a channel, `[1]` for its partner."""
+    positions = torch.arange(length, device=frequencies_C.device, dtype=torch.float32)
+    angles_TC = torch.outer(positions, frequencies_C)
     cos, sin = angles_TC.cos(), angles_TC.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(-2)
 
 
 def rotate(x_BTHC: Tensor, rope_2T1C: Tensor) -> Tensor:
-    """Turns every head's channel pairs by their position: (B, T, H, C), in the dtype of `x_BTHC`."""
-    cos, sin = rope_2T1C.to(x_BTHC.dtype)
+    """Turns every head's channel pairs by their position: (B, T, H, C), in the dtype of `x_BTHC`.
+
+    Computed in the dtype of the table, float32, as torchtitan does it. Compiled, the casts cost nothing.
+    """
+    cos, sin = rope_2T1C
     partner_BTHC = x_BTHC.roll(x_BTHC.shape[-1] // 2, -1)
-    return torch.addcmul(x_BTHC * cos, partner_BTHC, sin)
+    return torch.addcmul(x_BTHC * cos, partner_BTHC, sin).to(x_BTHC.dtype)

@@ -12,7 +12,7 @@ L layers, E experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
@@ -66,17 +66,19 @@ class RouterLoss(nn.Module):
         self._note(sent_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens]))
         return self.keys.load_balancing_coefficient * balance + self.keys.z_loss_coefficient * z
 
-    def take_numbers(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What was noted since the last call, by its name in metrics.jsonl. `add_up` sums over all processes."""
+    def pop_sums(self) -> Tensor | None:
+        """What was noted since the last call, (L E + 4,) float64 on the device; None if nothing was."""
         if self._sent_LE is None or self._totals is None:
-            return {}
-        sent_LE, totals = self._sent_LE, self._totals
+            return None
+        sums = torch.cat([self._sent_LE.flatten(), self._totals])
         self._sent_LE = self._totals = None
-        layers = len(sent_LE)
-        flat = add_up(torch.cat([sent_LE.flatten(), totals]))
-        load_LE = flat[:-4].view(layers, self.experts)
+        return sums
+
+    def metrics_of(self, sums: Tensor) -> dict[str, float]:
+        """By their names in metrics.jsonl, from `pop_sums` summed over all processes, on the CPU."""
+        load_LE = sums[:-4].view(-1, self.experts)
         load_LE = load_LE / load_LE.mean(-1, keepdim=True)
-        balance, z, entropy, tokens = flat[-4:].tolist()
+        balance, z, entropy, tokens = sums[-4:].tolist()
         return {
             "load_balancing_loss": balance / tokens,
             "router_z_loss": z / tokens,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from components.batch.layout import StepBatch
 from components.guard import BadStep
 from recipes.errors import RunError
+from recipes.launched_step import LaunchedStep
 from recipes.opening import newest_sound
 from recipes.run_state import roll_back
 
@@ -25,14 +25,14 @@ class NonFiniteError(BadStepError):
     """The loss or the gradient norm of a step is not finite."""
 
 
-def answer(run: TrainingRun, bad: BadStep, batch: StepBatch) -> None:
-    """Leave out the update of the step of `batch`, and do what the guard says: go on, return to a checkpoint, or end.
+def answer(run: TrainingRun, bad: BadStep, launched: LaunchedStep) -> None:
+    """Do what the guard says of a step whose update was left out: go on, return to a checkpoint, or end.
 
-    Raises BadStepError after saving the state before the step.
+    Raises BadStepError after saving the state without the step.
     """
-    run.step.discard()
-    first, last = run.clock.samples, run.clock.samples + batch.samples - 1
-    what = f"step {run.clock.step + 1} (samples {first} to {last}): {bad.why}"
+    what = (
+        f"step {launched.progress.step} (samples {launched.first_sample} to {launched.progress.samples - 1}): {bad.why}"
+    )
     if bad.action == "stop":
         _stop(run, bad, what)
     if bad.action == "roll_back":

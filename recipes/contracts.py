@@ -102,14 +102,19 @@ class LanguageModel(Protocol):
 
 
 @runtime_checkable
-class HasStepNumbers(Protocol):
-    """A model that has more to tell of a step than its loss."""
+class ReportsMetrics(Protocol):
+    """A model with metrics of its own."""
 
-    def step_numbers(self, add_up: Callable[[Tensor], Tensor]) -> Mapping[str, float]:
-        """By their names in metrics.jsonl, of the micro-batches since the last call, equal on all processes.
+    def pop_metric_sums(self) -> Tensor | None:
+        """Sums over the micro-batches since the last call, (n,) on the device; None if there are none.
 
-        `add_up` sums a tensor over all processes of the run, tensor-parallel ones included.
+        They are added up over all processes of the run, tensor-parallel ones included, with the other numbers of the
+        step. Must not wait for the device.
         """
+        ...
+
+    def metrics_of(self, sums: Tensor) -> Mapping[str, float]:
+        """The metrics by their names in metrics.jsonl, from those sums, (n,) float64 on the CPU."""
         ...
 
 

@@ -13,13 +13,19 @@ from recipes.sections import Training
 
 
 def divide(
-    model: nn.Module, component: Model, layout: Layout, compute_dtype: torch.dtype, training: Training | None = None
+    model: nn.Module,
+    component: Model,
+    layout: Layout,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    training: Training | None = None,
 ) -> None:
-    """Slice, recompute, compile and shard `model`, built by `component`: in the order in which they wrap one another.
+    """Slice, recompute, compile and shard `model`, built by `component`, in the order in which they wrap one another.
 
     What recomputing and compiling have to be is in `training`; without it there is neither.
     """
     blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
+    head = [model.get_submodule("output")] if hasattr(model, "output") else []
     plan = component.plan(tp=layout.sizes.tp) if isinstance(component, HasPlan) else None
     if layout.tp is not None and plan is not None:
         from components.parallel import tensor_parallel  # a process alone has no use for it
@@ -27,7 +33,8 @@ def divide(
         tensor_parallel.split(model, plan.tensor_parallel, layout.tp)
     if training is not None:
         recompute(blocks or [model], training.activation_checkpoint)
-        for block in (blocks or [model]) if training.compile else []:
-            block.compile()
+        if training.compiles(device):
+            for module in [*blocks, *head] if blocks else [model]:
+                module.compile()
     if layout.fsdp is not None:
         fsdp.shard(model, plan.units if plan is not None else [], layout.fsdp, compute_dtype)

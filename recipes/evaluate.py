@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from components import precision
 from components.metrics.console import start_log
 from components.metrics.jsonl import json_object
-from components.parallel.layout import Layout, Parallel
+from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.precision import Precision
 from components.quantities import PositiveCount
 from components.storage import give_storage
 from components.validation import Documents, HeldOut, SlidingWindow, Totals
+from components.working_weights import WorkingWeights
 from recipes.config import Config
 from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
@@ -178,15 +180,17 @@ class Evaluate:
                 )
         chosen = precision.resolve(keys.precision, world.device)
         with blame(config, "evaluation"):
-            divide(model, trained.component, layout, precision.dtype_of(chosen))
+            divide(model, trained.component, layout, precision.dtype_of(chosen), world.device)
             give_storage(model, world.device)
             trained.read(model, alone=world.size == 1)
-        arithmetic = arithmetic_of(layout, chosen, world)
+        compute: Callable[[], AbstractContextManager[object]] = nullcontext
+        if chosen == "bf16" and layout.fsdp is None:
+            compute = WorkingWeights(model, torch.bfloat16)
         rows: list[Totals] = []
         if keys.method == "packed":
-            total = evaluated.totals(model, layout.data, arithmetic)
+            total = evaluated.totals(model, layout.data, compute)
         else:
-            rows = evaluated.evaluate(model, layout.data, arithmetic, multiple=layout.sizes.tp)
+            rows = evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
             total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
         window: dict[str, Any] = {"sequence_length": length}
@@ -218,10 +222,3 @@ def numbers(totals: Totals) -> dict[str, float]:
     """By their names in the result."""
     means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
     return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}
-
-
-def arithmetic_of(
-    layout: Layout, chosen: Literal["bf16", "float32"], world: World
-) -> Callable[[], AbstractContextManager[object]]:
-    """The context of a forward pass. FSDP2 hands out parameters in the precision wanted."""
-    return lambda: precision.autocast("float32" if layout.fsdp else chosen, world.device)

@@ -49,6 +49,7 @@ def estimate(
     tokens: int,
     compute_dtype: torch.dtype,
     device_type: str,
+    compiled: bool = False,
 ) -> Memory:
     """`model` is on the meta device; `activations` are those of a micro-batch of `tokens`."""
     parameters = list(model.parameters())
@@ -63,22 +64,26 @@ def estimate(
     blocks = [slice_of(block, tp) for _, block in blocks_of(model)]
     root, largest = slice_of(model, tp) - sum(blocks), max(blocks, default=0)
     if data_parallel * tp == 1:
-        in_use, why = activations.weight_copies, "copies in bf16" if activations.weight_copies else "used as they are"
+        in_use, why = (2 * total, "copies in bf16") if element == 2 else (0, "used as they are")
     else:
         in_use = math.ceil(root + 2 * largest) * element
         why = "gathered: all outside the blocks, one block at work and the next"
-    kept = activations.peak(checkpointing, tp)
-    loss = math.ceil(loss_bytes(model, tokens, element_bytes=element, device_type=device_type) / tp)
+    kept = activations.peak(checkpointing, tp, compiled=compiled)
+    loss = math.ceil(loss_bytes(model, tokens, element_bytes=element, device_type=device_type, compiled=compiled) / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if data_parallel > 1 else 0
     held = 4 * mine + 4 * mine + state
+    how = f"activation_checkpoint = {checkpointing}{', compiled' if compiled else ''}"
     return Memory(
         {
             "parameters": (4 * mine, "float32"),
             "gradients": (4 * mine, "float32"),
             "optimizer state": (state, f"{full_state / total:.3g} bytes a parameter"),
             "weights in use": (in_use, why),
-            "activations": (kept, f"of {tokens:,} tokens, activation_checkpoint = {checkpointing}"),
+            "activations": (
+                kept,
+                f"of {tokens:,} tokens, {how}",
+            ),
             "loss": (loss, "logits a chunk at a time, and their gradients"),
             "reserved": (RESERVED[device_type], "context and buffers, roughly"),
         },
@@ -126,11 +131,11 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, float]:
     }
 
 
-def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str) -> int:
+def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:
     """Memory of the head and the loss: what the model says, else float32 logits, log-probabilities and gradients."""
     told: Any = getattr(model, "loss_bytes", None)
     if told is not None:
-        return int(told(tokens, element_bytes=element_bytes, device_type=device_type))
+        return int(told(tokens, element_bytes=element_bytes, device_type=device_type, compiled=compiled))
     return tokens * int(getattr(model, "vocab_size", 0)) * 12
 
 
@@ -142,7 +147,7 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def activations_of(
-    model: nn.Module, *, micro_batch_size: int, sequence_length: int, compute_dtype: torch.dtype, processes: int
+    model: nn.Module, *, micro_batch_size: int, sequence_length: int, compute_dtype: torch.dtype
 ) -> Activations:
     """Counted by running `model` once without storage. Raises whatever the model raises."""
     return count(
@@ -150,6 +155,5 @@ def activations_of(
         [name for name, _ in blocks_of(model)],
         micro_batch_size=micro_batch_size,
         sequence_length=sequence_length,
-        parameter_dtype=torch.float32 if processes == 1 else compute_dtype,
         compute_dtype=compute_dtype,
     )

@@ -188,7 +188,6 @@ def _memory(recipe: Any, model: nn.Module, sizes: Sizes, device_type: str, dtype
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
             compute_dtype=dtype,
-            processes=sizes.dp_replicate * sizes.dp_shard * sizes.tp,
         )
     except Exception as error:  # a model of the user's may need data to run at all
         return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"
@@ -201,4 +200,5 @@ def _memory(recipe: Any, model: nn.Module, sizes: Sizes, device_type: str, dtype
         tokens=training.micro_batch_size * training.sequence_length,
         compute_dtype=dtype,
         device_type=device_type,
+        compiled=training.compiles(torch.device(device_type)),
     )

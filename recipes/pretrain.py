@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from components import precision
 from components.batch.adaptive import Adaptive
@@ -21,8 +22,8 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader
-from components.gradient_moments import GradientMeter, MeasureMoments
-from components.guard import Guard
+from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
+from components.guard import BadStep, Guard
 from components.metrics.console import start_log
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp
@@ -34,15 +35,17 @@ from components.run_directory import RunDirectory
 from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
 from components.storage import give_storage
 from components.throughput import Waited, device_memory, peak_flops
-from components.train_step import TrainStep
+from components.train_step import TrainStep, not_finite
 from components.validation import HeldOut
+from components.working_weights import WorkingWeights
 from recipes.bad_steps import answer
 from recipes.config import Config
-from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, Tokenizer
+from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
 from recipes.course import follow_schedule
 from recipes.divide import divide
 from recipes.errors import RunError, blame
 from recipes.language_model import build_model, keep_documents_apart
+from recipes.launched_step import LaunchedStep, request_counts
 from recipes.micro_batches import checked
 from recipes.opening import open_run
 from recipes.resume import Resume, compare
@@ -173,7 +176,7 @@ class TrainingRun:
         if training.attention_within == "document":
             with blame(config, "data"):
                 keep_documents_apart(model, self.samples, tokenizer.end_of_document)
-        divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), training)
+        divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), device, training)
         give_storage(model, device)
         if recipe.run.init_from is None or checkpoint is not None:
             model.init_weights(recipe.run.seed)
@@ -183,24 +186,32 @@ class TrainingRun:
             with blame(config, "run"):
                 read_initial_weights(model, recipe.run.init_from)
         self.model: nn.Module = model
+        # FSDP2 hands out parameters in the precision wanted; a model that is not sharded gets copies in it
+        weights = None
+        if self.parallel.fsdp is None and self.precision == "bf16":
+            weights = WorkingWeights(model, torch.bfloat16)
         with blame(config, "optimizer"):
             optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
         self.step = TrainStep(
             model,
             optimizer,
             self.ranks,
-            meter=GradientMeter(model, device, self.world.sum),
+            self.world,
+            meter=GradientMeter(weights.copies if weights else backward_parameters(model), device),
             reduction=fsdp.GradientReduction(
                 model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
             ),
             max_grad_norm=training.max_grad_norm,
-            # FSDP2 hands out parameters in the precision wanted; autocast would cast what is cast already
-            arithmetic=lambda: precision.autocast("float32" if self.parallel.fsdp else self.precision, device),
+            compute=weights or nullcontext,
         )
+        self.delay = read_delay(device, self.step, recipe.guard)
         self.tensors = TrainingTensors(model, optimizer, self.world)
         self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
         cleanup.callback(self.store.close)
         self.guard = recipe.guard.build()
+        self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
+        self.observations: deque[tuple[Clock, GradientNoise | None]] = deque()
+        self.request = NOTHING
         if checkpoint is not None:
             with blame(config, "checkpoint"):
                 restore(self, checkpoint)
@@ -238,37 +249,86 @@ class TrainingRun:
 
     def train(self) -> int:
         """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
-        request = NOTHING
-        while not self.clock.done and not stops(request):
-            started = time.perf_counter()
-            batch = self.layout.fit(self.recipe.batch.samples(self.clock))
-            step_tokens = batch.samples * self.sequence_length
-            micro_batches = Waited(checked(self, self.loader.next_step(batch.micro_batches)))
-            loss = self.step.accumulate(micro_batches, batch.micro_batches, step_tokens, measure=self.measures(batch))
-            grad_norm, moments = self.step.clip()
-            lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
-            if (bad := self.guard.judge(loss, grad_norm)) is None:
-                self.step.update(lr, step_tokens)
-            else:
-                answer(self, bad, batch)
-
-            self.clock.advance(batch.samples)
-            self.loader.consumed()
-            noise = self.noise.update(self.clock.samples, moments) if moments and not bad else None
-            self.recipe.batch.observe(self.clock, noise)
-            seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
-            self.monitor.write(step_row(self, batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
+        self.read_at = time.perf_counter()
+        while not self.clock.done and not stops(self.request):
+            self.launch(self.layout.fit(self.recipe.batch.samples(self.clock)))
+            self.read_launched(self.delay)
+            self.observe()
 
             if self.due(getattr(self.recipe.validation, "interval_steps", None)):
                 self.validate()
             if self.due(self.recipe.checkpoint.interval_steps):
                 self.save()
-            request = self.world.maximum(self.requests.pending())
-            if request == SAVE:
+            if self.request == SAVE:
+                self.request = NOTHING
                 self.requests.saved()
                 self.save()
-        self.finish(request)
-        return request
+        self.finish(self.request)
+        return self.request
+
+    def launch(self, batch: StepBatch) -> None:
+        """Give the device the next step, and advance the clock."""
+        step_tokens, measured = batch.samples * self.sequence_length, self.measures(batch)
+        micro_batches = Waited(checked(self, self.loader.next_step(batch.micro_batches)))
+        numbers = self.step.accumulate(
+            micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
+        )
+        lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
+        after = replace(self.clock)
+        after.advance(batch.samples)
+        launched = LaunchedStep(after, batch, lr, numbers, self.ranks.size, measured, micro_batches.seconds)
+        bad = None
+        if self.delay:
+            self.step.update(lr, step_tokens, skip=not_finite(numbers))
+        elif (bad := self._judge(launched)) is None:
+            self.step.update(lr, step_tokens)
+        else:
+            self.step.discard()
+            answer(self, bad, launched)
+        self.clock.advance(batch.samples)
+        self.loader.consumed()
+        self.launched.append((launched, bad))
+
+    def read_launched(self, unread: int) -> None:
+        """Read and log the numbers of the steps that were launched, but for the last `unread`."""
+        bad_steps: list[tuple[BadStep, LaunchedStep]] = []
+        while len(self.launched) > unread:
+            launched, bad = self.launched.popleft()
+            result = launched.read()
+            if self.delay and (bad := self._judge(launched)) is not None:
+                bad_steps.append((bad, launched))
+                unread = 0  # nothing may be under way when it is answered
+            noise = None
+            if result.moments is not None and bad is None:
+                noise = self.noise.update(launched.progress.samples, result.moments)
+            self.observations.append((launched.progress, noise))
+            self.request = max(self.request, result.request)
+            now = time.perf_counter()
+            self.monitor.write(step_row(self, launched, result, noise, step_seconds=now - self.read_at))
+            self.read_at = now
+        for bad, launched in bad_steps:
+            answer(self, bad, launched)
+
+    def observe(self) -> None:
+        """Let the batch policy observe the steps up to the one that was launched `delay` steps ago.
+
+        A step that was read earlier, as for a checkpoint, waits here until then: when the policy hears of a step must
+        not depend on when the run was saved.
+        """
+        while self.observations and self.observations[0][0].step <= self.clock.step - self.delay:
+            self.recipe.batch.observe(*self.observations.popleft())
+
+    def _judge(self, launched: LaunchedStep) -> BadStep | None:
+        """What the guard says of a step; waits for its numbers."""
+        result = launched.read()
+        return self.guard.judge(result.loss, result.grad_norm)
+
+    def _summands(self) -> dict[str, Tensor]:
+        """What else is added up over all processes with the numbers of a step."""
+        summands = {"requests": request_counts(self.requests.pending(), self.world.device)}
+        if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
+            summands["model"] = sums
+        return summands
 
     def due(self, interval_steps: int | None) -> bool:
         """Whether something that happens every `interval_steps` happens now; the end of the run has its own."""
@@ -279,6 +339,7 @@ class TrainingRun:
         if self.clock.step == self.started_at:
             log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
             return
+        self.read_launched(0)
         self.store.wait()
         if self.store.saved_step != self.clock.step:
             self.save()
@@ -318,16 +379,20 @@ class TrainingRun:
 
     def validate(self) -> None:
         if self.validation is not None:
-            numbers = self.validation.evaluate(self.model, self.ranks, self.step.arithmetic)
+            self.read_launched(0)
+            numbers = self.validation.evaluate(self.model, self.ranks, self.step.compute)
             self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **numbers})
+            self.read_at = time.perf_counter()
 
     def save(self) -> None:
         """Write a checkpoint of everything the next step depends on; if that fails it is told, and training goes on."""
+        self.read_launched(0)
         self.monitor.flush()  # no checkpoint is ahead of the metrics
         step = self.clock.step
         saved = self.store.save(step, self.tensors.collect(), state_of(self), self.config.to_toml())
         if saved is not False:
             log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.store.path(step)}")
+        self.read_at = time.perf_counter()
 
     def _check_that_noise_shows(self) -> None:
         """Raises ValueError for a batch that follows the gradient and could never do so."""
@@ -353,3 +418,13 @@ class TrainingRun:
             f"{format_count(total)} tokens, {total / (len(self.samples) * self.sequence_length):.2f} epochs "
             f"of {format_count(len(self.samples))} sequences of {self.sequence_length}"
         )
+
+
+def read_delay(device: torch.device, step: TrainStep, guard: Guard) -> int:
+    """Steps between the launch of a step and the reading of its numbers.
+
+    On a GPU 1: the host launches a step while the device computes the one before, and a step that is not finite is left
+    out on the device. 0 where the host has to judge a step before its update: for `guard.on_spike`, and for an
+    optimizer that cannot skip a step by itself. 0 on a CPU, which has nothing to wait for.
+    """
+    return int(device.type == "cuda" and step.skips_on_device and guard.on_spike is None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.checkpoint import read_state
+from components.gradient_moments import GradientNoise
 
 if TYPE_CHECKING:
     from recipes.pretrain import TrainingRun
@@ -65,6 +67,7 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
         "clock": run.clock.state_dict(),
         "batch": dict(run.recipe.batch.state_dict()),
         "gradient_noise": run.noise.state_dict(),
+        "observations": [[progress.state_dict(), noise and noise.state_dict()] for progress, noise in run.observations],
         "guard": run.guard.state_dict(),
         "loader": {
             "cursor": run.clock.samples,
@@ -115,5 +118,10 @@ def _restore_parts(run: TrainingRun, checkpoint: Path, state: dict[str, Any]) ->
         for name, part in (("gradient_noise", run.noise), ("guard", run.guard)):
             if name in state:  # checkpoints of before there was one have none
                 part.load_state_dict(state[name])
+        run.observations.clear()
+        for progress, noise in state.get("observations", []):
+            after = replace(run.clock)
+            after.load_state_dict(progress)
+            run.observations.append((after, noise and GradientNoise.from_state_dict(noise)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{checkpoint} is damaged: state.json: {type(error).__name__} {error}") from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from components.parallel.fsdp import Accumulation
@@ -68,11 +69,14 @@ class Training:
     """Clip the global gradient norm to this; "none": do not clip."""
     precision: Precision = "auto"
     """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
-    compile: bool = False
-    """torch.compile every block of the model."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile every block of the model, and the loss; auto: on GPUs."""
     activation_checkpoint: Recompute = "none"
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
     accumulation: Accumulation = "auto"
     """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
     loader_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile == "auto" else self.compile

@@ -8,28 +8,25 @@ after every micro-batch or once a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from components.gradient_moments.moments import GradientMoments
 from components.gradient_moments.norm import SquaredNorm
 
 
 class GradientMeter:
-    """Squares every gradient of a model on its way, while told to. The model is sharded already and has its storage."""
+    """Squares every gradient that arrives at some tensors, while told to."""
 
-    def __init__(self, model: nn.Module, device: torch.device, add_up: Callable[[Tensor], Tensor]) -> None:
-        """`add_up` sums a tensor over all processes of the run."""
+    def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
+        """`tensors` are those that backward reaches; see `backward_parameters`."""
         self._device = device
-        self._add_up = add_up
         self._squares: SquaredNorm | None = None
         self._seen: set[int] = set()
-        trained = (parameter for parameter in _backward_parameters(model) if parameter.requires_grad)
-        for number, parameter in enumerate(trained):
-            self._watch(number, parameter)
+        for number, tensor in enumerate(tensor for tensor in tensors if tensor.requires_grad):
+            self._watch(number, tensor)
 
     def start(self, *, measure: bool) -> None:
         """A step begins; without `measure` its gradients pass unseen."""
@@ -41,29 +38,25 @@ class GradientMeter:
         if self._squares is not None:
             self._squares.fold()
 
-    def finish(
-        self, gradients: Iterable[Tensor], *, groups: int, ranks: int, group_samples: int
-    ) -> tuple[Tensor, GradientMoments | None]:
-        """The norm () of the step's `gradients`, reduced and not clipped yet, and the moments if they were measured.
+    def sums(self, gradients: Iterable[Tensor]) -> Tensor:
+        """(2,) float64, on the device, to be summed over all processes of the run. Waits for nothing.
 
-        `groups` micro-batches of `group_samples` samples were taken on `ranks` data-parallel ranks.
+        The squared norm of the step's `gradients`, reduced and not clipped yet, and the sum over the micro-batches of
+        the squared norms of theirs, which is 0 if they were not measured.
         """
         square, count = SquaredNorm(self._device), 0
         for gradient in gradients:
             square.add(gradient)
             count += 1
+        total = square.total()
         if self._squares is None:
-            return self._add_up(square.total()).sqrt(), None
+            return torch.stack([total, torch.zeros_like(total)])
         if len(self._seen) < count:
             raise RuntimeError(
                 f"{count - len(self._seen)} of {count} gradients did not pass the hooks that measure them: "
                 "does the model replace its parameters?"
             )
-        totals = self._add_up(torch.stack([square.total(), self._squares.total()]))
-        mean_square, sum_of_squares = totals.tolist()
-        # each came as its share of the mean over the micro-batches of its rank
-        sum_of_squares *= (groups / ranks) ** 2
-        return totals[0].sqrt(), GradientMoments(groups, group_samples, sum_of_squares, mean_square)
+        return torch.stack([total, self._squares.total()])
 
     def _watch(self, number: int, parameter: Tensor) -> None:
         def square(gradient: Tensor) -> Tensor | None:
@@ -81,8 +74,11 @@ class GradientMeter:
         parameter.register_hook(square)
 
 
-def _backward_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that gradients arrive at: the parameters, or under FSDP2 what is gathered of them for a pass."""
+def backward_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that gradients arrive at: the parameters, or under FSDP2 what is gathered of them for a pass.
+
+    The model is sharded already and has its storage.
+    """
     if not dist.is_available() or not dist.is_initialized():
         yield from model.parameters()
         return

@@ -11,7 +11,7 @@ gradient, S = tr(Sigma), and the squared norm of the true gradient, |G|^2, witho
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from components.quantities import PositiveCount
@@ -29,6 +29,16 @@ class GradientMoments:
     """Sum over the groups of the squared norm of each group's mean gradient."""
     mean_square: float
     """Squared norm of the mean gradient, before clipping."""
+
+    @classmethod
+    def of_step(
+        cls, mean_square: float, squares: float, *, groups: int, ranks: int, group_samples: int
+    ) -> GradientMoments:
+        """From the two sums of `GradientMeter.sums`, of `groups` micro-batches on `ranks` data-parallel ranks.
+
+        Each gradient came as its share of the mean over the micro-batches of its rank.
+        """
+        return cls(groups, group_samples, squares * (groups / ranks) ** 2, mean_square)
 
     @property
     def samples(self) -> int:
@@ -77,6 +87,13 @@ class GradientNoise:
     def noise_scale(self) -> float | None:
         """S / |G|^2, in samples: the batch whose noise is as large as its signal. None while the signal is lost."""
         return self.noise / self.signal if self.signal > 0 else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> GradientNoise:
+        return cls(GradientMoments(**state["moments"]), state["noise"], state["signal"])
 
     @property
     def norm_test(self) -> float | None:

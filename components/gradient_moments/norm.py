@@ -11,13 +11,13 @@ from torch import Tensor
 PIECE = 4096
 """Elements that are added up in float32 at a time. On CPUs torch adds all of a tensor in a few float32 registers, which
 loses 2e-4 of the norm of two million elements (torch 2.13); in pieces of this size 2e-7, in the same time."""
+TENSORS_AT_ONCE = 8
+"""Tensors on a GPU whose norms one launch computes. They stay in memory until then: about the gradients of a block."""
 
 
 def piece_norms(tensor: Tensor) -> Tensor:
     """Norms (pieces,), float32 or float64 as of `tensor`, of pieces of it: their squares add up to its square."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if tensor.is_cuda:  # adds up in a tree
-        return torch.linalg.vector_norm(tensor, dtype=dtype).reshape(1)
     # the order of elements does not matter: a transposed tensor is read as it lies in memory
     dense = tensor if tensor.is_contiguous() else tensor.mT if tensor.ndim > 1 and tensor.mT.is_contiguous() else None
     flat = (tensor.contiguous() if dense is None else dense).view(-1)
@@ -39,14 +39,32 @@ class SquaredNorm:
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._norms: dict[int, list[Tensor]] = {}
+        self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
 
     def add(self, tensor: Tensor) -> None:
         """A plain tensor, or a DTensor without partial sums."""
         copies, local = local_part(tensor)
-        self._norms.setdefault(copies, []).append(piece_norms(local))
+        if not local.is_cuda:
+            self._norms.setdefault(copies, []).append(piece_norms(local))
+            return
+        # An alias: a second reference to the gradient itself would make autograd copy it when it keeps it.
+        waiting = self._waiting.setdefault((copies, local.dtype), [])
+        waiting.append(local.detach())
+        if len(waiting) >= TENSORS_AT_ONCE:
+            self._launch(copies, waiting)
+
+    def _launch(self, copies: int, waiting: list[Tensor]) -> None:
+        """Norms of the tensors on a GPU that wait for it, which adds them up in a tree, in float32 or better."""
+        if waiting:
+            dtype = torch.promote_types(waiting[0].dtype, torch.float32)
+            norms = torch._foreach_norm(waiting, 2, dtype)
+            self._norms.setdefault(copies, []).append(torch.stack(norms))
+            waiting.clear()
 
     def fold(self) -> None:
         """Bring what was added into one number: until then, every tensor keeps its norms."""
+        for (copies, _), waiting in self._waiting.items():
+            self._launch(copies, waiting)
         for copies, norms in self._norms.items():
             self._total += torch.cat(norms).double().square().sum() / copies
         self._norms.clear()

@@ -79,10 +79,10 @@ class Validation:
         self.micro_batch_size = micro_batch_size
 
     def evaluate(
-        self, model: nn.Module, world: Ranks, arithmetic: Callable[[], AbstractContextManager[object]]
+        self, model: nn.Module, world: Ranks, compute: Callable[[], AbstractContextManager[object]]
     ) -> dict[str, float]:
         """`val_loss` (nats per token), `val_perplexity` and `val_bits_per_byte`, equal on all ranks."""
-        totals = self.totals(model, world, arithmetic)
+        totals = self.totals(model, world, compute)
         return {
             "val_loss": totals.loss,
             "val_perplexity": totals.perplexity,
@@ -90,26 +90,34 @@ class Validation:
         }
 
     @torch.no_grad()
-    def totals(
-        self, model: nn.Module, world: Ranks, arithmetic: Callable[[], AbstractContextManager[object]]
-    ) -> Totals:
+    def totals(self, model: nn.Module, world: Ranks, compute: Callable[[], AbstractContextManager[object]]) -> Totals:
         """Equal on all ranks."""
         model.eval()
-        totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        token_count = byte_count = 0
         unit = self.micro_batch_size * world.size
         count = len(self.indices)
-        for first in range(0, count, unit):
-            # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
-            mine = range(first + world.rank * self.micro_batch_size, first + (world.rank + 1) * self.micro_batch_size)
-            chunk = torch.stack([self.samples[self.indices[min(number, count - 1)]] for number in mine])
-            tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
-            labels[[number >= count for number in mine]] = IGNORED
-            with arithmetic():
-                loss = model(tokens.to(world.device), labels.to(world.device))
-            counted = labels[labels != IGNORED]
-            totals[0] += float(loss)
-            totals[1] += counted.numel()
-            totals[2] += int(self.byte_lengths[counted].sum())
+        with compute():
+            for first in range(0, count, unit):
+                # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
+                start = first + world.rank * self.micro_batch_size
+                mine = range(start, start + self.micro_batch_size)
+                chunk = torch.stack([self.samples[self.indices[min(number, count - 1)]] for number in mine])
+                tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
+                labels[[number >= count for number in mine]] = IGNORED
+                nats += model(_to(tokens, world.device), _to(labels, world.device))
+                counted = labels[labels != IGNORED]
+                token_count += counted.numel()
+                byte_count += int(self.byte_lengths[counted].sum())
         model.train()
-        nats, tokens, byte_count = world.sum(totals).tolist()
-        return Totals(nats, int(tokens), int(byte_count))
+        # the only time that the host waits for the device
+        counts = torch.tensor([token_count, byte_count], dtype=torch.float64)
+        totals = world.sum(torch.cat([nats.reshape(1).cpu(), counts]))
+        return Totals(float(totals[0]), int(totals[1]), int(totals[2]))
+
+
+def _to(device_input: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for it."""
+    if device.type == "cuda":
+        device_input = device_input.contiguous().pin_memory()
+    return device_input.to(device, non_blocking=True)

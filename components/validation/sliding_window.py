@@ -78,7 +78,7 @@ class SlidingWindow:
         self,
         model: nn.Module,
         world: Ranks,
-        arithmetic: Callable[[], AbstractContextManager[object]],
+        compute: Callable[[], AbstractContextManager[object]],
         *,
         multiple: int = 1,
     ) -> list[Totals]:
@@ -88,16 +88,16 @@ class SlidingWindow:
         starts = [0, *accumulate(tokens for tokens, _ in sizes)]
         nats_D = torch.zeros(len(sizes), dtype=torch.float64)
         waiting = windows([tokens for tokens, _ in sizes], self.size, self.stride)
-        while unit := list(islice(waiting, self.micro_batch_size * world.size)):
-            mine = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
-            # Sharded models need equally many forward passes on all ranks: one without windows takes one for nothing.
-            given = mine or [unit[0]._replace(counted=0)]
-            inputs_WT, labels_WT = self._batch(given, starts, multiple)
-            with arithmetic():
+        with compute():
+            while unit := list(islice(waiting, self.micro_batch_size * world.size)):
+                mine = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
+                # Sharded models need equally many forward passes on all ranks: one without windows takes one too.
+                given = mine or [unit[0]._replace(counted=0)]
+                inputs_WT, labels_WT = self._batch(given, starts, multiple)
                 logits_WTV = model(inputs_WT.to(world.device))
-            for window, logits_TV, labels_T in zip(given, logits_WTV, labels_WT.to(world.device), strict=True):
-                loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORED)
-                nats_D[window.document] += float(loss)
+                for window, logits_TV, labels_T in zip(given, logits_WTV, labels_WT.to(world.device), strict=True):
+                    loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORED)
+                    nats_D[window.document] += float(loss)
         model.train()
         nats = world.sum(nats_D).tolist()
         return [Totals(each, *size) for each, size in zip(nats, sizes, strict=True)]

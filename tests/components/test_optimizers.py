@@ -95,8 +95,8 @@ def training(**keys) -> tuple[nn.Module, TrainStep]:
     net = nn.Linear(4, 4, bias=False)
     optimizer = AdamW(**keys).build(parameters=net.named_parameters(), lr_multiplier=lambda name: 1.0)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
-    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "arithmetic": nullcontext}
-    return net, TrainStep(net, optimizer, ranks, **unused)
+    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "compute": nullcontext}
+    return net, TrainStep(net, optimizer, ranks, ranks, **unused)
 
 
 def update(net: nn.Module, step: TrainStep, gradient: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -135,10 +135,10 @@ def test_even_loads_cost_one_and_a_collapsed_router_the_number_of_experts_over_t
     for logits, cost, most, least in ((even, 1.0, 1.0, 1.0), (collapsed, E / K, E / K, 0.0)):
         loss = RouterLoss(E, KEYS)
         loss([sums_of(logits)])
-        numbers = loss.take_numbers(lambda tensor: tensor)
+        numbers = loss.metrics_of(loss.pop_sums())
         assert numbers["load_balancing_loss"] == pytest.approx(cost, rel=1e-5)
         assert (numbers["expert_load_max"], numbers["expert_load_min"]) == pytest.approx((most, least), rel=1e-6)
-        assert loss.take_numbers(lambda tensor: tensor) == {}, "taken"
+        assert loss.pop_sums() is None, "taken"
 
 
 def test_the_numbers_of_a_step_are_means_over_its_micro_batches():
@@ -146,7 +146,7 @@ def test_the_numbers_of_a_step_are_means_over_its_micro_batches():
     layers = [[drawn(30, E, seed=seed + 10 * batch) for seed in (1, 2)] for batch in (0, 1, 2)]
     for micro_batch in layers:
         loss([sums_of(each) for each in micro_batch])
-    numbers = loss.take_numbers(lambda tensor: tensor)
+    numbers = loss.metrics_of(loss.pop_sums())
     only = [RouterKeys(load_balancing_coefficient=a, z_loss_coefficient=1 - a) for a in (1, 0)]
     for name, keys in zip(("load_balancing_loss", "router_z_loss"), only, strict=True):
         expected = sum(losses_by_hand([each.double() for each in m], keys) for m in layers) / 3
@@ -192,7 +192,7 @@ def test_validation_trains_no_router_and_notes_nothing():
     ids, labels = tokens()
     gradients = [torch.autograd.grad(m(ids, labels), list(m.parameters())) for m in (model, decoder(OFF))]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert model.step_numbers(lambda tensor: tensor) == {}
+    assert model.pop_metric_sums() is None
 
 
 def test_flops_are_those_of_the_experts_a_token_meets():
@@ -211,8 +211,7 @@ def test_flops_are_those_of_the_experts_a_token_meets():
     counting = {product.grouped_mm: forward, product.grouped_mm_backward: backward}
     with FlopCounterMode(display=False, custom_mapping=counting) as counter, sdpa_kernel(SDPBackend.MATH):
         F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()).backward()
-    weighted_sum = 6 * SIZE.layers * K * D  # of what a token's experts give: no parameter
-    assert counter.get_total_flops() == (model.flops_per_token(T) + weighted_sum) * B * T
+    assert counter.get_total_flops() == model.flops_per_token(T) * B * T
 
 
 def test_a_layer_of_experts_has_no_more_flops_than_the_experts_of_a_token():

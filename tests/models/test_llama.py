@@ -77,7 +77,7 @@ def test_overrides_reach_the_decoder():
         "feed_forward.w_down.weight": (96, 100),
     }
     assert {module.eps for name, module in model.named_modules() if name.endswith("norm")} == {1e-3}
-    assert model.rope_frequencies == rope_frequencies(10, 77.0, RopeScaling(factor=2.0))
+    assert model.rope_frequencies.values == rope_frequencies(10, 77.0, RopeScaling(factor=2.0))
     assert (model.init_std, model.depth_scaled_init) == (0.5, False)
 
 

@@ -60,7 +60,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def written_out(model: Decoder, tokens: Tensor, m: MuP | None) -> Tensor:
     """The logits of a Llama, or with the five changes of muP, line by line."""
     w, size = dict(model.named_parameters()), model.size
-    x, rope = w["tok_embeddings.weight"][tokens], rope_table(T, model.rope_frequencies, tokens.device)
+    x, rope = w["tok_embeddings.weight"][tokens], rope_table(T, model.rope_frequencies.on(tokens.device))
     x = x if m is None else x * m.embedding_multiplier
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -196,10 +196,10 @@ def step_at(model: Decoder, lr: float, **keys) -> torch.optim.Optimizer:
     """The optimizer after one step at `lr`, of gradients that are all 1."""
     optimizer = AdamW(**keys).build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
-    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "arithmetic": nullcontext}
+    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "compute": nullcontext}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    TrainStep(model, optimizer, ranks, **unused).update(lr, 1)
+    TrainStep(model, optimizer, ranks, ranks, **unused).update(lr, 1)
     return optimizer
 
 

@@ -1,0 +1,81 @@
+"""A step whose work the device was given, and what it told once the device had done it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from components.batch.layout import StepBatch
+from components.clock import Clock
+from components.gradient_moments import GradientMoments
+from components.step_numbers import StepNumbers
+
+_REQUESTS = 256
+"""Numbers of requests are below this (components/stop_signal.py)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of a step on the host, equal on all ranks."""
+
+    loss: float
+    """Mean over the tokens of the step."""
+    grad_norm: float
+    """Before clipping."""
+    moments: GradientMoments | None
+    """None where they were not measured."""
+    model_sums: Tensor | None
+    """The model's own, see `recipes.contracts.ReportsMetrics`."""
+    request: int
+    """The largest request of all processes."""
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """What the host knows of a step when it has launched it."""
+
+    progress: Clock
+    """As it is after the step."""
+    batch: StepBatch
+    lr: float
+    numbers: StepNumbers
+    dp_size: int
+    measured: bool
+    data_seconds: float
+
+    @property
+    def first_sample(self) -> int:
+        return self.progress.samples - self.batch.samples
+
+    def read(self) -> StepResult:
+        """Waits until the device has computed the gradient of this step."""
+        numbers = self.numbers.read()
+        grad_sq_norm, micro_sq_norms = numbers["squares"].tolist()
+        moments = None
+        if self.measured:
+            groups = self.batch.micro_batches * self.dp_size
+            moments = GradientMoments.of_step(
+                grad_sq_norm,
+                micro_sq_norms,
+                groups=groups,
+                ranks=self.dp_size,
+                group_samples=self.batch.samples // groups,
+            )
+        made = numbers["requests"].nonzero()
+        return StepResult(
+            loss=float(numbers["loss"]) / (self.batch.samples * self.progress.sequence_length),
+            grad_norm=float(torch.tensor(grad_sq_norm, dtype=torch.float64).sqrt()),
+            moments=moments,
+            model_sums=numbers.get("model"),
+            request=int(made[-1]) if len(made) else 0,
+        )
+
+
+def request_counts(request: int, device: torch.device) -> Tensor:
+    """(256,) float64, 1 at the number of `request`. Added up over processes, the last that is not 0 is the largest."""
+    counts = torch.zeros(_REQUESTS, dtype=torch.float64, device=device)
+    if request:
+        counts[request].fill_(1)
+    return counts
