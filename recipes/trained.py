@@ -97,7 +97,7 @@ def open_trained(
     path = path.expanduser().absolute()
     if is_file(path / "config.json"):
         if complete_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
-            raise ValueError(f"{path} holds a Hugging Face model and checkpoints; keep one of them in a folder of its own")
+            raise ValueError(f"{path} holds a Hugging Face model and checkpoints; give one of them a folder of its own")
         return _of_hugging_face(path, tokenizer)
     try:
         checkpoint = checkpoint_at(path)

@@ -329,7 +329,7 @@ def _start_worker(last_words: Any, worker: int) -> None:
         os._exit(1)
 
     # By default the thread that fills the queue prints a trace, drops the block, and the run waits for it in vain.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[method-assign, assignment]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def _end_workers(stream: Any) -> None:

@@ -116,7 +116,7 @@ def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], N
         try:
             start = stream.peek(_LOOKED_AT)[:_LOOKED_AT]
             if (other := known_format(start)) is not None:
-                remedy = "fetch the file itself with git lfs pull" if "LFS" in other else "unpack it, or give it its name"
+                remedy = "fetch the file with git lfs pull" if "LFS" in other else "unpack it, or give it its name"
                 raise ValueError(f"{path} is a {other} file by its content, not text; {remedy}")
             if start.startswith(codecs.BOM_UTF8):
                 stream.read(3)

@@ -31,7 +31,8 @@ class _OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()  # (source, file) -> descriptor, used last at the end
+        # (source, file) -> descriptor, the one used last at the end
+        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._most: int | None = None
 
     def check_limit(self) -> None:
@@ -76,7 +77,7 @@ class _OpenFiles:
 def _descriptors_in_use() -> int:
     for folder in ("/proc/self/fd", "/dev/fd"):
         with suppress(OSError):
-            return len(os.listdir(folder))
+            return len(list(Path(folder).iterdir()))
     return 0
 
 

@@ -117,7 +117,7 @@ class TokenFiles:
         if other == "NumPy":
             return _read_numpy(path)
         if other is not None:
-            raise ValueError(f"{path} is a {other} file by its content; ids as nanoGPT, llm.c or NumPy write them are read")
+            raise ValueError(f"{path} is a {other} file by its content; those of nanoGPT, llm.c and NumPy are read")
         if len(start) == _LLMC_BYTES and (header := struct.unpack("<3i", start[:12]))[:2] in _LLMC_TYPES:
             return _read_llmc(path, np.dtype(_LLMC_TYPES[header[:2]]), header[2])
         if self.dtype == "uint16" and vocab_size > 2**16:

@@ -56,7 +56,7 @@ def choose_files(whole: Path, index: Path) -> tuple[dict[str, Path] | None, list
     FileNotFoundError where there is neither.
     """
     if is_file(whole):
-        note = f"{whole} is read, and {index.name} beside it, with the files that it names, is not; remove one of the two"
+        note = f"{whole} is read, and {index.name} beside it, with the files it names, is not; remove one of the two"
         return None, [note] if is_file(index) else []
     if is_file(index):
         return read_index(index), []

@@ -205,7 +205,7 @@ def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_word
     check_workers(0)
     with (
         MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1) as loader,
-        pytest.raises(OSError, match="^a loader worker cannot go on: OSError: AF_UNIX path too long$"),
+        pytest.raises(OSError, match=r"^a loader worker cannot go on: OSError: AF_UNIX path too long$"),
     ):
         next(loader.next_step(1))
     assert "Traceback" not in capfd.readouterr().err
