@@ -49,7 +49,7 @@ class HuggingFaceDataset(TextSource):
                 return
             except Exception as error:  # of the library's readers, which name neither file nor row
                 kind = OSError if isinstance(error, OSError) else ValueError
-                raise kind(f"{self.path} after {number + 1} rows: {type(error).__name__}: {error}") from error
+                raise kind(f"{self.path} row {number + 1}: {type(error).__name__}: {error}") from error
             text = row.get(self.text_key)
             if not isinstance(text, str):
                 keys = ", ".join(sorted(row)[:10])
