@@ -104,6 +104,8 @@ def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Documen
                 log.source_bytes = before + size * row // file.metadata.num_rows
         log.source_bytes = before + size
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, which says what it is; pyarrow's own has none
+            raise
         raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
 
 

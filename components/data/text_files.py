@@ -13,6 +13,7 @@ from pathlib import Path
 
 from components.data.document import Document, ReadingLog
 from components.data.formats import SUFFIXES, kind_is_known, kind_of, read_csv, read_json, read_parquet, read_text
+from components.data.reading import COMPRESSED
 from components.data.source import FileSource
 from components.folders import glob_files, is_file, walk_files
 
@@ -73,6 +74,8 @@ class TextFiles(FileSource):
                 raise FileNotFoundError("[] names no file, directory or glob pattern")
         except (OSError, ValueError) as error:
             raise type(error)(f"path: {error}") from None
+        if twice := sorted(file for file in found if file.suffix in COMPRESSED and file.with_suffix("") in found):
+            _warn_once(f"{len(twice)} files are read packed and unpacked, the first {twice[0]}; remove one of the two")
         common = os.path.commonpath([file.parent for file in found])
         return {file.relative_to(common).as_posix(): file for file in sorted(found)}
 

@@ -218,8 +218,11 @@ def _read_megatron(path: Path, bin_bytes: int) -> _Tokens:
     firsts, rest = np.divmod(pointers, dtype.itemsize)
     if rest.any() or (lengths < 0).any() or (firsts < 0).any():
         raise ValueError(f"{path} is damaged: it points between ids")
-    if sequences and int(((firsts + lengths) * dtype.itemsize).max()) > bin_bytes:
+    end = int(((firsts + lengths) * dtype.itemsize).max()) if sequences else 0
+    if end > bin_bytes:
         raise ValueError(f"{path.with_suffix('.bin')} is truncated: its index points beyond its {bin_bytes:,} bytes")
+    if end < bin_bytes:
+        raise ValueError(f"{path} is the index of another file: it ends at byte {end:,} of {bin_bytes:,}")
     if (np.diff(starts) < 0).any() or (documents and not 0 <= starts[0] <= starts[-1] <= sequences):
         raise ValueError(f"{path} is damaged: its documents are out of order")
     after = np.cumsum(lengths)

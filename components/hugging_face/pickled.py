@@ -80,6 +80,7 @@ def _check_size(path: Path) -> None:
     """Raises ValueError unless the file is a zip archive of stored, not compressed, entries no larger than itself."""
     if not is_file(path):
         raise ValueError(f"{path} is missing, or no file")
+    path.open("rb").close()  # what may not be read is no archive to `is_zipfile`
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no archive that torch has written since 1.6; ask for a safetensors file")
     try:

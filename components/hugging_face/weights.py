@@ -94,6 +94,7 @@ class Weights:
 
         if not is_file(path):
             raise ValueError(f"{path} is missing, or no file")
+        path.open("rb").close()  # the library says of what may not be read that it does not exist
         try:
             handle = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
             return handle, set(handle.keys())

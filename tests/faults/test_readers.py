@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import shutil
@@ -184,6 +185,25 @@ def test_other_folders_that_may_not_be_listed_are_not_taken_as_empty(folder):
                 read(folder / "shut")
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.parquet", lambda path: texts(path)),
+        ("model.safetensors", lambda path: Weights(path.parent)),
+        ("pytorch_model.bin", lambda path: PickledWeights(path.parent)),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(folder, name, read):
+    pytest.importorskip("pyarrow.parquet", reason="needs the [data] extra")
+    (folder / name).write_bytes(b"PAR1")
+    (folder / name).chmod(0o000)
+    with (
+        to_whom_permissions_apply(),
+        pytest.raises(PermissionError, match=name),
+    ):
+        read(folder / name)
+
+
 LINKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text in a folder": (texts, "b.txt"),
     "a folder in a folder": (texts, "more"),
@@ -220,6 +240,13 @@ def test_hidden_and_system_files_are_left_out_of_folders_and_patterns_alike(tmp_
     assert texts(tmp_path) == ["a.txt"]
     assert texts(tmp_path / ".git") == [".git/b.txt"]
     assert texts(tmp_path / "*.txt") == ["a.txt"]
+
+
+def test_a_file_that_lies_there_packed_too_is_told(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert texts(tmp_path) == ["text", "text"]
+    assert "1 files are read packed and unpacked, the first" in caplog.text
 
 
 def test_files_of_other_kinds_in_a_folder_are_told_once(tmp_path, caplog):
