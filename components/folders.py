@@ -60,7 +60,9 @@ def glob_files(pattern: str) -> list[Path]:
             for folder in map(Path, glob.glob(above, recursive=True)):  # noqa: PTH207
                 if folder.is_dir() and folder.name not in _SYSTEM:
                     _check_listable(folder)
-    return [Path(name) for name in glob.glob(pattern, recursive=True) if is_file(Path(name))]  # noqa: PTH207
+    found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207
+    # `glob` leaves out hidden names, but knows nothing of the system's
+    return [path for path in found if (_SYSTEM & {*path.parts}) <= {*parts} and is_file(path)]
 
 
 def raise_error(error: OSError) -> NoReturn:

@@ -173,15 +173,10 @@ class MicroBatchLoader:
         self.close()
 
     def _next(self) -> MicroBatch:
-        if self._stream is None:
-            self._settings["batch_sampler"].skip = self._given
-            with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
-                warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-                self._stream = iter(StatefulDataLoader(**self._settings))
-            # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
-            atexit.register(self._at_exit)
-            _defer_deaths()
         try:
+            if self._stream is None:
+                self._start_reading()
+            assert self._stream is not None
             with _waiting_for_workers():
                 block = next(self._stream)
         except RuntimeError as error:
@@ -200,6 +195,18 @@ class MicroBatchLoader:
             raise block
         self._given += 1
         return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
+
+    def _start_reading(self) -> None:
+        self._settings["batch_sampler"].skip = self._given
+        with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            try:
+                self._stream = iter(StatefulDataLoader(**self._settings))
+            except OSError as error:
+                raise OSError(f"cannot start {self._settings['num_workers']} loader workers: {error}") from error
+        # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
+        atexit.register(self._at_exit)
+        _defer_deaths()
 
 
 @dataclass(frozen=True)

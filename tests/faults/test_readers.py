@@ -240,6 +240,8 @@ def test_hidden_and_system_files_are_left_out_of_folders_and_patterns_alike(tmp_
     assert texts(tmp_path) == ["a.txt"]
     assert texts(tmp_path / ".git") == [".git/b.txt"]
     assert texts(tmp_path / "*.txt") == ["a.txt"]
+    assert texts(tmp_path / "**" / "*.txt") == ["a.txt"]
+    assert texts(tmp_path / "lost+found" / "*.txt") == ["lost+found/d.txt"]
 
 
 def test_a_file_that_lies_there_packed_too_is_told(tmp_path, caplog):
