@@ -25,6 +25,7 @@ from components.batch.layout import BatchLayout
 from components.checkpoint import complete_checkpoints
 from components.durable import replace_file
 from components.metrics.console import start_log
+from components.metrics.jsonl import read_rows
 from components.parallel.elastic import LAUNCH
 from components.parallel.world import World
 from components.quantities import format_count
@@ -218,11 +219,8 @@ class Measurement:
 
     def rows(self, factor: int) -> list[dict[str, Any]]:
         """What a branch wrote of the steps of this measurement."""
-        metrics = RunDirectory(self.folder / f"k-{factor:03d}").metrics
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         last = self.start.step + self.steps(factor)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [row for row in rows if row["step"] <= last]
+        return [row for row in read_rows(RunDirectory(self.folder / f"k-{factor:03d}").metrics) if row["step"] <= last]
 
     def branch(self, factor: int) -> Branch:
         """What a finished branch has shown."""
@@ -246,7 +244,10 @@ class Measurement:
 
     def _compare(self, begun: Path) -> None:
         """Raises ValueError if the branches that are there are not of this measurement."""
-        before = Start(**json.loads(begun.read_text(encoding="utf-8")))
+        try:
+            before = Start(**json.loads(begun.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--resume: {begun} is damaged: {error}") from None
         if before != self.start:
             raise ValueError(
                 f"--resume: {self.directory.path} began with {before}, this is {self.start}; "

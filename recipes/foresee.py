@@ -83,8 +83,10 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
         if isinstance(data, TextSource):
             try:
                 data.size_bytes()
-            except (OSError, ValueError) as error:
+            except FileNotFoundError as error:
                 yield Foreseen("warning", f"{key}.path", _absent(str(error)))
+            except (OSError, ValueError) as error:
+                yield Foreseen("warning", f"{key}.path", str(error).removeprefix("path: "))
     if (weights := recipe.run.init_from) is not None:
         from recipes.initial_weights import check_initial_weights  # brings all models along
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from components.hugging_face import PickledWeights, Weights, holds_pickles, read_json
+from components.hugging_face import PickledWeights, Weights, only_pickles, read_json
 from models.hf_architectures import Architecture, architecture_in, architecture_of, locate
 from models.hf_mapping import COMPUTED
 from models.initialise import copy_full
@@ -57,11 +57,12 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
         )
     theirs, ours = architecture.keys(config), architecture.keys(architecture.config(model))
     _refuse_another_shape(directory, theirs, ours, architecture)
-    if holds_pickles(directory) and not any(directory.glob("*.safetensors")):
+    if only_pickles(directory):
         raise ValueError(f"{directory} has no safetensors; python -m tools.import_hf {directory} OUTPUT writes them")
     with Weights(directory, ignore=[COMPUTED]) as weights:
         locate(model, {name: described.shape for name, described in weights.described.items()})
-    return [
+        notes = weights.notes
+    return notes + [
         f"{key} = {theirs.get(key)} there, {ours.get(key)} in [model]"
         for key in FUNCTION
         if theirs.get(key) != ours.get(key)

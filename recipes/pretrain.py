@@ -21,7 +21,7 @@ from components.batch.adaptive import Adaptive
 from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
-from components.data.loader import MicroBatchLoader
+from components.data.loader import MicroBatchLoader, check_workers
 from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
 from components.guard import BadStep, Guard
 from components.metrics.console import start_log
@@ -121,6 +121,8 @@ class TrainingRun:
         with blame(config, "run.device"):
             self.world = World.start(recipe.run.device)
         cleanup.push(self.world.stop_unless_failed)
+        with blame(config, "training.loader_workers"):
+            check_workers(recipe.training.loader_workers)
         directory = RunDirectory(recipe.run.directory)
         opened = open_run(directory, config, resume, self.world, cleanup)
         checkpoint = opened.checkpoint

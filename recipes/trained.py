@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.checkpoint import load_tensors, verify
+from components.checkpoint import complete_checkpoints, load_tensors, verify
+from components.folders import is_file
 from components.hugging_face import Weights, read_json
 from components.tokenizers import TokenizerJson
 from models.hf_architectures import architecture_in
@@ -21,6 +23,8 @@ from recipes.resume import checkpoint_at
 from recipes.run_state import read_run_state
 from recipes.sections import AttentionWithin
 from recipes.stored_config import stored_config
+
+log = logging.getLogger("powertrain")
 
 MOST_UNTRAINED = 2048
 """Tokens of a sequence where it is not known how long those of the training were."""
@@ -76,6 +80,8 @@ class Trained:
             load_tensors(self.path, {"model": model.state_dict()}, no_dist=alone)
             return
         with Weights(self.path, ignore=[COMPUTED]) as weights:
+            for note in weights.notes:
+                log.warning(note)
             copy_weights(model, weights)
 
 
@@ -89,7 +95,9 @@ def open_trained(
     ValueError, OSError or ConfigError.
     """
     path = path.expanduser().absolute()
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
+        if complete_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
+            raise ValueError(f"{path} holds a Hugging Face model and checkpoints; give one of them a folder of its own")
         return _of_hugging_face(path, tokenizer)
     try:
         checkpoint = checkpoint_at(path)
@@ -135,9 +143,9 @@ def _tokenizer(directory: Path, given: Path | None, end: Any) -> Tokenizer | Non
     `end` is the id that ends a document, where no token is named for it.
     """
     file, settings = given or directory / "tokenizer.json", directory / "tokenizer_config.json"
-    if given is None and not file.is_file():
+    if given is None and not is_file(file):
         return None
-    named = read_json(settings).get("eos_token") if settings.is_file() else None
+    named = read_json(settings).get("eos_token") if is_file(settings) else None
     if named is None:
         end = end[0] if isinstance(end, list) and end else end
         added = read_json(file).get("added_tokens") or []

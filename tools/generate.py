@@ -182,7 +182,7 @@ def show(text: str) -> None:
 
 def read_prompts(path: Path) -> list[str]:
     """A line each, blank ones left out; of `.jsonl`, what each object has under "prompt". Raises ValueError."""
-    text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    text = sys.stdin.read() if str(path) == "-" else read_utf8(path)
     # not splitlines, which also ends a line at characters that JSON and prose may have inside one
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -197,6 +197,16 @@ def read_prompts(path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f'{path}:{number}: expected an object such as {{"prompt": "Once upon"}}') from None
     return prompts
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text without its byte-order mark. Raises ValueError, naming the line, for bytes that are not UTF-8."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{number} is not UTF-8 ({error.reason}); convert it, for example with iconv") from None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

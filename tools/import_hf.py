@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from components.folders import is_file
 from components.hugging_face import (
     Described,
     PickledWeights,
     Weights,
-    holds_pickles,
     new_directory,
+    only_pickles,
     parse_bytes,
     read_json,
     write_json,
@@ -87,7 +88,7 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     # pickles only where there is nothing better
-    pickled = holds_pickles(directory) and not any(directory.glob("*.safetensors"))
+    pickled = only_pickles(directory)
     weights = PickledWeights(directory, ignore=[COMPUTED]) if pickled else Weights(directory, ignore=[COMPUTED])
     try:
         places = locate(model, {stored: described.shape for stored, described in weights.described.items()})
@@ -108,7 +109,7 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         (aside / "model.toml").write_text(model_toml(architecture, keys), encoding="utf-8")
         kept = [file for file in KEPT if _copied(directory / file, aside / file)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    notes = [f"{name} of {parameters:,} parameters, in {files} file{'s' if files > 1 else ''}"]
+    notes = [f"{name} of {parameters:,} parameters, in {files} file{'s' if files > 1 else ''}", *weights.notes]
     if weights.dropped:
         notes.append(f"left out {len(weights.dropped)} tensors that are computed anew: {weights.dropped[0]} ...")
     if moved := [f"{stored} as {theirs}" for theirs, stored in source.items() if stored != theirs]:
@@ -139,8 +140,10 @@ def _config(original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapp
 
 
 def _copied(source: Path, target: Path) -> bool:
-    if not source.is_file() or source.stat().st_size > _LARGEST_KEPT:
+    if not is_file(source):
         return False
+    if (size := source.stat().st_size) > _LARGEST_KEPT:
+        raise ValueError(f"{source} has {size:,} bytes; at most {_LARGEST_KEPT:,} are copied")
     shutil.copyfile(source, target)
     return True
 

@@ -13,7 +13,6 @@ Exit status: 0 done, 2 for what the user can put right.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from operator import add
@@ -25,6 +24,7 @@ from components.batch.adaptive import Adaptive
 from components.batch.layout import BatchLayout
 from components.clock import Clock
 from components.data.loader import MicroBatch, MicroBatchLoader, Samples, order_of
+from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from models.documents import positions
 from recipes.config import Config, ConfigError, load
@@ -99,17 +99,15 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     if step < 1:
         raise ValueError(f"--step {step}: steps count from 1")
     metrics = RunDirectory(recipe.run.directory).metrics
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["step"] == step and "global_batch_size" in row:
-                batch = row["global_batch_size"]
-                if batch % layout.unit:
-                    raise ValueError(
-                        f"--ranks {ranks}: {metrics} has {batch} samples in step {step}, which {ranks} ranks with "
-                        f"micro-batches of {layout.micro_batch_size} cannot have taken"
-                    )
-                return row["samples"] - batch, batch // layout.unit
+    for row in read_rows(metrics):
+        if row["step"] == step and "global_batch_size" in row:
+            batch = row["global_batch_size"]
+            if batch % layout.unit:
+                raise ValueError(
+                    f"--ranks {ranks}: {metrics} has {batch} samples in step {step}, which {ranks} ranks with "
+                    f"micro-batches of {layout.micro_batch_size} cannot have taken"
+                )
+            return row["samples"] - batch, batch // layout.unit
     if isinstance(recipe.batch, Adaptive):
         raise ValueError(
             f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"

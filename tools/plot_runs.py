@@ -11,12 +11,13 @@ Needs the `plot` extra. Exit status: 0 done, 2 for what the user can put right.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.folders import is_file
+from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from tools.pictures import count_tokens_on, pyplot, write
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the picture to write: .svg, .png or .pdf")
     options = parser.parse_args(arguments)
     try:
-        plot({path.resolve().name: read_rows(path) for path in options.runs}, options.output)
+        plot({path.resolve().name: read_run(path) for path in options.runs}, options.output)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -44,18 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run, without a half-written last one. Raises ValueError where there is none or one is no JSON."""
+def read_run(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run. Raises ValueError where there is no finished step, or a line is not a row."""
     metrics = RunDirectory(run).metrics
-    if not metrics.is_file():
+    if not is_file(metrics):
         raise ValueError(f"{run} holds no {metrics.name}: name a run directory, such as runs/debug")
-    rows = []
-    for number, line in enumerate(metrics.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if line.endswith("\n"):
-                raise ValueError(f"{metrics}:{number} is no JSON") from None
+    rows = read_rows(metrics)
     if not any("loss" in row for row in rows):
         raise ValueError(f"{metrics} has no finished step yet")
     return rows

@@ -27,7 +27,7 @@ from recipes.course import Step, steps, summarise
 from recipes.errors import blame
 from recipes.launch import UsageError, processes
 from tools.pictures import count_tokens_on, pyplot, write
-from tools.plot_runs import read_rows
+from tools.plot_runs import read_run
 from tools.recipe_arguments import read_recipe
 
 POINTS = 2000
@@ -80,7 +80,7 @@ def taken(recipe: Any, run: Path) -> list[Step]:
     """The steps of a run, at the rates of this recipe's schedule. `run`: its directory, or its metrics.jsonl."""
     length, total = recipe.training.sequence_length, recipe.training.total_tokens
     found = []
-    for row in read_rows(run.parent if run.is_file() else run):
+    for row in read_run(run.parent if run.is_file() else run):
         if "loss" not in row:
             continue
         batch = row["global_batch_size"]

@@ -26,8 +26,10 @@ class DamagedError(ValueError):
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first."""
+    """The complete checkpoints in `directory`, oldest first. Raises FileNotFoundError for a link to nothing."""
     if not directory.is_dir():
+        if directory.is_symlink():  # to a disk that is not mounted: nobody knows what it holds
+            raise FileNotFoundError(f"{directory} is a link to {directory.readlink()}, which does not exist")
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 

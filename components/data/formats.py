@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from components.data.document import Document, ReadingLog
-from components.data.reading import COMPRESSED, LONGEST_LINE, line_feeds, opened, read_blocks, read_lines
+from components.data.reading import COMPRESSED, LONGEST_LINE, decode, line_feeds, opened, read_blocks, read_lines
 
 _COMPRESSIBLE = (".txt", ".jsonl", ".json", ".csv")
 SUFFIXES = (*(kind + packed for kind in _COMPRESSIBLE for packed in ("", *COMPRESSED)), ".parquet")
@@ -96,7 +96,7 @@ def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Documen
             if text_key not in file.schema_arrow.names:
                 raise _no_text(str(path), text_key, "the file", file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key], use_threads=False):
-                for text in batch.column(0).to_pylist():
+                for text in _column_values(batch.column(0), log):
                     if not isinstance(text, str):
                         raise ValueError(f"{path} row {row}: no text under text_key = {text_key!r}, but {text!r:.60}")
                     yield from documents_of(text, log)
@@ -104,7 +104,22 @@ def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Documen
                 log.source_bytes = before + size * row // file.metadata.num_rows
         log.source_bytes = before + size
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, which says what it is; pyarrow's own has none
+            raise
         raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
+
+
+def _column_values(column: Any, log: ReadingLog) -> Iterator[Any]:
+    """Yield the values of an Arrow array. Text is decoded here, as that of text files: its bytes may be of any kind."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        yield from column.to_pylist()
+        return
+    for data in column.cast(pa.large_binary()).to_pylist():
+        yield data if data is None else decode(data, log)
 
 
 def documents_of(text: str, log: ReadingLog) -> Iterator[Document]:

@@ -13,6 +13,7 @@ from components.data.content import FileHashes
 from components.data.document import Document, ReadingLog
 from components.data.formats import documents_of
 from components.data.source import TextSource
+from components.folders import is_file, walk_files
 
 _URL = re.compile(r"hf://(?P<name>.+)/(?P<config>[^/]+)/(?P<split>[^/]+)")
 
@@ -40,8 +41,15 @@ class HuggingFaceDataset(TextSource):
         self._name, self._config, self._split = match.group("name", "config", "split")
 
     def documents(self, log: ReadingLog) -> Iterator[Document]:
-        rows = self._rows()
-        for number, row in enumerate(rows):
+        rows, number = iter(self._rows()), -1
+        while True:
+            try:
+                row, number = next(rows), number + 1
+            except StopIteration:
+                return
+            except Exception as error:  # of the library's readers, which name neither file nor row
+                kind = OSError if isinstance(error, OSError) else ValueError
+                raise kind(f"{self.path} row {number + 1}: {type(error).__name__}: {error}") from error
             text = row.get(self.text_key)
             if not isinstance(text, str):
                 keys = ", ".join(sorted(row)[:10])
@@ -50,7 +58,7 @@ class HuggingFaceDataset(TextSource):
             yield from documents_of(text, log)
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        files = [path for path in sorted(Path(self._name).rglob("*")) if path.is_file()] if self._is_local else []
+        files = sorted(filter(is_file, walk_files(Path(self._name), hidden=True))) if self._is_local else []
         content = [[str(path.relative_to(self._name)), hashes.sha256(path)] for path in files]
         named = [None if self._is_local else self._name, self._config, self._split, self.revision, self.text_key]
         return f"HuggingFaceDataset-1 {json.dumps([named, content])}"

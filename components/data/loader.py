@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
+import multiprocessing.queues
+import multiprocessing.util
+import os
 import signal
+import socket
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -21,6 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from components.data.order import SampleOrder
@@ -124,7 +132,8 @@ class MicroBatchLoader:
             "snapshot_every_n_steps": 2**62,  # the cursor is all the state there is
         }
         if num_workers:
-            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": _ignore_signals}
+            self._last_words, writer = multiprocessing.Pipe(duplex=False)
+            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(_start_worker, writer)}
             self._settings |= {"timeout": patience_seconds}
         self._stream: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
@@ -164,25 +173,40 @@ class MicroBatchLoader:
         self.close()
 
     def _next(self) -> MicroBatch:
-        if self._stream is None:
-            self._settings["batch_sampler"].skip = self._given
-            with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
-                warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-                self._stream = iter(StatefulDataLoader(**self._settings))
-            # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
-            atexit.register(self._at_exit)
         try:
-            block = next(self._stream)
+            if self._stream is None:
+                self._start_reading()
+            assert self._stream is not None
+            with _waiting_for_workers():
+                block = next(self._stream)
         except RuntimeError as error:
-            if "timed out" not in str(error):
+            if not self._settings["num_workers"]:
                 raise
-            raise OSError(
-                f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
-            ) from error
+            if self._last_words.poll():
+                raise OSError(f"a loader worker cannot go on: {self._last_words.recv()}") from None
+            if "timed out" in str(error):
+                raise OSError(
+                    f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
+                ) from error
+            if "DataLoader worker" in str(error) and "Caught" not in str(error):  # killed, or out of shared memory
+                raise OSError(f"a loader worker has ended: {error}") from None
+            raise
         if isinstance(block, Exception):
             raise block
         self._given += 1
         return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
+
+    def _start_reading(self) -> None:
+        self._settings["batch_sampler"].skip = self._given
+        with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            try:
+                self._stream = iter(StatefulDataLoader(**self._settings))
+            except OSError as error:
+                raise OSError(f"cannot start {self._settings['num_workers']} loader workers: {error}") from error
+        # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
+        atexit.register(self._at_exit)
+        _defer_deaths()
 
 
 @dataclass(frozen=True)
@@ -251,10 +275,68 @@ def _as_it_is(block: _Block | Exception) -> _Block | Exception:
     return block
 
 
-def _ignore_signals(worker: int) -> None:
-    """A Ctrl-C or a scheduler's SIGTERM reaches the workers too; the run must still be fed until it has saved."""
+_waiting = False
+
+
+@contextmanager
+def _waiting_for_workers() -> Iterator[None]:
+    """Let a worker that dies, or has died, raise RuntimeError within the block."""
+    global _waiting
+    _waiting = True
+    try:
+        _error_if_any_worker_fails()
+        yield
+    finally:
+        _waiting = False
+
+
+def _defer_deaths() -> None:
+    """Keep the death of a worker from raising anywhere else, such as halfway through an update of the optimizer.
+
+    torch raises it from its handler of SIGCHLD, wherever the process is.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere torch sets no handler either
+    if in_main and callable(handler) and not hasattr(handler, "when_waiting"):
+        deferred: Any = lambda number, frame: handler(number, frame) if _waiting else None  # noqa: E731
+        deferred.when_waiting = True
+        signal.signal(signal.SIGCHLD, deferred)
+
+
+def check_workers(num_workers: int) -> None:
+    """Raise OSError where worker processes could not hand over what they read.
+
+    They do so through Unix sockets in the directory of temporary files, whose names have a limit of some 100 bytes.
+    """
+    if not num_workers:
+        return
+    folder = multiprocessing.util.get_temp_dir()
+    with socket.socket(socket.AF_UNIX) as probe:
+        name = os.path.join(folder, "listener-xxxxxxxx")  # noqa: PTH118
+        try:
+            probe.bind(name)
+        except OSError as error:
+            raise OSError(
+                f"worker processes cannot open the sockets through which they hand over data, with names such as "
+                f"{name} of {len(os.fsencode(name))} bytes ({error}); set TMPDIR to a shorter path, such as /tmp"
+            ) from None
+        os.unlink(name)  # noqa: PTH108
+
+
+def _start_worker(last_words: Any, worker: int) -> None:
+    """Let signals pass, and end where the queue to the run cannot be filled, saying why.
+
+    A Ctrl-C or a scheduler's SIGTERM reaches the workers too; the run must still be fed until it has saved.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end(error: Exception, block: object) -> None:
+        last_words.send(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+    # By default the thread that fills the queue prints a trace, drops the block, and the run waits for it in vain.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
 def _end_workers(stream: Any) -> None:

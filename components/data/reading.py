@@ -26,6 +26,24 @@ Stream = gzip.GzipFile | BufferedReader
 
 _REPLACEMENT = "\ufffd"
 
+_LOOKED_AT = 512
+_SIGNATURES = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh9": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+    b"PAR1\x15": "Parquet",
+    b"%PDF-": "PDF",
+    b"\x93NUMPY": "NumPy",
+    b"\x89HDF\r\n": "HDF5",
+    b"SQLite format 3\x00": "SQLite",
+    b"LITPKDS": "LitGPT packed",
+    b"MMIDIDX\x00": "Megatron-LM index",
+    b"version https://git-lfs": "Git LFS pointer",
+}
+"""How files of other formats begin. A file is not what its name says only because the name says so."""
+
 
 def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """The text of `path` in blocks that never split a character or a line end."""
@@ -39,6 +57,11 @@ def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> 
             yield line_feeds(decode(data, log), log)
     if rest:
         yield line_feeds(decode(rest, log), log)
+
+
+def known_format(start: bytes) -> str | None:
+    """Return the format of a file that begins with the bytes `start`, where it is one that begins like no other."""
+    return next((name for signature, name in _SIGNATURES.items() if start.startswith(signature)), None)
 
 
 def read_lines(path: Path, log: ReadingLog) -> Iterator[tuple[int, str]]:
@@ -75,7 +98,7 @@ def line_feeds(text: str, log: ReadingLog) -> str:
 def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], None]]]:
     """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
 
-    Raises ValueError for a damaged compressed file and for UTF-16, which would otherwise decode to rubbish.
+    Raises ValueError for a damaged compressed file, and for UTF-16 and what is no text, which would decode to rubbish.
     """
     before = log.source_bytes
     with path.open("rb") as stored:
@@ -91,12 +114,17 @@ def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], N
             log.source_bytes = before + stored.tell()
 
         try:
-            start = stream.peek(3)[:3]
-            if start == codecs.BOM_UTF8:
+            start = stream.peek(_LOOKED_AT)[:_LOOKED_AT]
+            if (other := known_format(start)) is not None:
+                remedy = "fetch the file with git lfs pull" if "LFS" in other else "unpack it, or give it its name"
+                raise ValueError(f"{path} is a {other} file by its content, not text; {remedy}")
+            if start.startswith(codecs.BOM_UTF8):
                 stream.read(3)
                 log.repairs["byte-order marks"] += 1
             elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ValueError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv -f utf-16 -t utf-8")
+            elif start.count(0) > _LOOKED_AT // 4:  # UTF-16 without a mark, and binary files of any kind
+                raise ValueError(f"{path} is not text: {start.count(0)} of its first {len(start)} bytes are 0")
             yield stream, count_read
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is damaged, or no {path.suffix} file: {error}") from error

@@ -13,6 +13,7 @@ document never crosses shards. Shards know nothing of the order of files, nor of
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,9 @@ def parts_of(store: Path, group: str) -> Iterator[Shard]:
 def catalogue(store: Path) -> dict[str, Encoded]:
     """Content -> the piece as it is encoded, for every group that is complete."""
     found: dict[str, Encoded] = {}
-    for first in sorted(store.glob("shard-*-00000")):
-        group = first.name.rpartition("-")[0]
+    # not glob, which takes a folder that may not be listed for an empty one
+    names = [path.name for path in store.iterdir()] if store.is_dir() else []
+    for group in sorted(name.removesuffix("-00000") for name in names if re.fullmatch(r"shard-.*-00000", name)):
         parts = list(parts_of(store, group))
         if parts[-1].last:
             found |= _pieces_of(group, parts)

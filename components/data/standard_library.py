@@ -15,6 +15,7 @@ from typing import Literal
 from components.data.document import Document, ReadingLog
 from components.data.reading import decode, line_feeds
 from components.data.source import FileSource
+from components.folders import raise_error
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload", "ensurepip"}
 _SKIPPED |= {"idlelib", "lib2to3", "turtledemo", "tkinter", "distutils", "msilib", "encodings"}
@@ -44,7 +45,7 @@ class StandardLibrary(FileSource):
         """Relative path -> file of this split, sorted. Raises ValueError where the library is zipped or stripped."""
         root = Path(sysconfig.get_paths()["stdlib"])
         files: dict[str, Path] = {}
-        for directory, below, names in os.walk(root):
+        for directory, below, names in os.walk(root, onerror=raise_error):
             below[:] = filter(_belongs, below)  # in place: os.walk does not enter what is gone
             found_here = (Path(directory, name) for name in names if name.endswith(".py") and _belongs(name))
             files.update((path.relative_to(root).as_posix(), path) for path in found_here)

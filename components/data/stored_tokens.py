@@ -6,30 +6,100 @@ cut short would end the process by a signal, where a read says what happened.
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_MOST_OPEN = 128
-"""Files held open at a time; systems allow 256 and more."""
+_MOST_OPEN = 512
+_FEWEST_FREE = 32
+"""Half of what is free is left to the rest of the process: a checkpoint, batches of workers, connections of ranks."""
+
+
+class _OpenFiles:
+    """The descriptors of all sources of this process, of which those used last are kept.
+
+    The limit is the system's for the process, not for a source: a mixture has many.
+    """
+
+    def __init__(self) -> None:
+        # (source, file) -> descriptor, the one used last at the end
+        self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._most: int | None = None
+
+    def check_limit(self) -> None:
+        """Raise OSError where the process may not open one more file; nothing is opened for it."""
+        if self._most is None:
+            allowed, in_use = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _descriptors_in_use()
+            free = 2 * _MOST_OPEN if allowed == resource.RLIM_INFINITY else allowed - in_use
+            if free < _FEWEST_FREE:
+                raise OSError(
+                    f"this process may have {allowed} files open and has {in_use} already; to train it takes "
+                    f"{_FEWEST_FREE} more. Raise the limit: ulimit -n 1024"
+                )
+            self._most = min(free // 2, _MOST_OPEN)
+
+    def descriptor(self, source: int, file: int, path: Path) -> int:
+        key = source, file
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        self.check_limit()
+        while len(self._open) >= (self._most or 1):
+            self._close_oldest()
+        while True:
+            try:
+                self._open[key] = os.open(path, os.O_RDONLY)
+                return self._open[key]
+            except OSError as error:
+                # others have opened files since the limit was taken: give back what is held, before anything fails
+                if error.errno != errno.EMFILE or not self._open:
+                    raise
+                self._close_oldest()
+                self._most = max(1, len(self._open))
+
+    def close(self, source: int) -> None:
+        for key in [key for key in self._open if key[0] == source]:
+            os.close(self._open.pop(key))
+
+    def _close_oldest(self) -> None:
+        os.close(self._open.popitem(last=False)[1])
+
+
+def _descriptors_in_use() -> int:
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        with suppress(OSError):
+            return len(list(Path(folder).iterdir()))
+    return 0
+
+
+_files = _OpenFiles()
+_source_numbers = count()
 
 
 class StoredTokens:
     """Runs of ids from several files, end to end. Pickling carries paths, never tokens or open files."""
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, segments: np.ndarray):
-        """`segments` (n, 3) int64: number of the file, first id in it, ids."""
+        """`segments` (n, 3) int64: number of the file, first id in it, ids.
+
+        Raises OSError where the process may open no more files.
+        """
         self._files = list(files)
         self._dtype = dtype
         self._segments = np.ascontiguousarray(segments, dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(segments[:, 2])])  # of each segment in the whole; then the end
         self._starts = starts.astype(np.int64)
-        self._open: OrderedDict[int, int] = OrderedDict()  # file -> descriptor, the one used last at the end
+        self._number = next(_source_numbers)
+        _files.check_limit()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -58,9 +128,10 @@ class StoredTokens:
     def _read(self, file: int, first: int, count: int) -> np.ndarray:
         size = self._dtype.itemsize
         try:
-            data = os.pread(self._descriptor(file), count * size, first * size)
+            descriptor = _files.descriptor(self._number, file, self._files[file])
+            data = os.pread(descriptor, count * size, first * size)
             while data and len(data) < count * size:  # cut short by a signal
-                more = os.pread(self._descriptor(file), count * size - len(data), first * size + len(data))
+                more = os.pread(descriptor, count * size - len(data), first * size + len(data))
                 if not more:
                     break
                 data += more
@@ -68,23 +139,15 @@ class StoredTokens:
             raise OSError(error.errno, f"cannot read the data ({error.strerror})", str(self._files[file])) from None
         if len(data) < count * size:
             raise OSError(
-                f"{self._files[file]} was truncated while it was in use: it has {os.fstat(self._open[file]).st_size:,} "
+                f"{self._files[file]} was truncated while it was in use: it has {os.fstat(descriptor).st_size:,} "
                 f"bytes, and the data goes on to byte {(first + count) * size:,}"
             )
         return np.frombuffer(data, dtype=self._dtype)
 
-    def _descriptor(self, file: int) -> int:
-        if file in self._open:
-            self._open.move_to_end(file)
-            return self._open[file]
-        if len(self._open) >= _MOST_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[file] = os.open(self._files[file], os.O_RDONLY)
-        return self._open[file]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._number = next(_source_numbers)  # that of another process may be taken in this one
 
     def __del__(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        if hasattr(self, "_number"):
+            _files.close(self._number)

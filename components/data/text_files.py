@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import glob
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from components.data.document import Document, ReadingLog
 from components.data.formats import SUFFIXES, kind_is_known, kind_of, read_csv, read_json, read_parquet, read_text
+from components.data.reading import COMPRESSED
 from components.data.source import FileSource
+from components.folders import glob_files, is_file, walk_files
+
+log = logging.getLogger("powertrain")
 
 _READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
@@ -57,43 +63,45 @@ class TextFiles(FileSource):
     def files(self) -> dict[str, Path]:
         """Name, relative to the directory all have in common, -> file; sorted by name.
 
-        Raises FileNotFoundError where a path matches nothing, ValueError for a file of another kind.
+        Raises OSError where a path matches nothing or cannot be seen in full, ValueError for a file of another kind.
         """
         found: set[Path] = set()
-        for path in self.path if isinstance(self.path, list) else [self.path]:
-            # Links are not followed: those of the Hub's cache lead to files whose names say nothing of their kind.
-            found.update(Path(os.path.abspath(file)) for file in _matches(path))  # noqa: PTH100
-        if not found:
-            raise FileNotFoundError("path: [] names no file, directory or glob pattern")
+        try:
+            for path in self.path if isinstance(self.path, list) else [self.path]:
+                # Links are not followed: those of the Hub's cache lead to files whose names say nothing of their kind.
+                found.update(Path(os.path.abspath(file)) for file in _matches(path))  # noqa: PTH100
+            if not found:
+                raise FileNotFoundError("[] names no file, directory or glob pattern")
+        except (OSError, ValueError) as error:
+            raise type(error)(f"path: {error}") from None
+        if twice := sorted(file for file in found if file.suffix in COMPRESSED and file.with_suffix("") in found):
+            _warn_once(f"{len(twice)} files are read packed and unpacked, the first {twice[0]}; remove one of the two")
         common = os.path.commonpath([file.parent for file in found])
         return {file.relative_to(common).as_posix(): file for file in sorted(found)}
 
 
-def _matches(path: Path) -> list[Path]:
-    if path.is_file():
+def _matches(path: Path) -> Sequence[Path]:
+    if is_file(path):
         if not kind_is_known(path):
-            raise ValueError(f"path: {path} does not end in {', '.join(SUFFIXES)}")
+            raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}")
         return [path]
-    if path.is_dir():
-        found = [file for file in _below(path) if kind_is_known(file) and file.is_file()]
-    else:
-        names = [name for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207
-        found = [Path(name) for name in names if kind_is_known(Path(name))]
-        if names and not found:
-            raise ValueError(f"path: {path} matches {len(names)} files, none of which ends in {', '.join(SUFFIXES)}")
+    files = list(walk_files(path)) if path.is_dir() else glob_files(str(path))
+    found = [file for file in files if kind_is_known(file)]
+    if not found and files:
+        raise ValueError(f"{path} matches {len(files)} files, none of which ends in {', '.join(SUFFIXES)}")
     if not found:
-        raise FileNotFoundError(f"path: {path} matches no file that ends in {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"{path} matches no file that ends in {', '.join(SUFFIXES)}")
+    for file in found:
+        if not is_file(file):
+            raise ValueError(f"{file} is not a regular file")
+    if len(found) < len(files):
+        kinds = Counter(file.suffix or file.name for file in files if not kind_is_known(file)).most_common(5)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        _warn_once(f"{path}: {len(files) - len(found)} of {len(files)} files are of other kinds and not read: {listed}")
     return found
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """All files, also in folders that are links; none twice, however the links lead."""
-    seen: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()  # of two ways to a folder it is always the same one
-        status = Path(place).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        yield from (Path(place, name) for name in files)
+@cache
+def _warn_once(message: str) -> None:
+    """A source is opened several times in a run."""
+    log.warning(message)

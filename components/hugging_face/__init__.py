@@ -9,7 +9,7 @@ Knows files, names and shapes; which name means what is the models' business.
 """
 
 from components.hugging_face.directory import new_directory, read_json, write_json
-from components.hugging_face.pickled import PickledWeights, holds_pickles
+from components.hugging_face.pickled import PickledWeights, only_pickles
 from components.hugging_face.weights import Described, Weights
 from components.hugging_face.writing import parse_bytes, write_weights
 
@@ -17,8 +17,8 @@ __all__ = [
     "Described",
     "PickledWeights",
     "Weights",
-    "holds_pickles",
     "new_directory",
+    "only_pickles",
     "parse_bytes",
     "read_json",
     "write_json",

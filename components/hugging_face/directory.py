@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.durable import sync_directory, write_synced
+from components.folders import is_file
 
 _LARGEST_JSON = 2**26
 """Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
@@ -20,7 +21,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file. Raises ValueError for anything else, FileNotFoundError if there is no such file."""
-    if not path.is_file():
+    if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     if (size := path.stat().st_size) > _LARGEST_JSON:
         raise ValueError(f"{path} has {size:,} bytes; at most {_LARGEST_JSON:,} are read")
@@ -46,6 +47,20 @@ def read_index(path: Path) -> dict[str, Path]:
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise ValueError(f"{path}: {name} is said to be in {file!r}, which is no name of a file in this directory")
     return {name: path.parent / file for name, file in table.items()}
+
+
+def choose_files(whole: Path, index: Path) -> tuple[dict[str, Path] | None, list[str]]:
+    """Return tensor name -> file of an index, None for the one file `whole`, and what is contradictory about the two.
+
+    As in transformers the whole file comes first: an index beside it is what an earlier save has left. Raises
+    FileNotFoundError where there is neither.
+    """
+    if is_file(whole):
+        note = f"{whole} is read, and {index.name} beside it, with the files it names, is not; remove one of the two"
+        return None, [note] if is_file(index) else []
+    if is_file(index):
+        return read_index(index), []
+    raise FileNotFoundError(f"{whole.parent} has neither {whole.name} nor {index.name}")
 
 
 @contextmanager

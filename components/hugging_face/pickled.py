@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.hugging_face.directory import read_index
-from components.hugging_face.weights import DTYPES, Described
+from components.folders import is_file
+from components.hugging_face.directory import choose_files
+from components.hugging_face.weights import DTYPES, INDEX, SINGLE, Described
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def holds_pickles(directory: Path) -> bool:
-    return (directory / _SINGLE).is_file() or (directory / _INDEX).is_file()
+def only_pickles(directory: Path) -> bool:
+    """Return whether the weights of `directory` are pickled, and not, or not also, safetensors."""
+    if is_file(directory / SINGLE) or is_file(directory / INDEX):
+        return False
+    return is_file(directory / _SINGLE) or is_file(directory / _INDEX)
 
 
 class PickledWeights:
@@ -28,16 +32,15 @@ class PickledWeights:
     """
 
     def __init__(self, directory: Path, *, ignore: Iterable[str] = ()) -> None:
-        index, single = directory / _INDEX, directory / _SINGLE
-        table = read_index(index) if index.is_file() else None
-        files = sorted(set(table.values())) if table is not None else [single]
+        table, self.notes = choose_files(directory / _SINGLE, directory / _INDEX)
+        files = sorted(set(table.values())) if table is not None else [directory / _SINGLE]
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             for name, tensor in _load(file).items():
                 if table is None or table.get(name) == file:
                     self._tensors[name] = tensor
         if table is not None and (missing := sorted(table.keys() - self._tensors.keys())):
-            raise ValueError(f"{table[missing[0]]} has no {missing[0]}, which {index.name} says it has")
+            raise ValueError(f"{table[missing[0]]} has no {missing[0]}, which {_INDEX} says it has")
         ignored = tuple(ignore)
         self.dropped = [name for name in self._tensors if ignored and name.endswith(ignored)]
         for name in self.dropped:
@@ -75,8 +78,9 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 def _check_size(path: Path) -> None:
     """Raises ValueError unless the file is a zip archive of stored, not compressed, entries no larger than itself."""
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path} is missing, or no file")
+    path.open("rb").close()  # what may not be read is no archive to `is_zipfile`
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no archive that torch has written since 1.6; ask for a safetensors file")
     try:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from components.hugging_face.directory import read_index
+from components.folders import is_file
+from components.hugging_face.directory import choose_files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -52,19 +53,17 @@ class Weights:
         self._home: dict[str, Any] = {}
         self.described: dict[str, Described] = {}
         ignored = tuple(ignore)
-        index = directory / INDEX
-        if index.is_file():
-            table = read_index(index)
+        table, self.notes = choose_files(directory / SINGLE, directory / INDEX)
+        """`notes`: what there is to tell of the choice of files."""
+        if table is None:
+            handle, names = self._file(directory / SINGLE)
+            self._home = dict.fromkeys(names, handle)
+        else:
             opened = {file: self._file(file) for file in sorted(set(table.values()))}
             for name, file in table.items():
                 if name not in opened[file][1]:
-                    raise ValueError(f"{file} has no {name}, which {index.name} says it has")
+                    raise ValueError(f"{file} has no {name}, which {INDEX} says it has")
                 self._home[name] = opened[file][0]
-        elif (file := directory / SINGLE).is_file():
-            handle, names = self._file(file)
-            self._home = dict.fromkeys(names, handle)
-        else:
-            raise FileNotFoundError(f"{directory} has neither {SINGLE} nor {INDEX}")
         for name, handle in self._home.items():
             view = handle.get_slice(name)
             if (stored := view.get_dtype()) in DTYPES:
@@ -93,8 +92,9 @@ class Weights:
     def _file(self, path: Path) -> tuple[Any, set[str]]:
         from safetensors import SafetensorError, safe_open
 
-        if not path.is_file():
+        if not is_file(path):
             raise ValueError(f"{path} is missing, or no file")
+        path.open("rb").close()  # the library says of what may not be read that it does not exist
         try:
             handle = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
             return handle, set(handle.keys())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from components.folders import is_file
 from components.metrics.append import Appended
+
+log = logging.getLogger("powertrain")
 
 
 class JsonLines:
@@ -40,19 +45,46 @@ def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
     return json.dumps(finite, indent=indent)
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the file, none where there is no file. A last line without its end is still being written.
+
+    Raises ValueError, naming the line, for one that is not a row.
+    """
+    rows = []
+    with path.open("rb") if is_file(path) else io.BytesIO() as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            if (row := _parse_row(line)) is None:
+                raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]!r}; remove this line")
+            rows.append(row)
+    return rows
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
 def _truncate(path: Path, after_step: int) -> None:
-    """Keep the leading whole rows whose step is at most `after_step`."""
-    if not path.exists():
+    """Cut the file before the first row whose step is above `after_step`, or before a last line without its end.
+
+    Other lines that are not rows stay: what a damaged line hides is no reason to delete the rows behind it.
+    """
+    if not is_file(path):
         return
     kept = 0
     with path.open("rb") as file:
-        for line in file:
-            try:
-                step = json.loads(line)["step"]
-                whole = line.endswith(b"\n") and step <= after_step
-            except (ValueError, KeyError, TypeError):
+        for number, line in enumerate(file, start=1):
+            row = _parse_row(line)
+            if not line.endswith(b"\n") or (row is not None and row["step"] > after_step):
                 break
-            if not whole:
-                break
+            if row is None:
+                log.warning(
+                    f"{path}:{number} is not a row of metrics; it stays, and tools refuse the file until it is gone"
+                )
             kept += len(line)
     os.truncate(path, kept)

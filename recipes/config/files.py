@@ -117,7 +117,11 @@ class Reader:
 def _similar_file(file: Path, cwd: Path) -> str:
     if not file.parent.is_dir():
         return f": there is no directory {shown(file.parent, cwd)}"
-    names = [entry.name for entry in file.parent.iterdir() if entry.suffix == ".toml" or entry.name == file.stem]
+    try:
+        entries = list(file.parent.iterdir())
+    except OSError as error:
+        return f": {shown(file.parent, cwd)} cannot be listed ({error.strerror})"
+    names = [entry.name for entry in entries if entry.suffix == ".toml" or entry.name == file.stem]
     match = closest(file.name, names, cutoff=0.6) or closest(f"{file.name}.toml", names, cutoff=0.8)
     return f"; did you mean {shown(file.parent / match, cwd)}?" if match else ""
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from recipes.trained import open_trained
 from tools import export_hf, import_hf
 
 
@@ -60,11 +61,18 @@ def test_a_resumed_run_does_not_ask_for_them_again(tiny, exported):
 
 
 def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
+    (exported / "model.safetensors.index.json").write_text("of a save before")
     assert again(tiny, "continued", exported, *STANDSTILL, "--model.rope_theta=500000.0") == 0
     said = (tiny.folder / "continued" / "log.txt").read_text()
     assert "run.init_from: rope_theta = 10000.0 there, 500000.0 in [model]" in said
+    assert "model.safetensors is read, and model.safetensors.index.json beside it" in said
     assert again(tiny, "planned", exported, "--model.rope_theta=500000.0", "--dry-run") == 0
-    assert "rope_theta = 10000.0 there, 500000.0 in [model]" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "rope_theta = 10000.0 there, 500000.0 in [model]" in out
+    assert "model.safetensors.index.json beside it" in out
+    (tiny.directory / "config.json").write_bytes((exported / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="holds a Hugging Face model and checkpoints"):
+        open_trained(tiny.directory)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ def text(content: bytes, name: str = "bad.txt") -> Spoil:
     return spoil
 
 
+def dangling(folder: Path) -> list[str]:
+    (folder / "text" / "more").symlink_to(folder / "gone")
+    return [f"--data.path={folder / 'text'}"]
+
+
 def ranks(lines: list[str], pattern: str = "gpt2", *more: str) -> Spoil:
     def spoil(folder: Path) -> list[str]:
         (folder / "my.tiktoken").write_text("".join(lines))
@@ -158,6 +163,8 @@ def write(name: str, content: str) -> Callable[[Path], object]:
 IDS = "torch.full((25,), {}, dtype=torch.int64)"
 
 FRESH: dict[str, tuple[Spoil, str]] = {
+    "a link to nothing in a folder of text": (dangling, "more is a link to"),
+    "an archive that is called text": (text(b"PK\x03\x04" + bytes(60)), "is a zip file by its content"),
     "text of no bytes": (text(b""), "holds no text"),
     "text of nothing but blanks": (text(b" \n\n \t\n"), "holds no text"),
     "text shorter than a sequence": (text(b"abc"), "not one sequence"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,17 @@ def test_out_of_memory_says_what_to_turn_down(tiny: TinyRun, capsys, monkeypatch
 
     monkeypatch.setattr(TrainStep, "accumulate", accumulate)
     refused(capsys, tiny.folder, [str(tiny.recipe)], "has run out of memory; halve training.micro_batch_size")
+
+
+def test_sockets_that_loader_workers_could_not_open_are_told_at_their_key(tiny: TinyRun, capsys, monkeypatch) -> None:
+    long = tiny.folder / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(long))  # as TMPDIR does
+    arguments = [str(tiny.recipe), "--training.loader_workers=1"]
+    refused(
+        capsys, tiny.folder, arguments, "command line  training.loader_workers = 1\n    worker processes cannot open"
+    )
+    assert not tiny.directory.exists()
 
 
 @pytest.mark.parametrize("name", FRESH)

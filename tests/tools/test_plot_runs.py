@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from tools.plot_runs import main, read_rows, running_mean
+from tools.plot_runs import main, read_run, running_mean
 
 pytestmark = pytest.mark.quick
 
@@ -36,7 +36,7 @@ def test_two_runs_in_one_picture_and_the_same_picture_again(tmp_path):
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
     run = write_run(tmp_path / "run", [step(1, 3.0)], tail='{"step": 2, "tok')
-    assert [row["step"] for row in read_rows(run)] == [1]
+    assert [row["step"] for row in read_run(run)] == [1]
 
 
 def test_the_running_mean_is_that_of_the_last_values():
@@ -48,7 +48,7 @@ def test_the_running_mean_is_that_of_the_last_values():
     [
         ([], "", "no finished step"),
         ([VALIDATION], "", "no finished step"),
-        ([step(1, 2.0)], "{\n", "jsonl:2 is no JSON"),
+        ([step(1, 2.0)], "{\n", "jsonl:2 is not a row of metrics"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(tmp_path, capsys, rows, tail, message):

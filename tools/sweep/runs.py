@@ -20,6 +20,8 @@ from types import FrameType
 from typing import Any
 
 from components.critical_batch import smoothed
+from components.folders import is_file
+from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from recipes.config.problems import HAS_ENDED
 from recipes.launch import ROOT
@@ -75,6 +77,10 @@ class Outcome:
         return f"{self.loss:.4f} in {self.steps} steps, {self.seconds:.0f} s"
 
 
+_BEGINNING = b'{"digest": "'
+"""Of every line that `Results` writes."""
+
+
 class Results:
     """Outcomes by the digest of their job, kept in a file: what is in it is not run again."""
 
@@ -86,9 +92,10 @@ class Results:
         self._lock = threading.Lock()
         self._torn_at: int | None = None
         """Where a half-written line begins: its writer was killed."""
-        text = path.read_bytes() if path.exists() else b""
+        text = path.read_bytes() if is_file(path) else b""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
+            # what is cut off later must be ours: somebody's text may end without a line end, too
+            if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
                 self._torn_at = len(text) - len(line)
                 break
             try:
@@ -238,8 +245,7 @@ def reason(said: str) -> str:
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
     """From metrics.jsonl, which a run that failed early does not have."""
-    lines = run.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if run.metrics.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = read_rows(run.metrics)
     steps = [row for row in rows if "loss" in row]
     if not steps:
         return Outcome(failure=failure or "it took no step")

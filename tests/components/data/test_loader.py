@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data.interleave import StagedInterleaving
-from components.data.loader import MicroBatchLoader, order_of
+from components.data.loader import MicroBatchLoader, check_workers, order_of
 from components.data.mixture import MixedOrder
 from components.data.order import SampleOrder
 
@@ -179,6 +180,35 @@ def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
     loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, patience_seconds=0.5)
     with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not answer"):
         next(loader.next_step(1))
+
+
+def test_a_worker_that_is_killed_is_told_where_a_micro_batch_is_waited_for_and_nowhere_else():
+    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1, prefetch_factor=1) as loader:
+        next(loader.next_step(1))
+        (worker,) = loader._stream._workers
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        sum(range(1000))  # where torch's handler would raise
+        with pytest.raises(OSError, match=r"a loader worker has ended: .* killed by signal: Killed"):
+            list(loader.next_step(20))
+
+
+def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_words_of_a_worker(
+    tmp_path, monkeypatch, capfd
+):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    # where TMPDIR leads to; processes that have asked for it remember it
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(folder))
+    with pytest.raises(OSError, match=r"^worker processes .* \(AF_UNIX path too long\); set TMPDIR to a shorter path"):
+        check_workers(1)
+    check_workers(0)
+    with (
+        MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1) as loader,
+        pytest.raises(OSError, match=r"^a loader worker cannot go on: OSError: AF_UNIX path too long$"),
+    ):
+        next(loader.next_step(1))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 WORKERS = st.sampled_from([0, 1, 3])

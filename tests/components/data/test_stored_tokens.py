@@ -1,9 +1,11 @@
 import os
 import pickle
+import resource
 
 import numpy as np
 import pytest
 
+from components.data import stored_tokens
 from components.data.loader import MicroBatchLoader
 from components.data.packed import PackedTokens
 from components.data.stored_tokens import StoredTokens
@@ -25,15 +27,47 @@ def read(tokens: StoredTokens, start: int, count: int) -> list[int]:
     return out.tolist()
 
 
-def test_more_files_than_may_be_open_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("components.data.stored_tokens._MOST_OPEN", 3)
-    tokens = stored(tmp_path, 9)
-    assert read(tokens, 0, 90) == list(range(90))
-    assert read(tokens, 25, 40) == list(range(25, 65))
-    assert len(tokens._open) == 3
-    copy = pickle.loads(pickle.dumps(tokens))
+@pytest.fixture
+def files(monkeypatch):
+    """Sets how many more files this process may open, with none open for data yet."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr("components.data.stored_tokens._files", stored_tokens._OpenFiles())
+
+    def allow(more: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (stored_tokens._descriptors_in_use() + more, hard))
+
+    yield allow
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(tmp_path, files):
+    files(60)
+    sources = []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        sources.append(stored(tmp_path / name, 40))
+    for tokens in sources:
+        assert read(tokens, 0, 400) == list(range(400))
+        assert read(tokens, 25, 40) == list(range(25, 65))
+    copy = pickle.loads(pickle.dumps(sources[0]))
     assert read(copy, 85, 5) == list(range(85, 90))
-    del tokens, copy
+    taken = []
+    with pytest.raises(OSError, match="Too many open files"):
+        while True:  # others of the process take all there is
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    for tokens in sources:
+        assert read(tokens, 0, 400) == list(range(400))
+    for descriptor in taken:
+        os.close(descriptor)
+    before = stored_tokens._descriptors_in_use()
+    del sources, tokens, copy
+    assert stored_tokens._descriptors_in_use() < before
+
+
+def test_a_limit_that_cannot_be_met_is_told_when_data_is_opened(tmp_path, files):
+    files(10)
+    with pytest.raises(OSError, match=r"this process may have \d+ files open .* ulimit -n"):
+        stored(tmp_path, 3)
 
 
 def test_reads_that_signals_cut_short_are_completed(tmp_path, monkeypatch):

@@ -136,8 +136,9 @@ def test_indexes_that_are_none_are_refused(tmp_path, index, message):
         ([3], [1], [0, 1], "points between ids"),
         ([-3], [0], [0, 1], "points between ids"),
         ([60], [0], [0, 1], r"m\.bin is truncated"),
-        ([3], [0], [1, 0], "out of order"),
-        ([3], [0], [0, 2], "out of order"),
+        ([30], [0], [0, 1], r"m\.idx is the index of another file: it ends at byte 60 of 100"),
+        ([50], [0], [1, 0], "out of order"),
+        ([50], [0], [0, 2], "out of order"),
     ],
 )
 def test_indexes_that_lead_astray_are_refused(tmp_path, lengths, pointers, starts, message):

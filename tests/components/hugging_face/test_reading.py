@@ -176,3 +176,25 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="no table of tensors by name"):
         PickledWeights(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickled"])
+def test_of_a_whole_file_and_the_index_of_an_earlier_save_the_whole_file_is_read_and_the_other_told(tmp_path, kind):
+    whole, index, shard = {
+        "safetensors": ("model.safetensors", "model.safetensors.index.json", "one.safetensors"),
+        "pickled": ("pytorch_model.bin", "pytorch_model.bin.index.json", "one.bin"),
+    }[kind]
+    save, read = (save_file, Weights) if kind == "safetensors" else (torch.save, PickledWeights)
+    save({"a": A}, tmp_path / shard)
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": shard}}))
+    assert read(tmp_path).notes == []
+    save({"a": A + 1}, tmp_path / whole)
+    weights = read(tmp_path)
+    assert weights.read("a").equal(A + 1)
+    assert [f"{whole} is read, and {index}" in note for note in weights.notes] == [True]
+    (tmp_path / shard).unlink()
+    assert read(tmp_path).read("a").equal(A + 1)
+    (tmp_path / whole).unlink()
+    (tmp_path / whole).symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=rf"{whole} is a link to .*gone, which does not exist"):
+        read(tmp_path)
