@@ -11,6 +11,7 @@ from torch import nn
 
 from components.checkpoint import load_tensors, verify
 from components.hugging_face import Weights, read_json
+from components.quantities import expand_home
 from components.tokenizers import TokenizerJson
 from models.hf_architectures import architecture_in
 from models.hf_mapping import COMPUTED
@@ -88,7 +89,7 @@ def open_trained(
     but this project's, unless that is trusted; each of `ranks` processes looks for damage in its share of it. Raises
     ValueError, OSError or ConfigError.
     """
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     if (path / "config.json").is_file():
         return _of_hugging_face(path, tokenizer)
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from components.run_directory import RunDirectory
+from components.standard_streams import run_command
 from tools.pictures import count_tokens_on, pyplot, write
 
 PANELS = {
@@ -102,4 +103,4 @@ def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -114,7 +114,7 @@ def test_a_quota_stops_no_training(tiny, capsys, limit, asynchronous: str) -> No
     assert tiny.launch(*RUN, f"--checkpoint.async_save={asynchronous}") == 1, "the last step is not saved"
     said = capsys.readouterr().out
     assert said.count("could not be saved") >= 4, "twice when it happened, twice at the end"
-    assert "File too large" in said or "failed" in said
+    assert said.count("File too large") >= 2 and "enforce fail" not in said, "the reason, in the words of the system"
     assert "the run ended at step 2, which is not saved; the newest checkpoint is none" in said
     assert "Traceback" not in said
     assert [row["step"] for row in tiny.rows() if "loss" in row] == [1, 2]
