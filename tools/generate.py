@@ -183,7 +183,7 @@ def read_prompts(path: Path) -> list[str]:
     # not splitlines, which also ends a line at characters that JSON and prose may have inside one
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f"{'standard input' if str(path) == '-' else path} holds no prompt")
     if path.suffix != ".jsonl":
         return [line for _, line in lines]
     prompts = []
