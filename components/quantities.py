@@ -69,4 +69,4 @@ def expand_home(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: there is no such home directory; HOME or an absolute path would name one") from None
+        raise ValueError(f"{path}: there is no such home directory") from None
