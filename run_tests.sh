@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Lint, check formatting and types, then run the tests:  ./run_tests.sh [pytest arguments]
 # With arguments only the tests they name run, so that `./run_tests.sh -m quick` serves while you work.
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # as `sh run_tests.sh`
+set -euo pipefail +o posix
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P) # the link may be to this file
 source "$root/tools/environment.sh"
 use_environment "$root" dev
 if [ $# -eq 0 ]; then

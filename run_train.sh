@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Pre-train from a recipe; --help says more.
 #   ./run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config] [--dry-run[=DEVICE[@MFU]]]
-set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # as `sh run_train.sh`
+set -euo pipefail +o posix
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd -P) # the link may be to this file
 source "$root/tools/environment.sh"
 use_environment "$root"
 exec "$PYTHON" "$root/recipes/__main__.py" "$@"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from recipes.config import Config, ConfigError
 
 _NAMES_A_KEY = re.compile(r"([A-Za-z_][\w.]*): ")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunError(Exception):
@@ -19,16 +24,42 @@ class RunError(Exception):
 def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
     """Turn a ValueError, OSError or ImportError of the block into a ConfigError at `path`.
 
-    `started`: the run has begun. A message that begins with `key: ` is about that key of the table at `path`.
+    `started`: the run has begun. An error that a component raised is reported at that component, and one about the
+    cache at its key. A message that begins with `key: ` is about that key of the table.
     """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        message = str(error)
+        message = str(error) or type(error).__name__
+        path = component_at_fault(config, error) or path
+        if (cache := _cache_at_fault(config, path, error)) is not None:
+            path, message = cache, f"{message}; name a folder that can be written, and has room"
         match = _NAMES_A_KEY.match(message)
         if match and f"{path}.{match.group(1)}" in config.leaves:
             path, message = f"{path}.{match.group(1)}", message[match.end() :]
         raise ConfigError([config.problem(path, message)], started=started) from error
+
+
+def component_at_fault(config: Config, error: BaseException) -> str | None:
+    """The key of the innermost component in a method of which `error` was raised; None where there is none."""
+    known = {id(component): path for path, component in config.components()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = [path for frame in frames if (path := known.get(id(frame.f_locals.get("self"))))]
+    return found[-1] if found else None
+
+
+def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:
+    """The key of the cache, where `error` is about a file in it, or about making it."""
+    if not isinstance(error, OSError):
+        return None
+    for key, leaf in config.leaves.items():
+        if key.endswith(".cache_dir") and isinstance(leaf.value, Path):
+            if not isinstance(error.filename, str):  # the cache is all that data writes to
+                return key if error.errno in _DISK_FULL and path.startswith(("data", "validation")) else None
+            file = Path(error.filename)
+            is_above = leaf.value.is_relative_to(file) and not os.path.lexists(file)
+            return key if file.is_relative_to(leaf.value) or is_above else None
+    return None
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -156,7 +156,8 @@ class Evaluate:
     ) -> tuple[dict[str, Any], list[Totals]]:
         """The result, and that of each document where they are told apart."""
         keys = self.evaluation
-        layout = self.parallel.build(world)
+        with blame(config, "parallel"):
+            layout = self.parallel.build(world)
         with blame(config, "tokenizer"):
             tokenizer = trained.encoder(self.tokenizer)
         with blame(config, "data"):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.config import Config, ConfigError, Override, load
-from recipes.errors import RunError, blame, out_of_memory
+from recipes.errors import RunError, blame, component_at_fault, out_of_memory
 
 log = logging.getLogger("powertrain")
 
@@ -158,7 +158,10 @@ def start_workers(count: Processes, environment: Mapping[str, str], arguments: S
         port=numbers["MASTER_PORT"],
         max_restarts=numbers["MAX_RESTARTS"],
     )
-    return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
+    try:
+        return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
+    except OSError as error:
+        raise UsageError(f"the processes cannot be started: {error}") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -208,7 +211,8 @@ def run(arguments: Sequence[str]) -> int:
     if command.print_config:
         print(config.to_toml(), end="")
         return 0
-    count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ, config.recipe)
+    with blame(config, "recipe"):
+        count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
@@ -254,5 +258,6 @@ def start_recipe(config: Config, command: Command) -> int:
     except Exception as error:
         if (remedy := out_of_memory(error)) is not None:
             raise ConfigError([config.problem("training.micro_batch_size", remedy)], started=True) from error
-        log.critical("the run crashed; the traceback is in log.txt, too", exc_info=True)
+        where = f" in [{section}]" if (section := component_at_fault(config, error)) else ""
+        log.critical(f"the run crashed{where}; the traceback is in log.txt, too", exc_info=True)
         raise

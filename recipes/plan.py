@@ -119,6 +119,7 @@ def make_plan(config: Config, world_size: int, claim: Claim) -> Plan:
     if vocab_size:
         with _collected(config, "model", problems):
             model = build_model(config, vocab_size)
+            model.flops_per_token(training.sequence_length)  # asked again where it is printed
     layout = BatchLayout(training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
     course = Course()
     with _collected(config, "batch", problems):

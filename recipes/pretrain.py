@@ -39,7 +39,7 @@ from components.train_step import TrainStep, not_finite
 from components.validation import HeldOut
 from components.working_weights import WorkingWeights
 from recipes.bad_steps import answer
-from recipes.config import Config
+from recipes.config import Config, error_message
 from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
 from recipes.course import follow_schedule
 from recipes.divide import divide
@@ -100,8 +100,8 @@ class Pretrain:
         if isinstance(self.model, HasPlan):
             try:
                 self.model.plan(tp=tp)
-            except ValueError as error:
-                yield "parallel.tp", str(error)
+            except Exception as error:
+                yield "parallel.tp", error_message(error)
         elif tp > 1:
             yield "parallel.tp", f"{type(self.model).__name__} has no plan(tp) to divide it by"
 
@@ -147,14 +147,16 @@ class TrainingRun:
         self.clock = Clock(training.total_tokens, training.sequence_length)
         with blame(config, "batch"):
             follow_schedule(recipe)
-        self.noise, self.told_unmeasurable = recipe.gradient_moments.build(), False
-        self.parallel = recipe.parallel.build(self.world)
+        with blame(config, "gradient_moments"):
+            self.noise, self.told_unmeasurable = recipe.gradient_moments.build(), False
+        with blame(config, "parallel"):
+            self.parallel = recipe.parallel.build(self.world)
         self.ranks = self.parallel.data
         self.layout = BatchLayout(training.micro_batch_size, self.ranks.size)
 
         with blame(config, "tokenizer"):
             tokenizer = recipe.tokenizer.build()
-        self.vocab_size, self.tokenizer_fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+            self.vocab_size, self.tokenizer_fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         text: dict[str, Any] = {
             "tokenizer": tokenizer,
             "sequence_length": training.sequence_length,
@@ -174,14 +176,16 @@ class TrainingRun:
             with blame(config, "validation"):
                 self.validation = self.world.main_first(lambda: held_out.open(**text))
 
-        model = build_model(config, tokenizer.vocab_size)
+        model = build_model(config, self.vocab_size)
         if training.attention_within == "document":
             with blame(config, "data"):
                 keep_documents_apart(model, self.samples, tokenizer.end_of_document)
-        divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), device, training)
+        with blame(config, "parallel"):
+            divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), device, training)
         give_storage(model, device)
         if recipe.run.init_from is None or checkpoint is not None:
-            model.init_weights(recipe.run.seed)
+            with blame(config, "model"):
+                model.init_weights(recipe.run.seed)
         else:
             from recipes.initial_weights import read_initial_weights  # brings every model along
 
@@ -208,9 +212,11 @@ class TrainingRun:
         )
         self.delay = read_delay(device, self.step, recipe.guard)
         self.tensors = TrainingTensors(model, optimizer, self.world)
-        self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+        with blame(config, "checkpoint"):
+            self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
         cleanup.callback(self.store.close)
-        self.guard = recipe.guard.build()
+        with blame(config, "guard"):
+            self.guard = recipe.guard.build()
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
         self.observations: deque[tuple[Clock, GradientNoise | None]] = deque()
         self.request = NOTHING
@@ -233,8 +239,9 @@ class TrainingRun:
                 pin_memory=device.type == "cuda",
             )
         cleanup.callback(self.loader.close)
+        with blame(config, "model"):
+            self.flops_per_token = model.flops_per_token(training.sequence_length)
         opened.begin()
-        self.flops_per_token = model.flops_per_token(training.sequence_length)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
         self.monitor = Monitor([])
         if self.world.is_main:

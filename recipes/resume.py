@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import complete_checkpoints, step_of
-from components.quantities import format_count
+from components.quantities import expand_home, format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.tree import DEFAULT
 from recipes.run_state import read_run_state
@@ -118,7 +118,7 @@ def _in_spelling_of(checkpoints: Path, path: Path) -> Path:
 
 def checkpoints_at(path: Path) -> list[Path]:
     """The checkpoint that `path` is, or those of the run directory that it is, oldest first. Raises ValueError."""
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is no directory")
     inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)

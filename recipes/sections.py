@@ -11,12 +11,13 @@ from pydantic import Field
 
 from components.parallel.fsdp import Accumulation
 from components.precision import Precision
-from components.quantities import Count, PositiveCount, Tokens
+from components.quantities import Count, PositiveCount, Tokens, expand_home
 from components.recompute import Recompute
 
 
 def default_cache() -> Path:
-    return Path("~/.cache/powertrain").expanduser()
+    """The cache of this user. Raises ValueError for a user without a home directory, as in some containers."""
+    return expand_home("~/.cache/powertrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Run:
     """Where prepared data is kept for other runs."""
     if_exists: Literal["refuse", "replace"] = "refuse"
     """A new run whose directory already holds one: stop, or delete the old run first."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # torch takes 64 bits, and each rank adds its number
     """Seed of weights, sample order and everything else that is random."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms; slower on GPUs. A single CPU process is deterministic as it is."""

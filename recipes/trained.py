@@ -13,6 +13,7 @@ from torch import nn
 from components.checkpoint import complete_checkpoints, load_tensors, verify
 from components.folders import is_file
 from components.hugging_face import Weights, read_json
+from components.quantities import expand_home
 from components.tokenizers import TokenizerJson
 from models.hf_architectures import architecture_in
 from models.hf_mapping import COMPUTED
@@ -94,7 +95,7 @@ def open_trained(
     but this project's, unless that is trusted; each of `ranks` processes looks for damage in its share of it. Raises
     ValueError, OSError or ConfigError.
     """
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     if is_file(path / "config.json"):
         if complete_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
             raise ValueError(f"{path} holds a Hugging Face model and checkpoints; give one of them a folder of its own")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from recipes import launch
+from tests.processes import SIGNALS, reset_signals
+
+hypothesis.settings.register_profile("powertrain", deadline=None)  # a busy machine is slow, not wrong
+hypothesis.settings.load_profile("powertrain")
 
 RECIPE = """
 [run]
@@ -111,6 +117,16 @@ def reference() -> Callable[[str], Path]:
         return folder
 
     return find
+
+
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """For a test that signals this process: what it does then, whoever has started the tests."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    reset_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

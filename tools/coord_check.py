@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from components.optimizers import AdamW
+from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPKeys
 from recipes.config import describe
@@ -248,4 +249,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

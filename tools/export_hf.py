@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from components.checkpoint import load_tensors, verify
 from components.hugging_face import Described, new_directory, parse_bytes, write_json, write_weights
+from components.standard_streams import run_command
 from components.tokenizers.hugging_face import save
 from models.hf_architectures import architecture_of
 from recipes.config import Config, ConfigError
@@ -131,4 +132,4 @@ def _tokenizer(config: Config, vocab_size: int, directory: Path, max_length: int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from components import precision
 from components.generation import continue_texts
 from components.sampling import Sampling, uniform_numbers
+from components.standard_streams import run_command
 from components.storage import give_storage
 from components.tokenizers.streaming import TextStream
 from recipes.config import ConfigError
@@ -135,9 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
             note = f"note: the model was trained on {generator.trained_length} tokens at a time"
             print(f"{note}; beyond them it writes blindly", file=sys.stderr)
         return write_all(generator, texts, options)
-    except BrokenPipeError:  # nobody reads on, as with | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -186,7 +183,7 @@ def read_prompts(path: Path) -> list[str]:
     # not splitlines, which also ends a line at characters that JSON and prose may have inside one
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f"{'standard input' if str(path) == '-' else path} holds no prompt")
     if path.suffix != ".jsonl":
         return [line for _, line in lines]
     prompts = []
@@ -252,4 +249,4 @@ def at_least_one(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

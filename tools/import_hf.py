@@ -29,6 +29,7 @@ from components.hugging_face import (
     write_json,
     write_weights,
 )
+from components.standard_streams import run_command
 from models.hf_architectures import Architecture, architecture_in, locate
 from models.hf_mapping import COMPUTED
 from recipes.config.toml import write_value
@@ -149,4 +150,4 @@ def _copied(source: Path, target: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -26,6 +26,7 @@ from components.clock import Clock
 from components.data.loader import MicroBatch, MicroBatchLoader, Samples, order_of
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
+from components.standard_streams import run_command
 from models.documents import positions
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
@@ -155,4 +156,4 @@ def spelled(tokens: Sequence[int], tokenizer: EncodesText) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

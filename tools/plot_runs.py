@@ -19,6 +19,7 @@ from typing import Any
 from components.folders import is_file
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
+from components.standard_streams import run_command
 from tools.pictures import count_tokens_on, pyplot, write
 
 PANELS = {
@@ -97,4 +98,4 @@ def plot(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

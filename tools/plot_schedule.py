@@ -22,6 +22,7 @@ from typing import Any
 from components.batch.adaptive import Adaptive
 from components.batch.constant import Constant
 from components.batch.layout import BatchLayout
+from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
@@ -135,4 +136,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from components.data.mixture import sources_in
 from components.data.prepare import Preparation
 from components.data.source import TextSource
+from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import Data, EncodesText
 from recipes.errors import blame
@@ -89,4 +90,4 @@ def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, re
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.quantities import Count
+from components.standard_streams import run_command
 from recipes.config import describe
 from recipes.config.imports import import_path
 from recipes.config.signatures import Key, Shape, keys_of
@@ -131,4 +132,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

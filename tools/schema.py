@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from components.standard_streams import run_command
 from recipes.config import describe
 from recipes.config.imports import import_path
 from recipes.config.signatures import Key, Shape, keys_of
@@ -140,4 +141,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

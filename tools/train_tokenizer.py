@@ -19,6 +19,7 @@ from pathlib import Path
 from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
 from components.data.document import ReadingLog, storable
 from components.data.source import TextSource
+from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
@@ -138,4 +139,4 @@ def _texts(corpus: Sequence[TextSource]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

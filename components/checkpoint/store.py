@@ -143,11 +143,12 @@ class CheckpointStore:
     ) -> bool:
         """Write `final`; whether it could be done is the same on every rank, and was told."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint import FileSystemWriter
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from components.checkpoint.writing import TensorWriter
+
         aside = self.directory / f"{_ASIDE}{final.name}"
-        writer = FileSystemWriter(aside)
+        writer = TensorWriter(aside)
         if self._background is not None:
             # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
             writer.per_thread_copy_ahead = 0

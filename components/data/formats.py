@@ -58,6 +58,8 @@ def read_json(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
             raise ValueError(f"{where}: expected a JSON object, found {json.dumps(value)[:60]}")
         text = value.get(text_key)
         if not isinstance(text, str):
+            if text_key in value:
+                raise ValueError(f"{where}: no text under text_key = {text_key!r}, but {json.dumps(text)[:60]}")
             raise _no_text(where, text_key, "it", value)
         yield from documents_of(text, log)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from components.data.document import ReadingLog
+from components.data.gzip_file import Gzip
 from components.data.zstandard_file import Zstandard
 
 BLOCK_BYTES = 2**22
@@ -21,8 +21,6 @@ LONGEST_LINE = 2**28
 """Bytes. A file of another kind would otherwise be read whole, in search of the end of a line."""
 
 COMPRESSED = (".gz", ".zst")
-
-Stream = gzip.GzipFile | BufferedReader
 
 _REPLACEMENT = "\ufffd"
 
@@ -95,18 +93,18 @@ def line_feeds(text: str, log: ReadingLog) -> str:
 
 
 @contextmanager
-def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], None]]]:
+def opened(path: Path, log: ReadingLog) -> Iterator[tuple[BufferedReader, Callable[[], None]]]:
     """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
 
     Raises ValueError for a damaged compressed file, and for UTF-16 and what is no text, which would decode to rubbish.
     """
     before = log.source_bytes
     with path.open("rb") as stored:
-        stream: Stream = stored
+        stream = stored
         if path.suffix.lower() in COMPRESSED and not os.fstat(stored.fileno()).st_size:
             raise ValueError(f"{path} is damaged, or no {path.suffix} file: it holds no bytes")
         if path.suffix.lower() == ".gz":
-            stream = gzip.GzipFile(fileobj=stored)
+            stream = BufferedReader(Gzip(stored, log), BLOCK_BYTES)
         elif path.suffix.lower() == ".zst":
             stream = BufferedReader(Zstandard(stored, path), BLOCK_BYTES)
 
@@ -126,7 +124,7 @@ def opened(path: Path, log: ReadingLog) -> Iterator[tuple[Stream, Callable[[], N
             elif start.count(0) > _LOOKED_AT // 4:  # UTF-16 without a mark, and binary files of any kind
                 raise ValueError(f"{path} is not text: {start.count(0)} of its first {len(start)} bytes are 0")
             yield stream, count_read
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except (EOFError, zlib.error) as error:
             raise ValueError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from components.durable import sync_directory, write_synced
 from components.folders import is_file
+from components.quantities import expand_home
 
 _LARGEST_JSON = 2**26
 """Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
@@ -70,7 +71,7 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     What is at `path` must be an empty directory. With `force` it may also be an earlier model, which is then replaced:
     a directory with a config.json and no folder. Raises ValueError for all else, before the block.
     """
-    path = path.expanduser().resolve()
+    path = expand_home(path).resolve()
     _check_free(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")

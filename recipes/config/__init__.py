@@ -6,7 +6,7 @@ those of a recipe's constructor are its sections. Nothing is registered and noth
 
 from recipes.config.derive import derive
 from recipes.config.load import Checks, Config, load
-from recipes.config.problems import ConfigError, Origin, Problem
+from recipes.config.problems import ConfigError, Origin, Problem, error_message
 from recipes.config.resolved import Leaf
 from recipes.config.signatures import describe
 from recipes.config.toml import flatten
@@ -22,6 +22,7 @@ __all__ = [
     "Problem",
     "derive",
     "describe",
+    "error_message",
     "flatten",
     "load",
 ]

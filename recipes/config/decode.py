@@ -12,7 +12,7 @@ from recipes.config import values
 from recipes.config.fit import lacks, misfit, slot_name
 from recipes.config.imports import UseError, home_of, import_class, import_path
 from recipes.config.lines import KeyPath
-from recipes.config.problems import Origin, Problem, closest, listed
+from recipes.config.problems import Origin, Problem, closest, describe_error, error_message, listed
 from recipes.config.resolved import Branch, Entry, Leaf, Rows, problem_at
 from recipes.config.signatures import Key, Shape, SignatureError, keys_of
 from recipes.config.toml import brief_value, join_key
@@ -20,6 +20,9 @@ from recipes.config.tree import Array, Node, Table, Value, merge, plain, used
 
 FAILED: Any = object()
 """In place of what could not be made; a problem says why."""
+
+_RAISED = (Exception, SystemExit)
+"""What the code of a component may raise, and is reported at the key: never a traceback, never a silent exit."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Decoder:
             value = self._fail(path, node, f"{error}, not a table" if isinstance(node, Table) else str(error))
         except SignatureError as error:
             value = self._fail(path[:-1], None, f"the type of {path[-1]} is unfit for a key: {error}", node.origin)
+        except _RAISED as error:  # a validator of the user's
+            value = self._fail(path, node, describe_error(error))
         return value, Leaf(value, node.origin)
 
     def _list(self, shape: Shape, node: Node, path: KeyPath) -> tuple[Any, Entry]:
@@ -125,16 +130,22 @@ class Decoder:
     def _key(self, key: Key, cls: type, table: Table, parent: KeyPath, is_misspelt: bool) -> tuple[Any, Entry]:
         path, shape = (*parent, key.name), key.shape
         nothing = Leaf(None, self._default, unset=not key.required)
+        written = table.entries.get(key.name)
         default: Node | None = None
-        if not key.required:
+        is_layer = shape.kind in ("section", "slot") and isinstance(written, Table)
+        if key.required and shape.kind == "section" and not shape.optional:
+            default = Table({}, table.origin)  # its own keys say what is required
+        elif not key.required and (written is None or is_layer):
+            # Only then: making it may fail, as for a path in a home directory where there is none.
             try:
-                default = self._tree_of(shape, key.make_default())
-            except (TypeError, SignatureError) as error:
+                default = self._default_of(key)
+            except SignatureError as error:
                 message = f"the default of {key.name} in {import_path(cls)} is unfit for a key: {error}"
                 return self._fail(parent, None, message, table.origin), nothing
-        elif shape.kind == "section" and not shape.optional:
-            default = Table({}, table.origin)  # its own keys say what is required
-        node = table.entries.get(key.name, default)
+            except _RAISED as error:
+                message = f"its default cannot be made: {error_message(error)}; set it"
+                return self._fail(path, None, message, table.origin), nothing
+        node = default if written is None else written
         if node is None:
             return FAILED if is_misspelt else self._missing(shape, path, table), nothing
         if shape.kind in ("section", "slot") and isinstance(node, Table) and isinstance(default, Table):
@@ -144,6 +155,16 @@ class Decoder:
         if value is None and node.origin is self._default and is_default_none:
             return None, nothing
         return value, entry
+
+    def _default_of(self, key: Key) -> Node:
+        """The default of a key as if it had been written. Raises what making it raises, and SignatureError."""
+        if key.make_default is key.shape.annotation:  # a section: what its own keys have by default
+            return Table({"use": Value(import_path(key.shape.annotation), self._default)}, self._default)
+        default = key.make_default()
+        try:
+            return self._tree_of(key.shape, default)
+        except TypeError as error:
+            raise SignatureError(str(error)) from None
 
     def _tree_of(self, shape: Shape, value: Any) -> Node:
         """A default as if it had been written: what the user writes is then one more layer over it."""
@@ -160,7 +181,7 @@ class Decoder:
         entries: dict[str, Node] = {"use": Value(import_path(cls), self._default)}
         for name, key in keys_of(cls).items():
             # What the class says itself is left to it, so that a table reads the same with this default and without.
-            if hasattr(value, name) and (key.required or getattr(value, name) != key.make_default()):
+            if hasattr(value, name) and not _is_default(key, getattr(value, name)):
                 entries[name] = self._tree_of(key.shape, getattr(value, name))
         return Table(entries, self._default)
 
@@ -194,11 +215,10 @@ class Decoder:
     def _construct(self, cls: type, arguments: dict[str, Any], shape: Shape, branch: Branch, path: KeyPath) -> Any:
         try:
             made = cls(**arguments)
-        except (ValueError, TypeError) as error:
-            return self._refused(str(error), branch, path)
-        except Exception as error:
-            return self._refused(f"{type(error).__name__}: {error}", branch, path)
-        if shape.kind == "slot" and (complaint := lacks(made, shape.annotation)):
+            complaint = lacks(made, shape.annotation) if shape.kind == "slot" else None
+        except _RAISED as error:
+            return self._refused(error_message(error), branch, path)
+        if complaint:
             message = f"{import_path(cls)} is no {slot_name(shape.annotation)}: {complaint}"
             return self._fail((*path, "use"), None, message, branch.origin)
         return made
@@ -242,6 +262,14 @@ class Decoder:
             hints.append(f"its keys are {listed(unknown.siblings)}" if parent else f"known: {listed(unknown.siblings)}")
         value = None if isinstance(unknown.node, (Table, Array)) else brief_value(plain(unknown.node))
         return Problem(unknown.node.origin.where, join_key(unknown.path), f"{message}; {'; '.join(hints)}", value)
+
+
+def _is_default(key: Key, value: Any) -> bool:
+    """Whether `value` is certainly what the key has by default."""
+    try:
+        return not key.required and bool(value == key.make_default())
+    except _RAISED:
+        return False
 
 
 def _sequence(shape: Shape, items: list[Any]) -> Any:

@@ -27,8 +27,8 @@ class Reader:
         """What the files list under `import_paths`."""
 
     def read(self, path: Path) -> Table:
-        """The recipe at `path`, merged over everything it extends."""
-        return self._read(absolute(path, self.cwd), (), Problem(shown(absolute(path, self.cwd), self.cwd), "", ""))
+        """The recipe at `path`, an absolute one, merged over everything it extends."""
+        return self._read(path, (), Problem(shown(path, self.cwd), "", ""))
 
     def take_import_paths(self, table: Table) -> Table:
         """`table` without its `import_paths`, which come to stand, absolute, in `self.import_paths`."""

@@ -6,18 +6,13 @@ import difflib
 import importlib
 import pkgutil
 import sys
-import sysconfig
-import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import tomli
 
-from recipes.config.problems import closest, listed
-
-PROJECT = Path(__file__).parents[2]
-"""The directory that holds recipes, components and models."""
+from recipes.config.problems import PROJECT, closest, describe_error, listed
 
 _OURS = ("recipes", "components", "models", "tools")
 
@@ -46,9 +41,12 @@ def import_class(use: str, folders: Sequence[Path] = ()) -> type:
         )
     found: object = _import_module(module_name, folders)
     for part in name.split("."):
-        if not hasattr(found, part):
-            raise UseError(_no_attribute(module_name, found, part))
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise UseError(_no_attribute(module_name, found, part, folders)) from None
+        except (Exception, SystemExit) as error:  # a module may answer for its names by itself
+            raise UseError(f"{use} cannot be read: {describe_error(error)}") from None
     if not isinstance(found, type):
         raise UseError(f"{use} is no class but a {type(found).__name__}")
     return found
@@ -77,9 +75,9 @@ def _import_module(name: str, folders: Sequence[Path]) -> ModuleType:
         if missing and missing.partition(".")[0] not in _OURS:
             package = missing.partition(".")[0]
             raise UseError(f"{name} needs {package}, which is not installed: {_install(package)}") from None
-        raise UseError(_raised(name, error)) from None
+        raise UseError(f"{name} fails on import: {describe_error(error)}") from None
     except (Exception, SystemExit) as error:
-        raise UseError(_raised(name, error)) from None
+        raise UseError(f"{name} fails on import: {describe_error(error)}") from None
 
 
 def _not_a_path(use: str) -> str:
@@ -91,6 +89,8 @@ def _not_a_path(use: str) -> str:
 def _no_module(missing: str, folders: Sequence[Path]) -> str:
     """`missing` is the first part of a dotted name that is not there; its parent, if any, was imported."""
     parent, _, last = missing.rpartition(".")
+    if parent and (hidden := _hidden(missing, folders)):
+        return hidden
     if parent and not hasattr(sys.modules.get(parent), "__path__"):
         return f"no module named {missing}: {parent} is a module, not a package; a class in it is {parent}:{last}"
     places = list(sys.modules[parent].__path__) if parent else [str(place) for place in (PROJECT, *folders)]
@@ -106,28 +106,26 @@ def _no_module(missing: str, folders: Sequence[Path]) -> str:
     )
 
 
-def _no_attribute(module: str, found: object, name: str) -> str:
-    own = [key for key, value in vars(found).items() if isinstance(value, type) and not key.startswith("_")]
-    match = closest(name, own, cutoff=0.6) or next(iter(difflib.get_close_matches(name, vars(found), n=1)), None)
+def _no_attribute(module: str, found: object, name: str, folders: Sequence[Path]) -> str:
+    if hidden := _hidden(module, folders):
+        return hidden
+    names = getattr(found, "__dict__", {})
+    own = [key for key, value in names.items() if isinstance(value, type) and not key.startswith("_")]
+    match = closest(name, own, cutoff=0.6) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
     where = "" if module.partition(".")[0] in _OURS else f" ({getattr(found, '__file__', module)})"
     if match:
         return f"{module}{where} has no {name}; did you mean {match}?"
-    local = [key for key in own if getattr(vars(found)[key], "__module__", None) == module]
+    local = [key for key in own if getattr(names[key], "__module__", None) == module]
     return f"{module}{where} has no {name}" + (f"; its classes are {listed(local)}" if local else "")
 
 
-def _raised(module: str, error: BaseException) -> str:
-    """`module` is there, but fails on import: the exception, and the innermost line that is not a library's."""
-    file, line = getattr(error, "filename", None), getattr(error, "lineno", None)  # a SyntaxError names its own place
-    if not isinstance(error, SyntaxError):
-        libraries = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-        frames = [frame for frame in frames if frame.filename != __file__]
-        own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-        innermost = next(iter([*reversed(own), *reversed(frames)]), None)
-        file, line = (innermost.filename, innermost.lineno) if innermost else (None, None)
-    what = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{module} fails on import: {type(error).__name__}: {what}" + (f"\n{file}:{line}" if file else "")
+def _hidden(module: str, folders: Sequence[Path]) -> str | None:
+    """What to say where the user has a file of the name of `module`, but Python finds another one before it."""
+    taken = getattr(sys.modules.get(module) or sys.modules.get(module.partition(".")[0]), "__file__", None)
+    files = [f"{module.replace('.', '/')}{ending}" for ending in (".py", "/__init__.py")]
+    found = (folder / file for folder in folders if folder != PROJECT for file in files)
+    own = next((path for path in found if path.is_file() and str(path) != taken), None)
+    return f"{own} cannot be imported, for {taken} has the same name: rename it, in `use` too" if own else None
 
 
 def _install(package: str) -> str:

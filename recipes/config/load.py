@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,9 +11,9 @@ from typing import Any
 from recipes.config.decode import FAILED, Decoder
 from recipes.config.files import Reader
 from recipes.config.imports import UseError, home_of, import_class, make_importable
-from recipes.config.problems import ConfigError, Origin, Problem
-from recipes.config.resolved import Branch, Leaf, dump, leaves, problem_at
-from recipes.config.toml import brief_value, split_key
+from recipes.config.problems import ConfigError, Origin, Problem, absolute, describe_error
+from recipes.config.resolved import Branch, Leaf, components, dump, leaves, problem_at
+from recipes.config.toml import brief_value, join_key, split_key
 from recipes.config.tree import DEFAULT, Node, Override, Table, Value, command_line, merge, plain
 
 Checks = Callable[[Any], Iterable[tuple[str, str]]]
@@ -33,6 +33,10 @@ class Config:
     def leaves(self) -> Mapping[str, Leaf]:
         """Dotted path -> value and origin, in the order of the dump."""
         return MappingProxyType(dict(leaves(self.root)))
+
+    def components(self) -> Iterator[tuple[str, Any]]:
+        """(dotted path, object) of every component of the recipe, but not the recipe itself."""
+        return ((join_key(path), component) for path, component in components(self.recipe, self.root) if path)
 
     def to_toml(self, provenance: bool = True) -> str:
         """Launchable TOML with every key, defaults too; `provenance` adds where each value comes from, as comments.
@@ -61,9 +65,13 @@ def load(
     Modules of one's own are found beside the file and in `cwd`, unless `own_code` is false.
     `extra_checks` joins the recipe's own `check()`.
     """
-    cwd = (cwd or Path.cwd()).absolute()
+    try:
+        cwd = absolute(".", cwd or Path.cwd())
+        file = absolute(path, cwd)
+    except ValueError as error:
+        raise ConfigError([Problem(str(path), "", str(error))]) from None
     reader = Reader(cwd)
-    table: Node = reader.read(path)
+    table: Node = reader.read(file)
     can_go_on = not reader.problems
     table = merge(table, _overrides(overrides, cwd, reader), reader.problems)
     if not can_go_on:
@@ -108,10 +116,13 @@ def resolve(
     if homes:
         entries["import_paths"] = Leaf([str(home) for home in homes], default)
     config = Config(recipe, Branch({**entries, **root.entries}, root.origin))
-    complaints = [
-        *(recipe.check() if hasattr(recipe, "check") else ()),
-        *(extra_checks(recipe) if extra_checks else ()),
-    ]
+    try:
+        complaints = [
+            *(recipe.check() if hasattr(recipe, "check") else ()),
+            *(extra_checks(recipe) if extra_checks else ()),
+        ]
+    except (Exception, SystemExit) as error:  # of the recipe, or of a component that it asks
+        complaints = [("recipe", f"its check() fails: {describe_error(error)}")]
     _raise_if_any([config.problem(at, message) for at, message in complaints])
     return config
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sysconfig
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from components.quantities import expand_home
+
+PROJECT = Path(__file__).parents[2]
+"""The directory that holds recipes, components and models."""
 
 HAS_ENDED = "the run has ended"
 """What the message of an error says that showed only when the run had begun."""
@@ -57,6 +64,24 @@ class ConfigError(Exception):
         return "\n".join([*map(str, self.problems), f"{count}; {outcome}."])
 
 
+def error_message(error: BaseException) -> str:
+    """The text of an error that stands for bad input, and of any other what `describe_error` says."""
+    return (isinstance(error, (ValueError, TypeError)) and str(error)) or describe_error(error)
+
+
+def describe_error(error: BaseException) -> str:
+    """The type and message of an error, and the innermost line of code it came through that is not a library's."""
+    libraries = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    frames = [frame for frame in frames if not Path(frame.filename).is_relative_to(Path(__file__).parent)]
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    innermost = next(iter([*reversed(own), *reversed(frames)]), None)
+    place, message = f"\n{innermost.filename}:{innermost.lineno}" if innermost else "", str(error)
+    if isinstance(error, SyntaxError):  # names its own place
+        place, message = f"\n{error.filename}:{error.lineno}", error.msg
+    return f"{type(error).__name__}{message and ': '}{message}{place}"
+
+
 def _reading_order(problem: Problem) -> tuple[bool, str, int]:
     """Files first, each from top to bottom, then the command line; equal places keep their order."""
     file, line = re.fullmatch(r"(.*?)((?::\d+)*)", problem.where, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -72,11 +97,19 @@ def shown(path: Path, cwd: Path) -> str:
 
 
 def absolute(path: str | Path, folder: Path) -> Path:
-    """`path` seen from `folder`, `~` expanded and `..` folded; raises ValueError for a home that does not exist."""
-    try:
-        return Path(os.path.abspath(folder / Path(path).expanduser()))  # noqa: PTH100 (resolve() would follow links)
-    except RuntimeError:
-        raise ValueError(f"{path}: there is no such home directory") from None
+    """`path` seen from `folder`, `~` expanded and `..` folded.
+
+    Raises ValueError for a home that does not exist, and for a name that is not UTF-8, which no TOML file can hold.
+    """
+    found = Path(os.path.abspath(folder / expand_home(path)))  # noqa: PTH100 (resolve() would follow links)
+    if not is_utf8(str(found)):
+        raise ValueError(f"{found}: this name is not UTF-8, as a recipe has to be; rename the folder or the file")
+    return found
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold `text`; what it cannot hold are bytes of a file name or of the command line."""
+    return text.encode(errors="ignore").decode() == text
 
 
 def closest(name: str, candidates: Iterable[str], cutoff: float = 0.75) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,17 @@ def leaves(entry: Entry, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
         yield join_key(path), entry
     for key, item in _children(entry):
         yield from leaves(item, (*path, key))
+
+
+def components(made: Any, entry: Entry, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Each component with its path, `made` first, which was constructed of the table `entry`."""
+    if isinstance(entry, Branch) and not isinstance(made, dict):
+        yield path, made
+    for key, item in _children(entry):
+        if not isinstance(item, Leaf):
+            with suppress(Exception):  # a class of the user's may keep what it was given under another name
+                below = made[key] if isinstance(made, (dict, list, tuple)) else getattr(made, key)
+                yield from components(below, item, (*path, key))
 
 
 def problem_at(root: Branch, path: KeyPath, message: str) -> Problem:

@@ -61,7 +61,7 @@ def keys_of(cls: type) -> dict[str, Key]:
     }
     try:
         parameters = inspect.signature(cls).parameters.values()
-    except (TypeError, ValueError):
+    except Exception:  # a class of the user's may compute its signature
         raise SignatureError("its constructor has no signature to read") from None
     keys = {}
     for parameter in parameters:

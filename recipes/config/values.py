@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.errors import PydanticUserError
 from pydantic_core import ErrorDetails
 
-from recipes.config.problems import absolute
+from recipes.config.problems import absolute, is_utf8
 from recipes.config.signatures import Shape, SignatureError
 from recipes.config.toml import write_value
 from recipes.config.tree import Node, plain
@@ -109,6 +109,8 @@ def _decode(shape: Shape, value: Any, folder: Path) -> Any:
         return None
     if isinstance(value, (datetime.date, datetime.time)):
         raise ValueError(f"expected {expectation(shape)}; a date or time has to be written in quotes")
+    if not is_utf8(json.dumps(value, default=str, ensure_ascii=False)):
+        raise ValueError(f"expected {expectation(shape)}, in UTF-8 as a recipe is; rename what it names")
     reader = adapter(shape.annotation)
     try:
         # Through JSON, which has no tuples or paths either: its strict reading is the one that TOML needs.

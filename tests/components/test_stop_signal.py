@@ -7,7 +7,7 @@ import pytest
 
 from components.stop_signal import ONE_REQUEST_SECONDS, StopSignal
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("terminal_signals")]
 
 
 def test_a_request_that_arrives_twice_is_one_and_a_later_one_acts_at_once(monkeypatch):

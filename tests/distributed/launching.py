@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import TinyRun
+from tests.processes import start_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +17,6 @@ SABOTAGE = '''
 
 import os
 import signal
-import time
 
 from models.llama import Llama
 
@@ -31,8 +31,6 @@ class Sabotaged(Llama):
         def sabotaged(*args, **kwargs):
             passes[0] += model.training
             if os.environ.get("RANK") == rank and passes[0] == int(when):
-                with open(__file__ + ".time", "w") as file:
-                    file.write(str(time.time()))
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ArithmeticError("sabotage")
@@ -53,18 +51,17 @@ def start(tiny: TinyRun, *arguments: str, sabotage: dict[int, str] | None = None
     """A launcher in a process of its own; `sabotage` by restart count, environment such as NPROC="2"."""
     (tiny.folder / "sabotage.py").write_text(SABOTAGE)
     orders = {f"SABOTAGE_{restart}": order for restart, order in (sabotage or {}).items()}
-    return subprocess.Popen(
+    return start_process(
         [sys.executable, ROOT / "recipes", str(tiny.recipe), *SHORT, *SABOTAGED, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **orders, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """(exit status, everything it said)"""
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate()
     return process.returncode, said
 
 

@@ -14,6 +14,7 @@ from components.parallel import elastic
 from recipes import launch, pretrain
 from tests.distributed.launching import finish, start
 from tests.end_to_end.test_signals import wait_for_steps
+from tests.processes import wait_until
 
 LONG = ["--training.total_tokens=40000", "--checkpoint.interval_steps=none", "--validation.interval_steps=none"]
 
@@ -79,10 +80,7 @@ def test_all_processes_save_and_stop_at_the_same_step(tiny) -> None:
     process = start(tiny, *long, NPROC="2")
     wait_for_steps(tiny, 3, process)
     process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + 60
-    while not list((tiny.directory / "checkpoints").glob("step-*")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: list((tiny.directory / "checkpoints").glob("step-*")), process)
     threading.Timer(0.2, (tiny.directory / "stop").touch).start()
     status, said = finish(process)
     assert status == 130, said

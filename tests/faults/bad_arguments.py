@@ -32,6 +32,10 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "text for a number": ("--run.seed=abc", "expected a whole number"),
     "a fraction of a step": ("--checkpoint.interval_steps=1.5", "expected a whole number"),
     "a negative seed": ("--run.seed=-1", "expected a whole number >= 0"),
+    "a seed beyond what torch takes": (
+        "--run.seed=18446744073709551616",
+        "expected a whole number < 9223372036854775808",
+    ),
     "no tokens": ("--training.total_tokens=0", "training.total_tokens = 0"),
     "negative tokens": ("--training.total_tokens=-5", "training.total_tokens = -5"),
     "a count with an unknown unit": ("--training.total_tokens=4G", "expected a count"),

@@ -378,7 +378,7 @@ def test_what_is_wrong_with_a_users_module(tmp_path: Path, source: str) -> None:
     fitting = "\n  name = 'mine'\n  def samples(self, step): ...\n  def observe(self, step, *, moments): ...\n"
     file.write_text(source + (fitting if "class Mine" in source else ""))
     text = 'training.total_tokens = 1\nbatch = {use = "my_module:Mine", a = 1}'
-    if "OSError" in source:
+    if "OSError" in source or "= int" in source:
         text = text.replace(", a = 1", "")
     assert USERS_MODULES[source].format(file=file) in complaint(tmp_path, text)
 

@@ -162,7 +162,7 @@ def test_an_interrupt_shows_what_is_there(run, told, monkeypatch, arguments):
         assert out == "Itab\ufffd\n"
 
 
-def test_mistakes_are_told_with_status_2(tiny, told):
+def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     def refused(*arguments: object) -> str:
         status, out, err = told(*arguments)
         assert (status, out) == (2, "")
@@ -176,6 +176,8 @@ def test_mistakes_are_told_with_status_2(tiny, told):
     run = tiny.directory
     assert "51 tokens, and a sequence of this model at most 50" in refused(run, "x\n\t" * 17)
     assert "holds no prompt" in refused(run, "--prompts", "/dev/null")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # also where it is closed: a command then finds it empty
+    assert refused(run, "--prompts=-") == "standard input holds no prompt\n"
     assert "top_p: 2.0" in refused(run, "x", "--top-p=2")
     assert "No such file" in refused(run, "--prompts", tiny.folder / "prompts.txt")
     bad = tiny.folder / "bad.jsonl"

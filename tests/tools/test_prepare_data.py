@@ -84,6 +84,7 @@ def test_a_mixture_is_prepared_and_trained_on_with_the_epochs_of_its_sources(tin
     assert last["source_epochs"] == {"old": 24 / sequences[0], "new": 8 / sequences[1]}
 
 
+@pytest.mark.usefixtures("terminal_signals")
 def test_an_interruption_is_no_traceback(tiny, capsys, monkeypatch):
     monkeypatch.setattr("tools.prepare_data.prepare_recipe", lambda config: signal.raise_signal(signal.SIGINT))
     assert main([str(tiny.recipe)]) == 130

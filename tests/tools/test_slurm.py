@@ -48,7 +48,6 @@ def submit(folder: Path, *arguments: str, **environment: str) -> int:
         ["bash", SCRIPT, *arguments],
         env={"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder), **job, **environment},
         cwd="/",
-        timeout=60,
     ).returncode
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from components.standard_streams import run_command
 from recipes.launch import UsageError
 from tools.recipe_arguments import read_recipe
 from tools.sweep.cells import in_cells, rate_of
@@ -97,4 +98,4 @@ def report(jobs: Sequence[Job], results: Results, rate_key: str, output: Path | 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -264,18 +264,20 @@ def test_workers_live_through_signals_and_end_with_the_loader():
 
 
 @pytest.mark.parametrize("ending", ["", "raise RuntimeError('lost')"])
-def test_a_process_that_forgets_to_close_still_ends_at_once(ending):
+def test_a_process_that_forgets_to_close_still_ends(ending):
+    """Its workers have ended before multiprocessing, when the interpreter ends, waits for them: without end."""
     script = f"""
+import atexit, multiprocessing.util, os
 import tests.components.data.test_loader as t
+# runs after what the loader registers later, and before what multiprocessing has registered
+atexit.register(lambda: multiprocessing.active_children() and (print("still alive", flush=True), os._exit(3)))
 loader = t.MicroBatchLoader(t.Numbers(), seed=0, micro_batch_size=1, num_workers=2)
 print(next(loader.next_step(1)).sample_ids)
 {ending}
 """
-    started = time.monotonic()
-    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert process.returncode == bool(ending)
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == bool(ending), process.stdout
     assert "set_vital" not in process.stderr
-    assert time.monotonic() - started < 20
 
 
 @pytest.mark.quick

@@ -130,7 +130,7 @@ def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, se
         ('{"text": "cut off', r"a\.jsonl:2: expected a JSON object on each line"),
         ('["text"]', r"a\.jsonl:2: expected a JSON object, found"),
         ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; it has body, id"),
-        ('{"text": null}', r"a\.jsonl:2: no text under text_key"),
+        ('{"text": null}', r"a\.jsonl:2: no text under text_key = 'text', but null$"),
         ("[" * 100_000, r"a\.jsonl:2: expected a JSON object"),
     ],
 )
@@ -138,6 +138,18 @@ def test_a_bad_line_stops_with_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", lines({"text": "fine"}) + line + "\n")
     with pytest.raises(ValueError, match=message):
         read(TextFiles(path=path))
+
+
+@pytest.mark.parametrize("between", [b"", b"\0" * 70_000])
+def test_bytes_after_the_end_of_a_gz_are_left_out_and_counted(tmp_path, between):
+    """The text is longer than a block, and its last part is read, too. Zeros, which tapes write, are no such bytes."""
+    text = "some words " * 500_000
+    members = gzip.compress(text[:99].encode()) + between + gzip.compress(text[99:].encode(), 1)
+    for rest, counted in ((b"", 0), (b"\0" * 600, 0), (b"\x1f", 1), (b"<html>" * 30_000, 180_000)):
+        path = write(tmp_path / "a.txt.packed", members + rest).rename(tmp_path / "a.txt.gz")
+        documents, repairs = read(TextFiles(path=path))
+        assert documents == [text]
+        assert repairs == Counter({"bytes after the end of a .gz": counted} if counted else {})
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +17,18 @@ import torch.multiprocessing as mp
 from components.parallel import world
 from components.parallel.world import World
 
+SHORT = timedelta(seconds=2)
 
-def join(rank: int, folder: str) -> World:
+
+def join(rank: int, folder: str, patience: timedelta = world.PATIENCE) -> World:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    world.PATIENCE = timedelta(seconds=2)
+    world.PATIENCE = patience
     dist_init = dist.init_process_group
+    # both are here before the patience of either begins to run: a busy machine starts them at different times
+    Path(folder, str(rank)).touch()
+    while not Path(folder, str(1 - rank)).exists():
+        time.sleep(0.01)
     dist.init_process_group = lambda backend, timeout: dist_init(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout
     )
@@ -29,7 +36,7 @@ def join(rank: int, folder: str) -> World:
 
 
 def wait_for_main(rank: int, folder: str) -> None:
-    joined = join(rank, folder)
+    joined = join(rank, folder, SHORT)
     assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
 
     def fail(who: int, error: Exception) -> int:
@@ -65,7 +72,7 @@ def test_what_processes_say_to_one_another(tmp_path):
 
 
 def run_late(rank: int, folder: str) -> None:
-    joined = join(rank, folder)
+    joined = join(rank, folder, SHORT)
     if rank == 0:
         time.sleep(4)
     with pytest.raises(RuntimeError):

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from components.quantities import parse_count
 from recipes.launch import ROOT
+from tests.processes import start_process, wait_until
 from tests.tools.sweep.outcomes import LENGTH, pretend
 from tools.sweep.__main__ import main
 from tools.sweep.runs import stopped
@@ -140,19 +140,15 @@ def test_the_status_of_a_sweep_that_was_stopped_names_the_signal():
 def test_a_signal_ends_the_runs_and_what_was_under_way_is_not_remembered(tiny, tmp_path):
     results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
     command = ["--grid", "lr_schedule.max_lr=1e-3,2e-3", "--training.total_tokens=1B"]
-    sweep = subprocess.Popen(
+    sweep = start_process(
         [sys.executable, "-m", "tools.sweep", tiny.recipe, *command, "--results", results, "--runs", kept],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in Path(kept).glob("*/metrics.jsonl")):
-        assert sweep.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: any(path.stat().st_size for path in Path(kept).glob("*/metrics.jsonl")), sweep)
     sweep.send_signal(signal.SIGTERM)
-    _, said = sweep.communicate(timeout=120)
+    _, said = sweep.communicate()
     assert sweep.returncode == 143, said
     assert "stopped; the same command goes on" in said and "Traceback" not in said
     assert not results.exists()
