@@ -198,7 +198,7 @@ class TrainingRun:
             arithmetic=lambda: precision.autocast("float32" if self.parallel.fsdp else self.precision, device),
         )
         self.tensors = TrainingTensors(model, optimizer, self.world)
-        self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+        self.store = recipe.checkpoint.build(directory.checkpoints, self.world, run=opened.run)
         cleanup.callback(self.store.close)
         self.guard = recipe.guard.build()
         if checkpoint is not None:
@@ -232,6 +232,7 @@ class TrainingRun:
                     console=console,
                     after_step=self.clock.step,
                     total_tokens=training.total_tokens,
+                    run=opened.run,
                 )
         cleanup.callback(self.monitor.close)
         self._introduce(directory)

@@ -30,6 +30,8 @@ TAIL = 0.02
 """The training loss at the end is averaged exponentially over this share of the tokens."""
 LEFT_OUT = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
 """What a run whose directory is thrown away need not write."""
+_BEGINS = b'{"digest": "'
+"""How each line of the file of results begins. Only a half-written one that does is cut off."""
 INPUT, KILLED = 2, (130, 137, 143)
 """Exit statuses: bad input, and ended by SIGINT, SIGKILL or SIGTERM."""
 
@@ -88,7 +90,7 @@ class Results:
         """Where a half-written line begins: its writer was killed."""
         text = path.read_bytes() if path.exists() else b""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and line[: len(_BEGINS)] == _BEGINS[: len(line)]:
                 self._torn_at = len(text) - len(line)
                 break
             try:
