@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.faults.test_removals import Others, moved_and_linked
 
 STEP = 192
 """Tokens of each of the first four steps."""
+ONE_STEP = [f"--training.total_tokens={STEP}", "--lr_schedule.warmup_tokens=100"]
 
 
 def link_everything(tiny: TinyRun, *names: str) -> Path:
@@ -31,11 +31,10 @@ def saved(directory: Path) -> list[int]:
 
 
 def test_a_run_behind_links_is_resumed_killed_and_started_again_and_loses_nothing(tiny):
-    once = {"NPROC": "1", "MAX_RESTARTS": "1"}
-    status, said = finish(start(tiny, f"--training.total_tokens={4 * STEP}", **once))
+    status, said = finish(start(tiny, f"--training.total_tokens={4 * STEP}"))
     assert status == 0, said
     elsewhere = link_everything(tiny, "checkpoints", "metrics.jsonl", "log.txt", "config.toml")
-    status, said = finish(start(tiny, "--resume", sabotage={0: "kill:0:6"}, **once))
+    status, said = finish(start(tiny, "--resume", sabotage={0: "kill:0:6"}, NPROC="1", MAX_RESTARTS="1"))
     assert status == 0, said
     assert "was killed by SIGKILL" in said and "starting all processes again" in said
     assert said.count("resumed from") == 2, "by --resume, and by the restart"
@@ -62,9 +61,9 @@ def test_what_is_resumed_from_is_never_replaced_by_whatever_links_it_is_named(ti
     assert [row["step"] for row in tiny.rows() if "loss" in row] == list(range(1, len(spellings) + 3))
 
     # A new run, though, replaces the old one there, too, and its folders stay where they are.
-    assert tiny.launch(f"--training.total_tokens={STEP}") == 2
+    assert tiny.launch(*ONE_STEP) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert tiny.launch(*on, f"--training.total_tokens={STEP}") == 0
+    assert tiny.launch(*on, *ONE_STEP) == 0
     assert saved(elsewhere / "checkpoints") == [1]
     assert len(list((elsewhere / "tensorboard").iterdir())) == 1
     assert (tiny.directory / "checkpoints").is_symlink() and (tiny.directory / "tensorboard").is_symlink()
@@ -75,16 +74,16 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     tiny.directory.mkdir()
     (tiny.directory / "checkpoints").symlink_to(elsewhere)
     for resume in ([], ["--resume"]):
-        assert tiny.launch(f"--training.total_tokens={STEP}", *resume) == 2
+        assert tiny.launch(*ONE_STEP, *resume) == 2
         assert f"is a link to {elsewhere}, where no directory is" in capsys.readouterr().err
     elsewhere.mkdir()
-    assert tiny.launch(f"--training.total_tokens={STEP}") == 0
+    assert tiny.launch(*ONE_STEP) == 0
     assert saved(elsewhere) == [1]
     # Another run that is given the same folder neither takes these for its own nor removes them.
     other = tiny.folder / "other"
     other.mkdir()
     (other / "checkpoints").symlink_to(elsewhere)
-    assert tiny.launch(f"--training.total_tokens={STEP}", f"--run.dir={other}", "--run.if_exists=replace") == 2
+    assert tiny.launch(*ONE_STEP, f"--run.dir={other}", "--run.if_exists=replace") == 2
     assert "was not written by the run of this directory" in capsys.readouterr().err
     assert saved(elsewhere) == [1]
 
@@ -95,7 +94,7 @@ def test_a_directory_of_somebodys_keeps_every_file_whatever_it_is_called(tiny, c
     others.write(work / "tensorboard" / "old", work / ".notes.1.part", work / "damaged-step-00000001" / "x")
     others.write(work / "checkpoints" / ".writing-step-00000001" / "x")
     monkeypatch.chdir(work)
-    here = ["--run.dir=.", "--run.if_exists=replace", f"--training.total_tokens={STEP}", "--metrics.tensorboard=true"]
+    here = ["--run.dir=.", "--run.if_exists=replace", *ONE_STEP, "--metrics.tensorboard=true"]
     for _ in range(2):  # a new run, and one that replaces it
         assert tiny.launch(*here) == 0
         assert saved(work / "checkpoints") == [1]
@@ -109,5 +108,5 @@ def test_a_directory_of_somebodys_keeps_every_file_whatever_it_is_called(tiny, c
         assert tiny.launch(*here) == 2, name
         said = capsys.readouterr().err
         assert "no run.json" in said or "was not written by the run of this directory" in said
-        assert sorted(os.listdir(work)) == [name.partition("/")[0]], "nothing was added"
+        assert [path.name for path in work.iterdir()] == [name.partition("/")[0]], "nothing was added"
         assert (work / name).read_text().startswith("foreign")

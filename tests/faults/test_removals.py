@@ -33,17 +33,17 @@ class Others:
     """Files of others: each has a text of its own, by which it is found again wherever it may have been moved."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.texts = folder, set[str]()
+        self.folder, self.texts = folder, set[bytes]()
 
     def write(self, *paths: Path) -> None:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"foreign file {len(self.texts)}")
-            self.texts.add(path.read_text())
+            self.texts.add(path.read_bytes())
 
     def are_all_there(self) -> bool:
         files = [Path(place, name) for place, _, names in os.walk(self.folder) for name in names]
-        return self.texts <= {file.read_text() for file in files if file.stat().st_size < 100}
+        return self.texts <= {file.read_bytes() for file in files if file.exists()}
 
 
 def moved_and_linked(path: Path, elsewhere: Path) -> None:
