@@ -156,7 +156,8 @@ class RunDirectory:
         run = self.run
         if run is None:
             return
-        for file in (self.config, self.metrics, *self.tensorboard.glob(f"events.*.{run}")):
+        # The metrics last: while they are there, a start that finds the rest half removed knows that there was a run.
+        for file in (*self.tensorboard.glob(f"events.*.{run}"), self.config, self.metrics):
             file.unlink(missing_ok=True)
         if not self.tensorboard.is_symlink():
             with suppress(OSError):  # it is not empty, or not there

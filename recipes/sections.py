@@ -50,8 +50,8 @@ class Run:
         name = self.name
         if not name or name.strip() != name or name[0] in "-.~" or not name.isprintable() or set(name) & set("/\\\"'"):
             raise ValueError(
-                "name: it becomes a directory in runs/, so it has to begin with a letter, a digit or _, and to have no "
-                "slash, backslash, quote, control character, or space at its ends; run.dir takes any path"
+                "name: it becomes a directory in runs/: it may not be empty, begin with '.', '-' or '~', begin or end "
+                "with a space, or have a slash, backslash, quote or control character in it; run.dir takes any path"
             )
         if len(os.fsencode(name)) > _LONGEST_NAME:
             raise ValueError(f"name: {len(os.fsencode(name))} bytes; a directory's name has at most {_LONGEST_NAME}")
