@@ -7,10 +7,9 @@ every component may import it.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-
-UNFINISHED = ".*.part"
-"""What a process that was killed in `replace_file` leaves beside the file matches this."""
 
 
 def write_synced(path: Path, text: str) -> None:
@@ -31,6 +30,29 @@ def replace_file(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """What processes that were killed in `replace_file` have left of `path`."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.part")
+    return [each for each in path.parent.iterdir() if name.fullmatch(each.name)] if path.parent.is_dir() else []
+
+
+def remove_written(directory: Path, written: Callable[[str], object]) -> bool:
+    """Remove the files in `directory` whose name `written` accepts, then the directory; returns whether it is gone.
+
+    It stays if it holds anything else. Links are removed and never followed: what they lead to stays.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        return True
+    for entry in list(directory.iterdir()):
+        if written(entry.name) and (entry.is_symlink() or not entry.is_dir()):
+            entry.unlink()
+    if any(directory.iterdir()):
+        return False
+    directory.rmdir()
+    return True
 
 
 def sync_file(path: Path) -> None:

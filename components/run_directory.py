@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
-import shutil
+import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from components.durable import UNFINISHED
+from components.durable import replace_file, unfinished
 
-LOCK = ".lock"
+LOCK = ".run.lock"
+_NOTE = "process"
+_RUN = re.compile(r"[0-9a-f]{16}")
 _PATIENCE_SECONDS = 10.0
 """How long one waits for another run to leave: what was just killed may have processes that have yet to notice."""
 
@@ -47,32 +52,82 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def launch(self) -> Path:
-        return self.path / ".launch"
+    def mark(self) -> Path:
+        """Makes the directory that of a run: what is in it belongs to the run only if this file says so."""
+        return self.path / "run.json"
 
     @property
     def stop(self) -> Path:
         """Once there is a file of this name, the run saves and stops."""
         return self.path / "stop"
 
+    @property
+    def run(self) -> str | None:
+        """Identifier of the run whose directory this is; None while it is no run's."""
+        return self._read_mark().get("run")
+
     def belongs_to(self, launch: str | None) -> bool:
         """Whether `launch`, the name of a start of processes, has made this directory its own before."""
-        if launch is None or not self.launch.is_file():
-            return False
-        return launch in self.launch.read_text(encoding="utf-8").split("\n")
+        return launch is not None and launch in self._read_mark().get("launches", ())
+
+    def claim(self, kind: str = "a training run", also: Iterable[Path] = ()) -> None:
+        """Make the directory that of a run of this kind, unless it is so already.
+
+        `also` is what a run of this kind writes in addition to what every run does. Raises ValueError for the directory
+        of a run of another kind, and where something is in the way that no run has written: it would be overwritten.
+        """
+        mark = self._read_mark()
+        if mark:
+            if mark["kind"] != kind:
+                raise ValueError(f"name: {self.path} holds {mark['kind']}; give this one a --run.name of its own")
+            return
+        if found := self.foreign(also):
+            raise ValueError(
+                f"{self.path} holds {', '.join(found)}, and no {self.mark.name} that says that a run wrote them; this "
+                "run would overwrite or remove them. Move them away, or give it another --run.name. A checkpoint in "
+                f"there is continued with --resume={self.path} and another --run.name"
+            )
+        self._write_mark({"kind": kind, "run": uuid.uuid4().hex[:16], "launches": []})
+
+    def foreign(self, also: Iterable[Path] = ()) -> list[str]:
+        """Names of what a run would overwrite in a directory that is no run's. Empty files and folders do not count."""
+        if self.run is not None:
+            return []
+        files = (self.mark, self.config, self.metrics, self.log, *also)
+        return [path.name for path in files if _has_content(path)] + (["stop"] if os.path.lexists(self.stop) else [])
 
     def remember(self, launches: Iterable[str]) -> None:
         """Make the directory that of `launches`: each node has its own, and any may be the one that is left."""
-        self.launch.write_text("\n".join(dict.fromkeys(launches)), encoding="utf-8")
+        self._write_mark({**self._read_mark(), "launches": list(dict.fromkeys(launches))})
+
+    def _read_mark(self) -> dict[str, Any]:
+        try:
+            mark = json.loads(self.mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        known = isinstance(mark, dict) and isinstance(mark.get("kind"), str) and isinstance(mark.get("launches"), list)
+        return mark if known and _RUN.fullmatch(str(mark.get("run"))) else {}
+
+    def _write_mark(self, mark: Mapping[str, Any]) -> None:
+        replace_file(self.mark, json.dumps(mark, indent=1) + "\n")
 
     @property
     def used(self) -> bool:
-        """Whether a run has left something here."""
-        return self.metrics.exists() or self.checkpoints.exists()
+        """Whether a run has left something here: it has made a step, or has a checkpoint."""
+        return self.run is not None and (self.metrics.exists() or any(self.checkpoints.glob("step-*")))
+
+    def check_links(self, *also: Path) -> None:
+        """Raises ValueError for a folder of the run that is a link to nowhere: nothing could be saved there."""
+        for folder in (self.path, self.checkpoints, self.tensorboard, *also):
+            if folder.is_symlink() and not folder.is_dir():
+                raise ValueError(
+                    f"{folder} is a link to {folder.readlink()}, where no directory is; mount or make it, or remove "
+                    "the link"
+                )
 
     @contextmanager
     def held(self) -> Iterator[bool]:
-        """Make the directory, keep every other run out of it, and sweep up after those that were killed.
+        """Make the directory, and keep every other run out of it.
 
         Yields whether others are kept out: some network file systems cannot. The kernel lets go of it with the process,
         however that ends; a directory left empty is gone afterwards. Raises ValueError while another run has it.
@@ -80,40 +135,52 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with _locked(self.path / LOCK, self.path) as locked:
-                if locked:
-                    for leftover in self.path.glob(UNFINISHED):
-                        leftover.unlink(missing_ok=True)
                 yield locked
         finally:
             with suppress(OSError):
                 self.path.rmdir()
 
-    def clear(self, log_from: int | None = None) -> None:
-        """Remove what a run leaves behind, and nothing else that may lie in the directory.
+    def sweep(self, *also: Path) -> None:
+        """Remove what killed processes of the run left half written. Nobody else may be writing here."""
+        if self.run is not None:
+            for leftover in (each for file in (self.mark, self.config, *also) for each in unfinished(file)):
+                leftover.unlink(missing_ok=True)
 
-        Where `log_from` is given, the log loses only what is before that byte. Raises OSError for what cannot be
-        removed: what is left of an old run would be taken for the new one's.
+    def clear(self, log_from: int | None = None) -> None:
+        """Remove what the run whose directory this is has written, but for its checkpoints and the mark.
+
+        Nothing else that may lie in the directory goes, and of a link only the link. Where `log_from` is given, the log
+        loses only what is before that byte. Raises OSError for what cannot be removed: what is left of an old run would
+        be taken for the new one's.
         """
-        for file in (self.config, self.metrics):
+        run = self.run
+        if run is None:
+            return
+        # The metrics last: while they are there, a start that finds the rest half removed knows that there was a run.
+        for file in (*self.tensorboard.glob(f"events.*.{run}"), self.config, self.metrics):
             file.unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.checkpoints):
-            _empty(folder)
+        if not self.tensorboard.is_symlink():
+            with suppress(OSError):  # it is not empty, or not there
+                self.tensorboard.rmdir()
         if log_from is None:
             self.log.unlink(missing_ok=True)
-        elif self.log.exists():
+        elif self.log.exists() and not self.log.is_symlink():
             rest = self.log.read_bytes()[log_from:]
             with self.log.open("r+b") as file_of_log:  # in place: it is open, to be appended to
                 file_of_log.truncate(0)
                 file_of_log.write(rest)
 
+    def release(self) -> None:
+        """Make the directory nobody's, after `clear`; it goes, too, if nothing else is in it."""
+        self.mark.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
-def _empty(folder: Path) -> None:
-    """Remove a folder; one that is elsewhere, behind a link, loses its content and stays."""
-    if folder.is_symlink():
-        for inside in folder.iterdir():
-            _empty(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
-    elif folder.exists():
-        shutil.rmtree(folder)
+
+def _has_content(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
 
 
 @contextmanager
@@ -121,11 +188,14 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
     """Hold `file`, which is gone afterwards. A file, not its directory, whose lock NFS would keep to this machine."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        noted = os.pread(handle, 1000, 0).decode(errors="replace").strip()
+        if noted and not noted.startswith(_NOTE):  # what a lock says is overwritten, and the file removed
+            os.close(handle)
+            raise ValueError(f"{file} is not a lock that a run made; move it away, or give this run another --run.name")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 file.unlink(missing_ok=True)
@@ -133,7 +203,7 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
                 return
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"name: another run is writing to {what} ({holder or 'which one is not known'}); stop it, wait for "
+                    f"name: another run is writing to {what} ({noted or 'which one is not known'}); stop it, wait for "
                     "it, or give this one another --run.name"
                 ) from None
             time.sleep(0.1)
@@ -144,7 +214,7 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
     try:
         with suppress(OSError):  # a full disk keeps no note, but the lock
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(handle, f"{_NOTE} {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield True
     finally:
         file.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from recipes.branch_report import Branch, Report, draw
 from recipes.branches import Branches, Start, find_start
 from recipes.config import Config, ConfigError, derive
 from recipes.errors import RunError, blame
+from recipes.opening import remove_run
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, changes, lies_in, refuse, rule_of
 from recipes.run_state import read_run_state
@@ -61,8 +61,14 @@ class CriticalBatch(Pretrain):
                 world = World.start(self.run.device)  # the branches join what is joined here
             cleanup.push(world.stop_unless_failed)
             measurement = Measurement(self, config, world.size)
+
+            def take() -> None:
+                measurement.directory.check_links(measurement.folder)
+                if world.is_main and cleanup.enter_context(measurement.directory.held()):
+                    measurement.directory.sweep(measurement.report, measurement.begun)
+
             with blame(config, "run"):
-                world.main_first(lambda: cleanup.enter_context(measurement.directory.held()) if world.is_main else None)
+                world.main_first(take)
             measurement.open(world, resume)
             log.info("\n".join(measurement.plan()))
             for factor in self.branches.factors:
@@ -87,14 +93,17 @@ class Measurement:
         self.recipe, self.config, self.branches = recipe, config, recipe.branches
         self.directory = RunDirectory(recipe.run.directory)
         self.folder = self.directory.path / "branches"
+        self.begun = self.folder / "start.json"
         self.report = self.directory.path / "critical_batch.json"
+        self.picture = self.report.with_suffix(".png")
         with blame(config, "parallel"):
             sizes = recipe.parallel.sizes(world_size)
         layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
         self.length = recipe.training.sequence_length
         with blame(config, "branches"):
             self.start = find_start(self.branches, layout, config)
-            if lies_in(Path(self.start.checkpoint), self.directory.path):
+            own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
+            if any(lies_in(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
                 raise ValueError(
                     f"checkpoint: {self.start.checkpoint} lies in the directory of this run; "
                     "give the measurement a --run.name of its own"
@@ -159,41 +168,54 @@ class Measurement:
 
     def open(self, world: World, resume: Resume | None) -> None:
         """Make the run directory ready, or find it so. The branches in it are kept only for the same measurement."""
+
+        def claim() -> None:
+            if world.is_main:
+                self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
+
         launch = os.environ.get(LAUNCH)
         again = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
-        begun = self.folder / "start.json"
+        begun = self.begun
         with blame(self.config, "run"):
             if resume is not None and resume.path is not None:
                 raise ValueError("--resume=PATH: what to branch from is branches.checkpoint; say --resume alone")
-            if self.directory.used:
-                raise ValueError(
-                    f"name: {self.directory.path} holds a training run; give the measurement a --run.name of its own"
-                )
             if resume is not None and not begun.exists():
                 raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
+            world.main_first(claim)
             if again and begun.exists():
                 self._compare(begun)
-            elif self.folder.exists() and self.recipe.run.if_exists == "refuse":
+            elif begun.exists() and self.recipe.run.if_exists == "refuse":
                 raise ValueError(
                     f"{self.directory.path} already holds a measurement; continue it with --resume, give this one "
                     "another --run.name, or say --run.if_exists=replace"
                 )
         launches = world.gather(launch or "")
-        world.barrier()  # nobody may still be looking at what is deleted here
-        if world.is_main:
+
+        def store() -> None:
+            if not world.is_main:
+                return
             if not (again and begun.exists()):
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.directory.clear()
-                self.directory.stop.unlink(missing_ok=True)
-                for written in (self.report, self.report.with_suffix(".png")):
-                    written.unlink(missing_ok=True)
+                self._remove()
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
                 self.directory.remember(launches)
             replace_file(self.directory.config, self.config.to_toml())
             replace_file(begun, json.dumps(asdict(self.start), indent=1) + "\n")
-        world.barrier()
+
+        world.barrier()  # nobody may still be looking at what is deleted here
+        with blame(self.config, "run"):
+            world.main_first(store)
         start_log(self.directory.log if world.is_main else None, speak=world.is_main)
+
+    def _remove(self) -> None:
+        """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""
+        for branch in map(RunDirectory, sorted(self.folder.glob("k-*"))):
+            remove_run(branch)
+            branch.release()
+        self.directory.clear()
+        self.directory.stop.unlink(missing_ok=True)
+        for written in (self.begun, self.report, self.picture):
+            written.unlink(missing_ok=True)
 
     def train(self, factor: int) -> int:
         """Train a branch to its end, from its newest checkpoint if it has one; returns the exit status.
@@ -280,6 +302,6 @@ def report(measurement: Measurement) -> None:
     replace_file(path, json.dumps(written, indent=1) + "\n")
     log.info(f"wrote {path}")
     try:
-        draw(found, path.with_suffix(".png"))
+        draw(found, measurement.picture)
     except ValueError as error:
-        log.warning(f"{error}; then --resume draws {path.with_suffix('.png').name}")
+        log.warning(f"{error}; then --resume draws {measurement.picture.name}")

@@ -98,6 +98,10 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
         except ValueError as error:
             yield Foreseen("error", "run.init_from", str(error))
     directory = recipe.run.directory
+    if foreign := RunDirectory(directory).foreign():
+        yield Foreseen(
+            "warning", "run.name", f"{directory} holds {', '.join(foreign)}, which no run wrote; move them away"
+        )
     if RunDirectory(directory).used:
         fate = "will be replaced" if recipe.run.if_exists == "replace" else "stops a new one; --resume or --run.name"
         level: Level = "note" if recipe.run.if_exists == "replace" else "warning"

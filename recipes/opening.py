@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from components.checkpoint import DamagedError, clean, verify
+from components.checkpoint import DamagedError, clean, complete_checkpoints, remove_all, run_of, verify
 from components.durable import replace_file
 from components.parallel.elastic import LAUNCH
 from components.parallel.world import World
@@ -24,6 +24,8 @@ class Opened:
 
     checkpoint: Path | None
     """The one to continue."""
+    run: str = ""
+    """Identifier of the run whose directory this is."""
     warnings: list[str] = field(default_factory=list)
     """What there is to tell, once there is a log to tell it in."""
     begin: Callable[[], None] = lambda: None
@@ -37,12 +39,22 @@ def open_run(
 
     Raises ConfigError where the run may not begin: another one is in it, or it holds one that is not to be continued.
     """
-    launch = os.environ.get(LAUNCH)
+    launch, locked = os.environ.get(LAUNCH), False
 
     def take() -> None:
+        nonlocal locked
+        directory.check_links()
+        locked = world.is_main and cleanup.enter_context(directory.held())
+        if locked and (run := directory.run) is not None:
+            clean(directory.checkpoints, run)
+
+    def claim() -> None:
         if world.is_main:
-            if cleanup.enter_context(directory.held()):
-                clean(directory.checkpoints)
+            if not continues:
+                _refuse_foreign_checkpoints(directory)
+            directory.claim()
+            if locked:
+                directory.sweep()
             directory.stop.unlink(missing_ok=True)  # it was meant for a run before
 
     with blame(config, "run"):
@@ -51,7 +63,10 @@ def open_run(
         restarted = bool(world.maximum(directory.belongs_to(launch)))
         opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
         checkpoint = opened.checkpoint
-        replaces = directory.used and (checkpoint is None or not lies_in(checkpoint, directory.path))
+        continues = checkpoint is not None and (
+            checkpoint.parent == directory.checkpoints or lies_in(checkpoint, directory.path)
+        )
+        replaces = directory.used and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
                 f"{directory.path} already holds a run; continue it with --resume, give this one another "
@@ -59,6 +74,8 @@ def open_run(
             )
         if checkpoint is not None:
             refuse(checkpoint, config)
+        world.main_first(claim)
+        opened.run = world.gather(directory.run or "")[0]
 
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
     launches = world.gather(launch or "")
@@ -66,7 +83,7 @@ def open_run(
     def store() -> None:
         if world.is_main:
             if replaces:
-                directory.clear(log_from)
+                remove_run(directory, log_from)
             replace_file(directory.config, config.to_toml())
             if launch is not None:
                 directory.remember(launches)
@@ -77,6 +94,24 @@ def open_run(
 
     opened.begin = begin
     return opened
+
+
+def remove_run(directory: RunDirectory, log_from: int | None = None) -> None:
+    """Remove what the run whose directory this is has written; as `RunDirectory.clear`, and its checkpoints."""
+    if (run := directory.run) is not None:
+        remove_all(directory.checkpoints, run)
+        directory.clear(log_from)
+
+
+def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
+    """Raises ValueError for a checkpoint that a new run would not remove, and then take for its own newest."""
+    run = directory.run
+    foreign = [path for path in complete_checkpoints(directory.checkpoints) if run is None or run_of(path) != run]
+    if foreign:
+        raise ValueError(
+            f"{foreign[-1]} was not written by the run of this directory, and a new run would take it for its own; "
+            "move it away, give this run another --run.name, or continue it with --resume"
+        )
 
 
 def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> Path | None:
@@ -120,4 +155,4 @@ def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Op
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
     world.main_first(set_aside)
-    return Opened(checkpoint, warnings)
+    return Opened(checkpoint, warnings=warnings)

@@ -213,7 +213,7 @@ class TrainingRun:
         self.delay = read_delay(device, self.step, recipe.guard)
         self.tensors = TrainingTensors(model, optimizer, self.world)
         with blame(config, "checkpoint"):
-            self.store = recipe.checkpoint.build(directory.checkpoints, self.world)
+            self.store = recipe.checkpoint.build(directory.checkpoints, self.world, run=opened.run)
         cleanup.callback(self.store.close)
         with blame(config, "guard"):
             self.guard = recipe.guard.build()
@@ -252,6 +252,7 @@ class TrainingRun:
                     console=console,
                     after_step=self.clock.step,
                     total_tokens=training.total_tokens,
+                    run=opened.run,
                 )
         cleanup.callback(self.monitor.close)
         self._introduce(directory)

@@ -107,13 +107,18 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def _in_spelling_of(checkpoints: Path, path: Path) -> Path:
-    """`path` as a child of `checkpoints` where it is one by another name, through a link or `..`: it is told by name
-    below what is this run's own, which a new run would remove."""
-    here = checkpoints.resolve()
-    for place in (path.parent.resolve() / path.name, path.resolve()):
-        if place.parent == here:
-            return checkpoints / place.name
-    return path
+    """`path` as a child of `checkpoints` where it is one by another name, through links or `..`, of the directory or of
+    its files: a new run removes those, and continues with this one only what it knows as its own."""
+    files = _resolved(path)
+    for own in complete_checkpoints(checkpoints):
+        if own.exists() and (own.samefile(path) or files & _resolved(own)):
+            return own
+    return checkpoints / path.name if checkpoints.exists() and path.parent.samefile(checkpoints) else path
+
+
+def _resolved(checkpoint: Path) -> set[Path]:
+    """The files of a checkpoint, wherever they really are."""
+    return {path.resolve() for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
 
 
 def checkpoints_at(path: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,9 @@ from components.precision import Precision
 from components.quantities import Count, PositiveCount, Tokens, expand_home
 from components.recompute import Recompute
 
+_LONGEST_NAME = 200
+"""Bytes of a run's name, below the 255 of most file systems."""
+
 
 def default_cache() -> Path:
     """The cache of this user. Raises ValueError for a user without a home directory, as in some containers."""
@@ -24,7 +28,7 @@ def default_cache() -> Path:
 class Run:
     """[run]: identity and place of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")] = "run"
+    name: str = "run"
     """Name of the run; its directory is runs/<name>, where you stand."""
     dir: Path | None = None
     """The run directory itself, in place of runs/<name>."""
@@ -43,6 +47,16 @@ class Run:
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes after the launch at which the run saves and stops, for queues that would kill it: leave room for a step
     and a checkpoint. Unset: no limit."""
+
+    def __post_init__(self) -> None:
+        name = self.name
+        if not name or name.strip() != name or name[0] in "-.~" or not name.isprintable() or set(name) & set("/\\\"'"):
+            raise ValueError(
+                "name: it becomes a directory in runs/: it may not be empty, begin with '.', '-' or '~', begin or end "
+                "with a space, or have a slash, backslash, quote or control character in it; run.dir takes any path"
+            )
+        if len(os.fsencode(name)) > _LONGEST_NAME:
+            raise ValueError(f"name: {len(os.fsencode(name))} bytes; a directory's name has at most {_LONGEST_NAME}")
 
     @property
     def directory(self) -> Path:

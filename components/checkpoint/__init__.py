@@ -4,9 +4,9 @@
         *.distcp, .metadata     tensors, resharded on load to whatever the new run looks like
         state.json              clock, batch policy: everything that is no tensor
         config.toml             the configuration that made it
-        manifest.json           size and SHA-256 of all of these
+        manifest.json           size and SHA-256 of all of these, and the identifier of the run
 
-A checkpoint is written aside (`.writing-step-00000123`), synced to the disk and renamed. A directory that bears its
+A checkpoint is written aside (`.writing-RUN-step-00000123`), synced to the disk and renamed. A directory that bears its
 final name is therefore complete, and an interrupted save leaves only a name that no one reads. Saved asynchronously,
 the same happens in a thread, on a copy of the tensors.
 
@@ -14,7 +14,7 @@ torch.distributed.checkpoint takes most of a second to import, so it is imported
 told before.
 """
 
-from components.checkpoint.manifest import verify
+from components.checkpoint.manifest import run_of, verify
 from components.checkpoint.reading import (
     DamagedError,
     complete_checkpoints,
@@ -23,7 +23,7 @@ from components.checkpoint.reading import (
     step_of,
     tensor_names,
 )
-from components.checkpoint.store import Checkpoint, CheckpointStore, clean
+from components.checkpoint.store import Checkpoint, CheckpointStore, clean, remove_all
 from components.checkpoint.training_tensors import TrainingTensors
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "complete_checkpoints",
     "load_tensors",
     "read_state",
+    "remove_all",
+    "run_of",
     "step_of",
     "tensor_names",
     "verify",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,8 @@ from components.checkpoint.reading import DamagedError, read_state
 from components.durable import write_synced
 
 MANIFEST = "manifest.json"
+WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
+"""Names of all files that a save writes: nothing else in a checkpoint is ever removed."""
 _LARGEST_BYTES = 2**26
 _BLOCK_BYTES = 2**22
 
@@ -27,6 +30,8 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}$")], _File]
+    run: str = ""
+    """Identifier of the run that wrote the checkpoint, as in its run.json."""
 
 
 def write_part(directory: Path, rank: int) -> None:
@@ -38,8 +43,8 @@ def write_part(directory: Path, rank: int) -> None:
     write_synced(_part(directory, rank), _Manifest(files=files).model_dump_json())
 
 
-def write_manifest(directory: Path, ranks: int) -> None:
-    """Put together what the ranks have noted, and add the files that are nobody's. Call when all else is there."""
+def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
+    """Put together what the ranks of `run` have noted, and add the files that are nobody's. Call when all is there."""
     files: dict[str, _File] = {}
     for rank in range(ranks):
         part = _part(directory, rank)
@@ -48,7 +53,17 @@ def write_manifest(directory: Path, ranks: int) -> None:
     for path in directory.iterdir():
         if path.name not in files:
             files[path.name] = _describe(path)
-    write_synced(directory / MANIFEST, _Manifest(files=dict(sorted(files.items()))).model_dump_json(indent=1))
+    write_synced(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
+
+
+def run_of(checkpoint: Path) -> str | None:
+    """The identifier of the run that wrote `checkpoint`; None if no readable manifest tells it."""
+    try:
+        if (checkpoint / MANIFEST).stat().st_size > _LARGEST_BYTES:
+            return None
+        return _Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).run
+    except (OSError, ValueError):
+        return None
 
 
 def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:

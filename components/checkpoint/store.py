@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
+import re
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.checkpoint.manifest import write_manifest, write_part
+from components.checkpoint.manifest import WRITTEN, run_of, write_manifest, write_part
 from components.checkpoint.ranks import Ranks, together
 from components.checkpoint.reading import (
     FORMAT,
@@ -19,7 +22,7 @@ from components.checkpoint.reading import (
     single_process_is_fine,
     step_of,
 )
-from components.durable import sync_directory, write_synced
+from components.durable import remove_written, sync_directory, write_synced
 from components.quantities import PositiveCount
 
 if TYPE_CHECKING:
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("powertrain")
 
-_ASIDE = ".writing-"
-_REPLACED = ".replaced-"
+# With the identifier of the run that made them, so that nobody takes another's for its own.
+_ASIDE = ".writing-{}-"
+_REPLACED = ".replaced-{}-"
+_REMOVED = "removed-"
+_SAVED = re.compile(r"(damaged-)?step-\d{8,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +50,9 @@ class Checkpoint:
     async_save: bool = False
     """Write in the background: training waits only for a copy of its state, which takes that much more memory."""
 
-    def build(self, directory: Path, world: Ranks) -> CheckpointStore:
+    def build(self, directory: Path, world: Ranks, *, run: str = "") -> CheckpointStore:
         return CheckpointStore(
-            directory, world, keep_last=self.keep_last, keep_every=self.keep_every, async_save=self.async_save
+            directory, world, run=run, keep_last=self.keep_last, keep_every=self.keep_every, async_save=self.async_save
         )
 
 
@@ -62,12 +68,15 @@ class CheckpointStore:
         directory: Path,
         world: Ranks,
         *,
+        run: str = "",
         keep_last: int | None = None,
         keep_every: int | None = None,
         async_save: bool = False,
     ) -> None:
+        """`run` is the identifier of the run, which it writes into its checkpoints and by which it knows them."""
         self.directory = directory
         self.world = world
+        self.run = run
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.saved_step: int | None = None
@@ -147,7 +156,7 @@ class CheckpointStore:
 
         from components.checkpoint.writing import TensorWriter
 
-        aside = self.directory / f"{_ASIDE}{final.name}"
+        aside = self.directory / f"{_ASIDE.format(self.run)}{final.name}"
         writer = TensorWriter(aside)
         if self._background is not None:
             # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
@@ -156,7 +165,7 @@ class CheckpointStore:
 
         def prepare() -> None:
             if self.world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove_partial(aside)
                 aside.mkdir(parents=True)
 
         def write() -> None:
@@ -176,7 +185,8 @@ class CheckpointStore:
         except Exception as error:
             log.error(f"{final} could not be saved: {error}. The checkpoints before it stay")
             if self.world.is_main:
-                shutil.rmtree(aside, ignore_errors=True)  # on a full disk it is in the way of the next one
+                with suppress(OSError):
+                    _remove_partial(aside)  # on a full disk it is in the way of the next one
             return False
         if self._background is not None:
             log.info(f"saved {final}")
@@ -186,10 +196,12 @@ class CheckpointStore:
         """Every rank's files are in `aside`: add the rest, give it its name, remove what is no longer wanted."""
         write_synced(aside / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
         write_synced(aside / "config.toml", config)
-        write_manifest(aside, self.world.size)
+        write_manifest(aside, self.world.size, self.run)
         sync_directory(aside)
-        replaced = self.directory / f"{_REPLACED}{final.name}"
-        if final.exists():
+        replaced = self.directory / f"{_REPLACED.format(self.run)}{final.name}"
+        if os.path.lexists(final):
+            if run_of(final) != self.run:
+                raise OSError("there is a checkpoint of this name that this run did not write")
             final.rename(replaced)
         try:
             aside.rename(final)
@@ -198,36 +210,65 @@ class CheckpointStore:
                 replaced.rename(final)
             raise
         sync_directory(self.directory)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with suppress(OSError):
+            _remove_partial(replaced)
         self._prune()
 
     def _prune(self) -> None:
         if self.keep_last is None:
             return
         for old in self.complete()[: -self.keep_last]:
-            if self.keep_every is None or step_of(old) % self.keep_every:
+            if (self.keep_every is None or step_of(old) % self.keep_every) and run_of(old) == self.run:
                 try:
-                    remove(old)
+                    remove(old, self.run)
                 except OSError as error:  # what is too much is no harm
                     log.warning(f"{old} could not be removed: {error}")
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint: whatever interrupts that, half of it never bears its name."""
-    leaving = checkpoint.with_name(f"{_ASIDE}removed-{checkpoint.name}")
+def remove(checkpoint: Path, run: str) -> None:
+    """Delete a checkpoint of `run`: whatever interrupts that, half of it never bears its name.
+
+    Of a link only the link goes. Files in it that no save writes stay, in a directory `not-removed-...`.
+    """
+    leaving = checkpoint.with_name(f"{_ASIDE.format(run)}{_REMOVED}{checkpoint.name}")
     checkpoint.rename(leaving)
-    shutil.rmtree(leaving)
+    _remove_partial(leaving)
 
 
-def clean(directory: Path) -> None:
-    """Remove what dead saves have left in a directory of checkpoints. Nobody may be writing there."""
+def remove_all(directory: Path, run: str) -> None:
+    """Delete every checkpoint that `run` wrote to `directory`, damaged ones too, and the directory if it is empty.
+
+    A directory that is behind a link stays. Raises OSError for what cannot be removed.
+    """
     if not directory.is_dir():
         return
-    for replaced in directory.glob(f"{_REPLACED}*"):
-        final = directory / replaced.name.removeprefix(_REPLACED)
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:  # killed between two renames: the one to be replaced is the one there is
-            replaced.rename(final)
-    for leftover in directory.glob(f"{_ASIDE}*"):
-        shutil.rmtree(leftover)
+    clean(directory, run)
+    for checkpoint in list(directory.iterdir()):
+        if _SAVED.fullmatch(checkpoint.name) and run_of(checkpoint) == run:
+            remove(checkpoint, run)
+    if not directory.is_symlink() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def clean(directory: Path, run: str) -> None:
+    """Remove what dead saves of `run` have left in a directory of checkpoints. It may not be saving there now."""
+    if not directory.is_dir():
+        return
+    replaced, aside = _REPLACED.format(run), _ASIDE.format(run)
+    leftovers = sorted(directory.iterdir())
+    for leftover in leftovers:
+        if leftover.name.startswith(replaced):
+            final = directory / leftover.name.removeprefix(replaced)
+            if os.path.lexists(final):
+                _remove_partial(leftover)
+            else:  # killed between two renames: the one to be replaced is the one there is
+                leftover.rename(final)
+        elif leftover.name.startswith(aside):
+            _remove_partial(leftover)
+
+
+def _remove_partial(leftover: Path) -> None:
+    """Remove what saves have written to `leftover`. Anything else in it stays, under a name that can be seen."""
+    if os.path.lexists(leftover) and not remove_written(leftover, WRITTEN.fullmatch):
+        step = leftover.name.rpartition("step-")[2]
+        leftover.rename(leftover.with_name(f"not-removed-step-{step}-{uuid.uuid4().hex[:6]}"))

@@ -7,10 +7,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from components.durable import remove_written
 
 _ABANDONED_SECONDS = 60.0
 
@@ -53,12 +55,16 @@ def _lock_of(aside: Path) -> Path:
     return aside.with_name(f"{aside.name}.lock")
 
 
-def discard(directory: Path) -> None:
-    """Remove `directory`, all of it at once for whoever looks."""
+def discard(directory: Path, files: Collection[str]) -> None:
+    """Remove `files` with their `directory`, all of it at once for whoever looks. Other files stay, under its new name.
+
+    Of a link only the link is removed.
+    """
     aside = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:12]}.part"
     with suppress(FileNotFoundError):  # another process did
         directory.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        remove_written(aside, files.__contains__)
 
 
 def _sweep(leftover: Path) -> None:
@@ -67,7 +73,7 @@ def _sweep(leftover: Path) -> None:
         if time.time() - leftover.stat().st_mtime < _ABANDONED_SECONDS:
             return  # may have been made a moment ago, and not be locked yet
         lock = _lock_of(leftover)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(lock, os.O_RDWR)  # without its lock it is not known to be one of ours
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover)

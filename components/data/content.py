@@ -17,12 +17,13 @@ _SETTLED_SECONDS = 2.0
 class FileHashes:
     """SHA-256 of files. A hash holds as long as size, modification and change time of the file stay as they were.
 
-    Use as a context manager: what was learnt is written to `memory` at the end, if that can be written at all.
+    Use as a context manager: what was learnt is written to `memory` at the end, if that can be written at all and is
+    not a file of another kind.
     """
 
     def __init__(self, memory: Path):
         self._memory = memory
-        self._known = _read_memory(memory)
+        self._known, self._is_mine = _read_memory(memory)
         self._learnt = False
 
     def sha256(self, path: Path) -> str:
@@ -46,7 +47,7 @@ class FileHashes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._learnt:
+        if not (self._learnt and self._is_mine):
             return
         aside = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
         try:
@@ -75,11 +76,15 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_memory(memory: Path) -> dict[str, list[int | str]]:
+def _read_memory(memory: Path) -> tuple[dict[str, list[int | str]], bool]:
+    """What is remembered, and whether the file may be replaced: it is not there, or holds nothing else."""
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, True
     except (OSError, ValueError):
-        return {}
+        return {}, False
     if not isinstance(known, dict):
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 4}
+        return {}, False
+    found = {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 4}
+    return found, len(found) == len(known)

@@ -20,7 +20,7 @@ from pydantic import Field
 from components.data.atomic import discard
 from components.data.content import FileHashes, stamp_of
 from components.data.document import Document, EncodesText, Piece, ReadingLog
-from components.data.index import INDEX, Index, Selection, open_index, write_index
+from components.data.index import INDEX, PIECES, SEGMENTS, Index, Selection, open_index, write_index
 from components.data.packed import PreparedText
 from components.data.prepare import Preparation, cores, encode_missing
 from components.data.shards import FORMAT, read_record, store_name
@@ -111,7 +111,7 @@ class TextSource(ABC):
         )
         # What is there now may be another process's, which is using it already.
         if directory.exists() and not _has_its_shards(directory, content):
-            discard(directory)
+            discard(directory, (INDEX, SEGMENTS, PIECES))
         write_index(
             directory,
             [(piece.name, encoded[piece.content]) for piece in pieces],

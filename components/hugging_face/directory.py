@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.durable import sync_directory, write_synced
+from components.durable import remove_written, sync_directory, write_synced
 from components.folders import is_file
 from components.quantities import expand_home
 
+MARK = "powertrain.json"
+"""Lists the files that were written to a directory: only those are replaced later."""
 _LARGEST_JSON = 2**26
 """Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -68,8 +70,8 @@ def choose_files(whole: Path, index: Path) -> tuple[dict[str, Path] | None, list
 def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     """A directory beside `path` that takes its name once the block ends well, and is gone otherwise.
 
-    What is at `path` must be an empty directory. With `force` it may also be an earlier model, which is then replaced:
-    a directory with a config.json and no folder. Raises ValueError for all else, before the block.
+    What is at `path` must be an empty directory. With `force` it may also be an earlier one of this function, which is
+    then replaced, if nothing was added to it. Raises ValueError for all else, before the block.
     """
     path = expand_home(path).resolve()
     _check_free(path, force)
@@ -78,25 +80,35 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
+        files = [MARK, *sorted(entry.name for entry in aside.iterdir())]
+        write_json(aside / MARK, {"files": files})
         sync_directory(aside)
-        _check_free(path, force)  # writing may have taken an hour
+        written = _check_free(path, force)  # writing may have taken an hour
         replaced = path.with_name(f"{aside.name}.replaced")
         if path.exists():
             path.rename(replaced)
         aside.rename(path)
         sync_directory(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            remove_written(replaced, written.__contains__)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_free(path: Path, force: bool) -> None:
+def _check_free(path: Path, force: bool) -> set[str]:
+    """Names of the files at `path` that an earlier call wrote. Raises ValueError where others are in the way."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no directory; name another")
-    content = list(path.iterdir()) if path.is_dir() else []
+    content = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if not content:
-        return
+        return set()
     if not force:
         raise ValueError(f"{path} is not empty; name another directory, or replace this one with --force")
-    if not (path / "config.json").is_file() or any(entry.is_dir() for entry in content):
-        raise ValueError(f"{path} is no directory of a model, and --force does not replace it; remove it first")
+    files = read_json(path / MARK).get("files") if MARK in content else None
+    written = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+    if foreign := sorted(content - written):
+        raise ValueError(
+            f"{path} holds {foreign[0]}, which no export wrote according to {MARK}, and --force removes only what one "
+            "wrote; name another directory, or move it away"
+        )
+    return written

@@ -37,9 +37,16 @@ class Metrics:
     """Steps between two lines on the console and in log.txt."""
 
     def build(
-        self, *, jsonl: Path, tensorboard: Path, console: RichConsole, after_step: int, total_tokens: int
+        self,
+        *,
+        jsonl: Path,
+        tensorboard: Path,
+        console: RichConsole,
+        after_step: int,
+        total_tokens: int,
+        run: str = "",
     ) -> Monitor:
-        """A monitor that continues after `after_step`."""
+        """A monitor of the run with the identifier `run` that continues after `after_step`."""
         writers: list[Writer] = [
             JsonLines(jsonl, after_step=after_step),
             ConsoleProgress(console, interval_steps=self.console_interval_steps, total_tokens=total_tokens),
@@ -47,7 +54,7 @@ class Metrics:
         if self.tensorboard:
             from components.metrics.tensorboard import TensorBoard  # half a second that a run without it need not pay
 
-            writers.append(TensorBoard(tensorboard, after_step=after_step))
+            writers.append(TensorBoard(tensorboard, after_step=after_step, run=run))
         return Monitor(writers)
 
 

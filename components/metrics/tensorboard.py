@@ -46,11 +46,12 @@ class TensorBoard:
     thread, which ends at the first error, with a traceback, and loses what it holds when the process is killed.
     """
 
-    def __init__(self, directory: Path, *, after_step: int = 0) -> None:
+    def __init__(self, directory: Path, *, after_step: int = 0, run: str = "") -> None:
+        """The names of its files end in `run`, the identifier by which a run knows them again."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         now = time.time_ns()
-        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}.{run}"
         self._file = Appended(directory / name)  # read in the order of their names
         self._append(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
         if after_step:

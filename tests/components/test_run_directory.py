@@ -33,52 +33,35 @@ def test_whoever_holds_it_is_named_and_what_the_dead_held_is_free(tmp_path, monk
         assert kept_out
 
 
-def test_where_nothing_can_be_locked_nothing_is_swept(tmp_path, monkeypatch):
+def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch):
     def cannot(handle, how):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(run_directory.fcntl, "flock", cannot)
-    unfinished = tmp_path / ".config.toml.abc.part"
-    unfinished.write_text("of a run that may be alive")
-    assert unfinished in tmp_path.glob(durable.UNFINISHED)
     with RunDirectory(tmp_path).held() as kept_out:
         assert not kept_out
-    assert unfinished.exists()
 
 
 def test_each_node_that_took_part_in_a_launch_knows_the_directory_again(tmp_path):
     directory = RunDirectory(tmp_path)
     assert not directory.belongs_to("one")
+    directory.claim()
     directory.remember(["one", "two", "two"])
     assert directory.belongs_to("one") and directory.belongs_to("two")
     assert not any(directory.belongs_to(launch) for launch in ("on", "one\ntwo", None))
 
 
-def test_checkpoints_behind_a_link_are_removed_too(tmp_path):
-    directory, elsewhere = RunDirectory(tmp_path / "run"), tmp_path / "large disk"
-    (elsewhere / "step-00000007").mkdir(parents=True)
-    (elsewhere / "step-00000007" / "state.json").write_text("{}")
-    directory.path.mkdir()
-    directory.checkpoints.symlink_to(elsewhere)
-    directory.clear()
-    assert directory.checkpoints.is_symlink() and elsewhere.is_dir()
-    assert not list(directory.checkpoints.iterdir())
-
-
 def test_what_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
-    directory.checkpoints.mkdir()
-
-    def busy(folder, **_):
-        raise OSError(errno.EBUSY, "busy")
-
-    monkeypatch.setattr(run_directory.shutil, "rmtree", busy)
-    with pytest.raises(OSError, match="busy"):
+    directory.claim()
+    directory.metrics.mkdir()
+    with pytest.raises(OSError, match="directory"):
         directory.clear()
 
 
 def test_of_the_log_the_part_of_the_new_run_is_kept(tmp_path):
     directory = RunDirectory(tmp_path)
+    directory.claim()
     directory.log.write_text("old\n")
     with directory.log.open("a") as log:
         print("new", file=log, flush=True)
@@ -89,8 +72,46 @@ def test_of_the_log_the_part_of_the_new_run_is_kept(tmp_path):
     assert not directory.log.exists()
 
 
+def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
+    directory, elsewhere = RunDirectory(tmp_path), tmp_path / "elsewhere"
+    lock = directory.path / run_directory.LOCK
+    lock.write_text("of another program")
+    with pytest.raises(ValueError, match="not a lock that a run made"), directory.held():
+        pass
+    assert lock.read_text() == "of another program"
+    elsewhere.write_text("mine")
+    lock.unlink()
+    lock.symlink_to(elsewhere)
+    with pytest.raises(OSError), directory.held():
+        pass
+    assert elsewhere.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.toml", "metrics.jsonl", "log.txt", "stop"])
+def test_a_directory_with_a_file_that_no_run_wrote_is_not_claimed(tmp_path, name):
+    directory = RunDirectory(tmp_path)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {name}, and no run.json"):
+        directory.claim()
+    directory.clear()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert not directory.used and directory.run is None
+
+
+def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
+    directory = RunDirectory(tmp_path)
+    directory.claim("a measurement")
+    run = directory.run
+    with pytest.raises(ValueError, match="holds a measurement"):
+        directory.claim()
+    directory.claim("a measurement")
+    assert directory.run == run is not None
+
+
 def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
+    directory.claim()
+    (tmp_path / ".config.toml.new.part").write_text("of another program")
     replace_file(directory.config, "the old one")
 
     def killed(*_):
@@ -100,7 +121,9 @@ def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path
         patch.setattr(durable.Path, "replace", killed)
         patch.setattr(durable.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
         replace_file(directory.config, "the new one")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 4
     with directory.held():
-        assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "config.toml"]
+        directory.sweep()
+        names = sorted(file.name for file in tmp_path.iterdir())
+        assert names == [".config.toml.new.part", ".run.lock", "config.toml", "run.json"]
         assert directory.config.read_text() == "the old one"

@@ -18,6 +18,7 @@ from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
 from recipes.pretrain import Pretrain, TrainingRun
 from tests.end_to_end.test_resume import timeless
+from tests.faults.test_removals import Others, moved_and_linked
 
 FROM = 6
 """Step of the checkpoint: 56 samples of 24 tokens, and 12 in each step to come."""
@@ -275,6 +276,25 @@ def test_a_training_run_is_never_replaced_by_a_measurement(measured, capsys):
     said = refused(measured, capsys, f"--run.dir={other}", "--run.if_exists=replace")
     assert "holds a training run" in said
     assert (other / "checkpoints").is_dir()
+
+
+def test_a_measurement_behind_links_replaces_only_what_one_wrote(measured, capsys):
+    others = Others(measured.tiny.folder)
+    assert measured.launch("--branches.factors=[1]") == 0
+    branches = measured.directory / "branches"
+    others.write(branches / "notes.md", branches / "k-001" / "notes.md", branches / "k-777" / "metrics.jsonl")
+    others.write(measured.directory / "photograph.png")
+    moved_and_linked(branches, measured.tiny.folder / "elsewhere")
+    moved_and_linked(branches / "k-001" / "checkpoints", measured.tiny.folder / "elsewhere")
+    again = ["--run.if_exists=replace", "--branches.factors=[1]"]
+    inside = f"--branches.checkpoint={measured.tiny.folder / 'elsewhere' / 'checkpoints'}"
+    assert "lies in the directory of this run" in refused(measured, capsys, *again, inside)
+    assert measured.launch(*again, "--branches.lr=0.02") == 0
+    assert measured.json()["lr"] == 0.02 and branches.is_symlink()
+    assert others.are_all_there()
+    # Nor does a training run write over it.
+    assert measured.tiny.launch(f"--run.dir={measured.directory}", "--run.if_exists=replace") == 2
+    assert "holds a measurement" in capsys.readouterr().err
 
 
 def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measured, monkeypatch, capsys):

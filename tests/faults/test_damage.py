@@ -72,13 +72,15 @@ def test_keeping_the_last_few_never_counts_a_damaged_one(copy) -> None:
 
 @pytest.mark.quick
 def test_leftovers_are_cleaned_and_what_was_being_replaced_comes_back(tmp_path) -> None:
-    for name in ("step-00000001", ".writing-step-00000003", ".replaced-step-00000001", ".replaced-step-00000002"):
+    leftovers = (".writing-a-step-00000003", ".replaced-a-step-00000001", ".replaced-a-step-00000002")
+    others = (".writing-b-step-00000003", ".replaced-b-step-00000004", ".writing-notes", "step-00000001")
+    for name in (*leftovers, *others):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "mark").write_text(name)
-    clean(tmp_path)
-    assert {path.name: (path / "mark").read_text() for path in tmp_path.iterdir()} == {
-        "step-00000001": "step-00000001",
-        "step-00000002": ".replaced-step-00000002",
+        (tmp_path / name / "state.json").write_text(name)
+    clean(tmp_path, "a")
+    assert {path.name: (path / "state.json").read_text() for path in tmp_path.iterdir()} == {
+        **{name: name for name in others},
+        "step-00000002": ".replaced-a-step-00000002",
     }
 
 

@@ -32,6 +32,8 @@ TAIL = 0.02
 """The training loss at the end is averaged exponentially over this share of the tokens."""
 LEFT_OUT = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
 """What a run whose directory is thrown away need not write."""
+_BEGINS = b'{"digest": "'
+"""How each line of the file of results begins. Only a half-written one that does is cut off."""
 INPUT, KILLED = 2, (130, 137, 143)
 """Exit statuses: bad input, and ended by SIGINT, SIGKILL or SIGTERM."""
 
@@ -77,10 +79,6 @@ class Outcome:
         return f"{self.loss:.4f} in {self.steps} steps, {self.seconds:.0f} s"
 
 
-_BEGINNING = b'{"digest": "'
-"""Of every line that `Results` writes."""
-
-
 class Results:
     """Outcomes by the digest of their job, kept in a file: what is in it is not run again."""
 
@@ -94,8 +92,7 @@ class Results:
         """Where a half-written line begins: its writer was killed."""
         text = path.read_bytes() if is_file(path) else b""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
-            # what is cut off later must be ours: somebody's text may end without a line end, too
-            if not line.endswith(b"\n") and (line.startswith(_BEGINNING) or _BEGINNING.startswith(line)):
+            if not line.endswith(b"\n") and line[: len(_BEGINS)] == _BEGINS[: len(line)]:
                 self._torn_at = len(text) - len(line)
                 break
             try:

@@ -65,7 +65,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_model(tmp_path):
+def test_what_is_there_is_replaced_only_by_force_and_only_if_an_export_wrote_all_of_it(tmp_path):
     model = tmp_path / "model"
     write(model, content="old")
     with pytest.raises(ValueError, match=r"is not empty; .* --force"):
@@ -78,11 +78,12 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_model(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     (model / "photographs").mkdir()
-    with pytest.raises(ValueError, match="no directory of a model"):
+    with pytest.raises(ValueError, match="holds photographs, which no export wrote"):
         write(model, force=True)
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "letter").write_text("dear")
-    with pytest.raises(ValueError, match="no directory of a model"):
-        write(tmp_path / "home", force=True)
+    for name in ("config.json", "letter"):
+        (tmp_path / "home" / name).write_text("dear")
+        with pytest.raises(ValueError, match=r"holds config.json, which no export wrote"):
+            write(tmp_path / "home", force=True)
     with pytest.raises(ValueError, match="is no directory"):
         write(tmp_path / "home" / "letter")

@@ -1,0 +1,238 @@
+"""Whatever is removed, replaced or cut, only what a run wrote goes: also under links, and between files of others."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from components.checkpoint import CheckpointStore, clean, remove_all
+from components.data import atomic
+from components.data.content import FileHashes
+from components.durable import replace_file
+from components.hugging_face import new_directory
+from components.metrics.jsonl import JsonLines
+from components.metrics.tensorboard import TensorBoard
+from components.run_directory import RunDirectory
+from components.stop_signal import Requests, StopSignal
+from recipes.opening import remove_run
+from tests.components.test_checkpoint import Alone
+from tools.sweep.runs import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN, OTHER_RUN = "a" * 16, "b" * 16
+
+
+class Others:
+    """Files of others: each has a text of its own, by which it is found again wherever it may have been moved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.texts = folder, set[bytes]()
+
+    def write(self, *paths: Path) -> None:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"foreign file {len(self.texts)}")
+            self.texts.add(path.read_bytes())
+
+    def are_all_there(self) -> bool:
+        files = [Path(place, name) for place, _, names in os.walk(self.folder) for name in names]
+        return self.texts <= {file.read_bytes() for file in files if file.exists()}
+
+
+def moved_and_linked(path: Path, elsewhere: Path) -> None:
+    """Move `path` to another place, and leave a link to it."""
+    elsewhere.mkdir(exist_ok=True)
+    shutil.move(path, elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+
+
+def save(store: CheckpointStore, *steps: int) -> None:
+    for step in steps:
+        assert store.save(step, {"weight": torch.zeros(2)}, {"clock": {}}, "a = 1\n")
+
+
+def retention(folder: Path, others: Others) -> None:
+    """Saves that remove older checkpoints; one of them is a link, one has a note in it, two are of another run."""
+    place = folder / "checkpoints"
+    save(CheckpointStore(place, Alone(), run=OTHER_RUN), 1, 2)
+    save(CheckpointStore(place, Alone(), run=RUN), 3, 4, 5)
+    moved_and_linked(place / "step-00000002", folder / "elsewhere")
+    moved_and_linked(place / "step-00000004", folder / "elsewhere")
+    others.write(place / "step-00000003" / "notes.md", place / "step-00000000" / "weights", place / "epoch=3.ckpt")
+    save(CheckpointStore(place, Alone(), run=RUN, keep_last=1), 6)
+    names = {path.name for path in place.glob("step-*")}
+    assert names == {f"step-{step:08d}" for step in (0, 1, 2, 6)}, "what this run wrote and no longer needs is gone"
+    assert len(list((folder / "elsewhere").rglob("*.distcp"))) == 2, "of a link, only the link"
+    assert [path.name for path in place.glob("not-removed-step-00000003-*/*")] == ["notes.md"]
+    store = CheckpointStore(place, Alone(), run=RUN)
+    assert not store.save(1, {"weight": torch.zeros(2)}, {"clock": {}}, ""), "it would replace another run's"
+
+
+def leftovers_of_dead_saves(folder: Path, others: Others) -> None:
+    ours = [folder / f".writing-{RUN}-step-00000001", folder / f".replaced-{RUN}-step-00000002"]
+    for path in (*ours, folder / "step-00000002", folder / f".writing-{OTHER_RUN}-step-00000001"):
+        path.mkdir()
+        (path / "state.json").write_text("{}")
+    others.write(ours[0] / "notes.md", folder / ".writing-thesis", folder / ".replaced-step-00000003" / "state.json")
+    (folder / "elsewhere").mkdir()
+    others.write(folder / "elsewhere" / "state.json")
+    (folder / f".writing-{RUN}-removed-step-00000007").symlink_to(folder / "elsewhere")
+    clean(folder, RUN)
+    assert not list(folder.glob(f".*-{RUN}-*"))
+    assert (folder / f".writing-{OTHER_RUN}-step-00000001" / "state.json").exists()
+
+
+def replacing_a_run(folder: Path, others: Others) -> None:
+    """Its folders and files are links; beside what it wrote there lie others' files, and another run's."""
+    directory, elsewhere = RunDirectory(folder / "run"), folder / "elsewhere"
+    directory.path.mkdir()
+    directory.claim()
+    assert directory.run is not None
+    save(CheckpointStore(directory.checkpoints, Alone(), run=directory.run), 1, 2)
+    save(CheckpointStore(directory.checkpoints, Alone(), run=OTHER_RUN), 3)
+    for run in (directory.run, OTHER_RUN):
+        TensorBoard(directory.tensorboard, run=run).close()
+    others.write(directory.checkpoints / "epoch=3.ckpt", directory.checkpoints / "keep" / "last.ckpt")
+    others.write(directory.tensorboard / "old", directory.tensorboard / "events.out.tfevents.1700000000.host.1.0")
+    others.write(directory.path / "notes.md", directory.path / "damaged-step-00000001" / "state.json")
+    for path in (directory.metrics, directory.log, directory.config):
+        others.write(path)
+    for path in (directory.checkpoints, directory.tensorboard, directory.metrics, directory.log, directory.config):
+        moved_and_linked(path, elsewhere)
+    remove_run(directory)
+    assert not directory.metrics.is_symlink() and not directory.config.is_symlink(), "of a file's link, the link"
+    assert directory.checkpoints.is_symlink() and directory.tensorboard.is_symlink(), "folders stay where they are"
+    assert [path.name for path in directory.checkpoints.glob("step-*")] == ["step-00000003"]
+    kept = sorted(path.name.rpartition(".")[2] for path in directory.tensorboard.glob("events.*"))
+    assert kept == ["0", OTHER_RUN]
+
+
+def clearing_a_directory_that_is_no_runs(folder: Path, others: Others) -> None:
+    directory = RunDirectory(folder)
+    names = ("config.toml", "metrics.jsonl", "log.txt", "tensorboard/events.1", ".config.toml.7.part")
+    others.write(*(folder / name for name in (*names, "checkpoints/step-00000001/state.json")))
+    directory.sweep()
+    directory.clear()
+    remove_run(directory)
+    remove_all(directory.checkpoints, RUN)
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        directory.claim()
+
+
+def metrics_cut_on_resume(folder: Path, others: Others) -> None:
+    rows = [json.dumps({"step": step}) + "\n" for step in range(4)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    moved_and_linked(folder / "metrics.jsonl", folder / "elsewhere")
+    others.write(folder / "elsewhere" / "metrics.json", folder / "metrics.jsonl.bak")
+    JsonLines(folder / "metrics.jsonl", after_step=2).close()
+    assert (folder / "elsewhere" / "metrics.jsonl").read_text() == "".join(rows[:3])
+
+
+def a_file_replaced(folder: Path, others: Others) -> None:
+    others.write(folder / "mine.toml", folder / ".config.toml.part")
+    (folder / "config.toml").symlink_to(folder / "mine.toml")
+    replace_file(folder / "config.toml", "a = 1")
+    assert (folder / "config.toml").read_text() == "a = 1" and not (folder / "config.toml").is_symlink()
+
+
+def the_stop_file(folder: Path, others: Others) -> None:
+    others.write(folder / "mine")
+    (folder / "stop").symlink_to(folder / "mine")
+    with StopSignal() as signals:
+        Requests(signals, file=folder / "stop", ends_at=None).clear_file()
+    assert not (folder / "stop").is_symlink()
+
+
+def prepared_data(folder: Path, others: Others) -> None:
+    """A data set that is discarded, one of them behind a link, and what a dead process was preparing."""
+    for name in ("set", "linked"):
+        (folder / name).mkdir()
+        (folder / name / "index.json").write_text("{}")
+        others.write(folder / name / "notes.md")
+    moved_and_linked(folder / "linked", folder / "elsewhere")
+    for name in ("set", "linked"):
+        atomic.discard(folder / name, ["index.json"])
+        assert not os.path.lexists(folder / name)
+    assert (folder / "elsewhere" / "linked" / "index.json").exists()
+    others.write(folder / ".set.draft.part" / "chapter", folder / ".set.000000000000.part" / "chapter")
+    for leftover in (*folder.glob(".set.*.part"),):
+        os.utime(leftover, (0, 0))
+    with atomic.written_aside(folder / "set") as aside:
+        (aside / "index.json").write_text("{}")
+    others.write(folder / "data.txt", folder / "file-hashes.json.bak")
+    os.utime(folder / "data.txt", (0, 0))
+    others.write(folder / "file-hashes.json")
+    with FileHashes(folder / "file-hashes.json") as hashes:
+        hashes._learnt = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be remembered
+
+
+def an_exported_model(folder: Path, others: Others) -> None:
+    def export() -> None:
+        with new_directory(folder / "model", force=True) as aside:
+            (aside / "config.json").write_text("{}")
+
+    export()
+    moved_and_linked(folder / "model", folder / "elsewhere")
+    export()
+    assert (folder / "model").is_symlink() and (folder / "model" / "config.json").read_text() == "{}"
+    others.write(folder / "model" / "thesis.tex")
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which no export wrote"):
+        export()
+    (folder / "model" / "powertrain.json").unlink()
+    with pytest.raises(ValueError, match=r"holds config\.json, which no export wrote"):
+        export()
+
+
+def results_of_a_sweep(folder: Path, others: Others) -> None:
+    """A last line without its end is cut off: of another file it might be all there is."""
+    others.write(folder / "notes.md")
+    (folder / "results.jsonl").symlink_to(folder / "notes.md")
+    with pytest.raises(ValueError, match="is no result of a sweep"):
+        Results(folder / "results.jsonl")
+
+
+REMOVALS: list[Callable[[Path, Others], None]] = [
+    retention,
+    leftovers_of_dead_saves,
+    replacing_a_run,
+    clearing_a_directory_that_is_no_runs,
+    metrics_cut_on_resume,
+    a_file_replaced,
+    the_stop_file,
+    prepared_data,
+    an_exported_model,
+    results_of_a_sweep,
+]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("removal", REMOVALS, ids=lambda removal: removal.__name__)
+def test_only_what_a_run_wrote_goes(tmp_path: Path, removal: Callable[[Path, Others], None]) -> None:
+    others = Others(tmp_path)
+    removal(tmp_path, others)
+    assert others.texts and others.are_all_there()
+
+
+@pytest.mark.quick
+def test_the_table_of_removals_names_every_module_that_removes_something() -> None:
+    table = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    removing = {"unlink", "rmtree", "rmdir", "remove", "truncate", "ftruncate", "rename", "replace"}
+    found = set()
+    for package in ("components", "recipes", "tools"):
+        for file in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                    continue
+                one_argument = len(node.args) == 1 and not node.keywords  # a string's `replace` has two
+                if node.func.attr in removing and (one_argument or node.func.attr not in ("rename", "replace")):
+                    found.add(file.relative_to(ROOT).as_posix())
+    found -= {"tools/coord_check.py"}  # the handle of a hook
+    assert len(found) > 10
+    assert not [name for name in found if name not in table]
