@@ -77,13 +77,19 @@ def _matches(path: Path) -> list[Path]:
     if path.is_dir():
         found = [file for file in _below(path) if kind_is_known(file) and file.is_file()]
     else:
-        names = [name for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207
+        names = [name for name in glob.glob(_pattern(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207
         found = [Path(name) for name in names if kind_is_known(Path(name))]
         if names and not found:
             raise ValueError(f"path: {path} matches {len(names)} files, none of which ends in {', '.join(SUFFIXES)}")
     if not found:
         raise FileNotFoundError(f"path: {path} matches no file that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def _pattern(path: Path) -> str:
+    """`path` as a glob pattern, in which a folder that exists is meant literally, also one that is called `run[1]`."""
+    folder = next(folder for folder in path.parents if folder.is_dir())
+    return str(Path(glob.escape(str(folder)), path.relative_to(folder)))
 
 
 def _below(folder: Path) -> Iterator[Path]:
