@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
 
 from recipes.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from components.parallel.world import World
+
+T = TypeVar("T")
 
 _NAMES_A_KEY = re.compile(r"([A-Za-z_][\w.]*): ")
 
@@ -29,6 +35,25 @@ def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]
         if match and f"{path}.{match.group(1)}" in config.leaves:
             path, message = f"{path}.{match.group(1)}", message[match.end() :]
         raise ConfigError([config.problem(path, message)], started=started) from error
+
+
+def evaluate_together(evaluate: Callable[[], T], config: Config, path: str, world: World) -> T:
+    """Return what `evaluate()` gives. Every rank calls this.
+
+    Raises ConfigError at `path`, on all ranks, if one of them could not read what it evaluates on. Any other error
+    stays where it is raised: the other ranks are in the middle of a forward pass then.
+    """
+    from components.processes import raise_in_all  # torch: a typo in a recipe is reported without it
+    from components.validation import UnreadableError
+
+    result, failure = None, None
+    try:
+        result = evaluate()
+    except UnreadableError as error:
+        failure = error
+    with blame(config, path, started=True):
+        raise_in_all(failure, world.gather)
+    return result  # type: ignore[return-value]
 
 
 def out_of_memory(error: BaseException) -> str | None:

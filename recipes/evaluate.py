@@ -26,7 +26,7 @@ from components.validation import Documents, HeldOut, SlidingWindow, Totals
 from recipes.config import Config
 from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
-from recipes.errors import blame
+from recipes.errors import blame, evaluate_together
 from recipes.language_model import check_separates, keep_documents_apart
 from recipes.resume import Resume
 from recipes.sections import AttentionWithin, default_cache
@@ -174,7 +174,13 @@ class Evaluate:
                     raise ValueError(f'use: {type(data).__name__} has no documents; evaluate with method = "packed"')
                 stride = keys.stride or max(1, length // 2)
                 evaluated = SlidingWindow(
-                    documents, tokenizer.end_of_document, length, stride, keys.micro_batch_size, keys.limit
+                    documents,
+                    tokenizer.vocab_size,
+                    tokenizer.end_of_document,
+                    length,
+                    stride,
+                    keys.micro_batch_size,
+                    keys.limit,
                 )
         chosen = precision.resolve(keys.precision, world.device)
         with blame(config, "evaluation"):
@@ -183,10 +189,15 @@ class Evaluate:
             trained.read(model, alone=world.size == 1)
         arithmetic = arithmetic_of(layout, chosen, world)
         rows: list[Totals] = []
-        if keys.method == "packed":
-            total = evaluated.totals(model, layout.data, arithmetic)
-        else:
-            rows = evaluated.evaluate(model, layout.data, arithmetic, multiple=layout.sizes.tp)
+
+        def evaluate() -> Any:
+            if keys.method == "packed":
+                return evaluated.totals(model, layout.data, arithmetic)
+            return evaluated.evaluate(model, layout.data, arithmetic, multiple=layout.sizes.tp)
+
+        total = evaluate_together(evaluate, config, "data", world)
+        if keys.method != "packed":
+            rows = total
             total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
         window: dict[str, Any] = {"sequence_length": length}

@@ -11,6 +11,8 @@ from typing import Any
 
 from components.metrics.append import Appended
 
+_LONGEST_ROW_BYTES = 2**20
+
 
 class JsonLines:
     """Appends rows to a file, each at once."""
@@ -38,6 +40,15 @@ def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
     """As JSON. Numbers that are not finite become null: JSON has none, and readers refuse Python's `Infinity`."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, indent=indent)
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a file that `JsonLines` has opened; None where it has none."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
+        lines = file.read().splitlines()
+    row: dict[str, Any] | None = json.loads(lines[-1]) if lines else None
+    return row
 
 
 def _truncate(path: Path, after_step: int) -> None:
