@@ -11,6 +11,7 @@ from pydantic import Field
 from components.quantities import PositiveCount
 
 Action = Literal["stop", "skip", "roll_back"]
+SampleAction = Literal["stop", "skip"]
 
 _LEAST_DEVIATION = 1e-3
 """Of the mean: a loss that has hardly moved so far is not to be held to rounding errors."""
@@ -18,7 +19,7 @@ _LEAST_DEVIATION = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """[guard]: what becomes of a step whose numbers are not finite, or whose loss leaps up.
+    """[guard]: what becomes of a step whose numbers are not finite, whose loss leaps up, or that has a bad sample.
 
     stop: end the run. skip: leave the update of that step out. roll_back: besides, return parameters and optimizer to
     the newest checkpoint, while the data goes on after the samples of the bad step (PaLM, arXiv 2204.02311, 5.1).
@@ -28,6 +29,8 @@ class Guard:
     """A loss or gradient norm that is not finite."""
     on_spike: Action | None = None
     """A loss above `spike_deviations`; unset: such a step is one like any other."""
+    on_bad_sample: SampleAction = "stop"
+    """A sample that cannot be read or holds no valid token ids. skip: go on after the samples of that step."""
     spike_deviations: Annotated[float, Field(gt=0)] = 6.0
     """Standard deviations above the mean of the steps before that make a loss a spike."""
     spike_memory_steps: PositiveCount = 100
@@ -67,10 +70,24 @@ class StepGuard:
             self.consecutive = 0
             self._remember(loss)
             return None
-        self.consecutive += 1
-        if self.consecutive >= self.rules.max_consecutive and bad.action != "stop":
-            why = f"{bad.why}; bad steps in a row: {self.consecutive}, which is guard.max_consecutive"
+        return self._count(bad)
+
+    def judge_samples(self, why: str) -> BadStep:
+        """What to do with a step that has a bad sample, on any rank; `why` says which."""
+        return self._count(BadStep(self.rules.on_bad_sample, True, why))
+
+    def _count(self, bad: BadStep) -> BadStep:
+        """`bad`, or the stop that is due after too many bad steps in a row.
+
+        A step that stops the run is not counted: the state that is saved is the one before it.
+        """
+        consecutive = self.consecutive + 1
+        if bad.action == "stop":
+            return bad
+        if consecutive >= self.rules.max_consecutive:
+            why = f"{bad.why}; bad steps in a row: {consecutive}, which is guard.max_consecutive"
             return BadStep("stop", bad.finite, why)
+        self.consecutive = consecutive
         return bad
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+BAD_INPUT = (ValueError, OSError, ImportError)
+"""Errors whose message is for whoever wrote the recipe or the data; of any other the traceback says where it was."""
+
 
 def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """`text` of every process of a `group`, or of the default one, by rank."""
@@ -26,6 +29,11 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:
         return None, error
+
+
+def described(error: Exception) -> str:
+    """The message of bad input as it is, that of any other error behind the name of its type."""
+    return str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
 
 
 def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:

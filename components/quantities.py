@@ -54,13 +54,13 @@ _SCHEMA = WithJsonSchema(
     }
 )
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0), _SCHEMA]
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0, lt=2**62), _SCHEMA]
 """A whole number >= 0 that TOML may write as "20M"."""
 
 Tokens = Count
 """A number of tokens."""
 
-PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0), _SCHEMA]
+PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0, lt=2**62), _SCHEMA]
 """A whole number >= 1 that TOML may write as "20M"."""
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 ONE_REQUEST_SECONDS = 1.0
 """Signals this close together are one request: a scheduler signals a whole job, and a launcher passes its own on."""
@@ -21,7 +22,10 @@ _FILE_INTERVAL_SECONDS = 0.5
 
 
 class StopSignal:
-    """Catches SIGINT and SIGTERM once, and SIGUSR1; a second one to stop acts at once, as if it had not been caught.
+    """Catches SIGINT, SIGTERM and SIGHUP once, and SIGUSR1; a second SIGINT or SIGTERM acts at once, as if not caught.
+
+    A signal that the process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in the background of a
+    script. SIGUSR1 is always caught, because the launcher itself ignores it until a run is ready to save.
 
     `received` is the number of the signal to stop, 0 while there was none; `save` whether to save and go on. Use as a
     context manager: leaving it restores the handlers that were there before.
@@ -35,7 +39,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in STOPPING:
+        for number in heard(STOPPING):
             self._before[number] = signal.signal(number, self._catch)
         self._before[SAVING] = signal.signal(SAVING, self._catch_save)
         return self
@@ -46,7 +50,7 @@ class StopSignal:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._at = number, time.monotonic()
-        elif time.monotonic() - self._at > ONE_REQUEST_SECONDS:
+        elif is_repeated(number, time.monotonic() - self._at):
             self._restore()
             signal.raise_signal(number)
 
@@ -58,6 +62,20 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+def heard(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of `numbers` that this process does not ignore."""
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def is_repeated(number: int, seconds: float) -> bool:
+    """Whether `number`, received `seconds` after a first request to stop, asks to stop at once.
+
+    SIGHUP never does. Nobody repeats it out of impatience, but when a terminal closes the shell and the kernel both
+    send it, and some service managers send it after SIGTERM.
+    """
+    return number != signal.SIGHUP and seconds > ONE_REQUEST_SECONDS
 
 
 class Requests:

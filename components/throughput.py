@@ -1,17 +1,14 @@
-"""What a step costs: time spent waiting, memory, and how fast the hardware could be, the denominator of MFU."""
+"""What a step costs: memory, and how fast the hardware could be, the denominator of MFU."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import torch
-
-T = TypeVar("T")
 
 DENSE_BF16_FLOPS = {
     "B200": 2250e12,
@@ -90,20 +87,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         a @ b
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-class Waited(Iterator[T]):
-    """Passes on what `source` yields and adds up, in `seconds`, the time it took to come."""
-
-    def __init__(self, source: Iterator[T]) -> None:
-        self.source = source
-        self.seconds = 0.0
-
-    def __next__(self) -> T:
-        start = time.perf_counter()
-        item = next(self.source)
-        self.seconds += time.perf_counter() - start
-        return item
 
 
 def device_memory(device: torch.device) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.quantities import PositiveCount
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -24,7 +26,7 @@ class RopeScaling:
     """Waves that turn less often than this in original_max_position tokens are stretched by the whole factor."""
     high_freq_factor: float = 4.0
     """Waves that turn more often than this in original_max_position tokens are left alone; in between, interpolated."""
-    original_max_position: int = 8192
+    original_max_position: PositiveCount = 8192
     """The context of the model before it was stretched, in tokens."""
 
     def __post_init__(self) -> None:

@@ -6,11 +6,17 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from recipes.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from components.parallel.world import World
+
+T = TypeVar("T")
 
 _NAMES_A_KEY = re.compile(r"([A-Za-z_][\w.]*): ")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,6 +66,25 @@ def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:
             is_above = leaf.value.is_relative_to(file) and not os.path.lexists(file)
             return key if file.is_relative_to(leaf.value) or is_above else None
     return None
+
+
+def evaluate_together(evaluate: Callable[[], T], config: Config, path: str, world: World) -> T:
+    """Return what `evaluate()` gives. Every rank calls this.
+
+    Raises ConfigError at `path`, on all ranks, if one of them could not read what it evaluates on. Any other error
+    stays where it is raised: the other ranks are in the middle of a forward pass then.
+    """
+    from components.processes import raise_in_all  # torch: a typo in a recipe is reported without it
+    from components.validation import UnreadableError
+
+    result, failure = None, None
+    try:
+        result = evaluate()
+    except UnreadableError as error:
+        failure = error
+    with blame(config, path, started=True):
+        raise_in_all(failure, world.gather)
+    return result  # type: ignore[return-value]
 
 
 def out_of_memory(error: BaseException) -> str | None:

@@ -28,7 +28,7 @@ from components.working_weights import WorkingWeights
 from recipes.config import Config
 from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
-from recipes.errors import blame
+from recipes.errors import blame, evaluate_together
 from recipes.language_model import check_separates, keep_documents_apart
 from recipes.resume import Resume
 from recipes.sections import AttentionWithin, default_cache
@@ -177,7 +177,13 @@ class Evaluate:
                     raise ValueError(f'use: {type(data).__name__} has no documents; evaluate with method = "packed"')
                 stride = keys.stride or max(1, length // 2)
                 evaluated = SlidingWindow(
-                    documents, tokenizer.end_of_document, length, stride, keys.micro_batch_size, keys.limit
+                    documents,
+                    tokenizer.vocab_size,
+                    tokenizer.end_of_document,
+                    length,
+                    stride,
+                    keys.micro_batch_size,
+                    keys.limit,
                 )
         chosen = precision.resolve(keys.precision, world.device)
         with blame(config, "evaluation"):
@@ -188,10 +194,15 @@ class Evaluate:
         if chosen == "bf16" and layout.fsdp is None:
             compute = WorkingWeights(model, torch.bfloat16)
         rows: list[Totals] = []
-        if keys.method == "packed":
-            total = evaluated.totals(model, layout.data, compute)
-        else:
-            rows = evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
+
+        def evaluate() -> Any:
+            if keys.method == "packed":
+                return evaluated.totals(model, layout.data, compute)
+            return evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
+
+        total = evaluate_together(evaluate, config, "data", world)
+        if keys.method != "packed":
+            rows = total
             total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
         window: dict[str, Any] = {"sequence_length": length}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,8 @@ class LaunchedStep:
     """As it is after the step."""
     batch: StepBatch
     lr: float
-    numbers: StepNumbers
+    numbers: StepNumbers | None
+    """None for a step that was skipped for a bad sample."""
     dp_size: int
     measured: bool
     data_seconds: float
@@ -51,6 +53,8 @@ class LaunchedStep:
 
     def read(self) -> StepResult:
         """Waits until the device has computed the gradient of this step."""
+        if self.numbers is None:
+            return StepResult(math.nan, math.nan, None, None, 0)
         numbers = self.numbers.read()
         grad_sq_norm, micro_sq_norms = numbers["squares"].tolist()
         moments = None

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,28 +26,30 @@ from components.data.loader import MicroBatchLoader, check_workers
 from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
 from components.guard import BadStep, Guard
 from components.metrics.console import start_log
+from components.metrics.jsonl import last_row
 from components.metrics.monitor import Metrics, Monitor
 from components.parallel import fsdp
 from components.parallel.elastic import launched_at
 from components.parallel.layout import Parallel
 from components.parallel.world import World
+from components.processes import attempt
 from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
 from components.storage import give_storage
-from components.throughput import Waited, device_memory, peak_flops
+from components.throughput import device_memory, peak_flops
 from components.train_step import TrainStep, not_finite
 from components.validation import HeldOut
 from components.working_weights import WorkingWeights
-from recipes.bad_steps import answer
-from recipes.config import Config, error_message
+from recipes.bad_steps import answer, learning_rate, require_finite_state
+from recipes.config import Config, ConfigError, error_message
 from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
 from recipes.course import follow_schedule
 from recipes.divide import divide
-from recipes.errors import RunError, blame
+from recipes.errors import RunError, blame, evaluate_together
 from recipes.language_model import build_model, keep_documents_apart
 from recipes.launched_step import LaunchedStep, request_counts
-from recipes.micro_batches import checked
+from recipes.micro_batches import read_step
 from recipes.opening import open_run
 from recipes.resume import Resume, compare
 from recipes.run_state import restore, state_of
@@ -108,7 +111,16 @@ class Pretrain:
     def main(self, config: Config, resume: Resume | None) -> int:
         """Run to the end, or until it is asked to stop; returns the exit status."""
         with ExitStack() as cleanup:
-            request = TrainingRun(self, config, resume, cleanup).train()
+            run = TrainingRun(self, config, resume, cleanup)
+            try:
+                request = run.train()
+            except Exception as error:
+                # All ranks raise these together. One that fails alone cannot save: the others wait for it elsewhere.
+                if run.world.size == 1 or isinstance(error, (ConfigError, RunError)):
+                    _, failure = attempt(run.save_before_end)
+                    if failure is not None:
+                        log.error(f"the state before this error could not be saved: {failure}")
+                raise
         return exit_status(request) if stops(request) else 0
 
 
@@ -226,6 +238,8 @@ class TrainingRun:
         with blame(config, "batch"):
             self._check_that_noise_shows()
         self.store.saved_step = self.started_at = self.clock.step
+        self.is_sound = True
+        """Whether tensors and clock belong together, as they do but during an update: only then may they be saved."""
 
         with blame(config, "data"):
             self.loader = MicroBatchLoader(
@@ -255,48 +269,53 @@ class TrainingRun:
                     run=opened.run,
                 )
         cleanup.callback(self.monitor.close)
+        self.lacks_validation = bool(self.world.maximum(int(self._lacks_validation(directory.metrics))))
         self._introduce(directory)
 
     def train(self) -> int:
         """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
         self.read_at = time.perf_counter()
+        if self.lacks_validation:
+            self.validate()
         while not self.clock.done and not stops(self.request):
-            self.launch(self.layout.fit(self.recipe.batch.samples(self.clock)))
+            self.launch(self.next_batch())
             self.read_launched(self.delay)
             self.observe()
 
-            if self.due(getattr(self.recipe.validation, "interval_steps", None)):
-                self.validate()
-            if self.due(self.recipe.checkpoint.interval_steps):
-                self.save()
-            if self.request == SAVE:
-                self.request = NOTHING
+            if self.request == SAVE or self.due(self.recipe.checkpoint.interval_steps):
+                self.request = NOTHING if self.request == SAVE else self.request
                 self.requests.saved()
                 self.save()
+            # after the save, which data that cannot be read must not prevent
+            if self.due(getattr(self.recipe.validation, "interval_steps", None)):
+                self.validate()
         self.finish(self.request)
         return self.request
 
     def launch(self, batch: StepBatch) -> None:
         """Give the device the next step, and advance the clock."""
-        step_tokens, measured = batch.samples * self.sequence_length, self.measures(batch)
-        micro_batches = Waited(checked(self, self.loader.next_step(batch.micro_batches)))
-        numbers = self.step.accumulate(
-            micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
-        )
-        lr = self.recipe.lr_schedule.lr(self.clock.tokens, step_tokens, self.clock.total_tokens)
+        started, step_tokens = time.perf_counter(), batch.samples * self.sequence_length
+        lr = learning_rate(self, step_tokens)
+        micro_batches = read_step(self, batch)
+        data_seconds, measured, numbers, bad = time.perf_counter() - started, False, None, None
+        if micro_batches is not None:
+            measured = self.measures(batch)
+            numbers = self.step.accumulate(
+                micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
+            )
         after = replace(self.clock)
         after.advance(batch.samples)
-        launched = LaunchedStep(after, batch, lr, numbers, self.ranks.size, measured, micro_batches.seconds)
-        bad = None
-        if self.delay:
-            self.step.update(lr, step_tokens, skip=not_finite(numbers))
-        elif (bad := self._judge(launched)) is None:
-            self.step.update(lr, step_tokens)
-        else:
-            self.step.discard()
-            answer(self, bad, launched)
+        launched = LaunchedStep(after, batch, lr, numbers, self.ranks.size, measured, data_seconds)
+        if numbers is not None:
+            if not self.delay and (bad := self._judge(launched)) is not None:
+                self.step.discard()
+                answer(self, bad, launched)
+            else:
+                self.is_sound = False
+                self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.delay else None)
         self.clock.advance(batch.samples)
         self.loader.consumed()
+        self.is_sound = True
         self.launched.append((launched, bad))
 
     def read_launched(self, unread: int) -> None:
@@ -305,7 +324,7 @@ class TrainingRun:
         while len(self.launched) > unread:
             launched, bad = self.launched.popleft()
             result = launched.read()
-            if self.delay and (bad := self._judge(launched)) is not None:
+            if self.delay and launched.numbers is not None and (bad := self._judge(launched)) is not None:
                 bad_steps.append((bad, launched))
                 unread = 0  # nothing may be under way when it is answered
             noise = None
@@ -339,6 +358,11 @@ class TrainingRun:
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums
         return summands
+
+    def next_batch(self) -> StepBatch:
+        """The batch of the next step. Raises ConfigError at [batch] for one that is none."""
+        with blame(self.config, "batch", started=True):
+            return self.layout.fit(self.recipe.batch.samples(self.clock))
 
     def due(self, interval_steps: int | None) -> bool:
         """Whether something that happens every `interval_steps` happens now; the end of the run has its own."""
@@ -388,21 +412,40 @@ class TrainingRun:
         return False
 
     def validate(self) -> None:
-        if self.validation is not None:
+        """Write a row of the loss on held-out text. Raises ConfigError at [validation] where that cannot be read."""
+        if (validation := self.validation) is not None:
             self.read_launched(0)
-            numbers = self.validation.evaluate(self.model, self.ranks, self.step.compute)
+            numbers = evaluate_together(
+                lambda: validation.evaluate(self.model, self.ranks, self.step.compute),
+                self.config,
+                "validation",
+                self.world,
+            )
             self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **numbers})
             self.read_at = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint of everything the next step depends on; if that fails it is told, and training goes on."""
+        """Write a checkpoint of everything the next step depends on; if that fails it is told, and training goes on.
+
+        Raises NonFiniteStateError for a state that is not finite.
+        """
         self.read_launched(0)
         self.monitor.flush()  # no checkpoint is ahead of the metrics
+        require_finite_state(self)
         step = self.clock.step
         saved = self.store.save(step, self.tensors.collect(), state_of(self), self.config.to_toml())
         if saved is not False:
             log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.store.path(step)}")
         self.read_at = time.perf_counter()
+
+    def save_before_end(self) -> None:
+        """Save what is not saved yet, if it is sound, because the run is about to end with an error."""
+        self.store.wait()
+        known = (self.started_at, self.store.saved_step, *self.store.failed_steps)
+        if self.is_sound and self.clock.step not in known:
+            self.step.discard()
+            self.save()
+            self.store.wait()
 
     def _check_that_noise_shows(self) -> None:
         """Raises ValueError for a batch that follows the gradient and could never do so."""
@@ -415,6 +458,15 @@ class TrainingRun:
                 f"gradient, so the batch could never change; take {2 * self.layout.unit} or a smaller "
                 "training.micro_batch_size"
             )
+
+    def _lacks_validation(self, metrics: Path) -> bool:
+        """Whether the run ended between the save of this step and the validation that was due after it."""
+        interval = None if self.recipe.validation is None else self.recipe.validation.interval_steps
+        due = self.clock.done or (interval is not None and self.clock.step % interval == 0)
+        if self.validation is None or not due or not self.world.is_main:
+            return False
+        row = last_row(metrics)
+        return row is not None and row["step"] == self.clock.step and "val_loss" not in row
 
     def _introduce(self, directory: RunDirectory) -> None:
         """The first lines of the log: what is about to happen."""

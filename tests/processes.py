@@ -20,9 +20,20 @@ def reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def start_process(command: list[Any], **options: Any) -> subprocess.Popen[str]:
-    """`command` with the signals of a terminal, whatever this process ignores; a child inherits that."""
-    return subprocess.Popen(command, text=True, preexec_fn=_default_signals, **options)
+def start_process(
+    command: list[Any], before: Callable[[], object] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """`command` with the signals of a terminal, whatever this process ignores; a child inherits that.
+
+    `before` is called in the child, after that and before the command.
+    """
+
+    def prepare() -> None:
+        _default_signals()
+        if before is not None:
+            before()
+
+    return subprocess.Popen(command, preexec_fn=prepare, **{"text": True, **options})
 
 
 def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 
 from components.checkpoint.ranks import Ranks
 from components.checkpoint.reading import load_tensors, tensor_names
+
+_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TrainingTensors:
@@ -29,6 +31,26 @@ class TrainingTensors:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "random": {str(self.world.rank): self._random_state()},
         }
+
+    def not_finite(self) -> list[str]:
+        """Names of parameters and optimizer states of which this rank holds a number that is NaN or infinite.
+
+        Only its own shards are looked at, once each and without a copy. Buffers are left out, where minus infinity may
+        well be meant (a mask), and so are the scalars of an optimizer, such as its count of steps.
+        """
+        named = {
+            f"{name}{suffix}": tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            for name, parameter in self.model.named_parameters()
+            for suffix, tensor in [("", parameter.detach()), *_states(self.optimizer.state.get(parameter, {}))]
+        }
+        named = {name: tensor for name, tensor in named.items() if tensor.dtype in _CHECKED and tensor.numel()}
+        if not named:
+            return []
+        # Both pass NaN on, so a tensor is finite if and only if they are: ten times as fast as isfinite on a CPU. One
+        # stack for all, and so one wait for the device.
+        bounds = torch.stack([torch.stack(tensor.aminmax()).double() for tensor in named.values()])
+        finite = bounds.isfinite().all(dim=1).tolist()
+        return [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
 
     def restore(self, checkpoint: Path) -> None:
         """Load model, the optimizer's state and, as far as the checkpoint has this rank's, the random state.
@@ -70,6 +92,13 @@ class TrainingTensors:
         if any(parameter.is_cuda for parameter in self.model.parameters()):
             state["cuda"] = torch.cuda.get_rng_state()
         return state
+
+
+def _states(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an optimizer's state of one parameter, scalars left out, each with what its name ends in."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.ndim:
+            yield f" ({key})", value
 
 
 def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:

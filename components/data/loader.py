@@ -146,15 +146,22 @@ class MicroBatchLoader:
     def next_step(self, micro_batches: int) -> Iterator[MicroBatch]:
         """The next `micro_batches` of this rank, each read when it is asked for.
 
-        Leaving early is allowed, if every rank leaves after the same one: the next call goes on from there. Raises what
-        reading raised, also when it was raised in a worker.
+        Leaving early is allowed, if every rank leaves after the same one: the next call goes on from there. `next` on
+        it raises what reading raised, also when it was raised in a worker; called again, it goes on with the next
+        micro-batch.
         """
         if micro_batches < 1:
             raise ValueError(f"a step of {micro_batches} micro-batches: expected at least 1")
         if (step := micro_batches * self._stride) > self._epoch and not self._told_of_repeats:
             self._told_of_repeats = True
             log.warning(f"a step of {step:,} samples sees the {self._epoch:,} sequences of the data again")
-        return (self._next() for _ in range(micro_batches))
+        return map(self._next, range(micro_batches))  # unlike a generator it goes on after an error
+
+    @property
+    def last_samples(self) -> range:
+        """Global numbers of the samples of the micro-batch asked for last, also if they could not be read."""
+        first = self._settings["batch_sampler"].first + (self._given - 1) * self._stride
+        return range(first, first + self._settings["batch_sampler"].size)
 
     def consumed(self) -> None:
         """Call after the optimizer step: all that was handed out counts as trained on, and `cursor` moves past it."""
@@ -172,15 +179,17 @@ class MicroBatchLoader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _next(self) -> MicroBatch:
+    def _next(self, _: int) -> MicroBatch:
         try:
             if self._stream is None:
                 self._start_reading()
+            self._given += 1  # also of one that cannot be read: the next call goes on after it
             assert self._stream is not None
             with _waiting_for_workers():
                 block = next(self._stream)
-        except RuntimeError as error:
-            if not self._settings["num_workers"]:
+        except Exception as error:
+            self.close()  # a stream that has raised gives nothing more; the next call starts another
+            if not isinstance(error, RuntimeError) or not self._settings["num_workers"]:
                 raise
             if self._last_words.poll():
                 raise OSError(f"a loader worker cannot go on: {self._last_words.recv()}") from None
@@ -193,7 +202,6 @@ class MicroBatchLoader:
             raise
         if isinstance(block, Exception):
             raise block
-        self._given += 1
         return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
 
     def _start_reading(self) -> None:
@@ -268,6 +276,8 @@ class _OrderedSamples:
             sequences = self.samples.__getitems__(indices)
         else:
             sequences = [self.samples[index] for index in indices]
+            if len(lengths := {len(sequence) for sequence in sequences}) > 1:
+                raise ValueError(f"the dataset gives samples of {min(lengths)} and of {max(lengths)} token ids")
         return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
 
 
@@ -326,10 +336,11 @@ def check_workers(num_workers: int) -> None:
 def _start_worker(last_words: Any, worker: int) -> None:
     """Let signals pass, and end where the queue to the run cannot be filled, saying why.
 
-    A Ctrl-C or a scheduler's SIGTERM reaches the workers too; the run must still be fed until it has saved.
+    A Ctrl-C, a scheduler's SIGTERM or a closing terminal reaches the workers too; the run must be fed until it has
+    saved.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, block: object) -> None:
         last_words.send(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -85,7 +86,7 @@ def _matches(path: Path) -> Sequence[Path]:
         if not kind_is_known(path):
             raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}")
         return [path]
-    files = list(walk_files(path)) if path.is_dir() else glob_files(str(path))
+    files = list(walk_files(path)) if path.is_dir() else glob_files(_pattern(path))
     found = [file for file in files if kind_is_known(file)]
     if not found and files:
         raise ValueError(f"{path} matches {len(files)} files, none of which ends in {', '.join(SUFFIXES)}")
@@ -105,3 +106,9 @@ def _matches(path: Path) -> Sequence[Path]:
 def _warn_once(message: str) -> None:
     """A source is opened several times in a run."""
     log.warning(message)
+
+
+def _pattern(path: Path) -> str:
+    """`path` as a glob pattern, in which a folder that exists is meant literally, also one that is called `run[1]`."""
+    folder = next(folder for folder in path.parents if folder.is_dir())
+    return str(Path(glob.escape(str(folder)), path.relative_to(folder)))

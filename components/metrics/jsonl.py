@@ -15,6 +15,7 @@ from components.folders import is_file
 from components.metrics.append import Appended
 
 log = logging.getLogger("powertrain")
+_LONGEST_ROW_BYTES = 2**20
 
 
 class JsonLines:
@@ -59,6 +60,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]!r}; remove this line")
             rows.append(row)
     return rows
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last whole row of a file that `JsonLines` has opened; None where it has none."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
+        lines = file.read().splitlines()
+    return _parse_row(lines[-1]) if lines else None
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

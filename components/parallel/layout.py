@@ -29,7 +29,7 @@ class Parallel:
 
     dp_replicate: PositiveCount = 1
     """Data-parallel replicas: each holds the whole model, in shards."""
-    dp_shard: Annotated[int, Field(ge=-1)] = -1
+    dp_shard: Annotated[int, Field(ge=-1, lt=2**31)] = -1
     """Data-parallel ranks that share one replica's parameters, gradients and optimizer state; -1: the rest."""
     tp: PositiveCount = 1
     """Tensor-parallel ranks: each holds a slice of every matrix."""

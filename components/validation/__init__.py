@@ -5,6 +5,6 @@ Over packed sequences, as in training, or over whole documents with a window tha
 
 from components.validation.held_out import HeldOut, Validation
 from components.validation.sliding_window import Documents, SlidingWindow
-from components.validation.totals import Ranks, Totals
+from components.validation.totals import Ranks, Totals, UnreadableError
 
-__all__ = ["Documents", "HeldOut", "Ranks", "SlidingWindow", "Totals", "Validation"]
+__all__ = ["Documents", "HeldOut", "Ranks", "SlidingWindow", "Totals", "UnreadableError", "Validation"]

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.processes import attempt, described
 from components.quantities import PositiveCount
-from components.validation.totals import IGNORED, Ranks, Totals
+from components.token_ids import check_token_ids
+from components.validation.totals import IGNORED, Ranks, Totals, UnreadableError
 
 
 class EncodesText(Protocol):
@@ -66,17 +68,27 @@ class HeldOut:
             indices = sorted(samples.order(seed=0, shuffle=True)(np.arange(count))[1].tolist())
         else:
             indices = [number * len(samples) // count for number in range(count)]
-        return Validation(samples, indices, torch.from_numpy(tokenizer.byte_lengths), self.micro_batch_size)
+        byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
+        return Validation(samples, indices, byte_lengths, self.micro_batch_size, sequence_length)
 
 
 class Validation:
     """Evaluates a model on the sequences of `indices`; each of them counts once on any number of ranks."""
 
-    def __init__(self, samples: Samples, indices: Sequence[int], byte_lengths: Tensor, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        indices: Sequence[int],
+        byte_lengths: Tensor,
+        micro_batch_size: int,
+        sequence_length: int,
+    ) -> None:
+        """`byte_lengths` (V,) are those of each token of the vocabulary, V."""
         self.samples = samples
         self.indices = indices
         self.byte_lengths = byte_lengths
         self.micro_batch_size = micro_batch_size
+        self.sequence_length = sequence_length
 
     def evaluate(
         self, model: nn.Module, world: Ranks, compute: Callable[[], AbstractContextManager[object]]
@@ -91,7 +103,8 @@ class Validation:
 
     @torch.no_grad()
     def totals(self, model: nn.Module, world: Ranks, compute: Callable[[], AbstractContextManager[object]]) -> Totals:
-        """Equal on all ranks."""
+        """Equal on all ranks. Raises UnreadableError, on the rank that meets it, for a sequence that cannot be used."""
+        failure: Exception | None = None
         model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         token_count = byte_count = 0
@@ -102,7 +115,10 @@ class Validation:
                 # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
                 start = first + world.rank * self.micro_batch_size
                 mine = range(start, start + self.micro_batch_size)
-                chunk = torch.stack([self.samples[self.indices[min(number, count - 1)]] for number in mine])
+                chunk, error = attempt(lambda mine=mine: self._read(mine))  # type: ignore[misc]
+                if chunk is None:  # a rank that left now would leave the others in a forward pass
+                    failure = failure or error
+                    chunk = torch.zeros(len(mine), self.sequence_length + 1, dtype=torch.int64)
                 tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
                 labels[[number >= count for number in mine]] = IGNORED
                 nats += model(_to(tokens, world.device), _to(labels, world.device))
@@ -113,11 +129,25 @@ class Validation:
         # the only time that the host waits for the device
         counts = torch.tensor([token_count, byte_count], dtype=torch.float64)
         totals = world.sum(torch.cat([nats.reshape(1).cpu(), counts]))
+        if failure is not None:
+            raise UnreadableError(described(failure)) from failure
         return Totals(float(totals[0]), int(totals[1]), int(totals[2]))
 
+    def _read(self, numbers: Sequence[int]) -> Tensor:
+        """(n, T+1): these of the sequences of `indices`; beyond the end, the last one. Raises what reading raises."""
+        sequences = [self.samples[self.indices[min(number, len(self.indices) - 1)]] for number in numbers]
+        width = self.sequence_length + 1
+        if wrong := next((len(sequence) for sequence in sequences if len(sequence) != width), None):
+            raise ValueError(
+                f"the dataset gives {wrong} token ids a sample; a sequence_length of {width - 1} takes {width}"
+            )
+        chunk = torch.stack(sequences)
+        check_token_ids(chunk, len(self.byte_lengths))
+        return chunk
 
-def _to(device_input: Tensor, device: torch.device) -> Tensor:
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it."""
     if device.type == "cuda":
-        device_input = device_input.contiguous().pin_memory()
-    return device_input.to(device, non_blocking=True)
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)

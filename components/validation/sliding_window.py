@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.validation.totals import IGNORED, Ranks, Totals
+from components.processes import attempt, described
+from components.token_ids import check_token_ids
+from components.validation.totals import IGNORED, Ranks, Totals, UnreadableError
 
 # D documents, W windows of a micro-batch, T inputs of the longest of them, V vocabulary
 
@@ -63,6 +65,7 @@ class SlidingWindow:
     """The first `limit` documents (None: all) under windows of `size` tokens, `stride` apart."""
 
     documents: Documents
+    vocab_size: int
     end_of_document: int
     size: int
     stride: int
@@ -82,7 +85,11 @@ class SlidingWindow:
         *,
         multiple: int = 1,
     ) -> list[Totals]:
-        """Of each document, equal on all ranks. `multiple` divides the tokens of every forward pass."""
+        """Of each document, equal on all ranks. `multiple` divides the tokens of every forward pass.
+
+        Raises UnreadableError, on the rank that meets it, for a document that cannot be used.
+        """
+        failure: Exception | None = None
         model.eval()
         sizes = self.documents.document_lengths()[: self.limit].tolist()
         starts = [0, *accumulate(tokens for tokens, _ in sizes)]
@@ -93,25 +100,35 @@ class SlidingWindow:
                 mine = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
                 # Sharded models need equally many forward passes on all ranks: one without windows takes one too.
                 given = mine or [unit[0]._replace(counted=0)]
-                inputs_WT, labels_WT = self._batch(given, starts, multiple)
+                batch, error = attempt(lambda given=given: self._batch(given, starts, multiple))  # type: ignore[misc]
+                if batch is None:  # a rank that left now would leave the others in a forward pass
+                    failure = failure or error
+                    batch = self._padding(given, multiple)
+                inputs_WT, labels_WT = batch
                 logits_WTV = model(inputs_WT.to(world.device))
                 for window, logits_TV, labels_T in zip(given, logits_WTV, labels_WT.to(world.device), strict=True):
                     loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORED)
                     nats_D[window.document] += float(loss)
         model.train()
         nats = world.sum(nats_D).tolist()
+        if failure is not None:
+            raise UnreadableError(described(failure)) from failure
         return [Totals(each, *size) for each, size in zip(nats, sizes, strict=True)]
 
     def _batch(self, given: Sequence[Window], starts: Sequence[int], multiple: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels (W, T) of windows, padded on the right, where no counted position sees it."""
-        longest = max(window.end - window.start for window in given)
-        shape = (len(given), -(-longest // multiple) * multiple)
-        inputs_WT = torch.full(shape, self.end_of_document)
-        labels_WT = torch.full(shape, IGNORED)
+        inputs_WT, labels_WT = self._padding(given, multiple)
         for row, (document, start, end, counted) in enumerate(given):
             # the separator is not read: it is the last token of the document before, and the first has none
             text = self.documents.tokens(starts[document] + max(start - 1, 0), end - max(start - 1, 0))
             ids = torch.from_numpy(text)
+            check_token_ids(ids, self.vocab_size)
             inputs_WT[row, start == 0 : end - start] = ids[:-1]
             labels_WT[row, end - start - counted : end - start] = ids[len(ids) - counted :]
         return inputs_WT, labels_WT
+
+    def _padding(self, given: Sequence[Window], multiple: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels (W, T) that hold no text yet."""
+        longest = max(window.end - window.start for window in given)
+        shape = (len(given), -(-longest // multiple) * multiple)
+        return torch.full(shape, self.end_of_document), torch.full(shape, IGNORED)

@@ -23,6 +23,13 @@ class Ranks(Protocol):
     def sum(self, tensor: Tensor) -> Tensor: ...
 
 
+class UnreadableError(ValueError):
+    """A sequence cannot be read, or holds no token ids.
+
+    It is raised after the last forward pass, because other ranks take part in each.
+    """
+
+
 @dataclass(frozen=True)
 class Totals:
     """Of the predicted tokens, end-of-document ones included."""

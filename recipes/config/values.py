@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.errors import PydanticUserError
 from pydantic_core import ErrorDetails
 
@@ -136,7 +136,14 @@ def adapter(annotation: Any) -> TypeAdapter[Any]:
 
 @cache
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(annotation)
+    """Numbers are finite, unless the key itself says `Field(allow_inf_nan=True)`: NaN passes many a limit, and TOML's
+    1e400 is infinite."""
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    except PydanticUserError as error:
+        if error.code != "type-adapter-config-unused":  # a type with a configuration of its own, such as a TypedDict
+            raise
+        return TypeAdapter(annotation)
 
 
 def _absolute_paths(value: Any, folder: Path) -> Any:
@@ -166,6 +173,8 @@ def _lines(shape: Shape, details: list[ErrorDetails]) -> Iterator[str]:
             sign, key = _LIMITS[detail["type"]]
             number = expected(type(detail["input"])) if item else expected(_bare(shape.annotation))
             yield f"{item}expected {number} {sign} {str(context[key]).removesuffix('.0')}"
+        elif detail["type"] == "finite_number":
+            yield f"{item}expected a finite number"
         elif detail["type"] == "value_error":
             said = str(context["error"])
             yield f"{item}expected {said}" if said.startswith(("a ", "an ", "one of ", "text")) else item + said

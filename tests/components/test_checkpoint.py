@@ -153,3 +153,28 @@ def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):
         (tmp_path / "state.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_state(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
+    model, optimizer = training(0)
+    tensors = TrainingTensors(model, optimizer, Alone())
+    assert tensors.not_finite() == [], "before the first step there is no state of the optimizer"
+    step(model, optimizer, 0)
+    assert tensors.not_finite() == []
+    places = {name: parameter.data for name, parameter in model.named_parameters()}
+    places |= {
+        f"{name} ({key})": optimizer.state[parameter][key]
+        for name, parameter in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    assert len(places) == 18
+    for name, tensor in places.items():
+        for position in (0, tensor.numel() - 1):
+            before = tensor.flatten()[position].clone()
+            tensor.view(-1)[position] = bad
+            assert tensors.not_finite() == [name]
+            tensor.view(-1)[position] = before
+    model.register_buffer("mask", torch.full((2, 2), -float("inf")))
+    model.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
+    assert tensors.not_finite() == [], "a mask may well be infinite, and nothing is finite"

@@ -78,3 +78,16 @@ def test_the_state_continues_as_if_there_had_been_no_restart() -> None:
     for loss in [*losses[15:], 50.0]:
         assert second.judge(loss, 1.0) == whole.judge(loss, 1.0)
     assert second.state_dict() == whole.state_dict()
+
+
+def test_bad_samples_are_bad_steps_of_the_same_limit() -> None:
+    guard = Guard(on_bad_sample="skip", on_nonfinite="skip", max_consecutive=3).build()
+    assert guard.judge_samples("samples 8 to 9: no").action == "skip"
+    assert guard.judge(math.nan, 1.0).action == "skip"
+    stop = guard.judge_samples("samples 24 to 25: no")
+    assert stop.action == "stop" and stop.why == (
+        "samples 24 to 25: no; bad steps in a row: 3, which is guard.max_consecutive"
+    )
+    assert guard.consecutive == 2, "the state that is saved is the one before the step that stops the run"
+    assert guard.judge(1.0, 1.0) is None and guard.consecutive == 0
+    assert Guard().build().judge_samples("no").action == "stop"

@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, the status says so, and nothing is lost."""
+"""Ctrl-C, SIGTERM and SIGHUP: the step is finished, a checkpoint saved, the status says so, and nothing is lost."""
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from components.checkpoint import complete_checkpoints, verify
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.processes import start_process, wait_until
 
@@ -16,9 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = ["--training.total_tokens=40000", "--checkpoint.interval_steps=none"]
 
 
-def start(tiny, *arguments):
+def start(tiny, *arguments, **options):
     command = [sys.executable, ROOT / "recipes", str(tiny.recipe), *LONG, *arguments]
-    return start_process(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return start_process(command, **({"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options))
+
+
+def ignore_hangup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def wait_for_steps(tiny, count, process):
@@ -27,7 +34,7 @@ def wait_for_steps(tiny, count, process):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_stopped_run_saves_and_continues_as_if_it_had_never_stopped(new_tiny, number, status):
     stopped, undisturbed = new_tiny("stopped"), new_tiny("undisturbed")
     process = start(stopped)
@@ -42,3 +49,40 @@ def test_a_stopped_run_saves_and_continues_as_if_it_had_never_stopped(new_tiny, 
     assert timeless(stopped.rows()) == timeless(undisturbed.rows())
     last = stopped.rows()[-1]["step"]
     assert_same_state(stopped.checkpoint(last), undisturbed.checkpoint(last))
+
+
+def assert_saved(tiny):
+    (saved,) = complete_checkpoints(tiny.directory / "checkpoints")
+    verify(saved)
+    assert saved == tiny.checkpoint([row["step"] for row in tiny.rows() if "loss" in row][-1])
+
+
+def test_two_processes_under_nohup_go_on_when_the_terminal_is_gone(tiny, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    process = start(tiny, "--training.total_tokens=50M", before=ignore_hangup, start_new_session=True)
+    wait_for_steps(tiny, 3, process)
+    os.killpg(process.pid, signal.SIGHUP)  # as the kernel does: to the launcher and to its workers
+    wait_for_steps(tiny, len(tiny.rows()) + 20, process)
+    process.terminate()
+    said, _ = process.communicate()
+    assert process.returncode == 143, said
+    assert "stopped by signal 15" in said
+    assert_saved(tiny)
+
+
+def test_two_processes_save_when_their_terminal_closes(tiny, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    terminal, end = pty.openpty()
+
+    def own_terminal():
+        os.setsid()
+        os.close(os.open(os.ttyname(end), os.O_RDWR))  # the first that a session opens is the one that controls it
+
+    streams = {"stdin": end, "stdout": end, "stderr": end, "text": False}
+    process = start(tiny, "--training.total_tokens=50M", before=own_terminal, **streams)
+    os.close(end)
+    wait_for_steps(tiny, 3, process)
+    os.close(terminal)
+    assert process.wait() in (129, 120), "120: Python could not write its last words"
+    assert_saved(tiny)
+    assert "stopped by signal 1 after step" in (tiny.directory / "log.txt").read_text()

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.quick
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 paths = texts.filter(lambda text: text and "\0" not in text and not text.startswith("~"))
-counts = st.one_of(st.integers(min_value=1), st.sampled_from(["20M", "1.5B", "4_096"]))
-sources = st.fixed_dictionaries({"path": paths}, optional={"weight": st.floats(min_value=0)})
-optional_number = st.one_of(st.floats(), st.integers(), st.just("none"))
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.one_of(st.integers(min_value=1, max_value=2**62 - 1), st.sampled_from(["20M", "1.5B", "4_096"]))
+sources = st.fixed_dictionaries({"path": paths}, optional={"weight": st.floats(min_value=0, allow_infinity=False)})
+optional_number = st.one_of(FINITE, st.integers(-(2**60), 2**60), st.just("none"))
 
 constant = st.fixed_dictionaries({"use": st.just(f"{parts.HERE}:Constant")}, optional={"initial": counts})
 ramp = st.fixed_dictionaries(
@@ -42,10 +43,12 @@ documents = st.fixed_dictionaries(
     {"training": training, "batch": constant | ramp},
     optional={
         "run": st.fixed_dictionaries({}, optional={"name": texts, "dir": paths, "note": texts}),
-        "schedule": st.fixed_dictionaries({}, optional={"max_lr": st.floats(min_value=0, exclude_min=True)}),
+        "schedule": st.fixed_dictionaries(
+            {}, optional={"max_lr": st.floats(min_value=0, exclude_min=True, allow_infinity=False)}
+        ),
         "sources": st.lists(sources, max_size=3),
         "policies": st.dictionaries(texts, constant | ramp, max_size=2),
-        "multipliers": st.dictionaries(texts, st.one_of(st.floats(), st.integers(-(2**60), 2**60)), max_size=3),
+        "multipliers": st.dictionaries(texts, st.one_of(FINITE, st.integers(-(2**60), 2**60)), max_size=3),
         "validation": st.one_of(sources, st.just("none")),
     },
 )

@@ -9,7 +9,7 @@ Keys of one --grid go together, value by value; grids are crossed. All other --s
 Each run is started as ./run_train.sh starts it. What is in the file of results is not run again, so a sweep can be
 stopped at any time and goes on with the same command; a run is recognised by its configuration and the content of its
 data. Of seeds (run.seed) the mean counts. A picture needs the `plot` extra.
-Exit status: 0 done, 1 a run was killed, 2 for what the user can put right, 130 or 143 stopped by a signal.
+Exit status: 0 done, 1 a run was killed, 2 for what the user can put right, 129, 130 or 143 stopped by a signal.
 """
 
 from __future__ import annotations

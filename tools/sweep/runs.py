@@ -34,8 +34,8 @@ LEFT_OUT = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
 """What a run whose directory is thrown away need not write."""
 _BEGINS = b'{"digest": "'
 """How each line of the file of results begins. Only a half-written one that does is cut off."""
-INPUT, KILLED = 2, (130, 137, 143)
-"""Exit statuses: bad input, and ended by SIGINT, SIGKILL or SIGTERM."""
+INPUT, KILLED = 2, (129, 130, 137, 143)
+"""Exit statuses: bad input, and ended by SIGHUP, SIGINT, SIGKILL or SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class Runner:
     def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
         """Run what has no outcome yet, or failed and is tried `again`; returns how many were killed on the way.
 
-        Raises ValueError for bad input, and KeyboardInterrupt for SIGTERM, too; either ends the others.
+        Raises ValueError for bad input, and KeyboardInterrupt for SIGTERM and SIGHUP, too; either ends the others.
         """
         missing = [job for job in jobs if self._is_missing(job, again)]
         killed = 0
-        with _interrupted_by_sigterm(), ThreadPoolExecutor(self.at_a_time) as pool:
+        with _interrupted_by_signals(), ThreadPoolExecutor(self.at_a_time) as pool:
             futures = {pool.submit(self._run, job): job for job in missing}
             try:
                 for number, future in enumerate(as_completed(futures), 1):
@@ -217,17 +217,20 @@ def stopped(stop: KeyboardInterrupt) -> int:
 
 
 @contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as SIGINT does, with its number."""
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, with their number; ignored ones stay ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler == signal.SIG_IGN else interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def reason(said: str) -> str:

@@ -43,6 +43,17 @@ class Failing(Numbers):
         raise ValueError(f"shard of sequence {index} cannot be read")
 
 
+class FailsAt(Numbers):
+    def __init__(self, index: int, error: Exception):
+        super().__init__(100)
+        self.index, self.error = index, error
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index == self.index:
+            raise self.error
+        return super().__getitem__(index)
+
+
 def global_stream(steps, *, ranks=1, micro_batch_size=1, start=0, workers=0, samples=None):
     """Per step, the (sample id, sequence) pairs of all ranks together, in global order."""
     loaders = [
@@ -168,6 +179,27 @@ def test_an_error_of_reading_arrives_as_it_was_raised(workers):
         pytest.raises(ValueError, match=r"^shard of sequence \d+ cannot be read$"),
     ):
         next(loader.next_step(1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyError("text")])
+def test_after_a_sample_that_cannot_be_read_it_goes_on_with_the_next(workers, error):
+    samples = Numbers(100)
+    good = MicroBatchLoader(samples, seed=0, micro_batch_size=2, dp_size=2, dp_rank=1)
+    expected = [micro.tokens[:, 0].tolist() for micro in good.next_step(6)]
+    samples = FailsAt(expected[2][1] // samples.sequence_length, error)
+    with MicroBatchLoader(samples, seed=0, micro_batch_size=2, dp_size=2, dp_rank=1, num_workers=workers) as loader:
+        step, seen = loader.next_step(4), []
+        for number in range(4):
+            try:
+                seen.append(next(step).tokens[:, 0].tolist())
+            except type(error):
+                assert number == 2
+                assert loader.last_samples == range(10, 12)
+        assert seen == [*expected[:2], expected[3]]
+        loader.consumed()
+        assert loader.cursor == 16, "all of the step, what could not be read included"
+        assert [micro.tokens[:, 0].tolist() for micro in loader.next_step(2)] == expected[4:]
 
 
 class Stuck(Numbers):

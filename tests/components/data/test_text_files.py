@@ -224,3 +224,15 @@ def test_c4_and_peps_are_read_as_json_lines(texts):
 def test_tinystories_are_five(texts):
     stories, _ = read(TextFiles(path=texts / "tinystories", document_separator="<|endoftext|>"))
     assert len([story for story in stories if story.strip()]) == 5
+
+
+def test_a_folder_that_exists_is_no_pattern(tmp_path):
+    """The folder a recipe lies in is put before its relative paths, and may be called anything."""
+    folder = tmp_path / "run[1]" / "a*"
+    folder.mkdir(parents=True)
+    (folder / "b.txt").write_text("It was the best of times.")
+    (tmp_path / "run1" / "a").mkdir(parents=True)
+    (tmp_path / "run1" / "a" / "c.txt").write_text("It was the worst of times.")
+    for pattern in ("run[1]/a*/*.txt", "run[1]/a*/[b].txt", "run[1]/**/*.txt", "run[1]/a*", "run[1]/a*/b.txt"):
+        assert list(TextFiles(path=tmp_path / pattern).files().values()) == [folder / "b.txt"], pattern
+    assert len(TextFiles(path=tmp_path / "run*" / "*" / "*.txt").files()) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.validation import HeldOut
+from components.validation import HeldOut, UnreadableError
 
 pytestmark = pytest.mark.quick
 
@@ -133,3 +133,36 @@ def test_a_part_of_a_mixture_has_its_weights_and_all_of_it_counts_once():
     assert nats == pytest.approx(by_hand([samples[0], samples[1], samples[4]])[0], rel=1e-6)
     nats, samples = measured(None)
     assert nats == pytest.approx(by_hand(samples)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("what", ["raises", "high", "negative", "short"])
+def test_what_cannot_be_used_is_told_after_the_last_forward_pass(what):
+    class Bad(Source):
+        def build(self, **how):
+            samples = super().build(**how)
+            if what == "raises":
+                return Raising(samples)
+            samples[2] = samples[2][:-1] if what == "short" else torch.full((LENGTH + 1,), 11 if what == "high" else -1)
+            return samples
+
+    class Raising(list):
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError(5, "Input/output error")
+            return super().__getitem__(index)
+
+    class Counting(Bigram):
+        calls = 0
+
+        def forward(self, tokens, labels):
+            self.calls += 1
+            return super().forward(tokens, labels)
+
+    validation = HeldOut(data=Bad(), micro_batch_size=2).open(
+        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
+    )
+    model = Counting()
+    expected = {"raises": "Input/output", "high": "id 11 is outside", "negative": "id -1 is", "short": "6 token ids"}
+    with pytest.raises(UnreadableError, match=expected[what]):
+        validation.evaluate(model, Alone(), nullcontext)
+    assert model.calls == 4, "other ranks take part in each"

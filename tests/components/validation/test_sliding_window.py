@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.validation import SlidingWindow
+from components.validation import SlidingWindow, UnreadableError
 from components.validation.sliding_window import windows
 
 pytestmark = pytest.mark.quick
@@ -69,7 +69,8 @@ def by_hand(document, size, stride):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_each_token_is_predicted_once_with_the_context_of_its_window(size, stride, micro):
     texts = Texts()
-    rows = SlidingWindow(texts, END, size, stride, micro).evaluate(SumsContext(), Rank(), nullcontext, multiple=4)
+    evaluated = SlidingWindow(texts, VOCAB, END, size, stride, micro)
+    rows = evaluated.evaluate(SumsContext(), Rank(), nullcontext, multiple=4)
     assert [(row.tokens, row.bytes) for row in rows] == [(length, 3 * length) for length in LENGTHS]
     for row, document in zip(rows, texts.each, strict=True):
         assert row.nats == pytest.approx(by_hand(document, size, stride), rel=1e-5)  # float32
@@ -82,9 +83,9 @@ def test_a_stride_of_one_gives_every_token_a_full_window():
 
 def test_the_shares_of_ranks_add_up():
     texts, size = Texts(), 3
-    whole = SlidingWindow(texts, END, 6, 2, 2).evaluate(SumsContext(), Rank(), nullcontext)
+    whole = SlidingWindow(texts, VOCAB, END, 6, 2, 2).evaluate(SumsContext(), Rank(), nullcontext)
     shares = [
-        SlidingWindow(texts, END, 6, 2, 2).evaluate(SumsContext(), Rank(rank, size), nullcontext)
+        SlidingWindow(texts, VOCAB, END, 6, 2, 2).evaluate(SumsContext(), Rank(rank, size), nullcontext)
         for rank in range(size)
     ]
     summed = [sum(share[document].nats for share in shares) for document in range(len(LENGTHS))]
@@ -92,11 +93,27 @@ def test_the_shares_of_ranks_add_up():
 
 
 def test_only_the_first_documents():
-    rows = SlidingWindow(Texts(), END, 6, 3, 2, limit=4).evaluate(SumsContext(), Rank(), nullcontext)
+    rows = SlidingWindow(Texts(), VOCAB, END, 6, 3, 2, limit=4).evaluate(SumsContext(), Rank(), nullcontext)
     assert [row.tokens for row in rows] == list(LENGTHS[:4])
 
 
 @pytest.mark.parametrize("stride", [0, 7])
 def test_a_stride_that_would_skip_or_stand_still_is_refused(stride):
     with pytest.raises(ValueError, match="stride"):
-        SlidingWindow(Texts(), END, 6, stride, 2)
+        SlidingWindow(Texts(), VOCAB, END, 6, stride, 2)
+
+
+def test_a_document_that_cannot_be_used_is_told_after_the_last_forward_pass():
+    class Bad(Texts):
+        def tokens(self, start, count):
+            if start >= 12:
+                raise OSError(5, "Input/output error")
+            return super().tokens(start, count)
+
+    class Strange(Texts):
+        def tokens(self, start, count):
+            return super().tokens(start, count) + VOCAB
+
+    for texts, said in ((Bad(), "Input/output error"), (Strange(), "outside the vocabulary of 11")):
+        with pytest.raises(UnreadableError, match=said):
+            SlidingWindow(texts, VOCAB, END, 6, 2, 2).evaluate(SumsContext(), Rank(), nullcontext)

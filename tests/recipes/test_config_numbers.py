@@ -1,0 +1,108 @@
+"""Every numeric key of every section and component, held against numbers that are none, infinite, negative or huge."""
+
+from __future__ import annotations
+
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from recipes import launch
+from recipes.config import values
+from recipes.config.imports import import_class
+from recipes.config.problems import Origin
+from recipes.config.signatures import Key, Shape, keys_of, shape_of
+from recipes.config.tree import Array, Node, Value
+from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
+
+MAY_BE_NEGATIVE = {("Parallel.dp_shard", -1), ("Power.b", -1)}
+"""-1: the rest of the processes; an exponent."""
+HERE = Origin("a test", Path("/"))
+
+
+def written(number: float | int, shape: Shape) -> Node:
+    """A leaf of this value, or a list of two where the key takes a list."""
+    value = Value(number, HERE)
+    is_list = typing.get_origin(shape.annotation) in (list, tuple)
+    return Array((value, value), HERE) if is_list else value
+
+
+def is_numeric(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(is_numeric, typing.get_args(annotation)))
+
+
+def numeric_keys() -> Iterator[tuple[type, Key]]:
+    """Those that a recipe can have, whatever its components are."""
+    recipes = [import_class(recipe) for recipe in RECIPES]
+    shipped = [each.cls for each in shipped_classes(PACKAGES, recipes)]
+    waiting, seen = [Shape("section", recipe) for recipe in recipes], set()
+    while waiting:
+        shape = waiting.pop()
+        shape = shape.of or shape
+        fitting = [cls for cls in shipped if shape.kind == "slot" and fits(cls, shape.annotation)]
+        for cls in fitting or ([shape.annotation] if shape.kind == "section" else []):
+            if cls in seen:
+                continue
+            seen.add(cls)
+            for key in keys_of(cls).values():
+                if key.shape.kind != "leaf":
+                    waiting.append(key.shape)
+                elif is_numeric(key.shape.annotation):
+                    yield cls, key
+
+
+def complaint(cls: type, key: Key, number: float) -> str:
+    """What is said of this value of a key of `cls`, whose other keys are as good as can be; empty: it is taken."""
+    try:
+        decoded = values.decode(key.shape, written(number, key.shape))
+        required = {name: 1 for name, each in keys_of(cls).items() if each.required and name != key.name}
+        cls(**required, **{key.name: decoded})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_no_number_for_it_is_refused() -> None:
+    keys = {f"{cls.__name__}.{key.name}": (cls, key) for cls, key in numeric_keys()}
+    assert len(keys) > 80
+    assert keys.keys() >= {"Training.max_grad_norm", "AdamW.betas", "Power.b", "Stage.from_share", "RopeScaling.factor"}
+    assert keys.keys() >= {"Guard.spike_deviations", "HeldOut.max_sequences", "NormTest.eta", "Branches.tolerance"}
+    taken = {
+        (name, number): said
+        for name, (cls, key) in keys.items()
+        for number in (math.nan, math.inf, -math.inf, 10**400, -1)
+        if not re.match(r"(item \d: )?expected |\w+: ", said := complaint(cls, key, number))
+    }
+    assert set(taken) - {("Run.seed", 10**400)} == MAY_BE_NEGATIVE, taken
+
+
+@dataclass(kw_only=True)
+class Unbounded:
+    a: Annotated[float, Field(allow_inf_nan=True)]
+    b: float
+    c: dict[str, float]
+
+
+def test_a_key_may_say_that_it_takes_any_number() -> None:
+    shapes = {name: key.shape for name, key in keys_of(Unbounded).items()}
+    assert values.decode(shapes["a"], Value(math.inf, HERE)) == math.inf
+    with pytest.raises(ValueError, match="expected a finite number"):
+        values.decode(shapes["b"], Value(math.inf, HERE))
+    with pytest.raises(ValueError, match="expected a finite number"):
+        values.decode(shape_of(list[float]), Array((Value(1.0, HERE), Value(math.nan, HERE)), HERE))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "-1"])
+def test_it_is_one_problem_at_its_key(number: str, capsys) -> None:
+    keys = ("training.max_grad_norm", "lr_schedule.max_lr", "optimizer.eps", "guard.spike_deviations", "model.init_std")
+    keys += ("training.total_tokens", "run.max_minutes", "checkpoint.keep_last", "model.rope_theta")
+    assert launch.main(["--print-config", *(f"--{key}={number}" for key in keys)]) == 2
+    said = capsys.readouterr().err
+    assert set(re.findall(r"^command line  ([\w.]+) = ", said, re.MULTILINE)) >= set(keys) - {"model.init_std"}
+    assert "Traceback" not in said
