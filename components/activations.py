@@ -41,6 +41,9 @@ class BlockActivations:
     """Results of its matrix products and its attention, which selective checkpointing keeps besides."""
     fused: int = 0
     """What of `kept` a compiled block does not keep."""
+    last_product: int = 0
+    """What of `products` a compiled block does not keep: its last product joins the residual stream, and nothing in the
+    backward of the block reads it."""
 
     def under(self, checkpointing: Checkpointing, index: int) -> int:
         """Bytes kept until backward comes to this block, the `index`-th."""
@@ -50,14 +53,15 @@ class BlockActivations:
 
     def compiled(self) -> BlockActivations:
         """The same block under torch.compile."""
-        return replace(self, kept=self.kept - self.fused, fused=0)
+        kept, products = self.kept - self.fused, self.products - self.last_product
+        return replace(self, kept=kept, products=products, fused=0, last_product=0)
 
     def sliced(self, tp: int) -> BlockActivations:
         """On each of `tp` ranks: all is sliced, by heads, features or sequence, but for two gathered copies of the
         input that its first products need."""
         gathered = min(self.kept, 2 * self.input)
         kept = (self.kept - gathered) // tp + gathered
-        return BlockActivations(kept, self.input // tp, self.products // tp, self.fused // tp)
+        return BlockActivations(kept, self.input // tp, self.products // tp, self.fused // tp, self.last_product // tp)
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,11 @@ class _Ledger(TorchDispatchMode):
         return Activations(
             tuple(
                 BlockActivations(
-                    of(self._kept, name), self._inputs.get(name, 0), of(self._products, name), of(fused, name)
+                    of(self._kept, name),
+                    self._inputs.get(name, 0),
+                    of(self._products, name),
+                    of(fused, name),
+                    next((_nbytes(t) for block, t in reversed(self._products.values()) if block == name), 0),
                 )
                 for name in blocks
             ),
