@@ -11,17 +11,20 @@ from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError
 from recipes.config.problems import Problem
 from recipes.foresee import foresee
-from recipes.memory_estimate import Memory
+from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Claim, Plan, make_plan
 
 SHOWN_DEVICES = ("A100", "H100", "H200", "B200")
 """Whose memory and time are shown where no device is named."""
 
 
-def main(config: Config, world_size: int, claim: Claim) -> int:
-    """Print plan and problems; returns the exit status: 2 when the run is impossible."""
+def main(config: Config, world_size: int, claim: Claim, local_size: int | None = None) -> int:
+    """Print plan and problems of `world_size` processes, `local_size` on each node; without it they are all on one.
+
+    Returns the exit status: 2 when the run is impossible.
+    """
     try:
-        plan = make_plan(config, world_size, claim)
+        plan = make_plan(config, world_size, claim, local_size)
     except ConfigError as error:
         print("\n".join(["problems", *(_labelled("error", problem) for problem in error.problems)]))
         return 2
@@ -80,14 +83,13 @@ def _memory(plan: Plan) -> Iterator[str]:
     for what, (size, why) in memory.parts.items():
         yield f"  {what:<17}{_size(size):>10}  {why}"
     yield f"  {'at most':<17}{_size(memory.peak):>10}  at one moment, roughly"
-    if memory.local_gradients:
-        mode = plan.recipe.training.accumulation
+    if memory.local_peak > memory.peak:
         where = {
-            "auto": f"where a device has {_size(10 * memory.local_gradients)} or more",
-            "local": "for sure",
-            "reduce": 'with accumulation = "local"',
-        }[mode]
-        yield f"  {'and besides':<17}{_size(memory.local_gradients):>10}  of unsharded gradients, {where}"
+            "auto": f"as on a device of {_size(int(memory.local_peak / PLANNED))} or more",
+            "local": "as here",
+            "reduce": "not here",
+        }[plan.recipe.training.accumulation]
+        yield f'  {"or at most":<17}{_size(memory.local_peak):>10}  with accumulation = "local", {where}'
 
 
 def _devices(plan: Plan) -> Iterator[str]:
@@ -104,7 +106,7 @@ def _fit(plan: Plan, device: Device) -> str:
     if isinstance(plan.memory, str):
         return "unknown"
     needed = plan.peak_on(plan.memory, device)
-    locally = plan.memory.local_gradients and plan.accumulates_locally(plan.memory, device)
+    locally = plan.memory.local_peak > plan.memory.peak and plan.accumulates_locally(plan.memory, device)
     verdict = "fits" if needed <= device.memory_bytes else "does not fit"
     how = ', accumulation = "local"' if locally else ""
     return f"{needed / 1e9:,.1f} of {device.memory_bytes / 1e9:,.0f} GB: {verdict}{how}"
