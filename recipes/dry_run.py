@@ -13,6 +13,7 @@ from recipes.config.problems import Problem
 from recipes.foresee import foresee
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Claim, Plan, make_plan
+from recipes.step_estimate import estimate_step
 
 SHOWN_DEVICES = ("A100", "H100", "H200", "B200")
 """Whose memory and time are shown where no device is named."""
@@ -42,6 +43,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield from plan.course.lines(plan.recipe.training.sequence_length)
     yield ""
     yield from _devices(plan)
+    yield from _step(plan)
 
 
 def _run(plan: Plan) -> Iterator[str]:
@@ -93,13 +95,33 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _devices(plan: Plan) -> Iterator[str]:
-    device = plan.claim.device
-    devices = [named_device(name) for name in SHOWN_DEVICES] if device is None else [device]
+    devices = _shown(plan)
     yield f"at {plan.claim.mfu:.0%} MFU on {plan.world_size}  {'time':>9} {'device-hours':>13}  memory of a rank"
     for each in devices:
         seconds = plan.seconds_on(each)
         hours = f"{seconds * plan.world_size / 3600:,.1f}"
         yield f"  {each.name:<16} {_duration(seconds):>9} {hours:>13}  {_fit(plan, each)}"
+
+
+def _shown(plan: Plan) -> list[Device]:
+    device = plan.claim.device
+    return [named_device(name) for name in SHOWN_DEVICES] if device is None else [device]
+
+
+def _step(plan: Plan) -> Iterator[str]:
+    """What bounds a step of the mean batch."""
+    micro_batches = plan.layout.fit(round(plan.course.mean_batch)).micro_batches
+    steps = [(each, estimate_step(plan, each, micro_batches)) for each in _shown(plan)]
+    columns = ("compute", "NVLink", "InfiniBand", "launching")
+    if any(step is not None for _, step in steps):
+        yield ""
+        title = f"a step of {micro_batches} micro-batches"
+        yield " ".join([f"{title:<28}", *(f"{column:>10}" for column in columns), " bound by"])
+    for each, step in steps:
+        if step is not None:
+            seconds = (step.compute, step.nvlink, step.infiniband, step.launch)
+            times = (f"{1e3 * part:,.0f} ms" if part else "-" for part in seconds)
+            yield " ".join([f"  {each.name:<26}", *(f"{time:>10}" for time in times), f" {step.bound}"])
 
 
 def _fit(plan: Plan, device: Device) -> str:

@@ -54,13 +54,13 @@ class Parallel:
             node = local_size or world_size
             # tensor-parallel ranks are neighbours: where nodes do not hold whole groups of them, shard over all
             shards = node // tp if world_size % node == 0 and node % tp == 0 else world_size // tp
-        elif shards == -1:
-            shards = world_size // (replicas * tp)
-        if replicas == -1 and shards:
-            replicas = world_size // (shards * tp)
-        if min(replicas, shards) < 1 or replicas * shards * tp != world_size:
+        if shards < 1:
+            shards = max(1, world_size // (replicas * tp))
+        if replicas == -1:
+            replicas = max(1, world_size // (shards * tp))
+        if replicas * shards * tp != world_size:
             raise ValueError(
-                f"dp_shard: {self.dp_replicate} (dp_replicate) x {self.dp_shard} (dp_shard) x {tp} (tp) "
+                f"dp_shard: {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
                 f"is not the {world_size} processes of this run; -1 takes what the others leave"
             )
         return Sizes(replicas, shards, tp)
