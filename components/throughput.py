@@ -34,6 +34,18 @@ MEMORY_GB = {
 }
 """Vendors' memory of one device in 10^9 bytes, by a part of its name; the first match counts."""
 
+LINK_GB_PER_SECOND = {
+    "B200": 900,
+    "H200": 450,
+    "H100 PCIe": 64,
+    "H100": 450,
+    "A100": 300,
+    "L40S": 32,
+    "RTX 4090": 32,
+    "RTX 3090": 32,
+}
+"""Vendors' bandwidth of a device to the others of its node, one direction: NVLink, or else PCIe."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -43,6 +55,8 @@ class Device:
     flops: float
     """Peak matrix FLOP/s in bf16 (a CPU: in the fastest it has)."""
     memory_bytes: int
+    link_bytes: float | None = None
+    """Bytes a second to another device of its node, one direction; None where they share the memory."""
 
 
 def _of_device(plain: str, table: Mapping[str, float]) -> float | None:
@@ -63,7 +77,7 @@ def named_device(name: str) -> Device:
     if peak is None or memory is None:
         known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
         raise ValueError(f"{name} is no device we know; one of {known}")
-    return Device(name, peak, int(memory * 10**9))
+    return Device(name, peak, int(memory * 10**9), 1e9 * (_of_device(plain, LINK_GB_PER_SECOND) or 0) or None)
 
 
 @cache

@@ -11,17 +11,21 @@ from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError
 from recipes.config.problems import Problem
 from recipes.foresee import foresee
-from recipes.memory_estimate import Memory
+from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Claim, Plan, make_plan
+from recipes.step_estimate import estimate_step
 
 SHOWN_DEVICES = ("A100", "H100", "H200", "B200")
 """Whose memory and time are shown where no device is named."""
 
 
-def main(config: Config, world_size: int, claim: Claim) -> int:
-    """Print plan and problems; returns the exit status: 2 when the run is impossible."""
+def main(config: Config, world_size: int, claim: Claim, local_size: int | None = None) -> int:
+    """Print plan and problems of `world_size` processes, `local_size` on each node; without it they are all on one.
+
+    Returns the exit status: 2 when the run is impossible.
+    """
     try:
-        plan = make_plan(config, world_size, claim)
+        plan = make_plan(config, world_size, claim, local_size)
     except ConfigError as error:
         print("\n".join(["problems", *(_labelled("error", problem) for problem in error.problems)]))
         return 2
@@ -39,6 +43,7 @@ def report(plan: Plan) -> Iterator[str]:
     yield from plan.course.lines(plan.recipe.training.sequence_length)
     yield ""
     yield from _devices(plan)
+    yield from _step(plan)
 
 
 def _run(plan: Plan) -> Iterator[str]:
@@ -80,19 +85,17 @@ def _memory(plan: Plan) -> Iterator[str]:
     for what, (size, why) in memory.parts.items():
         yield f"  {what:<17}{_size(size):>10}  {why}"
     yield f"  {'at most':<17}{_size(memory.peak):>10}  at one moment, roughly"
-    if memory.local_gradients:
-        mode = plan.recipe.training.accumulation
+    if memory.local_peak > memory.peak:
         where = {
-            "auto": f"where a device has {_size(10 * memory.local_gradients)} or more",
-            "local": "for sure",
-            "reduce": 'with accumulation = "local"',
-        }[mode]
-        yield f"  {'and besides':<17}{_size(memory.local_gradients):>10}  of unsharded gradients, {where}"
+            "auto": f"as on a device of {_size(int(memory.local_peak / PLANNED))} or more",
+            "local": "as here",
+            "reduce": "not here",
+        }[plan.recipe.training.accumulation]
+        yield f'  {"or at most":<17}{_size(memory.local_peak):>10}  with accumulation = "local", {where}'
 
 
 def _devices(plan: Plan) -> Iterator[str]:
-    device = plan.claim.device
-    devices = [named_device(name) for name in SHOWN_DEVICES] if device is None else [device]
+    devices = _shown(plan)
     yield f"at {plan.claim.mfu:.0%} MFU on {plan.world_size}  {'time':>9} {'device-hours':>13}  memory of a rank"
     for each in devices:
         seconds = plan.seconds_on(each)
@@ -100,11 +103,32 @@ def _devices(plan: Plan) -> Iterator[str]:
         yield f"  {each.name:<16} {_duration(seconds):>9} {hours:>13}  {_fit(plan, each)}"
 
 
+def _shown(plan: Plan) -> list[Device]:
+    device = plan.claim.device
+    return [named_device(name) for name in SHOWN_DEVICES] if device is None else [device]
+
+
+def _step(plan: Plan) -> Iterator[str]:
+    """What bounds a step of the mean batch."""
+    micro_batches = plan.layout.fit(round(plan.course.mean_batch)).micro_batches
+    steps = [(each, estimate_step(plan, each, micro_batches)) for each in _shown(plan)]
+    columns = ("compute", "NVLink", "InfiniBand", "launching")
+    if any(step is not None for _, step in steps):
+        yield ""
+        title = f"a step of {micro_batches} micro-batches"
+        yield " ".join([f"{title:<28}", *(f"{column:>10}" for column in columns), " bound by"])
+    for each, step in steps:
+        if step is not None:
+            seconds = (step.compute, step.nvlink, step.infiniband, step.launch)
+            times = (f"{1e3 * part:,.0f} ms" if part else "-" for part in seconds)
+            yield " ".join([f"  {each.name:<26}", *(f"{time:>10}" for time in times), f" {step.bound}"])
+
+
 def _fit(plan: Plan, device: Device) -> str:
     if isinstance(plan.memory, str):
         return "unknown"
     needed = plan.peak_on(plan.memory, device)
-    locally = plan.memory.local_gradients and plan.accumulates_locally(plan.memory, device)
+    locally = plan.memory.local_peak > plan.memory.peak and plan.accumulates_locally(plan.memory, device)
     verdict = "fits" if needed <= device.memory_bytes else "does not fit"
     how = ', accumulation = "local"' if locally else ""
     return f"{needed / 1e9:,.1f} of {device.memory_bytes / 1e9:,.0f} GB: {verdict}{how}"

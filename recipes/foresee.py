@@ -15,13 +15,11 @@ from components.data.mixture import sources_in
 from components.data.source import TextSource
 from components.quantities import format_count
 from components.run_directory import RunDirectory
-from recipes.memory_estimate import Memory
+from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Plan
 
 FEW_STEPS = 3
 """A warm-up of fewer steps jumps to its rate rather than rising to it."""
-FULL = 0.9
-"""The share of a device's memory that may be planned: its allocator needs the rest."""
 
 Level = Literal["error", "warning", "note"]
 
@@ -56,19 +54,24 @@ def _memory(plan: Plan) -> Iterator[Foreseen]:
         return
     needed = plan.peak_on(memory, device)
     told = f"a rank needs some {needed / 1e9:,.0f} GB and {device.name} has {device.memory_bytes / 1e9:,.0f} GB"
-    if needed > FULL * device.memory_bytes:
+    if needed > PLANNED * device.memory_bytes:
         level: Level = "error" if needed > device.memory_bytes else "warning"
         yield Foreseen(level, "training.micro_batch_size", f"{told}; {_remedy(plan, memory)}")
 
 
 def _remedy(plan: Plan, memory: Memory) -> str:
     """What would save most, from what takes most."""
+    device = plan.claim.device
+    if device is not None and plan.peak_on(memory, device) > memory.peak <= PLANNED * device.memory_bytes:
+        return 'set training.accumulation = "auto"'
     parts = {name: size for name, (size, _) in memory.parts.items()}
     held = parts["parameters"] + parts["gradients"] + parts["optimizer state"]
     if parts["activations"] > held:
         if plan.recipe.training.activation_checkpoint != "full":
             return 'set training.activation_checkpoint = "full", or a smaller micro-batch'
         return "take a smaller micro-batch, a shorter sequence or parallel.tp"
+    if plan.sizes.dp_replicate > 1:
+        return f"set parallel.dp_shard = {plan.sizes.dp_replicate * plan.sizes.dp_shard}, or parallel.tp"
     return "shard over more processes, or set parallel.tp"
 
 

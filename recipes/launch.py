@@ -136,6 +136,13 @@ def processes(environment: Mapping[str, str], recipe: object = None, gpus: int |
     return Processes(int(per_node), int(nodes))
 
 
+def worker_processes(environment: Mapping[str, str]) -> Processes:
+    """Those of the run that this process is one of."""
+    world_size = int(environment["WORLD_SIZE"])
+    per_node = int(environment.get("LOCAL_WORLD_SIZE") or world_size)
+    return Processes(per_node, world_size // per_node) if world_size % per_node == 0 else Processes(world_size, 1)
+
+
 def start_workers(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
     from components.parallel.elastic import Node, run_workers
@@ -212,11 +219,11 @@ def run(arguments: Sequence[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     with blame(config, "recipe"):
-        count = Processes(int(os.environ["WORLD_SIZE"]), 1) if in_worker() else processes(os.environ, config.recipe)
+        count = worker_processes(os.environ) if in_worker() else processes(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
-        config.recipe.parallel.sizes(count.world_size)
+        config.recipe.parallel.sizes(count.world_size, count.per_node)
     if in_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "
@@ -240,7 +247,7 @@ def start_dry_run(config: Config, count: Processes, text: str) -> int:
     own = getattr(config.recipe, "dry_run", None)
     if own is not None:
         return int(own(config, count.world_size))
-    return dry_run.main(config, count.world_size, claim)
+    return dry_run.main(config, count.world_size, claim, count.per_node)
 
 
 def start_recipe(config: Config, command: Command) -> int:

@@ -1,4 +1,4 @@
-"""The memory of one rank, from shapes alone.
+"""The memory of one rank, from shapes alone, and what it decides: whether gradients are accumulated locally.
 
 Exact: parameters, their gradients and the optimizer's state, by the largest share a rank holds, and what autograd keeps
 of the blocks. Estimated: the moment at which most is held, and what CUDA and NCCL keep for themselves.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,15 @@ import torch
 from torch import nn
 
 from components.activations import Activations, Checkpointing, count
-from components.parallel.fsdp import cut_dimension
+from components.parallel.fsdp import Accumulation, cut_dimension
 from components.parallel.layout import Sizes
+from components.parallel.world import World
+from components.throughput import device_memory
 
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
 """Bytes outside of tensors: CUDA context, cuBLAS and NCCL buffers; the interpreter and torch."""
+PLANNED = 0.9
+"""The share of a device's memory that may be planned: its allocator needs the rest."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,11 @@ class Memory:
     parts: Mapping[str, tuple[int, str]]
     """What -> (bytes, why so many). Not all at one moment."""
     peak: int
-    """The most at any moment, with local gradients left out."""
-    local_gradients: int
-    """What accumulation = "local" adds."""
+    """The most at any moment with accumulation = "reduce"."""
+    local_peak: int
+    """The same with accumulation = "local": all weights stay gathered, and the gradient is whole, in float32."""
+    block_inputs: int
+    """What enters the blocks in one micro-batch, added up: what tensor-parallel ranks exchange."""
     parameters: int
     """Parameters of the whole model."""
     state_bytes: int
@@ -72,7 +79,11 @@ def estimate(
     loss = math.ceil(loss_bytes(model, tokens, element_bytes=element, device_type=device_type, compiled=compiled) / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if data_parallel > 1 else 0
-    held = 4 * mine + 4 * mine + state
+    held = 4 * mine + 4 * mine + state + RESERVED[device_type]
+    peak = held + max(in_use + kept + loss, reducing)
+    whole = math.ceil(slice_of(model, tp))
+    # The head is reduced first, when the loss has gone and all blocks still wait for their backward.
+    local_peak = held + whole * (element + 4) + kept + max(loss, 4 * math.ceil(root)) if data_parallel > 1 else peak
     how = f"activation_checkpoint = {checkpointing}{', compiled' if compiled else ''}"
     return Memory(
         {
@@ -80,18 +91,63 @@ def estimate(
             "gradients": (4 * mine, "float32"),
             "optimizer state": (state, f"{full_state / total:.3g} bytes a parameter"),
             "weights in use": (in_use, why),
-            "activations": (
-                kept,
-                f"of {tokens:,} tokens, {how}",
-            ),
+            "activations": (kept, f"of {tokens:,} tokens, {how}"),
             "loss": (loss, "logits a chunk at a time, and their gradients"),
             "reserved": (RESERVED[device_type], "context and buffers, roughly"),
         },
-        peak=held + max(in_use + kept + loss, reducing) + RESERVED[device_type],
-        local_gradients=4 * math.ceil(slice_of(model, tp)) if data_parallel > 1 else 0,
+        peak=peak,
+        local_peak=local_peak,
+        block_inputs=sum(block.input for block in activations.blocks),
         parameters=total,
         state_bytes=4 * total + full_state,
     )
+
+
+def estimate_run(
+    recipe: Any, model: nn.Module, sizes: Sizes, device_type: str, compute_dtype: torch.dtype
+) -> Memory | str:
+    """The memory of a run of `recipe`, whose `model` is on the meta device and whole; or why there is no estimate."""
+    training = recipe.training
+    try:
+        activations = activations_of(
+            model,
+            micro_batch_size=training.micro_batch_size,
+            sequence_length=training.sequence_length,
+            compute_dtype=compute_dtype,
+        )
+    except Exception as error:  # a model of the user's may need data to run at all
+        return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"
+    return estimate(
+        model,
+        sizes=sizes,
+        optimizer=recipe.optimizer,
+        activations=activations,
+        checkpointing=training.activation_checkpoint,
+        tokens=training.micro_batch_size * training.sequence_length,
+        compute_dtype=compute_dtype,
+        device_type=device_type,
+        compiled=training.compiles(torch.device(device_type)),
+    )
+
+
+def accumulates_locally(mode: Accumulation, local_peak: int, device_bytes: int) -> bool:
+    """Whether weights and gradient stay whole for a step: `auto` does so where the estimate leaves the room for it."""
+    return mode == "local" or (mode == "auto" and local_peak <= PLANNED * device_bytes)
+
+
+def decide_accumulation(recipe: Any, model: nn.Module, sizes: Sizes, world: World, compute_dtype: torch.dtype) -> bool:
+    """`accumulates_locally` for this run: all processes come to the same, by the smallest of their devices."""
+    mode: Accumulation = recipe.training.accumulation
+    if mode != "auto" or sizes.dp_replicate * sizes.dp_shard == 1:  # one rank has nothing to exchange
+        return mode == "local"
+    peak = 0
+    if world.is_main:  # counting takes seconds of a processor, of which a node has few for each GPU
+        memory = estimate_run(recipe, model, sizes, world.device.type, compute_dtype)
+        peak = memory.local_peak if isinstance(memory, Memory) else sys.maxsize
+    available = device_memory(world.device)
+    if world.device.type == "cpu":
+        available //= world.local_size
+    return accumulates_locally(mode, world.maximum(peak), -world.maximum(-available))
 
 
 def slice_of(module: nn.Module, tp: int) -> float:

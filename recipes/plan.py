@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from recipes.config import Config, ConfigError, Problem
 from recipes.course import Course, play
 from recipes.errors import blame
 from recipes.language_model import build_model
-from recipes.memory_estimate import Memory, activations_of, estimate
+from recipes.memory_estimate import Memory, accumulates_locally, estimate_run
 
 MFU = 0.4
 """Model FLOPs utilisation where none is claimed: what good dense pre-training reaches on A100 and H100."""
@@ -50,6 +50,13 @@ class Claim:
                 raise ValueError(f"@{share} is no utilisation; write H100@45% or H100@0.45")
         return cls(named_device(name) if name else None, mfu)
 
+    def shared_by(self, local_size: int) -> Claim:
+        """The claim of one of the processes of a node: they have a GPU each, and share its processor."""
+        if self.device is None or self.device.name != "cpu":
+            return self
+        flops, memory = self.device.flops / local_size, self.device.memory_bytes // local_size
+        return replace(self, device=replace(self.device, flops=flops, memory_bytes=memory))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,6 +65,8 @@ class Plan:
     recipe: Any
     claim: Claim
     sizes: Sizes
+    local_size: int
+    """Processes of a node."""
     vocab_size: int
     """Ids of the tokenizer, or of the model where the tokenizer is not here."""
     tokenizer_missing: str
@@ -89,25 +98,29 @@ class Plan:
         return self.flops_per_token * self.course.tokens
 
     def accumulates_locally(self, memory: Memory, device: Device) -> bool:
-        """Whether gradients are summed unsharded; "auto" does so where they take a tenth of the device at most."""
-        mode = self.recipe.training.accumulation
-        return mode == "local" or (mode == "auto" and 10 * memory.local_gradients <= device.memory_bytes)
+        """Whether weights and gradient stay whole for a step."""
+        return accumulates_locally(self.recipe.training.accumulation, memory.local_peak, device.memory_bytes)
 
     def peak_on(self, memory: Memory, device: Device) -> int:
         """Bytes a rank needs on `device`."""
-        return memory.peak + (memory.local_gradients if self.accumulates_locally(memory, device) else 0)
+        return memory.local_peak if self.accumulates_locally(memory, device) else memory.peak
 
     def seconds_on(self, device: Device) -> float:
         return self.flops / (device.flops * self.claim.mfu * self.world_size)
 
 
-def make_plan(config: Config, world_size: int, claim: Claim) -> Plan:
-    """Raises ConfigError with everything that leaves nothing to plan."""
+def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | None = None) -> Plan:
+    """A run of `world_size` processes, `local_size` on each node; without it all on one.
+
+    Raises ConfigError with everything that leaves nothing to plan.
+    """
+    local_size = local_size or world_size
+    claim = claim.shared_by(local_size)
     recipe, training = config.recipe, config.recipe.training
     problems: list[Problem] = []
     sizes, vocab_size, missing, tokenizer, model = Sizes(1, world_size, 1), 0, "", None, None
     with _collected(config, "parallel", problems):
-        sizes = recipe.parallel.sizes(world_size)
+        sizes = recipe.parallel.sizes(world_size, local_size)
     with _collected(config, "tokenizer", problems):
         try:
             tokenizer = recipe.tokenizer.build()
@@ -131,13 +144,14 @@ def make_plan(config: Config, world_size: int, claim: Claim) -> Plan:
         recipe=recipe,
         claim=claim,
         sizes=sizes,
+        local_size=local_size,
         vocab_size=vocab_size,
         tokenizer_missing=missing,
         model=model,
         layout=layout,
         course=course,
         dtype=dtype,
-        memory=_memory(recipe, model, sizes, device_type, dtype),
+        memory=estimate_run(recipe, model, sizes, device_type, dtype),
         epoch_tokens=epoch_tokens(recipe.data, tokenizer),
     )
 
@@ -179,27 +193,3 @@ def _arithmetic(recipe: Any, claim: Claim) -> tuple[str, torch.dtype]:
     if recipe.run.device == "cpu" or (claim.device is not None and claim.device.name == "cpu"):
         return "cpu", precision.dtype_of(precision.resolve(recipe.training.precision, torch.device("cpu")))
     return "cuda", torch.float32 if recipe.training.precision == "float32" else torch.bfloat16
-
-
-def _memory(recipe: Any, model: nn.Module, sizes: Sizes, device_type: str, dtype: torch.dtype) -> Memory | str:
-    training = recipe.training
-    try:
-        activations = activations_of(
-            model,
-            micro_batch_size=training.micro_batch_size,
-            sequence_length=training.sequence_length,
-            compute_dtype=dtype,
-        )
-    except Exception as error:  # a model of the user's may need data to run at all
-        return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"
-    return estimate(
-        model,
-        sizes=sizes,
-        optimizer=recipe.optimizer,
-        activations=activations,
-        checkpointing=training.activation_checkpoint,
-        tokens=training.micro_batch_size * training.sequence_length,
-        compute_dtype=dtype,
-        device_type=device_type,
-        compiled=training.compiles(torch.device(device_type)),
-    )

@@ -37,7 +37,7 @@ from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
 from components.storage import give_storage
-from components.throughput import device_memory, peak_flops
+from components.throughput import peak_flops
 from components.train_step import TrainStep, not_finite
 from components.validation import HeldOut
 from components.working_weights import WorkingWeights
@@ -49,6 +49,7 @@ from recipes.divide import divide
 from recipes.errors import RunError, blame, evaluate_together
 from recipes.language_model import build_model, keep_documents_apart
 from recipes.launched_step import LaunchedStep, request_counts
+from recipes.memory_estimate import decide_accumulation
 from recipes.micro_batches import read_step
 from recipes.opening import open_run
 from recipes.resume import Resume, compare
@@ -189,11 +190,13 @@ class TrainingRun:
                 self.validation = self.world.main_first(lambda: held_out.open(**text))
 
         model = build_model(config, self.vocab_size)
+        dtype = precision.dtype_of(self.precision)
+        local = decide_accumulation(recipe, model, self.parallel.sizes, self.world, dtype)
         if training.attention_within == "document":
             with blame(config, "data"):
                 keep_documents_apart(model, self.samples, tokenizer.end_of_document)
         with blame(config, "parallel"):
-            divide(model, recipe.model, self.parallel, precision.dtype_of(self.precision), device, training)
+            divide(model, recipe.model, self.parallel, dtype, device, training)
         give_storage(model, device)
         if recipe.run.init_from is None or checkpoint is not None:
             with blame(config, "model"):
@@ -210,15 +213,14 @@ class TrainingRun:
             weights = WorkingWeights(model, torch.bfloat16)
         with blame(config, "optimizer"):
             optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
+        self.reduction = fsdp.GradientReduction(model, local=local)
         self.step = TrainStep(
             model,
             optimizer,
             self.ranks,
             self.world,
             meter=GradientMeter(weights.copies if weights else backward_parameters(model), device),
-            reduction=fsdp.GradientReduction(
-                model, training.accumulation, tp=recipe.parallel.tp, device_memory=device_memory(device)
-            ),
+            reduction=self.reduction,
             max_grad_norm=training.max_grad_norm,
             compute=weights or nullcontext,
         )
@@ -476,6 +478,10 @@ class TrainingRun:
             f"{self.recipe.run.name}: {format_count(parameters)} parameters, vocabulary {self.vocab_size}, "
             f"{self.precision} on {self.world.size} x {self.world.device.type}, in {directory.path}"
         )
+        if self.world.size > 1:
+            replicas, shards, tp = self.parallel.sizes
+            mode = "local" if self.reduction.local else "reduce"
+            log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, accumulation = {mode}")
         log.info(
             f"{format_count(total)} tokens, {total / (len(self.samples) * self.sequence_length):.2f} epochs "
             f"of {format_count(len(self.samples))} sequences of {self.sequence_length}"

@@ -89,7 +89,8 @@ class Training:
     activation_checkpoint: Recompute = "none"
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
     accumulation: Accumulation = "auto"
-    """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
+    """Gather weights and reduce gradients for every micro-batch (least memory), or keep both whole for a step and
+    communicate once (least traffic); auto: local where the memory estimate leaves the room."""
     loader_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""
 

@@ -6,27 +6,27 @@ torch.distributed.fsdp takes most of a second to import, so it is imported where
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-Accumulation = Literal["reduce", "local", "auto"]
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
-LOCAL_SHARE = 0.1
-"""`auto` accumulates locally while the whole gradient takes at most this share of the device's memory."""
+Accumulation = Literal["reduce", "local", "auto"]
 
 
 def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """Shard `model` in place. Each of `units` is a group of modules that are gathered together, in the order of use.
 
     A unit is gathered for its forward, released, and gathered again for its backward; the last one is kept from the one
-    to the other, for its backward follows at once. What no unit holds is gathered once, for the whole pass. Parameters
-    are cast to `compute_dtype` before they are gathered; gradients are reduced in float32.
+    to the other, for its backward follows at once. A unit of embeddings is not gathered again: the gradient of a lookup
+    does not need the table. What no unit holds is gathered once, for the whole pass. Parameters are cast to
+    `compute_dtype` before they are gathered; gradients are reduced in float32.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
     def cut(parameter: nn.Parameter) -> Shard:
@@ -38,10 +38,26 @@ def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, co
         modules = [model.get_submodule(name) for name in names]
         last = number == len(units) - 1
         fully_shard(modules, mesh=mesh, mp_policy=precision, reshard_after_forward=not last, shard_placement_fn=cut)
-        sharded.append(modules[0])  # type: ignore[arg-type]  # fully_shard made it one, in place
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, shard_placement_fn=cut)
-    for unit, following in pairwise(sharded):
-        unit.set_modules_to_forward_prefetch([following])
+        unit: FSDPModule = modules[0]  # type: ignore[assignment]  # fully_shard made it one, in place
+        unit.set_unshard_in_backward(not all(isinstance(module, nn.Embedding) for module in modules))
+        sharded.append(unit)
+    root: FSDPModule = fully_shard(
+        model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, shard_placement_fn=cut
+    )
+    _prefetch_explicitly(root, sharded)
+
+
+def _prefetch_explicitly(root: FSDPModule, units: Sequence[FSDPModule]) -> None:
+    """Let every unit gather the next one in the order of use, forward and backward.
+
+    FSDP2 would find the order of backward in the order of past forwards, which it only forgets after the last backward
+    of a step: from the second micro-batch on the first unit would gather the last unit of the micro-batch before.
+    """
+    for position, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[position + 1 : position + 2]))
+        # An empty list would mean the default, so the first unit names itself: it is gathered, and nothing happens.
+        unit.set_modules_to_backward_prefetch([units[max(0, position - 1)]])
+    root.set_modules_to_backward_prefetch([units[-1] if units else root])
 
 
 def cut_dimension(shape: Sequence[int], ranks: int) -> int:
@@ -53,20 +69,21 @@ def cut_dimension(shape: Sequence[int], ranks: int) -> int:
 
 
 class GradientReduction:
-    """When gradients cross processes: after every micro-batch, or once a step.
+    """When gradients cross processes and for how long weights stay gathered: for a micro-batch, or for a step.
 
-    `reduce` keeps only this rank's shard of the gradient; replicas still exchange theirs once a step. `local` keeps the
-    whole float32 gradient and communicates once. Both give the same sums.
+    `reduce` keeps only this rank's shard of weights and gradient: the weights are gathered for every forward and
+    backward, and the gradient is reduced after each; replicas still exchange theirs once a step. `local` keeps weights
+    and float32 gradient whole for a step, so both cross the network once. Both give the same sums.
     """
 
-    def __init__(self, model: nn.Module, mode: Accumulation, *, tp: int, device_memory: int) -> None:
-        """`tp` is the number of slices that the matrices are in; `device_memory`, in bytes, is for `auto`."""
+    def __init__(self, model: nn.Module, *, local: bool) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         self.model = model if isinstance(model, FSDPModule) else None
-        # experts are whole on every slice
-        whole = 4 * sum(weight.numel() / (1 if weight.ndim == 3 else tp) for weight in model.parameters())
-        self.local = mode == "local" or (mode == "auto" and whole <= LOCAL_SHARE * device_memory)
+        self.local = local
+        if self.model is not None and local:
+            # Validation, too, then gathers once and not for every chunk, and the next step finds the weights in place.
+            self.model.set_reshard_after_forward(False)
 
     def before_backward(self, *, last: bool) -> None:
         """Call before the backward of each micro-batch; `last` ends the step."""
@@ -75,5 +92,7 @@ class GradientReduction:
         self.model.set_is_last_backward(last)
         if self.local:
             self.model.set_requires_gradient_sync(last)
+            # The update changes the shards: what was gathered of the weights before it must go.
+            self.model.set_reshard_after_backward(last)
         else:
             self.model.set_requires_all_reduce(last)

@@ -25,33 +25,50 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """[parallel]: the product of the three is the number of processes. Only speed and memory depend on them."""
+    """[parallel]: the product of the three is the number of processes. Only speed and memory depend on them.
 
-    dp_replicate: PositiveCount = 1
-    """Data-parallel replicas: each holds the whole model, in shards."""
+    By default the model is sharded among the processes of a node, and every node holds a replica: weights are gathered
+    over the fast links within a node only.
+    """
+
+    dp_replicate: Annotated[int, Field(ge=-1, lt=2**31)] = -1
+    """Data-parallel replicas: each holds the whole model, in shards; -1: what dp_shard and tp leave."""
     dp_shard: Annotated[int, Field(ge=-1, lt=2**31)] = -1
-    """Data-parallel ranks that share one replica's parameters, gradients and optimizer state; -1: the rest."""
+    """Data-parallel ranks that share one replica's parameters, gradients and optimizer state; -1: what dp_replicate and
+    tp leave, or the processes of one node if dp_replicate is -1, too."""
     tp: PositiveCount = 1
     """Tensor-parallel ranks: each holds a slice of every matrix."""
 
     def __post_init__(self) -> None:
-        if self.dp_shard == 0:
-            raise ValueError("dp_shard: 1 or more, or -1 for the rest")
+        for name in ("dp_replicate", "dp_shard"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}: 1 or more, or -1 for what the others leave")
 
-    def sizes(self, world_size: int) -> Sizes:
-        """The mesh of a run of `world_size` processes. Raises ValueError, with the arithmetic."""
-        shards = self.dp_shard
-        if shards == -1:
-            shards = world_size // (self.dp_replicate * self.tp)
-        if self.dp_replicate * shards * self.tp != world_size or shards < 1:
+    def sizes(self, world_size: int, local_size: int | None = None) -> Sizes:
+        """The mesh of a run of `world_size` processes, `local_size` on each node; without it they are all on one.
+
+        Raises ValueError, with the arithmetic.
+        """
+        replicas, shards, tp = self.dp_replicate, self.dp_shard, self.tp
+        if replicas == shards == -1:
+            node = local_size or world_size
+            # tensor-parallel ranks are neighbours: where nodes do not hold whole groups of them, shard over all
+            shards = node // tp if world_size % node == 0 and node % tp == 0 else world_size // tp
+        if shards < 1:
+            shards = max(1, world_size // (replicas * tp))
+        if replicas == -1:
+            replicas = max(1, world_size // (shards * tp))
+        if replicas * shards * tp != world_size:
             raise ValueError(
-                f"dp_shard: {self.dp_replicate} (dp_replicate) x {self.dp_shard} (dp_shard) x {self.tp} (tp) "
-                f"is not the {world_size} processes of this run; dp_shard = -1 takes what the others leave"
+                f"dp_shard: {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
+                f"is not the {world_size} processes of this run; -1 takes what the others leave"
             )
-        return Sizes(self.dp_replicate, shards, self.tp)
+        return Sizes(replicas, shards, tp)
 
     def build(self, world: World) -> Layout:
-        return Layout(world, self.sizes(world.size))
+        # all processes must come to the same mesh, also where a node has fewer of them than another
+        uniform = world.maximum(world.local_size) == -world.maximum(-world.local_size)
+        return Layout(world, self.sizes(world.size, world.local_size if uniform else None))
 
 
 class Layout:

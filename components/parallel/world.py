@@ -34,6 +34,8 @@ class World:
     joined: bool = False
     waiting: dist.ProcessGroup | None = None
     """In which processes wait for the main one; the default group where there is none."""
+    local_size: int = 1
+    """Processes of this node."""
 
     @classmethod
     def start(cls, wanted: Literal["auto", "cpu", "cuda"]) -> World:
@@ -57,7 +59,9 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
         waiting = dist.new_group(backend="gloo", timeout=PATIENCE_FOR_MAIN) if size > 1 else None
-        return cls(rank, size, device, joins, waiting)
+        # torchrun and our launcher set it; other starters of processes may not, and then all count as one node
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
+        return cls(rank, size, device, joins, waiting, local_size)
 
     def stop(self) -> None:
         """Leave the process group, if `start` joined it: one that was there before is its owner's."""

@@ -27,5 +27,6 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     said = "".join(said for _, said in ends)
     assert said.count("done:") == 1
     assert said.count("was killed by SIGKILL") == 1
+    assert "2 (dp_replicate) x 1 (dp_shard) x 1 (tp) processes" in said, "a replica on each node"
     assert steps(together) == steps(alone)
     assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,8 @@ def test_one_process_holds_everything_once(tiny):
     parts = {name: size for name, (size, _) in memory.parts.items()}
     assert parts["parameters"] == parts["gradients"] == 4 * TINY_PARAMETERS
     assert parts["optimizer state"] == 8 * TINY_PARAMETERS
-    assert parts["weights in use"] == memory.local_gradients == 0
+    assert parts["weights in use"] == 0
+    assert memory.local_peak == memory.peak, "nothing to gather"
     assert memory.state_bytes == 12 * TINY_PARAMETERS
 
 
@@ -69,7 +71,6 @@ def test_tensor_parallelism_slices_matrices_and_the_batch_is_that_of_the_data_pa
     assert plan.sizes == Sizes(1, 2, 2)
     assert plan.layout.dp_size == 2
     assert isinstance(plan.memory, Memory)
-    assert plan.memory.local_gradients == 2 * plan.memory.parameters
 
 
 EXPERTS = ("--model.experts=5", "--model.top_k=2", "--model.ffn_dim=16", "--model.kv_heads=2")
@@ -304,4 +305,32 @@ def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
     monkeypatch.setenv("NPROC", "8")
     monkeypatch.setenv("NNODES", "128")
     assert launch.main([str(Path(tiny.recipe)), "--dry-run"]) == 0
+    assert "1024 = 128 (dp_replicate) x 8 (dp_shard)" in capsys.readouterr().out
+    assert launch.main([str(Path(tiny.recipe)), "--dry-run", "--parallel.dp_shard=1024"]) == 0
     assert "1024 = 1 (dp_replicate) x 1024 (dp_shard)" in capsys.readouterr().out
+
+
+def test_too_large_for_a_node_says_that_nodes_can_share_it(tiny):
+    size = ["--model.dim=8192", "--model.head_dim=64", "--model.ffn_dim=32768"]
+    plan = make_plan(config_of(tiny, GPU, *size), 4, Claim.parse("RTX 3090"), local_size=1)
+    (message,) = [item.message for item in foresee(plan) if item.key == "training.micro_batch_size"]
+    assert "set parallel.dp_shard = 4, or parallel.tp" in message
+
+
+def test_gradients_that_need_not_be_whole_are_named_as_the_remedy(tiny):
+    size = ["--model.dim=4096", "--model.head_dim=64", "--model.ffn_dim=16384", "--training.accumulation=local"]
+    plan = make_plan(config_of(tiny, GPU, *size), 8, Claim.parse("RTX 3090"))
+    assert isinstance(plan.memory, Memory)
+    device = plan.claim.device
+    assert device is not None
+    tight = replace(plan, claim=Claim(replace(device, memory_bytes=plan.memory.local_peak - 1)))
+    (message,) = [item.message for item in foresee(tight) if item.key == "training.micro_batch_size"]
+    assert 'set training.accumulation = "auto"' in message
+
+
+def test_processes_of_a_node_share_its_processor():
+    device = named_device("cpu")
+    shared = Claim(device).shared_by(4).device
+    assert shared is not None
+    assert (shared.memory_bytes, shared.flops) == (device.memory_bytes // 4, device.flops / 4)
+    assert Claim(named_device("H100")).shared_by(4).device == named_device("H100")

@@ -1,0 +1,64 @@
+"""accumulation = "auto": one rule, by the memory estimate, for a dry run and for a run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.parallel.layout import Sizes
+from components.parallel.world import World
+from components.throughput import Device, device_memory
+from recipes.memory_estimate import PLANNED, Memory, accumulates_locally, decide_accumulation
+from tests.recipes.test_dry_run import config_of, plan_of
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("local", (True, True)), ("reduce", (False, False))])
+def test_what_is_asked_for_is_done_on_any_device(mode, expected):
+    assert (accumulates_locally(mode, 10, 1), accumulates_locally(mode, 1, 10)) == expected
+
+
+def test_auto_is_local_where_all_of_it_fits_what_may_be_planned():
+    assert accumulates_locally("auto", 900, 1000)
+    assert not accumulates_locally("auto", 901, 1000)
+
+
+def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
+    plan = plan_of(tiny, "--run.device=auto", processes=2)
+    memory = plan.memory
+    assert isinstance(memory, Memory)
+    assert memory.local_peak > memory.peak
+    roomy, tight = (
+        Device("", 1.0, int(size / PLANNED) + add) for size, add in ((memory.local_peak, 2), (memory.peak, 2))
+    )
+    assert plan.peak_on(memory, roomy) == memory.local_peak
+    assert plan.peak_on(memory, tight) == memory.peak
+
+
+def test_local_adds_whole_weights_and_a_whole_float32_gradient(tiny):
+    """Of 8 bytes a parameter in float32; what is gathered at a time, and the head's reduction, are inside of it."""
+    memory = plan_of(tiny, processes=2).memory
+    assert isinstance(memory, Memory)
+    added = memory.local_peak - memory.peak + memory.parts["weights in use"][0]
+    assert 8 * memory.parameters <= added <= 8 * memory.parameters + 4 * 2 * 257 * 16 + 4 * 16
+
+
+def test_a_run_takes_the_estimate_of_the_dry_run_and_the_memory_of_its_device(tiny):
+    world = World(0, 1, torch.device("cpu"))
+    config = config_of(tiny)
+    plan = plan_of(tiny, processes=2)
+    assert decide_accumulation(config.recipe, plan.model, Sizes(1, 2, 1), world, torch.float32)
+    crowded = World(0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6)  # a MB for each
+    assert not decide_accumulation(config.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+    forced = config_of(tiny, "--training.accumulation=local")
+    assert decide_accumulation(forced.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+
+
+def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
+    class Peeking(torch.nn.Module):
+        def forward(self, tokens, labels):
+            return int(tokens.argmax())
+
+    world = World(0, 1, torch.device("cpu"))
+    assert not decide_accumulation(config_of(tiny).recipe, Peeking(), Sizes(1, 2, 1), world, torch.float32)

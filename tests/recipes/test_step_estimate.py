@@ -1,0 +1,89 @@
+"""Compute, traffic and launching of a step. Bytes are held against a real run in tests/distributed/test_collectives."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.throughput import named_device
+from recipes.plan import Claim, Plan, make_plan
+from recipes.step_estimate import INFINIBAND, Exchange, StepEstimate, estimate_step
+from tests.recipes.test_dry_run import config_of
+
+pytestmark = pytest.mark.quick
+
+H100 = named_device("H100")
+
+
+def step(tiny, processes: int, local: int, *arguments: str) -> tuple[Plan, StepEstimate]:
+    """A step of four micro-batches, in bf16 on H100s."""
+    plan = make_plan(
+        config_of(tiny, "--run.device=auto", "--training.precision=bf16", *arguments), processes, Claim(), local
+    )
+    found = estimate_step(plan, H100, 4)
+    assert found is not None
+    return plan, found
+
+
+def test_bytes_over_a_link_are_those_of_the_busiest_rank():
+    """8 GB gathered over 8: 7/8 come from elsewhere. Over two nodes half must enter each, through four adapters."""
+    nvlink = Exchange(8e9, 8, 1).seconds(8, 1e9 / 0.73)
+    assert nvlink == pytest.approx((7.0, 0.0))
+    inside, between = Exchange(8e9, 8, 1).seconds(4, 1e9 / 0.73)
+    assert (inside, between) == pytest.approx((7.0, 4e9 / 4 / INFINIBAND))
+    replicas = Exchange(1e9, 2, 8, rounds=2).seconds(8, 1e9)  # one rank of each node: an adapter of its own
+    assert replicas == pytest.approx((0.0, 2 * 0.5e9 / INFINIBAND))
+    assert Exchange(8e9, 8, 1).seconds(1, 1e9) == pytest.approx((0.0, 7e9 / INFINIBAND))
+
+
+def test_a_node_alone_uses_no_infiniband_and_replicas_use_it_once_a_step(tiny):
+    _, alone = step(tiny, 8, 8)
+    plan, several = step(tiny, 64, 8)
+    assert alone.infiniband == 0
+    assert plan.sizes.dp_replicate == 8
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    assert several.infiniband == pytest.approx(
+        2 * 7 / 8 * 4 * parameters / 8 / INFINIBAND, rel=0.05
+    )  # 257 rows are padded
+    assert several.nvlink == alone.nvlink
+
+
+def test_reducing_after_every_micro_batch_multiplies_the_traffic_and_the_launching(tiny):
+    plan, local = step(tiny, 8, 8, "--training.accumulation=local")
+    _, reduced = step(tiny, 8, 8, "--training.accumulation=reduce")
+    # 2 + 4 bytes a parameter once, or 2 + 4 of all and 2 of the blocks four times
+    total = sum(parameter.numel() for parameter in plan.model.parameters())
+    blocks = sum(parameter.numel() for parameter in plan.model.layers.parameters())
+    assert reduced.nvlink / local.nvlink == pytest.approx(4 * (6 * total + 2 * blocks) / (6 * total), rel=0.05)
+    assert reduced.launch > local.launch
+    assert reduced.compute == local.compute
+
+
+def test_recomputing_costs_a_third_more_products_and_compiling_launches_less(tiny):
+    _, plain = step(tiny, 1, 1)
+    _, full = step(tiny, 1, 1, "--training.activation_checkpoint=full")
+    _, selective = step(tiny, 1, 1, "--training.activation_checkpoint=selective")
+    _, compiled = step(tiny, 1, 1, "--training.activation_checkpoint=selective", "--training.compile=true")
+    assert full.compute == pytest.approx(plain.compute * 4 / 3)
+    assert selective.compute == plain.compute
+    assert compiled.launch < plain.launch < full.launch < selective.launch
+    assert plain.nvlink == plain.infiniband == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "bound"),
+    [
+        ((4.0, 1, 2, 3), "compute"),
+        ((1.0, 4, 2, 3), "NVLink"),
+        ((1.0, 2, 4, 3), "InfiniBand"),
+        ((1.0, 2, 3, 4), "launching"),
+    ],
+)
+def test_the_longest_bounds_the_step(parts, bound):
+    assert StepEstimate(*parts).bound == bound
+
+
+def test_a_step_on_the_cpu_has_no_such_bounds(tiny, capsys):
+    assert tiny.launch("--dry-run=cpu") == 0
+    assert "bound by" not in capsys.readouterr().out
+    assert tiny.launch("--dry-run=H100") == 0
+    assert "bound by" in capsys.readouterr().out
