@@ -16,13 +16,15 @@ from pathlib import Path
 from components.durable import UNFINISHED
 
 LOCK = ".lock"
+FLIGHT_RECORDER = "nccl_trace_rank_"
+"""Beginning of the names, before the rank, of what NCCL's flight recorder writes when a collective times out."""
 _PATIENCE_SECONDS = 10.0
 """How long one waits for another run to leave: what was just killed may have processes that have yet to notice."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`config.toml`, `metrics.jsonl`, `log.txt`, `tensorboard/` and `checkpoints/` of one run."""
+    """`config.toml`, `metrics.jsonl`, `log.txt`, `tensorboard/`, `checkpoints/` and `profile/` of one run."""
 
     path: Path
 
@@ -45,6 +47,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def launch(self) -> Path:
@@ -94,9 +100,9 @@ class RunDirectory:
         Where `log_from` is given, the log loses only what is before that byte. Raises OSError for what cannot be
         removed: what is left of an old run would be taken for the new one's.
         """
-        for file in (self.config, self.metrics):
+        for file in (self.config, self.metrics, *self.path.glob(f"{FLIGHT_RECORDER}*")):
             file.unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.checkpoints):
+        for folder in (self.tensorboard, self.checkpoints, self.profile):
             _empty(folder)
         if log_from is None:
             self.log.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from components.profiler_range import profiler_range
+
 T = TypeVar("T")
 
 DENSE_BF16_FLOPS = {
@@ -101,7 +103,8 @@ class Waited(Iterator[T]):
 
     def __next__(self) -> T:
         start = time.perf_counter()
-        item = next(self.source)
+        with profiler_range("next_micro_batch"):
+            item = next(self.source)
         self.seconds += time.perf_counter() - start
         return item
 

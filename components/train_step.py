@@ -9,6 +9,8 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from components.profiler_range import profiler_range
+
 
 class Ranks(Protocol):
     """Those that see different samples."""
@@ -118,7 +120,8 @@ class TrainStep(Generic[Moments]):
             gradients, groups=self._groups, ranks=self.ranks.size, group_samples=self._group_samples
         )
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm.float())
+            with profiler_range("clip_gradients"):
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm.float())
         return float(norm), moments
 
     def update(self, lr: float, step_tokens: int) -> None:
@@ -127,8 +130,9 @@ class TrainStep(Generic[Moments]):
             self.optimizer.follow_batch(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
-        self.optimizer.step()
-        self.discard()
+        with profiler_range("optimizer"):
+            self.optimizer.step()
+            self.discard()
 
     def discard(self) -> None:
         """Drop the gradients."""

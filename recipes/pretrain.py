@@ -29,6 +29,7 @@ from components.parallel import fsdp
 from components.parallel.elastic import launched_at
 from components.parallel.layout import Parallel
 from components.parallel.world import World
+from components.profiler import ProfilerConfig
 from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
@@ -71,6 +72,7 @@ class Pretrain:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     guard: Guard = field(default_factory=Guard)
+    profile: ProfilerConfig = field(default_factory=ProfilerConfig)
 
     @property
     def device(self) -> str:
@@ -220,6 +222,9 @@ class TrainingRun:
                 pin_memory=device.type == "cuda",
             )
         cleanup.callback(self.loader.close)
+        with blame(config, "profile"):
+            self.profiler = recipe.profile.build(directory.profile, device=device, rank=self.world.rank)
+        cleanup.push(self.profiler.close)
         opened.begin()
         self.flops_per_token = model.flops_per_token(training.sequence_length)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
@@ -240,6 +245,7 @@ class TrainingRun:
         """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
         request = NOTHING
         while not self.clock.done and not stops(request):
+            self.profiler.start_step(self.clock.step + 1)
             started = time.perf_counter()
             batch = self.layout.fit(self.recipe.batch.samples(self.clock))
             step_tokens = batch.samples * self.sequence_length
@@ -258,6 +264,7 @@ class TrainingRun:
             self.recipe.batch.observe(self.clock, noise)
             seconds = {"data_seconds": micro_batches.seconds, "step_seconds": time.perf_counter() - started}
             self.monitor.write(step_row(self, batch, noise, loss=loss, lr=lr, grad_norm=grad_norm, **seconds))
+            self.profiler.end_step()
 
             if self.due(getattr(self.recipe.validation, "interval_steps", None)):
                 self.validate()

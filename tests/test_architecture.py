@@ -9,9 +9,9 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"recipes", "components", "models", "tools", "tests", "benchmarks"}
-SHARED = {"components.quantities", "components.durable", "components.processes"}
-"""Types as users write them, how files are written, and what processes tell one another; they import nothing of ours,
-so everyone may import them."""
+SHARED = {"components.quantities", "components.durable", "components.processes", "components.profiler_range"}
+"""Types as users write them, how files are written, what processes tell one another, and ranges of a profile; they
+import nothing of ours, so everyone may import them."""
 
 
 def imports(file: Path) -> set[str]:

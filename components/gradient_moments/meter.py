@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from components.gradient_moments.moments import GradientMoments
 from components.gradient_moments.norm import SquaredNorm
+from components.profiler_range import profiler_range
 
 
 class GradientMeter:
@@ -39,7 +40,8 @@ class GradientMeter:
     def end_micro_batch(self) -> None:
         """Call after the backward of every micro-batch."""
         if self._squares is not None:
-            self._squares.fold()
+            with profiler_range("gradient_noise"):
+                self._squares.fold()
 
     def finish(
         self, gradients: Iterable[Tensor], *, groups: int, ranks: int, group_samples: int
@@ -49,9 +51,10 @@ class GradientMeter:
         `groups` micro-batches of `group_samples` samples were taken on `ranks` data-parallel ranks.
         """
         square, count = SquaredNorm(self._device), 0
-        for gradient in gradients:
-            square.add(gradient)
-            count += 1
+        with profiler_range("clip_gradients"):  # its norm is wanted without a measurement too
+            for gradient in gradients:
+                square.add(gradient)
+                count += 1
         if self._squares is None:
             return self._add_up(square.total()).sqrt(), None
         if len(self._seen) < count:
@@ -75,7 +78,8 @@ class GradientMeter:
             reduced = None
             if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
                 reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
-            self._squares.add(gradient)
+            with profiler_range("gradient_noise"):
+                self._squares.add(gradient)
             return reduced
 
         parameter.register_hook(square)
