@@ -7,6 +7,7 @@ the "other kernels". A new library needs a line here and its recorded name in th
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 PRODUCTS = "matrix products"
 ATTENTION = "attention"
@@ -53,6 +54,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
 _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in PATTERNS)
 
 
+@lru_cache(maxsize=10_000)  # a trace has millions of events, of some hundred names
 def kind_of(name: str) -> str | None:
     """Return the kind that `name` tells by itself, None where it tells nothing."""
     return next((kind for kind, pattern in _COMPILED if pattern.search(name)), None)

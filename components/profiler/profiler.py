@@ -27,7 +27,7 @@ class ProfilerConfig:
     """
 
     steps: Count = 0
-    """Steps to record; 0: none. A trace takes some 300 bytes a kernel, so few steps of few micro-batches are best."""
+    """Steps to record; 0: none. Few, of few micro-batches: a million events take half a minute to write and sum up."""
     start_step: PositiveCount = 10
     """The first step to record, by its number in the log: late enough for compiling and warm-up to be over."""
     all_ranks: bool = False
