@@ -5,8 +5,9 @@
 A GPU waits wherever its host needs longer to launch a kernel than the kernel runs. The number of launches depends on
 the blocks, not on their width: so every recipe is trained on the CPU as it is (its blocks, recomputation, gradient
 noise, optimizer), but so narrow, on 16 tokens a micro-batch, that hardly anything but the launching is left. Times are
-`time.thread_time` of the training thread, in which a backward on the CPU runs too. Other load
-on the machine does not count, but slows the processor by up to a factor of three: compare within one table. Experts are four, of which two are taken, for on a GPU their number does not change that of the launches.
+`time.thread_time` of the training thread, in which a backward on the CPU runs too. What else runs on the machine is
+not counted, but slows the processor by up to a factor of three: compare within one table. Experts are four, of which
+two are taken, for on a GPU their number does not change that of the launches.
 
 What a GPU adds (cudaLaunchKernel, 2 to 5 microseconds a kernel) and FSDP2's own runtime are not in it.
 """
