@@ -19,6 +19,8 @@ from typing import Any
 from components.durable import replace_file, unfinished
 
 LOCK = ".run.lock"
+FLIGHT_RECORDER = "nccl_trace_rank_"
+"""Beginning of the names, before the rank, of what NCCL's flight recorder writes when a collective times out."""
 _NOTE = "process"
 _RUN = re.compile(r"[0-9a-f]{16}")
 _PATIENCE_SECONDS = 10.0
@@ -27,7 +29,7 @@ _PATIENCE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """`config.toml`, `metrics.jsonl`, `log.txt`, `tensorboard/` and `checkpoints/` of one run."""
+    """`config.toml`, `metrics.jsonl`, `log.txt`, `tensorboard/`, `checkpoints/` and `profile/` of one run."""
 
     path: Path
 
@@ -50,6 +52,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def mark(self) -> Path:
@@ -156,12 +162,14 @@ class RunDirectory:
         run = self.run
         if run is None:
             return
+        traces = [*self.profile.glob("steps-*-rank-*"), *self.path.glob(f"{FLIGHT_RECORDER}*")]
         # The metrics last: while they are there, a start that finds the rest half removed knows that there was a run.
-        for file in (*self.tensorboard.glob(f"events.*.{run}"), self.config, self.metrics):
+        for file in (*self.tensorboard.glob(f"events.*.{run}"), *traces, self.config, self.metrics):
             file.unlink(missing_ok=True)
-        if not self.tensorboard.is_symlink():
-            with suppress(OSError):  # it is not empty, or not there
-                self.tensorboard.rmdir()
+        for folder in (self.tensorboard, self.profile):
+            if not folder.is_symlink():
+                with suppress(OSError):  # it is not empty, or not there
+                    folder.rmdir()
         if log_from is None:
             self.log.unlink(missing_ok=True)
         elif self.log.exists() and not self.log.is_symlink():

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from components.profiler_range import profiler_range
 from components.step_numbers import StepNumbers
 
 
@@ -133,7 +134,8 @@ class TrainStep:
         summands = {"loss": total.double() / copies, "squares": self.meter.sums(gradients), **more()}
         numbers = StepNumbers(summands, self.world.sum)
         if self.max_grad_norm is not None:
-            self._clip(gradients, numbers["squares"][0].sqrt().float(), self.max_grad_norm)
+            with profiler_range("clip_gradients"):
+                self._clip(gradients, numbers["squares"][0].sqrt().float(), self.max_grad_norm)
         return numbers
 
     def update(self, lr: float, step_tokens: int, *, skip: Tensor | None = None) -> None:
@@ -147,8 +149,9 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.discard()
+        with profiler_range("optimizer"):
+            self.optimizer.step()
+            self.discard()
 
     def discard(self) -> None:
         """Drop the gradients."""

@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.run_directory import FLIGHT_RECORDER
 from recipes.config import Config, ConfigError, Override, load
 from recipes.errors import RunError, blame, component_at_fault, out_of_memory
 
@@ -171,6 +172,21 @@ def start_workers(count: Processes, environment: Mapping[str, str], arguments: S
         raise UsageError(f"the processes cannot be started: {error}") from error
 
 
+def enable_flight_recorder(environment: MutableMapping[str, str], directory: Path) -> None:
+    """Have NCCL write the latest collectives of every process to `directory` when one of them times out.
+
+    What the user has set stays, also under the older name that torch still reads.
+    """
+    settings = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "20000",  # collectives: a few steps of them
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(directory.absolute() / FLIGHT_RECORDER),
+    }
+    for names, value in settings.items():
+        if not any(name in environment for name in names):
+            environment[names[0]] = value
+
+
 def main(arguments: Sequence[str]) -> int:
     status, message = 0, ""
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
@@ -231,6 +247,8 @@ def run(arguments: Sequence[str]) -> int:
         )
     if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
+        if getattr(config.recipe, "device", "auto") != "cpu" and hasattr(config.recipe, "run"):
+            enable_flight_recorder(os.environ, config.recipe.run.directory)
         return start_workers(count, os.environ, arguments)
     return start_recipe(config, command)
 

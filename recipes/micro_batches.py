@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from components.batch.layout import StepBatch
 from components.data.loader import MicroBatch
 from components.processes import BAD_INPUT, attempt, described, raise_in_all
+from components.profiler_range import profiler_range
 from components.token_ids import check_token_ids
 from recipes.errors import blame
 
@@ -59,7 +60,8 @@ def read_step(run: TrainingRun, batch: StepBatch) -> list[MicroBatch] | None:
 
 
 def _next_checked(run: TrainingRun, stream: Iterator[MicroBatch]) -> MicroBatch:
-    micro_batch = next(stream)
+    with profiler_range("next_micro_batch"):
+        micro_batch = next(stream)
     length = micro_batch.tokens.shape[-1]
     if length != run.sequence_length:
         raise ValueError(

@@ -33,6 +33,7 @@ from components.parallel.elastic import launched_at
 from components.parallel.layout import Parallel
 from components.parallel.world import World
 from components.processes import attempt
+from components.profiler import ProfilerConfig
 from components.quantities import format_count
 from components.run_directory import RunDirectory
 from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
@@ -78,6 +79,7 @@ class Pretrain:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     guard: Guard = field(default_factory=Guard)
+    profile: ProfilerConfig = field(default_factory=ProfilerConfig)
 
     @property
     def device(self) -> str:
@@ -255,6 +257,9 @@ class TrainingRun:
                 pin_memory=device.type == "cuda",
             )
         cleanup.callback(self.loader.close)
+        with blame(config, "profile"):
+            self.profiler = recipe.profile.build(directory.profile, device=device, rank=self.world.rank)
+        cleanup.push(self.profiler.close)
         with blame(config, "model"):
             self.flops_per_token = model.flops_per_token(training.sequence_length)
         opened.begin()
@@ -280,9 +285,11 @@ class TrainingRun:
         if self.lacks_validation:
             self.validate()
         while not self.clock.done and not stops(self.request):
+            self.profiler.start_step(self.clock.step + 1)
             self.launch(self.next_batch())
             self.read_launched(self.delay)
             self.observe()
+            self.profiler.end_step()
 
             if self.request == SAVE or self.due(self.recipe.checkpoint.interval_steps):
                 self.request = NOTHING if self.request == SAVE else self.request

@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": "free",
     "metrics": "free",
     "guard": "free",
+    "profile": "free",
     "import_paths": "free",
 }
 """The rule of a key is that of its longest prefix here; what nothing covers is warned about."""

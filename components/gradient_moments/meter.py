@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from components.gradient_moments.norm import SquaredNorm
+from components.profiler_range import profiler_range
 
 
 class GradientMeter:
@@ -36,7 +37,8 @@ class GradientMeter:
     def end_micro_batch(self) -> None:
         """Call after the backward of every micro-batch."""
         if self._squares is not None:
-            self._squares.fold()
+            with profiler_range("gradient_noise"):
+                self._squares.fold()
 
     def sums(self, gradients: Iterable[Tensor]) -> Tensor:
         """(2,) float64, on the device, to be summed over all processes of the run. Waits for nothing.
@@ -45,10 +47,11 @@ class GradientMeter:
         the squared norms of theirs, which is 0 if they were not measured.
         """
         square, count = SquaredNorm(self._device), 0
-        for gradient in gradients:
-            square.add(gradient)
-            count += 1
-        total = square.total()
+        with profiler_range("clip_gradients"):  # its norm is wanted without a measurement too
+            for gradient in gradients:
+                square.add(gradient)
+                count += 1
+            total = square.total()
         if self._squares is None:
             return torch.stack([total, torch.zeros_like(total)])
         if len(self._seen) < count:
@@ -68,7 +71,8 @@ class GradientMeter:
             reduced = None
             if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
                 reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
-            self._squares.add(gradient)
+            with profiler_range("gradient_noise"):
+                self._squares.add(gradient)
             return reduced
 
         parameter.register_hook(square)

@@ -119,3 +119,17 @@ def test_several_nodes_meet_at_node_0():
     assert first.endpoint == second.endpoint == "node0:1234"
     assert (first.get_as_bool("is_host"), second.get_as_bool("is_host")) == (True, False)
     assert Node(processes=8).rendezvous().endpoint == "127.0.0.1:0", "one node needs no port of its own"
+
+
+def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_otherwise(tmp_path):
+    environment: dict[str, str] = {}
+    launch.enable_flight_recorder(environment, tmp_path)
+    assert environment == {
+        "TORCH_FR_BUFFER_SIZE": "20000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl_trace_rank_",
+    }
+    chosen = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_DUMP_TEMP_FILE": "mine"}
+    environment = dict(chosen)
+    launch.enable_flight_recorder(environment, tmp_path)
+    assert environment == chosen

@@ -1,0 +1,72 @@
+"""What a kernel, an operator or a range of a profile belongs to, told by its name.
+
+The names are those of torch 2.11 to 2.13, cuBLAS, cuDNN, FlashAttention, NCCL and inductor; an unknown name is one of
+the "other kernels". A new library needs a line here and its recorded name in the test.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+PRODUCTS = "matrix products"
+ATTENTION = "attention"
+LOSS_PRODUCTS = "loss: matrix products"
+LOSS = "loss: other kernels"
+GRADIENT_NOISE = "gradient noise"
+OPTIMIZER = "optimizer and clipping"
+COMMUNICATION = "communication"
+COPIES = "memory copies"
+OTHER = "other kernels"
+DATA = "waiting for data"
+BETWEEN_STEPS = "between steps"
+IDLE = "idle"
+
+KINDS = (
+    PRODUCTS, ATTENTION, LOSS_PRODUCTS, LOSS, OTHER, GRADIENT_NOISE, OPTIMIZER, COMMUNICATION, COPIES, DATA,
+    BETWEEN_STEPS, IDLE,
+)  # fmt: skip
+"""In the order of the table."""
+
+PATTERNS: tuple[tuple[str, str], ...] = (
+    # Element-wise and reducing kernels of inductor carry the names of everything that was fused into them, products
+    # and attention among it; its templates (triton_tem_) are the products themselves.
+    (OTHER, r"^triton_(poi|red|per|for|spl|mix)_"),
+    (COMMUNICATION, r"^nccl|^gloo:|^c10d::|^_c10d_functional|^record_param_comms|^symm_mem|multimem_"),
+    # FSDP2 packs what it sends and unpacks what it has received
+    (COMMUNICATION, r"^fsdp::|^FSDP::(all_gather|post_backward_reduce|post_backward_rs_wait)"),
+    (BETWEEN_STEPS, rf"^{BETWEEN_STEPS}$"),
+    (DATA, r"^next_micro_batch$|^enumerate\(DataLoader\)"),
+    (GRADIENT_NOISE, r"^gradient_noise$"),
+    (OPTIMIZER, r"^(optimizer|clip_gradients)$|^Optimizer\.|_fused_adam|Fused(Adam|Optimizer)|multi_tensor.*Adam"),
+    (LOSS, r"[Cc]ross_?[Ee]ntropy|nll_loss|NllLoss"),
+    (
+        ATTENTION,
+        r"scaled_dot_product|ScaledDotProduct|native_sdpa|flash|fmha|flex_attention|[Ee]fficient_?[Aa]ttention",
+    ),
+    (PRODUCTS, r"^aten::(mm|addmm_?|bmm|baddbmm_?|mv|addmv_?|_grouped_mm|_scaled_mm|_scaled_grouped_mm)$"),
+    (PRODUCTS, r"^mkldnn::_linear|^aten::mkldnn_linear|^aten::_mkl|^mkl::|^aten::_addmm_activation$"),
+    (PRODUCTS, r"^nvjet|gemm|Gemm|gemv|cutlass|xmma|cublas|splitK|^triton_(tem|mm)|grouped_mm"),
+    (COPIES, r"^Mem(cpy|set) "),
+)
+"""(kind, regular expression that the name contains). The first that matches decides."""
+
+_COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in PATTERNS)
+
+
+@lru_cache(maxsize=10_000)  # a trace has millions of events, of some hundred names
+def kind_of(name: str) -> str | None:
+    """Return the kind that `name` tells by itself, None where it tells nothing."""
+    return next((kind for kind, pattern in _COMPILED if pattern.search(name)), None)
+
+
+def kind_within(name: str, surrounding: str | None) -> str | None:
+    """Return the kind of `name` inside of a range or operator of the kind `surrounding`.
+
+    What surrounds decides, for all kernels of an optimizer step are the optimizer's. The exceptions: communication is
+    so everywhere, and the products of the loss are told apart from the rest of it.
+    """
+    own = kind_of(name)
+    if own == COMMUNICATION or surrounding in (None, OTHER):
+        return own or surrounding
+    return LOSS_PRODUCTS if surrounding == LOSS and own == PRODUCTS else surrounding
