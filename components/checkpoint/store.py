@@ -79,7 +79,7 @@ class CheckpointStore:
         if async_save:
             from components.checkpoint.background import Background
 
-            self._background = Background(distributed=world.size > 1)
+            self._background = Background(world.waiting)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
