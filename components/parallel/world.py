@@ -162,4 +162,4 @@ def set_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device, timeo
     for group in groups:
         # not dist.distributed_c10d._set_pg_timeout, which would change those of the processors with those of the GPUs
         if device.type in {kind.type for kind in group._device_types}:
-            group._get_backend(device)._set_default_timeout(timeout)  # type: ignore[attr-defined]
+            group._get_backend(device)._set_default_timeout(timeout)
