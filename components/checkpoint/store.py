@@ -24,6 +24,7 @@ from components.quantities import PositiveCount
 
 if TYPE_CHECKING:
     from components.checkpoint.background import Background
+    from components.checkpoint.save_plans import SavePlans
 
 log = logging.getLogger("powertrain")
 
@@ -75,6 +76,7 @@ class CheckpointStore:
         self.failed_steps: list[int] = []
         """Steps whose save failed, as far as is known."""
         self._background: Background | None = None
+        self._plans: SavePlans | None = None
         self._saving = 0
         if async_save:
             from components.checkpoint.background import Background
@@ -126,6 +128,8 @@ class CheckpointStore:
         self.wait()
         if self._background is not None:
             self._background.close()
+        if self._plans is not None:
+            self._plans.forget()
 
     def _note(self, saved: bool) -> None:
         if saved:
@@ -146,6 +150,9 @@ class CheckpointStore:
         from torch.distributed.checkpoint import FileSystemWriter
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from components.checkpoint.save_plans import SavePlans
+
+        plans = self._plans = self._plans or SavePlans()
         aside = self.directory / f"{_ASIDE}{final.name}"
         writer = FileSystemWriter(aside)
         if self._background is not None:
@@ -160,7 +167,13 @@ class CheckpointStore:
 
         def write() -> None:
             try:
-                dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
+                dcp.save(
+                    tensors,
+                    storage_writer=writer,
+                    planner=plans.planner(),
+                    process_group=group,
+                    no_dist=self.world.size == 1,
+                )
             except CheckpointException as error:
                 raise OSError(str(first_failure(error))) from error
             write_part(aside, self.world.rank)
@@ -174,6 +187,7 @@ class CheckpointStore:
                 together(part, gather)
         except Exception as error:
             log.error(f"{final} could not be saved: {error}. The checkpoints before it stay")
+            plans.forget()
             if self.world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)  # on a full disk it is in the way of the next one
             return False
