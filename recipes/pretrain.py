@@ -21,6 +21,7 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader
+from components.garbage_collection import GarbageCollection
 from components.gradient_moments import GradientMeter, MeasureMoments
 from components.guard import Guard
 from components.metrics.console import start_log
@@ -221,6 +222,8 @@ class TrainingRun:
             )
         cleanup.callback(self.loader.close)
         opened.begin()
+        self.garbage = GarbageCollection(training.gc_interval_steps)
+        cleanup.callback(self.garbage.close)
         self.flops_per_token = model.flops_per_token(training.sequence_length)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
         self.monitor = Monitor([])
@@ -267,6 +270,9 @@ class TrainingRun:
             if request == SAVE:
                 self.requests.saved()
                 self.save()
+            if self.clock.step == self.started_at + 1:
+                self.world.shorten_timeouts()
+            self.garbage.after_step(self.clock.step)
         self.finish(request)
         return request
 

@@ -76,3 +76,5 @@ class Training:
     """Reduce gradients after every micro-batch (least memory) or keep them local and reduce once (least traffic)."""
     loader_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""
+    gc_interval_steps: PositiveCount | None = 50
+    """Steps between runs of Python's garbage collector, at the same step on every rank; "none": when Python likes."""

@@ -1,4 +1,4 @@
-"""Plans of torch.distributed.checkpoint that are made once: which rank writes what is the same in every save of a run."""
+"""Plans of torch.distributed.checkpoint, made once: which rank writes what is the same in every save of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _keys = count()
 
 
 class SavePlans:
-    """Makes the planner of each save. A rank whose part has not changed sends none, and the first rank plans nothing."""
+    """Makes the planner of each save. A rank whose part has not changed sends no plan, and none is made of all."""
 
     def __init__(self) -> None:
         # torch keeps plans by the name of the planner's class, for all stores of a process
@@ -23,6 +23,6 @@ class SavePlans:
         return planner
 
     def forget(self) -> None:
-        """Plan again in the next save. Every rank calls it after one that failed, of which ranks may know differently."""
+        """Plan again in the next save. Every rank calls it after a save that failed: they may not have gone as far."""
         for kept in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
             getattr(SavePlanner, f"_cached_{kept}", {}).pop(self._key, None)
