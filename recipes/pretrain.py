@@ -50,6 +50,7 @@ from recipes.resume import Resume, compare
 from recipes.run_state import restore, state_of
 from recipes.sections import Run, Training
 from recipes.step_row import step_row
+from recipes.unprepared import refuse_unprepared
 
 log = logging.getLogger("powertrain")
 
@@ -157,6 +158,7 @@ class TrainingRun:
             "cache_dir": recipe.run.cache_dir,
             "progress": log.info,
         }
+        refuse_unprepared(config, tokenizer, self.world)
         with blame(config, "data"):
             self.samples = self.world.main_first(lambda: recipe.data.build(**text))
             self.content: str | None = getattr(self.samples, "fingerprint", None)
