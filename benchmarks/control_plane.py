@@ -1,6 +1,6 @@
 """What a run of many ranks costs beside training: metadata of its checkpoints, plans, sockets, and initial weights.
 
-    python -m benchmarks.control_plane [--ranks 8 64 512 1024] [--models 8b 70b] [--parts metadata plans weights sockets]
+    python -m benchmarks.control_plane [--ranks 8 64 512 1024] [--models 8b 70b] [--parts metadata plans ...]
 
 The ranks are simulated: the metadata and the plans that so many would make are made here and read, and sockets are
 counted in 2, 4 and 8 real processes, in which their number is a straight line. 70B on 1,024 ranks takes some 12 GB.
