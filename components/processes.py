@@ -36,6 +36,20 @@ def described(error: Exception) -> str:
     return str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
 
 
+def on_main(work: Callable[[], T]) -> T:
+    """What `work()` gives on the first process of the default group, on all. An error there is raised on all.
+
+    The result travels by pickle.
+    """
+    results: list[T | None] = [None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        results[0], failure = attempt(work)
+    raise_in_all(failure, gather_text)
+    dist.broadcast_object_list(results, src=0)
+    return results[0]  # type: ignore[return-value]
+
+
 def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
     """Raise this process's `failure`, or else say what the first other process that has one found; if none has, return.
 

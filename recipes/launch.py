@@ -39,7 +39,8 @@ usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--
 
 environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, or 1;
              a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT for several nodes;
-             MAX_RESTARTS after a failure (default 0)
+             MAX_RESTARTS after a failure (default 0); PYTORCH_ALLOC_CONF settings of the memory allocator of GPUs
+             (default expandable_segments:True)
 """
 
 
@@ -187,8 +188,19 @@ def enable_flight_recorder(environment: MutableMapping[str, str], directory: Pat
             environment[names[0]] = value
 
 
+def choose_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let the memory of a GPU grow in segments that fragmentation does not waste, unless the user has chosen otherwise.
+
+    A run that fills a GPU frees and takes back gigabytes of gradients in every step. torch reads the variable, of which
+    there are an old and a new spelling, when it is imported.
+    """
+    if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}:
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main(arguments: Sequence[str]) -> int:
     status, message = 0, ""
+    choose_allocator(os.environ)
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
     if in_worker():

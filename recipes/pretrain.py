@@ -23,6 +23,7 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader, check_workers
+from components.garbage_collection import GarbageCollection
 from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
 from components.guard import BadStep, Guard
 from components.metrics.console import start_log
@@ -57,6 +58,7 @@ from recipes.resume import Resume, compare
 from recipes.run_state import restore, state_of
 from recipes.sections import Run, Training
 from recipes.step_row import step_row
+from recipes.unprepared import refuse_unprepared
 
 log = logging.getLogger("powertrain")
 
@@ -178,6 +180,7 @@ class TrainingRun:
             "cache_dir": recipe.run.cache_dir,
             "progress": log.info,
         }
+        refuse_unprepared(config, tokenizer, self.world)
         with blame(config, "data"):
             self.samples = self.world.main_first(lambda: recipe.data.build(**text))
             self.content: str | None = getattr(self.samples, "fingerprint", None)
@@ -263,6 +266,8 @@ class TrainingRun:
         with blame(config, "model"):
             self.flops_per_token = model.flops_per_token(training.sequence_length)
         opened.begin()
+        self.garbage = GarbageCollection(training.gc_interval_steps)
+        cleanup.callback(self.garbage.close)
         self.peak_flops = peak_flops(device, precision.dtype_of(self.precision))
         self.monitor = Monitor([])
         if self.world.is_main:
@@ -298,6 +303,9 @@ class TrainingRun:
             # after the save, which data that cannot be read must not prevent
             if self.due(getattr(self.recipe.validation, "interval_steps", None)):
                 self.validate()
+            if self.clock.step == self.started_at + 1:
+                self.world.shorten_timeouts()
+            self.garbage.after_step(self.clock.step)
         self.finish(self.request)
         return self.request
 

@@ -93,6 +93,8 @@ class Training:
     communicate once (least traffic); auto: local where the memory estimate leaves the room."""
     loader_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""
+    gc_interval_steps: PositiveCount | None = 50
+    """Steps between runs of Python's garbage collector, at the same step on every rank; "none": when Python likes."""
 
     def compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.compile == "auto" else self.compile

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from components.checkpoint import complete_checkpoints, load_tensors, verify
-from components.checkpoint.metadata import read_metadata
+from components.checkpoint.metadata import read_index
 from recipes import launch
 
 RECIPE = """
@@ -199,12 +199,8 @@ def _wait_for(instant: str, directory: Path, chance: random.Random) -> None:
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
-    entries = read_metadata(checkpoint).state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if hasattr(entry, "size")
-    }
+    entries = read_index(checkpoint).entries
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items() if entry.dtype}
     load_tensors(checkpoint, tensors, no_dist=True)
     return tensors
 

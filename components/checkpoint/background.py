@@ -27,13 +27,13 @@ _COPIES_ONCE = TorchVersion(torch.__version__) < "2.13"
 class Background:
     """Writes one checkpoint at a time in a thread.
 
-    Its collectives have a process group of their own: on the training loop's they would meet that loop's, in an order
-    that differs from rank to rank.
+    Its collectives need a process group that training does not use, where there is more than one process: on the
+    training loop's they would meet that loop's, in an order that differs from rank to rank.
     """
 
-    def __init__(self, *, distributed: bool) -> None:
-        self.group = dist.new_group(backend="gloo") if distributed else None
-        if not distributed:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        if group is None:
             warnings.filterwarnings("ignore", message=ALONE_WARNING)  # for good: a thread must not change and restore
         self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

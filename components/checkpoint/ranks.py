@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch.distributed as dist
+
 from components.processes import attempt, raise_in_all
 
 
@@ -15,6 +17,8 @@ class Ranks(Protocol):
     def size(self) -> int: ...
     @property
     def is_main(self) -> bool: ...
+    @property
+    def waiting(self) -> dist.ProcessGroup | None: ...
     def gather(self, text: str) -> list[str]: ...
 
 

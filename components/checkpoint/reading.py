@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from components.processes import on_main
+
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
+
+    from components.checkpoint.tensor_index import TensorIndex
 
 FORMAT = 2
 """Version of the layout of a checkpoint. A reader refuses what is newer than itself. 2 has a manifest."""
@@ -54,19 +58,23 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool) -> None:
+def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool, index: TensorIndex | None = None) -> None:
     """Fill `tensors` in place from `checkpoint`, each rank with its own shards. Executes nothing that is stored there.
 
-    Raises ValueError for files that are damaged or hold other tensors.
+    `index` is what `tensor_index` gave, if that was called before. Raises ValueError for files that are damaged or hold
+    other tensors.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
     from torch.distributed.checkpoint.api import CheckpointException
 
     from components.checkpoint.untrusted import UntrustedReader
 
+    index = index or tensor_index(checkpoint, no_dist=no_dist)
+    reader = UntrustedReader(checkpoint, index.metadata(flatten_state_dict(tensors)[0]))
     try:
         with single_process_is_fine():
-            dcp.load(tensors, storage_reader=UntrustedReader(checkpoint), no_dist=no_dist)
+            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:
         raise ValueError(f"{checkpoint} is damaged, or not of this model: {first_failure(error)}") from error
     except RuntimeError as error:
@@ -75,11 +83,19 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool) ->
         raise ValueError(f"{checkpoint} is damaged, or not of this model: {error}") from error
 
 
-def tensor_names(checkpoint: Path) -> set[str]:
-    """Names of the tensors a checkpoint holds. Raises ValueError for damaged metadata."""
-    from components.checkpoint.metadata import read_metadata
+def tensor_index(checkpoint: Path, *, no_dist: bool) -> TensorIndex:
+    """Which tensors a checkpoint holds, and where. Raises ValueError for damaged metadata.
 
-    return set(read_metadata(checkpoint).state_dict_metadata)
+    The first process reads and checks it for all; with `no_dist` each does for itself.
+    """
+    from components.checkpoint.metadata import read_index
+
+    return read_index(checkpoint) if no_dist else on_main(lambda: read_index(checkpoint))
+
+
+def tensor_names(checkpoint: Path) -> set[str]:
+    """Names of the tensors a checkpoint holds, read by this process. Raises ValueError for damaged metadata."""
+    return set(tensor_index(checkpoint, no_dist=True).entries)
 
 
 def first_failure(error: CheckpointException) -> BaseException:

@@ -27,6 +27,7 @@ from components.quantities import PositiveCount
 
 if TYPE_CHECKING:
     from components.checkpoint.background import Background
+    from components.checkpoint.save_plans import SavePlans
 
 log = logging.getLogger("powertrain")
 
@@ -84,11 +85,12 @@ class CheckpointStore:
         self.failed_steps: list[int] = []
         """Steps whose save failed, as far as is known."""
         self._background: Background | None = None
+        self._plans: SavePlans | None = None
         self._saving = 0
         if async_save:
             from components.checkpoint.background import Background
 
-            self._background = Background(distributed=world.size > 1)
+            self._background = Background(world.waiting)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -135,6 +137,8 @@ class CheckpointStore:
         self.wait()
         if self._background is not None:
             self._background.close()
+        if self._plans is not None:
+            self._plans.forget()
 
     def _note(self, saved: bool) -> None:
         if saved:
@@ -154,8 +158,10 @@ class CheckpointStore:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from components.checkpoint.save_plans import SavePlans
         from components.checkpoint.writing import TensorWriter
 
+        plans = self._plans = self._plans or SavePlans()
         aside = self.directory / f"{_ASIDE.format(self.run)}{final.name}"
         writer = TensorWriter(aside)
         if self._background is not None:
@@ -170,7 +176,13 @@ class CheckpointStore:
 
         def write() -> None:
             try:
-                dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=self.world.size == 1)
+                dcp.save(
+                    tensors,
+                    storage_writer=writer,
+                    planner=plans.planner(),
+                    process_group=group,
+                    no_dist=self.world.size == 1,
+                )
             except CheckpointException as error:
                 raise OSError(str(first_failure(error))) from error
             write_part(aside, self.world.rank)
@@ -184,6 +196,7 @@ class CheckpointStore:
                 together(part, gather)
         except Exception as error:
             log.error(f"{final} could not be saved: {error}. The checkpoints before it stay")
+            plans.forget()
             if self.world.is_main:
                 with suppress(OSError):
                     _remove_partial(aside)  # on a full disk it is in the way of the next one

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from components.checkpoint.ranks import Ranks
-from components.checkpoint.reading import load_tensors, tensor_names
+from components.checkpoint.reading import load_tensors, tensor_index
 
 _CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,7 +63,9 @@ class TrainingTensors:
         """
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-        tensors, stored = self.collect(), tensor_names(checkpoint)
+        tensors = self.collect()
+        index = tensor_index(checkpoint, no_dist=self.world.size == 1)
+        stored = index.entries
         rank = str(self.world.rank)
         random = tensors.pop("random")[rank]
         random = {name: tensor for name, tensor in random.items() if f"random.{rank}.{name}" in stored}
@@ -76,7 +78,7 @@ class TrainingTensors:
             for name in list(state)
             if not any(f"optimizer.state.{name}.{key}" in stored for key in state[name])
         }
-        load_tensors(checkpoint, tensors, no_dist=self.world.size == 1)
+        load_tensors(checkpoint, tensors, no_dist=self.world.size == 1, index=index)
         state.update(idle)
         options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         set_model_state_dict(self.model, tensors["model"])

@@ -15,16 +15,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
-from components.checkpoint.metadata import read_metadata
-
 
 class UntrustedReader(FileSystemReader):
     """torch's reader unpickles the metadata, and what is no tensor, as they come; this one does neither."""
 
+    def __init__(self, checkpoint: Path, metadata: Metadata) -> None:
+        """`metadata` has been checked."""
+        super().__init__(checkpoint)
+        self.metadata = metadata
+
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
+        return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:

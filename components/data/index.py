@@ -185,7 +185,9 @@ def open_index(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -
     if not path.is_file():
         raise ValueError(refusal(path, "is missing"))
     check_file(path, path.stat().st_size, index.segments_sha256, hashes)
-    segments: np.ndarray = np.load(path, allow_pickle=False)
+    # Mapped: with documents left out there is a row for each run of them, 4 GB of a trillion tokens, and every process
+    # of a machine would hold its own.
+    segments: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
     if segments.shape != (index.segments, 5) or int(segments[:, 2].sum()) != index.tokens or found != {index.dtype}:
         raise ValueError(refusal(path, "does not belong to its index"))
     return index, segments

@@ -99,23 +99,22 @@ class PreparedText(PackedTokens):
         self.index = index
         self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
         """Of the text, wherever it lies."""
-        self._segments = segments
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
-        stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments[:, :3])
-        self._segment_at = stored.segment_at
+        stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments)
+        self._stored = stored
         super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
         """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
-        rows = [self._documents(segment) for segment in range(len(self._segments))]
+        rows = [self._documents(segment) for segment in range(len(self._stored.segments))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 
     def place(self, position: int) -> Place:
         """Where the token at `position`, counted through all documents end to end, comes from."""
-        segment, offset = self._segment_at(position)
+        segment, offset = self._stored.segment_at(position)
         ends = np.cumsum(self._documents(segment)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
-        number = int(self._segments[:segment, 4].sum()) + within
+        number = int(self._stored.segments[:segment, 4].sum()) + within
         pieces = read_record(self.directory / PIECES, Pieces).root
         starts = [0, *accumulate(count for _, count in pieces)]
         if starts[-1] != self.index.documents:
@@ -131,7 +130,7 @@ class PreparedText(PackedTokens):
         return f"{begin} to {last.piece} document {last.document} token {last.token}"
 
     def _documents(self, segment: int) -> np.ndarray:
-        shard, _, _, first, count = self._segments[segment].tolist()
+        shard, _, _, first, count = self._stored.segments[segment].tolist()
         return np.fromfile(
             self._shards[shard] / DOCUMENTS, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
         )

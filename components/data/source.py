@@ -89,15 +89,7 @@ class TextSource(ABC):
         report_seconds: float,
     ) -> tuple[Path, bool]:
         """The prepared directory in `cache_dir`, and whether it had to be made now."""
-        if self.held_out and not self.hold_out:
-            raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
-        selection = Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
-        with FileHashes(cache_dir / MEMORY) as hashes:
-            pieces = self.pieces(hashes)
-        content = hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()
-        content = f"{content} {selection.model_dump_json()}"
-        key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
-        directory = cache_dir / f"{type(self).__name__}-{key[:20]}"
+        directory, content, pieces = self._place(tokenizer, cache_dir)
         if directory.exists() and _has_its_shards(directory, content):
             return directory, False
         store = store_name(tokenizer)
@@ -119,9 +111,28 @@ class TextSource(ABC):
             content=content,
             tokenizer=tokenizer,
             store=store,
-            selection=selection,
+            selection=self._selection(),
         )
         return directory, True
+
+    def is_prepared(self, *, tokenizer: EncodesText, cache_dir: Path) -> bool:
+        """Whether `build` will find all that it needs in `cache_dir`."""
+        directory, content, _ = self._place(tokenizer, cache_dir)
+        return directory.exists() and _has_its_shards(directory, content)
+
+    def _place(self, tokenizer: EncodesText, cache_dir: Path) -> tuple[Path, str, list[Piece]]:
+        """The prepared directory, which may not be there yet, the fingerprint of its content, and the parts of it."""
+        if self.held_out and not self.hold_out:
+            raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
+        with FileHashes(cache_dir / MEMORY) as hashes:
+            pieces = self.pieces(hashes)
+        content = hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()
+        content = f"{content} {self._selection().model_dump_json()}"
+        key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
+        return cache_dir / f"{type(self).__name__}-{key[:20]}", content, pieces
+
+    def _selection(self) -> Selection:
+        return Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
 
 
 def _has_its_shards(directory: Path, content: str) -> bool:

@@ -1,7 +1,8 @@
 """Token ids in files, read where they lie: nothing is held in memory but what was asked for.
 
-Files are read, not mapped: pages of a map would count as memory of the process, and a disk that fails or a file that is
-cut short would end the process by a signal, where a read says what happened.
+Files of ids are read, not mapped: pages of a map would count as memory of the process, and a disk that fails or a file
+that is cut short would end the process by a signal, where a read says what happened. The table of segments, which is
+looked up at random, may be mapped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import count
+from dataclasses import dataclass
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -84,46 +86,67 @@ def _descriptors_in_use() -> int:
 _files = _OpenFiles()
 _source_numbers = count()
 
+_STRIDE = 256
+"""Segments of which one start is held in memory; the others are added up where they are asked for."""
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A mapped .npy file, to pickle in place of its content."""
+
+    path: str
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> _Mapped | np.ndarray:
+        return cls(table.filename) if isinstance(table, np.memmap) and table.filename else table
+
+    def open(self) -> np.ndarray:
+        table: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return table
+
 
 class StoredTokens:
     """Runs of ids from several files, end to end. Pickling carries paths, never tokens or open files."""
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, segments: np.ndarray):
-        """`segments` (n, 3) int64: number of the file, first id in it, ids.
+        """`segments` (n, 3 or more) int64: number of the file, first id in it, ids.
 
         Raises OSError where the process may open no more files.
         """
         self._files = list(files)
         self._dtype = dtype
-        self._segments = np.ascontiguousarray(segments, dtype=np.int64)
-        starts = np.concatenate([[0], np.cumsum(segments[:, 2])])  # of each segment in the whole; then the end
-        self._starts = starts.astype(np.int64)
+        self.segments = np.asanyarray(segments, dtype=np.int64)
+        # Of every _STRIDE-th segment where it starts in the whole; then the end.
+        sums = [int(segments[at : at + _STRIDE, 2].sum()) for at in range(0, len(segments), _STRIDE)]
+        self._starts = list(accumulate(sums, initial=0))
         self._number = next(_source_numbers)
         _files.check_limit()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (n,) with the ids from `start` on.
 
         Raises OSError, naming the file, where it cannot be read or is shorter than it was.
         """
-        starts, segments = self._starts.data, self._segments.data  # memory views give Python's numbers, quickly
-        segment = bisect_right(starts, start) - 1
+        segment, skipped = self.segment_at(start)
+        segments = self.segments.data  # a memory view gives Python's numbers, quickly
         done = 0
         while done < len(out):
             file, first, count = segments[segment, 0], segments[segment, 1], segments[segment, 2]
-            skipped = start + done - starts[segment]
             part = self._read(file, first + skipped, min(count - skipped, len(out) - done))
             out[done : done + len(part)] = part
             done += len(part)
-            segment += 1
+            segment, skipped = segment + 1, 0
 
     def segment_at(self, position: int) -> tuple[int, int]:
         """(segment, position within it) of the id at `position`."""
-        segment = bisect_right(self._starts.data, position) - 1
-        return segment, position - int(self._starts[segment])
+        block = bisect_right(self._starts, position) - 1
+        ends = self.segments[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
+        within = position - self._starts[block]
+        number = int(ends.searchsorted(within, side="right"))
+        return block * _STRIDE + number, within - (int(ends[number - 1]) if number else 0)
 
     def _read(self, file: int, first: int, count: int) -> np.ndarray:
         size = self._dtype.itemsize
@@ -144,9 +167,14 @@ class StoredTokens:
             )
         return np.frombuffer(data, dtype=self._dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"segments": _Mapped.of(self.segments)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._number = next(_source_numbers)  # that of another process may be taken in this one
+        if isinstance(self.segments, _Mapped):
+            self.segments = self.segments.open()
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -30,6 +32,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.numa.binding import AffinityMode, NumaOptions
 
 LAUNCH = "POWERTRAIN_LAUNCH"
 """Environment variable: one value per launch, the same after a restart. A scheduler that requeues may set it."""
@@ -105,6 +108,13 @@ def run_workers(command: Sequence[str], node: Node) -> int:
                     rdzv_handler=rendezvous,
                     max_restarts=node.max_restarts,
                     monitor_interval=0.1,
+                    numa_options=numa_options(
+                        node.processes,
+                        gpus=torch.cuda.device_count(),
+                        bound_to=os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(),
+                        processors=os.cpu_count() or 0,
+                        numactl=shutil.which("numactl"),
+                    ),
                 )
                 return Agent(spec, DefaultLogsSpecs(log_dir=folder), ends).status()
             finally:
@@ -113,6 +123,19 @@ def run_workers(command: Sequence[str], node: Node) -> int:
             meeting = f"{node.address}:{node.port}"
             _say(f"node {node.rank} of {node.nodes} lost or never met the others at {meeting}: {error}")
             return 1
+
+
+def numa_options(
+    processes: int, *, gpus: int, bound_to: set[int], processors: int, numactl: str | None
+) -> NumaOptions | None:
+    """Bind each process to the processors of its GPU's NUMA node, whose memory is the nearest.
+
+    None where each process does not have a GPU, where a scheduler has bound this launcher to some processors already,
+    and where there is no numactl, which torch starts the processes with.
+    """
+    if gpus < processes or len(bound_to) < processors or numactl is None:
+        return None
+    return NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)
 
 
 class Agent(LocalElasticAgent):

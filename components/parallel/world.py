@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,6 +24,9 @@ PATIENCE = timedelta(minutes=30)
 """For a collective in which all processes take part at once; one that takes longer is taken for hung."""
 PATIENCE_FOR_MAIN = timedelta(days=7)
 """For what the main process does alone, such as preparing a corpus."""
+TRAINING_TIMEOUT = timedelta(minutes=10)
+"""For collectives between devices after the first step: nothing that lies between two of them takes this long, and a
+hang holds every device of the run until it is noticed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class World:
     device: torch.device
     joined: bool = False
     waiting: dist.ProcessGroup | None = None
-    """In which processes wait for the main one; the default group where there is none."""
+    """A gloo group beside the default one. During set-up processes wait in it for the main one; from then on it belongs
+    to the thread that writes checkpoints. One group for both: each costs a process two sockets for every other."""
     local_size: int = 1
     """Processes of this node."""
 
@@ -47,6 +53,7 @@ class World:
             raise ValueError("cuda: this machine shows no CUDA device; use --run.device=cpu or auto")
         device_type = "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        raise_descriptor_limit()
         local = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device(device_type)
         if device_type == "cuda":
@@ -76,6 +83,22 @@ class World:
         """
         if kind is None or self.device.type != "cuda":
             self.stop()
+
+    def shorten_timeouts(self) -> None:
+        """Every process calls it after the first step, when compiling, preparing data and reading weights are over.
+
+        Collectives on devices are then given up after TRAINING_TIMEOUT. Those between processors keep PATIENCE, which a
+        save may need, and `waiting` comes down to it: a save that hangs is not waited for as long as a corpus.
+        """
+        if self.waiting is not None:
+            set_timeout([self.waiting], torch.device("cpu"), PATIENCE)
+        if self.size > 1 and self.device.type == "cuda":
+            set_timeout(list(dist.distributed_c10d._world.pg_map), self.device, TRAINING_TIMEOUT)
+
+    @property
+    def nodes(self) -> int:
+        """Machines that the processes run on."""
+        return max(1, self.size // self.local_size)
 
     @property
     def is_main(self) -> bool:
@@ -128,3 +151,21 @@ class World:
             result, failure = attempt(work)
         raise_in_all(failure, wait)
         return result  # type: ignore[return-value]
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the limit of open files of this process to the highest it may have.
+
+    Two gloo groups of 512 processes are more sockets than the usual limit of 1,024.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS names a limit that it does not allow
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def set_timeout(groups: Iterable[dist.ProcessGroup], device: torch.device, timeout: timedelta) -> None:
+    """Give up collectives of `groups` on tensors of `device` that start from now on after `timeout`."""
+    for group in groups:
+        # not dist.distributed_c10d._set_pg_timeout, which would change those of the processors with those of the GPUs
+        if device.type in {kind.type for kind in group._device_types}:
+            group._get_backend(device)._set_default_timeout(timeout)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 class Alone:
-    rank, size, is_main = 0, 1, True
+    rank, size, is_main, waiting = 0, 1, True, None
 
     def gather(self, text: str) -> list[str]:
         return [text]

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from tests.distributed.launching import SHORT, final_loss, finish, start, steps
+from tools import prepare_data
 
 
 def free_port() -> int:
@@ -18,6 +19,7 @@ def free_port() -> int:
 def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     alone, together = new_tiny("alone"), new_tiny("together")
     assert alone.launch(*SHORT) == 0
+    assert prepare_data.main([str(together.recipe)]) == 0, "several nodes do not wait for it"
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
     nodes = [
         start(together, sabotage={0: "kill:1:10"}, NODE_RANK=rank, MAX_RESTARTS="1", **meeting) for rank in ("1", "0")

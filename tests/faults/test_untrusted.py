@@ -192,6 +192,29 @@ def test_a_pickle_that_asks_for_more_than_its_size_is_refused(tmp_path, bomb: by
         tensor_names(tmp_path)
 
 
+def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(stranger: TinyRun) -> None:
+    checkpoint = newest(stranger)
+    content = (checkpoint / ".metadata").read_bytes()
+    held = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
+    (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20, b"\0"))  # what follows its end is not read
+    assert tensor_names(checkpoint)
+    (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20 + 1, b"\0"))
+    with pytest.raises(ValueError, match=r"\.metadata has [\d,]+ bytes; .* at most [\d,]+ are read"):
+        tensor_names(checkpoint)
+
+
+def test_a_list_that_many_tensors_share_is_not_gone_through_for_each(stranger: TinyRun) -> None:
+    """A thousand names of one list of a thousand chunks are a few kilobytes, and a million chunks."""
+    checkpoint = newest(stranger)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    name, tensor = next((name, entry) for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size"))
+    tensor.chunks *= 1000
+    metadata.state_dict_metadata |= {f"{name}.{number}": tensor for number in range(1000)}
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="fewer places than chunks"):
+        tensor_names(checkpoint)
+
+
 def test_tensors_that_unpack_to_more_than_their_size_are_refused(stranger: TinyRun) -> None:
     checkpoint = newest(stranger)
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())

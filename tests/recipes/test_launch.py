@@ -1,13 +1,16 @@
 """The command line, and what it means for processes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from components.parallel.elastic import Node
+from components.parallel.elastic import Node, numa_options
 from recipes import launch
 from recipes.config import Override, load
-from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, parse, processes, start_workers
+from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, choose_allocator, parse, processes, start_workers
 
 pytestmark = pytest.mark.quick
 
@@ -82,6 +85,40 @@ def test_a_process_for_each_gpu_unless_the_recipe_wants_none(tiny):
     assert processes({}, on_cpu, gpus=8) == Processes(1, 1)
     assert processes({"NPROC": "2"}, on_cpu, gpus=8) == Processes(2, 1)
     assert processes({}, on_gpus, gpus=0) == Processes(1, 1)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_gpus_is_chosen_unless_the_user_has_chosen(name):
+    environment = {"HOME": "/"}
+    choose_allocator(environment)
+    assert environment == {"HOME": "/", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = {name: "max_split_size_mb:512"}
+    choose_allocator(environment)
+    assert environment == {name: "max_split_size_mb:512"}
+
+
+def test_the_allocator_is_chosen_before_torch_is_imported():
+    """torch reads the variable once."""
+    code = (
+        "import os, sys\n"
+        "import recipes.launch as launch\n"
+        "launch.choose_allocator(os.environ)\n"
+        "assert 'torch' not in sys.modules, 'too late'\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=launch.ROOT, env=environment)
+
+
+def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be_done():
+    whole = set(range(16))
+    assert numa_options(8, gpus=8, bound_to=whole, processors=16, numactl="/usr/bin/numactl") is not None
+    for count, gpus, bound_to, numactl in (
+        (2, 0, whole, "/usr/bin/numactl"),
+        (8, 4, whole, "/usr/bin/numactl"),
+        (8, 8, set(range(8)), "/usr/bin/numactl"),  # a scheduler has bound them already
+        (8, 8, whole, None),
+    ):
+        assert numa_options(count, gpus=gpus, bound_to=bound_to, processors=16, numactl=numactl) is None
 
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])

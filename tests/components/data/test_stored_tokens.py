@@ -100,3 +100,28 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
         pytest.raises(OSError, match=r"cannot read the data \(Input/output error\): '.*/\d'"),
     ):
         list(loader.next_step(1))
+
+
+@pytest.mark.quick
+def test_thousands_of_segments_that_are_mapped_read_as_they_would_in_memory(tmp_path):
+    chance = np.random.default_rng(0)
+    ids = np.arange(20_000, dtype="<u4")
+    (tmp_path / "ids").write_bytes(ids.tobytes())
+    counts = chance.integers(1, 9, 1_500)
+    firsts = chance.integers(0, 19_000, 1_500)
+    rows = np.stack([np.zeros_like(counts), firsts, counts, counts, counts], axis=1)
+    np.save(tmp_path / "segments.npy", rows)
+    mapped = np.load(tmp_path / "segments.npy", mmap_mode="r")
+    expected = np.concatenate([ids[first : first + count] for first, count in zip(firsts, counts, strict=True)])
+    stored = StoredTokens([tmp_path / "ids"], np.dtype("<u4"), mapped)
+    sent = pickle.dumps(stored)
+    assert len(sent) < 8_000, "a worker maps the table itself"
+    for reader in (stored, StoredTokens([tmp_path / "ids"], np.dtype("<u4"), rows), pickle.loads(sent)):
+        assert isinstance(reader.segments, np.memmap) == (reader.segments is not rows)
+        assert len(reader) == len(expected)
+        for start in [0, 1, len(expected) - 1, len(expected) - 300, *chance.integers(0, len(expected), 200).tolist()]:
+            out = np.empty(min(300, len(expected) - start), dtype=np.int64)
+            reader.read(start, out)
+            assert np.array_equal(out, expected[start : start + len(out)]), start
+            segment, within = reader.segment_at(start)
+            assert counts[:segment].sum() + within == start and within < counts[segment]

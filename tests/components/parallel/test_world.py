@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -83,3 +84,20 @@ def run_late(rank: int, folder: str) -> None:
 def test_a_collective_is_given_up_after_its_time(tmp_path):
     """Without this the test above would say nothing."""
     mp.spawn(run_late, (str(tmp_path),), nprocs=2)
+
+
+def shorten(rank: int, folder: str) -> None:
+    joined = join(rank, folder)
+    assert joined.waiting is not None and joined.nodes == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard, "a run of 512 processes opens more sockets than a shell usually allows"
+    joined.shorten_timeouts()
+    if rank == 0:
+        time.sleep(4)
+    with pytest.raises(RuntimeError):
+        joined.main_first(lambda: None)
+    os._exit(0)  # gloo aborts a process that leaves it in this state
+
+
+def test_after_the_first_step_nothing_is_waited_for_as_long_as_for_data(tmp_path):
+    mp.spawn(shorten, (str(tmp_path),), nprocs=2)

@@ -1,0 +1,32 @@
+"""Text that is not tokenised yet, on several nodes: refused, since all of their GPUs would wait for one processor."""
+
+from __future__ import annotations
+
+from components.data.mixture import sources_in
+from components.data.source import TextSource
+from components.parallel.world import World
+from recipes.config import Config
+from recipes.contracts import EncodesText
+from recipes.errors import blame
+
+
+def refuse_unprepared(config: Config, tokenizer: EncodesText, world: World) -> None:
+    """Every process calls it. Raises ConfigError, with the command that prepares, on more than one node."""
+    if world.nodes == 1:
+        return
+    recipe = config.recipe
+    validation = {} if recipe.validation is None else sources_in("validation.data", recipe.validation.data)
+    for section, source in {**sources_in("data", recipe.data), **validation}.items():
+        if not isinstance(source, TextSource):
+            continue
+
+        def check(source: TextSource = source) -> None:
+            if not source.is_prepared(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir):
+                raise ValueError(
+                    f"this text is not tokenised yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
+                    "would wait for it; on one machine, run before: python -m tools.prepare_data RECIPE.toml "
+                    "[--section.key=value]..., with the recipe and the keys of this run"
+                )
+
+        with blame(config, section):
+            world.main_first(check)

@@ -1,0 +1,45 @@
+"""Cyclic garbage goes at the step it should, and the collector is Python's own again afterwards."""
+
+import gc
+import weakref
+
+import pytest
+
+from components.garbage_collection import GarbageCollection
+
+pytestmark = pytest.mark.quick
+
+
+class Knot:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_garbage_is_collected_at_the_interval_and_not_between():
+    assert gc.isenabled()
+    collection = GarbageCollection(10)
+    try:
+        collection.after_step(1)
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        knot = weakref.ref(Knot())
+        for step in range(2, 10):
+            collection.after_step(step)
+            assert knot() is not None, step
+        collection.after_step(10)
+        assert knot() is None
+    finally:
+        collection.close()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_without_an_interval_nothing_is_touched():
+    collection = GarbageCollection(None)
+    for step in range(3):
+        collection.after_step(step)
+    collection.close()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

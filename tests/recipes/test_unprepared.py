@@ -1,0 +1,28 @@
+"""Several nodes do not wait for a text to be tokenised; one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.parallel.world import World
+from recipes.config import ConfigError, Override, load
+from recipes.unprepared import refuse_unprepared
+from tests.conftest import TinyRun
+from tools import prepare_data
+
+pytestmark = pytest.mark.quick
+
+
+def test_text_that_is_not_tokenised_is_refused_on_two_nodes(tiny: TinyRun) -> None:
+    config = load(tiny.recipe, [])
+    tokenizer = config.recipe.tokenizer.build()
+    one, two = (World(0, 1, torch.device("cpu"), nodes=nodes) for nodes in (1, 2))
+    refuse_unprepared(config, tokenizer, one)
+    with pytest.raises(ConfigError, match=r"data\n.* 2 nodes .* python -m tools.prepare_data RECIPE.toml"):
+        refuse_unprepared(config, tokenizer, two)
+    assert prepare_data.main([str(tiny.recipe)]) == 0
+    refuse_unprepared(config, tokenizer, two)
+    held_out = load(tiny.recipe, [Override("data.hold_out", "0.5")])
+    with pytest.raises(ConfigError, match="not tokenised yet"):
+        refuse_unprepared(held_out, tokenizer, two)
