@@ -11,7 +11,7 @@ from torch import Tensor
 from components.batch.layout import StepBatch
 from components.clock import Clock
 from components.gradient_moments import GradientMoments
-from components.step_numbers import StepNumbers
+from components.train_step import StepNumbers
 
 _REQUESTS = 256
 """Numbers of requests are below this (components/stop_signal.py)."""

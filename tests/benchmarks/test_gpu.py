@@ -49,8 +49,8 @@ def test_cases_for_which_no_time_is_left_are_told(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["gpu", "--smoke", "--minutes=0", "--output", str(output)])
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     assert gpu.main() == 0
-    assert capsys.readouterr().out.count("skipped: 0 s were left") == len(gpu.ORDER) == 12
-    assert len(json.loads(output.read_text())["rows"]) == 12
+    assert capsys.readouterr().out.count("skipped: 0 s were left") == len(gpu.ORDER)
+    assert len(json.loads(output.read_text())["rows"]) == len(gpu.ORDER)
 
 
 @pytest.mark.quick
@@ -65,7 +65,10 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "run_case", interrupted)
     assert gpu.main() == 130
     out = capsys.readouterr().out
-    assert "| 3B | compiled | 200 (200 to 200) |" in out and out.count("not run: interrupted") == 3
+    assert (
+        "| 3B | compiled | 200 (200 to 200) |" in out
+        and out.count("not run: interrupted") == sum(model == "3B" for model, _ in gpu.ORDER) - 1
+    )
 
 
 @pytest.mark.quick

@@ -82,7 +82,7 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
     really = sum(storage.nbytes() for number, storage in kept.items() if number not in parameters)
     counted_block = counted(torch.bfloat16, size).blocks[1].compiled()
     # experts: what the partitioner recomputes of the routing is not modelled
-    assert counted_block.kept == pytest.approx(really, rel=0.15 if size.experts else 0.05)
+    assert counted_block.kept == pytest.approx(really, rel=0.2 if size.experts else 0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
