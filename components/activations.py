@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from components.costly_operations import is_costly
+
 Checkpointing = Literal["none", "full", "selective"] | int
-
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "_scaled_dot_product")
-"""Beginnings of the names of the operations whose results selective checkpointing keeps: products and attention."""
-
 
 FUSIBLE = {"_to_copy", "add", "addcmul", "div", "exp", "mul", "neg", "pow", "rsqrt", "sigmoid", "silu", "sub"}
 """Operations whose results a compiled block computes again in backward, inside the kernel that needs them, unless a
@@ -136,7 +134,7 @@ class _Ledger(TorchDispatchMode):
             if _storage(first) not in read:  # a view, or a result in place, is no new tensor
                 self._made_by[_storage(first)] = name
                 self._read_by_products.discard(_storage(first))
-            if name.startswith(PRODUCTS):
+            if is_costly(func):
                 self._products[_storage(first)] = (self._block, first)
                 self._read_by_products.update(read)
         return result

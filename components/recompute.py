@@ -9,21 +9,10 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from components.costly_operations import is_costly
 from components.quantities import PositiveCount
 
 Recompute = Literal["none", "full", "selective"] | PositiveCount
-
-COSTLY = {
-    "mm",
-    "bmm",
-    "grouped_mm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_attention_math",
-}
-"""Operations, by name, whose results `selective` keeps: matrix products and attention."""
 
 
 def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
@@ -52,5 +41,4 @@ def _selective() -> tuple[Any, Any]:
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = getattr(operation, "_opname", "")
-    return CheckpointPolicy.MUST_SAVE if name in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_costly(operation) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from components.batch.adaptive import Adaptive
 from components.data.mixture import sources_in
 from components.data.source import TextSource
@@ -39,6 +41,7 @@ def foresee(plan: Plan) -> Iterator[Foreseen]:
     found = [
         *_memory(plan),
         *_here(plan),
+        *_eager(plan),
         *_batch(plan),
         *_schedule(plan),
         *_intervals(plan),
@@ -109,6 +112,12 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
         fate = "will be replaced" if recipe.run.if_exists == "replace" else "stops a new one; --resume or --run.name"
         level: Level = "note" if recipe.run.if_exists == "replace" else "warning"
         yield Foreseen(level, "run.name", f"{directory} already holds a run, which {fate}")
+
+
+def _eager(plan: Plan) -> Iterator[Foreseen]:
+    device = torch.device("cpu" if plan.recipe.run.device == "cpu" else "cuda")
+    if (why := plan.recipe.training.slow_eager(device, plan.sizes.tp)) is not None:
+        yield Foreseen("warning", "training.compile", f'{why}; leave it at "auto"')
 
 
 def _absent(message: str) -> str:

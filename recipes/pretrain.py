@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -200,6 +201,11 @@ class TrainingRun:
         if training.attention_within == "document":
             with blame(config, "data"):
                 keep_documents_apart(model, self.samples, tokenizer.end_of_document)
+        if training.compiles(device):
+            # compiled kernels are found again by the next run; it is read when the compiler is first imported
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
+        elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
+            log.warning(f'{why}: set training.compile = "auto"')
         with blame(config, "parallel"):
             divide(model, recipe.model, self.parallel, dtype, device, training)
         give_storage(model, device)
@@ -305,6 +311,7 @@ class TrainingRun:
                 self.validate()
             if self.clock.step == self.started_at + 1:
                 self.world.shorten_timeouts()
+                self._log_compiling()
             self.garbage.after_step(self.clock.step)
         self.finish(self.request)
         return self.request
@@ -484,6 +491,12 @@ class TrainingRun:
             return False
         row = last_row(metrics)
         return row is not None and row["step"] == self.clock.step and "val_loss" not in row
+
+    def _log_compiling(self) -> None:
+        if self.recipe.training.compiles(self.world.device):
+            from torch._dynamo.utils import calculate_time_spent
+
+            log.info(f"compiling took {calculate_time_spent().get('total_wall_time', 0.0):.0f} s")
 
     def _introduce(self, directory: RunDirectory) -> None:
         """The first lines of the log: what is about to happen."""

@@ -98,3 +98,12 @@ class Training:
 
     def compiles(self, device: torch.device) -> bool:
         return device.type == "cuda" if self.compile == "auto" else self.compile
+
+    def slow_eager(self, device: torch.device, tp: int) -> str | None:
+        """Why not to train without torch.compile as these keys say; None where it may be done."""
+        if device.type != "cuda" or self.compiles(device):
+            return None
+        for used, what in ((self.activation_checkpoint == "selective", "selective checkpointing"), (tp > 1, "tp")):
+            if used:
+                return f"without compiling, {what} takes 4 to 10 times as long to launch as the GPU to compute"
+        return None

@@ -10,10 +10,19 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"recipes", "components", "models", "tools", "tests", "benchmarks"}
 SHARED = {
-    f"components.{name}" for name in ("quantities", "durable", "folders", "processes", "profiler_range", "token_ids")
+    f"components.{name}"
+    for name in (
+        "quantities",
+        "costly_operations",
+        "durable",
+        "folders",
+        "processes",
+        "profiler_range",
+        "token_ids",
+    )
 }
-"""Types as users write them, how files are written and found, what processes tell one another, ranges of a profile, and
-what token ids are; they import nothing of ours, so everyone may import them."""
+"""Types as users write them, what is costly to compute again, how files are written and found, what processes tell one
+another, ranges of a profile, and what token ids are; they import nothing of ours, so everyone may import them."""
 
 
 def imports(file: Path) -> set[str]:
