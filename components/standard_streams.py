@@ -44,7 +44,7 @@ class _Output(io.FileIO):
         except OSError as error:
             # What is still buffered has to go somewhere, or the interpreter fails over it when it ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if self.fileno() == 2:
+            if self.fileno() == 2 or error.errno == errno.EIO:  # EIO: the terminal is gone, and SIGHUP says so
                 return len(data)  # there is nowhere left to report to
             if error.errno == errno.EPIPE:
                 raise SystemExit(0) from None

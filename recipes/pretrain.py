@@ -355,10 +355,12 @@ class TrainingRun:
             if result.moments is not None and bad is None:
                 noise = self.noise.update(launched.progress.samples, result.moments)
             self.observations.append((launched.progress, noise))
-            self.request = max(self.request, result.request)
             now = time.perf_counter()
             self.monitor.write(step_row(self, launched, result, noise, step_seconds=now - self.read_at))
             self.read_at = now
+            # several processes agreed on it when the step was launched; one alone can look again
+            request = result.request if self.world.size > 1 else self.requests.pending()
+            self.request = max(self.request, request)
         for bad, launched in bad_steps:
             answer(self, bad, launched)
 
