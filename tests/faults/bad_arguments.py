@@ -45,7 +45,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "a negative gradient norm": ("--training.max_grad_norm=-1", "expected a number > 0"),
     "a gradient norm that is not a number": ("--training.max_grad_norm=nan", "training.max_grad_norm = nan"),
     "a precision there is not": ("--training.precision=fp4", 'expected one of "auto"'),
-    "compile as a word": ("--training.compile=maybe", "expected true or false"),
+    "compile as a word": ("--training.compile=maybe", "or true or false"),
     "an accumulation there is not": ("--training.accumulation=never", "expected one of"),
     "recompute there is not": ("--training.activation_checkpoint=some", "training.activation_checkpoint"),
     "negative workers": ("--training.loader_workers=-1", "training.loader_workers = -1"),

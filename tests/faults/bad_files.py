@@ -192,8 +192,8 @@ FRESH: dict[str, tuple[Spoil, str]] = {
         "holds a token twice",
     ),
     "a dataset of no samples": (dataset("0", IDS.format(1)), "samples"),
-    "a dataset with an id that is too large": (dataset("9", IDS.format(257)), "token id 257, which is outside"),
-    "a dataset with a negative id": (dataset("9", IDS.format(-1)), "token id -1, which is outside"),
+    "a dataset with an id that is too large": (dataset("9", IDS.format(257)), "token id 257 is outside the vocabulary"),
+    "a dataset with a negative id": (dataset("9", IDS.format(-1)), "token id -1 is outside the vocabulary"),
     "a dataset of fractions": (dataset("9", "torch.ones(25)"), "not token ids"),
     "a dataset of short samples": (
         dataset("9", "torch.ones(9, dtype=torch.int64)"),
