@@ -18,6 +18,8 @@ ONE_REQUEST_SECONDS = 1.0
 NOTHING, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
 _SIGNALS = 100
 """Requests are numbers, of which the largest of all ranks is what all do; above this, the number of a signal more."""
+REQUESTS = (NOTHING, SAVE, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
+"""All that there are, the smallest first."""
 _FILE_INTERVAL_SECONDS = 0.5
 
 

@@ -11,10 +11,8 @@ from torch import Tensor
 from components.batch.layout import StepBatch
 from components.clock import Clock
 from components.gradient_moments import GradientMoments
+from components.stop_signal import NOTHING, REQUESTS
 from components.train_step import StepNumbers
-
-_REQUESTS = 256
-"""Numbers of requests are below this (components/stop_signal.py)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class LaunchedStep:
     def read(self) -> StepResult:
         """Waits until the device has computed the gradient of this step."""
         if self.numbers is None:
-            return StepResult(math.nan, math.nan, None, None, 0)
+            return StepResult(math.nan, math.nan, None, None, NOTHING)
         numbers = self.numbers.read()
         grad_sq_norm, micro_sq_norms = numbers["squares"].tolist()
         moments = None
@@ -73,13 +71,12 @@ class LaunchedStep:
             grad_norm=float(torch.tensor(grad_sq_norm, dtype=torch.float64).sqrt()),
             moments=moments,
             model_sums=numbers.get("model"),
-            request=int(made[-1]) if len(made) else 0,
+            request=REQUESTS[int(made[-1])] if len(made) else NOTHING,
         )
 
 
 def request_counts(request: int, device: torch.device) -> Tensor:
-    """(256,) float64, 1 at the number of `request`. Added up over processes, the last that is not 0 is the largest."""
-    counts = torch.zeros(_REQUESTS, dtype=torch.float64, device=device)
-    if request:
-        counts[request].fill_(1)
+    """(n,) float64, 1 at the place of `request`. Added up over processes, the last that is not 0 is the largest."""
+    counts = torch.zeros(len(REQUESTS), dtype=torch.float64, device=device)
+    counts[REQUESTS.index(request)].fill_(1)
     return counts

@@ -84,7 +84,7 @@ def test_a_run_leaves_what_the_documentation_names(tiny):
     assert validations[-1]["val_loss"] < validations[0]["val_loss"]
     assert steps[-1]["tokens"] == sum(row["global_batch_size"] for row in steps) * 24 >= 3600
     left = {path.name for path in tiny.directory.iterdir()}
-    assert left == {"config.toml", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"}
+    assert left == {"run.json", "config.toml", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"}
     assert "done:" in (tiny.directory / "log.txt").read_text()
 
 
