@@ -21,7 +21,7 @@ from recipes.config.signatures import Key, Shape, keys_of, shape_of
 from recipes.config.tree import Array, Node, Value
 from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
 
-MAY_BE_NEGATIVE = {("Parallel.dp_shard", -1), ("Power.b", -1)}
+MAY_BE_NEGATIVE = {("Parallel.dp_replicate", -1), ("Parallel.dp_shard", -1), ("Power.b", -1)}
 """-1: the rest of the processes; an exponent."""
 HERE = Origin("a test", Path("/"))
 

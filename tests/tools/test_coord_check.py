@@ -61,7 +61,7 @@ def test_a_size_that_is_no_number_is_a_failure():
     assert blown_up.failures(1e9) == ["layers.0"]
 
 
-ARGUMENTS = ["--widths", "16", "32", "64", "--head-dim", "8", "--base-width", "16", "--steps", "2", "--seeds", "2"]
+ARGUMENTS = ["--widths", "16", "32", "64", "--head-dim", "8", "--base-width", "16", "--steps", "2", "--seeds", "3"]
 
 
 def test_the_exit_status_is_the_verdict(capsys):
