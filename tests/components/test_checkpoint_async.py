@@ -147,6 +147,6 @@ def test_kill_9_while_it_is_written_leaves_nothing_that_looks_complete(tmp_path)
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
-    assert [path.name for path in tmp_path.glob(".*")] == [".writing-step-00000002"]
+    assert [path.name for path in tmp_path.glob(".*")] == [".writing--step-00000002"]
     clean(tmp_path)
     assert not list(tmp_path.glob(".*"))

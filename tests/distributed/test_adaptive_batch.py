@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 RECIPE = [
-    "--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.9",
+    "--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.8",
     "--batch.shrink=true", "--batch.quantum=8", "--gradient_moments.smoothing_samples=40",
     "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
     "--validation=none",
@@ -27,7 +27,7 @@ UNSAVED = "--checkpoint.interval_steps=none"
 SAVED = "--checkpoint.interval_steps=2"
 SOURCES = ("one process", "two shards")
 WHOLE = (*SOURCES, "four shards")
-RESUMED = {  # the first change is in step 37, and nearly every step after it changes the batch
+RESUMED = {  # the first change is in step 34, and ten steps change the batch
     "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
     "two slices": 50, "two shards of two slices": 54,
 }  # fmt: skip

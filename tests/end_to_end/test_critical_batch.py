@@ -142,7 +142,9 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     finished = (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes()
     taken = []
     update = TrainStep.update
-    monkeypatch.setattr(TrainStep, "update", lambda step, lr, *tokens: (taken.append(lr), update(step, lr, *tokens))[1])
+    monkeypatch.setattr(
+        TrainStep, "update", lambda step, lr, *rest, **how: (taken.append(lr), update(step, lr, *rest, **how))[1]
+    )
     assert measured.launch("--resume", saves) == 0
     assert measured.json() == whole
     assert (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes() == finished

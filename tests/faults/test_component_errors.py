@@ -58,7 +58,7 @@ AT_THE_START = [
     ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "sizes"),
     ("parallel", METHOD, "build"),
 ]  # fmt: skip
-IN_THE_LOOP = [("batch", "samples"), ("batch", "measures"), ("batch", "observe"), ("lr_schedule", "lr")]
+IN_THE_LOOP = [("batch", "samples"), ("batch", "measures"), ("batch", "observe")]
 
 
 @pytest.fixture(autouse=True)

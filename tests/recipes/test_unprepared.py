@@ -14,10 +14,16 @@ from tools import prepare_data
 pytestmark = pytest.mark.quick
 
 
+class Several(World):
+    """One process that takes itself for one of two nodes."""
+
+    nodes = 2  # type: ignore[assignment]
+
+
 def test_text_that_is_not_tokenised_is_refused_on_two_nodes(tiny: TinyRun) -> None:
     config = load(tiny.recipe, [])
     tokenizer = config.recipe.tokenizer.build()
-    one, two = (World(0, 1, torch.device("cpu"), nodes=nodes) for nodes in (1, 2))
+    one, two = World(0, 1, torch.device("cpu")), Several(0, 1, torch.device("cpu"))
     refuse_unprepared(config, tokenizer, one)
     with pytest.raises(ConfigError, match=r"data\n.* 2 nodes .* python -m tools.prepare_data RECIPE.toml"):
         refuse_unprepared(config, tokenizer, two)

@@ -87,7 +87,7 @@ def test_a_collective_is_given_up_after_its_time(tmp_path):
 
 
 def shorten(rank: int, folder: str) -> None:
-    joined = join(rank, folder)
+    joined = join(rank, folder, SHORT)
     assert joined.waiting is not None and joined.nodes == 1
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft == hard, "a run of 512 processes opens more sockets than a shell usually allows"
