@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,8 +54,9 @@ class Run:
                 "name: it becomes a directory in runs/: it may not be empty, begin with '.', '-' or '~', begin or end "
                 "with a space, or have a slash, backslash, quote or control character in it; run.dir takes any path"
             )
-        if len(os.fsencode(name)) > _LONGEST_NAME:
-            raise ValueError(f"name: {len(os.fsencode(name))} bytes; a directory's name has at most {_LONGEST_NAME}")
+        # not os.fsencode: the locale may lack characters that the file system takes
+        if (size := len(name.encode("utf-8", "surrogateescape"))) > _LONGEST_NAME:
+            raise ValueError(f"name: {size} bytes; a directory's name has at most {_LONGEST_NAME}")
 
     @property
     def directory(self) -> Path:
