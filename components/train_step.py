@@ -177,7 +177,8 @@ class TrainStep:
             self.optimizer.follow_batch(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        if skip is not None:
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         with profiler_range("optimizer"):
             self.optimizer.step()
             self.discard()

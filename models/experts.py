@@ -111,7 +111,7 @@ def gather_sum(y_SD: Tensor, place_Nk: Tensor) -> Tensor:
     """(N, D): the sum of each token's k copies."""
     if not torch.compiler.is_compiling():
         return y_SD[place_Nk].sum(1)
-    # k gathers in one element-wise kernel; as a reduction over k the compiler's is three times slower (H200)
+    # k gathers in one element-wise kernel: the compiler's reduction over so few terms is slow
     exact = torch.promote_types(y_SD.dtype, torch.float32)
     first, *others = place_Nk.unbind(1)
     total_ND = y_SD[first].to(exact)

@@ -59,6 +59,8 @@ def learning_rate(run: TrainingRun, step_tokens: int) -> float:
     if lr is not None and math.isfinite(lr) and lr >= 0:
         return lr
     found = f"gives the learning rate {lr}" if error is None else f"raises {type(error).__name__}: {error}"
+    if error is not None:  # a mistake in its code: the message alone would not find it
+        log.critical("the run crashed in [lr_schedule]; the traceback is in log.txt, too", exc_info=error)
     run.save_before_end()
     raise BadStepError(
         f"step {clock.step + 1}: [lr_schedule] {type(schedule).__name__} {found} after {clock.tokens} tokens; it has "

@@ -51,7 +51,7 @@ from recipes.course import follow_schedule
 from recipes.divide import divide
 from recipes.errors import RunError, blame, evaluate_together
 from recipes.language_model import build_model, keep_documents_apart
-from recipes.launched_step import LaunchedStep, request_counts
+from recipes.launched_step import LaunchedStep, StepResult, request_counts
 from recipes.memory_estimate import decide_accumulation
 from recipes.micro_batches import read_step
 from recipes.opening import open_run
@@ -303,6 +303,7 @@ class TrainingRun:
             self.profiler.end_step()
 
             if self.request == SAVE or self.due(self.recipe.checkpoint.interval_steps):
+                self.read_launched(0)  # a request that the step under way brings is met by this save, too
                 self.request = NOTHING if self.request == SAVE else self.request
                 self.requests.saved()
                 self.save()
@@ -331,7 +332,7 @@ class TrainingRun:
         after.advance(batch.samples)
         launched = LaunchedStep(after, batch, lr, numbers, self.ranks.size, measured, data_seconds)
         if numbers is not None:
-            if not self.delay and (bad := self._judge(launched)) is not None:
+            if not self.delay and (bad := self._judge(launched.read())) is not None:
                 self.step.discard()
                 answer(self, bad, launched)
             else:
@@ -348,7 +349,7 @@ class TrainingRun:
         while len(self.launched) > unread:
             launched, bad = self.launched.popleft()
             result = launched.read()
-            if self.delay and launched.numbers is not None and (bad := self._judge(launched)) is not None:
+            if self.delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
                 bad_steps.append((bad, launched))
                 unread = 0  # nothing may be under way when it is answered
             noise = None
@@ -373,9 +374,7 @@ class TrainingRun:
         while self.observations and self.observations[0][0].step <= self.clock.step - self.delay:
             self.recipe.batch.observe(*self.observations.popleft())
 
-    def _judge(self, launched: LaunchedStep) -> BadStep | None:
-        """What the guard says of a step; waits for its numbers."""
-        result = launched.read()
+    def _judge(self, result: StepResult) -> BadStep | None:
         return self.guard.judge(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:

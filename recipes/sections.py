@@ -32,7 +32,7 @@ class Run:
     dir: Path | None = None
     """The run directory itself, in place of runs/<name>."""
     cache_dir: Path = field(default_factory=default_cache)
-    """Where prepared data is kept for other runs."""
+    """Where prepared data and compiled kernels are kept for other runs."""
     if_exists: Literal["refuse", "replace"] = "refuse"
     """A new run whose directory already holds one: stop, or delete the old run first."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # torch takes 64 bits, and each rank adds its number
@@ -105,5 +105,5 @@ class Training:
             return None
         for used, what in ((self.activation_checkpoint == "selective", "selective checkpointing"), (tp > 1, "tp")):
             if used:
-                return f"without compiling, {what} takes 4 to 10 times as long to launch as the GPU to compute"
+                return f"without compiling, {what} takes several times as long to launch, and the GPU waits"
         return None

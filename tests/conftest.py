@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -143,3 +144,12 @@ def new_tiny(tmp_path: Path) -> Callable[[str], TinyRun]:
         return TinyRun(tmp_path / name)
 
     return make
+
+
+@pytest.fixture
+def clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget, after the test, modules called `mine_...` and where they were found."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [name for name in sys.modules if name.startswith("mine_")]:
+        del sys.modules[name]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pwd
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from recipes.config import ConfigError, Override, load
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("clean_imports")]
 
 BATCH = """
 from dataclasses import dataclass, field
@@ -64,14 +62,6 @@ ERRORS = {
     "RuntimeError": "RuntimeError\n{file}:8",
     "SystemExit(0)": "SystemExit: 0\n{file}:8",
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield
-    for name in [name for name in sys.modules if name.startswith("mine_")]:
-        del sys.modules[name]
 
 
 def told(tiny, changes: str, *overrides: str) -> ConfigError:

@@ -56,6 +56,7 @@ def test_every_kind_in_every_packing(tmp_path, kind, packing):
 
 def test_parquet_as_pyarrow_wrote_it(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="needs the [data] extra")
+    pytest.importorskip("pyarrow.parquet")  # pyarrow does not import it by itself
 
     for name, kind in (("a", pa.string()), ("b", pa.large_string()), ("c", pa.dictionary(pa.int32(), pa.string()))):
         table = pa.table({"id": list(range(40)), "text": pa.array(TEXTS).cast(kind)})
