@@ -148,5 +148,5 @@ def test_kill_9_while_it_is_written_leaves_nothing_that_looks_complete(tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
     assert [path.name for path in tmp_path.glob(".*")] == [".writing--step-00000002"]
-    clean(tmp_path)
+    clean(tmp_path, "")
     assert not list(tmp_path.glob(".*"))

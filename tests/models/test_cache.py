@@ -34,7 +34,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}
 def decoder(size: Size) -> Decoder:
     """Weights large enough that attention is far from uniform."""
     model = Decoder(size, V, init_std=0.25)
-    model.init_weights(0)
+    model.init_weights(1)  # of seed 0 one greedy text is a single token over and over
     return model
 
 
