@@ -19,11 +19,10 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.throughput import quartiles
-from components.generation import continue_texts
-from components.sampling import Sampling
+from components.generation import Sampling, continue_texts
 from models.decoder import Decoder
-from models.hf_mapping import hf_config, to_hf
-from models.sizes import SIZES, Size
+from models.hf.weights import hf_config, to_hf
+from models.presets import SIZES, Size
 
 SIZE = {
     "2M": SIZES["debug"],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(frozen=True, kw_only=True)

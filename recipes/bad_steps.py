@@ -6,8 +6,8 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+from components.distributed.collectives import attempt
 from components.guard import BadStep
-from components.processes import attempt
 from recipes.errors import RunError
 from recipes.launched_step import LaunchedStep
 from recipes.opening import newest_sound

@@ -12,7 +12,7 @@ from pydantic import Field
 from components.batch.layout import BatchLayout
 from components.checkpoint import verify
 from components.clock import Clock
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 from recipes.config import Config
 from recipes.contracts import FollowsSchedule
 from recipes.resume import checkpoint_at

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from components.batch.layout import BatchLayout
 from components.clock import Clock
-from components.quantities import format_count
+from components.units import format_count
 from recipes.contracts import FollowsSchedule
 
 MOST_LANDMARKS = 60

@@ -14,9 +14,9 @@ import torch
 
 from components.batch.adaptive import Adaptive
 from components.data.mixture import sources_in
-from components.data.source import TextSource
-from components.quantities import format_count
+from components.data.sources.base import TextSource
 from components.run_directory import RunDirectory
+from components.units import format_count
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Plan
 

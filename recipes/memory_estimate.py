@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from components.activations import Activations, Checkpointing, count
-from components.parallel.fsdp import Accumulation, cut_dimension
-from components.parallel.layout import Sizes
-from components.parallel.world import World
+from components.distributed.context import World
+from components.distributed.fsdp import Accumulation, cut_dimension
+from components.distributed.parallel_dims import Sizes
 from components.throughput import device_memory
 
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from components.batch.layout import StepBatch
 from components.data.loader import MicroBatch
-from components.processes import BAD_INPUT, attempt, described, raise_in_all
+from components.distributed.collectives import BAD_INPUT, attempt, described, raise_in_all
 from components.profiler_range import profiler_range
 from components.token_ids import check_token_ids
 from recipes.errors import blame

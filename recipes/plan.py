@@ -14,8 +14,8 @@ from components import precision
 from components.batch.layout import BatchLayout
 from components.data.document import ReadingLog
 from components.data.mixture import Mixture
-from components.data.source import TextSource
-from components.parallel.layout import Sizes
+from components.data.sources.base import TextSource
+from components.distributed.parallel_dims import Sizes
 from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError, Problem
 from recipes.course import Course, play

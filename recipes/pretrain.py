@@ -24,26 +24,26 @@ from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader, check_workers
+from components.distributed import fsdp
+from components.distributed.collectives import attempt
+from components.distributed.context import World
+from components.distributed.launcher import launched_at
+from components.distributed.parallel_dims import Parallel
 from components.garbage_collection import GarbageCollection
 from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
 from components.guard import BadStep, Guard
+from components.interrupts import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
 from components.metrics.console import start_log
 from components.metrics.jsonl import last_row
 from components.metrics.monitor import Metrics, Monitor
-from components.parallel import fsdp
-from components.parallel.elastic import launched_at
-from components.parallel.layout import Parallel
-from components.parallel.world import World
-from components.processes import attempt
+from components.precision import WorkingWeights
 from components.profiler import ProfilerConfig
-from components.quantities import format_count
 from components.run_directory import RunDirectory
-from components.stop_signal import NOTHING, SAVE, Requests, StopSignal, exit_status, reason, stops
-from components.storage import give_storage
 from components.throughput import peak_flops
 from components.train_step import TrainStep, not_finite
+from components.units import format_count
 from components.validation import HeldOut
-from components.working_weights import WorkingWeights
+from models.init import materialize
 from recipes.bad_steps import answer, learning_rate, require_finite_state
 from recipes.config import Config, ConfigError, error_message
 from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
@@ -208,7 +208,7 @@ class TrainingRun:
             log.warning(f'{why}: set training.compile = "auto"')
         with blame(config, "parallel"):
             divide(model, recipe.model, self.parallel, dtype, device, training)
-        give_storage(model, device)
+        materialize(model, device)
         if recipe.run.init_from is None or checkpoint is not None:
             with blame(config, "model"):
                 model.init_weights(recipe.run.seed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from components.data.mixture import sources_in
-from components.data.source import TextSource
-from components.parallel.world import World
+from components.data.sources.base import TextSource
+from components.distributed.context import World
 from recipes.config import Config
 from recipes.contracts import EncodesText
 from recipes.errors import blame

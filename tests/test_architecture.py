@@ -12,13 +12,14 @@ OURS = {"recipes", "components", "models", "tools", "tests", "benchmarks"}
 SHARED = {
     f"components.{name}"
     for name in (
-        "quantities",
+        "atomic_files",
         "costly_operations",
-        "durable",
-        "folders",
-        "processes",
+        "distributed.collectives",
+        "interfaces",
+        "paths",
         "profiler_range",
         "token_ids",
+        "units",
     )
 }
 """Types as users write them, what is costly to compute again, how files are written and found, what processes tell one

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from components.data.mixture import sources_in
-from components.data.prepare import Preparation
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
+from components.data.tokenize import Preparation
 from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import Data, EncodesText

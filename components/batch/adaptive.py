@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
-from components.quantities import Count, PositiveCount, Tokens
+from components.units import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12
 """Relative slack of the growth limit, so that 45 * 1.4, in floats a little less, may be 63."""

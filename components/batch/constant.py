@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from components.batch.planned import Planned
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from components.batch.adaptive import Adaptive, GradientNoise
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(kw_only=True)

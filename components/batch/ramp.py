@@ -9,7 +9,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from components.batch.planned import Planned
-from components.quantities import PositiveCount, Tokens
+from components.units import PositiveCount, Tokens
 
 
 class Progress(Protocol):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from components.batch.planned import Planned
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 class Progress(Protocol):

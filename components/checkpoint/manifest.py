@@ -9,8 +9,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.checkpoint.reading import DamagedError, read_state
-from components.durable import write_synced
+from components.atomic_files import write_fsync
+from components.checkpoint.load import DamagedError, read_state
 
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
@@ -40,7 +40,7 @@ def write_part(directory: Path, rank: int) -> None:
     Each process reads what it wrote itself: that is in its machine's memory still, and the work is divided.
     """
     files = {path.name: _describe(path) for path in directory.glob(f"__{rank}_*")}
-    write_synced(_part(directory, rank), _Manifest(files=files).model_dump_json())
+    write_fsync(_part(directory, rank), _Manifest(files=files).model_dump_json())
 
 
 def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
@@ -53,7 +53,7 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
     for path in directory.iterdir():
         if path.name not in files:
             files[path.name] = _describe(path)
-    write_synced(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
+    write_fsync(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
 
 
 def run_of(checkpoint: Path) -> str | None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from components.data.order import SampleOrder
+from components.interfaces import HasOrder, Order, PackedDataset
 
 # m micro-batch size, T sequence length
 
@@ -40,28 +41,14 @@ log = logging.getLogger("powertrain")
 _ORDERED_AT_ONCE = 4096
 
 
-class Samples(Protocol):
-    """Packed sequences. `__getitems__(indices) -> (n, T+1)`, where there is one, is used to read many at once."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
-class Order(Protocol):
-    """(n,) global sample numbers -> (n,) epochs, (n,) indices into the samples: a pure function."""
-
-    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def order_of(samples: Samples, *, seed: int, shuffle: bool = True) -> Order:
+def order_of(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
     """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
-    if hasattr(samples, "order"):
-        order: Order = samples.order(seed=seed, shuffle=shuffle)
-        return order
+    if isinstance(samples, HasOrder):
+        return samples.order(seed=seed, shuffle=shuffle)
     return SampleOrder(len(samples), seed=seed, shuffle=shuffle)
 
 
-def epochs(samples: Samples, consumed: int) -> dict[str, Any]:
+def epochs(samples: PackedDataset, consumed: int) -> dict[str, Any]:
     """How often the data was gone through in the first `consumed` samples: in all, and each source of a mixture."""
     whole: dict[str, Any] = {"epoch": consumed / len(samples)}
     return whole | ({"source_epochs": samples.source_epochs(consumed)} if hasattr(samples, "source_epochs") else {})
@@ -88,7 +75,7 @@ class MicroBatchLoader:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: PackedDataset,
         *,
         seed: int,
         micro_batch_size: int,
@@ -247,7 +234,7 @@ class _SampleNumbers:
 class _OrderedSamples:
     """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
 
-    def __init__(self, samples: Samples, order: Order):
+    def __init__(self, samples: PackedDataset, order: Order):
         self.samples = samples
         self.order = order
         self._first = 0

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from components.profiler.breakdown import END_OF_WINDOW, STEP, break_down, read_trace
-from components.quantities import Count, PositiveCount
+from components.units import Count, PositiveCount
 
 log = logging.getLogger("powertrain")
 

@@ -190,7 +190,7 @@ class RankEncoder:
 
         Raises ValueError if the library is missing, or cannot read the pattern.
         """
-        from components.tokenizers.hugging_face import to_hugging_face
+        from components.tokenizers.hf_conversion import to_hugging_face
 
         return to_hugging_face(*self._parts)
 

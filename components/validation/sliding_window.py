@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.processes import attempt, described
+from components.distributed.collectives import attempt, described
+from components.interfaces import Comm
 from components.token_ids import check_token_ids
-from components.validation.totals import IGNORED, Ranks, Totals, UnreadableError
+from components.validation.totals import IGNORED, Totals, UnreadableError
 
 # D documents, W windows of a micro-batch, T inputs of the longest of them, V vocabulary
 
@@ -80,7 +81,7 @@ class SlidingWindow:
     def evaluate(
         self,
         model: nn.Module,
-        world: Ranks,
+        world: Comm,
         compute: Callable[[], AbstractContextManager[object]],
         *,
         multiple: int = 1,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.quantities import expand_home
+from components.units import expand_home
 
 PROJECT = Path(__file__).parents[2]
 """The directory that holds recipes, components and models."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.parallel.layout import Sizes
+from components.distributed.parallel_dims import Sizes
 from recipes.config import Override, load
 from recipes.plan import Claim, make_plan
 from recipes.step_estimate import fsdp_exchanges, tensor_parallel_exchanges

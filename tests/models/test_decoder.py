@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.decoder import Decoder, RMSNorm
 from models.loss import IGNORE
+from models.presets import Size
 from models.rope import RopeScaling
-from models.sizes import Size
 
 pytestmark = pytest.mark.quick
 

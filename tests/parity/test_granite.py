@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from models.decoder import Decoder
-from models.hf_mapping import hf_config, names, to_hf
+from models.hf.weights import hf_config, names, to_hf
 from models.mup import MuP
-from models.sizes import SIZES, Size
+from models.presets import SIZES, Size
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 

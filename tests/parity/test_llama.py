@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import Decoder
-from models.hf_mapping import from_hf, hf_config, names, to_hf
+from models.hf.weights import from_hf, hf_config, names, to_hf
 from models.llama import Llama
 from models.loss import IGNORE
+from models.presets import SIZES, Size
 from models.rope import RopeScaling, rope_frequencies
-from models.sizes import SIZES, Size
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")

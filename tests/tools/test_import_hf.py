@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.hugging_face import Weights
+from components.safetensors import Weights
 from models.decoder import Decoder
-from models.hf_architectures import ARCHITECTURES
-from models.hf_mapping import to_hf
+from models.hf.architectures import ARCHITECTURES
+from models.hf.weights import to_hf
+from models.presets import Size
 from models.rope import RopeScaling
-from models.sizes import Size
 from recipes.config import load
 from recipes.initial_weights import copy_weights
 from tools.import_hf import main

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.interleave import StagedInterleaving
 from components.data.loader import MicroBatchLoader, check_workers, order_of
+from components.data.mixing_schedule import StagedInterleaving
 from components.data.mixture import MixedOrder
 from components.data.order import SampleOrder
 
