@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from benchmarks.measure import machine
 from components.checkpoint.manager import CheckpointStore
 from components.checkpoint.metadata import read_index
-from components.checkpoint.save_plans import SavePlans
+from components.checkpoint.tensor_writer import SavePlans
 from components.distributed.context import World
 from models.decoder import Decoder
 from models.init import fill_runs

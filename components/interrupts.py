@@ -41,7 +41,7 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in heard(STOPPING):
+        for number in not_ignored(STOPPING):
             self._before[number] = signal.signal(number, self._catch)
         self._before[SAVING] = signal.signal(SAVING, self._catch_save)
         return self
@@ -66,7 +66,7 @@ class StopSignal:
         self._before.clear()
 
 
-def heard(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
     """Those of `numbers` that this process does not ignore."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 

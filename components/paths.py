@@ -6,12 +6,14 @@ Imports nothing of the project, so that every component may import it.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+_BLOCK_BYTES = 2**20
 _SYSTEM = {"lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}
 """What file systems and archives put beside the files of a user."""
 
@@ -27,6 +29,15 @@ def is_file(path: Path) -> bool:
         if path.is_symlink():
             raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which does not exist") from None
         return False
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of the content of `path` in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def walk_files(folder: Path, *, hidden: bool = False) -> Iterator[Path]:

@@ -78,10 +78,7 @@ def runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[
             own = np.arange(shape[dimension])
         # What follows is whole, and these are neighbours: they make one run.
         if length == stride and len(starts) == 1 and len(own) and own[-1] - own[0] == len(own) - 1:
-            starts, length = (
-                starts + own[0] * stride,
-                length * len(own),
-            )  # what follows is whole, and these are neighbours
+            starts, length = starts + own[0] * stride, length * len(own)
         else:
             starts = (own[:, None] * stride + starts[None, :]).reshape(-1)
     return starts, length

@@ -74,7 +74,7 @@ def _remedy(plan: Plan, memory: Memory) -> str:
             return 'set training.activation_checkpoint = "full", or a smaller micro-batch'
         return "take a smaller micro-batch, a shorter sequence or parallel.tp"
     if plan.sizes.dp_replicate > 1:
-        return f"set parallel.dp_shard = {plan.sizes.dp_replicate * plan.sizes.dp_shard}, or parallel.tp"
+        return f"set parallel.dp_shard = {plan.sizes.dp_size}, or parallel.tp"
     return "shard over more processes, or set parallel.tp"
 
 

@@ -133,7 +133,7 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
         with _collected(config, "model", problems):
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # asked again where it is printed
-    layout = BatchLayout(training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
+    layout = BatchLayout(training.micro_batch_size, sizes.dp_size)
     course = Course()
     with _collected(config, "batch", problems):
         course = play(recipe, layout)

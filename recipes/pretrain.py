@@ -23,7 +23,8 @@ from components.batch.adaptive import Adaptive
 from components.batch.layout import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
-from components.data.loader import MicroBatchLoader, check_workers
+from components.data.loader import MicroBatchLoader
+from components.data.loader_workers import check_workers
 from components.distributed import fsdp
 from components.distributed.collectives import attempt
 from components.distributed.context import World
@@ -339,7 +340,6 @@ class TrainingRun:
                 self.is_sound = False
                 self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.delay else None)
         self.clock.advance(batch.samples)
-        self.loader.consumed()
         self.is_sound = True
         self.launched.append((launched, bad))
 

@@ -21,7 +21,7 @@ def refuse_unprepared(config: Config, tokenizer: EncodesText, world: World) -> N
             continue
 
         def check(source: TextSource = source) -> None:
-            if not source.is_prepared(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir):
+            if not source.cache_entry(tokenizer, recipe.run.cache_dir).is_prepared():
                 raise ValueError(
                     f"this text is not tokenised yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
                     "would wait for it; on one machine, run before: python -m tools.prepare_data RECIPE.toml "

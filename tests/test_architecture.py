@@ -14,8 +14,10 @@ SHARED = {
     for name in (
         "atomic_files",
         "costly_operations",
+        "cpu",
         "distributed.collectives",
         "interfaces",
+        "interrupts",
         "paths",
         "profiler_range",
         "token_ids",

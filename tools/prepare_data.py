@@ -85,7 +85,7 @@ def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, re
         def show(state: Preparation) -> None:
             bars.update(task, completed=state.done_bytes, total=state.total_bytes or None)
 
-        data.prepare(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir, report=show, report_seconds=0.1)
+        data.cache_entry(tokenizer, recipe.run.cache_dir).prepare(show, 0.1)
         bars.update(task, total=data.size_bytes(), completed=data.size_bytes())
 
 

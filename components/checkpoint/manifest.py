@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.atomic_files import write_fsync
 from components.checkpoint.load import DamagedError, read_state
+from components.paths import hash_file
 
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
 """Names of all files that a save writes: nothing else in a checkpoint is ever removed."""
 _LARGEST_BYTES = 2**26
-_BLOCK_BYTES = 2**22
 
 
 class _File(BaseModel):
@@ -110,12 +109,7 @@ def _damaged(checkpoint: Path, why: str) -> DamagedError:
 
 
 def _describe(path: Path) -> _File:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return _File(bytes=size, sha256=digest.hexdigest())
+    return _File(bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def _part(directory: Path, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""Prepared text as fixed-length sequences."""
+"""From shards to sequences: token ids end to end, packed into sequences of a fixed length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,6 @@ from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_recor
 from components.data.token_reader import StoredTokens
 
 
-class Stored(Protocol):
-    """Ids end to end."""
-
-    def __len__(self) -> int: ...
-    def read(self, start: int, out: np.ndarray) -> None: ...
-
-
 class PackedTokens:
     """Sequence i is tokens [i*T, i*T + T + 1) of all documents end to end, T being `sequence_length`.
 
@@ -31,7 +24,7 @@ class PackedTokens:
     first is a target exactly once; what is left over at the end, fewer than T tokens, is not used.
     """
 
-    def __init__(self, stored: Stored, *, sequence_length: int, vocab_size: int, source: str):
+    def __init__(self, stored: StoredTokens, *, sequence_length: int, vocab_size: int, source: str):
         """`source` names it for people. Raises ValueError if there is not one whole sequence."""
         if sequence_length < 1:
             raise ValueError(f"sequence_length = {sequence_length}: expected at least 1")
@@ -101,20 +94,19 @@ class PreparedText(PackedTokens):
         """Of the text, wherever it lies."""
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
         stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments)
-        self._stored = stored
         super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
         """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
-        rows = [self._documents(segment) for segment in range(len(self._stored.segments))]
+        rows = [self._documents(segment) for segment in range(len(self.stored.segments))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 
     def place(self, position: int) -> Place:
         """Where the token at `position`, counted through all documents end to end, comes from."""
-        segment, offset = self._stored.segment_at(position)
+        segment, offset = self.stored.segment_at(position)
         ends = np.cumsum(self._documents(segment)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
-        number = int(self._stored.segments[:segment, 4].sum()) + within
+        number = int(self.stored.segments[:segment, 4].sum()) + within
         pieces = read_record(self.directory / PIECES, Pieces).root
         starts = [0, *accumulate(count for _, count in pieces)]
         if starts[-1] != self.index.documents:
@@ -130,7 +122,7 @@ class PreparedText(PackedTokens):
         return f"{begin} to {last.piece} document {last.document} token {last.token}"
 
     def _documents(self, segment: int) -> np.ndarray:
-        shard, _, _, first, count = self._stored.segments[segment].tolist()
+        shard, _, _, first, count = self.stored.segments[segment].tolist()
         return np.fromfile(
             self._shards[shard] / DOCUMENTS, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
-_BLOCK = 2**20
+from components.atomic_files import atomic_write
+from components.paths import hash_file
+
+MEMORY = "file-hashes.json"
+"""Name of the file in a cache directory."""
 _SETTLED_SECONDS = 2.0
 """A file younger than this may change again without its times showing it; such a hash is not remembered."""
 
@@ -44,36 +47,20 @@ class FileHashes:
     def __enter__(self) -> FileHashes:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not (self._learnt and self._is_mine):
-            return
-        aside = self._memory.with_name(f"{self._memory.name}.{os.getpid()}")
-        try:
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(self._known), encoding="utf-8")
-            aside.replace(self._memory)
-        except OSError:  # only memory: a full or read-only disk costs the time of reading again
-            aside.unlink(missing_ok=True)
+    def __exit__(self, *error: object) -> None:
+        if self._learnt and self._is_mine:
+            with suppress(OSError):  # only a cache: a full or read-only disk costs the time of reading again
+                self._memory.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(self._memory, json.dumps(self._known))
 
 
 def stamp_of(path: Path) -> list[int]:
-    """Size, time of modification and time of change: another when the content is."""
+    """Return size, time of modification and time of change: another when the content is."""
     return _stamp(path.stat())
 
 
 def _stamp(status: os.stat_result) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of the content of `path`, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_memory(memory: Path) -> tuple[dict[str, list[int | str]], bool]:

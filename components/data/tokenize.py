@@ -1,40 +1,49 @@
-"""Encoding what is not encoded yet: on all cores, with progress, and from where a killed process stopped."""
+"""From documents to shards: the slow part of preparing a data set. `tokenize_missing` takes these steps:
+
+1. leave out the files that the store holds already, and put neighbouring files together into groups;
+2. `tokenize_group`, on all processors (tokenize_workers.py): find the shards of the group that exist already,
+3. read the documents after those (`_read_chunks`),
+4. encode them in batches (`_batches`, `_encode`),
+5. append the ids to shards, each under a temporary name until it is complete (shard_writer.py).
+
+Complete shards of a killed process stay. The cuts depend on the text alone, so the next process writes the same shards,
+byte by byte, as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import queue
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from components.data.document import Piece
-from components.data.shard_writer import SHARD_TOKENS, encode_group
-from components.data.shards import Encoded, catalogue
+from components.cpu import num_cpus
+from components.data.document import Piece, ReadingLog, storable
+from components.data.shard_writer import Chunk, ShardWriter
+from components.data.shards import Encoded, catalogue, group_name, parts_of
+from components.data.tokenize_workers import is_picklable, run_in_processes
 from components.interfaces import Tokenizer
 
-_GROUP_BYTES = 2**25
-_GROUP_PIECES = 2**12
-"""Neighbouring pieces are encoded together up to this size and number; a larger piece is a group by itself."""
+SHARD_TOKENS = 2**26
+"""A shard is closed after the document that takes it past this many tokens: 128 MiB of uint16."""
 
-_WORTH_PROCESSES = 2**26
+_GROUP_BYTES = 2**25
+_GROUP_FILES = 2**12
+"""Neighbouring files are tokenized together up to this size and number; a larger file is a group by itself."""
+
+_BATCH_CHARACTERS = 2**22
+_BATCH_CHUNKS = 2**12
+
+_PARALLEL_THRESHOLD_BYTES = 2**26
 """Bytes of source below which starting processes takes longer than it saves."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How far preparing has come; `str` makes a line for people."""
+    """How far the preparation has come; `str` makes a line to display."""
 
     source: str
     done_bytes: int
@@ -56,8 +65,8 @@ class Preparation:
         return f"{line}; {self.tokens:,} tokens, {rate / 1e6:.1f} MB/s"
 
 
-class Reporter:
-    """Adds up what was done, and reports it from time to time."""
+class _ProgressReporter:
+    """Adds up what was done, and reports it every `report_seconds`."""
 
     def __init__(self, source: str, total_bytes: int, report: Callable[[Preparation], None], report_seconds: float):
         self._source, self._total = source, total_bytes
@@ -65,7 +74,7 @@ class Reporter:
         self._started = self._reported = time.monotonic()
         self._bytes = self._tokens = 0
 
-    def advance(self, read_bytes: int, tokens: int) -> None:
+    def add(self, read_bytes: int, tokens: int) -> None:
         self._bytes, self._tokens = self._bytes + read_bytes, self._tokens + tokens
         now = time.monotonic()
         if now - self._reported >= self._seconds:
@@ -73,7 +82,7 @@ class Reporter:
             self._report(Preparation(self._source, self._bytes, self._total, self._tokens, now - self._started))
 
 
-def encode_missing(
+def tokenize_missing(
     pieces: Sequence[Piece],
     store: Path,
     *,
@@ -85,38 +94,40 @@ def encode_missing(
     group_bytes: int = _GROUP_BYTES,
     processes: int | None = None,
 ) -> dict[str, Encoded]:
-    """Encode the pieces that `store` does not hold; returns where every piece lies, by content.
+    """Tokenize the pieces that `store` does not hold; return where every piece lies, by content.
 
-    If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is for
-    people; `report` is called at most every `report_seconds`; `processes` is by default chosen by cores and work.
-    Raises ValueError or OSError for what cannot be read or encoded; what was encoded until then stays.
+    If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is a name to
+    display; `report` is called at most every `report_seconds`; `processes` is by default chosen by processors and work.
+    Raises ValueError or OSError for what cannot be read or encoded; what was tokenized until then stays.
     """
-    there = catalogue(store)
+    existing = catalogue(store)
     wanted = list({piece.content: piece for piece in pieces}.values())
     groups = [
         missing
-        for group in grouped(wanted, group_bytes)
-        if (missing := [piece for piece in group if piece.content not in there])
+        for group in group_neighbours(wanted, group_bytes)
+        if (missing := [piece for piece in group if piece.content not in existing])
     ]
+    if not groups:
+        return existing
     total = sum(piece.size_bytes for group in groups for piece in group)
-    reporter = Reporter(source, total, report, report_seconds)
-    work = partial(encode_group, store=store, shard_tokens=shard_tokens)
+    reporter = _ProgressReporter(source, total, report, report_seconds)
+    work = partial(tokenize_group, store=store, shard_tokens=shard_tokens)
     if processes is None:
-        processes = min(len(groups), cores()) if total >= _WORTH_PROCESSES else 1
-    if processes > 1 and _can_be_sent(tokenizer, groups):
-        _encode_in_processes(groups, work, tokenizer, processes, reporter)
+        processes = min(len(groups), num_cpus()) if total >= _PARALLEL_THRESHOLD_BYTES else 1
+    if processes > 1 and is_picklable(tokenizer, groups):
+        run_in_processes(work, groups, tokenizer, processes, reporter.add)
     else:
         for group in groups:
-            work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, advance=reporter.advance)
-    return catalogue(store) if groups else there
+            work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, on_progress=reporter.add)
+    return catalogue(store)
 
 
-def grouped(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list[Piece]]:
-    """Neighbours together until they are large enough."""
+def group_neighbours(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list[Piece]]:
+    """Yield neighbouring pieces together until they are large enough."""
     group: list[Piece] = []
     size = 0
     for piece in pieces:
-        if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_PIECES):
+        if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
             yield group
             group, size = [], 0
         group.append(piece)
@@ -125,85 +136,79 @@ def grouped(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list[Piece]]:
         yield group
 
 
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _can_be_sent(*what: object) -> bool:
-    try:
-        pickle.dumps(what)
-    except Exception:  # whatever a class of the user's own raises
-        return False
-    return True
-
-
-def _encode_in_processes(
-    groups: Sequence[Sequence[Piece]],
-    work: Callable[..., None],
+def tokenize_group(
+    pieces: Sequence[Piece],
+    store: Path,
+    *,
     tokenizer: Tokenizer,
-    processes: int,
-    reporter: Reporter,
+    encode: Callable[[Sequence[str]], list[np.ndarray]],
+    shard_tokens: int,
+    on_progress: Callable[[int, int], None],
 ) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    progress: Any = context.Queue()
-    pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, progress))
-    try:
-        waiting: set[Future[None]] = {pool.submit(_Worker.run, work, group) for group in groups}
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            for read_bytes, tokens in _all_of(progress):
-                reporter.advance(read_bytes, tokens)
-    except BrokenProcessPool:
-        raise OSError(
-            "a process that prepared data was killed, perhaps for want of memory; start again to go on: what is "
-            "encoded so far is kept"
-        ) from None
-    finally:
-        for process in list((pool._processes or {}).values()):  # an interrupted one would finish its group first
-            process.kill()
-        pool.shutdown(cancel_futures=True)
+    """Write the shards of `pieces` that do not exist yet. Another process may do the same at the same time.
+
+    `encode` is the tokenizer's, on as many threads as are to work. `on_progress` receives the bytes read and the tokens
+    written since its last call; what existed already counts.
+    """
+    group = group_name(pieces)
+    existing = list(parts_of(store, group))
+    if existing and existing[-1].last:
+        on_progress(sum(piece.size_bytes for piece in pieces), sum(shard.tokens for shard in existing))
+        return
+    records = [record for shard in existing for record in shard.pieces]
+    ended = {record.content for record in records if record.ended}
+    skip_documents = 0  # of the first piece that has not ended
+    for record in records:
+        skip_documents = 0 if record.ended else skip_documents + record.read
+    if existing:
+        done = sum(piece.size_bytes for piece in pieces if piece.content in ended)
+        on_progress(done, sum(shard.tokens for shard in existing))
+    remaining = [piece for piece in pieces if piece.content not in ended]
+    with ShardWriter(store, group, len(existing), tokenizer, shard_tokens) as writer:
+        for batch, read_bytes in _batches(_read_chunks(remaining, skip_documents)):
+            tokens_before = writer.tokens
+            for chunk, ids in zip(batch, _encode(batch, encode, tokenizer.vocab_size), strict=True):
+                writer.add(chunk, ids)
+            on_progress(read_bytes, writer.tokens - tokens_before)
+        writer.finish()
 
 
-def _all_of(progress: Any) -> Iterator[tuple[int, int]]:
-    while True:
-        try:
-            yield progress.get_nowait()
-        except queue.Empty:
-            return
+def _read_chunks(pieces: Sequence[Piece], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
+    """Yield the chunks of all documents but the first `skip_documents`, each with the bytes of source read for it."""
+    for piece in pieces:
+        log, before = ReadingLog(), 0
+        for document in piece.read(log):
+            text, data = storable(document.text, log)
+            if skip_documents:
+                skip_documents -= document.complete
+                continue
+            yield Chunk(piece, text, data, document.complete), log.source_bytes - before
+            before = log.source_bytes
+        yield Chunk(piece, None, repairs=log.repairs), log.source_bytes - before
+        skip_documents = 0
 
 
-class _Worker:
-    """A process that encodes groups, one core each."""
-
-    tokenizer: Tokenizer
-    progress: Any
-
-    @classmethod
-    def start(cls, tokenizer: Tokenizer, progress: Any) -> None:
-        cls.tokenizer, cls.progress = tokenizer, progress
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends us
-        threading.Thread(target=_die_with_parent, daemon=True).start()
-
-    @classmethod
-    def run(cls, work: Callable[..., None], group: Sequence[Piece]) -> None:
-        work(
-            group,
-            tokenizer=cls.tokenizer,
-            encode=cls.encode,
-            advance=lambda read_bytes, tokens: cls.progress.put((read_bytes, tokens)),
-        )
-
-    @classmethod
-    def encode(cls, texts: Sequence[str]) -> list[np.ndarray]:
-        """One text at a time: a tokenizer starts threads for several, and the other cores are taken."""
-        return [cls.tokenizer.encode_batch([text])[0] for text in texts]
+def _batches(chunks: Iterable[tuple[Chunk, int]]) -> Iterator[tuple[list[Chunk], int]]:
+    """Yield batches and their bytes of source: enough text to keep a tokenizer's threads busy, not more."""
+    batch: list[Chunk] = []
+    characters = read_bytes = 0
+    for chunk, chunk_bytes in chunks:
+        batch.append(chunk)
+        characters, read_bytes = characters + len(chunk.text or ""), read_bytes + chunk_bytes
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_CHUNKS:
+            yield batch, read_bytes
+            batch, characters, read_bytes = [], 0, 0
+    if batch:
+        yield batch, read_bytes
 
 
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _encode(
+    batch: Sequence[Chunk], encode: Callable[[Sequence[str]], list[np.ndarray]], vocab_size: int
+) -> Iterator[np.ndarray | None]:
+    """Yield the ids of each chunk, None for one without text. Raises ValueError for ids outside the vocabulary."""
+    encoded = iter(encode([chunk.text for chunk in batch if chunk.text is not None]))
+    for chunk in batch:
+        ids = None if chunk.text is None else next(encoded)
+        if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"the tokenizer gave ids from {ids.min()} to {ids.max()}; its vocabulary is {vocab_size}")
+        yield ids

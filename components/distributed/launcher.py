@@ -34,16 +34,14 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.numa.binding import AffinityMode, NumaOptions
 
+from components.interrupts import STOPPING, is_repeated, not_ignored
+
 LAUNCH = "POWERTRAIN_LAUNCH"
 """Environment variable: one value per launch, the same after a restart. A scheduler that requeues may set it."""
 _LAUNCHED_AT = "POWERTRAIN_LAUNCHED_AT"
 """Environment variable of the workers: when the launcher began, in seconds since the epoch."""
 _ENDS = "POWERTRAIN_ENDS"
 """Environment variable of the workers: a folder in which they leave the status they end with."""
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that stop a run, after it has saved; they are passed on to the workers."""
-_ONE_REQUEST_SECONDS = 1.0
-"""Signals this close together are one request: a scheduler may signal a launcher in more than one way."""
 _PATIENCE_SECONDS = 900
 """How long the nodes of a run wait for each other: the slowest may first have to set up its environment."""
 
@@ -95,8 +93,8 @@ def run_workers(command: Sequence[str], node: Node) -> int:
         os.environ[_LAUNCHED_AT] = str(time.time())
         # torchelastic would catch all of them, and a worker does not inherit that a caught signal was ignored before:
         # SIGHUP would end a run that was started with nohup.
-        heard = [number.name for number in (*_STOPPING, signal.SIGQUIT) if not _is_ignored(number)]
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(heard)
+        handled = [number.name for number in not_ignored((*STOPPING, signal.SIGQUIT))]
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
         try:
             rendezvous = get_rendezvous_handler(node.rendezvous())
             try:
@@ -161,9 +159,8 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
-        for number in _STOPPING:
-            if not _is_ignored(number):
-                signal.signal(number, self._pass_on)  # in place of the agent's own, which stops the workers itself
+        for number in not_ignored(STOPPING):
+            signal.signal(number, self._pass_on)  # in place of the agent's own, which stops the workers itself
         signal.signal(signal.SIGUSR1, self._tell_workers)
         if self._signalled:  # while they were being started again: there is nothing new to save
             raise SignalException("signalled during a restart", signal.Signals(self._signalled))
@@ -172,8 +169,7 @@ class Agent(LocalElasticAgent):
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Tell the workers, and go on watching them; a second request stops them."""
         now = time.monotonic()
-        # A closing terminal sends SIGHUP more than once; it never means "at once".
-        if self._signalled and number != signal.SIGHUP and now - self._signalled_at > _ONE_REQUEST_SECONDS:
+        if self._signalled and is_repeated(number, now - self._signalled_at):
             raise SignalException("a second signal", signal.Signals(number))
         if self._signalled:
             return
@@ -212,10 +208,6 @@ class Agent(LocalElasticAgent):
             status, _, message = file.read_text(encoding="utf-8").partition("\n")
             ends[int(file.name)] = int(status), message
         return ends
-
-
-def _is_ignored(number: signal.Signals) -> bool:
-    return signal.getsignal(number) == signal.SIG_IGN
 
 
 def launched_at() -> float:

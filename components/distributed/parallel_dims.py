@@ -22,6 +22,11 @@ class Sizes(NamedTuple):
     dp_shard: int
     tp: int
 
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:

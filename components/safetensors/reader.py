@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +30,6 @@ class Described:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Reads(Protocol):
-    """Tensors by name that can be read one at a time."""
-
-    @property
-    def described(self) -> Mapping[str, Described]: ...
-    def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor: ...
 
 
 class Weights:

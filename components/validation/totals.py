@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-IGNORED = -100
-"""Label of a position that has no loss."""
-
 
 class UnreadableError(ValueError):
     """A sequence cannot be read, or holds no token ids.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from components.distributed.collectives import attempt, described
 from components.interfaces import Comm, DataConfig, HasOrder, PackedDataset, Tokenizer
-from components.token_ids import check_token_ids
+from components.token_ids import IGNORE_INDEX, check_token_ids
 from components.units import PositiveCount
-from components.validation.totals import IGNORED, Totals, UnreadableError
+from components.validation.totals import Totals, UnreadableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,9 @@ class Validation:
                     failure = failure or error
                     chunk = torch.zeros(len(mine), self.sequence_length + 1, dtype=torch.int64)
                 tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
-                labels[[number >= count for number in mine]] = IGNORED
+                labels[[number >= count for number in mine]] = IGNORE_INDEX
                 nats += model(_to(tokens, world.device), _to(labels, world.device))
-                counted = labels[labels != IGNORED]
+                counted = labels[labels != IGNORE_INDEX]
                 token_count += counted.numel()
                 byte_count += int(self.byte_lengths[counted].sum())
         model.train()

@@ -1,7 +1,7 @@
 """The architectures of transformers that have a counterpart here: one row each.
 
-A row says how to tell that a model is one, what its `config.json` says, and under which name each parameter is stored.
-To add one, write those functions and the row.
+A row says which sizes of the decoder it is, and what its `config.json` says. To add one, write those functions and the
+row; for a model that is not a Decoder, a subclass that overrides the methods.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from models.decoder import Decoder
-from models.hf.config import granite_keys, granite_moe_keys, llama_keys
-from models.hf.weights import hf_config, names, stored_names
+from models.hf.config import granite_keys, granite_moe_keys, hf_config, llama_keys
+from models.hf.weights import names, stored_names
 from models.llama import Llama
 from models.mup import MuPKeys
 from models.presets import Size
@@ -23,37 +23,43 @@ from models.rope import RopeScaling
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One class of transformers and what it is here."""
+    """One class of transformers and what it is here: a Decoder of some sizes. A subclass may be of another model."""
 
     model_type: str
     """Its short name in `config.json`."""
-    use: str
-    """What `[model]` has to use."""
-    component: Callable[[Mapping[str, Any]], Any]
-    """What `[model]` is with the keys that `keys` gives."""
-    is_one: Callable[[nn.Module], bool]
-    """Whether a model computes what this architecture does."""
+    has_size: Callable[[Size], bool]
+    """Whether a decoder of this size computes what this architecture does."""
     config: Callable[[Any], dict[str, Any]]
     """The entries of `config.json` for a model."""
     keys: Callable[[Mapping[str, Any]], dict[str, Any]]
     """The keys of `[model]` for a `config.json`. Raises ValueError for what the model does not compute."""
-    names: Callable[[Any], dict[str, str]]
-    """Our name -> theirs, for every parameter of a model."""
-    stored_names: Callable[[Iterable[str], Any], dict[str, str]]
-    """The same for what is stored. Raises ValueError for missing and unexpected names."""
+    use: str = "models.llama:Llama"
+    """What `[model]` has to use."""
+
+    def is_one(self, model: nn.Module) -> bool:
+        """Return whether `model` computes what this architecture does."""
+        return isinstance(model, Decoder) and self.has_size(model.size)
+
+    def component(self, keys: Mapping[str, Any]) -> Any:
+        """Return what `[model]` is with the keys that `keys` gives."""
+        tables: dict[str, Any] = {
+            key: None if keys.get(key) is None else of(**keys[key])
+            for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
+        }
+        return Llama(**{**keys, **tables})
 
     def build(self, keys: Mapping[str, Any]) -> nn.Module:
-        """The model of these keys, on the current device."""
+        """Return the model of these keys, on the current device."""
         model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
         return model
 
+    def names(self, model: Any) -> dict[str, str]:
+        """Return our name -> theirs, for every parameter of a model."""
+        return names(model.size)
 
-def _component(keys: Mapping[str, Any]) -> Llama:
-    tables: dict[str, Any] = {
-        key: None if keys.get(key) is None else of(**keys[key])
-        for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
-    }
-    return Llama(**{**keys, **tables})
+    def stored_names(self, stored: Iterable[str], model: Any) -> dict[str, str]:
+        """Return the same for what is stored. Raises ValueError for missing and unexpected names."""
+        return stored_names(stored, model.size)
 
 
 def _config(model: Decoder) -> dict[str, Any]:
@@ -83,41 +89,21 @@ def _moe_config(model: Decoder) -> dict[str, Any]:
     return {**_config(model), "router_aux_loss_coef": coefficient}
 
 
-def _of_decoder(
-    *,
-    model_type: str,
-    is_one: Callable[[Size], bool],
-    keys: Callable[[Mapping[str, Any]], dict[str, Any]],
-    config: Callable[[Any], dict[str, Any]] = _config,
-) -> Architecture:
-    """A row for some sizes of the decoder."""
-    return Architecture(
-        model_type=model_type,
-        use="models.llama:Llama",
-        component=_component,
-        is_one=lambda model: isinstance(model, Decoder) and is_one(model.size),
-        config=config,
-        keys=keys,
-        names=lambda model: names(model.size),
-        stored_names=lambda stored, model: stored_names(stored, model.size),
-    )
-
-
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": _of_decoder(
+    "LlamaForCausalLM": Architecture(
         model_type="llama",
-        is_one=lambda size: size.mup is None and not size.experts,
+        has_size=lambda size: size.mup is None and not size.experts,
         config=_llama_config,
         keys=llama_keys,
     ),
-    "GraniteForCausalLM": _of_decoder(
-        model_type="granite", is_one=lambda size: size.mup is not None and not size.experts, keys=granite_keys
+    "GraniteForCausalLM": Architecture(
+        model_type="granite",
+        has_size=lambda size: size.mup is not None and not size.experts,
+        config=_config,
+        keys=granite_keys,
     ),
-    "GraniteMoeForCausalLM": _of_decoder(
-        model_type="granitemoe",
-        is_one=lambda size: bool(size.experts),
-        config=_moe_config,
-        keys=granite_moe_keys,
+    "GraniteMoeForCausalLM": Architecture(
+        model_type="granitemoe", has_size=lambda size: bool(size.experts), config=_moe_config, keys=granite_moe_keys
     ),
 }
 

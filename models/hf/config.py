@@ -1,9 +1,11 @@
-"""What a `config.json` of transformers says, in our keys: the other direction of `hf_mapping.hf_config`."""
+"""`config.json` of transformers, in both directions: what it says in our keys, and what it has to say of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from models.presets import Size
 
 _LIMITS = {
     "vocab_size": 2**24,
@@ -149,3 +151,46 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
         raise ValueError(f"{name} = {str(value)[:40]} is no number above 0")
     return float(value)
+
+
+def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
+    """The entries (transformers 5) that describe the same function.
+
+    Those of `LlamaConfig`; with muP of `GraniteConfig`, which has its multipliers; with experts of `GraniteMoeConfig`.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
+    if size.rope_scaling is not None:
+        scaling = size.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    entries = {
+        "vocab_size": vocab_size,
+        "hidden_size": size.dim,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_width,
+        "intermediate_size": size.ffn_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": size.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": size.max_sequence_length,
+        "tie_word_embeddings": size.tied_embeddings,
+        "attention_bias": False,
+    }
+    if size.mup is not None or size.experts:
+        mup = size.mup
+        entries |= {
+            "embedding_multiplier": 1.0 if mup is None else mup.embedding_multiplier,
+            "residual_multiplier": 1.0 if mup is None else mup.residual_multiplier,
+            "attention_multiplier": size.head_width**-0.5 if mup is None else 1 / size.head_width,
+            "logits_scaling": 1.0 if mup is None else mup.width_multiple(size.dim),
+        }
+    if size.experts:
+        return entries | {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    return entries | {"mlp_bias": False}

@@ -91,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def data_parallel(sizes: Sizes) -> int:
-    return sizes.dp_replicate * sizes.dp_shard
+    return sizes.dp_size
 
 
 def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False) -> dict[str, int]:

@@ -11,10 +11,10 @@ import torch.nn.attention.flex_attention as flex
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from components.token_ids import IGNORE_INDEX
 from models import decoder as module
 from models.decoder import Decoder
 from models.document_attention import InBlocks, OneByOne, documents, positions
-from models.loss import IGNORE
 from models.mup import MuP
 from models.presets import Size
 from models.rope import RopeScaling
@@ -66,7 +66,7 @@ def tokens() -> Tensor:
 def labels() -> Tensor:
     """The tokens that follow; in the first row some are ignored."""
     shifted = torch.cat((tokens()[:, 1:], torch.full((B, 1), 11)), 1)
-    shifted[0, 2:5] = IGNORE
+    shifted[0, 2:5] = IGNORE_INDEX
     return shifted
 
 

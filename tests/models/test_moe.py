@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
-from models.loss import IGNORE
 from models.moe import Experts, routing_sums
 from models.presets import Size
 from models.router_loss import RouterKeys, RouterLoss
@@ -171,7 +171,7 @@ def tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_the_loss_is_that_of_the_tokens_and_its_gradient_also_that_of_the_router():
     ids, labels = tokens()
     labels = labels.clone()
-    labels[0, :4] = IGNORE  # sent to experts like any other token, and counted
+    labels[0, :4] = IGNORE_INDEX  # sent to experts like any other token, and counted
     model, without = decoder(KEYS), decoder(OFF)
     loss, plain = model(ids, labels), without(ids, labels)
     assert torch.equal(loss, plain)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.hf.weights import hf_config
+from models.hf.config import hf_config
 from models.presets import SIZES, SizeName
 
 pytestmark = pytest.mark.quick

@@ -14,8 +14,8 @@ import torch
 from components.checkpoint import load_tensors
 from components.safetensors import Weights
 from models.decoder import Decoder
-from models.hf.weights import from_hf
 from recipes.config import load
+from tests.models.hf.state_dicts import from_hf
 from tests.tools import numpy_llama
 from tools.export_hf import main
 

@@ -6,7 +6,6 @@ from another. A source that is made of files subclasses `FileSource` instead, an
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +16,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.atomic_files import remove_atomic
+from components.cpu import num_cpus
+from components.data.cache import CacheEntry
 from components.data.dataset import PreparedText
 from components.data.document import Document, Piece, ReadingLog
-from components.data.file_hash_cache import FileHashes, stamp_of
-from components.data.index import INDEX, PIECES, SEGMENTS, Index, Selection, open_index, write_index
-from components.data.shards import FORMAT, read_record, store_name
-from components.data.tokenize import Preparation, cores, encode_missing
+from components.data.file_hash_cache import MEMORY, FileHashes, stamp_of
+from components.data.index import Selection
 from components.interfaces import Tokenizer
 
 _LINE_SECONDS = 5.0
-MEMORY = "file-hashes.json"
 
 
 @dataclass(kw_only=True)
@@ -69,79 +66,21 @@ class TextSource(ABC):
         With several processes let one build first: the others then find the work done (doing it together is safe, but
         every one of them would tokenize). Raises ValueError or OSError for bad input or damaged shards.
         """
-        directory, made = self.prepare(
-            tokenizer=tokenizer,
-            cache_dir=cache_dir,
-            report=lambda state: progress(str(state)),
-            report_seconds=_LINE_SECONDS,
-        )
-        with FileHashes(cache_dir / MEMORY) as hashes:
-            index, segments = open_index(directory, tokenizer=tokenizer, hashes=hashes)
-        if made:
-            progress(f"prepared {index.source}: {index}")
-        return PreparedText(directory, index, segments, sequence_length)
+        entry = self.cache_entry(tokenizer, cache_dir)
+        is_new = entry.prepare(lambda state: progress(str(state)), _LINE_SECONDS)
+        dataset = entry.open(sequence_length)
+        if is_new:
+            progress(f"prepared {dataset.index.source}: {dataset.index}")
+        return dataset
 
-    def prepare(
-        self,
-        *,
-        tokenizer: Tokenizer,
-        cache_dir: Path,
-        report: Callable[[Preparation], None],
-        report_seconds: float,
-    ) -> tuple[Path, bool]:
-        """The prepared directory in `cache_dir`, and whether it had to be made now."""
-        directory, content, pieces = self._place(tokenizer, cache_dir)
-        if directory.exists() and _has_its_shards(directory, content):
-            return directory, False
-        store = store_name(tokenizer)
-        encoded = encode_missing(
-            pieces,
-            cache_dir / store,
-            tokenizer=tokenizer,
-            source=str(self),
-            report=report,
-            report_seconds=report_seconds,
-        )
-        # What is there now may be another process's, which is using it already.
-        if directory.exists() and not _has_its_shards(directory, content):
-            remove_atomic(directory, (INDEX, SEGMENTS, PIECES))
-        write_index(
-            directory,
-            [(piece.name, encoded[piece.content]) for piece in pieces],
-            source=str(self),
-            content=content,
-            tokenizer=tokenizer,
-            store=store,
-            selection=self._selection(),
-        )
-        return directory, True
-
-    def is_prepared(self, *, tokenizer: Tokenizer, cache_dir: Path) -> bool:
-        """Whether `build` will find all that it needs in `cache_dir`."""
-        directory, content, _ = self._place(tokenizer, cache_dir)
-        return directory.exists() and _has_its_shards(directory, content)
-
-    def _place(self, tokenizer: Tokenizer, cache_dir: Path) -> tuple[Path, str, list[Piece]]:
-        """The prepared directory, which may not be there yet, the fingerprint of its content, and the parts of it."""
+    def cache_entry(self, tokenizer: Tokenizer, cache_dir: Path) -> CacheEntry:
+        """Return where in `cache_dir` this source is prepared or will be."""
         if self.held_out and not self.hold_out:
             raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
         with FileHashes(cache_dir / MEMORY) as hashes:
             pieces = self.pieces(hashes)
-        content = hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()
-        content = f"{content} {self._selection().model_dump_json()}"
-        key = hashlib.sha256(f"{FORMAT}\0{content}\0{tokenizer.fingerprint}".encode()).hexdigest()
-        return cache_dir / f"{type(self).__name__}-{key[:20]}", content, pieces
-
-    def _selection(self) -> Selection:
-        return Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
-
-
-def _has_its_shards(directory: Path, content: str) -> bool:
-    """Whether all that the prepared `directory` refers to is still there. Raises ValueError if it is of other text."""
-    index = read_record(directory / INDEX, Index)
-    if index.content != content:
-        raise ValueError(f"{directory} holds other text than its name says; delete it to prepare it anew")
-    return all((directory.parent / index.store / shard).is_dir() for shard in index.shards)
+        selection = Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
+        return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), pieces, selection)
 
 
 @dataclass(kw_only=True)
@@ -173,7 +112,7 @@ class FileSource(TextSource):
     def pieces(self, hashes: FileHashes) -> list[Piece]:
         files = self.files()
         stamps = list(map(stamp_of, files.values()))
-        with ThreadPoolExecutor(min(8, cores())) as pool:  # hashing leaves the interpreter's lock
+        with ThreadPoolExecutor(min(8, num_cpus())) as pool:  # hashing leaves the interpreter's lock
             digests = list(pool.map(hashes.sha256, files.values()))
         return [
             Piece(name, f"{self.manner(path)} {digest}", stamp[0], partial(_read_as_hashed, self.read, path, stamp))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from components.data import TextFiles
 from components.data.dataset import PackedTokens
 from components.data.document import ReadingLog
-from components.data.tokenize import encode_missing
+from components.data.tokenize import tokenize_missing
 from components.tokenizers import Bytes, TiktokenFile
 from tests.components.data.conftest import Given
 
@@ -34,9 +34,7 @@ def concatenated(texts: list[str]) -> list[int]:
 
 def open_in_shards(folder, texts, *, sequence_length, shard_tokens, monkeypatch):
     """Prepared with shards of about `shard_tokens`."""
-    monkeypatch.setattr(
-        "components.data.sources.base.encode_missing", partial(encode_missing, shard_tokens=shard_tokens)
-    )
+    monkeypatch.setattr("components.data.cache.tokenize_missing", partial(tokenize_missing, shard_tokens=shard_tokens))
     return Given(text=tuple(texts)).build(
         tokenizer=Bytes().build(), sequence_length=sequence_length, cache_dir=folder, progress=print
     )

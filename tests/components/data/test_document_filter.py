@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from components.data import TextFiles
 from components.data.document import Piece
-from components.data.tokenize import Preparation, encode_missing, grouped
+from components.data.tokenize import Preparation, group_neighbours, tokenize_missing
 from components.tokenizers import Bytes
 from components.tokenizers.bytes import ByteEncoder
 from tests.components.data.conftest import Given
@@ -97,7 +97,7 @@ def test_the_documents_are_those_that_were_selected(
         expected = [text for text in expected if held(text, hold_out) == held_out]
     source = Given(text=tuple(texts), deduplicate=deduplicate, hold_out=hold_out, held_out=held_out and hold_out > 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("components.data.sources.base.encode_missing", partial(encode_missing, shard_tokens=shard_tokens))
+        patch.setattr("components.data.cache.tokenize_missing", partial(tokenize_missing, shard_tokens=shard_tokens))
         if not expected:
             with pytest.raises(ValueError, match="holds no text: of"):
                 build(source, tmp_path_factory.mktemp("cache"))
@@ -143,11 +143,9 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
     settings = {"group_bytes": 8_000, "shard_tokens": 3_000}
     seen: list[Preparation] = []
     for processes in (1, 2):
-        patched = partial(encode_missing, processes=processes, **settings)
-        monkeypatch.setattr("components.data.sources.base.encode_missing", patched)
-        TextFiles(path=folder).prepare(
-            tokenizer=Bytes().build(), cache_dir=tmp_path / str(processes), report=seen.append, report_seconds=0
-        )
+        patched = partial(tokenize_missing, processes=processes, **settings)
+        monkeypatch.setattr("components.data.cache.tokenize_missing", patched)
+        TextFiles(path=folder).cache_entry(Bytes().build(), tmp_path / str(processes)).prepare(seen.append, 0)
     one = contents(tmp_path / "1")
     assert len(one) >= 3 * 8
     assert one == contents(tmp_path / "2")
@@ -162,6 +160,6 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
 def test_groups_are_all_pieces_in_order_and_no_larger_than_they_must_be(sizes):
     pieces = [Piece(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
-    groups = list(grouped(pieces, 60))
+    groups = list(group_neighbours(pieces, 60))
     assert [piece for group in groups for piece in group] == pieces
     assert all(len(group) == 1 or sum(piece.size_bytes for piece in group) <= 60 for group in groups)

@@ -269,7 +269,7 @@ class Slow(Given):
 @pytest.mark.quick
 def test_progress_tells_how_far_and_how_long(tmp_path):
     seen = []
-    Slow(text=()).prepare(tokenizer=Bytes().build(), cache_dir=tmp_path, report=seen.append, report_seconds=0)
+    Slow(text=()).cache_entry(Bytes().build(), tmp_path).prepare(seen.append, 0)
     assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in [*range(1, 11), 10]]  # last: the end
     assert "3.0 of 10.0 MB (30%)" in str(seen[2])
     assert "s left" in str(seen[2])

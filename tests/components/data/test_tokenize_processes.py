@@ -17,7 +17,7 @@ from components.atomic_files import atomic_directory
 from components.data.document import Document, Piece, ReadingLog
 from components.data.file_hash_cache import FileHashes
 from components.data.sources.base import TextSource
-from components.data.tokenize import encode_missing
+from components.data.tokenize import tokenize_missing
 from tests.components.data.conftest import Given
 from tests.components.data.test_tokenize import TEXT, build, contents, shards
 
@@ -33,12 +33,12 @@ KILLED = """
 import os, signal, sys
 from functools import partial
 from pathlib import Path
-from components.data.sources import base
+from components.data import cache
 from components.tokenizers import Bytes
 from tests.components.data.test_tokenize_processes import Many
 
 number = sys.argv[2]
-base.encode_missing = partial(base.encode_missing, shard_tokens=1_200_000)
+cache.tokenize_missing = partial(cache.tokenize_missing, shard_tokens=1_200_000)
 Many(kill_at=int(sys.argv[3]), by=getattr(signal, number) if number else 0).build(
     tokenizer=Bytes().build(), sequence_length=8, cache_dir=Path(sys.argv[1]), progress=print
 )
@@ -78,7 +78,7 @@ def test_a_killed_preparation_goes_on_and_gives_the_same_shards_byte_by_byte(tmp
     before = contents(tmp_path / "killed")
     # Who takes it up is not confused by what was left, and sweeps it away once it is old enough to be nobody's.
     monkeypatch.setattr("components.atomic_files._ABANDONED_SECONDS", -1.0)
-    monkeypatch.setattr("components.data.sources.base.encode_missing", partial(encode_missing, shard_tokens=1_200_000))
+    monkeypatch.setattr("components.data.cache.tokenize_missing", partial(tokenize_missing, shard_tokens=1_200_000))
     resumed = build(tmp_path / "killed", Many(kill_at=0, by=0))
     whole = build(tmp_path / "whole", Many(kill_at=0, by=0))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
