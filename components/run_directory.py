@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +26,21 @@ _PATIENCE_SECONDS = 10.0
 """How long one waits for another run to leave: what was just killed may have processes that have yet to notice."""
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """`config.toml`, `metrics.jsonl`, `log.txt`, `tensorboard/`, `checkpoints/` and `profile/` of one run."""
+    """The directory of one run, and the places in it."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile"
-
-    @property
-    def mark(self) -> Path:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.profile = path / "profile"
+        self.mark = path / "run.json"
         """Makes the directory that of a run: what is in it belongs to the run only if this file says so."""
-        return self.path / "run.json"
-
-    @property
-    def stop(self) -> Path:
+        self.stop = path / "stop"
         """Once there is a file of this name, the run saves and stops."""
-        return self.path / "stop"
 
     @property
     def run(self) -> str | None:
