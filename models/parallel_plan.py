@@ -1,4 +1,4 @@
-"""How a Llama may be divided among processes: tables by module name. What the words do is components/parallel's."""
+"""How a Llama is divided among processes: tables by module name, in the words of distributed/tensor_parallel."""
 
 from __future__ import annotations
 

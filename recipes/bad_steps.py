@@ -97,10 +97,10 @@ def _not_finite(run: TrainingRun) -> str:
 def _return_to_checkpoint(run: TrainingRun, what: str, besides: str = "") -> bool:
     """Make the state that of the newest intact checkpoint and log `what`; False where there is none."""
     run.store.wait()
-    warnings: list[str] = []
-    checkpoint = newest_sound(run.store.complete(), run.world, warnings)
-    for warning in warnings:
-        log.warning(warning)
+    damages: list[str] = []
+    checkpoint = newest_sound(run.store.complete(), run.world, damages)
+    for damage in damages:
+        log.warning(f"{damage}; taking the checkpoint before it")
     if checkpoint is None:
         return False
     run.is_sound = False  # until all of it is read

@@ -15,6 +15,7 @@ import torch
 from components.batch.adaptive import Adaptive
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
+from components.errors import message_of
 from components.run_directory import RunDirectory
 from components.units import format_count
 from recipes.memory_estimate import PLANNED, Memory
@@ -90,9 +91,9 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
             try:
                 data.size_bytes()
             except FileNotFoundError as error:
-                yield Foreseen("warning", f"{key}.path", _absent(str(error)))
+                yield Foreseen("warning", f"{key}.path", _absent(message_of(error)))
             except (OSError, ValueError) as error:
-                yield Foreseen("warning", f"{key}.path", str(error).removeprefix("path: "))
+                yield Foreseen("warning", f"{key}.path", message_of(error))
     if (weights := recipe.run.init_from) is not None:
         from recipes.initial_weights import check_initial_weights  # brings all models along
 
@@ -121,7 +122,7 @@ def _eager(plan: Plan) -> Iterator[Foreseen]:
 
 
 def _absent(message: str) -> str:
-    return f"not on this machine, and needed to train: {message.removeprefix('path: ')}"
+    return f"not on this machine, and needed to train: {message}"
 
 
 def _batch(plan: Plan) -> Iterator[Foreseen]:

@@ -16,6 +16,7 @@ from components.data.document import ReadingLog
 from components.data.mixture import Mixture
 from components.data.sources.base import TextSource
 from components.distributed.parallel_dims import Sizes
+from components.errors import InputError, message_of
 from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError, Problem
 from recipes.course import Course, play
@@ -126,9 +127,11 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
             tokenizer = recipe.tokenizer.build()
             vocab_size = tokenizer.vocab_size
         except FileNotFoundError as error:
-            vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, str(error)
+            vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, message_of(error)
             if not vocab_size:
-                raise FileNotFoundError(f"{error}; given model.vocab_size, a dry run does without it") from error
+                raise InputError(
+                    getattr(error, "key", ""), f"{missing}; given model.vocab_size, a dry run does without it"
+                ) from error
     if vocab_size:
         with _collected(config, "model", problems):
             model = build_model(config, vocab_size)

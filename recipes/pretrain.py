@@ -30,6 +30,7 @@ from components.distributed.collectives import attempt
 from components.distributed.context import World
 from components.distributed.launcher import launched_at
 from components.distributed.parallel_dims import Parallel
+from components.errors import InputError
 from components.garbage_collection import GarbageCollection
 from components.gradient_moments import GradientMeter, GradientNoise, MeasureMoments, backward_parameters
 from components.guard import BadStep, Guard
@@ -478,10 +479,11 @@ class TrainingRun:
             return
         batch = self.layout.fit(self.recipe.batch.samples(self.clock))
         if batch.micro_batches * self.ranks.size < 2:
-            raise ValueError(
-                f"initial: a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
+            raise InputError(
+                "initial",
+                f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
                 f"gradient, so the batch could never change; take {2 * self.layout.unit} or a smaller "
-                "training.micro_batch_size"
+                "training.micro_batch_size",
             )
 
     def _lacks_validation(self, metrics: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from components.batch.planned import Planned
+from components.errors import InputError
 from components.units import PositiveCount
 
 
@@ -53,10 +54,10 @@ class Seesaw(Planned):
 
     def __post_init__(self) -> None:
         if self.maximum < self.initial:
-            raise ValueError(f"maximum: {self.maximum} is below initial = {self.initial}; raise it or lower initial")
+            raise InputError("maximum", f"{self.maximum} is below initial = {self.initial}; raise it or lower initial")
         for name, size in (("initial", self.initial), ("maximum", self.maximum)):
             if size % self.quantum:
-                raise ValueError(f"quantum: {self.quantum} does not divide {name} = {size}; make it a multiple")
+                raise InputError("quantum", f"{self.quantum} does not divide {name} = {size}; make it a multiple")
         self._schedule: Schedule | None = None
         self._reference = 0
 
@@ -64,7 +65,7 @@ class Seesaw(Planned):
         """Raises ValueError when the rate would not follow the batch."""
         name = type(schedule).__name__
         if not (hasattr(schedule, "max_lr") and hasattr(schedule, "batch_rule")):
-            raise ValueError(f"use: Seesaw needs a schedule with max_lr and batch_rule, and {name} has not both")
+            raise InputError("use", f"Seesaw needs a schedule with max_lr and batch_rule, and {name} has not both")
         reference = self.initial * sequence_length
         rule, given = schedule.batch_rule, getattr(schedule, "reference_batch_tokens", None)
         if (rule, given) != ("sqrt", reference):

@@ -10,8 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
-import multiprocessing.queues
-import multiprocessing.util
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from components.data.loader_workers import defer_worker_deaths, end_workers, raise_worker_deaths, start_worker
 from components.data.order import SampleOrder
+from components.errors import InputError
 from components.interfaces import HasOrder, Order, PackedDataset
 
 # m micro-batch size, T sequence length
@@ -151,6 +151,7 @@ class MicroBatchLoader:
         self.close()
 
     def _next(self, _: int) -> MicroBatch:
+        asked = time.monotonic()
         try:
             if self._stream is None:
                 self._start_reading()
@@ -164,7 +165,7 @@ class MicroBatchLoader:
                 raise
             if self._last_words.poll():
                 raise OSError(f"a loader worker cannot go on: {self._last_words.recv()}") from None
-            if "timed out" in str(error):
+            if time.monotonic() - asked >= self._settings["timeout"]:
                 raise OSError(
                     f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
                 ) from error
@@ -234,7 +235,7 @@ class _OrderedSamples:
         try:
             sequences = self._read(indices)
         except (ValueError, OSError) as error:
-            if type(error).__module__ != "builtins":
+            if type(error).__module__ not in ("builtins", InputError.__module__):
                 raise  # may not survive pickling
             return error
         return _Block(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from components.distributed.context import World
+from components.errors import InputError
 from components.units import PositiveCount
 
 
@@ -47,7 +48,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard"):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name}: 1 or more, or -1 for what the others leave")
+                raise InputError(name, "1 or more, or -1 for what the others leave")
 
     def sizes(self, world_size: int, local_size: int | None = None) -> Sizes:
         """The mesh of a run of `world_size` processes, `local_size` on each node; without it they are all on one.
@@ -64,9 +65,10 @@ class Parallel:
         if replicas == -1:
             replicas = max(1, world_size // (shards * tp))
         if replicas * shards * tp != world_size:
-            raise ValueError(
-                f"dp_shard: {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
-                f"is not the {world_size} processes of this run; -1 takes what the others leave"
+            raise InputError(
+                "dp_shard",
+                f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
+                f"is not the {world_size} processes of this run; -1 takes what the others leave",
             )
         return Sizes(replicas, shards, tp)
 

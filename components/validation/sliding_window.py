@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.distributed.collectives import attempt, described
+from components.errors import InputError
 from components.interfaces import Comm
 from components.token_ids import IGNORE_INDEX, check_token_ids
 from components.validation.totals import Totals, UnreadableError
@@ -75,7 +76,7 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.size:
-            raise ValueError(f"stride: {self.stride} must be from 1 to the window of {self.size} tokens")
+            raise InputError("stride", f"{self.stride} must be from 1 to the window of {self.size} tokens")
 
     @torch.no_grad()
     def evaluate(

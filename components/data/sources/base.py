@@ -22,6 +22,7 @@ from components.data.dataset import PreparedText
 from components.data.document import Document, Piece, ReadingLog
 from components.data.file_hash_cache import MEMORY, FileHashes, stamp_of
 from components.data.index import Selection
+from components.errors import InputError
 from components.interfaces import Tokenizer
 
 _LINE_SECONDS = 5.0
@@ -76,7 +77,7 @@ class TextSource(ABC):
     def cache_entry(self, tokenizer: Tokenizer, cache_dir: Path) -> CacheEntry:
         """Return where in `cache_dir` this source is prepared or will be."""
         if self.held_out and not self.hold_out:
-            raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
+            raise InputError("held_out", "nothing is held out; say which share of the documents is, with hold_out")
         with FileHashes(cache_dir / MEMORY) as hashes:
             pieces = self.pieces(hashes)
         selection = Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
