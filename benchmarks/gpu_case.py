@@ -94,7 +94,7 @@ def configure(arguments: argparse.Namespace, directory: str) -> Config:
         "training.activation_checkpoint": arguments.activation_checkpoint or case.activation_checkpoint,
         "training.compile": str(arguments.kind != "eager" and not arguments.smoke).lower(),
         "training.attention_within": "document" if arguments.kind == "documents" else "sequence",
-        "batch.use": "components.batch.constant:Constant", "batch.initial": 1,
+        "batch.use": "components.batch:Constant", "batch.initial": 1,
     }  # fmt: skip
     if arguments.kind == "no noise":
         settings["gradient_moments.interval_steps"] = "none"

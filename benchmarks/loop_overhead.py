@@ -57,16 +57,16 @@ def overhead(steps: int) -> tuple[float, float]:
         torch.Tensor.backward = work.wrap(torch.Tensor.backward)  # type: ignore[method-assign]
         run.model.forward = work.wrap(run.model.forward)
         run.step.optimizer.step = work.wrap(run.step.optimizer.step)  # type: ignore[method-assign]
-        run.step.clip = clip.wrap(run.step.clip)  # type: ignore[method-assign]
+        run.step._clip = clip.wrap(run.step._clip)  # type: ignore[method-assign]
 
         marks: list[tuple[float, float]] = []
-        samples = config.recipe.batch.samples
+        next_batch_size = run.policy.next_batch_size
 
         def marked(progress: object) -> int:
             marks.append((work.seconds, clip.seconds))
-            return int(samples(progress))
+            return next_batch_size(progress)
 
-        config.recipe.batch.samples = marked
+        object.__setattr__(run.policy, "next_batch_size", marked)
         run.train()
         seconds = sum(config.recipe.batch.step_seconds(skip=WARM_UP))
         worked, clipped = (marks[-1][i] - marks[WARM_UP][i] for i in (0, 1))

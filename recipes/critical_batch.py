@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout
 from components.checkpoint import complete_checkpoints
 from components.durable import replace_file
 from components.metrics.console import start_log
@@ -135,7 +135,7 @@ class Measurement:
                     "if_exists": "replace",  # what is there without a checkpoint is worth nothing
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
-                "batch": {"use": "components.batch.constant:Constant", "initial": factor * start.batch},
+                "batch": {"use": "components.batch:Constant", "initial": factor * start.batch},
                 "lr_schedule": {
                     "use": "components.lr_schedules:Constant",
                     "max_lr": start.lr * math.sqrt(factor),

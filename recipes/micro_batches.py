@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from components.batch.layout import StepBatch
+from components.batch import StepBatch
 from components.data.loader import MicroBatch
 from components.processes import BAD_INPUT, attempt, described, raise_in_all
 from components.profiler_range import profiler_range

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from components import precision
-from components.batch.adaptive import Adaptive
-from components.batch.layout import BatchLayout, StepBatch
+from components.batch import BatchLayout, StepBatch
 from components.checkpoint import Checkpoint, TrainingTensors
 from components.clock import Clock
 from components.data.loader import MicroBatchLoader, check_workers
@@ -45,9 +44,19 @@ from components.train_step import TrainStep, not_finite
 from components.validation import HeldOut
 from components.working_weights import WorkingWeights
 from recipes.bad_steps import answer, learning_rate, require_finite_state
+from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config, ConfigError, error_message
-from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
-from recipes.course import follow_schedule
+from recipes.contracts import (
+    BatchConfig,
+    Data,
+    HasPlan,
+    LRSchedule,
+    Model,
+    Optimizer,
+    ReportsMetrics,
+    Tokenizer,
+    complete_schedule,
+)
 from recipes.divide import divide
 from recipes.errors import RunError, blame, evaluate_together
 from recipes.language_model import build_model, keep_documents_apart
@@ -74,7 +83,7 @@ class Pretrain:
     training: Training
     optimizer: Optimizer
     lr_schedule: LRSchedule
-    batch: BatchPolicy
+    batch: BatchConfig
     gradient_moments: MeasureMoments = field(default_factory=MeasureMoments)
     run: Run = field(default_factory=Run)
     parallel: Parallel = field(default_factory=Parallel)
@@ -91,17 +100,17 @@ class Pretrain:
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Problems that only show across sections, as (dotted path, message)."""
-        warmup = getattr(self.lr_schedule, "warmup_tokens", 0)
+        warmup = complete_schedule(self.lr_schedule).warmup_tokens
         if warmup > self.training.total_tokens:
             yield (
                 "lr_schedule.warmup_tokens",
                 f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
             )
-        if isinstance(self.batch, Adaptive) and self.gradient_moments.interval_steps is None:
+        if self.gradient_moments.interval_steps is None and _is_adaptive(self):
             yield (
                 "gradient_moments.interval_steps",
                 f"never measured, the gradient gives {type(self.batch).__name__} nothing to follow; leave it out, or "
-                "take components.batch.constant:Constant",
+                "take components.batch:Constant",
             )
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
@@ -128,6 +137,14 @@ class Pretrain:
                         log.error(f"the state before this error could not be saved: {failure}")
                 raise
         return exit_status(request) if stops(request) else 0
+
+
+def _is_adaptive(recipe: Pretrain) -> bool:
+    """Whether the batch follows the gradient; False where no policy can be built, which is reported when one is."""
+    try:
+        return build_batch_policy(recipe).is_adaptive
+    except ValueError:
+        return False
 
 
 class TrainingRun:
@@ -164,7 +181,7 @@ class TrainingRun:
         self.precision = precision.resolve(training.precision, device)
         self.clock = Clock(training.total_tokens, training.sequence_length)
         with blame(config, "batch"):
-            follow_schedule(recipe)
+            self.policy = build_batch_policy(recipe)
         with blame(config, "gradient_moments"):
             self.noise, self.told_unmeasurable = recipe.gradient_moments.build(), False
         with blame(config, "parallel"):
@@ -249,7 +266,7 @@ class TrainingRun:
             with blame(config, "checkpoint"):
                 restore(self, checkpoint)
         with blame(config, "batch"):
-            self._check_that_noise_shows()
+            require_measurable_noise(self.policy, self.layout, self.clock)
         self.store.saved_step = self.started_at = self.clock.step
         self.is_sound = True
         """Whether tensors and clock belong together, as they do but during an update: only then may they be saved."""
@@ -372,7 +389,7 @@ class TrainingRun:
         not depend on when the run was saved.
         """
         while self.observations and self.observations[0][0].step <= self.clock.step - self.delay:
-            self.recipe.batch.observe(*self.observations.popleft())
+            self.policy.observe(*self.observations.popleft())
 
     def _judge(self, result: StepResult) -> BadStep | None:
         return self.guard.judge(result.loss, result.grad_norm)
@@ -387,7 +404,7 @@ class TrainingRun:
     def next_batch(self) -> StepBatch:
         """The batch of the next step. Raises ConfigError at [batch] for one that is none."""
         with blame(self.config, "batch", started=True):
-            return self.layout.fit(self.recipe.batch.samples(self.clock))
+            return self.layout.fit(self.policy.next_batch_size(self.clock))
 
     def due(self, interval_steps: int | None) -> bool:
         """Whether something that happens every `interval_steps` happens now; the end of the run has its own."""
@@ -424,9 +441,9 @@ class TrainingRun:
     def measures(self, batch: StepBatch) -> bool:
         """Whether the gradient noise of the step that starts now is measured."""
         interval = self.recipe.gradient_moments.interval_steps
-        if interval is None or self.clock.step % interval or not self.recipe.batch.measures(self.clock):
+        if interval is None or self.clock.step % interval or not self.policy.measures_noise(self.clock):
             return False
-        if batch.micro_batches * self.ranks.size > 1:
+        if self.layout.shows_noise(batch):
             return True
         if not self.told_unmeasurable:
             self.told_unmeasurable = True
@@ -471,18 +488,6 @@ class TrainingRun:
             self.step.discard()
             self.save()
             self.store.wait()
-
-    def _check_that_noise_shows(self) -> None:
-        """Raises ValueError for a batch that follows the gradient and could never do so."""
-        if not isinstance(self.recipe.batch, Adaptive):
-            return
-        batch = self.layout.fit(self.recipe.batch.samples(self.clock))
-        if batch.micro_batches * self.ranks.size < 2:
-            raise ValueError(
-                f"initial: a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-                f"gradient, so the batch could never change; take {2 * self.layout.unit} or a smaller "
-                "training.micro_batch_size"
-            )
 
     def _lacks_validation(self, metrics: Path) -> bool:
         """Whether the run ended between the save of this step and the validation that was due after it."""

@@ -65,7 +65,7 @@ def state_of(run: TrainingRun) -> dict[str, Any]:
     """Everything the next step depends on that is no tensor, as JSON."""
     return {
         "clock": run.clock.state_dict(),
-        "batch": dict(run.recipe.batch.state_dict()),
+        "batch": dict(run.policy.state_dict()),
         "gradient_noise": run.noise.state_dict(),
         "observations": [[progress.state_dict(), noise and noise.state_dict()] for progress, noise in run.observations],
         "guard": run.guard.state_dict(),
@@ -114,7 +114,7 @@ def roll_back(run: TrainingRun, checkpoint: Path) -> None:
 
 def _restore_parts(run: TrainingRun, checkpoint: Path, state: dict[str, Any]) -> None:
     try:
-        run.recipe.batch.load_state_dict(state["batch"])
+        run.policy.load_state_dict(state["batch"])
         for name, part in (("gradient_noise", run.noise), ("guard", run.guard)):
             if name in state:  # checkpoints of before there was one have none
                 part.load_state_dict(state[name])

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive, GradientNoise
+from components.batch.adaptive import Adaptive
+from components.batch.policy import GradientNoise
 from components.quantities import PositiveCount
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NormTest(Adaptive):
     """Grows the batch until the error of its mean gradient g is below eta times its length (arXiv 2412.21124).
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from components.batch.constant import Constant
+from components.batch import Constant
 from components.train_step import TrainStep
 from recipes import launch
 from recipes.bad_steps import NonFiniteError
@@ -66,7 +66,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
         status = tiny.launch(
             f"--resume={tiny.checkpoint(FROM)}",
             f"--run.dir={hand}",
-            "--batch.use=components.batch.constant:Constant",
+            "--batch.use=components.batch:Constant",
             f"--batch.initial={12 * factor}",
             "--lr_schedule.use=components.lr_schedules:Constant",
             f"--lr_schedule.max_lr={0.01 * math.sqrt(factor)}",
@@ -105,16 +105,16 @@ class Killed(BaseException):
 
 
 def at_its_step(count: int, sends):
-    """`samples` of the constant batch, which calls `sends` where the second branch asks for its `count`-th step."""
+    """`next_batch_size` of the constant batch, which calls `sends` at step `count` of the second branch."""
     asked = []
 
-    def samples(self, progress):
+    def next_batch_size(self, progress):
         asked.append(self.initial)
         if self.initial == 24 and asked.count(24) == count:
             sends()
         return self.initial
 
-    return samples
+    return next_batch_size
 
 
 def kill(*_):
@@ -135,7 +135,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
             second_ended = lambda run: run.clock.done and run.recipe.batch.initial == 24  # noqa: E731
             patch.setattr(TrainingRun, "validate", lambda run: kill() if second_ended(run) else validate(run))
         else:
-            patch.setattr(Constant, "samples", at_its_step(4, kill))
+            patch.setattr(Constant, "next_batch_size", at_its_step(4, kill))
         with pytest.raises(Killed):
             measured.launch(saves)
     assert not (measured.directory / "critical_batch.json").exists()
@@ -157,7 +157,7 @@ def test_a_stopped_branch_stops_the_measurement_and_is_continued(measured, monke
     whole = measured.json()
     shutil.rmtree(measured.directory)
     with monkeypatch.context() as patch:
-        patch.setattr(Constant, "samples", at_its_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(Constant, "next_batch_size", at_its_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         assert measured.launch() == 128 + signal.SIGTERM
     assert len([row for row in measured.rows(2) if "loss" in row]) == 2
     assert not (measured.directory / "critical_batch.json").exists()
@@ -221,7 +221,7 @@ def test_print_config_is_launchable(measured, capsys):
 
 
 def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
-    adaptive = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
+    adaptive = ["--batch.use=components.batch:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
     assert measured.launch(*adaptive, "--gradient_moments.interval_steps=none", "--dry-run") == 0
 
 

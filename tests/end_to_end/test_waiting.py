@@ -17,7 +17,7 @@ from recipes.pretrain import TrainingRun
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
 """Operations whose result, or its shape, is needed on the host."""
 EXPERTS = ["--model.experts=4", "--model.top_k=2"]
-ADAPTIVE = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=4", "--batch.maximum=40"]
+ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial=4", "--batch.maximum=40"]
 ADAPTIVE += ["--batch.quantum=2", "--batch.eta=0.5"]
 CASES = {
     "dense": [],
