@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.measure import ROOT, machine, spread
 from recipes.config import Config, Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 RECIPES = (
     "microllama300m",
@@ -93,7 +93,7 @@ def measure(recipe: str, *, compiled: bool, steps: int) -> tuple[int, list[float
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         config = narrow(recipe, Path(folder), compiled=compiled, steps=steps)
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         marks = Marks()
         cleanup.callback(setattr, torch.Tensor, "backward", torch.Tensor.backward)
         torch.Tensor.backward = marks.backward(torch.Tensor.backward)  # type: ignore[method-assign]

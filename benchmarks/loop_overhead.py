@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import DEBUG, machine, spread
 from recipes.config import Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 WARM_UP = 5
 
@@ -51,7 +51,7 @@ def overhead(steps: int) -> tuple[float, float]:
             "training.total_tokens": str((steps + WARM_UP + 1) * 16 * 256),
         }  # fmt: skip
         config = load(DEBUG, [Override(key, value) for key, value in settings.items()])
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         work, clip = Timed(), Timed()
         cleanup.callback(setattr, torch.Tensor, "backward", torch.Tensor.backward)
         torch.Tensor.backward = work.wrap(torch.Tensor.backward)  # type: ignore[method-assign]

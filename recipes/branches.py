@@ -16,8 +16,8 @@ from components.quantities import PositiveCount
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
 from recipes.resume import checkpoint_at
-from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,6 +202,10 @@ def complete_schedule(schedule: LRSchedule) -> ScheduleDefaults:
     return with_defaults(schedule, ScheduleDefaults)
 
 
+class AnyHook(Protocol):
+    """[hooks.NAME]: a class with any of the methods of `recipes.hooks:Hook`."""
+
+
 @runtime_checkable
 class BatchConfig(Protocol):
     """[batch]: how many samples each step takes."""

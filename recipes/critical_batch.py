@@ -37,7 +37,7 @@ from recipes.errors import RunError, blame
 from recipes.opening import remove_run
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, changes, lies_in, refuse, rule_of
-from recipes.run_state import read_run_state
+from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
@@ -262,7 +262,9 @@ class Measurement:
     def _is_finished(self, factor: int, newest: Path) -> bool:
         rows = self.rows(factor)
         reached = read_run_state(newest)["clock"]["tokens"] >= self.start.tokens + self.tokens
-        return reached and (self.recipe.validation is None or any("val_loss" in row for row in rows[-1:]))
+        return reached and (
+            self.recipe.validation is None or any("val_loss" in row for row in rows if row["step"] == rows[-1]["step"])
+        )
 
     def _compare(self, begun: Path) -> None:
         """Raises ValueError if the branches that are there are not of this measurement."""

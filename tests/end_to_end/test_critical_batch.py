@@ -10,13 +10,16 @@ import signal
 import sys
 
 import pytest
+from torch import nn
 
 from components.batch import Constant
+from components.clock import Clock
 from components.train_step import TrainStep
 from recipes import launch
 from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
-from recipes.pretrain import Pretrain, TrainingRun
+from recipes.loop_hooks import Validate
+from recipes.pretrain import Pretrain
 from tests.end_to_end.test_resume import timeless
 from tests.faults.test_removals import Others, moved_and_linked
 
@@ -129,11 +132,16 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     rows = {factor: timeless(measured.rows(factor)) for factor in (1, 2)}
     shutil.rmtree(measured.directory)
 
-    validate = TrainingRun.validate
+    validate = Validate.validate
     with monkeypatch.context() as patch:
         if moment == "before its validation":
-            second_ended = lambda run: run.clock.done and run.recipe.batch.initial == 24  # noqa: E731
-            patch.setattr(TrainingRun, "validate", lambda run: kill() if second_ended(run) else validate(run))
+
+            def killed(hook: Validate, model: nn.Module, clock: Clock) -> None:
+                if clock.done and hook.config.recipe.batch.initial == 24:
+                    kill()
+                validate(hook, model, clock)
+
+            patch.setattr(Validate, "validate", killed)
         else:
             patch.setattr(Constant, "next_batch_size", at_its_step(4, kill))
         with pytest.raises(Killed):

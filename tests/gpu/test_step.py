@@ -32,9 +32,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
     """torch raises at every synchronisation while a step is launched, from the third step on."""
-    from recipes.pretrain import TrainingRun
+    from recipes.pretrain import Trainer
 
-    launch = TrainingRun.launch
+    launch = Trainer.launch
     launched = []
 
     def watched(run, batch):
@@ -45,7 +45,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
             torch.cuda.set_sync_debug_mode("default")
         launched.append(run.clock.step)
 
-    monkeypatch.setattr(TrainingRun, "launch", watched)
+    monkeypatch.setattr(Trainer, "launch", watched)
     assert tiny.launch(*CUDA, *CASES[name]) == 0
     assert len(launched) >= 5
 
