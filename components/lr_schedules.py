@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from components.errors import InputError
 from components.quantities import PositiveCount, Tokens
 
 Rate = Annotated[float, Field(gt=0)]
@@ -63,9 +64,10 @@ class _FollowsBatch:
 
     def __post_init__(self) -> None:
         if self.batch_rule != "none" and self.reference_batch_tokens is None:
-            raise ValueError(
-                f"reference_batch_tokens: required by batch_rule = {self.batch_rule!r}: the tokens (samples x "
-                "sequence_length) of the batch that max_lr is meant for"
+            raise InputError(
+                "reference_batch_tokens",
+                f"required by batch_rule = {self.batch_rule!r}: the tokens (samples x "
+                "sequence_length) of the batch that max_lr is meant for",
             )
         if self.batch_rule == "none" and self.reference_batch_tokens is not None:
             raise ValueError(
@@ -138,7 +140,7 @@ class _StableThenDecay(_FollowsBatch):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay_tokens is not None and self.decay_fraction is not None:
-            raise ValueError("decay_tokens: excludes decay_fraction; give one of the two")
+            raise InputError("decay_tokens", "excludes decay_fraction; give one of the two")
 
     def _decay_start(self, total_tokens: int) -> float:
         if self.decay_tokens is not None:
@@ -183,9 +185,10 @@ class Power(_StableThenDecay):
     def __post_init__(self) -> None:
         for key, value in (("batch_rule", self.batch_rule), ("reference_batch_tokens", self.reference_batch_tokens)):
             if value not in ("none", None):
-                raise ValueError(
-                    f"{key}: Power follows the batch linearly by itself (beta, up to max_lr), and a second rule would "
-                    "count it twice; leave it out, or take WSD with a batch_rule"
+                raise InputError(
+                    key,
+                    "Power follows the batch linearly by itself (beta, up to max_lr), and a second rule would "
+                    "count it twice; leave it out, or take WSD with a batch_rule",
                 )
         super().__post_init__()
 

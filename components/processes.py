@@ -5,10 +5,13 @@ A process that failed alone would leave the others waiting for it in a collectiv
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from components.errors import InputError, message_of
 
 T = TypeVar("T")
 
@@ -54,13 +57,18 @@ def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) 
     """Raise this process's `failure`, or else say what the first other process that has one found; if none has, return.
 
     Every process calls it. `gather` brings a text of each, by rank: the process that speaks may be another than the one
-    that knows. Bad input (ValueError, OSError) is a ValueError there, anything else a RuntimeError.
+    that knows. Bad input (ValueError, OSError) is an InputError there, at the same key, anything else a RuntimeError.
     """
-    bad_input = isinstance(failure, (ValueError, OSError))
-    said = gather("" if failure is None else f"input {failure}" if bad_input else f"other {failure!r}")
+    report = ""
+    if failure is not None:
+        is_input = isinstance(failure, (ValueError, OSError))
+        message = message_of(failure) if is_input else repr(failure)
+        report = json.dumps([is_input, getattr(failure, "key", ""), message])
+    reports = gather(report)
     if failure is not None:
         raise failure
-    for rank, text in enumerate(said):
-        kind, _, message = text.partition(" ")
-        if kind:
-            raise (ValueError if kind == "input" else RuntimeError)(f"{message} (rank {rank})")
+    for rank, report in enumerate(reports):
+        if report:
+            is_input, key, message = json.loads(report)
+            message = f"{message} (rank {rank})"
+            raise InputError(key, message) if is_input else RuntimeError(message)

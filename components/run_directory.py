@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from components.durable import replace_file, unfinished
+from components.errors import InputError
 
 LOCK = ".run.lock"
 FLIGHT_RECORDER = "nccl_trace_rank_"
@@ -85,7 +86,7 @@ class RunDirectory:
         mark = self._read_mark()
         if mark:
             if mark["kind"] != kind:
-                raise ValueError(f"name: {self.path} holds {mark['kind']}; give this one a --run.name of its own")
+                raise InputError("name", f"{self.path} holds {mark['kind']}; give this one a --run.name of its own")
             return
         if found := self.foreign(also):
             raise ValueError(
@@ -210,9 +211,10 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
                 yield False
                 return
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"name: another run is writing to {what} ({noted or 'which one is not known'}); stop it, wait for "
-                    "it, or give this one another --run.name"
+                raise InputError(
+                    "name",
+                    f"another run is writing to {what} ({noted or 'which one is not known'}); stop it, wait for "
+                    "it, or give this one another --run.name",
                 ) from None
             time.sleep(0.1)
             continue

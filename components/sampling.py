@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -27,11 +29,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: {self.temperature} is no number from 0 on")
+            raise InputError("temperature", f"{self.temperature} is no number from 0 on")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} leaves nothing to choose from; use 1 or more")
+            raise InputError("top_k", f"{self.top_k} leaves nothing to choose from; use 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is no probability above 0")
+            raise InputError("top_p", f"{self.top_p} is no probability above 0")
 
     @property
     def is_greedy(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from components.errors import InputError
 from components.quantities import Count, PositiveCount
 from models.mup import MuPKeys
 from models.plan import Plan, plan
@@ -62,33 +63,35 @@ class Llama:
     def __post_init__(self) -> None:
         shape = self.shape
         if shape.heads % shape.kv_heads:
-            raise ValueError(
-                f"kv_heads: {shape.kv_heads} does not divide the {shape.heads} heads; "
-                f"use {_nearest_divisor(shape.heads, shape.kv_heads)}"
+            raise InputError(
+                "kv_heads",
+                f"{shape.kv_heads} does not divide the {shape.heads} heads; "
+                f"use {_nearest_divisor(shape.heads, shape.kv_heads)}",
             )
         if shape.head_dim is None and shape.dim % shape.heads:
-            raise ValueError(
-                f"heads: {shape.heads} does not divide dim = {shape.dim}; "
-                f"use {_nearest_divisor(shape.dim, shape.heads)}, or set head_dim"
+            raise InputError(
+                "heads",
+                f"{shape.heads} does not divide dim = {shape.dim}; "
+                f"use {_nearest_divisor(shape.dim, shape.heads)}, or set head_dim",
             )
         if shape.head_width % 2:
-            raise ValueError(
-                f"head_dim: {shape.head_width} is odd, and rotary embedding turns channels in pairs; "
-                f"use {shape.head_width + 1}"
+            raise InputError(
+                "head_dim",
+                f"{shape.head_width} is odd, and rotary embedding turns channels in pairs; use {shape.head_width + 1}",
             )
         if shape.experts and not 1 <= shape.top_k <= shape.experts:
             given = f"{shape.top_k} of {shape.experts} experts" if shape.top_k else "experts need it"
-            raise ValueError(f"top_k: {given}; take 1 to {shape.experts}")
+            raise InputError("top_k", f"{given}; take 1 to {shape.experts}")
         for key in ("top_k", "router"):
             if getattr(self, key) is not None and not shape.experts:
-                raise ValueError(f"{key}: this model has no experts; set experts, or leave {key} out")
+                raise InputError(key, f"this model has no experts; set experts, or leave {key} out")
         for key, value in {
             "norm_eps": shape.norm_eps,
             "rope_theta": shape.rope_theta,
             "init_std": self.init_std,
         }.items():
             if not value > 0:
-                raise ValueError(f"{key}: {value} must be above 0")
+                raise InputError(key, f"{value} must be above 0")
 
     @property
     def shape(self) -> Size:
@@ -102,9 +105,9 @@ class Llama:
         """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""
         shape = self.shape
         if shape.kv_heads % tp:
-            raise ValueError(f"kv_heads: {shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
+            raise InputError("kv_heads", f"{shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
         if not shape.experts and shape.ffn_dim % tp:
-            raise ValueError(f"ffn_dim: {shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
+            raise InputError("ffn_dim", f"{shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
         return plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
@@ -114,14 +117,16 @@ class Llama:
         """
         shape = self.shape
         if self.vocab_size is not None and self.vocab_size < vocab_size:
-            raise ValueError(
-                f"vocab_size: {self.vocab_size} is too small for the tokenizer's {vocab_size} ids; "
-                f"use at least {vocab_size}, or leave it out"
+            raise InputError(
+                "vocab_size",
+                f"{self.vocab_size} is too small for the tokenizer's {vocab_size} ids; "
+                f"use at least {vocab_size}, or leave it out",
             )
         if sequence_length > shape.max_sequence_length:
-            raise ValueError(
-                f"max_sequence_length: {shape.max_sequence_length} is below the training.sequence_length of "
-                f"{sequence_length}; raise the one or lower the other"
+            raise InputError(
+                "max_sequence_length",
+                f"{shape.max_sequence_length} is below the training.sequence_length of "
+                f"{sequence_length}; raise the one or lower the other",
             )
         from models.decoder import Decoder  # brings torch's compiler along, which reading a recipe does not need
 

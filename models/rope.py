@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.errors import InputError
 from components.quantities import PositiveCount
 
 
@@ -31,14 +32,14 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.factor < 1:
-            raise ValueError(f"factor: {self.factor} would shorten the waves; use 1 (off) or more")
+            raise InputError("factor", f"{self.factor} would shorten the waves; use 1 (off) or more")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                f"high_freq_factor: {self.high_freq_factor} must be above low_freq_factor = {self.low_freq_factor}, "
-                "and both above 0"
+            raise InputError(
+                "high_freq_factor",
+                f"{self.high_freq_factor} must be above low_freq_factor = {self.low_freq_factor}, and both above 0",
             )
         if self.original_max_position < 1:
-            raise ValueError(f"original_max_position: {self.original_max_position} must be at least 1 token")
+            raise InputError("original_max_position", f"{self.original_max_position} must be at least 1 token")
 
     def scale(self, frequency: float) -> float:
         """The frequency, in radians per token, that replaces `frequency`."""

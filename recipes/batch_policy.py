@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from components.batch import BatchLayout, BatchPolicy, Progress, complete_policy
+from components.errors import InputError
 from recipes.contracts import complete_schedule
 
 
@@ -24,12 +25,13 @@ def build_batch_policy(recipe: Any) -> BatchPolicy:
 
 
 def require_measurable_noise(policy: BatchPolicy, layout: BatchLayout, progress: Progress) -> None:
-    """Raise ValueError if an adaptive policy could never change the batch, because its noise cannot be measured."""
+    """Raise InputError if an adaptive policy could never change the batch, because its noise cannot be measured."""
     if not policy.is_adaptive:
         return
     batch = layout.fit(policy.next_batch_size(progress))
     if not layout.shows_noise(batch):
-        raise ValueError(
-            f"initial: a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-            f"gradient, so the batch could never change; take {2 * layout.unit} or a smaller training.micro_batch_size"
+        raise InputError(
+            "initial",
+            f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
+            f"gradient, so the batch could never change; take {2 * layout.unit} or a smaller training.micro_batch_size",
         )

@@ -12,6 +12,7 @@ from pydantic import Field
 from components.batch import BatchLayout
 from components.checkpoint import verify
 from components.clock import Clock
+from components.errors import InputError
 from components.quantities import PositiveCount
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
@@ -41,9 +42,9 @@ class Branches:
 
     def __post_init__(self) -> None:
         if self.factors[:1] != (1,):
-            raise ValueError(f"factors: {list(self.factors)} do not start at 1, with which the others are compared")
+            raise InputError("factors", f"{list(self.factors)} do not start at 1, with which the others are compared")
         if any(one >= next_one for one, next_one in zip(self.factors, self.factors[1:], strict=False)):
-            raise ValueError(f"factors: {list(self.factors)} do not increase")
+            raise InputError("factors", f"{list(self.factors)} do not increase")
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,13 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
         verify(checkpoint)
         state = read_run_state(checkpoint)
     except ValueError as error:
-        raise ValueError(f"checkpoint: {error}") from None
+        raise InputError("checkpoint", str(error)) from None
     batch, lr = branches.batch, branches.lr
     if batch is None or lr is None:
         try:
-            run = stored_config(checkpoint, like=config).recipe
+            run = stored_config(checkpoint, like=config, remedy="set batch and lr instead").recipe
         except ValueError as error:
-            without = str(error).replace("say --trust-code", "set batch and lr instead")
-            raise ValueError(f"checkpoint: {without}") from None
+            raise InputError("checkpoint", str(error)) from None
         clock = Clock(run.training.total_tokens, run.training.sequence_length)
         clock.load_state_dict(state["clock"])
         if batch is None:
@@ -83,7 +83,7 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
             batch_tokens = layout.fit(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"lr: the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
+            raise InputError("lr", f"the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
     return Start(
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],

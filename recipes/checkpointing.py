@@ -62,10 +62,10 @@ class RunCheckpoints:
     def return_to_newest(self, what: str, then: str = "") -> bool:
         """Restore the newest intact checkpoint and log `what` made it necessary; return False if there is none."""
         self.store.wait()
-        warnings: list[str] = []
-        checkpoint = newest_sound(self.store.complete(), self.world, warnings)
-        for warning in warnings:
-            log.warning(warning)
+        damages: list[str] = []
+        checkpoint = newest_sound(self.store.complete(), self.world, damages)
+        for damage in damages:
+            log.warning(f"{damage}; taking the checkpoint before it")
         if checkpoint is None:
             return False
         self.state.is_sound = False  # until all of it is read

@@ -23,6 +23,7 @@ from typing import Any
 from components.batch import BatchLayout
 from components.checkpoint import complete_checkpoints
 from components.durable import replace_file
+from components.errors import InputError
 from components.metrics.console import start_log
 from components.metrics.jsonl import read_rows
 from components.parallel.elastic import LAUNCH
@@ -104,15 +105,17 @@ class Measurement:
             self.start = find_start(self.branches, layout, config)
             own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
             if any(lies_in(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
-                raise ValueError(
-                    f"checkpoint: {self.start.checkpoint} lies in the directory of this run; "
-                    "give the measurement a --run.name of its own"
+                raise InputError(
+                    "checkpoint",
+                    f"{self.start.checkpoint} lies in the directory of this run; "
+                    "give the measurement a --run.name of its own",
                 )
             largest = self.branches.factors[-1] * self.start.batch * self.length
             if self.branches.tokens < largest:
-                raise ValueError(
-                    f"tokens: less than the {largest} of one step at factor {self.branches.factors[-1]}; "
-                    "take more tokens, or leave out the largest factors"
+                raise InputError(
+                    "tokens",
+                    f"less than the {largest} of one step at factor {self.branches.factors[-1]}; "
+                    "take more tokens, or leave out the largest factors",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
         refuse(Path(self.start.checkpoint), self.of(1))

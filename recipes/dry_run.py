@@ -9,7 +9,7 @@ import torch
 from components.quantities import format_count
 from components.throughput import Device, named_device
 from recipes.config import Config, ConfigError
-from recipes.config.problems import Problem
+from recipes.config.errors import Problem
 from recipes.foresee import foresee
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Claim, Plan, make_plan

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from components.errors import InputError
 from recipes.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NAMES_A_KEY = re.compile(r"([A-Za-z_][\w.]*): ")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,7 +30,7 @@ def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]
     """Turn a ValueError, OSError or ImportError of the block into a ConfigError at `path`.
 
     `started`: the run has begun. An error that a component raised is reported at that component, and one about the
-    cache at its key. A message that begins with `key: ` is about that key of the table.
+    cache at its key. An InputError is about the key of the table that it names.
     """
     try:
         yield
@@ -40,9 +39,8 @@ def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]
         path = component_at_fault(config, error) or path
         if (cache := _cache_at_fault(config, path, error)) is not None:
             path, message = cache, f"{message}; name a folder that can be written, and has room"
-        match = _NAMES_A_KEY.match(message)
-        if match and f"{path}.{match.group(1)}" in config.leaves:
-            path, message = f"{path}.{match.group(1)}", message[match.end() :]
+        elif isinstance(error, InputError) and config.holds(f"{path}.{error.key}"):
+            path, message = f"{path}.{error.key}", error.message
         raise ConfigError([config.problem(path, message)], started=started) from error
 
 

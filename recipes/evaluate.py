@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from components import precision
+from components.errors import InputError
 from components.metrics.console import start_log
 from components.metrics.jsonl import json_object
 from components.parallel.layout import Parallel
@@ -98,7 +99,7 @@ class Evaluate:
         with ExitStack() as cleanup:
             with blame(config, "evaluation"):
                 if resume is not None:
-                    raise ValueError("checkpoint: --resume is for training; this key names what to evaluate")
+                    raise InputError("checkpoint", "--resume is for training; this key names what to evaluate")
             with blame(config, "evaluation.device"):
                 world = World.start(self.evaluation.device)
             cleanup.push(world.stop_unless_failed)
@@ -127,16 +128,21 @@ class Evaluate:
         """
         keys = self.evaluation
         try:
-            trained = open_trained(keys.checkpoint, trust_code=keys.trust_code, rank=rank, ranks=ranks)
+            trained = open_trained(
+                keys.checkpoint,
+                trust_code=keys.trust_code,
+                trust_option="--evaluation.trust_code=true",
+                rank=rank,
+                ranks=ranks,
+            )
         except (ValueError, OSError) as error:
-            said = str(error).replace("--trust-code", "--evaluation.trust_code=true")
-            raise ValueError(f"checkpoint: {said}") from None
+            raise InputError("checkpoint", str(error)) from None
         length = keys.sequence_length or trained.sequence_length
         tp = self.parallel.tp
         if keys.stride is not None and keys.stride > length:
-            raise ValueError(f"stride: {keys.stride} is more than the window's {length} tokens, and would skip some")
+            raise InputError("stride", f"{keys.stride} is more than the window's {length} tokens, and would skip some")
         if length % tp:
-            raise ValueError(f"sequence_length: {length} cannot be divided by parallel.tp = {tp}")
+            raise InputError("sequence_length", f"{length} cannot be divided by parallel.tp = {tp}")
         if isinstance(trained.component, HasPlan):
             trained.component.plan(tp=tp)
         elif tp > 1:

@@ -16,6 +16,7 @@ from components.batch import BatchPolicy
 from components.clock import Clock
 from components.data.mixture import sources_in
 from components.data.source import TextSource
+from components.errors import message_of
 from components.quantities import format_count
 from components.run_directory import RunDirectory
 from recipes.contracts import complete_schedule
@@ -92,9 +93,9 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
             try:
                 data.size_bytes()
             except FileNotFoundError as error:
-                yield Foreseen("warning", f"{key}.path", _absent(str(error)))
+                yield Foreseen("warning", f"{key}.path", _absent(message_of(error)))
             except (OSError, ValueError) as error:
-                yield Foreseen("warning", f"{key}.path", str(error).removeprefix("path: "))
+                yield Foreseen("warning", f"{key}.path", message_of(error))
     if (weights := recipe.run.init_from) is not None:
         from recipes.initial_weights import check_initial_weights  # brings all models along
 
@@ -123,7 +124,7 @@ def _eager(plan: Plan) -> Iterator[Foreseen]:
 
 
 def _absent(message: str) -> str:
-    return f"not on this machine, and needed to train: {message.removeprefix('path: ')}"
+    return f"not on this machine, and needed to train: {message}"
 
 
 def _batch(plan: Plan) -> Iterator[Foreseen]:

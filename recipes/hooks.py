@@ -13,6 +13,7 @@ from torch import nn
 
 from components.clock import Clock
 from components.defaults import with_defaults
+from components.errors import InputError
 from recipes.errors import raised_in
 
 
@@ -70,9 +71,9 @@ POINTS = [name for name in vars(Hook) if name.startswith("on_")]
 
 
 def complete_hook(hook: Any) -> Hook:
-    """Return `hook` as a `Hook`: points that its class does not define do nothing. Raises ValueError if it has none."""
+    """Return `hook` as a `Hook`: points that its class does not define do nothing. Raises InputError if it has none."""
     if not any(callable(getattr(hook, point, None)) for point in POINTS):
-        raise ValueError(f"use: {type(hook).__name__} is not a hook: it has none of {', '.join(POINTS)}")
+        raise InputError("use", f"{type(hook).__name__} is not a hook: it has none of {', '.join(POINTS)}")
     return with_defaults(hook, Hook)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from components.errors import InputError, MissingFileError
 from components.hugging_face import PickledWeights, Weights, only_pickles, read_json
 from models.hf_architectures import Architecture, architecture_in, architecture_of, locate
 from models.hf_mapping import COMPUTED
@@ -34,9 +35,9 @@ def read_initial_weights(model: nn.Module, directory: Path) -> None:
         with Weights(directory, ignore=[COMPUTED]) as weights:
             copy_weights(model, weights)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"init_from: {error}") from None
+        raise MissingFileError("init_from", str(error)) from None
     except ValueError as error:
-        raise ValueError(f"init_from: {error}") from None
+        raise InputError("init_from", str(error)) from None
     log.info(f"weights from {directory}")
 
 

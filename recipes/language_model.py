@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from components.errors import InputError
 from recipes.config import Config
 from recipes.contracts import LanguageModel, Samples, SeparatesDocuments
 from recipes.errors import blame
@@ -23,7 +24,7 @@ def build_model(config: Config, vocab_size: int) -> Any:
     with blame(config, "model"), torch.device("meta"):
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
         if not isinstance(model, LanguageModel):
-            raise ValueError(f"use: builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts")
+            raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts")
     if recipe.training.attention_within == "document":
         with blame(config, "training"):
             check_separates(model)
@@ -33,9 +34,10 @@ def build_model(config: Config, vocab_size: int) -> Any:
 def check_separates(model: object) -> None:
     """Raises ValueError for a model that cannot keep documents apart."""
     if not isinstance(model, SeparatesDocuments):
-        raise ValueError(
-            f"attention_within: {type(model).__name__} has no separate_documents(end_of_document), which keeps "
-            'documents apart; say attention_within = "sequence"'
+        raise InputError(
+            "attention_within",
+            f"{type(model).__name__} has no separate_documents(end_of_document), which keeps "
+            'documents apart; say attention_within = "sequence"',
         )
 
 

@@ -8,6 +8,7 @@ Exit status: 0 done; 2 bad configuration or input; 128 + signal when stopped by 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,9 @@ log = logging.getLogger("powertrain")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
+
+ERROR_FILE = "POWERTRAIN_ERROR_FILE"
+"""Environment variable with the path of a file that the fields of a ConfigError are written to, for other programs."""
 
 HELP = f"""\
 usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]
@@ -211,9 +215,10 @@ def main(arguments: Sequence[str]) -> int:
         status = run(arguments)
     except (ConfigError, UsageError) as error:
         status, message = 2, str(error)
-        # Every process of a run finds the same error; one voice is enough.
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same error
             print(message, file=sys.stderr)
+            if isinstance(error, ConfigError) and ERROR_FILE in os.environ:
+                Path(os.environ[ERROR_FILE]).write_text(json.dumps(error.fields()), encoding="utf-8")
     except RunError as error:  # rank 0 has logged it
         status, message = 1, str(error)
     except KeyboardInterrupt:

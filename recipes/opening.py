@@ -114,8 +114,8 @@ def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
         )
 
 
-def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> Path | None:
-    """The last of `candidates` whose content is what was saved; of each that is not, `warnings` gets a line.
+def newest_sound(candidates: list[Path], world: World, damages: list[str]) -> Path | None:
+    """The last of `candidates` whose content is what was saved; of each that is not, `damages` gets a line.
 
     All ranks read their share of it, and find the same. Raises ValueError where they have others to choose from.
     """
@@ -134,19 +134,18 @@ def newest_sound(candidates: list[Path], world: World, warnings: list[str]) -> P
         found = [text for text in world.gather(damage) if text]
         if not found:
             return checkpoint
-        warnings.append(f"{found[0]}; taking the checkpoint before it")
+        damages.append(found[0])
     return None
 
 
 def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Opened:
-    warnings: list[str] = []
-    checkpoint = newest_sound(candidates, world, warnings)
+    damages: list[str] = []
+    checkpoint = newest_sound(candidates, world, damages)
     if not candidates:
         return Opened(None)
     if checkpoint is None:
-        first = warnings[0].partition("; taking")[0]
         others = len(candidates) - 1
-        raise ValueError(f"--resume: {first}" + (f"; so are the {others} before it" if others else ""))
+        raise ValueError(f"--resume: {damages[0]}" + (f"; so are the {others} before it" if others else ""))
 
     def set_aside() -> None:
         """Under its name a damaged one would be the newest, for which sound ones are removed in their turn."""
@@ -155,4 +154,4 @@ def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Op
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
     world.main_first(set_aside)
-    return Opened(checkpoint, warnings=warnings)
+    return Opened(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])

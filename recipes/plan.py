@@ -15,6 +15,7 @@ from components.batch import BatchLayout, BatchPolicy
 from components.data.document import ReadingLog
 from components.data.mixture import Mixture
 from components.data.source import TextSource
+from components.errors import InputError, message_of
 from components.parallel.layout import Sizes
 from components.throughput import Device, named_device
 from recipes.batch_policy import build_batch_policy
@@ -129,9 +130,11 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
             tokenizer = recipe.tokenizer.build()
             vocab_size = tokenizer.vocab_size
         except FileNotFoundError as error:
-            vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, str(error)
+            vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, message_of(error)
             if not vocab_size:
-                raise FileNotFoundError(f"{error}; given model.vocab_size, a dry run does without it") from error
+                raise InputError(
+                    getattr(error, "key", ""), f"{missing}; given model.vocab_size, a dry run does without it"
+                ) from error
     if vocab_size:
         with _collected(config, "model", problems):
             model = build_model(config, vocab_size)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from components.checkpoint import complete_checkpoints, step_of
 from components.quantities import expand_home, format_count
 from recipes.config import Config, ConfigError, flatten
-from recipes.config.tree import DEFAULT
+from recipes.config.errors import DEFAULT
 from recipes.stored_config import stored_config
 from recipes.training_state import read_run_state
 
@@ -149,7 +149,7 @@ def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{stored_in} is damaged: {error}") from None
     current = flatten(config.to_toml(provenance=False))
-    defaults = {key for key, leaf in config.leaves.items() if leaf.origin.where == DEFAULT}
+    defaults = {key for key, leaf in config.leaves.items() if leaf.origin.source == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):
         before, now = stored.get(key), current.get(key)
         if before != now and key.rpartition(".")[2] not in NOT_THE_RUN:

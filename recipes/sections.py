@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from components.errors import InputError
 from components.parallel.fsdp import Accumulation
 from components.precision import Precision
 from components.quantities import Count, PositiveCount, Tokens, expand_home
@@ -50,13 +51,14 @@ class Run:
     def __post_init__(self) -> None:
         name = self.name
         if not name or name.strip() != name or name[0] in "-.~" or not name.isprintable() or set(name) & set("/\\\"'"):
-            raise ValueError(
-                "name: it becomes a directory in runs/: it may not be empty, begin with '.', '-' or '~', begin or end "
-                "with a space, or have a slash, backslash, quote or control character in it; run.dir takes any path"
+            raise InputError(
+                "name",
+                "it becomes a directory in runs/: it may not be empty, begin with '.', '-' or '~', begin or end "
+                "with a space, or have a slash, backslash, quote or control character in it; run.dir takes any path",
             )
         # not os.fsencode: the locale may lack characters that the file system takes
         if (size := len(name.encode("utf-8", "surrogateescape"))) > _LONGEST_NAME:
-            raise ValueError(f"name: {size} bytes; a directory's name has at most {_LONGEST_NAME}")
+            raise InputError("name", f"{size} bytes; a directory's name has at most {_LONGEST_NAME}")
 
     @property
     def directory(self) -> Path:

@@ -14,24 +14,29 @@ _LARGEST_BYTES = 2**22
 
 
 def stored_config(
-    checkpoint: Path, overrides: Sequence[Override] = (), *, trust_code: bool = False, like: Config | None = None
+    checkpoint: Path,
+    overrides: Sequence[Override] = (),
+    *,
+    trust_code: bool = False,
+    like: Config | None = None,
+    remedy: str = "say --trust-code",
 ) -> Config:
     """The configuration in `checkpoint`, under `overrides`.
 
     Unless its code is trusted it may name none but this project's and that of `like`, the user's own recipe, which was
     imported already; nothing is searched for beside it. Raises ValueError for one that does, ConfigError for one that
-    is no configuration.
+    is no configuration. `remedy` is what its message tells a user to do who trusts the code.
     """
     path = checkpoint / "config.toml"
     if not trust_code:
         leaves = like.leaves if like is not None else {}
         known = [leaf.value for key, leaf in leaves.items() if _names_code(key)]
         places = leaves["import_paths"].value if "import_paths" in leaves else []
-        _check(path, {override.path for override in overrides}, known, places)
+        _check(path, {override.path for override in overrides}, known, places, remedy)
     return load(path, overrides, own_code=trust_code)
 
 
-def _check(path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object]) -> None:
+def _check(path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object], remedy: str) -> None:
     try:
         if (size := path.stat().st_size) > _LARGEST_BYTES:
             raise ValueError(f"{size:,} bytes is no size for it")
@@ -42,11 +47,11 @@ def _check(path: Path, overridden: set[str], known: Sequence[object], places: Se
         if _names_code(key) and key not in overridden and value not in known and not _is_ours(value):
             raise ValueError(
                 f"{path} names code that is not of this project, {key} = {value!r}, and would run it; if you trust "
-                "where it comes from, say --trust-code"
+                f"where it comes from, {remedy}"
             )
         elsewhere = key == "import_paths" and not (isinstance(value, list) and all(place in places for place in value))
         if elsewhere or key == "extends":
-            raise ValueError(f"{path} names other places to read from, {key}; if you trust it, say --trust-code")
+            raise ValueError(f"{path} names other places to read from, {key}; if you trust it, {remedy}")
 
 
 def _names_code(key: str) -> bool:

@@ -87,13 +87,19 @@ class Trained:
 
 
 def open_trained(
-    path: Path, tokenizer: Path | None = None, *, trust_code: bool = False, rank: int = 0, ranks: int = 1
+    path: Path,
+    tokenizer: Path | None = None,
+    *,
+    trust_code: bool = False,
+    trust_option: str = "--trust-code",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Trained:
     """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
     `tokenizer` is the file of its tokenizer, where that is not where it was. A checkpoint's configuration names no code
-    but this project's, unless that is trusted; each of `ranks` processes looks for damage in its share of it. Raises
-    ValueError, OSError or ConfigError.
+    but this project's, unless that is trusted (`trust_option` is how the caller's user says so); each of `ranks`
+    processes looks for damage in its share of it. Raises ValueError, OSError or ConfigError.
     """
     path = expand_home(path).absolute()
     if is_file(path / "config.json"):
@@ -108,7 +114,7 @@ def open_trained(
     verify(checkpoint, rank=rank, ranks=ranks)
     state = read_run_state(checkpoint)
     moved = [Override("tokenizer.path", str(tokenizer.absolute()))] if tokenizer else []
-    recipe = stored_config(checkpoint, moved, trust_code=trust_code).recipe
+    recipe = stored_config(checkpoint, moved, trust_code=trust_code, remedy=f"say {trust_option}").recipe
     return Trained(
         path=checkpoint,
         component=recipe.model,

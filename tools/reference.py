@@ -15,9 +15,8 @@ from components.quantities import Count
 from components.standard_streams import run_command
 from recipes.config import describe
 from recipes.config.imports import import_path
-from recipes.config.signatures import Key, Shape, keys_of
-from recipes.config.toml import write_value
-from recipes.config.values import encode, expectation, expected
+from recipes.config.schema import Field, FieldKind, describe_kind, describe_type, fields_of
+from recipes.config.toml import to_toml_value, write_value
 from tools.shipped import PACKAGES, Shipped, fits, generate, shipped_classes, summary
 
 INTRODUCTION = """\
@@ -45,75 +44,75 @@ class Page:
         """The sections of a recipe that none before it had."""
         yield from ("", f"## `{import_path(cls)}`", "", summary(cls))
         had, values = [], {}
-        for name, key in keys_of(cls).items():
-            if key.shape.kind not in ("section", "slot"):
+        for name, key in fields_of(cls).items():
+            if key.kind.form not in ("section", "slot"):
                 values[name] = key
-            elif key.shape.annotation in self._told:
+            elif key.kind.annotation in self._told:
                 had.append(f"`[{name}]`")
             else:
-                yield from self._part(f"[{name}]", key.shape, "###")
+                yield from self._part(f"[{name}]", key.kind, "###")
         yield from self._keys("[]", values, describe(cls), "##")
         if had:
             yield from ("", f"Its other sections are those above: {', '.join(had)}.")
 
-    def _part(self, title: str, shape: Shape, level: str) -> Iterator[str]:
+    def _part(self, title: str, kind: FieldKind, level: str) -> Iterator[str]:
         """A table of the file, and the tables in it."""
-        cls = shape.annotation
+        cls = kind.annotation
         self._told.add(cls)
         yield from ("", f"{level} `{title}`")
         if said := summary(cls).removeprefix(title).removeprefix(": "):
             yield from ("", said[0].upper() + said[1:])
-        if shape.kind == "section":
-            yield from self._keys(title, keys_of(cls), describe(cls), level)
+        if kind.form == "section":
+            yield from self._keys(title, fields_of(cls), describe(cls), level)
         else:
             for each in self._fitting(cls):
                 if each.cls not in self._told:
                     self._told.add(each.cls)
                     yield from ("", f"{level}# `{each.uses[-1]}`", "", summary(each.cls))
-                    yield from self._keys(title, keys_of(each.cls), describe(each.cls), f"{level}#")
+                    yield from self._keys(title, fields_of(each.cls), describe(each.cls), f"{level}#")
 
-    def _keys(self, title: str, keys: Mapping[str, Key], docs: Mapping[str, str], level: str) -> Iterator[str]:
+    def _keys(self, title: str, keys: Mapping[str, Field], docs: Mapping[str, str], level: str) -> Iterator[str]:
         if not keys:
             return
         yield from ("", "| key | value | default | |", "|---|---|---|---|")
         inner = []
         for name, key in keys.items():
-            yield f"| `{name}` | {self._value(key.shape)} | {default(key)} | {_cell(docs.get(name, ''))} |"
-            of = key.shape.of or key.shape
-            if of.kind == "section" and of.annotation not in self._told:
+            yield f"| `{name}` | {self._value(key.kind)} | {default(key)} | {_cell(docs.get(name, ''))} |"
+            of = key.kind.item or key.kind
+            if of.form == "section" and of.annotation not in self._told:
                 inner.append((f"[{title[1:-1]}.{name}]".replace("[.", "["), of))
-        for below, shape in inner:
-            yield from self._part(below, shape, f"{level}#")
+        for below, kind in inner:
+            yield from self._part(below, kind, f"{level}#")
 
-    def _value(self, shape: Shape) -> str:
-        none = ', or `"none"`' if shape.optional else ""
-        if shape.kind == "list" and shape.of:
-            return f"a list of: {self._value(shape.of)}{none}"
-        if shape.kind == "dict" and shape.of:
-            return f"a table, name to: {self._value(shape.of)}{none}"
-        if shape.kind == "section":
+    def _value(self, kind: FieldKind) -> str:
+        none = ', or `"none"`' if kind.optional else ""
+        if kind.form == "list" and kind.item:
+            return f"a list of: {self._value(kind.item)}{none}"
+        if kind.form == "dict" and kind.item:
+            return f"a table, name to: {self._value(kind.item)}{none}"
+        if kind.form == "section":
             return f"a table of the keys below{none}"
-        if shape.kind == "slot":
-            names = ", ".join(f"`{each.cls.__name__}`" for each in self._fitting(shape.annotation))
+        if kind.form == "slot":
+            names = ", ".join(f"`{each.cls.__name__}`" for each in self._fitting(kind.annotation))
             return f"a table whose `use` names {f'one of: {names}' if names else 'a class of yours'}{none}"
-        return _cell(expectation(shape).replace(expected(Count), "a count"))
+        return _cell(describe_kind(kind).replace(describe_type(Count), "a count"))
 
     def _fitting(self, slot: type) -> list[Shipped]:
         return [each for each in self._shipped if fits(each.cls, slot)]
 
 
-def default(key: Key) -> str:
+def default(key: Field) -> str:
     """As TOML would have it."""
     if key.required:
         return "–"
     value: Any = key.make_default()
-    if key.shape.kind != "leaf" and value is not None:
+    if key.kind.form != "leaf" and value is not None:
         return "" if value else "none"
     if value is None:
         return '`"none"`'
     if isinstance(value, Path) and value.is_relative_to(Path.home()):
         value = f"~/{value.relative_to(Path.home()).as_posix()}"
-    return f"`{_cell(write_value(encode(value)))}`"
+    return f"`{_cell(write_value(to_toml_value(value)))}`"
 
 
 def _cell(text: str) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 from components.standard_streams import run_command
 from recipes.config import describe
 from recipes.config.imports import import_path
-from recipes.config.signatures import Key, Shape, keys_of
-from recipes.config.values import adapter, encode
+from recipes.config.schema import Field, FieldKind, fields_of, type_adapter
+from recipes.config.toml import to_toml_value
 from tools.shipped import PACKAGES, Shipped, fits, generate, shipped_classes, summary
 
 Schema = dict[str, Any]
@@ -60,7 +60,7 @@ class _Writer:
         """The table of one class, which its `selector` may name in any of the ways `uses`; `more` are further keys."""
         said, docs = summary(cls), describe(cls)
         selected = {selector: {"enum": list(uses), "description": said}}
-        keys = {name: self._key(key, docs.get(name)) for name, key in keys_of(cls).items()}
+        keys = {name: self._key(key, docs.get(name)) for name, key in fields_of(cls).items()}
         return {
             "title": uses[-1],
             "description": said,
@@ -68,33 +68,31 @@ class _Writer:
             "additionalProperties": False,
         }
 
-    def _key(self, key: Key, doc: str | None) -> Schema:
-        schema = self._any(key.shape)
+    def _key(self, key: Field, doc: str | None) -> Schema:
+        schema = self._any(key.kind)
         if "$ref" in schema:  # draft 7 ignores what stands beside it
             schema = {"anyOf": [schema]}
         if doc:
             schema = {**schema, "description": doc}
-        default = key.make_default() if key.shape.kind == "leaf" and not key.required else None
+        default = key.make_default() if key.kind.form == "leaf" and not key.required else None
         is_of_this_machine = isinstance(default, Path) and default.is_absolute()
-        return schema if default is None or is_of_this_machine else {**schema, "default": encode(default)}
+        return schema if default is None or is_of_this_machine else {**schema, "default": to_toml_value(default)}
 
-    def _any(self, shape: Shape) -> Schema:
-        schema = self._present(shape)
-        return {"anyOf": [schema, {"const": "none", "description": "without"}]} if shape.optional else schema
+    def _any(self, kind: FieldKind) -> Schema:
+        schema = self._present(kind)
+        return {"anyOf": [schema, {"const": "none", "description": "without"}]} if kind.optional else schema
 
-    def _present(self, shape: Shape) -> Schema:
+    def _present(self, kind: FieldKind) -> Schema:
         """The schema, were the key not optional."""
-        if shape.kind == "slot":
-            return self._reference(shape.annotation, self._slot)
-        if shape.kind == "section":
-            return self._reference(shape.annotation, self._section)
-        if shape.of is None or shape.kind == "leaf":
-            schema = adapter(shape.annotation).json_schema()
+        if kind.form == "slot":
+            return self._reference(kind.annotation, self._slot)
+        if kind.form == "section":
+            return self._reference(kind.annotation, self._section)
+        if kind.item is None or kind.form == "leaf":
+            schema = type_adapter(kind.annotation).json_schema()
             return {} if "$defs" in schema else schema  # its references are to its own root, not to ours: say less
-        of = self._any(shape.of)
-        return (
-            {"type": "array", "items": of} if shape.kind == "list" else {"type": "object", "additionalProperties": of}
-        )
+        of = self._any(kind.item)
+        return {"type": "array", "items": of} if kind.form == "list" else {"type": "object", "additionalProperties": of}
 
     def _reference(self, cls: type, write: Callable[[type], Schema]) -> Schema:
         name = import_path(cls).replace(":", ".")

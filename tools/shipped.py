@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from recipes.config.fit import misfit
 from recipes.config.imports import import_class, import_path
-from recipes.config.signatures import SignatureError, keys_of
+from recipes.config.schema import SignatureError, fields_of, protocol_error
 
 RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
 """The first is what a file is for that names none."""
@@ -38,7 +37,7 @@ def shipped_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> It
     for package in list(modules):
         found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         modules += filter(None, (_module(module.name, packages) for module in found))
-    placed = {key.shape.annotation for recipe in recipes for key in keys_of(recipe).values()}
+    placed = {key.kind.annotation for recipe in recipes for key in fields_of(recipe).values()}
     for module in modules:
         for name, cls in sorted(vars(module).items()):
             if isinstance(cls, type) and cls.__module__ == module.__name__ and not name.startswith("_"):
@@ -53,10 +52,10 @@ def fits(cls: type, slot: type) -> bool:
     if not any(inspect.isfunction(member) and not name.startswith("_") for name, member in inspect.getmembers(slot)):
         return False
     try:
-        keys_of(cls)
+        fields_of(cls)
     except SignatureError:
         return False
-    return misfit(cls, slot) is None
+    return protocol_error(cls, slot) is None
 
 
 def summary(cls: type) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from components.batch.policy import BatchPolicy, GradientNoise, Progress
+from components.errors import InputError
 from components.quantities import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12
@@ -49,20 +50,21 @@ class Adaptive(ABC):
 
     def __post_init__(self) -> None:
         if self.minimum is not None and self.minimum > self.initial:
-            raise ValueError(f"minimum: {self.minimum} is above initial = {self.initial}; lower it or raise initial")
+            raise InputError("minimum", f"{self.minimum} is above initial = {self.initial}; lower it or raise initial")
         if self.maximum < self.initial:
-            raise ValueError(f"maximum: {self.maximum} is below initial = {self.initial}; raise it or lower initial")
+            raise InputError("maximum", f"{self.maximum} is below initial = {self.initial}; raise it or lower initial")
         for name, size in (("initial", self.initial), ("minimum", self.minimum), ("maximum", self.maximum)):
             if size is not None and size % self.quantum:
-                raise ValueError(f"quantum: {self.quantum} does not divide {name} = {size}; make it a multiple")
+                raise InputError("quantum", f"{self.quantum} does not divide {name} = {size}; make it a multiple")
         if self.max_growth is not None and self._furthest_up(self.smallest) == self.smallest < self.maximum:
             needed = 1 + self.quantum / self.smallest
-            raise ValueError(
-                f"max_growth: {self.max_growth} x {self.smallest} samples falls short of the next multiple of "
-                f"quantum = {self.quantum}, so the batch could never grow; make it {needed:.4g} or more"
+            raise InputError(
+                "max_growth",
+                f"{self.max_growth} x {self.smallest} samples falls short of the next multiple of "
+                f"quantum = {self.quantum}, so the batch could never grow; make it {needed:.4g} or more",
             )
         if self.shrink and not self.measure_at_maximum:
-            raise ValueError("measure_at_maximum: false would keep the batch at its maximum, but shrink is true")
+            raise InputError("measure_at_maximum", "false would keep the batch at its maximum, but shrink is true")
 
     @abstractmethod
     def target(self, noise: GradientNoise) -> float | None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from components.batch.adaptive import Adaptive
 from components.batch.policy import GradientNoise
+from components.errors import InputError
 from components.quantities import PositiveCount
 
 
@@ -38,7 +39,7 @@ class NormTest(Adaptive):
                 'workers: the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
             )
         if self.workers == 1:
-            raise ValueError("workers: one has no spread, so the batch would never grow; give 2 or more")
+            raise InputError("workers", "one has no spread, so the batch would never grow; give 2 or more")
         if self.shrink and self.estimator == "paper":
             raise ValueError('shrink: the paper\'s test only grows the batch; take estimator = "unbiased"')
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from components.defaults import with_defaults
+from components.errors import InputError
 
 
 class Progress(Protocol):
@@ -93,10 +94,10 @@ class BatchPolicy:
 def complete_policy(policy: Any) -> BatchPolicy:
     """Return `policy` as a `BatchPolicy`: what its class does not define gets the default.
 
-    Raises ValueError for an object without `next_batch_size`.
+    Raises InputError for an object without `next_batch_size`.
     """
     if not callable(getattr(policy, "next_batch_size", None)):
-        raise ValueError(f"use: its build() returned a {type(policy).__name__}, which has no next_batch_size(progress)")
+        raise InputError("use", f"its build() returned a {type(policy).__name__} without next_batch_size(progress)")
     complete = with_defaults(policy, BatchPolicy)
     if complete is not policy and not hasattr(policy, "is_adaptive"):
         complete.is_adaptive = hasattr(policy, "observe")

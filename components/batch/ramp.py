@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from components.batch.policy import BatchPolicy, Progress
+from components.errors import InputError
 from components.quantities import PositiveCount, Tokens
 
 
@@ -25,7 +26,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if (self.from_tokens is None) == (self.from_share is None):
-            raise ValueError("from_tokens: a stage starts at from_tokens or at from_share; give one of the two")
+            raise InputError("from_tokens", "a stage starts at from_tokens or at from_share; give one of the two")
 
     def start(self, total_tokens: int) -> float:
         """Tokens at which the stage starts."""
@@ -48,17 +49,17 @@ class Ramp(BatchPolicy):
     def __post_init__(self) -> None:
         by_share = [stage.from_share is not None for stage in self.stages]
         if any(by_share) and not all(by_share):
-            raise ValueError("stages: some start at from_tokens and some at from_share; write all of them one way")
+            raise InputError("stages", "some start at from_tokens and some at from_share; write all of them one way")
         starts = [stage.from_share if stage.from_tokens is None else stage.from_tokens for stage in self.stages]
         for earlier, later in pairwise(starts):
             assert earlier is not None and later is not None
             if later <= earlier:
-                raise ValueError(f"stages: each must start after the one before it, but {later} follows {earlier}")
+                raise InputError("stages", f"each must start after the one before it, but {later} follows {earlier}")
         if self.quantum > 1 and not self.linear:
-            raise ValueError("quantum: stages are taken as they are written; it is for linear = true")
+            raise InputError("quantum", "stages are taken as they are written; it is for linear = true")
         for size in (self.initial, *(stage.samples for stage in self.stages)):
             if size % self.quantum:
-                raise ValueError(f"quantum: {self.quantum} does not divide a batch of {size}; make it a multiple")
+                raise InputError("quantum", f"{self.quantum} does not divide a batch of {size}; make it a multiple")
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
         """Return the policy: itself, because it has no state."""

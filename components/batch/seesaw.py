@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 from pydantic import Field
 
 from components.batch.policy import BatchPolicy, Progress
+from components.errors import InputError
 from components.quantities import PositiveCount
 
 
@@ -50,22 +51,23 @@ class Seesaw:
 
     def __post_init__(self) -> None:
         if self.maximum < self.initial:
-            raise ValueError(f"maximum: {self.maximum} is below initial = {self.initial}; raise it or lower initial")
+            raise InputError("maximum", f"{self.maximum} is below initial = {self.initial}; raise it or lower initial")
         for name, size in (("initial", self.initial), ("maximum", self.maximum)):
             if size % self.quantum:
-                raise ValueError(f"quantum: {self.quantum} does not divide {name} = {size}; make it a multiple")
+                raise InputError("quantum", f"{self.quantum} does not divide {name} = {size}; make it a multiple")
 
     def build(self, *, schedule: Schedule, sequence_length: int, total_tokens: int) -> BatchPolicy:
         """Return the policy of one run. Raises ValueError when the learning rate would not follow the batch."""
         name = type(schedule).__name__
         if schedule.max_lr is None or schedule.batch_rule is None:
-            raise ValueError(f"use: Seesaw needs a schedule with max_lr and batch_rule, and {name} lacks one of them")
+            raise InputError("use", f"Seesaw needs a schedule with max_lr and batch_rule, and {name} lacks one of them")
         reference = self.initial * sequence_length
         rule, given = schedule.batch_rule, schedule.reference_batch_tokens
         if (rule, given) != ("sqrt", reference):
-            raise ValueError(
-                f'use: Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = {reference}, the '
-                f"tokens of its initial batch, and {name} has {rule!r} with {given}"
+            raise InputError(
+                "use",
+                f'Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = {reference}, the '
+                f"tokens of its initial batch, and {name} has {rule!r} with {given}",
             )
         return SeesawPolicy(self, schedule, schedule.max_lr, reference)
 

@@ -13,6 +13,7 @@ from components.data.content import FileHashes
 from components.data.document import Document, ReadingLog
 from components.data.formats import documents_of
 from components.data.source import TextSource
+from components.errors import InputError
 from components.folders import is_file, walk_files
 
 _URL = re.compile(r"hf://(?P<name>.+)/(?P<config>[^/]+)/(?P<split>[^/]+)")
@@ -83,9 +84,10 @@ class HuggingFaceDataset(TextSource):
             try:
                 return datasets.load_dataset(**wanted)  # what the library has kept of an earlier use
             except Exception as error:  # it raises many kinds
-                raise OSError(
-                    f"path: {self.path} cannot be reached ({no_network}), nor is it in the cache of the datasets "
-                    f"library ({error})"
+                raise InputError(
+                    "path",
+                    f"{self.path} cannot be reached ({no_network}), nor is it in the cache of the datasets "
+                    f"library ({error})",
                 ) from error
         except Exception as error:  # no such config or split, a script, ...
-            raise ValueError(f"path: {self.path}: {error}") from error
+            raise InputError("path", f"{self.path}: {error}") from error

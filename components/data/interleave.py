@@ -17,6 +17,8 @@ from math import gcd, lcm
 
 import numpy as np
 
+from components.errors import InputError
+
 LONGEST_PERIOD = 100_000
 """Weights of five decimals fit; the table of a period takes 12 bytes a sample."""
 
@@ -27,20 +29,21 @@ def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
     Raises ValueError for weights that are negative, not finite, all zero, or whose proportion needs larger numbers.
     """
     if wrong := [name for name, weight in weights.items() if not 0 <= weight < float("inf")]:
-        raise ValueError(f"weights: {wrong[0]} = {weights[wrong[0]]}; expected a number of at least 0")
+        raise InputError("weights", f"{wrong[0]} = {weights[wrong[0]]}; expected a number of at least 0")
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total = sum(exact.values())
     if not total:
-        raise ValueError("weights: all are zero, or there are none")
+        raise InputError("weights", "all are zero, or there are none")
     scale = lcm(*(weight.denominator for weight in exact.values()))
     whole = {name: int(weight * scale) for name, weight in exact.items()}
     divisor = gcd(*whole.values())
     whole = {name: weight // divisor for name, weight in whole.items()}
     if (period := sum(whole.values())) > LONGEST_PERIOD:
         rounded = ", ".join(f"{name} = {round(float(weight / total), 4)}" for name, weight in exact.items())
-        raise ValueError(
-            f"weights: their proportion repeats only after {period:,} samples, at most {LONGEST_PERIOD:,} can be; "
-            f"round them, for example to {rounded}"
+        raise InputError(
+            "weights",
+            f"their proportion repeats only after {period:,} samples, at most {LONGEST_PERIOD:,} can be; "
+            f"round them, for example to {rounded}",
         )
     return whole
 

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from components.data.order import SampleOrder
+from components.errors import InputError
 
 # m micro-batch size, T sequence length
 
@@ -180,6 +182,7 @@ class MicroBatchLoader:
         self.close()
 
     def _next(self, _: int) -> MicroBatch:
+        asked = time.monotonic()
         try:
             if self._stream is None:
                 self._start_reading()
@@ -193,7 +196,7 @@ class MicroBatchLoader:
                 raise
             if self._last_words.poll():
                 raise OSError(f"a loader worker cannot go on: {self._last_words.recv()}") from None
-            if "timed out" in str(error):
+            if time.monotonic() - asked >= self._settings["timeout"]:
                 raise OSError(
                     f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
                 ) from error
@@ -263,7 +266,7 @@ class _OrderedSamples:
         try:
             sequences = self._read(indices)
         except (ValueError, OSError) as error:
-            if type(error).__module__ != "builtins":
+            if type(error).__module__ not in ("builtins", InputError.__module__):
                 raise  # may not survive pickling
             return error
         return _Block(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -16,9 +15,8 @@ from torch import Tensor
 from components.data.document import EncodesText
 from components.data.interleave import StagedInterleaving, whole_weights
 from components.data.order import SampleOrder
+from components.errors import InputError
 from components.quantities import Tokens
-
-_NAMES_A_KEY = re.compile(r"\w+: ")
 
 
 class Samples(Protocol):
@@ -62,17 +60,17 @@ class Mixture:
     def __post_init__(self) -> None:
         for name, source in self.sources.items():
             if isinstance(source, Mixture):  # its order and stages would be lost
-                raise ValueError(f"sources.{name}: a mixture of mixtures; list the sources of both in one")
+                raise InputError(f"sources.{name}", "a mixture of mixtures; list the sources of both in one")
         for weights in self._weights():
             if strange := [name for name in weights if name not in self.sources]:
-                raise ValueError(f"weights: {strange[0]} is none of the sources: {', '.join(self.sources) or 'none'}")
+                raise InputError("weights", f"{strange[0]} is none of the sources: {', '.join(self.sources) or 'none'}")
             whole_weights(weights)
         starts = [0, *(stage.from_tokens for stage in self.stages)]
         if any(later <= earlier for earlier, later in pairwise(starts)):
-            raise ValueError(f"stages: from_tokens = {starts[1:]} do not increase from above 0")
+            raise InputError("stages", f"from_tokens = {starts[1:]} do not increase from above 0")
         for name in self.sources:
             if not any(weights.get(name) for weights in self._weights()):
-                raise ValueError(f"weights: {name} has no weight in any stage; give it one, or leave the source out")
+                raise InputError("weights", f"{name} has no weight in any stage; give it one, or leave the source out")
 
     def build(
         self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
@@ -85,8 +83,7 @@ class Mixture:
                     tokenizer=tokenizer, sequence_length=sequence_length, cache_dir=cache_dir, progress=progress
                 )
             except (ValueError, OSError) as error:
-                separator = "." if _NAMES_A_KEY.match(str(error)) else ": "
-                raise ValueError(f"sources.{name}{separator}{error}") from error
+                raise InputError.below(f"sources.{name}", error) from error
         starts = [0, *(-(-stage.from_tokens // sequence_length) for stage in self.stages)]
         whole = [whole_weights(weights) for weights in self._weights()]
         stages = [

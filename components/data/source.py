@@ -24,6 +24,7 @@ from components.data.index import INDEX, PIECES, SEGMENTS, Index, Selection, ope
 from components.data.packed import PreparedText
 from components.data.prepare import Preparation, cores, encode_missing
 from components.data.shards import FORMAT, read_record, store_name
+from components.errors import InputError
 
 _LINE_SECONDS = 5.0
 MEMORY = "file-hashes.json"
@@ -123,7 +124,7 @@ class TextSource(ABC):
     def _place(self, tokenizer: EncodesText, cache_dir: Path) -> tuple[Path, str, list[Piece]]:
         """The prepared directory, which may not be there yet, the fingerprint of its content, and the parts of it."""
         if self.held_out and not self.hold_out:
-            raise ValueError("held_out: nothing is held out; say which share of the documents is, with hold_out")
+            raise InputError("held_out", "nothing is held out; say which share of the documents is, with hold_out")
         with FileHashes(cache_dir / MEMORY) as hashes:
             pieces = self.pieces(hashes)
         content = hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()

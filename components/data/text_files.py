@@ -16,6 +16,7 @@ from components.data.document import Document, ReadingLog
 from components.data.formats import SUFFIXES, kind_is_known, kind_of, read_csv, read_json, read_parquet, read_text
 from components.data.reading import COMPRESSED
 from components.data.source import FileSource
+from components.errors import InputError
 from components.folders import glob_files, is_file, walk_files
 
 log = logging.getLogger("powertrain")
@@ -44,8 +45,9 @@ class TextFiles(FileSource):
         if self.document_separator == "":
             raise ValueError('document_separator: "" separates nothing; leave the key out')
         if "\r" in (self.document_separator or ""):
-            raise ValueError(
-                f"document_separator: {self.document_separator!r} is nowhere, for line ends are put right to \\n first"
+            raise InputError(
+                "document_separator",
+                f"{self.document_separator!r} is nowhere, for line ends are put right to \\n first",
             )
 
     def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
@@ -74,7 +76,7 @@ class TextFiles(FileSource):
             if not found:
                 raise FileNotFoundError("[] names no file, directory or glob pattern")
         except (OSError, ValueError) as error:
-            raise type(error)(f"path: {error}") from None
+            raise InputError.below("path", error) from None
         if twice := sorted(file for file in found if file.suffix in COMPRESSED and file.with_suffix("") in found):
             _warn_once(f"{len(twice)} files are read packed and unpacked, the first {twice[0]}; remove one of the two")
         common = os.path.commonpath([file.parent for file in found])

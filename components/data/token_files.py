@@ -16,6 +16,7 @@ from components.data.document import EncodesText
 from components.data.packed import PackedTokens
 from components.data.reading import known_format
 from components.data.stored_tokens import StoredTokens
+from components.errors import InputError, MissingFileError
 from components.folders import is_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -78,10 +79,10 @@ class TokenFiles:
         for path, tokens in zip(paths, found, strict=True):
             _check_ids(path, tokens, tokenizer.vocab_size, min(_MOST_LOOKS_A_FILE, max(1, _LOOKS // len(paths))))
         if not found:
-            raise FileNotFoundError("path: [] names no file")
+            raise MissingFileError("path", "[] names no file")
         if len({tokens.dtype for tokens in found}) > 1:
             types = ", ".join(f"{path} {tokens.dtype}" for path, tokens in zip(paths, found, strict=True))
-            raise ValueError(f"path: files of different types cannot be one source: {types}")
+            raise InputError("path", f"files of different types cannot be one source: {types}")
         numbered = [
             np.concatenate([np.full((len(tokens.segments), 1), number), tokens.segments], axis=1)
             for number, tokens in enumerate(found)
@@ -107,7 +108,7 @@ class TokenFiles:
 
     def _open(self, path: Path, vocab_size: int) -> _Tokens:
         if not is_file(path):
-            raise FileNotFoundError(f"path: {path} does not exist")
+            raise MissingFileError("path", f"{path} does not exist")
         index = _index_of(path)
         if index is not None:
             return _read_megatron(index, path.stat().st_size)
@@ -121,9 +122,10 @@ class TokenFiles:
         if len(start) == _LLMC_BYTES and (header := struct.unpack("<3i", start[:12]))[:2] in _LLMC_TYPES:
             return _read_llmc(path, np.dtype(_LLMC_TYPES[header[:2]]), header[2])
         if self.dtype == "uint16" and vocab_size > 2**16:
-            raise ValueError(
-                f"dtype: uint16 cannot hold the {vocab_size:,} ids of the tokenizer; set it to uint32, or name the "
-                f"tokenizer that made {path}"
+            raise InputError(
+                "dtype",
+                f"uint16 cannot hold the {vocab_size:,} ids of the tokenizer; set it to uint32, or name the "
+                f"tokenizer that made {path}",
             )
         dtype = np.dtype(self.dtype).newbyteorder("<")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
@@ -145,7 +147,7 @@ def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, looks: int) -> None
     for name, remedy in () if tokens.says_type else _REMEDIES.items():
         dtype = np.dtype(name)
         if len(ids) * ids.itemsize % dtype.itemsize == 0 and _misfit(ids.view(dtype), vocab_size) is None:
-            raise ValueError(f"dtype: read as {tokens.dtype.name}, {problem} in {path}; {remedy}")
+            raise InputError("dtype", f"read as {tokens.dtype.name}, {problem} in {path}; {remedy}")
     raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or is in another format")
 
 

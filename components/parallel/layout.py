@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from components.errors import InputError
 from components.parallel.world import World
 from components.quantities import PositiveCount
 
@@ -42,7 +43,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("dp_replicate", "dp_shard"):
             if getattr(self, name) == 0:
-                raise ValueError(f"{name}: 1 or more, or -1 for what the others leave")
+                raise InputError(name, "1 or more, or -1 for what the others leave")
 
     def sizes(self, world_size: int, local_size: int | None = None) -> Sizes:
         """The mesh of a run of `world_size` processes, `local_size` on each node; without it they are all on one.
@@ -59,9 +60,10 @@ class Parallel:
         if replicas == -1:
             replicas = max(1, world_size // (shards * tp))
         if replicas * shards * tp != world_size:
-            raise ValueError(
-                f"dp_shard: {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
-                f"is not the {world_size} processes of this run; -1 takes what the others leave"
+            raise InputError(
+                "dp_shard",
+                f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
+                f"is not the {world_size} processes of this run; -1 takes what the others leave",
             )
         return Sizes(replicas, shards, tp)
 

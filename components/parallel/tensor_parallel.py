@@ -23,6 +23,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from components.errors import InputError
+
 SEQUENCE = Shard(1)
 """(B, T, D) divided along T."""
 
@@ -153,4 +155,4 @@ def split(model: nn.Module, table: Mapping[str, str], mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, {name: STYLES[style]() for name, style in table.items()})
     left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     if left:
-        raise ValueError(f"tp: the table leaves out {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")
+        raise InputError("tp", f"the table leaves out {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}")

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from components.errors import InputError
 from components.profiler.breakdown import END_OF_WINDOW, STEP, break_down, read_trace
 from components.quantities import Count, PositiveCount
 
@@ -40,9 +41,10 @@ class ProfilerConfig:
     def build(self, folder: Path, *, device: torch.device, rank: int) -> Profiler:
         """Return the profiler of this process, which writes to `folder`. Raises ValueError."""
         if self.steps and self.memory_snapshot and device.type != "cuda":
-            raise ValueError(
-                f"memory_snapshot: the device is {device.type}, and only the allocator of CUDA records its history; "
-                "leave it out, or train on a GPU"
+            raise InputError(
+                "memory_snapshot",
+                f"the device is {device.type}, and only the allocator of CUDA records its history; "
+                "leave it out, or train on a GPU",
             )
         return Profiler(self, folder, device, rank)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from components.errors import InputError
 from components.tokenizers.patterns import PATTERNS
 
 _PROBE = (
@@ -68,7 +69,7 @@ def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mappi
     # A special token that is in the vocabulary keeps its id; otherwise it gets the next free one, and ranks have holes.
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     if taken := sorted(vocabulary.keys() & (special or {}).keys()):
-        raise ValueError(f"special_tokens: {taken[0]!r} is an ordinary token of the file too")
+        raise InputError("special_tokens", f"{taken[0]!r} is an ordinary token of the file too")
     tokenizer = library.Tokenizer(library.models.BPE({**vocabulary, **(special or {})}, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     tokenizer.decoder = library.decoders.ByteLevel()

@@ -6,6 +6,8 @@ something else) read them alike; tiktoken runs this form faster than its own, an
 
 from __future__ import annotations
 
+from components.errors import InputError
+
 _LOWER, _UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
@@ -40,5 +42,5 @@ def resolve_pattern(pattern: str) -> str:
     if pattern in PATTERNS:
         return PATTERNS[pattern]
     if pattern.isidentifier() or not pattern:
-        raise ValueError(f"pattern: {pattern!r} is none of {', '.join(PATTERNS)}, and no regular expression for text")
+        raise InputError("pattern", f"{pattern!r} is none of {', '.join(PATTERNS)}, and no regular expression for text")
     return pattern

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import tiktoken
 
+from components.errors import InputError, MissingFileError
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 
 _MOST_RANKS = 2**22
@@ -57,9 +58,9 @@ class TiktokenFile:
         end = self.end_of_document
         if end not in tokens:
             hint = "; that of Llama 3 is '<|end_of_text|>'" if self.special_tokens == "llama3" else ""
-            raise ValueError(f"end_of_document: {end!r} is not among special_tokens = {self.special_tokens}{hint}")
+            raise InputError("end_of_document", f"{end!r} is not among special_tokens = {self.special_tokens}{hint}")
         if len(set(tokens)) < len(tokens):
-            raise ValueError(f"special_tokens: {tokens} holds a token twice")
+            raise InputError("special_tokens", f"{tokens} holds a token twice")
         ranks = read_ranks(self.path)
         first = max(ranks.values()) + 1
         special = {token: first + number for number, token in enumerate(tokens)}
@@ -81,11 +82,11 @@ class TiktokenEncoding:
         """Raises ValueError for a name tiktoken does not know, OSError where the ranks cannot be had."""
         names = tiktoken.list_encoding_names()
         if self.name not in names:
-            raise ValueError(f"name: {self.name!r} is none of {', '.join(names)}")
+            raise InputError("name", f"{self.name!r} is none of {', '.join(names)}")
         encoding = tiktoken.get_encoding(self.name)
         special = encoding._special_tokens
         if self.end_of_document not in special:
-            raise ValueError(f"end_of_document: {self.end_of_document!r} is not among {', '.join(special)}")
+            raise InputError("end_of_document", f"{self.end_of_document!r} is not among {', '.join(special)}")
         pattern = PATTERNS.get(_PATTERN_OF.get(self.name, ""), encoding._pat_str)
         return RankEncoder(
             encoding._mergeable_ranks, pattern, special, self.end_of_document, parse_special=self.parse_special
@@ -106,7 +107,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     Raises FileNotFoundError, or ValueError naming file, line and what is wrong.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"path: {path} does not exist")
+        raise MissingFileError("path", f"{path} does not exist")
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path} holds {path.stat().st_size:,} bytes, far more than a tiktoken rank file")
     ranks: dict[bytes, int] = {}
@@ -158,7 +159,7 @@ class RankEncoder:
                 "powertrain", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except ValueError as error:
-            raise ValueError(f"pattern: {pattern!r} is no regular expression tiktoken accepts: {error}") from error
+            raise InputError("pattern", f"{pattern!r} is no regular expression tiktoken accepts: {error}") from error
         self._parts = (ranks, pattern, special)
         self._parsed = frozenset(special) if parse_special else frozenset()
         self.vocab_size = 1 + max(*ranks.values(), *special.values())

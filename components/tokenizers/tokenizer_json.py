@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from components.errors import InputError, MissingFileError
 from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers
 
 _LARGEST_FILE = 2**28
@@ -33,9 +34,9 @@ class TokenizerJson:
     def build(self) -> JsonEncoder:
         """Raises FileNotFoundError, or ValueError for a file that is no tokenizer or lacks the token."""
         if not self.path.is_file():
-            raise FileNotFoundError(f"path: {self.path} does not exist")
+            raise MissingFileError("path", f"{self.path} does not exist")
         if self.path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"path: {self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
+            raise InputError("path", f"{self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
         library = library_of_tokenizers()
         try:
             text = self.path.read_text(encoding="utf-8")
@@ -43,10 +44,10 @@ class TokenizerJson:
         except OSError:
             raise
         except Exception as error:  # the library has no class of its own for it
-            raise ValueError(f"path: {self.path} is no tokenizer.json: {str(error)[:200]}") from None
+            raise InputError("path", f"{self.path} is no tokenizer.json: {str(error)[:200]}") from None
         end = tokenizer.token_to_id(self.end_of_document)
         if end is None:
-            raise ValueError(f"end_of_document: {self.path} has no token {self.end_of_document!r}")
+            raise InputError("end_of_document", f"{self.path} has no token {self.end_of_document!r}")
         digest = hashlib.sha256(text.encode()).hexdigest()
         return JsonEncoder(tokenizer, end, digest, parse_special=self.parse_special)
 

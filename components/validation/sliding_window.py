@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.errors import InputError
 from components.processes import attempt, described
 from components.token_ids import check_token_ids
 from components.validation.totals import IGNORED, Ranks, Totals, UnreadableError
@@ -74,7 +75,7 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.size:
-            raise ValueError(f"stride: {self.stride} must be from 1 to the window of {self.size} tokens")
+            raise InputError("stride", f"{self.stride} must be from 1 to the window of {self.size} tokens")
 
     @torch.no_grad()
     def evaluate(

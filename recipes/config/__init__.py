@@ -4,16 +4,13 @@ The signature is the schema: the typed keyword-only parameters of a component's 
 those of a recipe's constructor are its sections. Nothing is registered and nothing is declared twice.
 """
 
-from recipes.config.derive import derive
-from recipes.config.load import Checks, Config, load
-from recipes.config.problems import ConfigError, Origin, Problem, error_message
-from recipes.config.resolved import Leaf
-from recipes.config.signatures import describe
+from recipes.config.errors import ConfigError, Origin, Problem, error_message
+from recipes.config.load import Config, derive, load
+from recipes.config.schema import describe
 from recipes.config.toml import flatten
-from recipes.config.tree import Override
+from recipes.config.tree import Leaf, Override
 
 __all__ = [
-    "Checks",
     "Config",
     "ConfigError",
     "Leaf",

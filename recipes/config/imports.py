@@ -12,7 +12,7 @@ from types import ModuleType
 
 import tomli
 
-from recipes.config.problems import PROJECT, closest, describe_error, listed
+from recipes.config.errors import PROJECT, describe_error, did_you_mean, join_limited
 
 _OURS = ("recipes", "components", "models", "tools")
 
@@ -22,7 +22,7 @@ class UseError(Exception):
 
 
 def make_importable(folders: Iterable[Path]) -> None:
-    """Adds `folders` to the end of the module search path, where they cannot hide the project or the library."""
+    """Add `folders` to the end of the module search path, where they cannot hide the project or the library."""
     for folder in folders:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -30,7 +30,7 @@ def make_importable(folders: Iterable[Path]) -> None:
 
 
 def import_class(use: str, folders: Sequence[Path] = ()) -> type:
-    """The class that `use` names. `folders` are where the user's own modules may lie. Raises UseError."""
+    """Return the class that `use` names. `folders` are where the user's own modules may lie. Raises UseError."""
     module_name, colon, name = use.partition(":")
     if not colon or not module_name or not name:
         raise UseError(_not_a_path(use))
@@ -53,12 +53,12 @@ def import_class(use: str, folders: Sequence[Path] = ()) -> type:
 
 
 def import_path(cls: type) -> str:
-    """What `use` would name."""
+    """Return what `use` would say to name `cls`."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def home_of(use: str, folders: Iterable[Path]) -> Path | None:
-    """Which of `folders` the module that `use` names came from; None for the project and for installed packages."""
+def import_root(use: str, folders: Iterable[Path]) -> Path | None:
+    """Return which of `folders` the module that `use` names came from; None for the project and installed packages."""
     module = sys.modules[use.partition(":")[0].partition(".")[0]]
     package = list(getattr(module, "__path__", ()))
     places = [Path(place).parent for place in package] or [Path(getattr(module, "__file__", None) or "/").parent]
@@ -96,11 +96,11 @@ def _no_module(missing: str, folders: Sequence[Path]) -> str:
     places = list(sys.modules[parent].__path__) if parent else [str(place) for place in (PROJECT, *folders)]
     names = sorted({module.name for module in pkgutil.iter_modules(places)})
     prefix = f"{parent}." if parent else ""
-    if match := closest(last, names, cutoff=0.6):
+    if match := did_you_mean(last, names, cutoff=0.6):
         return f"no module named {missing}; did you mean {prefix}{match}?"
     if parent:
-        return f"no module named {missing}; {parent} has {listed(names)}"
-    where = listed([str(folder) for folder in folders], limit=4)
+        return f"no module named {missing}; {parent} has {join_limited(names)}"
+    where = join_limited([str(folder) for folder in folders], limit=4)
     return (
         f"no module named {missing}, neither in the project nor in {where}" if where else f"no module named {missing}"
     )
@@ -111,12 +111,12 @@ def _no_attribute(module: str, found: object, name: str, folders: Sequence[Path]
         return hidden
     names = getattr(found, "__dict__", {})
     own = [key for key, value in names.items() if isinstance(value, type) and not key.startswith("_")]
-    match = closest(name, own, cutoff=0.6) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    match = did_you_mean(name, own, cutoff=0.6) or next(iter(difflib.get_close_matches(name, names, n=1)), None)
     where = "" if module.partition(".")[0] in _OURS else f" ({getattr(found, '__file__', module)})"
     if match:
         return f"{module}{where} has no {name}; did you mean {match}?"
     local = [key for key in own if getattr(names[key], "__module__", None) == module]
-    return f"{module}{where} has no {name}" + (f"; its classes are {listed(local)}" if local else "")
+    return f"{module}{where} has no {name}" + (f"; its classes are {join_limited(local)}" if local else "")
 
 
 def _hidden(module: str, folders: Sequence[Path]) -> str | None:

@@ -1,25 +1,36 @@
-"""A configuration before it has types: tables and values that know where they were written, in layers."""
+"""The tree of a configuration: tables, arrays of tables and values that know where they were written.
+
+Reading gives a tree of TOML values for each file and one for the command line, `merge` lays them over each other, and
+building gives the same tree with typed values, defaults included.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tomli
 
-from recipes.config.lines import KeyPath
-from recipes.config.problems import Origin, Problem
-from recipes.config.toml import brief_value, is_table_array, join_key, split_key
-
-COMMAND_LINE = "command line"
-DEFAULT = "default"
+from recipes.config.errors import COMMAND_LINE, DEFAULT, Origin, Problem
+from recipes.config.toml import (
+    KeyPath,
+    brief,
+    brief_value,
+    is_table_array,
+    join_key,
+    quote_key,
+    split_key,
+    to_toml_value,
+    write_value,
+)
 
 
 @dataclass(frozen=True)
 class Override:
-    """`--training.total_tokens=4B`, taken apart."""
+    """The two parts of `--training.total_tokens=4B`."""
 
     path: str
     """`training.total_tokens`"""
@@ -28,17 +39,27 @@ class Override:
 
 
 @dataclass(frozen=True)
-class Value:
-    """Anything that is not made of tables; None stands for a default of None, which TOML cannot write."""
+class Leaf:
+    """A value that holds no tables."""
 
     value: Any
+    """What TOML says or, once built, what the key's type makes of it. None is a default that TOML cannot write."""
     origin: Origin
     text: str | None = None
-    """As typed on the command line."""
+    """The value as typed on the command line."""
+    unset: bool = False
+    """The key was left out, and its default is None."""
+
+    @property
+    def toml(self) -> str:
+        """The value as TOML text."""
+        return write_value("none" if self.value is None else to_toml_value(self.value))
 
 
 @dataclass(frozen=True)
 class Table:
+    """Keys and what they hold."""
+
     entries: dict[str, Node]
     origin: Origin
     text: str | None = None
@@ -56,113 +77,177 @@ class Array:
     text: str | None = None
 
 
-Node = Value | Table | Array
+Node = Leaf | Table | Array
 
 
-def graft(value: Any, origin_of: Callable[[KeyPath], Origin], path: KeyPath = (), text: str | None = None) -> Node:
-    """The tree of a parsed TOML value."""
+def from_toml(value: Any, origin_of: Callable[[KeyPath], Origin], path: KeyPath = (), text: str | None = None) -> Node:
+    """Return the tree of a parsed TOML value."""
     origin = origin_of(path)
     if isinstance(value, dict):
-        return Table({key: graft(item, origin_of, (*path, key)) for key, item in value.items()}, origin, text)
+        return Table({key: from_toml(item, origin_of, (*path, key)) for key, item in value.items()}, origin, text)
     if is_table_array(value):
-        items = (graft(item, origin_of, (*path, index)) for index, item in enumerate(value))
-        return Array(tuple(items), origin, text)
-    return Value(value, origin, text)
+        return Array(tuple(from_toml(item, origin_of, (*path, at)) for at, item in enumerate(value)), origin, text)
+    return Leaf(value, origin, text)
 
 
-def plain(node: Node) -> Any:
-    """The TOML value of a tree."""
+def to_python(node: Node) -> Any:
+    """Return the dicts, lists and values of a tree."""
     if isinstance(node, Table):
-        return {key: plain(item) for key, item in node.entries.items()}
-    if isinstance(node, Array):
-        return [plain(item) for item in node.items]
-    return node.value
+        return {key: to_python(item) for key, item in node.entries.items()}
+    return [to_python(item) for item in node.items] if isinstance(node, Array) else node.value
 
 
-def used(table: Table) -> str | None:
-    """What the table's `use` names, where it names anything."""
+def children(node: Node) -> list[tuple[Any, Node]]:
+    """Return the keys or indices of a node with what they hold, in the order written."""
+    if isinstance(node, Leaf):
+        return []
+    return list(node.entries.items()) if isinstance(node, Table) else list(enumerate(node.items))
+
+
+def use_of(table: Table) -> str | None:
+    """Return what the table's `use` names, where it names anything."""
     node = table.entries.get("use")
-    value = plain(node) if node else None
+    value = to_python(node) if node else None
     return value.strip() if isinstance(value, str) else None
 
 
 def merge(base: Node, over: Node, problems: list[Problem], path: KeyPath = (), *, same_layer: bool = False) -> Node:
-    """`over`, with the keys of `base` that it leaves alone. Arrays and values are replaced whole.
+    """Return `over`, with the keys of `base` that it leaves alone. Arrays and values are replaced as a whole.
 
-    A table of a later layer with another `use` starts anew, since the keys below it were meant for another component.
+    A table of a later layer with another `use` starts empty, since the keys below it were meant for another component.
     The command line may also name items of an array by number.
     """
     if not isinstance(over, Table):
         return over
+    from_command_line = over.origin.source == COMMAND_LINE
     if isinstance(base, Table):
-        if not same_layer and used(base) and used(over) and used(base) != used(over):
+        if not same_layer and use_of(base) and use_of(over) and use_of(base) != use_of(over):
             return over
         entries = dict(base.entries)
         for key, node in over.entries.items():
             below = entries.get(key)
             entries[key] = node if below is None else merge(below, node, problems, (*path, key), same_layer=same_layer)
-        is_touched_up = over.origin.where == COMMAND_LINE and base.origin.where != DEFAULT
-        return Table(entries, base.origin if is_touched_up else over.origin)
-    if over.origin.where != COMMAND_LINE or plain(base) in (None, "none"):
+        keeps_origin = from_command_line and base.origin.source != DEFAULT
+        return Table(entries, base.origin if keeps_origin else over.origin)
+    if not from_command_line or to_python(base) in (None, "none"):
         return over
-    if isinstance(base, Array):
-        return _merge_items(base, over, problems, path, same_layer)
-    problems.append(_problem(over, path, f"{join_key(path)} is {brief_value(plain(base))}{_at(base)}: it has no keys"))
-    return base
-
-
-def _merge_items(base: Array, over: Table, problems: list[Problem], path: KeyPath, same_layer: bool) -> Array:
+    name = join_key(path)
+    place = "" if base.origin.source == COMMAND_LINE else f" ({base.origin.source})"
+    if isinstance(base, Leaf):
+        problems.append(_problem_in(over, path, f"{name} is {brief_value(base.value)}{place}: it has no keys"))
+        return base
     items = list(base.items)
     for key, node in over.entries.items():
         if key.isdecimal() and int(key) < len(items):
             items[int(key)] = merge(items[int(key)], node, problems, (*path, key), same_layer=same_layer)
         else:
-            name, last = join_key(path), len(items) - 1
-            message = f"{name} is an array of tables{_at(base)}: name one by its number, {name}.0 to {name}.{last}"
-            problems.append(_problem(Table({key: node}, over.origin), path, message))
+            hint = f"name one by its number, {name}.0 to {name}.{len(items) - 1}"
+            problems.append(_problem_in(over, path, f"{name} is an array of tables{place}: {hint}", key))
     return replace(base, items=tuple(items))
 
 
-def _at(node: Node) -> str:
-    return "" if node.origin.where == COMMAND_LINE else f" ({node.origin.where})"
-
-
-def _problem(over: Table, path: KeyPath, message: str) -> Problem:
-    """Told at the first key that the command line set below `path`."""
-    keys, node = path, over
+def _problem_in(over: Table, path: KeyPath, message: str, key: str | None = None) -> Problem:
+    """Return a problem with the first value that the command line set below `path`, or below `key` of it."""
+    node: Node = over if key is None else Table({key: over.entries[key]}, over.origin)
     while isinstance(node, Table) and node.entries:
-        key, node = next(iter(node.entries.items()))  # type: ignore[assignment]
-        keys = (*keys, key)
-    return Problem(over.origin.where, join_key(keys), message, brief_value(plain(node)))
+        key, node = next(iter(node.entries.items()))
+        path = (*path, key)
+    return Problem(over.origin.source, join_key(path), message, brief_value(to_python(node)))
 
 
-def command_line(overrides: Sequence[Override], cwd: Path, problems: list[Problem]) -> Table:
-    """All overrides as one layer: their order matters only where the same key is given twice (the last one counts)."""
+def read_command_line(overrides: Sequence[Override], cwd: Path, problems: list[Problem]) -> Table:
+    """Return all overrides as one layer. Their order matters only where a key is given twice: the last one counts."""
     origin = Origin(COMMAND_LINE, cwd)
-
-    def layers() -> Iterator[Node]:
-        for override in overrides:
-            try:
-                keys = split_key(override.path)
-            except ValueError:
-                problems.append(Problem(COMMAND_LINE, override.path, "not a key; write --section.key=value"))
-                continue
-            node = graft(*_parse(override.text), text=override.text, origin_of=lambda _: origin)
-            for key in reversed(keys):
-                node = Table({key: node}, origin)
-            yield node
-
     layer: Node = Table({}, origin)
-    for over in layers():
-        layer = merge(layer, over, problems, same_layer=True)
+    for override in overrides:
+        try:
+            keys = split_key(override.path)
+        except ValueError:
+            problems.append(Problem(COMMAND_LINE, override.path, "not a key; write --section.key=value"))
+            continue
+        node = from_toml(_parse_value(override.text), lambda _: origin, text=override.text)
+        for key in reversed(keys):
+            node = Table({key: node}, origin)
+        layer = merge(layer, node, problems, same_layer=True)
     assert isinstance(layer, Table)
     return layer
 
 
-def _parse(text: str) -> tuple[Any]:
-    """The TOML value that `text` spells, or else `text` itself: quotes around text are not needed."""
+def _parse_value(text: str) -> Any:
+    """Return the TOML value that `text` spells, or else `text` itself: quotes around text are not needed."""
     try:
         document = tomli.loads(f"value = {text}")
     except (tomli.TOMLDecodeError, RecursionError):
-        return (text,)
-    return (document["value"],) if len(document) == 1 else (text,)
+        return text
+    return document["value"] if len(document) == 1 else text
+
+
+# A tree that is built
+
+
+def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
+    """Yield every leaf with its dotted path, in the order in which `dump` writes them."""
+    if isinstance(node, Leaf):
+        yield join_key(path), node
+    for key, item in _values_first(node):
+        yield from leaves(item, (*path, key))
+
+
+def components(made: Any, node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yield each component with its path, beginning with `made`, which was constructed from the table `node`."""
+    if isinstance(node, Table) and not isinstance(made, dict):
+        yield path, made
+    for key, item in _values_first(node):
+        if not isinstance(item, Leaf):
+            with suppress(Exception):  # a user's class may keep what it was given under another name
+                below = made[key] if isinstance(made, (dict, list, tuple)) else getattr(made, key)
+                yield from components(below, item, (*path, key))
+
+
+def problem_at(root: Table, path: KeyPath, message: str) -> Problem:
+    """Return a problem with what `path` names, at the place where that, or else the nearest table, was written."""
+    node: Node = root
+    for key in path:
+        below = dict(children(node)).get(int(key) if isinstance(node, Array) and str(key).isdecimal() else key)
+        if below is None:
+            return Problem(node.origin.source, join_key(path), message)
+        node = below
+    value = brief(node.toml) if isinstance(node, Leaf) else None
+    return Problem(node.origin.source, join_key(path), message, value)
+
+
+def written(node: Node) -> Node:
+    """Return a built tree as it would be read: values are TOML's, and keys that are unset are left out."""
+    if isinstance(node, Leaf):
+        return Leaf("none" if node.value is None else to_toml_value(node.value), node.origin)
+    if isinstance(node, Array):
+        return Array(tuple(map(written, node.items)), node.origin)
+    kept = {key: item for key, item in node.entries.items() if not (isinstance(item, Leaf) and item.unset)}
+    return Table({key: written(item) for key, item in kept.items()}, node.origin)
+
+
+def dump(root: Table, provenance: bool) -> str:
+    """Return launchable TOML with every key, defaults too; `provenance` adds where each value comes from."""
+    return "\n".join(_dump_table(root, (), provenance)).strip("\n") + "\n"
+
+
+def _dump_table(table: Table, path: KeyPath, provenance: bool) -> Iterator[str]:
+    """Yield the lines of a table's own keys, then those of its sub-tables."""
+    for key, node in _values_first(table):
+        if isinstance(node, Leaf):
+            source = "".join(char if char.isprintable() else "?" for char in node.origin.source)  # a file name
+            comment = f"  # {source}" if provenance else ""
+            yield f"# {quote_key(key)} is unset" if node.unset else f"{quote_key(key)} = {node.toml}{comment}"
+            continue
+        header = join_key(part for part in (*path, key) if isinstance(part, str))
+        tables = node.items if isinstance(node, Array) else (node,)
+        for index, item in enumerate(tables):
+            assert isinstance(item, Table)
+            yield ""
+            yield f"[[{header}]]" if isinstance(node, Array) else f"[{header}]"
+            yield from _dump_table(item, (*path, key, index) if isinstance(node, Array) else (*path, key), provenance)
+
+
+def _values_first(node: Node) -> list[tuple[Any, Node]]:
+    """Return `children` as TOML wants them: a table's own keys before its sub-tables."""
+    return sorted(children(node), key=lambda pair: not isinstance(pair[1], Leaf))

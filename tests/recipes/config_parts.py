@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
+from components.errors import InputError
 from components.quantities import PositiveCount, Tokens
 
 HERE = __name__
@@ -48,7 +49,7 @@ class Ramp(Constant):
 
     def __post_init__(self) -> None:
         if self.eta <= 0:
-            raise ValueError(f"eta: {self.eta} must be above 0")
+            raise InputError("eta", f"{self.eta} must be above 0")
         if self.eta > 100:
             raise TypeError("too noisy")
 

@@ -27,7 +27,7 @@ def test_the_changes_are_the_last_layer_and_the_rest_is_as_it_was(tiny, tmp_path
         "batch.quantum": None,
         "checkpoint.interval_steps": "none",
     }
-    assert derived.leaves["batch.initial"].origin.where == "branch"
+    assert derived.leaves["batch.initial"].origin.source == "branch"
     assert derived.leaves["model.dim"].origin == config.leaves["model.dim"].origin
     assert derived.recipe.batch is not config.recipe.batch
     printed = tmp_path / "printed.toml"

@@ -5,8 +5,7 @@ import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.config.lines import KeyPath, line_index
-from recipes.config.toml import join_key, quote_key, split_key, write_value
+from recipes.config.toml import KeyPath, join_key, line_index, quote_key, split_key, write_value
 
 pytestmark = pytest.mark.quick
 

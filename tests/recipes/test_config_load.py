@@ -72,9 +72,9 @@ def test_later_layers_win_key_by_key(load_text: Load) -> None:
         two='run = {name = "two", note = "two"}\ntraining.seed = 2\n[[sources]]\npath = "x"',
     )
     assert (config.recipe.run.name, config.recipe.run.note, config.recipe.training.seed) == ("mine", "two", 4)
-    assert str(config.leaves["run.note"].origin.where) == "two.toml:1"
-    assert config.leaves["training.seed"].origin.where == "command line"
-    assert config.leaves["training.compile"].origin.where == "default"
+    assert str(config.leaves["run.note"].origin.source) == "two.toml:1"
+    assert config.leaves["training.seed"].origin.source == "command line"
+    assert config.leaves["training.compile"].origin.source == "default"
 
 
 def test_arrays_are_replaced_whole(load_text: Load) -> None:
@@ -258,18 +258,8 @@ def test_a_problem_found_later_is_told_where_the_key_was_written(load_text: Load
     assert str(config.problem("training.seed", "odd")) == "command line  training.seed = 3\n    odd"
     assert str(config.problem("batch", "too big")) == "mine.toml:3  batch\n    too big"
     assert str(config.problem("batch.nothing", "too big")) == "mine.toml:3  batch.nothing\n    too big"
-    assert config.problem("sources.0.path", "gone").where == "mine.toml:5"
+    assert config.problem("sources.0.path", "gone").source == "mine.toml:5"
     assert str(config.problem("run.name", "taken")) == 'default  run.name = "debug"\n    taken'
-
-
-def test_extra_checks_see_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text(MINIMAL)
-    with pytest.raises(ConfigError, match="four is too few"):
-        load(
-            tmp_path / "a.toml",
-            default_recipe=f"{parts.HERE}:Recipe",
-            extra_checks=lambda recipe: [("batch.initial", "four is too few")] if recipe.batch.initial < 9 else [],
-        )
 
 
 def test_keys_are_documented_by_the_text_below_them() -> None:

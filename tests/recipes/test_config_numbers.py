@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import pydantic
 import pytest
-from pydantic import Field
 
 from recipes import launch
-from recipes.config import values
+from recipes.config.build import decode_value
+from recipes.config.errors import Origin
 from recipes.config.imports import import_class
-from recipes.config.problems import Origin
-from recipes.config.signatures import Key, Shape, keys_of, shape_of
-from recipes.config.tree import Array, Node, Value
+from recipes.config.schema import Field, FieldKind, fields_of, kind_of
+from recipes.config.tree import Array, Leaf, Node
 from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
 
 MAY_BE_NEGATIVE = {("Parallel.dp_replicate", -1), ("Parallel.dp_shard", -1), ("Power.b", -1)}
@@ -26,10 +26,10 @@ MAY_BE_NEGATIVE = {("Parallel.dp_replicate", -1), ("Parallel.dp_shard", -1), ("P
 HERE = Origin("a test", Path("/"))
 
 
-def written(number: float | int, shape: Shape) -> Node:
+def written(number: float | int, kind: FieldKind) -> Node:
     """A leaf of this value, or a list of two where the key takes a list."""
-    value = Value(number, HERE)
-    is_list = typing.get_origin(shape.annotation) in (list, tuple)
+    value = Leaf(number, HERE)
+    is_list = typing.get_origin(kind.annotation) in (list, tuple)
     return Array((value, value), HERE) if is_list else value
 
 
@@ -37,31 +37,31 @@ def is_numeric(annotation: object) -> bool:
     return annotation in (int, float) or any(map(is_numeric, typing.get_args(annotation)))
 
 
-def numeric_keys() -> Iterator[tuple[type, Key]]:
+def numeric_keys() -> Iterator[tuple[type, Field]]:
     """Those that a recipe can have, whatever its components are."""
     recipes = [import_class(recipe) for recipe in RECIPES]
     shipped = [each.cls for each in shipped_classes(PACKAGES, recipes)]
-    waiting, seen = [Shape("section", recipe) for recipe in recipes], set()
+    waiting, seen = [FieldKind("section", recipe) for recipe in recipes], set()
     while waiting:
-        shape = waiting.pop()
-        shape = shape.of or shape
-        fitting = [cls for cls in shipped if shape.kind == "slot" and fits(cls, shape.annotation)]
-        for cls in fitting or ([shape.annotation] if shape.kind == "section" else []):
+        kind = waiting.pop()
+        kind = kind.item or kind
+        fitting = [cls for cls in shipped if kind.form == "slot" and fits(cls, kind.annotation)]
+        for cls in fitting or ([kind.annotation] if kind.form == "section" else []):
             if cls in seen:
                 continue
             seen.add(cls)
-            for key in keys_of(cls).values():
-                if key.shape.kind != "leaf":
-                    waiting.append(key.shape)
-                elif is_numeric(key.shape.annotation):
+            for key in fields_of(cls).values():
+                if key.kind.form != "leaf":
+                    waiting.append(key.kind)
+                elif is_numeric(key.kind.annotation):
                     yield cls, key
 
 
-def complaint(cls: type, key: Key, number: float) -> str:
+def complaint(cls: type, key: Field, number: float) -> str:
     """What is said of this value of a key of `cls`, whose other keys are as good as can be; empty: it is taken."""
     try:
-        decoded = values.decode(key.shape, written(number, key.shape))
-        required = {name: 1 for name, each in keys_of(cls).items() if each.required and name != key.name}
+        decoded = decode_value(key.kind, written(number, key.kind))
+        required = {name: 1 for name, each in fields_of(cls).items() if each.required and name != key.name}
         cls(**required, **{key.name: decoded})
     except ValueError as error:
         return str(error)
@@ -84,18 +84,18 @@ def test_what_is_no_number_for_it_is_refused() -> None:
 
 @dataclass(kw_only=True)
 class Unbounded:
-    a: Annotated[float, Field(allow_inf_nan=True)]
+    a: Annotated[float, pydantic.Field(allow_inf_nan=True)]
     b: float
     c: dict[str, float]
 
 
 def test_a_key_may_say_that_it_takes_any_number() -> None:
-    shapes = {name: key.shape for name, key in keys_of(Unbounded).items()}
-    assert values.decode(shapes["a"], Value(math.inf, HERE)) == math.inf
+    shapes = {name: key.kind for name, key in fields_of(Unbounded).items()}
+    assert decode_value(shapes["a"], Leaf(math.inf, HERE)) == math.inf
     with pytest.raises(ValueError, match="expected a finite number"):
-        values.decode(shapes["b"], Value(math.inf, HERE))
+        decode_value(shapes["b"], Leaf(math.inf, HERE))
     with pytest.raises(ValueError, match="expected a finite number"):
-        values.decode(shape_of(list[float]), Array((Value(1.0, HERE), Value(math.nan, HERE)), HERE))
+        decode_value(kind_of(list[float]), Array((Leaf(1.0, HERE), Leaf(math.nan, HERE)), HERE))
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "-1"])

@@ -82,7 +82,7 @@ def test_everything_that_loading_calls_may_fail(tiny, error):
         (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial = 4\n{keys}').problems
         assert problem.path == key, place
         assert ERRORS[error].format(file=file) in problem.message, place
-        assert problem.where == "default" if key == "batch.a.b" else problem.where.startswith("mine.toml:"), place
+        assert problem.source == "default" if key == "batch.a.b" else problem.source.startswith("mine.toml:"), place
 
 
 def test_a_message_for_the_user_is_told_as_it_is(tiny):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipes.config.imports import import_class
-from recipes.config.signatures import keys_of
+from recipes.config.schema import fields_of
 from tests.recipes import config_parts as parts
 from tools.reference import main, page
 from tools.shipped import RECIPES
@@ -22,7 +22,7 @@ def test_the_page_is_that_of_the_classes_as_they_are(tmp_path):
     assert (tmp_path / "keys.md").read_text(encoding="utf-8") == written, (
         "python -m tools.reference --output docs/keys.md"
     )
-    sections = {name for recipe in RECIPES for name in keys_of(import_class(recipe))}
+    sections = {name for recipe in RECIPES for name in fields_of(import_class(recipe))}
     assert set(re.findall(r"^### `\[(\w+)\]`$", written, re.MULTILINE)) == sections
 
 

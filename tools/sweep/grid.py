@@ -15,7 +15,7 @@ from components.data.mixture import sources_in
 from components.data.source import MEMORY, TextSource
 from components.data.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
-from recipes.config.tree import DEFAULT
+from recipes.config.errors import DEFAULT
 from recipes.resume import NOT_THE_RUN
 
 Settings = Mapping[str, str]
@@ -127,7 +127,7 @@ def digest(config: Config, fingerprints: Fingerprints, processes: int = 1) -> st
     said = {
         key: leaf.toml
         for key, leaf in config.leaves.items()
-        if leaf.origin.where != DEFAULT and counts(key) and not _is_path_below(key, content)
+        if leaf.origin.source != DEFAULT and counts(key) and not _is_path_below(key, content)
     }
     if processes > 1:  # a batch is rounded up to what they can share
         said["processes"] = str(processes)

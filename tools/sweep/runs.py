@@ -23,8 +23,7 @@ from components.critical_batch import smoothed
 from components.folders import is_file
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
-from recipes.config.problems import HAS_ENDED
-from recipes.launch import ROOT
+from recipes.launch import ERROR_FILE, ROOT
 from tools.sweep.devices import shares, visible
 from tools.sweep.grid import Job, Settings
 
@@ -179,35 +178,39 @@ class Runner:
         if self._stopping.is_set():
             return None
         places = {"run.dir": str(folder), "run.name": job.digest, "run.if_exists": "replace"}
-        status, said = self._launch(job.recipe, {**job.settings, **places, **extra})
+        status, said, error = self._launch(job.recipe, {**job.settings, **places, **extra})
         if self._stopping.is_set() or status < 0 or status in KILLED:
             return None
-        if status == INPUT and HAS_ENDED not in said:
+        if status == INPUT and not (error and error["started"]):
             self._stopping.set()  # at once: the next run of this thread would find the same
             raise ValueError(f"with {job}:\n{said.strip()}")
-        failure = None if status == 0 else reason(said)
+        message = error["problems"][-1]["message"].partition("\n")[0] if error else said
+        failure = None if status == 0 else reason(message)
         outcome = measure(RunDirectory(folder), failure, self.curve_points)
         self.results.add(job, outcome)
         return outcome
 
-    def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str]:
-        """Exit status, and all it said."""
+    def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
+        """Return the exit status, all output, and the configuration error that the run ended with, if it did."""
         threads = str(max(1, (os.cpu_count() or 1) // self.at_a_time))
         share = self._shares.get()
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
-            env={"OMP_NUM_THREADS": threads, **os.environ, **share},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C is for the sweep, which ends its runs itself
-        )
-        self._processes.add(process)
-        if self._stopping.is_set():
-            process.terminate()
-        said, _ = process.communicate()
+        with tempfile.TemporaryDirectory() as folder:
+            error = Path(folder) / "error.json"
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
+                env={"OMP_NUM_THREADS": threads, **os.environ, **share, ERROR_FILE: str(error)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C is for the sweep, which ends its runs itself
+            )
+            self._processes.add(process)
+            if self._stopping.is_set():
+                process.terminate()
+            said, _ = process.communicate()
+            fields = json.loads(error.read_text(encoding="utf-8")) if error.exists() else None
         self._processes.discard(process)
         self._shares.put(share)
-        return process.returncode, said.decode(errors="replace")
+        return process.returncode, said.decode(errors="replace"), fields
 
 
 def stopped(stop: KeyboardInterrupt) -> int:
@@ -235,12 +238,8 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 def reason(said: str) -> str:
     """The first sentence of what it said last: what follows is advice, and names files that are gone."""
-    lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
-    last = lines.pop()
-    if HAS_ENDED in last:  # a problem with a key: its message is indented below it
-        while lines and lines[-1].startswith(" "):
-            last = lines.pop()
-    return last.strip().split(". ")[0][:300]
+    last = [line for line in said.splitlines() if line.strip()][-1:] or ["it said nothing"]
+    return last[0].strip().split(". ")[0][:300]
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:

@@ -79,5 +79,5 @@ def test_a_class_of_ones_own_that_observes_is_adaptive_unless_it_says_otherwise(
 def test_a_policy_of_ours_is_taken_as_it_is_and_what_has_no_size_is_refused():
     constant: BatchPolicy = Constant(initial=3)
     assert complete_policy(constant) is constant
-    with pytest.raises(ValueError, match=r"^use: its build\(\) returned a dict, which has no next_batch_size"):
+    with pytest.raises(ValueError, match=r"^use: its build\(\) returned a dict without next_batch_size"):
         complete_policy({})

@@ -25,11 +25,12 @@ def pretend(
     status: int = 0,
     said: str = "",
     lr: Callable[[Mapping[str, str]], float] = highest_rate,
+    error: dict | None = None,
 ) -> list[dict]:
-    """Every run leaves `loss(settings)` and `lr(settings)`, and the settings are listed; it ends with `status`."""
+    """Every run leaves `loss(settings)` and `lr(settings)`, and the settings are listed; it ends as said."""
     launched: list[dict] = []
 
-    def launch(self: Runner, recipe: Path, settings: Mapping[str, str]) -> tuple[int, str]:
+    def launch(self: Runner, recipe: Path, settings: Mapping[str, str]) -> tuple[int, str, dict | None]:
         launched.append(dict(settings))
         folder = Path(settings["run.dir"])
         folder.mkdir(parents=True)
@@ -41,7 +42,7 @@ def pretend(
             {"step": steps, "tokens": steps * batch * LENGTH, "val_loss": loss(settings)},
         ]  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return status, said
+        return status, said, error
 
     monkeypatch.setattr(Runner, "_launch", launch)
     return launched

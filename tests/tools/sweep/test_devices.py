@@ -51,5 +51,6 @@ def test_a_run_finds_its_share_in_its_environment_and_leaves_it_to_the_next(tmp_
     (root / "recipes").write_text(f"import os; print(os.environ[{VISIBLE!r}])")
     monkeypatch.setattr("tools.sweep.runs.ROOT", root)
     runner = Runner(Results(tmp_path / "results.jsonl"), at_a_time=2)
-    assert [runner._launch(tmp_path, {}) for _ in range(3)] == [(0, "0,1\n"), (0, "2,3\n"), (0, "0,1\n")]
+    said = ["0,1\n", "2,3\n", "0,1\n"]
+    assert [runner._launch(tmp_path, {}) for _ in range(3)] == [(0, each, None) for each in said]
     assert os.environ[VISIBLE] == "0,1,2,3"

@@ -9,7 +9,7 @@ import pytest
 
 from components.run_directory import RunDirectory
 from recipes.config import ConfigError
-from recipes.config.problems import Problem
+from recipes.config.errors import Problem
 from tests.tools.sweep.outcomes import pretend
 from tools.sweep.grid import Job, Sweep, parse_grid
 from tools.sweep.runs import Outcome, Results, Runner, curve, measure, reason, smoothed_losses
@@ -79,12 +79,9 @@ def test_bad_input_ends_the_sweep_and_names_the_run(jobs, tmp_path, monkeypatch)
 
 def test_a_run_that_ends_on_the_way_by_what_it_is_given_is_remembered_as_any_that_fails(jobs, tmp_path, monkeypatch):
     """As one that is out of memory: the others may have enough."""
-    said = str(
-        ConfigError(
-            [Problem("command line", "training.micro_batch_size", "out of memory. Take\nless", "64")], started=True
-        )
-    )
-    launched = pretend(monkeypatch, rate, 2, f"step 1\n{said}\n")
+    problem = Problem("command line", "training.micro_batch_size", "out of memory. Take\nless", "64")
+    error = ConfigError([problem], started=True)
+    launched = pretend(monkeypatch, rate, 2, f"step 1\n{error}\n", error=error.fields())
     path = tmp_path / "results.jsonl"
     assert Runner(Results(path)).run(jobs) == 0
     assert len(launched) == 3

@@ -1,0 +1,277 @@
+"""The signature is the schema: the keys a class takes, their types, defaults and documentation, and the slots it fits.
+
+The typed keyword-only parameters of a constructor are the keys of its table.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections.abc
+import dataclasses
+import enum
+import inspect
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import ConfigDict, TypeAdapter, WithJsonSchema
+from pydantic.errors import PydanticUserError
+
+from recipes.config.imports import import_path
+from recipes.config.toml import write_value
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Any: "anything",
+    types.NoneType: '"none"',
+}
+_SPECIAL_METHODS = ("__call__", "__len__", "__getitem__", "__iter__")
+"""Those that a protocol may ask for; the others every class has."""
+
+
+class SignatureError(Exception):
+    """Why a class cannot be a component, in words for whoever wrote it."""
+
+
+@dataclass(frozen=True)
+class FieldKind:
+    """How the value of a key is written in TOML."""
+
+    form: Literal["leaf", "section", "slot", "list", "dict"]
+    """A value; a table with known keys; a table whose `use` names a component; an array or a table of such tables."""
+    annotation: Any
+    """The type, without its `| None`."""
+    optional: bool = False
+    """Whether `| None` was there: the text "none" then stands for None."""
+    item: FieldKind | None = None
+    """What a list or dict holds."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One keyword of a constructor, which is one key of its table."""
+
+    name: str
+    kind: FieldKind
+    make_default: Any = None
+    """Called for the default, where there is one."""
+
+    @property
+    def required(self) -> bool:
+        return self.make_default is None
+
+
+@cache
+def fields_of(cls: type) -> dict[str, Field]:
+    """Return the keys of a component, in the order of its constructor. Raises SignatureError."""
+    factories = {
+        field.name: field.default_factory
+        for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+        if field.default_factory is not dataclasses.MISSING
+    }
+    try:
+        parameters = inspect.signature(cls).parameters.values()
+    except Exception:  # a class of the user's may compute its signature
+        raise SignatureError("its constructor has no signature to read") from None
+    fields = {}
+    for parameter in parameters:
+        name, default = parameter.name, parameter.default
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY or name == "use":
+            raise SignatureError(f"its parameter {name} cannot be a key: make it keyword-only, and not named `use`")
+        make_default = None if default is parameter.empty else lambda default=default: default
+        fields[name] = Field(name, kind_of(_annotation(cls, parameter)), factories.get(name, make_default))
+    return fields
+
+
+def kind_of(annotation: Any) -> FieldKind:
+    """Return how a value of this type is written in TOML. Raises SignatureError."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        rest = tuple(argument for argument in arguments if argument is not types.NoneType)
+        if len(rest) > 1 and any(kind_of(argument).form in ("section", "slot") for argument in rest):
+            raise SignatureError("a table of one type or another: make it a slot, for a protocol")
+        inner = FieldKind("leaf", Union[rest]) if len(rest) > 1 else kind_of(rest[0])  # noqa: UP007
+        return dataclasses.replace(inner, optional=inner.optional or len(rest) < len(arguments))
+    if origin is Annotated and (inner := kind_of(arguments[0])).form != "leaf":
+        return inner
+    if origin in (list, tuple, collections.abc.Sequence) and arguments and arguments[1:] in ((), (...,)):
+        item = kind_of(arguments[0])
+        return FieldKind("leaf" if item.form == "leaf" else "list", annotation, item=item)
+    if origin in (dict, collections.abc.Mapping) and arguments[0] is str:
+        return FieldKind("dict", annotation, item=kind_of(arguments[1]))
+    cls = origin or annotation
+    if isinstance(cls, type):
+        if getattr(cls, "_is_protocol", False) or inspect.isabstract(cls):
+            return FieldKind("slot", cls)
+        if dataclasses.is_dataclass(cls) or _is_plain_component(cls):
+            return FieldKind("section", cls)
+    return FieldKind("leaf", annotation)
+
+
+def _is_plain_component(cls: type) -> bool:
+    """Whether `cls` has a constructor written in Python and is not one of the classes that stand for values."""
+    return inspect.isfunction(cls.__init__) and not issubclass(cls, (enum.Enum, PurePath))  # type: ignore[misc]
+
+
+def _annotation(cls: type, parameter: inspect.Parameter) -> Any:
+    """Return the parameter's type; a string is evaluated where it was written."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        raise SignatureError(f"its parameter {parameter.name} has no type")
+    # A dataclass's __init__ is made in the class where it was decorated, but a field belongs to the base that names it.
+    owner = next((base for base in cls.__mro__ if parameter.name in vars(base).get("__annotations__", {})), None)
+    if owner is None or not dataclasses.is_dataclass(owner):
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base) or "__new__" in vars(base))
+    holder = types.SimpleNamespace(__annotations__={parameter.name: annotation})
+    scope = {**vars(sys.modules[owner.__module__]), **getattr(owner.__init__, "__globals__", {})}  # type: ignore[misc]
+    try:
+        hint = typing.get_type_hints(holder, scope, dict(vars(owner)), include_extras=True)[parameter.name]
+    except Exception as error:
+        raise SignatureError(f"the type of its parameter {parameter.name} cannot be read: {error}") from None
+    return hint.type if isinstance(hint, dataclasses.InitVar) else hint
+
+
+@cache
+def describe(cls: type) -> dict[str, str]:
+    """Return key -> documentation: the string that follows a field in the source of the class or of a base."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except (OSError, TypeError, SyntaxError):  # made at run time, or not in Python
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for field, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+                text = after.value.value if isinstance(after.value, ast.Constant) else None
+                if isinstance(text, str):
+                    docs[field.target.id] = inspect.cleandoc(text)
+    return docs
+
+
+def describe_type(annotation: Any) -> str:
+    """Return what a value of this type looks like, in words for a message."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        extras = (getattr(extra, "json_schema", None) for extra in arguments[1:] if isinstance(extra, WithJsonSchema))
+        return next(
+            (extra["description"] for extra in extras if extra and "description" in extra), describe_type(arguments[0])
+        )
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(write_value, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is not ...:
+        return f"a list of {len(arguments)}: " + ", ".join(map(describe_type, arguments))
+    if origin in (list, tuple, set, frozenset, collections.abc.Sequence):
+        return f"a list, each item {describe_type(arguments[0])}"
+    if origin in (dict, collections.abc.Mapping):
+        return f"a table, each value {describe_type(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return describe_type(Literal[tuple(member.value for member in annotation)])
+    if isinstance(annotation, type) and issubclass(annotation, PurePath):
+        return "a path, as text"
+    return _WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
+
+
+def describe_kind(kind: FieldKind) -> str:
+    """Return `describe_type` of a key, with the "none" that an optional one takes."""
+    return describe_type(kind.annotation) + (', or "none"' if kind.optional else "")
+
+
+def type_adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Return pydantic's reader of a type. Raises SignatureError for a type that TOML cannot write."""
+    try:
+        return _strict_adapter(annotation)
+    except TypeError:  # a type that cannot be hashed
+        return TypeAdapter(annotation)
+    except PydanticUserError:
+        raise SignatureError(f"TOML cannot write a {getattr(annotation, '__name__', annotation)}") from None
+
+
+@cache
+def _strict_adapter(annotation: Any) -> TypeAdapter[Any]:
+    """Return a reader that takes finite numbers only, unless the key says `Field(allow_inf_nan=True)`.
+
+    NaN passes many a limit, and TOML's 1e400 is infinite.
+    """
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+    except PydanticUserError as error:
+        if error.code != "type-adapter-config-unused":  # a type with a configuration of its own, such as a TypedDict
+            raise
+        return TypeAdapter(annotation)
+
+
+def protocol_error(cls: type, slot: type) -> str | None:
+    """Return what keeps instances of `cls` from being a `slot`, or None; data attributes are not looked at."""
+    if not getattr(slot, "_is_protocol", False) and inspect.isabstract(slot) and not issubclass(cls, slot):
+        return f"it does not derive from {import_path(slot)}"
+    if inspect.isabstract(cls):
+        return "it lacks " + ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
+    if getattr(cls, "_is_protocol", False):
+        return "it is itself a protocol"
+    methods = dict(_methods(slot))
+    absent = [f"{name}()" for name in methods if not callable(getattr(cls, name, None))]
+    if absent:
+        return "it lacks " + ", ".join(absent)
+    calls = (_call_error(cls, name, method) for name, method in methods.items())
+    return next((complaint for complaint in calls if complaint), None)
+
+
+def missing_attributes(instance: Any, slot: type) -> str | None:
+    """Return which attributes of the protocol `instance` does not have, or None."""
+    names = (name for base in _protocols(slot) for name in vars(base).get("__annotations__", {}))
+    absent = [name for name in names if not hasattr(instance, name)]
+    return "it lacks " + ", ".join(absent) if absent else None
+
+
+def describe_slot(slot: type) -> str:
+    """Return the name of a slot for a message: `batch policy (recipes.contracts:BatchPolicy)`."""
+    words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", slot.__name__)
+    spoken = " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
+    return f"{spoken} ({import_path(slot)})"
+
+
+def _methods(slot: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods that `slot` declares."""
+    for base in _protocols(slot):
+        for name, member in vars(base).items():
+            if inspect.isfunction(member) and (name in _SPECIAL_METHODS or not name.startswith("_")):
+                yield name, member
+
+
+def _protocols(slot: type) -> list[type]:
+    """Return `slot` and the bases that add to it, without what every protocol inherits."""
+    return [base for base in slot.__mro__ if base.__module__ not in ("typing", "builtins", "abc")]
+
+
+def _call_error(cls: type, name: str, asked: Any) -> str | None:
+    """Return what is wrong with calling the method of `cls` the way the slot's method is called, or None."""
+    own = getattr(cls, name)
+    is_bound = not inspect.isfunction(own) or isinstance(inspect.getattr_static(cls, name), staticmethod)
+    try:
+        signature = inspect.signature(own)
+    except (TypeError, ValueError):
+        return None
+    _, *parameters = inspect.signature(asked).parameters.values()  # without self
+    required = [p for p in parameters if p.kind is p.POSITIONAL_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    try:
+        signature.bind(*[None] * (len(required) + (not is_bound)), **dict.fromkeys(named))
+    except TypeError as error:
+        call = ", ".join([p.name for p in required] + [f"{keyword}=..." for keyword in named])
+        return f"its {name}() cannot be called as {name}({call}): {error}"
+    return None
