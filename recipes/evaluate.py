@@ -31,6 +31,7 @@ from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
 from recipes.errors import blame, evaluate_together
 from recipes.language_model import check_separates, keep_documents_apart
+from recipes.recipe import complete_recipe
 from recipes.resume import Resume
 from recipes.sections import AttentionWithin, default_cache
 from recipes.trained import Trained, open_trained
@@ -167,7 +168,8 @@ class Evaluate:
         with blame(config, "tokenizer"):
             tokenizer = trained.encoder(self.tokenizer)
         with blame(config, "data"):
-            data = self.data or getattr(getattr(trained.recipe, "validation", None), "data", None)
+            validation = complete_recipe(trained.recipe).validation
+            data = self.data or (validation and validation.data)
             if data is None:
                 raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
             text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}

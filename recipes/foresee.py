@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from components.run_directory import RunDirectory
 from recipes.contracts import complete_schedule
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Plan
+from recipes.recipe import complete_recipe
 
 FEW_STEPS = 3
 """A warm-up of fewer steps jumps to its rate rather than rising to it."""
@@ -86,8 +87,8 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
     recipe = plan.recipe
     if plan.tokenizer_missing:
         yield Foreseen("warning", "tokenizer.path", _absent(plan.tokenizer_missing))
-    validation = getattr(recipe, "validation", None)
-    sections = sources_in("data", recipe.data) | sources_in("validation.data", getattr(validation, "data", None))
+    validation = complete_recipe(recipe).validation
+    sections = sources_in("data", recipe.data) | sources_in("validation.data", validation and validation.data)
     for key, data in sections.items():
         if isinstance(data, TextSource):
             try:
@@ -208,7 +209,7 @@ def _intervals(plan: Plan) -> Iterator[Foreseen]:
     elif interval >= steps:
         message = f"{interval} is not below the {steps} steps of the run: nothing is saved before its end"
         yield Foreseen("warning", "checkpoint.interval_steps", message)
-    validation: Any = getattr(plan.recipe, "validation", None)
+    validation = complete_recipe(plan.recipe).validation
     if validation is not None and (validation.interval_steps or 0) >= steps:
         message = f"{validation.interval_steps} is not below the {steps} steps of the run: one validation, at its end"
         yield Foreseen("warning", "validation.interval_steps", message)

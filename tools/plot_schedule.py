@@ -26,6 +26,7 @@ from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
 from recipes.launch import UsageError, processes
+from recipes.recipe import complete_recipe
 from tools.pictures import count_tokens_on, pyplot, write
 from tools.plot_runs import read_run
 from tools.recipe_arguments import read_recipe
@@ -57,7 +58,7 @@ class Curve:
 def curves(config: Config, world_size: int, metrics: Path | None) -> list[Curve]:
     """Raises ConfigError where the recipe has no such run, and ValueError where `metrics` are not of one."""
     recipe = config.recipe
-    if hasattr(recipe, "dry_run"):
+    if complete_recipe(recipe).dry_run is not None:
         message = f"{type(recipe).__name__} is many runs, each at a rate and a batch of its own; draw the recipe of one"
         raise ConfigError([config.problem("recipe", message)])
     with blame(config, "parallel"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -162,6 +164,16 @@ def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypat
         load_tensors(trained.path, {"model": model.state_dict()}, no_dist=True)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_the_example_of_the_documentation_runs(tiny, clean_imports):
+    page = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
+    blocks = {language: text for language, text in re.findall(r"```(toml|python)\n(.*?)```", page, re.DOTALL)}
+    (tiny.folder / "my_hooks.py").write_text(blocks["python"])
+    tiny.recipe.write_text(tiny.recipe.read_text() + blocks["toml"].partition("]\n")[2])
+    assert tiny.launch("--training.total_tokens=1200") == 0
+    logged = {row["step"]: row["weight_norm"] for row in tiny.rows() if "weight_norm" in row}
+    assert list(logged) == [5] and logged[5] > 1
 
 
 @pytest.mark.quick
