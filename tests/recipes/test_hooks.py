@@ -168,7 +168,7 @@ def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypat
 
 def test_the_example_of_the_documentation_runs(tiny, clean_imports):
     page = (Path(__file__).parents[2] / "docs" / "hooks.md").read_text()
-    blocks = {language: text for language, text in re.findall(r"```(toml|python)\n(.*?)```", page, re.DOTALL)}
+    blocks = dict(re.findall(r"```(toml|python)\n(.*?)```", page, re.DOTALL))
     (tiny.folder / "my_hooks.py").write_text(blocks["python"])
     tiny.recipe.write_text(tiny.recipe.read_text() + blocks["toml"].partition("]\n")[2])
     assert tiny.launch("--training.total_tokens=1200") == 0
