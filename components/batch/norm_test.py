@@ -41,7 +41,7 @@ class NormTest(Adaptive):
         if self.workers == 1:
             raise InputError("workers", "one has no spread, so the batch would never grow; give 2 or more")
         if self.shrink and self.estimator == "paper":
-            raise ValueError('shrink: the paper\'s test only grows the batch; take estimator = "unbiased"')
+            raise InputError("shrink", 'the test of the paper only grows the batch; take estimator = "unbiased"')
 
     def target(self, noise: GradientNoise) -> float | None:
         return self._paper(noise) if self.estimator == "paper" else self._unbiased(noise)
