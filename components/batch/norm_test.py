@@ -35,8 +35,8 @@ class NormTest(Adaptive):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers is not None and self.estimator == "unbiased":
-            raise ValueError(
-                'workers: the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
+            raise InputError(
+                "workers", 'the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
             )
         if self.workers == 1:
             raise InputError("workers", "one has no spread, so the batch would never grow; give 2 or more")
