@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.measure import DEBUG, machine, spread
 from recipes.config import Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 WARM_UP = 3
 STEPS_BETWEEN = 4
@@ -50,7 +50,7 @@ def measure(
         overrides = [*(Override(key, value) for key, value in settings.items()), *extra]
         length = load(config_path, overrides).recipe.training.sequence_length
         config = load(config_path, [*overrides, Override("training.total_tokens", str(steps * batch * length))])
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         stalls, next_steps = [], []
         write = run.monitor.write
 
@@ -63,13 +63,14 @@ def measure(
                 next_steps.append(row["step_seconds"])
             if saving and (step - WARM_UP) % STEPS_BETWEEN == 0:
                 start = time.perf_counter()
-                run.save()
+                run.checkpoints.save()
                 stalls.append(time.perf_counter() - start)
 
         run.monitor.write = after_step  # type: ignore[method-assign]
         run.train()
-        run.store.wait()
-        newest = run.store.newest()
+        store = run.checkpoints.store
+        store.wait()
+        newest = store.newest()
         size = sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0
         return Measured(stalls[1:], next_steps[2:], size)
 

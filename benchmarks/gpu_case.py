@@ -94,7 +94,7 @@ def configure(arguments: argparse.Namespace, directory: str) -> Config:
         "training.activation_checkpoint": arguments.activation_checkpoint or case.activation_checkpoint,
         "training.compile": str(arguments.kind != "eager" and not arguments.smoke).lower(),
         "training.attention_within": "document" if arguments.kind == "documents" else "sequence",
-        "batch.use": "components.batch.constant:Constant", "batch.initial": 1,
+        "batch.use": "components.batch:Constant", "batch.initial": 1,
     }  # fmt: skip
     if arguments.kind == "no noise":
         settings["gradient_moments.interval_steps"] = "none"
@@ -115,12 +115,12 @@ def draw_on_device(parameter: nn.Parameter, *, name: str, seed: int, std: float)
 def ours(config: Config, report: Report) -> None:
     """The recipe, with its loader, metrics.jsonl and TensorBoard."""
     import models.decoder
-    from recipes.pretrain import TrainingRun
+    from recipes.pretrain import Trainer
 
     # Ours draws weights on the CPU, the same ones for every layout: for 3B half a minute that measures nothing.
     models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined]
     with ExitStack() as cleanup, suppress(Enough):
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         write = run.monitor.write
 
         def reported(row: Any) -> None:
@@ -131,7 +131,7 @@ def ours(config: Config, report: Report) -> None:
         samples = config.recipe.batch.initial
         report.begin(
             flops_per_token=run.flops_per_token,
-            tokens_per_step=samples * run.sequence_length,
+            tokens_per_step=samples * run.clock.sequence_length,
             # a smoke run is of so many tiny steps that foreseeing them takes minutes
             estimated_bytes=None if report.device.type == "cpu" else estimated_bytes(config),
         )

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.measure import ROOT, machine, spread
 from recipes.config import Config, Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 RECIPES = (
     "microllama300m",
@@ -56,7 +56,7 @@ def narrow(recipe: str, directory: Path, *, compiled: bool, steps: int) -> Confi
         "validation.interval_steps": "none", "validation.max_sequences": 1, "validation.micro_batch_size": 1,
         "training.sequence_length": TOKENS, "training.micro_batch_size": 1, "lr_schedule.warmup_tokens": 0,
         "training.total_tokens": (steps + WARM_UP + 1) * MICRO_BATCHES * TOKENS,
-        "batch.use": "components.batch.constant:Constant", "batch.initial": MICRO_BATCHES,
+        "batch.use": "components.batch:Constant", "batch.initial": MICRO_BATCHES,
         "checkpoint.interval_steps": "none",
     }  # fmt: skip
     if "moe" in recipe:
@@ -93,7 +93,7 @@ def measure(recipe: str, *, compiled: bool, steps: int) -> tuple[int, list[float
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         config = narrow(recipe, Path(folder), compiled=compiled, steps=steps)
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         marks = Marks()
         cleanup.callback(setattr, torch.Tensor, "backward", torch.Tensor.backward)
         torch.Tensor.backward = marks.backward(torch.Tensor.backward)  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ import psutil
 from benchmarks.measure import machine
 from benchmarks.torture.lives import make_recipe
 from recipes.config import Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 BATCH, LENGTH = 8, 24
 
@@ -52,7 +52,7 @@ def measure(steps: int, save_every: int) -> list[tuple[int, int]]:
             "checkpoint.interval_steps": str(save_every),
         }  # fmt: skip
         config = load(make_recipe(Path(folder)), [Override(key, value) for key, value in settings.items()])
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         write = run.monitor.write
 
         def after_step(row: dict[str, Any]) -> None:

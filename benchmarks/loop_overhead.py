@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import DEBUG, machine, spread
 from recipes.config import Override, load
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 WARM_UP = 5
 
@@ -51,22 +51,22 @@ def overhead(steps: int) -> tuple[float, float]:
             "training.total_tokens": str((steps + WARM_UP + 1) * 16 * 256),
         }  # fmt: skip
         config = load(DEBUG, [Override(key, value) for key, value in settings.items()])
-        run = TrainingRun(config.recipe, config, None, cleanup)
+        run = Trainer(config, None, cleanup)
         work, clip = Timed(), Timed()
         cleanup.callback(setattr, torch.Tensor, "backward", torch.Tensor.backward)
         torch.Tensor.backward = work.wrap(torch.Tensor.backward)  # type: ignore[method-assign]
         run.model.forward = work.wrap(run.model.forward)
         run.step.optimizer.step = work.wrap(run.step.optimizer.step)  # type: ignore[method-assign]
-        run.step.clip = clip.wrap(run.step.clip)  # type: ignore[method-assign]
+        run.step._clip = clip.wrap(run.step._clip)  # type: ignore[method-assign]
 
         marks: list[tuple[float, float]] = []
-        samples = config.recipe.batch.samples
+        next_batch_size = run.policy.next_batch_size
 
         def marked(progress: object) -> int:
             marks.append((work.seconds, clip.seconds))
-            return int(samples(progress))
+            return next_batch_size(progress)
 
-        config.recipe.batch.samples = marked
+        object.__setattr__(run.policy, "next_batch_size", marked)
         run.train()
         seconds = sum(config.recipe.batch.step_seconds(skip=WARM_UP))
         worked, clipped = (marks[-1][i] - marks[WARM_UP][i] for i in (0, 1))

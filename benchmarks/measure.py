@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.batch.constant import Constant
+from components.batch import Constant
 from components.throughput import memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ROOT / "train_configs" / "debug.toml"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StopwatchBatch(Constant):
     """A constant batch that notes the time at which every step starts: it measures whole steps, from outside."""
 
     starts: list[float] = field(default_factory=list, init=False)
 
-    def samples(self, progress: object) -> int:
+    def next_batch_size(self, progress: object) -> int:
         self.starts.append(time.perf_counter())
         return self.initial
 
@@ -48,16 +48,16 @@ def wait_for_turn() -> None:
     sys.stdin.readline()
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TurnsBatch(Constant):
     """A constant batch whose every step waits for its turn."""
 
-    def samples(self, progress: object) -> int:
+    def next_batch_size(self, progress: object) -> int:
         wait_for_turn()
         return self.initial
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PeakMemoryBatch(Constant):
     """A constant batch that writes, after every step, the most memory this process has held: a file for each rank."""
 
@@ -66,7 +66,7 @@ class PeakMemoryBatch(Constant):
     before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.before = memory_bytes(torch.device("cpu"))
+        object.__setattr__(self, "before", memory_bytes(torch.device("cpu")))
 
     def observe(self, progress: object, noise: object) -> None:
         if torch.cuda.is_initialized():

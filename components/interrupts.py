@@ -88,6 +88,8 @@ class Requests:
         self.signals = signals
         self.file = file
         self.ends_at = ends_at
+        self.agreed = NOTHING
+        """The largest request that all processes agreed on and that was not met yet."""
         self._looked_at = 0.0
 
     def pending(self) -> int:
@@ -103,6 +105,8 @@ class Requests:
     def saved(self) -> None:
         """The request to save was met. Call on all ranks: a signal may have reached one of them, or each."""
         self.signals.save = False
+        if self.agreed == SAVE:
+            self.agreed = NOTHING
 
     def clear_file(self) -> None:
         """Remove the stop file: it has been obeyed, or was meant for a run before."""

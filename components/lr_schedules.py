@@ -70,8 +70,9 @@ class _FollowsBatch:
                 "sequence_length) of the batch that max_lr is meant for",
             )
         if self.batch_rule == "none" and self.reference_batch_tokens is not None:
-            raise ValueError(
-                'reference_batch_tokens: nothing follows it; add batch_rule = "sqrt" or "linear", or leave it out'
+            raise InputError(
+                "reference_batch_tokens",
+                'nothing follows it; add batch_rule = "sqrt" or "linear", or leave it out',
             )
 
     def _batch_factor(self, batch_tokens: int) -> float:

@@ -9,16 +9,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout
 from components.checkpoint import verify
 from components.clock import Clock
 from components.errors import InputError
 from components.units import PositiveCount
+from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
-from recipes.contracts import FollowsSchedule
 from recipes.resume import checkpoint_at
-from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,9 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
         clock = Clock(run.training.total_tokens, run.training.sequence_length)
         clock.load_state_dict(state["clock"])
         if batch is None:
-            if isinstance(run.batch, FollowsSchedule):
-                run.batch.follow(
-                    run.lr_schedule, sequence_length=clock.sequence_length, total_tokens=clock.total_tokens
-                )
-            run.batch.load_state_dict(state["batch"])
-            batch = run.batch.samples(clock)
+            policy = build_batch_policy(run)
+            policy.load_state_dict(state["batch"])
+            batch = policy.next_batch_size(clock)
         if lr is None:
             batch_tokens = layout.fit(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.defaults import with_defaults
+
 
 class EncodesText(Protocol):
     """A tokenizer ready to use."""
@@ -176,78 +178,42 @@ class LRSchedule(Protocol):
         ...
 
 
-class Progress(Protocol):
-    """The clock, as others may read it."""
+class ScheduleDefaults:
+    """What [lr_schedule] may define beside `lr`, and what holds for a class that does not. See `complete_schedule`."""
 
-    @property
-    def step(self) -> int: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def total_tokens(self) -> int: ...
+    max_lr: float | None = None
+    """The learning rate after warm-up."""
+    warmup_tokens: int = 0
+    """Tokens over which the learning rate rises from zero."""
+    decay_tokens: int | None = None
+    """Length of the decay that ends the run."""
+    batch_rule: str | None = None
+    """How the learning rate follows the batch: "none", "sqrt" or "linear"."""
+    reference_batch_tokens: int | None = None
+    """Tokens of the batch for which `batch_rule` is a factor of 1."""
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        """See `LRSchedule.lr`."""
+        raise NotImplementedError
 
 
-class GradientNoise(Protocol):
-    """What was measured of the gradient in one step, equal on all ranks. components/gradient_moments/ derives it."""
+def complete_schedule(schedule: LRSchedule) -> ScheduleDefaults:
+    """Return `schedule` with the defaults of what its class does not define."""
+    return with_defaults(schedule, ScheduleDefaults)
 
-    @property
-    def groups(self) -> int:
-        """K: the micro-batches of all ranks."""
-        ...
 
-    @property
-    def group_samples(self) -> int:
-        """Samples in each group; `groups` times it is the global batch size."""
-        ...
-
-    @property
-    def sum_of_squares(self) -> float:
-        """Sum over groups of the squared norm of each group's mean gradient, of this step alone."""
-        ...
-
-    @property
-    def mean_square(self) -> float:
-        """Squared norm of the mean gradient before clipping, of this step alone."""
-        ...
-
-    @property
-    def noise(self) -> float:
-        """tr(Sigma): trace of the covariance of one sample's gradient, smoothed over steps."""
-        ...
-
-    @property
-    def signal(self) -> float:
-        """Squared norm of the true gradient, smoothed over steps; an unbiased estimate, so it may be negative."""
-        ...
+class AnyHook(Protocol):
+    """[hooks.NAME]: a class with any of the methods of `recipes.hooks:Hook`."""
 
 
 @runtime_checkable
-class BatchPolicy(Protocol):
-    """[batch]: how many samples the next step takes. Decides from numbers that are equal on every rank."""
+class BatchConfig(Protocol):
+    """[batch]: how many samples each step takes."""
 
-    def samples(self, progress: Progress) -> int:
-        """Global batch size wanted for the step that starts now, in samples; the layout rounds it up."""
-        ...
+    def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> Any:
+        """Return a new policy for a run of `total_tokens` under `schedule`: a `components.batch:BatchPolicy`, or an
+        object with at least `next_batch_size(progress)`. The keys of [batch] stay as they are.
 
-    def measures(self, progress: Progress) -> bool:
-        """Whether the gradient noise of the step that starts now is of use, to the policy or to who watches."""
-        ...
-
-    def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
-        """After every step; `noise` is None where it was not measured, or could not be."""
-        ...
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@runtime_checkable
-class FollowsSchedule(Protocol):
-    """A [batch] that depends on the learning rate's schedule, such as one that grows where the rate would fall."""
-
-    def follow(self, schedule: LRSchedule, *, sequence_length: int, total_tokens: int) -> None:
-        """Called once, before `samples`. Raises ValueError where the two do not go together."""
+        `schedule` has the attributes of `ScheduleDefaults`. Raises ValueError where the two do not go together.
+        """
         ...

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout, BatchPolicy
 from components.clock import Clock
 from components.units import format_count
-from recipes.contracts import FollowsSchedule
+from recipes.batch_policy import build_batch_policy
+from recipes.contracts import complete_schedule
 
 MOST_LANDMARKS = 60
 
@@ -73,25 +74,16 @@ class Course:
             )
 
 
-def follow_schedule(recipe: Any) -> None:
-    """Show the schedule to a batch policy that depends on it. Raises ValueError where the two do not go together."""
-    if isinstance(recipe.batch, FollowsSchedule):
-        training = recipe.training
-        recipe.batch.follow(
-            recipe.lr_schedule, sequence_length=training.sequence_length, total_tokens=training.total_tokens
-        )
-
-
-def steps(recipe: Any, layout: BatchLayout) -> Iterator[Step]:
-    """Every step of a run whose policy is told nothing.
+def steps(recipe: Any, layout: BatchLayout, policy: BatchPolicy | None = None) -> Iterator[Step]:
+    """Every step of a run whose policy, by default that of [batch], is told nothing.
 
     Raises ValueError where the policy asks for a batch that is none, or does not go with the schedule.
     """
     training = recipe.training
-    follow_schedule(recipe)
+    policy = policy or build_batch_policy(recipe)
     clock = Clock(training.total_tokens, training.sequence_length)
     while not clock.done:
-        batch = layout.fit(recipe.batch.samples(clock))
+        batch = layout.fit(policy.next_batch_size(clock))
         lr = recipe.lr_schedule.lr(clock.tokens, batch.samples * training.sequence_length, clock.total_tokens)
         yield Step(clock.step + 1, clock.tokens, batch.requested, batch.samples, batch.micro_batches, lr)
         clock.advance(batch.samples)
@@ -105,7 +97,7 @@ def play(recipe: Any, layout: BatchLayout) -> Course:
 def summarise(taken: Iterable[Step], recipe: Any) -> Course:
     """What is worth telling of the steps of a run, at least one of them."""
     length, total = recipe.training.sequence_length, recipe.training.total_tokens
-    warmup = getattr(recipe.lr_schedule, "warmup_tokens", 0)
+    warmup = complete_schedule(recipe.lr_schedule).warmup_tokens
     course = Course()
     last, highest, tenths = None, None, 0
     for step in taken:

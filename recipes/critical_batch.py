@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import atomic_write
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout
 from components.checkpoint import complete_checkpoints
 from components.distributed.context import World
 from components.distributed.launcher import LAUNCH
@@ -38,7 +38,7 @@ from recipes.errors import RunError, blame
 from recipes.opening import remove_run
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, changes, lies_in, refuse, rule_of
-from recipes.run_state import read_run_state
+from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
@@ -138,7 +138,7 @@ class Measurement:
                     "if_exists": "replace",  # what is there without a checkpoint is worth nothing
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
-                "batch": {"use": "components.batch.constant:Constant", "initial": factor * start.batch},
+                "batch": {"use": "components.batch:Constant", "initial": factor * start.batch},
                 "lr_schedule": {
                     "use": "components.lr_schedules:Constant",
                     "max_lr": start.lr * math.sqrt(factor),
@@ -265,7 +265,9 @@ class Measurement:
     def _is_finished(self, factor: int, newest: Path) -> bool:
         rows = self.rows(factor)
         reached = read_run_state(newest)["clock"]["tokens"] >= self.start.tokens + self.tokens
-        return reached and (self.recipe.validation is None or any("val_loss" in row for row in rows[-1:]))
+        return reached and (
+            self.recipe.validation is None or any("val_loss" in row for row in rows if row["step"] == rows[-1]["step"])
+        )
 
     def _compare(self, begun: Path) -> None:
         """Raises ValueError if the branches that are there are not of this measurement."""

@@ -44,12 +44,23 @@ def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]
         raise ConfigError([config.problem(path, message)], started=started) from error
 
 
+@contextmanager
+def raised_in(section: str) -> Iterator[None]:
+    """Note on an exception of the block that what `section` built raised it, for `component_at_fault`."""
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "section"):
+            error.section = section  # type: ignore[attr-defined]
+        raise
+
+
 def component_at_fault(config: Config, error: BaseException) -> str | None:
     """The key of the innermost component in a method of which `error` was raised; None where there is none."""
     known = {id(component): path for path, component in config.components()}
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     found = [path for frame in frames if (path := known.get(id(frame.f_locals.get("self"))))]
-    return found[-1] if found else None
+    return found[-1] if found else getattr(error, "section", None)
 
 
 def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:

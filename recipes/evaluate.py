@@ -26,10 +26,11 @@ from components.units import PositiveCount
 from components.validation import Documents, HeldOut, SlidingWindow, Totals
 from models.init import materialize
 from recipes.config import Config
-from recipes.contracts import Data, HasPlan, Tokenizer
+from recipes.contracts import Data, EncodesText, HasPlan, Tokenizer
 from recipes.divide import divide
 from recipes.errors import blame, evaluate_together
 from recipes.language_model import check_separates, keep_documents_apart
+from recipes.recipe import complete_recipe
 from recipes.resume import Resume
 from recipes.sections import AttentionWithin, default_cache
 from recipes.trained import Trained, open_trained
@@ -74,7 +75,7 @@ class Evaluation:
                 if getattr(self, key) is not None:
                     raise ValueError(f'{key}: sequences know no documents; it takes method = "documents"')
         elif self.attention_within is not None:
-            raise ValueError('attention_within: a window holds nothing but one document; it takes method = "packed"')
+            raise InputError("attention_within", 'a window holds nothing but one document; it takes method = "packed"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,30 +167,10 @@ class Evaluate:
         with blame(config, "tokenizer"):
             tokenizer = trained.encoder(self.tokenizer)
         with blame(config, "data"):
-            data = self.data or getattr(getattr(trained.recipe, "validation", None), "data", None)
-            if data is None:
-                raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
-            text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
-            evaluated: Any
-            if keys.method == "packed":
-                held_out = HeldOut(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
-                evaluated = world.main_first(lambda: held_out.open(**text, sequence_length=length))
-                if self.apart(trained):
-                    keep_documents_apart(model, evaluated.samples, tokenizer.end_of_document)
-            else:
-                documents = world.main_first(lambda: data.build(**text, sequence_length=1))
-                if not isinstance(documents, Documents):
-                    raise ValueError(f'use: {type(data).__name__} has no documents; evaluate with method = "packed"')
-                stride = keys.stride or max(1, length // 2)
-                evaluated = SlidingWindow(
-                    documents,
-                    tokenizer.vocab_size,
-                    tokenizer.end_of_document,
-                    length,
-                    stride,
-                    keys.micro_batch_size,
-                    keys.limit,
-                )
+            data = self.data_of(trained)
+            evaluated = self.open_data(data, world, tokenizer, length)
+            if self.apart(trained):
+                keep_documents_apart(model, evaluated.samples, tokenizer.end_of_document)
         chosen = precision.resolve(keys.precision, world.device)
         with blame(config, "evaluation"):
             divide(model, trained.component, layout, precision.dtype_of(chosen), world.device)
@@ -212,10 +193,38 @@ class Evaluate:
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
         window: dict[str, Any] = {"sequence_length": length}
         if keys.method == "documents":
-            window |= {"stride": stride, "documents": len(rows)}
+            window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
             window["attention_within"] = "document" if self.apart(trained) else "sequence"
         return {**about, **window, "precision": chosen, **numbers(total)}, rows
+
+    def data_of(self, trained: Trained) -> Data:
+        """Return what to evaluate on. Raises ValueError where neither the recipe nor the run names it."""
+        validation = complete_recipe(trained.recipe).validation
+        data: Data | None = self.data or (validation and validation.data)
+        if data is None:
+            raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
+        return data
+
+    def open_data(self, data: Data, world: World, tokenizer: EncodesText, length: int) -> Any:
+        """Return the `Validation` of packed sequences, or the `SlidingWindow` over documents, of `length` tokens."""
+        keys = self.evaluation
+        text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
+        if keys.method == "packed":
+            held_out = HeldOut(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
+            return world.main_first(lambda: held_out.open(**text, sequence_length=length))
+        documents = world.main_first(lambda: data.build(**text, sequence_length=1))
+        if not isinstance(documents, Documents):
+            raise InputError("use", f'{type(data).__name__} has no documents; evaluate with method = "packed"')
+        return SlidingWindow(
+            documents,
+            tokenizer.vocab_size,
+            tokenizer.end_of_document,
+            length,
+            keys.stride or max(1, length // 2),
+            keys.micro_batch_size,
+            keys.limit,
+        )
 
     def report(self, result: dict[str, Any], rows: list[Totals]) -> None:
         keys = self.evaluation

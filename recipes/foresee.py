@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from components.batch.adaptive import Adaptive
+from components.batch import BatchPolicy
+from components.clock import Clock
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.errors import message_of
 from components.run_directory import RunDirectory
 from components.units import format_count
+from recipes.contracts import complete_schedule
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Plan
+from recipes.recipe import complete_recipe
 
 FEW_STEPS = 3
 """A warm-up of fewer steps jumps to its rate rather than rising to it."""
@@ -84,8 +87,8 @@ def _here(plan: Plan) -> Iterator[Foreseen]:
     recipe = plan.recipe
     if plan.tokenizer_missing:
         yield Foreseen("warning", "tokenizer.path", _absent(plan.tokenizer_missing))
-    validation = getattr(recipe, "validation", None)
-    sections = sources_in("data", recipe.data) | sources_in("validation.data", getattr(validation, "data", None))
+    validation = complete_recipe(recipe).validation
+    sections = sources_in("data", recipe.data) | sources_in("validation.data", validation and validation.data)
     for key, data in sections.items():
         if isinstance(data, TextSource):
             try:
@@ -131,38 +134,42 @@ def _batch(plan: Plan) -> Iterator[Foreseen]:
         unit = f"{layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
         level: Level = "warning" if samples > 1.1 * requested else "note"
         yield Foreseen(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
-    policy = plan.recipe.batch
-    if isinstance(policy, Adaptive):
-        sizes = (policy.initial, policy.smallest)
-        shows = {size: layout.fit(size).micro_batches * layout.dp_size > 1 for size in sizes}
+    policy = plan.policy
+    if policy.is_adaptive:
+        training = plan.recipe.training
+        initial = policy.next_batch_size(Clock(training.total_tokens, training.sequence_length))
+        smallest = initial if policy.min_size is None else policy.min_size
+        shows = {size: layout.shows_noise(layout.fit(size)) for size in (initial, smallest)}
         remedy = f"take {2 * layout.unit} or a smaller micro-batch"
-        if not shows[policy.initial]:  # the run refuses it
+        if not shows[initial]:  # the run refuses it
             message = "a step of one micro-batch does not show its noise, so the batch could never change"
             yield Foreseen("error", "batch.initial", f"{message}; {remedy}")
-        elif not shows[policy.smallest]:
+        elif not shows[smallest]:
             message = "a step of one micro-batch does not show its noise, so the batch would stay there for good"
             yield Foreseen("warning", "batch.minimum", f"{message}; {remedy}")
-        yield from _adaptive(plan, policy)
-    adaptive = isinstance(policy, Adaptive)
-    largest = layout.fit(policy.maximum).samples if adaptive else plan.course.largest
+        yield from _adaptive(plan, policy, smallest)
+    largest = plan.course.largest if policy.max_size is None else layout.fit(policy.max_size).samples
     epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
     if epoch and largest > epoch:
         message = f"the data has some {epoch:,} sequences, so a step of {largest:,} would see them more than once"
-        yield Foreseen("warning", "batch.maximum" if adaptive else "batch", message)
+        yield Foreseen("warning", "batch.maximum" if policy.is_adaptive else "batch", message)
 
 
-def _adaptive(plan: Plan, policy: Adaptive) -> Iterator[Foreseen]:
+def _adaptive(plan: Plan, policy: BatchPolicy, smallest: int) -> Iterator[Foreseen]:
     """What the course, played with nothing measured, does not show."""
-    layout, training, name = plan.layout, plan.recipe.training, type(policy).__name__
+    layout, training, name = plan.layout, plan.recipe.training, type(plan.recipe.batch).__name__
     unit = f"{layout.unit} = {layout.dp_size} ranks x {layout.micro_batch_size} a micro-batch"
-    largest = layout.fit(policy.maximum).samples
-    if largest != policy.maximum:
-        yield Foreseen("warning", "batch.maximum", f"{policy.maximum} samples become {largest}: a multiple of {unit}")
-    elif policy.quantum % layout.unit:
-        message = f"{policy.quantum} is no multiple of {unit}, to which sizes will be rounded up"
+    most = -(-training.total_tokens // (layout.fit(smallest).samples * training.sequence_length))
+    if (maximum := policy.max_size) is None:
+        yield Foreseen("note", "batch", f"what {name} will measure is not known: up to {most:,} steps, by its batch")
+        return
+    largest = layout.fit(maximum).samples
+    if largest != maximum:
+        yield Foreseen("warning", "batch.maximum", f"{maximum} samples become {largest}: a multiple of {unit}")
+    elif policy.multiple_of % layout.unit:
+        message = f"{policy.multiple_of} is no multiple of {unit}, to which sizes will be rounded up"
         yield Foreseen("note", "batch.quantum", message)
-    smallest = layout.fit(policy.smallest).samples
-    fewest, most = (-(-training.total_tokens // (size * training.sequence_length)) for size in (largest, smallest))
+    fewest = -(-training.total_tokens // (largest * training.sequence_length))
     yield Foreseen(
         "note",
         "batch",
@@ -173,7 +180,8 @@ def _adaptive(plan: Plan, policy: Adaptive) -> Iterator[Foreseen]:
 def _schedule(plan: Plan) -> Iterator[Foreseen]:
     recipe, course = plan.recipe, plan.course
     total = recipe.training.total_tokens
-    warmup = getattr(recipe.lr_schedule, "warmup_tokens", 0)
+    schedule = complete_schedule(recipe.lr_schedule)
+    warmup = schedule.warmup_tokens
     if course.bad_rate is not None:
         step, lr = course.bad_rate
         yield Foreseen("error", "lr_schedule", f"the rate of step {step} is {lr}")
@@ -182,7 +190,7 @@ def _schedule(plan: Plan) -> Iterator[Foreseen]:
         yield Foreseen("warning", "lr_schedule", f"the last {rest} tokens would be trained at a rate of zero")
     if warmup and course.warmup_steps < FEW_STEPS:
         yield Foreseen("warning", "lr_schedule.warmup_tokens", f"the warm-up is over in {course.warmup_steps} steps")
-    decay = getattr(recipe.lr_schedule, "decay_tokens", None) or 0
+    decay = schedule.decay_tokens or 0
     if warmup + decay > total:
         message = f"warm-up and decay, {format_count(warmup + decay)} tokens, overlap in a run of {format_count(total)}"
         yield Foreseen("warning", "lr_schedule.decay_tokens", message)
@@ -201,7 +209,7 @@ def _intervals(plan: Plan) -> Iterator[Foreseen]:
     elif interval >= steps:
         message = f"{interval} is not below the {steps} steps of the run: nothing is saved before its end"
         yield Foreseen("warning", "checkpoint.interval_steps", message)
-    validation: Any = getattr(plan.recipe, "validation", None)
+    validation = complete_recipe(plan.recipe).validation
     if validation is not None and (validation.interval_steps or 0) >= steps:
         message = f"{validation.interval_steps} is not below the {steps} steps of the run: one validation, at its end"
         yield Foreseen("warning", "validation.interval_steps", message)

@@ -20,6 +20,7 @@ from pathlib import Path
 from components.run_directory import FLIGHT_RECORDER
 from recipes.config import Config, ConfigError, Override, load
 from recipes.errors import RunError, blame, component_at_fault, out_of_memory
+from recipes.recipe import complete_recipe
 
 log = logging.getLogger("powertrain")
 
@@ -128,7 +129,7 @@ def processes(environment: Mapping[str, str], recipe: object = None, gpus: int |
     """
     per_node = environment.get("NPROC") or environment.get("NGPU")
     if per_node is None:
-        if getattr(recipe, "device", "auto") == "cpu":
+        if complete_recipe(recipe).device == "cpu":
             gpus = 0
         if gpus is None:
             import torch
@@ -264,8 +265,9 @@ def run(arguments: Sequence[str]) -> int:
         )
     if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
-        if getattr(config.recipe, "device", "auto") != "cpu" and hasattr(config.recipe, "run"):
-            enable_flight_recorder(os.environ, config.recipe.run.directory)
+        recipe = complete_recipe(config.recipe)
+        if recipe.device != "cpu" and recipe.run is not None:
+            enable_flight_recorder(os.environ, recipe.run.directory)
         return start_workers(count, os.environ, arguments)
     return start_recipe(config, command)
 
@@ -279,7 +281,7 @@ def start_dry_run(config: Config, count: Processes, text: str) -> int:
         claim = Claim.parse(text)
     except ValueError as error:
         raise UsageError(f"--dry-run: {error}") from None
-    own = getattr(config.recipe, "dry_run", None)
+    own = complete_recipe(config.recipe).dry_run
     if own is not None:
         return int(own(config, count.world_size))
     return dry_run.main(config, count.world_size, claim, count.per_node)

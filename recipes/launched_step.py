@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.batch.layout import StepBatch
+from components.batch import StepBatch
 from components.clock import Clock
 from components.gradient_moments import GradientMoments
 from components.interrupts import NOTHING, REQUESTS

@@ -77,7 +77,14 @@ def open_run(
         world.main_first(claim)
         opened.run = world.gather(directory.run or "")[0]
 
+    opened.begin = _begin(directory, config, world, replaces=replaces)
+    return opened
+
+
+def _begin(directory: RunDirectory, config: Config, world: World, *, replaces: bool) -> Callable[[], None]:
+    """Return the function that removes the run that is replaced, as it is now, and stores the configuration."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
+    launch = os.environ.get(LAUNCH)
     launches = world.gather(launch or "")
 
     def store() -> None:
@@ -92,8 +99,7 @@ def open_run(
         with blame(config, "run"):
             world.main_first(store)
 
-    opened.begin = begin
-    return opened
+    return begin
 
 
 def remove_run(directory: RunDirectory, log_from: int | None = None) -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from components import precision
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout, BatchPolicy
 from components.data.document import ReadingLog
 from components.data.mixture import Mixture
 from components.data.sources.base import TextSource
 from components.distributed.parallel_dims import Sizes
 from components.errors import InputError, message_of
 from components.throughput import Device, named_device
+from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
 from recipes.course import Course, play
 from recipes.errors import blame
@@ -75,6 +76,8 @@ class Plan:
     model: nn.Module
     """On the meta device."""
     layout: BatchLayout
+    policy: BatchPolicy
+    """Before the first step."""
     course: Course
     dtype: torch.dtype
     """Of the matrix products."""
@@ -137,10 +140,11 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # asked again where it is printed
     layout = BatchLayout(training.micro_batch_size, sizes.dp_size)
-    course = Course()
+    course, policy = Course(), None
     with _collected(config, "batch", problems):
+        policy = build_batch_policy(recipe)
         course = play(recipe, layout)
-    if problems or model is None:
+    if problems or model is None or policy is None:
         raise ConfigError(problems)
     device_type, dtype = _arithmetic(recipe, claim)
     return Plan(
@@ -152,6 +156,7 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
         tokenizer_missing=missing,
         model=model,
         layout=layout,
+        policy=policy,
         course=course,
         dtype=dtype,
         memory=estimate_run(recipe, model, sizes, device_type, dtype),

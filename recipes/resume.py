@@ -13,8 +13,8 @@ from components.checkpoint import complete_checkpoints, step_of
 from components.units import expand_home, format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
-from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 

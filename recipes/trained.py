@@ -21,9 +21,9 @@ from recipes.config import Override
 from recipes.contracts import EncodesText, Model, Tokenizer
 from recipes.initial_weights import copy_weights
 from recipes.resume import checkpoint_at
-from recipes.run_state import read_run_state
 from recipes.sections import AttentionWithin
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 

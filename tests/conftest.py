@@ -64,7 +64,7 @@ max_lr = 1e-2
 warmup_tokens = 300
 
 [batch]
-use = "components.batch.ramp:Ramp"
+use = "components.batch:Ramp"
 initial = 8
 stages = [{ from_tokens = 700, samples = 12 }]
 

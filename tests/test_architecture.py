@@ -16,6 +16,7 @@ SHARED = {
         "costly_operations",
         "cpu",
         "distributed.collectives",
+        "defaults",
         "errors",
         "interfaces",
         "interrupts",
@@ -25,12 +26,13 @@ SHARED = {
         "units",
     )
 }
-"""Errors of bad input, types as users write them, what is costly to compute again, how files are written and found,
-what processes tell one another, ranges of a profile, and what token ids are; they import at most one another, so
-everyone may import them."""
+"""Errors of bad input, defaults of what a class lacks, types as users write them, what is costly to compute again, how
+files are written and found, what processes tell one another, ranges of a profile and what token ids are; they import at
+most one another, so everyone may import them."""
 
 
 def imports(file: Path) -> set[str]:
+    """The modules of ours that a file imports: at its top, in a function, or for types only."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
@@ -87,3 +89,59 @@ def test_what_everyone_may_import_imports_nothing_else_of_ours(shared):
 
 def test_the_import_finder_sees_imports():
     assert "recipes.config" in imports(ROOT / "recipes" / "pretrain.py")
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Each module of the product with the modules it imports, wherever in the file and also for types only.
+
+    `from package import name` is an import of the module that defines `name` where the package only re-exports it:
+    what a package exports is imported for one name of it, and not for the others.
+    """
+    files = {module_name(file): file for name in ("recipes", "components", "models", "tools") for file in modules(name)}
+    graph: dict[str, set[str]] = {}
+    for module, file in files.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names} & files.keys()
+            elif isinstance(node, ast.ImportFrom) and node.module in files:
+                submodules = {f"{node.module}.{alias.name}" for alias in node.names} & files.keys()
+                graph[module] |= submodules or {node.module}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """One circle for each group of modules that import one another, found by leaving out what is in none."""
+    left = {module: set(imported) for module, imported in graph.items()}
+    while ends := {m for m, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported - ends for module, imported in left.items() if module not in ends}
+    found = []
+    while left:
+        path = [min(left)]
+        while path[-1] not in path[:-1]:
+            path.append(min(left[path[-1]] & left.keys()))
+        circle = path[path.index(path[-1]) :]
+        found.append(circle)
+        left = {module: imported - set(circle) for module, imported in left.items() if module not in circle}
+        while ends := {m for m, imported in left.items() if not imported & left.keys()}:
+            left = {module: imported - ends for module, imported in left.items() if module not in ends}
+    return found
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    """Not even in a function or for types: what is tied together cannot be read, tested or moved one by one."""
+    assert [" -> ".join(circle) for circle in cycles(module_graph())] == []
+
+
+def test_circles_are_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c", "b"]]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    graph = module_graph()
+    assert "components.distributed.context" in graph["recipes.build"]
+    assert "torch" not in graph["recipes.build"]
+    assert "recipes.initial_weights" in graph["recipes.build"], "an import in a function"
+    assert "components.distributed.context" in graph["recipes.errors"], "an import for types"

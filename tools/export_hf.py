@@ -23,8 +23,8 @@ from components.tokenizers.hf_conversion import save
 from models.hf.architectures import architecture_of
 from recipes.config import Config, ConfigError
 from recipes.resume import checkpoint_at
-from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 

@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from components.batch.adaptive import Adaptive
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout
 from components.clock import Clock
 from components.data.loader import MicroBatch, MicroBatchLoader, order_of
 from components.interfaces import PackedDataset
@@ -29,9 +28,9 @@ from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from models.document_attention import positions
+from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
-from recipes.course import follow_schedule
 from recipes.errors import blame
 from recipes.launch import UsageError, parse
 
@@ -110,14 +109,15 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
                     f"micro-batches of {layout.micro_batch_size} cannot have taken"
                 )
             return row["samples"] - batch, batch // layout.unit
-    if isinstance(recipe.batch, Adaptive):
+    with blame(config, "batch"):
+        policy = build_batch_policy(recipe)
+    if policy.is_adaptive:
         raise ValueError(
             f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"
         )
     with blame(config, "batch"):
-        follow_schedule(recipe)
         while not clock.done:
-            batch = layout.fit(recipe.batch.samples(clock))
+            batch = layout.fit(policy.next_batch_size(clock))
             if clock.step == step - 1:
                 return clock.samples, batch.micro_batches
             clock.advance(batch.samples)

@@ -15,18 +15,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.batch.adaptive import Adaptive
-from components.batch.constant import Constant
-from components.batch.layout import BatchLayout
+from components.batch import BatchLayout, Constant
 from components.standard_streams import run_command
+from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
 from recipes.launch import UsageError, processes
+from recipes.recipe import complete_recipe
 from tools.pictures import count_tokens_on, pyplot, write
 from tools.plot_runs import read_run
 from tools.recipe_arguments import read_recipe
@@ -58,7 +58,7 @@ class Curve:
 def curves(config: Config, world_size: int, metrics: Path | None) -> list[Curve]:
     """Raises ConfigError where the recipe has no such run, and ValueError where `metrics` are not of one."""
     recipe = config.recipe
-    if hasattr(recipe, "dry_run"):
+    if complete_recipe(recipe).dry_run is not None:
         message = f"{type(recipe).__name__} is many runs, each at a rate and a batch of its own; draw the recipe of one"
         raise ConfigError([config.problem("recipe", message)])
     with blame(config, "parallel"):
@@ -67,14 +67,15 @@ def curves(config: Config, world_size: int, metrics: Path | None) -> list[Curve]
     if metrics is not None:
         return [Curve(f"the batches of {metrics}", taken(recipe, metrics))]
     with blame(config, "batch"):
-        policy = recipe.batch
-        if not isinstance(policy, Adaptive):
-            return [Curve(recipe.run.name, list(steps(recipe, layout)))]
-        largest = replace(recipe, batch=Constant(initial=policy.maximum))
-        return [
-            Curve(f"batch at initial = {policy.initial}", list(steps(recipe, layout))),
-            Curve(f"batch at maximum = {policy.maximum}", list(steps(largest, layout))),
-        ]
+        policy = build_batch_policy(recipe)
+        first = list(steps(recipe, layout, policy))
+        if not policy.is_adaptive:
+            return [Curve(recipe.run.name, first)]
+        shown = [Curve(f"batch at initial = {first[0].requested}", first)]
+        if policy.max_size is not None:
+            largest = list(steps(recipe, layout, Constant(initial=policy.max_size)))
+            shown.append(Curve(f"batch at maximum = {policy.max_size}", largest))
+        return shown
 
 
 def taken(recipe: Any, run: Path) -> list[Step]:

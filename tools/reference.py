@@ -94,7 +94,7 @@ class Page:
             return f"a table of the keys below{none}"
         if kind.form == "slot":
             names = ", ".join(f"`{each.cls.__name__}`" for each in self._fitting(kind.annotation))
-            return f"a table whose `use` names one of: {names}{none}"
+            return f"a table whose `use` names {f'one of: {names}' if names else 'a class of yours'}{none}"
         return _cell(describe_kind(kind).replace(describe_type(Count), "a count"))
 
     def _fitting(self, slot: type) -> list[Shipped]:

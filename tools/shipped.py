@@ -48,7 +48,9 @@ def shipped_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> It
 
 
 def fits(cls: type, slot: type) -> bool:
-    """Whether `cls` is a component, and one for `slot`."""
+    """Return whether `cls` is a component that fits `slot`. Nothing fits one without methods, such as [hooks.NAME]."""
+    if not any(inspect.isfunction(member) and not name.startswith("_") for name, member in inspect.getmembers(slot)):
+        return False
     try:
         fields_of(cls)
     except SignatureError:

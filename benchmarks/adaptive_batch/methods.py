@@ -30,22 +30,22 @@ REFERENCE = {"lr_schedule.batch_rule": "sqrt", "lr_schedule.reference_batch_toke
 
 
 def constant(samples: int) -> dict[str, object]:
-    return {"batch.use": "components.batch.constant:Constant", "batch.initial": samples}
+    return {"batch.use": "components.batch:Constant", "batch.initial": samples}
 
 
 def stages(shares: Mapping[float, int], initial: int) -> dict[str, object]:
     table = ", ".join(f"{{ from_share = {share}, samples = {samples} }}" for share, samples in shares.items())
-    return {"batch.use": "components.batch.ramp:Ramp", "batch.initial": initial, "batch.stages": f"[{table}]"}
+    return {"batch.use": "components.batch:Ramp", "batch.initial": initial, "batch.stages": f"[{table}]"}
 
 
 def adaptive(kind: str, **keys: object) -> dict[str, object]:
     settings = {"initial": SMALL, "maximum": MAXIMUM, "quantum": MICRO_BATCH, **keys}
-    return {"batch.use": f"components.batch.{kind}", **{f"batch.{key}": value for key, value in settings.items()}}
+    return {"batch.use": f"components.batch:{kind}", **{f"batch.{key}": value for key, value in settings.items()}}
 
 
 def norm_test(eta: float) -> dict[str, object]:
     delay = WARMUP_STEPS * SMALL * SEQUENCE
-    return adaptive("norm_test:NormTest", eta=eta, max_growth=2, delay_tokens=delay)
+    return adaptive("NormTest", eta=eta, max_growth=2, delay_tokens=delay)
 
 
 def doubling(*shares: float) -> dict[str, object]:
@@ -79,13 +79,13 @@ METHODS: dict[str, Method] = {
     "doubling, late": Method(doubling(0.35, 0.55, 0.7, 0.85)),
     **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
     "norm test of the paper, eta 0.15": Method(
-        adaptive("norm_test:NormTest", eta=0.15, estimator="paper", workers=4), rule=False
+        adaptive("NormTest", eta=0.15, estimator="paper", workers=4), rule=False
     ),
     "noise scale, a fifth": Method(
-        adaptive("noise_scale:NoiseScale", coefficient=0.2, shrink="true", max_growth=2,
+        adaptive("NoiseScale", coefficient=0.2, shrink="true", max_growth=2,
                  delay_tokens=WARMUP_STEPS * SMALL * SEQUENCE)
     ),
-    "Seesaw": Method(adaptive("seesaw:Seesaw"), decay="cosine"),
+    "Seesaw": Method(adaptive("Seesaw"), decay="cosine"),
 }  # fmt: skip
 
 

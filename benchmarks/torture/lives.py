@@ -50,7 +50,7 @@ use = "components.lr_schedules:WSD"
 max_lr = 1e-2
 warmup_tokens = 300
 [batch]
-use = "components.batch.constant:Constant"
+use = "components.batch:Constant"
 initial = 8
 [checkpoint]
 interval_steps = 3

@@ -1,14 +1,16 @@
-"""What all batches that follow the gradient have in common: bounds, pace, and what survives a restart."""
+"""What all adaptive batches have in common: bounds, pace, and the state that a resumed run needs."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from components.batch.policy import BatchPolicy, GradientNoise, Progress
 from components.errors import InputError
 from components.units import Count, PositiveCount, Tokens
 
@@ -16,36 +18,12 @@ ROUNDING = 1e-12
 """Relative slack of the growth limit, so that 45 * 1.4, in floats a little less, may be 63."""
 
 
-class Progress(Protocol):
-    @property
-    def samples(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-class GradientNoise(Protocol):
-    """What recipes/contracts.py says of a measured step."""
-
-    @property
-    def groups(self) -> int: ...
-    @property
-    def group_samples(self) -> int: ...
-    @property
-    def sum_of_squares(self) -> float: ...
-    @property
-    def mean_square(self) -> float: ...
-    @property
-    def noise(self) -> float: ...
-    @property
-    def signal(self) -> float: ...
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Adaptive(ABC):
-    """A batch that grows, or also shrinks, to a target measured in the gradient.
+    """A batch that grows, and optionally shrinks, to a target measured in the gradient.
 
-    A kind of it says what the target is; bounds, pace and memory are here. Decisions are Python arithmetic on numbers
-    that are equal on every rank, so they are equal, too.
+    A subclass defines the target; bounds and pace are defined here, and `AdaptivePolicy` holds the state. Decisions are
+    Python arithmetic on numbers that are equal on every rank, so they are equal too.
     """
 
     initial: PositiveCount
@@ -87,59 +65,34 @@ class Adaptive(ABC):
             )
         if self.shrink and not self.measure_at_maximum:
             raise InputError("measure_at_maximum", "false would keep the batch at its maximum, but shrink is true")
-        self._size = self.initial
-        self._changed_at: int | None = None
 
     @abstractmethod
     def target(self, noise: GradientNoise) -> float | None:
-        """The batch wanted after a step, in samples; None: this step decides nothing."""
+        """Return the batch wanted after a step, in samples; None: this step decides nothing."""
 
-    def samples(self, progress: object) -> int:
-        return self._size
+    def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
+        """Return the policy of one run, at the initial size."""
+        return AdaptivePolicy(self)
 
-    def measures(self, progress: object) -> bool:
-        return self.measure_at_maximum or self._size < self.maximum
+    @property
+    def smallest(self) -> int:
+        """The smallest size it may return, in samples."""
+        return self.minimum if self.shrink and self.minimum is not None else self.initial
 
-    def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
-        if noise is None or progress.tokens < self.delay_tokens:
-            return
-        if self._changed_at is not None and progress.samples - self._changed_at < self.cooldown_samples:
-            return
-        # One step that overflowed must not decide the rest of the run.
-        if not all(map(math.isfinite, (noise.sum_of_squares, noise.mean_square, noise.noise, noise.signal))):
-            return
-        target = self.target(noise)
-        if target is None or not math.isfinite(target):
-            return
-        size = self._next(target, batch=noise.groups * noise.group_samples)
-        if size != self._size:
-            self._size, self._changed_at = size, progress.samples
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._size, "changed_at": self._changed_at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also of another policy, which leaves what it does not name as it is, and of other bounds: they hold."""
-        self._size = self._within(self._up(int(state.get("samples", self._size))))
-        changed_at = state.get("changed_at")
-        self._changed_at = None if changed_at is None else int(changed_at)
-
-    def _next(self, target: float, batch: int) -> int:
-        """The size after a step of `batch` samples, which the layout may have rounded up from the current size."""
-        current = self._size
+    def next_size(self, current: int, target: float, batch: int) -> int:
+        """Return the size after a step of `batch` samples, which may have been rounded up from the `current` size."""
         wanted = self._up(math.ceil(target))
         grows = target > batch and wanted > current
         shrinks = self.shrink and wanted < current
-        # Of the target before the bounds: a maximum that is near must stay in reach.
+        # Compared before the bounds apply: a maximum that is near must stay in reach.
         if not (grows or shrinks) or abs(wanted - current) < self.hysteresis * current:
             return current
         limited = min(wanted, self._furthest_up(current)) if grows else max(wanted, self._furthest_down(current))
         return self._within(limited)
 
-    @property
-    def smallest(self) -> int:
-        """What it may come to, in samples."""
-        return self.minimum if self.shrink and self.minimum is not None else self.initial
+    def bounded(self, size: int) -> int:
+        """Return `size`, rounded up to a multiple of the quantum and clamped to the bounds."""
+        return self._within(self._up(size))
 
     def _up(self, size: int) -> int:
         return -(-size // self.quantum) * self.quantum
@@ -156,3 +109,45 @@ class Adaptive(ABC):
         if self.max_growth is None:
             return self.smallest
         return self._up(math.ceil(size / self.max_growth * (1 - ROUNDING)))
+
+
+class AdaptivePolicy(BatchPolicy):
+    """The current size of an adaptive batch, and where it changed last."""
+
+    is_adaptive = True
+
+    def __init__(self, config: Adaptive) -> None:
+        self.config = config
+        self.min_size, self.max_size, self.multiple_of = config.smallest, config.maximum, config.quantum
+        self._size = config.initial
+        self._changed_at: int | None = None
+
+    def next_batch_size(self, progress: Progress) -> int:
+        return self._size
+
+    def measures_noise(self, progress: Progress) -> bool:
+        return self.config.measure_at_maximum or self._size < self.config.maximum
+
+    def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
+        if noise is None or progress.tokens < self.config.delay_tokens:
+            return
+        if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:
+            return
+        # One step that overflowed must not decide the rest of the run.
+        if not all(map(math.isfinite, (noise.sum_of_squares, noise.mean_square, noise.noise, noise.signal))):
+            return
+        target = self.config.target(noise)
+        if target is None or not math.isfinite(target):
+            return
+        size = self.config.next_size(self._size, target, batch=noise.groups * noise.group_samples)
+        if size != self._size:
+            self._size, self._changed_at = size, progress.samples
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self._size, "changed_at": self._changed_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept another policy's state, keeping what it does not name, and clamp the size to the current bounds."""
+        self._size = self.config.bounded(int(state.get("samples", self._size)))
+        changed_at = state.get("changed_at")
+        self._changed_at = None if changed_at is None else int(changed_at)

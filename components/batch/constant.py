@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from components.batch.planned import Planned
+from components.batch.policy import BatchPolicy, Progress
 from components.units import PositiveCount
 
 
-@dataclass(kw_only=True)
-class Constant(Planned):
+@dataclass(frozen=True, kw_only=True)
+class Constant(BatchPolicy):
     """The same global batch size at every step."""
 
     initial: PositiveCount
     """Global batch size, in samples (sequences)."""
 
-    def samples(self, progress: object) -> int:
+    def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
+        """Return the policy: itself, because it has no state."""
+        return self
+
+    def next_batch_size(self, progress: Progress) -> int:
         return self.initial

@@ -39,3 +39,7 @@ class BatchLayout:
             raise ValueError(f"the batch policy asked for {requested} samples; a step needs at least 1")
         micro_batches = -(-requested // self.unit)
         return StepBatch(requested, micro_batches * self.unit, micro_batches)
+
+    def shows_noise(self, batch: StepBatch) -> bool:
+        """Return whether the gradient noise of a step can be measured: it needs two micro-batches over all ranks."""
+        return batch.micro_batches * self.dp_size > 1

@@ -7,10 +7,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive, GradientNoise
+from components.batch.adaptive import Adaptive
+from components.batch.policy import GradientNoise
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NoiseScale(Adaptive):
     """`coefficient` times tr(Sigma) / ||G||^2, the simple noise scale (arXiv 1812.06162, equation 2.9).
 

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive, GradientNoise
+from components.batch.adaptive import Adaptive
+from components.batch.policy import GradientNoise
 from components.errors import InputError
 from components.units import PositiveCount
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NormTest(Adaptive):
     """Grows the batch until the error of its mean gradient g is below eta times its length (arXiv 2412.21124).
 
@@ -34,13 +35,13 @@ class NormTest(Adaptive):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers is not None and self.estimator == "unbiased":
-            raise ValueError(
-                'workers: the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
+            raise InputError(
+                "workers", 'the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
             )
         if self.workers == 1:
             raise InputError("workers", "one has no spread, so the batch would never grow; give 2 or more")
         if self.shrink and self.estimator == "paper":
-            raise ValueError('shrink: the paper\'s test only grows the batch; take estimator = "unbiased"')
+            raise InputError("shrink", 'the test of the paper only grows the batch; take estimator = "unbiased"')
 
     def target(self, noise: GradientNoise) -> float | None:
         return self._paper(noise) if self.estimator == "paper" else self._unbiased(noise)

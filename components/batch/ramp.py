@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Protocol
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from components.batch.planned import Planned
+from components.batch.policy import BatchPolicy, Progress
 from components.errors import InputError
 from components.units import PositiveCount, Tokens
-
-
-class Progress(Protocol):
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def total_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +33,8 @@ class Stage:
         return self.from_tokens if self.from_tokens is not None else (self.from_share or 0.0) * total_tokens
 
 
-@dataclass(kw_only=True)
-class Ramp(Planned):
+@dataclass(frozen=True, kw_only=True)
+class Ramp(BatchPolicy):
     """Stages by trained tokens: a pure function of the clock, so a resumed run needs no state."""
 
     initial: PositiveCount
@@ -68,7 +61,11 @@ class Ramp(Planned):
             if size % self.quantum:
                 raise InputError("quantum", f"{self.quantum} does not divide a batch of {size}; make it a multiple")
 
-    def samples(self, progress: Progress) -> int:
+    def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
+        """Return the policy: itself, because it has no state."""
+        return self
+
+    def next_batch_size(self, progress: Progress) -> int:
         since, size = 0.0, self.initial
         for stage in self.stages:
             start = stage.start(progress.total_tokens)

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from components.batch.planned import Planned
+from components.batch.policy import BatchPolicy, Progress
 from components.errors import InputError
 from components.units import PositiveCount
 
 
-class Progress(Protocol):
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def total_tokens(self) -> int: ...
-
-
 class Schedule(Protocol):
-    """What of a schedule is needed; that of the recipe is asked for it."""
+    """The part of [lr_schedule] that is used here."""
 
     @property
-    def max_lr(self) -> float: ...
+    def max_lr(self) -> float | None: ...
     @property
     def warmup_tokens(self) -> int: ...
+    @property
+    def batch_rule(self) -> str | None: ...
+    @property
+    def reference_batch_tokens(self) -> int | None: ...
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float: ...
 
 
-@dataclass(kw_only=True)
-class Seesaw(Planned):
+@dataclass(frozen=True, kw_only=True)
+class Seesaw:
     """Where [lr_schedule] alone would cut the rate by `factor`, cut it by its root and multiply the batch by `factor`.
 
     (arXiv 2510.14717.) The batch is set here, from the schedule at the batch `initial`; the rate follows it by the
@@ -58,32 +55,40 @@ class Seesaw(Planned):
         for name, size in (("initial", self.initial), ("maximum", self.maximum)):
             if size % self.quantum:
                 raise InputError("quantum", f"{self.quantum} does not divide {name} = {size}; make it a multiple")
-        self._schedule: Schedule | None = None
-        self._reference = 0
 
-    def follow(self, schedule: Any, *, sequence_length: int, total_tokens: int) -> None:
-        """Raises ValueError when the rate would not follow the batch."""
+    def build(self, *, schedule: Schedule, sequence_length: int, total_tokens: int) -> BatchPolicy:
+        """Return the policy of one run. Raises ValueError when the learning rate would not follow the batch."""
         name = type(schedule).__name__
-        if not (hasattr(schedule, "max_lr") and hasattr(schedule, "batch_rule")):
-            raise InputError("use", f"Seesaw needs a schedule with max_lr and batch_rule, and {name} has not both")
+        if schedule.max_lr is None or schedule.batch_rule is None:
+            raise InputError("use", f"Seesaw needs a schedule with max_lr and batch_rule, and {name} lacks one of them")
         reference = self.initial * sequence_length
-        rule, given = schedule.batch_rule, getattr(schedule, "reference_batch_tokens", None)
+        rule, given = schedule.batch_rule, schedule.reference_batch_tokens
         if (rule, given) != ("sqrt", reference):
-            raise ValueError(
-                f'use: Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = {reference}, the '
-                f"tokens of its initial batch, and {name} has {rule!r} with {given}"
+            raise InputError(
+                "use",
+                f'Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = {reference}, the '
+                f"tokens of its initial batch, and {name} has {rule!r} with {given}",
             )
-        self._schedule, self._reference = schedule, reference
+        return SeesawPolicy(self, schedule, schedule.max_lr, reference)
 
-    def samples(self, progress: Progress) -> int:
-        if self._schedule is None:
-            raise RuntimeError("Seesaw was asked for a batch before follow() told it the schedule")
-        # The rate of the warm-up is below the peak, too, but rising.
-        if progress.tokens < getattr(self._schedule, "warmup_tokens", 0):
-            return self.initial
-        # At its own reference the schedule's rule is a factor of 1: this is the rate without Seesaw.
-        rate = self._schedule.lr(progress.tokens, self._reference, progress.total_tokens)
-        size, next_rate = float(self.initial), self._schedule.max_lr / self.factor
-        while size < self.maximum and rate <= next_rate:  # ends at the maximum also for a rate of zero
-            size, next_rate = size * self.factor, next_rate / self.factor
-        return min(-int(-size // self.quantum) * self.quantum, self.maximum)
+
+@dataclass(frozen=True)
+class SeesawPolicy(BatchPolicy):
+    """Seesaw under the schedule of one run."""
+
+    config: Seesaw
+    schedule: Schedule
+    max_lr: float
+    reference_batch_tokens: int
+
+    def next_batch_size(self, progress: Progress) -> int:
+        config = self.config
+        # The learning rate of the warm-up is below the peak too, but rising.
+        if progress.tokens < self.schedule.warmup_tokens:
+            return config.initial
+        # At its own reference batch the schedule's rule is a factor of 1: this is the learning rate without Seesaw.
+        lr = self.schedule.lr(progress.tokens, self.reference_batch_tokens, progress.total_tokens)
+        size, next_lr = float(config.initial), self.max_lr / config.factor
+        while size < config.maximum and lr <= next_lr:  # ends at the maximum also for a learning rate of zero
+            size, next_lr = size * config.factor, next_lr / config.factor
+        return min(-int(-size // config.quantum) * config.quantum, config.maximum)

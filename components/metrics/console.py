@@ -76,6 +76,7 @@ class ConsoleProgress:
     def write(self, row: Mapping[str, Any]) -> None:
         if "val_loss" in row:
             log.info(validation_line(row))
+        if "loss" not in row:  # of a hook
             return
         self._steps.append(row)
         mean = speed(self._steps)

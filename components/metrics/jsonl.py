@@ -62,12 +62,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole row of a file that `JsonLines` has opened; None where it has none."""
+def last_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of the last step in a file that `JsonLines` has opened."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
-        lines = file.read().splitlines()
-    return _parse_row(lines[-1]) if lines else None
+        rows = [row for line in file.read().splitlines() if (row := _parse_row(line)) is not None]
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

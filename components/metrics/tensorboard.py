@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ GROUPS = {
 }
 
 _TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+_COUNTERS = ("step", "tokens", "samples")
+"""What a row is at, and no value of it."""
 
 
 class TensorBoard:
@@ -60,11 +62,7 @@ class TensorBoard:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Raises OSError if the row has to wait."""
-        values = [
-            Summary.Value(tag=_TAGS[name], simple_value=value)
-            for name, value in row.items()
-            if name in _TAGS and isinstance(value, (int, float)) and math.isfinite(value)
-        ]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         self._append(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
     def flush(self) -> None:
@@ -80,3 +78,19 @@ class TensorBoard:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
+
+
+def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (tag, value) of every finite number of a row; those in a table of it under its name.
+
+    A metric that no group lists, as of a model or a hook of the user's, is in the group `train`.
+    """
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"train/{name}/{key}", each) for key, each in value.items() if _is_finite(each))
+        elif name not in _COUNTERS and _is_finite(value):
+            yield _TAGS.get(name, f"train/{name}"), value
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 RECIPE = [
-    "--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.8",
+    "--batch.use=components.batch:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.8",
     "--batch.shrink=true", "--batch.quantum=8", "--gradient_moments.smoothing_samples=40",
     "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
     "--validation=none",

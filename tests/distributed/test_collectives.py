@@ -60,7 +60,7 @@ class Runs:
         samples = MICRO_BATCHES * MICRO_BATCH * data_parallel(MESHES[layout])
         return [
             str(self.tiny.recipe), "--model.kv_heads=2", "--validation=none", "--checkpoint.interval_steps=none",
-            "--batch.use=components.batch.constant:Constant", f"--batch.initial={samples}",
+            "--batch.use=components.batch:Constant", f"--batch.initial={samples}",
             f"--training.total_tokens={STEPS * samples * SEQUENCE}", "--gradient_moments.interval_steps=2",
             "--optimizer.use=tests.distributed.collectives:CountingAdamW",
             f"--optimizer.notes={self.directory(name)}.json", f"--training.accumulation={mode}",

@@ -45,7 +45,7 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
     def command(name: str, layout: str, *arguments: str) -> list[str]:
         return [
             str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
-            "--batch.use=components.batch.constant:Constant", f"--batch.initial={SAMPLES}",
+            "--batch.use=components.batch:Constant", f"--batch.initial={SAMPLES}",
             f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
             "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
             *LAYOUTS[layout][1], *arguments,

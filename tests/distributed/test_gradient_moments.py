@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from components.batch.constant import Constant
+from components.batch import Constant
 from components.data.sources.text_files import TextFiles
 from components.gradient_moments import GradientMoments
 from components.tokenizers import Bytes
@@ -31,7 +31,7 @@ EXACT = 1e-5
 """Relative, of float32 sums of squares over some 14,000 weights against float64."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Notes(Constant):
     """A constant batch that notes the moments of every step, in a file for each process."""
 

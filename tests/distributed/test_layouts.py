@@ -18,7 +18,7 @@ pytestmark = [
 
 STEPS, SAVED_AT, SAMPLES, SEQUENCE = 20, 18, 8, 24
 RECIPE = [
-    "--batch.use=components.batch.constant:Constant",
+    "--batch.use=components.batch:Constant",
     f"--batch.initial={SAMPLES}",
     f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
     "--data.use=tests.distributed.layouts:RecordedText",

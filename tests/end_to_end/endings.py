@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from components.batch.constant import Constant
+from components.batch import Constant
 from components.lr_schedules import WSD
 from models.llama import Llama
 
@@ -68,15 +68,15 @@ class Schedule(WSD):
         return super().lr(tokens, batch_tokens, total_tokens)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy(Constant):
-    def samples(self, progress):
+    def next_batch_size(self, progress):
         if progress.samples >= 24:
             if fails("policy: no batch"):
                 return 0
             if fails("policy: raises"):
                 raise ZeroDivisionError("division by zero")
-        return super().samples(progress)
+        return super().next_batch_size(progress)
 
     def observe(self, progress, noise):
         if progress.samples >= 24 and fails("policy: observe"):

@@ -32,7 +32,7 @@ class Bad(Llama):
 '''
 SMALL = ["--model.use=bad:Bad", "--model.size=debug", "--model.dim=16", "--model.layers=2", "--model.heads=2"]
 SMALL += ["--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32", "--training.total_tokens=1900"]
-SMALL += ["--batch.use=components.batch.constant:Constant", "--batch.initial=8", "--validation.interval_steps=none"]
+SMALL += ["--batch.use=components.batch:Constant", "--batch.initial=8", "--validation.interval_steps=none"]
 """Ten steps of eight samples."""
 SPIKE = ["--guard.spike_memory_steps=4"]
 

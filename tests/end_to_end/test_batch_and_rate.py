@@ -11,7 +11,7 @@ from tests.end_to_end.test_resume import assert_same_state, timeless
 
 RULE = ["--lr_schedule.batch_rule=sqrt", "--lr_schedule.reference_batch_tokens=96"]
 SEESAW = [
-    "--batch.use=components.batch.seesaw:Seesaw",
+    "--batch.use=components.batch:Seesaw",
     "--batch.initial=4",
     "--batch.maximum=12",
     "--batch.factor=1.5",
@@ -29,9 +29,9 @@ def steps(tiny) -> list[dict]:
 
 
 MEASURED = ["--batch.initial=4", "--batch.maximum=40", "--batch.quantum=2", "--gradient_moments.smoothing_samples=50"]
-UNBIASED = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=0.5", "--batch.max_growth=2"]
-PAPER = ["--batch.use=components.batch.norm_test:NormTest", "--batch.eta=0.5", "--batch.estimator=paper"]
-SCALE = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.shrink=true", "--batch.coefficient=4"]
+UNBIASED = ["--batch.use=components.batch:NormTest", "--batch.eta=0.5", "--batch.max_growth=2"]
+PAPER = ["--batch.use=components.batch:NormTest", "--batch.eta=0.5", "--batch.estimator=paper"]
+SCALE = ["--batch.use=components.batch:NoiseScale", "--batch.shrink=true", "--batch.coefficient=4"]
 POLICIES = {
     "seesaw": SEESAW,
     "unbiased": [*MEASURED, *UNBIASED, *RULE],

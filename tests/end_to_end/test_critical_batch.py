@@ -10,13 +10,16 @@ import signal
 import sys
 
 import pytest
+from torch import nn
 
-from components.batch.constant import Constant
+from components.batch import Constant
+from components.clock import Clock
 from components.train_step import TrainStep
 from recipes import launch
 from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
-from recipes.pretrain import Pretrain, TrainingRun
+from recipes.loop_hooks import Validate
+from recipes.pretrain import Pretrain
 from tests.end_to_end.test_resume import timeless
 from tests.faults.test_removals import Others, moved_and_linked
 
@@ -66,7 +69,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
         status = tiny.launch(
             f"--resume={tiny.checkpoint(FROM)}",
             f"--run.dir={hand}",
-            "--batch.use=components.batch.constant:Constant",
+            "--batch.use=components.batch:Constant",
             f"--batch.initial={12 * factor}",
             "--lr_schedule.use=components.lr_schedules:Constant",
             f"--lr_schedule.max_lr={0.01 * math.sqrt(factor)}",
@@ -105,16 +108,16 @@ class Killed(BaseException):
 
 
 def at_its_step(count: int, sends):
-    """`samples` of the constant batch, which calls `sends` where the second branch asks for its `count`-th step."""
+    """`next_batch_size` of the constant batch, which calls `sends` at step `count` of the second branch."""
     asked = []
 
-    def samples(self, progress):
+    def next_batch_size(self, progress):
         asked.append(self.initial)
         if self.initial == 24 and asked.count(24) == count:
             sends()
         return self.initial
 
-    return samples
+    return next_batch_size
 
 
 def kill(*_):
@@ -129,13 +132,18 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     rows = {factor: timeless(measured.rows(factor)) for factor in (1, 2)}
     shutil.rmtree(measured.directory)
 
-    validate = TrainingRun.validate
+    validate = Validate.validate
     with monkeypatch.context() as patch:
         if moment == "before its validation":
-            second_ended = lambda run: run.clock.done and run.recipe.batch.initial == 24  # noqa: E731
-            patch.setattr(TrainingRun, "validate", lambda run: kill() if second_ended(run) else validate(run))
+
+            def killed(hook: Validate, model: nn.Module, clock: Clock) -> None:
+                if clock.done and hook.config.recipe.batch.initial == 24:
+                    kill()
+                validate(hook, model, clock)
+
+            patch.setattr(Validate, "validate", killed)
         else:
-            patch.setattr(Constant, "samples", at_its_step(4, kill))
+            patch.setattr(Constant, "next_batch_size", at_its_step(4, kill))
         with pytest.raises(Killed):
             measured.launch(saves)
     assert not (measured.directory / "critical_batch.json").exists()
@@ -157,7 +165,7 @@ def test_a_stopped_branch_stops_the_measurement_and_is_continued(measured, monke
     whole = measured.json()
     shutil.rmtree(measured.directory)
     with monkeypatch.context() as patch:
-        patch.setattr(Constant, "samples", at_its_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        patch.setattr(Constant, "next_batch_size", at_its_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         assert measured.launch() == 128 + signal.SIGTERM
     assert len([row for row in measured.rows(2) if "loss" in row]) == 2
     assert not (measured.directory / "critical_batch.json").exists()
@@ -221,7 +229,7 @@ def test_print_config_is_launchable(measured, capsys):
 
 
 def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
-    adaptive = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
+    adaptive = ["--batch.use=components.batch:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
     assert measured.launch(*adaptive, "--gradient_moments.interval_steps=none", "--dry-run") == 0
 
 

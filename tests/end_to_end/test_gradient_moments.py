@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KEYS = ("noise_scale", "norm_test", "gradient_noise", "gradient_signal", "gradient_noise_smoothed")
-CONSTANT = ["--batch.use=components.batch.constant:Constant", "--batch.initial=8", "--checkpoint.interval_steps=none"]
+CONSTANT = ["--batch.use=components.batch:Constant", "--batch.initial=8", "--checkpoint.interval_steps=none"]
 
 
 def steps(tiny) -> list[dict]:
@@ -51,7 +51,7 @@ def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(t
 
 
 def test_a_batch_that_could_never_follow_its_noise_is_refused(tiny, capsys):
-    adaptive = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=8", "--batch.maximum=64"]
+    adaptive = ["--batch.use=components.batch:NormTest", "--batch.initial=8", "--batch.maximum=64"]
     assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
     assert "batch" in (said := capsys.readouterr().err)
     assert "take 16 or a smaller training.micro_batch_size" in said

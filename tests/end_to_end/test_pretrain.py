@@ -39,20 +39,14 @@ class Steady:
 class Doubling:
     first: int = 4
 
-    def samples(self, progress):
+    def build(self, *, schedule, sequence_length, total_tokens):
+        return self
+
+    def next_batch_size(self, progress):
         return self.first if progress.step < 3 else 2 * self.first
 
-    def measures(self, progress):
+    def measures_noise(self, progress):
         return False
-
-    def observe(self, progress, noise):
-        pass
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
 
 
 class Counting(torch.utils.data.Dataset):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from components.tokenizers.bytes import ByteEncoder
-from recipes.run_state import state_of
+from recipes.training_state import TrainingState
 
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"}
 
@@ -152,9 +152,9 @@ def test_a_run_resumed_by_another_name_of_its_place_is_continued_and_not_replace
 def test_a_tokenizer_of_other_content_is_refused(tiny, capsys, monkeypatch):
     before_it_was_kept = tiny.folder / "old"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "recipes.pretrain.state_of", lambda run: {k: v for k, v in state_of(run).items() if k != "tokenizer"}
-        )
+        whole = TrainingState.state_dict
+        without = lambda state: {key: value for key, value in whole(state).items() if key != "tokenizer"}  # noqa: E731
+        patch.setattr(TrainingState, "state_dict", without)
         assert tiny.launch("--training.total_tokens=400", f"--run.dir={before_it_was_kept}") == 0
     assert tiny.launch("--training.total_tokens=400") == 0
     monkeypatch.setattr(ByteEncoder, "fingerprint", "bytes-of-another-order")

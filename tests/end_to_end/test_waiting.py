@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.pretrain import TrainingRun
+from recipes.pretrain import Trainer
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
 """Operations whose result, or its shape, is needed on the host."""
 EXPERTS = ["--model.experts=4", "--model.top_k=2"]
-ADAPTIVE = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=4", "--batch.maximum=40"]
+ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial=4", "--batch.maximum=40"]
 ADAPTIVE += ["--batch.quantum=2", "--batch.eta=0.5"]
 CASES = {
     "dense": [],
@@ -43,7 +43,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_number_is_read_while_a_step_is_launched(tiny, monkeypatch, name):
-    waits, launch = Waits(), TrainingRun.launch
+    waits, launch = Waits(), Trainer.launch
     accumulate = []
 
     def watched(run, batch):
@@ -58,7 +58,7 @@ def test_no_number_is_read_while_a_step_is_launched(tiny, monkeypatch, name):
         launch(run, batch)
         run.step.accumulate = before
 
-    monkeypatch.setattr(TrainingRun, "launch", watched)
+    monkeypatch.setattr(Trainer, "launch", watched)
     monkeypatch.setattr("recipes.pretrain.read_delay", lambda *_: 1)
     keys = ["--validation=none", "--checkpoint.interval_steps=none", "--training.total_tokens=900"]
     assert tiny.launch(*keys, *CASES[name]) == 0

@@ -39,7 +39,7 @@ SECTIONS = {
     "model": "models.llama:Llama",
     "optimizer": "components.optimizers:AdamW",
     "lr_schedule": "components.lr_schedules:WSD",
-    "batch": "components.batch.ramp:Ramp",
+    "batch": "components.batch:Ramp",
     "gradient_moments": "components.gradient_moments:MeasureMoments",
     "guard": "components.guard:Guard",
     "checkpoint": "components.checkpoint:Checkpoint",
@@ -53,11 +53,11 @@ AT_THE_START = [
     ("validation.data", METHOD, "build"), ("validation", METHOD, "open"),
     ("model", METHOD, "build"), ("model", BUILT, "init_weights"), ("model", BUILT, "flops_per_token"),
     ("optimizer", METHOD, "build"),
-    ("batch", METHOD, "follow"), ("gradient_moments", METHOD, "build"), ("guard", METHOD, "build"),
+    ("batch", METHOD, "build"), ("gradient_moments", METHOD, "build"), ("guard", METHOD, "build"),
     ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "sizes"),
     ("parallel", METHOD, "build"),
 ]  # fmt: skip
-IN_THE_LOOP = [("batch", "samples"), ("batch", "measures"), ("batch", "observe"), ("lr_schedule", "lr")]
+IN_THE_LOOP = [("batch", "next_batch_size"), ("batch", "measures_noise"), ("batch", "observe"), ("lr_schedule", "lr")]
 
 
 def breaking(tiny: TinyRun, number: int, section: str, source: str, method: str, error: str) -> list[str]:

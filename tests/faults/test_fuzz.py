@@ -17,8 +17,8 @@ from components.checkpoint.load import read_state
 from components.data import TextFiles
 from components.tokenizers import Bytes, TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load
-from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
+from recipes.training_state import read_run_state
 from tests.conftest import RECIPE, TinyRun
 
 FUZZ = settings(

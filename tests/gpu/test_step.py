@@ -17,7 +17,7 @@ pytestmark = [
 CUDA = ["--run.device=cuda", "--validation=none", "--checkpoint.interval_steps=none"]
 WIDE = ["--model.dim=64", "--model.heads=2", "--model.kv_heads=1", "--model.head_dim=32", "--model.ffn_dim=96"]
 EXPERTS = [*WIDE, "--model.experts=4", "--model.top_k=2"]
-ADAPTIVE = ["--batch.use=components.batch.norm_test:NormTest", "--batch.initial=4", "--batch.maximum=40"]
+ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial=4", "--batch.maximum=40"]
 ADAPTIVE += ["--batch.quantum=2", "--batch.eta=0.5", "--gradient_moments.smoothing_samples=50"]
 CASES = {
     "dense": [*WIDE, "--training.precision=bf16"],
@@ -32,9 +32,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
     """torch raises at every synchronisation while a step is launched, from the third step on."""
-    from recipes.pretrain import TrainingRun
+    from recipes.pretrain import Trainer
 
-    launch = TrainingRun.launch
+    launch = Trainer.launch
     launched = []
 
     def watched(run, batch):
@@ -45,7 +45,7 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
             torch.cuda.set_sync_debug_mode("default")
         launched.append(run.clock.step)
 
-    monkeypatch.setattr(TrainingRun, "launch", watched)
+    monkeypatch.setattr(Trainer, "launch", watched)
     assert tiny.launch(*CUDA, *CASES[name]) == 0
     assert len(launched) >= 5
 

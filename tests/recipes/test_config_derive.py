@@ -9,7 +9,7 @@ from recipes.config import ConfigError, derive, flatten, load
 pytestmark = pytest.mark.quick
 
 PRETRAIN = "recipes.pretrain:Pretrain"
-CONSTANT = "components.batch.constant:Constant"
+CONSTANT = "components.batch:Constant"
 
 
 def test_the_changes_are_the_last_layer_and_the_rest_is_as_it_was(tiny, tmp_path):
@@ -38,7 +38,7 @@ def test_the_changes_are_the_last_layer_and_the_rest_is_as_it_was(tiny, tmp_path
 def test_sections_the_other_recipe_does_not_take_are_left_out_and_the_users_modules_are_found(tiny, tmp_path):
     (tmp_path / "my_derived.py").write_text(
         "from dataclasses import dataclass\nfrom recipes.pretrain import Pretrain\n"
-        "from components.batch.constant import Constant\n\n\nclass Mine(Constant):\n    pass\n\n\n"
+        "from components.batch import Constant\n\n\nclass Mine(Constant):\n    pass\n\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Section:\n    key: int = 1\n\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass More(Pretrain):\n    more: Section\n"
     )

@@ -120,7 +120,7 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
 
     A run that starts there is refused, so it is an error; one that may come there stays.
     """
-    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.maximum=64"]
+    policy = ["--batch.use=components.batch:NoiseScale", "--batch.maximum=64"]
     policy += [f"--batch.{each}" for each in keys]
     found = told(tiny, *policy)
     assert {name: level for name, (level, message) in found.items() if "one micro-batch" in message} == foreseen
@@ -141,7 +141,7 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
 )
 def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, level, said):
     """150 samples: 2 steps of 76, or 19 of 8."""
-    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8"]
+    policy = ["--batch.use=components.batch:NoiseScale", "--batch.initial=8"]
     found = told(tiny, *policy, *(f"--batch.{each}" for each in keys))
     assert found.get(key, (None, None))[0] == level
     assert said is None or said in found[key][1]

@@ -15,7 +15,7 @@ BATCH = """
 from dataclasses import dataclass, field
 from typing import Annotated
 from pydantic import AfterValidator
-from components.batch.constant import Constant
+from components.batch import Constant
 
 def fail(*_):
     raise {error}  # line 8
@@ -28,30 +28,32 @@ PLACES = {
     # where it fails: (source of a batch policy, what is written, the key it is told at)
     "a constructor": ("class Mine(Constant):\n  def __init__(self, *, initial: int): fail()", "", "batch"),
     "what comes after it": (
-        "@dataclass(kw_only=True)\nclass Mine(Constant):\n  def __post_init__(self): fail()",
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  def __post_init__(self): fail()",
         "",
         "batch",
     ),
     "a default": (
-        "@dataclass(kw_only=True)\nclass Mine(Constant):\n  a: int = field(default_factory=fail)",
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  a: int = field(default_factory=fail)",
         "",
         "batch.a",
     ),
     "a validator": (
-        "@dataclass(kw_only=True)\nclass Mine(Constant):\n  a: Annotated[int, AfterValidator(lambda _: fail())] = 1",
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n"
+        "  a: Annotated[int, AfterValidator(lambda _: fail())] = 1",
         "a = 2",
         "batch.a",
     ),
     "a property of a default": (
         "@dataclass(frozen=True)\nclass Part:\n  b: int = 1\n  def __getattribute__(self, name):\n"
         "    return fail() if name == 'b' else object.__getattribute__(self, name)\n"
-        "@dataclass(kw_only=True)\nclass Mine(Constant):\n  a: Part = field(default_factory=lambda: Part())",
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n"
+        "  a: Part = field(default_factory=lambda: Part())",
         "",
         "batch.a",
     ),
     "a default of a default": (
         "@dataclass(kw_only=True)\nclass Part:\n  b: int = field(default_factory=fail)\n"
-        "@dataclass(kw_only=True)\nclass Mine(Constant):\n  a: Part = field(default_factory=Part)",
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  a: Part = field(default_factory=Part)",
         "",
         "batch.a.b",
     ),
@@ -111,7 +113,7 @@ def test_what_a_check_across_sections_asks_may_fail(tiny):
 def test_a_default_is_not_made_where_it_is_not_used(tiny):
     (tiny.folder / "mine_b.py").write_text(
         BATCH.format(error="AssertionError")
-        + "@dataclass(kw_only=True)\nclass Mine(Constant):\n  a: int = field(default_factory=fail)"
+        + "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  a: int = field(default_factory=fail)"
     )
     (tiny.folder / "mine.toml").write_text('extends = ["tiny.toml"]\nbatch = {use = "mine_b:Mine", initial = 4, a = 1}')
     assert load(tiny.folder / "mine.toml", cwd=tiny.folder).recipe.batch.a == 1
@@ -149,7 +151,7 @@ def test_a_user_without_a_home_needs_none_where_all_places_are_named(tiny, homel
 def test_a_file_whose_name_is_taken_is_named(tiny, file, use):
     own = tiny.folder / file
     own.parent.mkdir(exist_ok=True)
-    own.write_text("from components.batch.constant import Constant as Mine")
+    own.write_text("from components.batch import Constant as Mine")
     (problem,) = told(tiny, f'batch = {{use = "{use}"}}').problems
     assert problem.message.startswith(f"{own} cannot be imported, for ")
     assert problem.message.endswith("has the same name: rename it, in `use` too")

@@ -14,7 +14,7 @@ from tools.plot_schedule import Curve, curves, main
 pytestmark = pytest.mark.quick
 
 ADAPTIVE = [
-    "--batch.use=components.batch.norm_test:NormTest",
+    "--batch.use=components.batch:NormTest",
     "--batch.initial=4",
     "--batch.maximum=16",
     "--batch.eta=1",
@@ -92,7 +92,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
         (["--resume"], "for the launcher"),
         (["--output", "x.xyz"], "svg"),
         (["--metrics", "nowhere"], "name a run directory"),
-        (["--batch.use=components.batch.seesaw:Seesaw", "--batch.initial=4", "--batch.maximum=8"], "Seesaw needs"),
+        (["--batch.use=components.batch:Seesaw", "--batch.initial=4", "--batch.maximum=8"], "Seesaw needs"),
         (["--parallel.dp_shard=3"], "processes of this run"),
     ],
 )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
+from components.batch import BatchPolicy, complete_policy
 from components.clock import Clock
+from components.lr_schedules import Constant
+from recipes.contracts import complete_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +51,9 @@ def of_gradients(groups: np.ndarray, group_samples: int) -> Moments:
 
 def clock(samples: int = 0, total_tokens: int = 10**6, sequence_length: int = 1) -> Clock:
     return Clock(total_tokens=total_tokens, sequence_length=sequence_length, samples=samples)
+
+
+def built(config: Any, schedule: Any = None, *, sequence_length: int = 1, total_tokens: int = 10**6) -> BatchPolicy:
+    """The policy of one run, by default under a constant schedule."""
+    schedule = complete_schedule(schedule or Constant(max_lr=1.0))
+    return complete_policy(config.build(schedule=schedule, sequence_length=sequence_length, total_tokens=total_tokens))

@@ -11,28 +11,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch.adaptive import Adaptive
-from components.batch.layout import BatchLayout
-from components.batch.noise_scale import NoiseScale
-from tests.components.batch.moments import FLOATS, Moments, clock, wants
+from components.batch import Adaptive, BatchLayout, BatchPolicy, NoiseScale
+from tests.components.batch.moments import FLOATS, Moments, built, clock, wants
 
 pytestmark = pytest.mark.quick
 
 
-def sizes(policy: Adaptive, *targets: float | Moments | None, start: int = 0) -> list[int]:
+def sizes(policy: Adaptive | BatchPolicy, *targets: float | Moments | None, start: int = 0) -> list[int]:
     """The batch after each step, of the size wanted before it; a float is the target, None an unmeasured step."""
+    policy = policy if isinstance(policy, BatchPolicy) else built(policy)
     progress, found = clock(start), []
     for target in targets:
-        batch = policy.samples(progress)
+        batch = policy.next_batch_size(progress)
         progress.advance(batch)
         policy.observe(progress, wants(target, batch) if isinstance(target, (int, float)) else target)
-        found.append(policy.samples(progress))
+        found.append(policy.next_batch_size(progress))
     return found
 
 
 def test_it_starts_at_initial_and_grows_to_the_target_rounded_up():
-    policy = NoiseScale(initial=8, maximum=1000)
-    assert policy.samples(clock()) == 8
+    policy = built(NoiseScale(initial=8, maximum=1000))
+    assert policy.next_batch_size(clock()) == 8
     assert sizes(policy, 20.2, 30.0) == [21, 30]
 
 
@@ -86,21 +85,21 @@ def test_nothing_is_decided_during_the_delay():
 
 
 def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
-    policy = NoiseScale(initial=10, maximum=100)
-    batch = BatchLayout(micro_batch_size=8, dp_size=2).fit(policy.samples(clock()))
+    policy = built(NoiseScale(initial=10, maximum=100))
+    batch = BatchLayout(micro_batch_size=8, dp_size=2).fit(policy.next_batch_size(clock()))
     assert batch.samples == 16
     policy.observe(clock(16), wants(12, batch.samples))
-    assert policy.samples(clock()) == 10
+    assert policy.next_batch_size(clock()) == 10
     policy.observe(clock(32), wants(17, batch.samples))
-    assert policy.samples(clock()) == 17
+    assert policy.next_batch_size(clock()) == 17
 
 
 def test_measuring_ends_at_the_maximum_only_where_the_recipe_says_so():
     for always in (True, False):
-        policy = NoiseScale(initial=8, maximum=16, measure_at_maximum=always)
-        assert policy.measures(clock())
+        policy = built(NoiseScale(initial=8, maximum=16, measure_at_maximum=always))
+        assert policy.measures_noise(clock())
         assert sizes(policy, 100) == [16]
-        assert policy.measures(clock()) is always
+        assert policy.measures_noise(clock()) is always
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -145,13 +144,13 @@ def test_a_state_under_other_bounds_keeps_to_them():
         ({"maximum": 128, "quantum": 8}, 64),
         ({"maximum": 56, "quantum": 8}, 56),
     ):
-        policy = NoiseScale(**{"initial": 8, **keys})
+        policy = built(NoiseScale(**{"initial": 8, **keys}))
         policy.load_state_dict(state)
-        assert policy.samples(clock()) == expected
+        assert policy.next_batch_size(clock()) == expected
 
 
 def test_the_state_of_a_policy_that_has_none_leaves_it_at_its_beginning():
-    policy = NoiseScale(initial=8, maximum=100)
+    policy = built(NoiseScale(initial=8, maximum=100))
     policy.load_state_dict({})
     assert sizes(policy, None, 50) == [8, 50]
 
@@ -190,40 +189,41 @@ def make(keys: dict[str, Any], bounds: tuple[int, int, int]) -> NoiseScale:
 
 @given(keys=keys, bounds=bounds, run=runs)
 def test_whatever_is_measured_the_limits_hold(keys, bounds, run):
-    policy, progress = make(keys, bounds), clock()
-    changed_at, before = None, policy.samples(progress)
+    config, progress = make(keys, bounds), clock()
+    policy = built(config)
+    changed_at, before = None, policy.next_batch_size(progress)
     for noise in run:
         progress.advance(before)
         policy.observe(progress, noise)
-        after = policy.samples(progress)
-        assert after % policy.quantum == 0
-        assert policy.minimum <= after <= policy.maximum
-        assert policy.shrink or after >= before
-        if policy.max_growth is not None:
-            assert max(after / before, before / after) <= policy.max_growth * (1 + 1e-9)
+        after = policy.next_batch_size(progress)
+        assert after % config.quantum == 0
+        assert config.minimum <= after <= config.maximum
+        assert config.shrink or after >= before
+        if config.max_growth is not None:
+            assert max(after / before, before / after) <= config.max_growth * (1 + 1e-9)
         if after != before:
             assert noise is not None
             assert math.isfinite(noise.noise) and math.isfinite(noise.signal)
-            assert progress.tokens >= policy.delay_tokens
-            assert changed_at is None or progress.samples - changed_at >= policy.cooldown_samples
+            assert progress.tokens >= config.delay_tokens
+            assert changed_at is None or progress.samples - changed_at >= config.cooldown_samples
             changed_at = progress.samples
         before = after
 
 
 @given(keys=keys, bounds=bounds, run=runs, share=st.floats(0, 1))
 def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(keys, bounds, run, share):
-    policy, progress, stop = make(keys, bounds), clock(), int(share * len(run))
+    policy, progress, stop = built(make(keys, bounds)), clock(), int(share * len(run))
 
-    def play(policy: NoiseScale, progress: Any, part: list[Moments | None]) -> list[int]:
+    def play(policy: BatchPolicy, progress: Any, part: list[Moments | None]) -> list[int]:
         found = []
         for noise in part:
-            progress.advance(policy.samples(progress))
+            progress.advance(policy.next_batch_size(progress))
             policy.observe(progress, noise)
-            found.append(policy.samples(progress))
+            found.append(policy.next_batch_size(progress))
         return found
 
     play(policy, progress, run[:stop])
-    resumed, later = make(keys, bounds), clock(progress.samples)
+    resumed, later = built(make(keys, bounds)), clock(progress.samples)
     resumed.load_state_dict(json.loads(json.dumps(policy.state_dict())))
     assert play(resumed, later, run[stop:]) == play(policy, progress, run[stop:])
     assert resumed.state_dict() == policy.state_dict()

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from components.batch.noise_scale import NoiseScale
-from components.batch.norm_test import NormTest
-from tests.components.batch.moments import Moments, clock, of_gradients
+from components.batch import Adaptive, NoiseScale, NormTest
+from tests.components.batch.moments import Moments, built, clock, of_gradients
 
 pytestmark = pytest.mark.quick
 
@@ -20,9 +19,10 @@ def paper(**keys) -> NormTest:
     return NormTest(estimator="paper", **{**ANY, **keys})
 
 
-def after(policy: NormTest, noise: Moments) -> int:
+def after(config: Adaptive, noise: Moments) -> int:
+    policy = built(config)
     policy.observe(clock(1000), noise)
-    return policy.samples(clock(1000))
+    return policy.next_batch_size(clock(1000))
 
 
 @pytest.mark.parametrize("groups", [2, 4, 16])

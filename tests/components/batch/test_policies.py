@@ -2,9 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch.constant import Constant
-from components.batch.layout import BatchLayout
-from components.batch.ramp import Ramp, Stage
+from components.batch import BatchLayout, BatchPolicy, Constant, Ramp, Stage, complete_policy
 from components.clock import Clock
 
 pytestmark = pytest.mark.quick
@@ -15,12 +13,12 @@ def at(tokens: int) -> Clock:
 
 
 def test_constant_is_constant():
-    assert {Constant(initial=24).samples(at(tokens)) for tokens in (0, 5, 10**6)} == {24}
+    assert {Constant(initial=24).next_batch_size(at(tokens)) for tokens in (0, 5, 10**6)} == {24}
 
 
 def test_ramp_changes_at_its_stages():
     ramp = Ramp(initial=8, stages=[Stage(from_tokens=100, samples=16), Stage(from_tokens=500, samples=64)])
-    assert [ramp.samples(at(tokens)) for tokens in (0, 99, 100, 499, 500, 10**6)] == [8, 8, 16, 16, 64, 64]
+    assert [ramp.next_batch_size(at(tokens)) for tokens in (0, 99, 100, 499, 500, 10**6)] == [8, 8, 16, 16, 64, 64]
 
 
 def test_ramp_refuses_stages_out_of_order():
@@ -39,3 +37,47 @@ def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, m
 def test_a_policy_that_asks_for_nothing_is_told():
     with pytest.raises(ValueError, match="asked for 0 samples"):
         BatchLayout(4, 2).fit(0)
+
+
+class Own:
+    """A policy of the user's, derived from nothing."""
+
+    def next_batch_size(self, progress):
+        return 7
+
+
+def test_a_class_of_ones_own_gets_the_defaults_of_what_it_leaves_out():
+    policy = complete_policy(Own())
+    assert policy.next_batch_size(at(0)) == 7
+    assert policy.measures_noise(at(0)) is True
+    assert (policy.state_dict(), policy.is_adaptive, policy.max_size, policy.multiple_of) == ({}, False, None, 1)
+    policy.observe(at(0), None)
+    policy.load_state_dict({"samples": 3})
+
+
+def test_a_class_of_ones_own_that_observes_is_adaptive_unless_it_says_otherwise():
+    class Observing(Own):
+        max_size = 64
+
+        def __init__(self):
+            self.observed = []
+
+        def observe(self, progress, noise):
+            self.observed.append(noise)
+
+    class Logging(Observing):
+        is_adaptive = False
+
+    own = Observing()
+    policy = complete_policy(own)
+    policy.observe(at(0), None)
+    assert own.observed == [None]
+    assert (policy.is_adaptive, policy.max_size) == (True, 64)
+    assert complete_policy(Logging()).is_adaptive is False
+
+
+def test_a_policy_of_ours_is_taken_as_it_is_and_what_has_no_size_is_refused():
+    constant: BatchPolicy = Constant(initial=3)
+    assert complete_policy(constant) is constant
+    with pytest.raises(ValueError, match=r"^use: its build\(\) returned a dict without next_batch_size"):
+        complete_policy({})

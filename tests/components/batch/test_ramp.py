@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch.ramp import Ramp, Stage
+from components.batch import Ramp, Stage
 from tests.components.batch.moments import clock
 
 pytestmark = pytest.mark.quick
 
 
 def sizes(ramp: Ramp, *tokens: int, total: int = 1000) -> list[int]:
-    return [ramp.samples(clock(each, total)) for each in tokens]
+    return [ramp.next_batch_size(clock(each, total)) for each in tokens]
 
 
 def test_stages_by_share_of_the_run_move_with_its_length():
@@ -54,8 +54,8 @@ def test_linear_sizes_are_multiples_between_those_of_the_neighbours(starts, unit
     stages = [Stage(from_tokens=at, samples=n * quantum) for at, n in zip(starts, units[1:], strict=False)]
     steps = Ramp(initial=units[0] * quantum, stages=stages)
     ramp = Ramp(initial=units[0] * quantum, stages=stages, linear=True, quantum=quantum)
-    size = ramp.samples(clock(tokens, 1000))
-    here = steps.samples(clock(tokens, 1000))
+    size = ramp.next_batch_size(clock(tokens, 1000))
+    here = steps.next_batch_size(clock(tokens, 1000))
     following = next((stage.samples for stage in stages if (stage.from_tokens or 0) > tokens), here)
     assert size % quantum == 0
     assert min(here, following) <= size <= max(here, following)

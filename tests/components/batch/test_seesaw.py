@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch.seesaw import Seesaw
+from components.batch import BatchPolicy, Seesaw
 from components.lr_schedules import WSD, Constant, Cosine, Linear, Power
-from tests.components.batch.moments import clock
+from tests.components.batch.moments import built, clock
 
 pytestmark = pytest.mark.quick
 
@@ -23,17 +23,16 @@ def schedule(kind=Cosine, initial: int = 8, **keys):
     return kind(max_lr=1.0, batch_rule="sqrt", reference_batch_tokens=initial * LENGTH, **keys)
 
 
-def following(lr_schedule, **keys) -> Seesaw:
-    policy = Seesaw(**{"initial": 8, "maximum": 64, **keys})
-    policy.follow(lr_schedule, sequence_length=LENGTH, total_tokens=TOTAL)
-    return policy
+def following(lr_schedule, **keys) -> BatchPolicy:
+    config = Seesaw(**{"initial": 8, "maximum": 64, **keys})
+    return built(config, lr_schedule, sequence_length=LENGTH, total_tokens=TOTAL)
 
 
-def course(policy: Seesaw, lr_schedule, total: int = TOTAL) -> list[tuple[int, int, float]]:
+def course(policy: BatchPolicy, lr_schedule, total: int = TOTAL) -> list[tuple[int, int, float]]:
     """(tokens before, batch, rate) of every step of a run."""
     progress, steps = clock(0, total, LENGTH), []
     while not progress.done:
-        batch = policy.samples(progress)
+        batch = policy.next_batch_size(progress)
         steps.append((progress.tokens, batch, lr_schedule.lr(progress.tokens, batch * LENGTH, total)))
         progress.advance(batch)
     return steps
@@ -45,9 +44,9 @@ def test_on_a_cosine_the_batch_doubles_where_the_cosine_has_halved():
     for j in range(1, 4):
         # (1 + cos(pi p)) / 2 = 2^-j
         halved = math.acos(2 * 2**-j - 1) / math.pi * TOTAL / LENGTH
-        assert policy.samples(clock(math.floor(halved - 1e-6), TOTAL, LENGTH)) == 8 * 2 ** (j - 1)
-        assert policy.samples(clock(math.ceil(halved + 1e-6), TOTAL, LENGTH)) == 8 * 2**j
-    assert policy.samples(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 64
+        assert policy.next_batch_size(clock(math.floor(halved - 1e-6), TOTAL, LENGTH)) == 8 * 2 ** (j - 1)
+        assert policy.next_batch_size(clock(math.ceil(halved + 1e-6), TOTAL, LENGTH)) == 8 * 2**j
+    assert policy.next_batch_size(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 64
 
 
 def test_at_each_doubling_the_rate_is_cut_by_the_root_of_two():
@@ -85,12 +84,11 @@ def test_a_small_factor_has_a_rate_that_falls_like_the_root_of_the_schedule():
     rate = schedule(Linear, initial=1000, end_ratio=0.0)
     policy = following(rate, initial=1000, maximum=8000, factor=1.01)
     total = 10**9
-    policy.follow(rate, sequence_length=LENGTH, total_tokens=total)
     for share in (0.1, 0.5, 0.8):
         progress = clock(int(share * total / LENGTH), total, LENGTH)
-        lr = rate.lr(progress.tokens, policy.samples(progress) * LENGTH, total)
+        lr = rate.lr(progress.tokens, policy.next_batch_size(progress) * LENGTH, total)
         assert lr == pytest.approx(math.sqrt(1 - share), rel=0.01)
-        assert policy.samples(progress) == pytest.approx(1000 / (1 - share), rel=0.011)
+        assert policy.next_batch_size(progress) == pytest.approx(1000 / (1 - share), rel=0.011)
 
 
 def test_it_takes_about_the_steps_that_theory_says():
@@ -102,18 +100,18 @@ def test_it_takes_about_the_steps_that_theory_says():
 
 def test_the_batch_is_initial_during_the_warm_up():
     policy = following(schedule(warmup_tokens=50_000))
-    assert {policy.samples(clock(tokens // LENGTH, TOTAL, LENGTH)) for tokens in range(0, 50_000, 5000)} == {8}
+    assert {policy.next_batch_size(clock(tokens // LENGTH, TOTAL, LENGTH)) for tokens in range(0, 50_000, 5000)} == {8}
 
 
 def test_a_constant_rate_never_grows_the_batch():
     policy = following(schedule(Constant))
-    assert policy.samples(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 8
+    assert policy.next_batch_size(clock(TOTAL // LENGTH, TOTAL, LENGTH)) == 8
 
 
 def test_a_run_that_is_extended_asks_the_longer_schedule():
     policy = following(schedule(Linear, end_ratio=0.0))
-    assert policy.samples(clock(6000, TOTAL, LENGTH)) == 16
-    assert policy.samples(clock(6000, 2 * TOTAL, LENGTH)) == 8
+    assert policy.next_batch_size(clock(6000, TOTAL, LENGTH)) == 16
+    assert policy.next_batch_size(clock(6000, 2 * TOTAL, LENGTH)) == 8
 
 
 @given(
@@ -128,7 +126,9 @@ def test_sizes_are_multiples_of_the_quantum_within_the_bounds_and_grow(share, fa
     policy = following(
         schedule(initial=first, end_ratio=0.0), initial=first, maximum=last, factor=factor, quantum=quantum
     )
-    now, later = (policy.samples(clock(int(part * TOTAL / LENGTH), TOTAL, LENGTH)) for part in (share, (1 + share) / 2))
+    now, later = (
+        policy.next_batch_size(clock(int(part * TOTAL / LENGTH), TOTAL, LENGTH)) for part in (share, (1 + share) / 2)
+    )
     assert now % quantum == 0
     assert first <= now <= later <= last
 
@@ -150,11 +150,6 @@ def test_a_schedule_whose_rate_would_not_follow_is_refused(wrong):
 def test_a_schedule_that_has_no_rule_is_refused():
     with pytest.raises(ValueError, match="needs a schedule with max_lr and batch_rule"):
         following(SimpleNamespace(lr=lambda *_: 1.0))
-
-
-def test_to_be_asked_before_it_follows_is_a_mistake_in_the_program():
-    with pytest.raises(RuntimeError, match="follow"):
-        Seesaw(initial=8, maximum=64).samples(clock())
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
 
     first = TensorBoard(tmp_path)
     for step in range(1, 6):
-        first.write({**ROW, "step": step, "loss": float(step)})
+        first.write({**ROW, "step": step, "loss": float(step), "source_epochs": {"web": 0.5}, "my_metric": step})
     first.close()
     second = TensorBoard(tmp_path, after_step=3)  # killed at 5, resumed from a checkpoint of step 3
     for step in range(4, 7):
@@ -96,5 +96,6 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
         "train/loss", "train/grad_norm", "train/epoch", "lr/lr",
         "batch/global_batch_size", "batch/requested_batch_size", "batch/micro_batches",
         "throughput/tokens_per_second", "throughput/step_seconds", "throughput/data_seconds", "throughput/mfu",
-        "throughput/memory_bytes", "validation/val_loss", "validation/val_perplexity", "validation/val_bits_per_byte",
+        "throughput/memory_bytes", "train/source_epochs/web", "train/my_metric",
+        "validation/val_loss", "validation/val_perplexity", "validation/val_bits_per_byte",
     }  # fmt: skip

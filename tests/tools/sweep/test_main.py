@@ -26,7 +26,7 @@ GRIDS = [
     "--grid", "batch.initial=8,32",
     "--grid", "lr_schedule.max_lr=" + ",".join(str(2.0**power) for power in range(-14, -3)),
 ]  # fmt: skip
-CONSTANT = ["--batch.use=components.batch.constant:Constant"]
+CONSTANT = ["--batch.use=components.batch:Constant"]
 
 
 def law_abiding(settings) -> float:

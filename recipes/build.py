@@ -1,0 +1,327 @@
+"""Build the parts of a training run from its recipe, in the order of these functions.
+
+Every rank calls them. Each raises ConfigError at the section of the recipe that is at fault.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from components import precision
+from components.batch import BatchLayout, BatchPolicy
+from components.checkpoint import CheckpointStore, TrainingTensors
+from components.clock import Clock
+from components.data.loader import MicroBatchLoader
+from components.data.loader_workers import check_workers
+from components.distributed import fsdp
+from components.distributed.context import World
+from components.distributed.launcher import launched_at
+from components.distributed.parallel_dims import Layout
+from components.gradient_moments import GradientMeter, backward_parameters
+from components.interrupts import Requests, StopSignal
+from components.metrics.console import start_log
+from components.metrics.monitor import Monitor
+from components.precision import WorkingWeights
+from components.profiler import Profiler
+from components.run_directory import RunDirectory
+from components.train_step import TrainStep
+from components.validation import Validation
+from models.init import materialize
+from recipes.batch_policy import build_batch_policy, require_measurable_noise
+from recipes.config import Config
+from recipes.contracts import Samples
+from recipes.divide import divide
+from recipes.errors import blame
+from recipes.hooks import Hook, complete_hook
+from recipes.language_model import build_model, keep_documents_apart
+from recipes.memory_estimate import decide_accumulation
+from recipes.opening import Opened, open_run
+from recipes.resume import Resume, compare
+from recipes.training_state import DataIdentity, TrainingState
+from recipes.unprepared import refuse_unprepared
+
+log = logging.getLogger("powertrain")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The processes and the directory of a run."""
+
+    world: World
+    directory: RunDirectory
+    opened: Opened
+    console: Console
+    requests: Requests
+
+
+def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack) -> Environment:
+    """Join the processes, take the run directory and start the log."""
+    recipe = config.recipe
+    signals = cleanup.enter_context(StopSignal())
+    with blame(config, "run.device"):
+        world = World.start(recipe.run.device)
+    cleanup.push(world.stop_unless_failed)
+    with blame(config, "training.loader_workers"):
+        check_workers(recipe.training.loader_workers)
+    directory = RunDirectory(recipe.run.directory)
+    opened = open_run(directory, config, resume, world, cleanup)
+    with blame(config, "run"):
+        console = start_log(directory.log if world.is_main else None, speak=world.is_main)
+    for warning in opened.warnings:
+        log.warning(warning)
+    if opened.checkpoint is not None:
+        compare(opened.checkpoint, config)
+    limit = recipe.run.max_minutes
+    requests = Requests(
+        signals,
+        file=directory.stop if world.is_main else None,
+        ends_at=None if limit is None else launched_at() + 60 * limit,
+    )
+    torch.manual_seed(recipe.run.seed + world.rank)
+    torch.use_deterministic_algorithms(recipe.run.deterministic)
+    return Environment(world, directory, opened, console, requests)
+
+
+def build_policy(config: Config) -> BatchPolicy:
+    """Build the batch policy under the schedule of the recipe."""
+    with blame(config, "batch"):
+        return build_batch_policy(config.recipe)
+
+
+def build_mesh(config: Config, world: World) -> tuple[Layout, BatchLayout]:
+    """Build the mesh of the processes, and what it makes of a batch."""
+    recipe = config.recipe
+    with blame(config, "parallel"):
+        mesh = recipe.parallel.build(world)
+    return mesh, BatchLayout(recipe.training.micro_batch_size, mesh.data.size)
+
+
+def build_hooks(config: Config) -> dict[str, Hook]:
+    """Return the hooks of [hooks] by name, in the order of the recipe."""
+    hooks = {}
+    for name, hook in config.recipe.hooks.items():
+        with blame(config, f"hooks.{name}"):
+            hooks[name] = complete_hook(hook)
+    return hooks
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained and validated on."""
+
+    dataset: Samples
+    identity: DataIdentity
+    end_of_document: int
+    validation: Validation | None
+
+
+def build_data(config: Config, world: World) -> TrainingData:
+    """Build the tokenizer, and open the data and the held-out data, which the main process prepares first."""
+    recipe = config.recipe
+    with blame(config, "tokenizer"):
+        tokenizer = recipe.tokenizer.build()
+        vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+    text: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "sequence_length": recipe.training.sequence_length,
+        "cache_dir": recipe.run.cache_dir,
+        "progress": log.info,
+    }
+    refuse_unprepared(config, tokenizer, world)
+    with blame(config, "data"):
+        dataset = world.main_first(lambda: recipe.data.build(**text))
+        content: str | None = getattr(dataset, "fingerprint", None)
+        if not world.agree(f"{len(dataset)} {content}"):
+            raise ValueError(
+                f"the processes do not see the same data; this one has {len(dataset):,} sequences. Every node "
+                "needs the same files"
+            )
+    validation = None
+    if (held_out := recipe.validation) is not None:
+        with blame(config, "validation"):
+            validation = world.main_first(lambda: held_out.open(**text))
+    identity = DataIdentity(vocab_size, fingerprint, len(dataset), content)
+    return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """The model on the devices of the run, with its weights."""
+
+    model: Any
+    precision: Literal["bf16", "float32"]
+    """Of the matrix products."""
+    reduction: fsdp.GradientReduction
+    compute: Callable[[], AbstractContextManager[object]]
+    """The context of forward and backward."""
+    working_copies: list[Tensor] | None
+    """The bf16 weights that backward reaches, of a model that FSDP2 does not shard."""
+
+
+def build_sharded_model(
+    config: Config, world: World, mesh: Layout, data: TrainingData, *, is_resumed: bool
+) -> ShardedModel:
+    """Build the model on the meta device, parallelize it, allocate it and initialize its weights."""
+    recipe, training, device = config.recipe, config.recipe.training, world.device
+    chosen = precision.resolve(training.precision, device)
+    dtype = precision.dtype_of(chosen)
+    model = build_model(config, data.identity.vocab_size)
+    local = decide_accumulation(recipe, model, mesh.sizes, world, dtype)
+    if training.attention_within == "document":
+        with blame(config, "data"):
+            keep_documents_apart(model, data.dataset, data.end_of_document)
+    if training.compiles(device):
+        # compiled kernels are found again by the next run; it is read when the compiler is first imported
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
+    elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
+        log.warning(f'{why}: set training.compile = "auto"')
+    with blame(config, "parallel"):
+        divide(model, recipe.model, mesh, dtype, device, training)
+    materialize(model, device)
+    _initialize(model, config, is_resumed=is_resumed)
+    # FSDP2 hands out parameters in the precision wanted; a model that is not sharded gets copies in it
+    weights = WorkingWeights(model, torch.bfloat16) if mesh.fsdp is None and chosen == "bf16" else None
+    return ShardedModel(
+        model=model,
+        precision=chosen,
+        reduction=fsdp.GradientReduction(model, local=local),
+        compute=weights or nullcontext,
+        working_copies=None if weights is None else weights.copies,
+    )
+
+
+def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
+    """Fill the parameters at random, or from the weights of [run] init_from; a checkpoint replaces either."""
+    run = config.recipe.run
+    if run.init_from is None or is_resumed:
+        with blame(config, "model"):
+            model.init_weights(run.seed)
+        return
+    from recipes.initial_weights import read_initial_weights  # brings every model along
+
+    with blame(config, "run"):
+        read_initial_weights(model, run.init_from)
+
+
+def build_train_step(config: Config, world: World, mesh: Layout, built: ShardedModel) -> TrainStep:
+    """Build the optimizer, and the step that accumulates gradients, measures and clips them, and updates."""
+    recipe, model = config.recipe, built.model
+    with blame(config, "optimizer"):
+        optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
+    return TrainStep(
+        model,
+        optimizer,
+        mesh.data,
+        world,
+        meter=GradientMeter(built.working_copies or backward_parameters(model), world.device),
+        reduction=built.reduction,
+        max_grad_norm=recipe.training.max_grad_norm,
+        compute=built.compute,
+    )
+
+
+def build_store(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointStore:
+    """Build the store of checkpoints."""
+    directory, opened = environment.directory, environment.opened
+    with blame(config, "checkpoint"):
+        store: CheckpointStore = config.recipe.checkpoint.build(
+            directory.checkpoints, environment.world, run=opened.run
+        )
+    cleanup.callback(store.close)
+    return store
+
+
+def build_state(
+    config: Config,
+    environment: Environment,
+    step: TrainStep,
+    policy: BatchPolicy,
+    data: DataIdentity,
+    hooks: dict[str, Hook],
+) -> TrainingState:
+    """Build the state of a new run, or restore that of the checkpoint it continues."""
+    recipe, training = config.recipe, config.recipe.training
+    with blame(config, "gradient_moments"):
+        noise = recipe.gradient_moments.build()
+    with blame(config, "guard"):
+        guard = recipe.guard.build()
+    state = TrainingState(
+        clock=Clock(training.total_tokens, training.sequence_length),
+        tensors=TrainingTensors(step.model, step.optimizer, environment.world),
+        policy=policy,
+        noise=noise,
+        guard=guard,
+        data=data,
+        hooks=hooks,
+    )
+    if (checkpoint := environment.opened.checkpoint) is not None:
+        with blame(config, "checkpoint"):
+            state.restore(checkpoint)
+    return state
+
+
+def check_batch(config: Config, state: TrainingState, layout: BatchLayout) -> None:
+    """Refuse an adaptive batch that could never change."""
+    with blame(config, "batch"):
+        require_measurable_noise(state.policy, layout, state.clock)
+
+
+def build_loader(config: Config, mesh: Layout, dataset: Samples, start: int, cleanup: ExitStack) -> MicroBatchLoader:
+    """Build the loader of this rank's micro-batches from global sample `start` on."""
+    recipe, ranks = config.recipe, mesh.data
+    with blame(config, "data"):
+        loader = MicroBatchLoader(
+            dataset,
+            seed=recipe.run.seed,
+            micro_batch_size=recipe.training.micro_batch_size,
+            dp_rank=ranks.rank,
+            dp_size=ranks.size,
+            start=start,
+            num_workers=recipe.training.loader_workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
+    cleanup.callback(loader.close)
+    return loader
+
+
+def build_profiler(config: Config, environment: Environment, cleanup: ExitStack) -> Profiler:
+    """Build the profiler of this process."""
+    world = environment.world
+    with blame(config, "profile"):
+        profiler: Profiler = config.recipe.profile.build(
+            environment.directory.profile, device=world.device, rank=world.rank
+        )
+    cleanup.push(profiler.close)
+    return profiler
+
+
+def build_monitor(config: Config, environment: Environment, clock: Clock, cleanup: ExitStack) -> Monitor:
+    """Build the writers of metrics; only the main process has any."""
+    directory, monitor = environment.directory, Monitor([])
+    if environment.world.is_main:
+        with blame(config, "run"):
+            monitor = config.recipe.metrics.build(
+                jsonl=directory.metrics,
+                tensorboard=directory.tensorboard,
+                console=environment.console,
+                after_step=clock.step,
+                total_tokens=clock.total_tokens,
+                run=environment.opened.run,
+            )
+    cleanup.callback(monitor.close)
+    return monitor
+
+
+def flops_per_token(config: Config, model: nn.Module) -> float:
+    """Return the FLOPs of a trained token, as the model counts them."""
+    with blame(config, "model"):
+        return float(model.flops_per_token(config.recipe.training.sequence_length))  # type: ignore[operator]

@@ -1,0 +1,66 @@
+"""Read the micro-batches of a step and check them on all ranks before the first of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from components.data.loader import MicroBatch, MicroBatchLoader
+from components.distributed.collectives import attempt, described
+from components.distributed.context import World
+from components.profiler_range import profiler_range
+from components.token_ids import check_token_ids
+
+
+@dataclass(frozen=True)
+class BadSamples:
+    """Samples of a step that raised when they were read, or that are not sequences of token ids."""
+
+    first: str
+    """The samples and the error of the first rank that met some, the same on all ranks."""
+    failure: Exception | None
+    """The error of this rank, if it met some."""
+
+
+@dataclass(frozen=True)
+class StepReader:
+    """Reads this rank's micro-batches of a step."""
+
+    loader: MicroBatchLoader
+    world: World
+    sequence_length: int
+    vocab_size: int
+
+    def read(self, count: int) -> list[MicroBatch] | BadSamples:
+        """Return the next `count` micro-batches, or on all ranks what is wrong with those of any rank.
+
+        All ranks learn it before one of them computes: a rank that met a bad sample later would leave the others in a
+        collective. The step after this one starts behind it, whatever was read.
+        """
+        micro_batches: list[MicroBatch] = []
+        failure, where = None, ""
+        stream = self.loader.next_step(count)
+        for _ in range(count):
+            micro_batch, error = attempt(lambda: self._next_checked(stream))
+            if micro_batch is not None:
+                micro_batches.append(micro_batch)
+            elif failure is None:
+                ids = self.loader.last_samples
+                failure, where = error, f"samples {ids.start} to {ids.stop - 1}"
+        if not self.world.maximum(int(failure is not None)):
+            return micro_batches
+        message = "" if failure is None else f"{where}: {described(failure)}"
+        return BadSamples(next(text for text in self.world.gather(message) if text), failure)
+
+    def _next_checked(self, stream: Iterator[MicroBatch]) -> MicroBatch:
+        with profiler_range("next_micro_batch"):
+            micro_batch = next(stream)
+        length = micro_batch.tokens.shape[-1]
+        if length != self.sequence_length:
+            raise ValueError(
+                f"the dataset gives {length + 1} token ids a sample; a sequence_length of {self.sequence_length} takes "
+                f"{self.sequence_length + 1}"
+            )
+        for part in (micro_batch.tokens, micro_batch.labels):
+            check_token_ids(part, self.vocab_size)
+        return micro_batch

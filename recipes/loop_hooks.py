@@ -1,0 +1,135 @@
+"""The hooks of the training loop itself: profiling, saving, validation, and what follows the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import nn
+
+from components.clock import Clock
+from components.distributed.context import World
+from components.distributed.parallel_dims import DataRanks
+from components.garbage_collection import GarbageCollection
+from components.interrupts import SAVE, Requests, stops
+from components.metrics.monitor import Monitor
+from components.profiler import Profiler
+from components.validation import Validation
+from recipes.checkpointing import RunCheckpoints
+from recipes.config import Config
+from recipes.errors import evaluate_together
+from recipes.hooks import Hook, HookContext
+
+log = logging.getLogger("powertrain")
+
+
+def is_due(interval_steps: int | None, clock: Clock) -> bool:
+    """Return True every `interval_steps` steps, except at the last step, which `on_run_end` handles."""
+    return interval_steps is not None and clock.step % interval_steps == 0 and not clock.done
+
+
+@dataclass
+class ProfileSteps(Hook):
+    """Brackets every step for the profiler."""
+
+    profiler: Profiler
+
+    def on_step_begin(self, context: HookContext) -> None:
+        self.profiler.start_step(context.clock.step + 1)
+
+    def on_step_end(self, context: HookContext) -> None:
+        self.profiler.end_step()
+
+
+@dataclass
+class SaveCheckpoints(Hook):
+    """Saves at intervals, at the end, and when somebody asked for it."""
+
+    checkpoints: RunCheckpoints
+    requests: Requests
+    interval_steps: int | None
+
+    def on_step_end(self, context: HookContext) -> None:
+        if self.requests.agreed == SAVE or is_due(self.interval_steps, context.clock):
+            self.checkpoints.read_launched()  # a request that the step under way brings is met by this save too
+            self.requests.saved()
+            self.checkpoints.save()
+
+    def on_run_end(self, context: HookContext) -> None:
+        store = self.checkpoints.store
+        store.wait()
+        if store.saved_step != context.clock.step:
+            self.checkpoints.save()
+
+
+@dataclass
+class Validate(Hook):
+    """Writes a row of the loss on held-out text at intervals and at the end.
+
+    It comes after the save, which held-out data that cannot be read must not prevent. Raises ConfigError at
+    [validation] where that is so.
+    """
+
+    validation: Validation
+    interval_steps: int | None
+    ranks: DataRanks
+    world: World
+    compute: Callable[[], AbstractContextManager[object]]
+    monitor: Monitor
+    requests: Requests
+    config: Config
+    is_missing: bool
+    """Whether the run that is continued ended between the save of this step and the validation that was due."""
+    read_launched: Callable[[], None]
+    restart_timer: Callable[[], None]
+
+    def on_run_begin(self, context: HookContext) -> None:
+        if self.is_missing:
+            self.validate(context.model, context.clock)
+
+    def on_step_end(self, context: HookContext) -> None:
+        if is_due(self.interval_steps, context.clock):
+            self.validate(context.model, context.clock)
+
+    def on_run_end(self, context: HookContext) -> None:
+        if not stops(self.requests.agreed) or context.clock.done:
+            self.validate(context.model, context.clock)
+
+    def validate(self, model: nn.Module, clock: Clock) -> None:
+        """Evaluate `model` and write the row of this step."""
+        self.read_launched()
+        values = evaluate_together(
+            lambda: self.validation.evaluate(model, self.ranks, self.compute), self.config, "validation", self.world
+        )
+        self.monitor.write({"step": clock.step, "tokens": clock.tokens, **values})
+        self.restart_timer()
+
+
+@dataclass
+class AfterFirstStep(Hook):
+    """Shortens the timeouts of collectives once compiling is over, and logs how long it took."""
+
+    world: World
+    compiles: bool
+    started_at: int
+
+    def on_step_end(self, context: HookContext) -> None:
+        if context.clock.step != self.started_at + 1:
+            return
+        self.world.shorten_timeouts()
+        if self.compiles:
+            from torch._dynamo.utils import calculate_time_spent
+
+            log.info(f"compiling took {calculate_time_spent().get('total_wall_time', 0.0):.0f} s")
+
+
+@dataclass
+class CollectGarbage(Hook):
+    """Runs Python's garbage collector at the same steps on every rank."""
+
+    garbage: GarbageCollection
+
+    def on_step_end(self, context: HookContext) -> None:
+        self.garbage.after_step(context.clock.step)

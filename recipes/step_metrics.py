@@ -1,0 +1,58 @@
+"""The row of metrics.jsonl of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.data.loader import epochs
+from components.gradient_moments import GradientNoise
+from components.throughput import memory_bytes
+from recipes.contracts import ReportsMetrics, Samples
+from recipes.launched_step import LaunchedStep, StepResult
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Turns the numbers of a step into its row."""
+
+    model: nn.Module
+    dataset: Samples
+    device: torch.device
+    flops_per_token: float
+    peak_flops: float | None
+    """FLOP/s of all devices of the run; None for an unknown device."""
+
+    def row(
+        self, launched: LaunchedStep, result: StepResult, noise: GradientNoise | None, *, step_seconds: float
+    ) -> dict[str, Any]:
+        """Return the row of a step that was read; None for a value that was not measured."""
+        progress, batch, sums = launched.progress, launched.batch, result.model_sums
+        tokens_per_second = batch.samples * progress.sequence_length / step_seconds
+        return {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "samples": progress.samples,
+            **epochs(self.dataset, progress.samples),
+            "loss": result.loss,
+            "lr": launched.lr,
+            "grad_norm": result.grad_norm,
+            "global_batch_size": batch.samples,
+            "requested_batch_size": batch.requested,
+            "micro_batches": batch.micro_batches,
+            "noise_scale": noise and noise.noise_scale,
+            "norm_test": noise and noise.norm_test,
+            "gradient_noise": noise and noise.moments.noise,
+            "gradient_signal": noise and noise.moments.signal,
+            "gradient_noise_smoothed": noise and noise.noise,
+            "gradient_signal_smoothed": noise and noise.signal,
+            **(self.model.metrics_of(sums) if sums is not None and isinstance(self.model, ReportsMetrics) else {}),
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": step_seconds,
+            "data_seconds": launched.data_seconds,
+            "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "memory_bytes": memory_bytes(self.device),
+        }

@@ -1,0 +1,102 @@
+"""An adaptive policy of the user's, derived from none of ours, is treated as one of ours by every tool."""
+
+from __future__ import annotations
+
+import pytest
+
+from recipes import launch
+from tools import inspect_data, plot_schedule
+
+pytestmark = pytest.mark.usefixtures("clean_imports")
+
+MODULE = '''
+class Doubling:
+    """Twice the batch after every measured step."""
+
+    def __init__(self, *, first: int = 4, most: int = 16) -> None:
+        self.first, self.most = first, most
+
+    def build(self, *, schedule, sequence_length, total_tokens):
+        assert schedule.warmup_tokens > 0 and total_tokens > sequence_length
+        return Policy(self.first, self.most)
+
+
+class Policy:
+    def __init__(self, size, most):
+        self.size, self.max_size = size, most
+
+    def next_batch_size(self, progress):
+        return self.size
+
+    def observe(self, progress, noise):
+        if noise is not None:
+            self.size = min(2 * self.size, self.max_size)
+
+    def state_dict(self):
+        return {"size": self.size}
+
+    def load_state_dict(self, state):
+        self.size = state["size"]
+'''
+
+
+@pytest.fixture
+def own(tiny):
+    (tiny.folder / "own_policy.py").write_text(MODULE)
+    table = tiny.recipe.read_text().partition("[batch]\n")
+    rest = table[2][table[2].index("\n\n") :]
+    tiny.recipe.write_text(f'{table[0]}[batch]\nuse = "own_policy:Doubling"\n{rest}')
+    return tiny
+
+
+def test_it_trains_and_resumes_with_its_state(own):
+    assert own.launch("--training.total_tokens=1200", "--checkpoint.interval_steps=2") == 0
+    sizes = [row["global_batch_size"] for row in own.rows() if "loss" in row]
+    assert sizes[:4] == [4, 8, 16, 16]
+    assert own.launch("--training.total_tokens=2400", "--resume") == 0
+    assert {row["global_batch_size"] for row in own.rows() if "loss" in row and row["step"] > len(sizes)} == {16}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gradient_moments.interval_steps=none"], "never measured, the gradient gives Doubling nothing to follow"),
+        (["--batch.first=2"], "a step of 2 samples is one micro-batch and does not show the noise of its gradient"),
+    ],
+)
+def test_what_it_could_never_follow_is_refused(own, capsys, arguments, said):
+    assert own.launch(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_the_dry_run_shows_what_is_not_known(own, capsys):
+    assert own.launch("--dry-run") == 0
+    assert "what Doubling will measure is not known:" in capsys.readouterr().out
+    assert own.launch("--dry-run", "--batch.first=2") == 2
+    assert "does not show its noise, so the batch could never change" in capsys.readouterr().out
+    assert own.launch("--dry-run", "--batch.most=15") == 0
+    assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 a micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_samples_of_a_step_that_is_not_known_are_not_shown(own, capsys):
+    assert inspect_data.main([str(own.recipe), "--step", "3"]) == 2
+    assert "the batch follows the gradient" in capsys.readouterr().err
+
+
+@pytest.mark.quick
+def test_its_schedule_is_drawn_at_both_ends(own, capsys):
+    assert plot_schedule.main([str(own.recipe)]) == 0
+    output = capsys.readouterr().out
+    assert "batch at initial = 4" in output
+    assert "batch at maximum = 16" in output
+
+
+@pytest.mark.quick
+def test_a_run_leaves_its_recipe_as_it_is(own):
+    config = launch.load(own.recipe)
+    before = vars(config.recipe.batch).copy()
+    assert config.recipe.main(config, None) == 0
+    assert vars(config.recipe.batch) == before

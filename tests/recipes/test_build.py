@@ -1,0 +1,103 @@
+"""The build functions of a run, each by itself on one process, and the state that they make."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from components.batch import StepBatch
+from components.data.loader import MicroBatchLoader
+from components.distributed.context import World
+from components.gradient_moments import GradientMoments, GradientNoise
+from recipes import build
+from recipes.config import ConfigError, Override, load
+from recipes.data_checks import BadSamples, StepReader
+from recipes.training_state import TrainingState
+
+pytestmark = pytest.mark.quick
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def configured(tiny, **overrides):
+    return load(tiny.recipe, [Override(key, str(value)) for key, value in overrides.items()], cwd=tiny.folder)
+
+
+def parts(tiny, **overrides):
+    """What a state is built of."""
+    config = configured(tiny, **overrides)
+    mesh, layout = build.build_mesh(config, WORLD)
+    data = build.build_data(config, WORLD)
+    model = build.build_sharded_model(config, WORLD, mesh, data, is_resumed=False)
+    return config, mesh, layout, data, build.build_train_step(config, WORLD, mesh, model)
+
+
+def test_data_is_built_without_a_model(tiny):
+    data = build.build_data(configured(tiny), WORLD)
+    assert data.identity.vocab_size == 257
+    assert data.identity.epoch_length == len(data.dataset)
+    assert data.identity.content == data.dataset.fingerprint
+    assert data.validation is not None
+    assert build.build_data(configured(tiny, validation="none"), WORLD).validation is None
+
+
+def test_data_that_is_missing_is_reported_at_its_key(tiny):
+    with pytest.raises(ConfigError, match=r"data\.path"):
+        build.build_data(configured(tiny, **{"data.path": "nowhere/*.txt"}), WORLD)
+
+
+def test_the_model_has_its_weights_and_the_step_its_parameters(tiny):
+    _, _, _, _, step = parts(tiny)
+    assert all(parameter.isfinite().all() for parameter in step.model.parameters())
+    trained = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(parameter) for parameter in step.model.parameters()}
+
+
+def test_a_policy_is_new_for_each_run(tiny):
+    keys = {"batch.use": "components.batch:NoiseScale", "batch.initial": 8, "batch.maximum": 64}
+    config = configured(tiny, **keys)
+    first, second = build.build_policy(config), build.build_policy(config)
+    first.load_state_dict({"samples": 32})
+    assert [policy.next_batch_size(None) for policy in (first, second)] == [32, 8]  # type: ignore[arg-type]
+
+
+def test_a_state_survives_json(tiny):
+    config, _, _, data, step = parts(tiny)
+
+    def new() -> TrainingState:
+        with ExitStack() as cleanup:
+            environment = build.build_environment(config, None, cleanup)
+            return build.build_state(config, environment, step, build.build_policy(config), data.identity, {})
+
+    state = new()
+    state.clock.advance(8)
+    noise = state.noise.update(8, GradientMoments(4, 2, 9.0, 1.0))
+    assert isinstance(noise, GradientNoise)
+    state.observations.append((state.clock, noise))
+    assert state.guard.judge(3.0, 1.0) is None
+    again = new()
+    again.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert again.state_dict() == state.state_dict()
+    assert (again.clock.step, again.clock.samples) == (1, 8)
+    rolled = new()
+    rolled.load_state_dict(state.state_dict(), clock=False)
+    assert rolled.clock.step == 0
+    assert rolled.state_dict()["gradient_noise"] == state.state_dict()["gradient_noise"]
+
+
+@pytest.mark.parametrize(("ids", "length", "said"), [(300, 24, "300"), (5, 23, "the dataset gives 24 token ids")])
+def test_bad_samples_are_found_before_a_step_uses_them(ids, length, said):
+    good, bad = torch.zeros(25, dtype=torch.int64), torch.full((length + 1,), ids)
+    with MicroBatchLoader([good, good, bad, bad], seed=0, micro_batch_size=2, shuffle=False) as loader:  # type: ignore[arg-type]
+        reader = StepReader(loader, WORLD, sequence_length=24, vocab_size=257)
+        batch = StepBatch(2, 2, 1)
+        first = reader.read(batch.micro_batches)
+        assert isinstance(first, list) and len(first) == 1
+        second = reader.read(batch.micro_batches)
+        assert isinstance(second, BadSamples)
+        assert second.first.startswith("samples 2 to 3: ") and said in second.first
+        assert isinstance(second.failure, ValueError)
+        assert isinstance(reader.read(batch.micro_batches), list), "the next step starts behind the bad one"
