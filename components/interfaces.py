@@ -17,19 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Progress(Protocol):
-    """How far the training has come: the clock, as others may read it."""
-
-    @property
-    def step(self) -> int: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def total_tokens(self) -> int: ...
-
-
 class Comm(Protocol):
     """A group of processes, as one of them sees it. Of a single process every collective is the identity."""
 
@@ -129,38 +116,4 @@ class DataConfig(Protocol):
         self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> PackedDataset:
         """`progress` takes lines to display. Raises ValueError or OSError, with a clear message, for bad input."""
-        ...
-
-
-class GradientNoise(Protocol):
-    """What was measured of the gradient in one step, equal on all ranks."""
-
-    @property
-    def groups(self) -> int:
-        """K: the micro-batches of all ranks."""
-        ...
-
-    @property
-    def group_samples(self) -> int:
-        """Samples in each group; `groups` times it is the global batch size."""
-        ...
-
-    @property
-    def sum_of_squares(self) -> float:
-        """Sum over groups of the squared norm of each group's mean gradient, of this step alone."""
-        ...
-
-    @property
-    def mean_square(self) -> float:
-        """Squared norm of the mean gradient before clipping, of this step alone."""
-        ...
-
-    @property
-    def noise(self) -> float:
-        """tr(Sigma): trace of the covariance of one sample's gradient, smoothed over steps."""
-        ...
-
-    @property
-    def signal(self) -> float:
-        """Squared norm of the true gradient, smoothed over steps; an unbiased estimate, so it may be negative."""
         ...

@@ -27,6 +27,7 @@ from components.distributed.context import World
 from components.distributed.launcher import launched_at
 from components.distributed.parallel_dims import Layout
 from components.gradient_moments import GradientMeter, backward_parameters
+from components.interfaces import PackedDataset
 from components.interrupts import Requests, StopSignal
 from components.metrics.console import start_log
 from components.metrics.monitor import Monitor
@@ -38,7 +39,6 @@ from components.validation import Validation
 from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
-from recipes.contracts import Samples
 from recipes.divide import divide
 from recipes.errors import blame
 from recipes.hooks import Hook, complete_hook
@@ -118,7 +118,7 @@ def build_hooks(config: Config) -> dict[str, Hook]:
 class TrainingData:
     """What is trained and validated on."""
 
-    dataset: Samples
+    dataset: PackedDataset
     identity: DataIdentity
     end_of_document: int
     validation: Validation | None
@@ -275,7 +275,9 @@ def check_batch(config: Config, state: TrainingState, layout: BatchLayout) -> No
         require_measurable_noise(state.policy, layout, state.clock)
 
 
-def build_loader(config: Config, mesh: Layout, dataset: Samples, start: int, cleanup: ExitStack) -> MicroBatchLoader:
+def build_loader(
+    config: Config, mesh: Layout, dataset: PackedDataset, start: int, cleanup: ExitStack
+) -> MicroBatchLoader:
     """Build the loader of this rank's micro-batches from global sample `start` on."""
     recipe, ranks = config.recipe, mesh.data
     with blame(config, "data"):

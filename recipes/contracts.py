@@ -7,79 +7,20 @@ it through `build(...)` or as an argument of the method. Any class with these me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from components.defaults import with_defaults
-
-
-class EncodesText(Protocol):
-    """A tokenizer ready to use."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: every id is below it."""
-        ...
-
-    @property
-    def end_of_document(self) -> int:
-        """The id written after every document."""
-        ...
-
-    @property
-    def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int64: UTF-8 bytes each id stands for, 0 for special tokens. Makes bits per byte exact."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the ids of some text could change; keys prepared data."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, without end_of_document. Special-token text inside `texts` is ordinary text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        ...
+from components.interfaces import Tokenizer
 
 
 @runtime_checkable
-class Tokenizer(Protocol):
+class TokenizerConfig(Protocol):
     """[tokenizer]"""
 
-    def build(self) -> EncodesText: ...
-
-
-class Samples(Protocol):
-    """A map-style dataset of packed sequences, in a fixed order that has nothing to do with shuffling.
-
-    If it has a `fingerprint`, a string that changes with its content, processes and resumed runs are held against it.
-    """
-
-    def __len__(self) -> int:
-        """Sequences in one epoch."""
-        ...
-
-    def __getitem__(self, index: int) -> Tensor:
-        """(sequence_length + 1,) int64 token ids: inputs are [:-1], targets are [1:]."""
-        ...
-
-
-@runtime_checkable
-class Data(Protocol):
-    """[data]: prepares itself on first use and opens as sequences of `sequence_length + 1` tokens."""
-
-    def build(
-        self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> Samples:
-        """`progress` takes lines for people. Raises ValueError or OSError, with a clear message, for bad input."""
-        ...
+    def build(self) -> Tokenizer: ...
 
 
 @runtime_checkable

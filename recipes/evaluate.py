@@ -19,6 +19,7 @@ from components import precision
 from components.distributed.context import World
 from components.distributed.parallel_dims import Parallel
 from components.errors import InputError
+from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import start_log
 from components.metrics.jsonl import json_object
 from components.precision import Precision, WorkingWeights
@@ -26,7 +27,7 @@ from components.units import PositiveCount
 from components.validation import Documents, HeldOut, SlidingWindow, Totals
 from models.init import materialize
 from recipes.config import Config
-from recipes.contracts import Data, EncodesText, HasPlan, Tokenizer
+from recipes.contracts import HasPlan, TokenizerConfig
 from recipes.divide import divide
 from recipes.errors import blame, evaluate_together
 from recipes.language_model import check_separates, keep_documents_apart
@@ -83,9 +84,9 @@ class Evaluate:
     """An evaluation. Its parameters are the sections of the recipe."""
 
     evaluation: Evaluation
-    data: Data | None = None
+    data: DataConfig | None = None
     """Unset: the held-out text of the run."""
-    tokenizer: Tokenizer | None = None
+    tokenizer: TokenizerConfig | None = None
     """Unset: that of the run, or of the directory."""
     parallel: Parallel = field(default_factory=Parallel)
 
@@ -198,15 +199,15 @@ class Evaluate:
             window["attention_within"] = "document" if self.apart(trained) else "sequence"
         return {**about, **window, "precision": chosen, **numbers(total)}, rows
 
-    def data_of(self, trained: Trained) -> Data:
+    def data_of(self, trained: Trained) -> DataConfig:
         """Return what to evaluate on. Raises ValueError where neither the recipe nor the run names it."""
         validation = complete_recipe(trained.recipe).validation
-        data: Data | None = self.data or (validation and validation.data)
+        data: DataConfig | None = self.data or (validation and validation.data)
         if data is None:
             raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
         return data
 
-    def open_data(self, data: Data, world: World, tokenizer: EncodesText, length: int) -> Any:
+    def open_data(self, data: DataConfig, world: World, tokenizer: Tokenizer, length: int) -> Any:
         """Return the `Validation` of packed sequences, or the `SlidingWindow` over documents, of `length` tokens."""
         keys = self.evaluation
         text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}

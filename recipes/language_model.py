@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from components.errors import InputError
+from components.interfaces import PackedDataset
 from recipes.config import Config
-from recipes.contracts import LanguageModel, Samples, SeparatesDocuments
+from recipes.contracts import LanguageModel, SeparatesDocuments
 from recipes.errors import blame
 
 log = logging.getLogger("powertrain")
@@ -41,7 +42,7 @@ def check_separates(model: object) -> None:
         )
 
 
-def keep_documents_apart(model: Any, samples: Samples, end_of_document: int) -> None:
+def keep_documents_apart(model: Any, samples: PackedDataset, end_of_document: int) -> None:
     """Let `model` attend within documents, and warn where `samples` seem to have none: it would tell none apart."""
     model.separate_documents(end_of_document)
     looked_at = range(0, len(samples), -(-len(samples) // LOOKED_AT))

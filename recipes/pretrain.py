@@ -23,6 +23,7 @@ from components.distributed.parallel_dims import Parallel
 from components.garbage_collection import GarbageCollection
 from components.gradient_moments import MeasureMoments
 from components.guard import BadStep, Guard
+from components.interfaces import DataConfig
 from components.interrupts import exit_status, reason, stops
 from components.metrics.jsonl import last_rows
 from components.metrics.monitor import Metrics
@@ -39,13 +40,12 @@ from recipes.config import Config, ConfigError, error_message
 from recipes.contracts import (
     AnyHook,
     BatchConfig,
-    Data,
     HasPlan,
     LRSchedule,
     Model,
     Optimizer,
     ReportsMetrics,
-    Tokenizer,
+    TokenizerConfig,
     complete_schedule,
 )
 from recipes.data_checks import BadSamples, StepReader
@@ -65,8 +65,8 @@ class Pretrain:
     """Pre-training. Its parameters are the sections of the recipe."""
 
     model: Model
-    tokenizer: Tokenizer
-    data: Data
+    tokenizer: TokenizerConfig
+    data: DataConfig
     training: Training
     optimizer: Optimizer
     lr_schedule: LRSchedule

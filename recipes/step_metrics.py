@@ -10,8 +10,9 @@ from torch import nn
 
 from components.data.loader import epochs
 from components.gradient_moments import GradientNoise
+from components.interfaces import PackedDataset
 from components.throughput import memory_bytes
-from recipes.contracts import ReportsMetrics, Samples
+from recipes.contracts import ReportsMetrics
 from recipes.launched_step import LaunchedStep, StepResult
 
 
@@ -20,7 +21,7 @@ class StepMetrics:
     """Turns the numbers of a step into its row."""
 
     model: nn.Module
-    dataset: Samples
+    dataset: PackedDataset
     device: torch.device
     flops_per_token: float
     peak_flops: float | None

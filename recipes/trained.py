@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from components.checkpoint import complete_checkpoints, load_tensors, verify
+from components.interfaces import Tokenizer
 from components.paths import is_file
 from components.safetensors import Weights, read_json
 from components.tokenizers import TokenizerJson
@@ -18,7 +19,7 @@ from components.units import expand_home
 from models.hf.architectures import architecture_in
 from models.hf.weights import COMPUTED
 from recipes.config import Override
-from recipes.contracts import EncodesText, Model, Tokenizer
+from recipes.contracts import Model, TokenizerConfig
 from recipes.initial_weights import copy_weights
 from recipes.resume import checkpoint_at
 from recipes.sections import AttentionWithin
@@ -39,7 +40,7 @@ class Trained:
     """The checkpoint, or the directory."""
     component: Model
     """[model]"""
-    tokenizer: Tokenizer | None
+    tokenizer: TokenizerConfig | None
     """[tokenizer], if it has one."""
     vocab_size: int
     """Ids it was trained with."""
@@ -52,7 +53,7 @@ class Trained:
     recipe: Any = None
     """The recipe that trained it, if that is known."""
 
-    def encoder(self, tokenizer: Tokenizer | None = None) -> EncodesText:
+    def encoder(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
         """`tokenizer`, or else its own, ready. Raises ValueError or OSError if there is none, or none that fits."""
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
@@ -144,7 +145,7 @@ def _of_hugging_face(directory: Path, tokenizer: Path | None) -> Trained:
     )
 
 
-def _tokenizer(directory: Path, given: Path | None, end: Any) -> Tokenizer | None:
+def _tokenizer(directory: Path, given: Path | None, end: Any) -> TokenizerConfig | None:
     """The `given` tokenizer.json, or its own, if there is one.
 
     `end` is the id that ends a document, where no token is named for it.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.distributed.context import World
+from components.interfaces import Tokenizer
 from recipes.config import Config
-from recipes.contracts import EncodesText
 from recipes.errors import blame
 
 
-def refuse_unprepared(config: Config, tokenizer: EncodesText, world: World) -> None:
+def refuse_unprepared(config: Config, tokenizer: Tokenizer, world: World) -> None:
     """Every process calls it. Raises ConfigError, with the command that prepares, on more than one node."""
     if world.nodes == 1:
         return

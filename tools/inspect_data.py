@@ -23,14 +23,13 @@ import numpy as np
 from components.batch import BatchLayout
 from components.clock import Clock
 from components.data.loader import MicroBatch, MicroBatchLoader, order_of
-from components.interfaces import PackedDataset
+from components.interfaces import PackedDataset, Tokenizer
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from models.document_attention import positions
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, load
-from recipes.contracts import EncodesText
 from recipes.errors import blame
 from recipes.launch import UsageError, parse
 
@@ -127,7 +126,7 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
 def shown(
     seen: MicroBatch,
     samples: PackedDataset,
-    tokenizer: EncodesText,
+    tokenizer: Tokenizer,
     *,
     seed: int,
     count: int | None,
@@ -151,7 +150,7 @@ def shown(
             yield f"{np.array2string(np.array(tokens), threshold=sys.maxsize, max_line_width=120)} > {last}"
 
 
-def spelled(tokens: Sequence[int], tokenizer: EncodesText) -> list[str]:
+def spelled(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """The text of each token; <id> for one that is no whole character, or for nothing."""
     known: dict[int, str] = {}
     for token in set(tokens):

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.data.tokenize import Preparation
+from components.interfaces import DataConfig, Tokenizer
 from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
-from recipes.contracts import Data, EncodesText
 from recipes.errors import blame
 from recipes.launch import UsageError, parse
 
@@ -46,7 +46,7 @@ def prepare_recipe(config: Config) -> None:
     recipe = config.recipe
     with blame(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
-    sections: dict[str, Data] = {"data": recipe.data}
+    sections: dict[str, DataConfig] = {"data": recipe.data}
     if recipe.validation is not None:
         sections["validation.data"] = recipe.validation.data
     for section, data in sections.items():
@@ -64,14 +64,14 @@ def prepare_recipe(config: Config) -> None:
             print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
 
 
-def _sources(section: str, data: Data) -> Iterator[tuple[str, TextSource]]:
+def _sources(section: str, data: DataConfig) -> Iterator[tuple[str, TextSource]]:
     """The sources of text in a section: itself, or those of a mixture."""
     for name, part in sources_in(section, data).items():
         if isinstance(part, TextSource):
             yield name, part
 
 
-def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, recipe: Any) -> None:
+def _prepare_with_bar(section: str, data: TextSource, tokenizer: Tokenizer, recipe: Any) -> None:
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
