@@ -34,13 +34,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from benchmarks.measure import machine
+from components.checkpoint.manager import CheckpointStore
 from components.checkpoint.metadata import read_index
-from components.checkpoint.save_plans import SavePlans
-from components.checkpoint.store import CheckpointStore
-from components.parallel.world import World
+from components.checkpoint.tensor_writer import SavePlans
+from components.distributed.context import World
 from models.decoder import Decoder
-from models.random_normal import fill_runs
-from models.sizes import Size
+from models.init import fill_runs
+from models.presets import Size
 
 SIZES = {
     "8b": Size(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336),

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.measure import ROOT
 from components.data import StandardLibrary, TextFiles
 from components.data.document import ReadingLog
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
 from components.tokenizers import TiktokenFile
 from components.tokenizers.tiktoken_file import RankEncoder
 

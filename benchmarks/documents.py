@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.measure import machine, spread
 from models.decoder import Decoder
-from models.sizes import Size
+from models.presets import Size
 
 SIZE = Size(dim=256, layers=6, heads=8, kv_heads=8, ffn_dim=768)
 VOCAB, END, ROWS, LENGTH = 4096, 0, 4, 1024

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.throughput import quartiles
-from components.generation import continue_texts
-from components.sampling import Sampling
+from components.generation import Sampling, continue_texts
 from models.decoder import Decoder
-from models.hf_mapping import hf_config, to_hf
-from models.sizes import SIZES, Size
+from models.hf.config import hf_config
+from models.hf.weights import names
+from models.presets import SIZES, Size
 
 SIZE = {
     "2M": SIZES["debug"],
@@ -42,7 +42,8 @@ def both(size: Size, rows: int, tokens: int, device: torch.device, packed: bool)
     ours = Decoder(size, VOCAB).to(device, dtype)
     ours.init_weights(0)
     theirs = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
-    theirs.load_state_dict(to_hf(ours.state_dict(), size), strict=not size.tied_embeddings)
+    renamed = {names(size)[name]: weight for name, weight in ours.state_dict().items()}
+    theirs.load_state_dict(renamed, strict=not size.tied_embeddings)
     theirs.to(device, dtype).eval()
     theirs.generation_config.eos_token_id = None
     if packed:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.measure import machine, spread
-from models.experts import Experts
+from models.moe import Experts
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WORST = {"float32": 1e-5, "bf16": 2e-2}

@@ -77,9 +77,7 @@ def prepare_on(folder: Path, cores: int) -> Callable[[], Seconds]:
         os.sched_setaffinity(0, set(sorted(allowed)[:cores]))
         try:
             with tempfile.TemporaryDirectory() as cache:
-                TextFiles(path=folder).prepare(
-                    tokenizer=tokenizer(), cache_dir=Path(cache), report=lambda state: None, report_seconds=1.0
-                )
+                TextFiles(path=folder).cache_entry(tokenizer(), Path(cache)).prepare(lambda state: None, 1.0)
         finally:
             os.sched_setaffinity(0, allowed)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 Action = Literal["stop", "skip", "roll_back"]
 SampleAction = Literal["stop", "skip"]

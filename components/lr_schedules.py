@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from components.errors import InputError
-from components.quantities import PositiveCount, Tokens
+from components.units import PositiveCount, Tokens
 
 Rate = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch has a fused AdamW that we have measured to be the fastest."""

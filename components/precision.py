@@ -1,10 +1,19 @@
-"""Which precision a device is fast in."""
+"""Precision: which one a device is fast in, and the low-precision weights that a single device computes with.
+
+The parameters stay float32: the optimizer updates them, and checkpoints hold them. Forward and backward run on copies
+in bf16, which are made once a step and not in every micro-batch, so that activations, norms and the residual stream are
+in bf16 as well, as FSDP2 does on several devices. Autocast over float32 parameters would cast each weight in every
+forward, and keep the residual stream in float32. Gradients arrive at the copies in bf16 and are added up in float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 Precision = Literal["auto", "bf16", "float32"]
 
@@ -29,3 +38,60 @@ def cpu_multiplies_bf16() -> bool:
 
 def dtype_of(precision: Literal["bf16", "float32"]) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+class WorkingWeights:
+    """Copies of the parameters of `model` in `dtype`, in place of them while the context is entered."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """`model` has its storage; parameters that modules share stay shared."""
+        copies: dict[int, nn.Parameter] = {}
+        self.masters: list[Tensor] = []
+        self.copies: list[Tensor] = []
+        """One for each of `masters`, in the same order; backward reaches these."""
+        self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
+        for module in model.modules():
+            for name, master in module.named_parameters(recurse=False):
+                if id(master) not in copies:
+                    copy = nn.Parameter(torch.empty_like(master, dtype=dtype), requires_grad=master.requires_grad)
+                    copies[id(master)] = copy
+                    self.masters.append(master)
+                    self.copies.append(copy)
+                    if copy.requires_grad:
+                        copy.register_post_accumulate_grad_hook(_AddTo(master))
+                self._places.append((module, name, master, copies[id(master)]))
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Forward and backward inside compute with copies of the parameters as they are on entry.
+
+        Backward has to be inside as well: activation checkpointing computes the forward again there. Gradients are
+        added to those of the float32 parameters.
+        """
+        with torch.no_grad():
+            # one launch for many tensors; 6 bytes a parameter are moved
+            torch._foreach_copy_(self.copies, self.masters)
+        for module, name, _, copy in self._places:
+            module._parameters[name] = copy
+        try:
+            yield
+        finally:
+            for module, name, master, copy in self._places:
+                module._parameters[name] = master
+                copy.grad = None
+
+
+class _AddTo:
+    """Adds a gradient that has arrived at a copy to that of the float32 parameter, and frees it."""
+
+    def __init__(self, master: nn.Parameter) -> None:
+        self.master = master
+
+    def __call__(self, copy: Tensor) -> None:
+        gradient, copy.grad = copy.grad, None
+        if gradient is None:
+            return
+        if self.master.grad is None:
+            self.master.grad = gradient.to(self.master.dtype)
+        else:
+            self.master.grad.add_(gradient)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from components.costly_operations import is_costly
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 Recompute = Literal["none", "full", "selective"] | PositiveCount
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.durable import replace_file, unfinished
+from components.atomic_files import atomic_write, temporary_files_of
 from components.errors import InputError
 
 LOCK = ".run.lock"
@@ -116,7 +116,7 @@ class RunDirectory:
         return mark if known and _RUN.fullmatch(str(mark.get("run"))) else {}
 
     def _write_mark(self, mark: Mapping[str, Any]) -> None:
-        replace_file(self.mark, json.dumps(mark, indent=1) + "\n")
+        atomic_write(self.mark, json.dumps(mark, indent=1) + "\n")
 
     @property
     def used(self) -> bool:
@@ -150,7 +150,7 @@ class RunDirectory:
     def sweep(self, *also: Path) -> None:
         """Remove what killed processes of the run left half written. Nobody else may be writing here."""
         if self.run is not None:
-            for leftover in (each for file in (self.mark, self.config, *also) for each in unfinished(file)):
+            for leftover in (each for file in (self.mark, self.config, *also) for each in temporary_files_of(file)):
                 leftover.unlink(missing_ok=True)
 
     def clear(self, log_from: int | None = None) -> None:

@@ -1,8 +1,11 @@
-"""What token ids have to be before a model sees them. Imports nothing of the project: every component may import it."""
+"""Token ids and labels: what they must be before a model sees them. Imports nothing of the project."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that has no loss."""
 
 
 def check_token_ids(ids: Tensor, vocab_size: int) -> None:

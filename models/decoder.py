@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cache import KeyValueCache
-from models.documents import documents, positions
-from models.experts import Experts
-from models.initialise import fill_normal
+from models.document_attention import documents, positions
+from models.init import fill_normal
+from models.kv_cache import KeyValueCache
 from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
-from models.packed import pack
+from models.mkldnn_linear import pack
+from models.moe import Experts
+from models.presets import Size
 from models.rope import RopeFrequencies, rope_frequencies, rope_table, rotate
 from models.router_loss import RouterKeys, RouterLoss
-from models.sizes import Size
 
 
 class Decoder(nn.Module):

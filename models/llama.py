@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from components.errors import InputError
-from components.quantities import Count, PositiveCount
+from components.units import Count, PositiveCount
 from models.mup import MuPKeys
-from models.plan import Plan, plan
+from models.parallel_plan import Plan, plan
+from models.presets import SIZES, Size, SizeName
 from models.rope import RopeScaling
 from models.router_loss import RouterKeys
-from models.sizes import SIZES, Size, SizeName
 
 if TYPE_CHECKING:
     from models.decoder import Decoder
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Llama:
-    """A Llama decoder. `size` names a row of models/sizes.py; every other key overrides one number of that row."""
+    """A Llama decoder. `size` names a row of models/presets.py; every other key overrides one number of that row."""
 
     size: SizeName = "debug"
-    """The row of models/sizes.py to start from."""
+    """The row of models/presets.py to start from."""
     dim: PositiveCount | None = None
     """Width of the residual stream."""
     layers: PositiveCount | None = None

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE = -100
-"""The label of a token without target: no loss, no gradient (the convention of torch)."""
+from components.token_ids import IGNORE_INDEX
 
 
 class AcrossVocabulary(Protocol):
@@ -122,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
 
             # ignored rows are zeroed in the tensors of width D, where it costs little
-            counted_n1 = (labels_n != IGNORE).unsqueeze(-1)
+            counted_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)
             torch.mm(d_logits_nV, weight_VD, out=d_x_ND[start : start + chunk]).mul_(counted_n1)
             x_nD = x_nD * counted_n1
             if dtype == exact:
@@ -159,8 +158,8 @@ def _loss_of_chunk(
     That is softmax minus one-hot. In rows of ignored labels it is not zero.
     """
     log_p_nV = _log_softmax(logits_nV, exact, across)
-    here_n1 = (labels_n != IGNORE).unsqueeze(-1)
-    row_n1 = labels_n.masked_fill(labels_n == IGNORE, first).unsqueeze(-1) - first
+    here_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)
+    row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, first).unsqueeze(-1) - first
     if across is not None:  # the label may be another process's row
         rows = logits_nV.shape[1]
         here_n1 = here_n1 & (row_n1 >= 0) & (row_n1 < rows)
@@ -175,7 +174,7 @@ def _fusible_loss(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
     """`_loss_of_chunk` without processes, in float32, of operations that are one pass over the logits when compiled."""
     z_nV = logits_nV.float()
     log_sum_n1 = torch.logsumexp(z_nV, -1, keepdim=True)
-    counted_n = labels_n != IGNORE
+    counted_n = labels_n != IGNORE_INDEX
     row_n1 = labels_n.masked_fill(~counted_n, 0).unsqueeze(-1)
     loss = ((log_sum_n1 - z_nV.gather(-1, row_n1)).squeeze(-1) * counted_n).sum()
     one_hot_nV = torch.arange(z_nV.shape[1], device=z_nV.device) == row_n1

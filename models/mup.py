@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 Multiplier = Annotated[float, Field(gt=0)]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.errors import InputError
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(frozen=True, kw_only=True)

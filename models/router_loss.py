@@ -52,7 +52,7 @@ class RouterLoss(nn.Module):
     def forward(self, sums: Sequence[Tensor]) -> Tensor:
         """The losses of a micro-batch, times their coefficients and summed over its tokens: (), float32.
 
-        `sums` are the `models.experts.routing_sums` of each layer. Where processes share the tokens, it is this one's
+        `sums` are the `models.moe.routing_sums` of each layer. Where processes share the tokens, it is this one's
         summand, and so are its gradients.
         """
         sums_LX = torch.stack(list(sums))

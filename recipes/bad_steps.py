@@ -8,9 +8,9 @@ from typing import Protocol
 
 from components.batch import StepBatch
 from components.clock import Clock
+from components.distributed.collectives import BAD_INPUT, attempt, raise_in_all
+from components.distributed.context import World
 from components.guard import BadStep, StepGuard
-from components.parallel.world import World
-from components.processes import BAD_INPUT, attempt, raise_in_all
 from recipes.config import Config
 from recipes.contracts import LRSchedule
 from recipes.data_checks import BadSamples

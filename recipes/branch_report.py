@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from components.critical_batch import largest_factor, smoothed, within
-from components.quantities import format_count
+from components.units import format_count
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from components.batch import BatchLayout
 from components.checkpoint import verify
 from components.clock import Clock
 from components.errors import InputError
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
 from recipes.resume import checkpoint_at

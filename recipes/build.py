@@ -20,21 +20,22 @@ from components import precision
 from components.batch import BatchLayout, BatchPolicy
 from components.checkpoint import CheckpointStore, TrainingTensors
 from components.clock import Clock
-from components.data.loader import MicroBatchLoader, check_workers
+from components.data.loader import MicroBatchLoader
+from components.data.loader_workers import check_workers
+from components.distributed import fsdp
+from components.distributed.context import World
+from components.distributed.launcher import launched_at
+from components.distributed.parallel_dims import Layout
 from components.gradient_moments import GradientMeter, backward_parameters
+from components.interrupts import Requests, StopSignal
 from components.metrics.console import start_log
 from components.metrics.monitor import Monitor
-from components.parallel import fsdp
-from components.parallel.elastic import launched_at
-from components.parallel.layout import Layout
-from components.parallel.world import World
+from components.precision import WorkingWeights
 from components.profiler import Profiler
 from components.run_directory import RunDirectory
-from components.stop_signal import Requests, StopSignal
-from components.storage import give_storage
 from components.train_step import TrainStep
 from components.validation import Validation
-from components.working_weights import WorkingWeights
+from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.contracts import Samples
@@ -185,7 +186,7 @@ def build_sharded_model(
         log.warning(f'{why}: set training.compile = "auto"')
     with blame(config, "parallel"):
         divide(model, recipe.model, mesh, dtype, device, training)
-    give_storage(model, device)
+    materialize(model, device)
     _initialize(model, config, is_resumed=is_resumed)
     # FSDP2 hands out parameters in the precision wanted; a model that is not sharded gets copies in it
     weights = WorkingWeights(model, torch.bfloat16) if mesh.fsdp is None and chosen == "bf16" else None

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from components.checkpoint import CheckpointStore
+from components.distributed.context import World
 from components.metrics.monitor import Monitor
-from components.parallel.world import World
 from recipes.bad_steps import NonFiniteStateError
 from recipes.config import Config
 from recipes.opening import newest_sound

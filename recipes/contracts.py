@@ -135,7 +135,7 @@ class Plan(Protocol):
     """How a model is divided among processes, by the names of its modules."""
 
     tensor_parallel: Mapping[str, str]
-    """Module name, with * for one part of it, to a style of components/parallel/tensor_parallel.py."""
+    """Module name, with * for one part of it, to a style of components/distributed/tensor_parallel.py."""
     units: Sequence[Sequence[str]]
     """Groups of modules whose weights are gathered together, in the order of use. The rest is gathered for all."""
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from components.batch import BatchLayout, BatchPolicy
 from components.clock import Clock
-from components.quantities import format_count
+from components.units import format_count
 from recipes.batch_policy import build_batch_policy
 from recipes.contracts import complete_schedule
 

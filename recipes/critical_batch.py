@@ -20,16 +20,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from components.atomic_files import atomic_write
 from components.batch import BatchLayout
 from components.checkpoint import complete_checkpoints
-from components.durable import replace_file
+from components.distributed.context import World
+from components.distributed.launcher import LAUNCH
 from components.errors import InputError
 from components.metrics.console import start_log
 from components.metrics.jsonl import read_rows
-from components.parallel.elastic import LAUNCH
-from components.parallel.world import World
-from components.quantities import format_count
 from components.run_directory import RunDirectory
+from components.units import format_count
 from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report, draw
 from recipes.branches import Branches, Start, find_start
@@ -99,7 +99,7 @@ class Measurement:
         self.picture = self.report.with_suffix(".png")
         with blame(config, "parallel"):
             sizes = recipe.parallel.sizes(world_size)
-        layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
+        layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
         with blame(config, "branches"):
             self.start = find_start(self.branches, layout, config)
@@ -202,8 +202,8 @@ class Measurement:
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
                 self.directory.remember(launches)
-            replace_file(self.directory.config, self.config.to_toml())
-            replace_file(begun, json.dumps(asdict(self.start), indent=1) + "\n")
+            atomic_write(self.directory.config, self.config.to_toml())
+            atomic_write(begun, json.dumps(asdict(self.start), indent=1) + "\n")
 
         world.barrier()  # nobody may still be looking at what is deleted here
         with blame(self.config, "run"):
@@ -304,7 +304,7 @@ def report(measurement: Measurement) -> None:
     log.info("\n".join(found.lines()))
     written = {**asdict(start), "branch_tokens": measurement.tokens, **found.summary()}
     path = measurement.report
-    replace_file(path, json.dumps(written, indent=1) + "\n")
+    atomic_write(path, json.dumps(written, indent=1) + "\n")
     log.info(f"wrote {path}")
     try:
         draw(found, measurement.picture)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from components.data.loader import MicroBatch, MicroBatchLoader
-from components.parallel.world import World
-from components.processes import attempt, described
+from components.distributed.collectives import attempt, described
+from components.distributed.context import World
 from components.profiler_range import profiler_range
 from components.token_ids import check_token_ids
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from components.parallel import fsdp
-from components.parallel.layout import Layout
+from components.distributed import fsdp
+from components.distributed.parallel_dims import Layout
 from components.recompute import recompute
 from recipes.contracts import HasPlan, Model
 from recipes.sections import Training
@@ -28,7 +28,7 @@ def divide(
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
     plan = component.plan(tp=layout.sizes.tp) if isinstance(component, HasPlan) else None
     if layout.tp is not None and plan is not None:
-        from components.parallel import tensor_parallel  # a process alone has no use for it
+        from components.distributed import tensor_parallel  # a process alone has no use for it
 
         tensor_parallel.split(model, plan.tensor_parallel, layout.tp)
     if training is not None:

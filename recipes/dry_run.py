@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from components.quantities import format_count
 from components.throughput import Device, named_device
+from components.units import format_count
 from recipes.config import Config, ConfigError
 from recipes.config.errors import Problem
 from recipes.foresee import foresee

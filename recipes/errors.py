@@ -14,7 +14,7 @@ from components.errors import InputError
 from recipes.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from components.parallel.world import World
+    from components.distributed.context import World
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def evaluate_together(evaluate: Callable[[], T], config: Config, path: str, worl
     Raises ConfigError at `path`, on all ranks, if one of them could not read what it evaluates on. Any other error
     stays where it is raised: the other ranks are in the middle of a forward pass then.
     """
-    from components.processes import raise_in_all  # torch: a typo in a recipe is reported without it
+    from components.distributed.collectives import raise_in_all  # torch: a typo in a recipe is reported without it
     from components.validation import UnreadableError
 
     result, failure = None, None

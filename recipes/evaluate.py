@@ -16,16 +16,15 @@ import torch
 from torch import nn
 
 from components import precision
+from components.distributed.context import World
+from components.distributed.parallel_dims import Parallel
 from components.errors import InputError
 from components.metrics.console import start_log
 from components.metrics.jsonl import json_object
-from components.parallel.layout import Parallel
-from components.parallel.world import World
-from components.precision import Precision
-from components.quantities import PositiveCount
-from components.storage import give_storage
+from components.precision import Precision, WorkingWeights
+from components.units import PositiveCount
 from components.validation import Documents, HeldOut, SlidingWindow, Totals
-from components.working_weights import WorkingWeights
+from models.init import materialize
 from recipes.config import Config
 from recipes.contracts import Data, HasPlan, Tokenizer
 from recipes.divide import divide
@@ -194,7 +193,7 @@ class Evaluate:
         chosen = precision.resolve(keys.precision, world.device)
         with blame(config, "evaluation"):
             divide(model, trained.component, layout, precision.dtype_of(chosen), world.device)
-            give_storage(model, world.device)
+            materialize(model, world.device)
             trained.read(model, alone=world.size == 1)
         compute: Callable[[], AbstractContextManager[object]] = nullcontext
         if chosen == "bf16" and layout.fsdp is None:

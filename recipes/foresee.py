@@ -15,10 +15,10 @@ import torch
 from components.batch import BatchPolicy
 from components.clock import Clock
 from components.data.mixture import sources_in
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
 from components.errors import message_of
-from components.quantities import format_count
 from components.run_directory import RunDirectory
+from components.units import format_count
 from recipes.contracts import complete_schedule
 from recipes.memory_estimate import PLANNED, Memory
 from recipes.plan import Plan
@@ -77,7 +77,7 @@ def _remedy(plan: Plan, memory: Memory) -> str:
             return 'set training.activation_checkpoint = "full", or a smaller micro-batch'
         return "take a smaller micro-batch, a shorter sequence or parallel.tp"
     if plan.sizes.dp_replicate > 1:
-        return f"set parallel.dp_shard = {plan.sizes.dp_replicate * plan.sizes.dp_shard}, or parallel.tp"
+        return f"set parallel.dp_shard = {plan.sizes.dp_size}, or parallel.tp"
     return "shard over more processes, or set parallel.tp"
 
 

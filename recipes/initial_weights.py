@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from components.errors import InputError, MissingFileError
-from components.hugging_face import PickledWeights, Weights, only_pickles, read_json
-from models.hf_architectures import Architecture, architecture_in, architecture_of, locate
-from models.hf_mapping import COMPUTED
-from models.initialise import copy_full
+from components.safetensors import PickledWeights, Weights, only_pickles, read_json
+from models.hf.architectures import Architecture, architecture_in, architecture_of, locate
+from models.hf.weights import COMPUTED
+from models.init import copy_full
 
 log = logging.getLogger("powertrain")
 

@@ -151,7 +151,7 @@ def worker_processes(environment: Mapping[str, str]) -> Processes:
 
 def start_workers(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
-    from components.parallel.elastic import Node, run_workers
+    from components.distributed.launcher import Node, run_workers
 
     numbers = {}
     for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "29500"), ("MAX_RESTARTS", "0")):
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
     if in_worker():
-        from components.parallel.elastic import follow_launcher
+        from components.distributed.launcher import follow_launcher
 
         follow_launcher()
     try:
@@ -226,12 +226,12 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not in_worker():
             raise
-        from components.parallel.elastic import crash
+        from components.distributed.launcher import crash
 
         crash(error)
         return 1
     if in_worker():
-        from components.parallel.elastic import end
+        from components.distributed.launcher import end
 
         return end(status, message)
     return status

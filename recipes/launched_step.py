@@ -11,7 +11,7 @@ from torch import Tensor
 from components.batch import StepBatch
 from components.clock import Clock
 from components.gradient_moments import GradientMoments
-from components.stop_signal import NOTHING, REQUESTS
+from components.interrupts import NOTHING, REQUESTS
 from components.train_step import StepNumbers
 
 

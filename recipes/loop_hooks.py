@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from components.clock import Clock
+from components.distributed.context import World
+from components.distributed.parallel_dims import DataRanks
 from components.garbage_collection import GarbageCollection
+from components.interrupts import SAVE, Requests, stops
 from components.metrics.monitor import Monitor
-from components.parallel.layout import DataRanks
-from components.parallel.world import World
 from components.profiler import Profiler
-from components.stop_signal import SAVE, Requests, stops
 from components.validation import Validation
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config

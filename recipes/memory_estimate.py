@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from components.activations import Activations, Checkpointing, count
-from components.parallel.fsdp import Accumulation, cut_dimension
-from components.parallel.layout import Sizes
-from components.parallel.world import World
+from components.distributed.context import World
+from components.distributed.fsdp import Accumulation, cut_dimension
+from components.distributed.parallel_dims import Sizes
 from components.throughput import device_memory
 
 RESERVED = {"cuda": 2 * 2**30, "cpu": 2**29}
@@ -66,7 +66,7 @@ def estimate(
     state = sum(round(per_parameter[name] * share(p, sizes)) for name, p in model.named_parameters())
     full_state = sum(round(per_parameter[name] * p.numel()) for name, p in model.named_parameters())
 
-    data_parallel, tp = sizes.dp_replicate * sizes.dp_shard, sizes.tp
+    data_parallel, tp = sizes.dp_size, sizes.tp
     element = compute_dtype.itemsize
     blocks = [slice_of(block, tp) for _, block in blocks_of(model)]
     root, largest = slice_of(model, tp) - sum(blocks), max(blocks, default=0)
@@ -138,7 +138,7 @@ def accumulates_locally(mode: Accumulation, local_peak: int, device_bytes: int) 
 def decide_accumulation(recipe: Any, model: nn.Module, sizes: Sizes, world: World, compute_dtype: torch.dtype) -> bool:
     """`accumulates_locally` for this run: all processes come to the same, by the smallest of their devices."""
     mode: Accumulation = recipe.training.accumulation
-    if mode != "auto" or sizes.dp_replicate * sizes.dp_shard == 1:  # one rank has nothing to exchange
+    if mode != "auto" or sizes.dp_size == 1:  # one rank has nothing to exchange
         return mode == "local"
     peak = 0
     if world.is_main:  # counting takes seconds of a processor, of which a node has few for each GPU

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from components.atomic_files import atomic_write
 from components.checkpoint import DamagedError, clean, complete_checkpoints, remove_all, run_of, verify
-from components.durable import replace_file
-from components.parallel.elastic import LAUNCH
-from components.parallel.world import World
+from components.distributed.context import World
+from components.distributed.launcher import LAUNCH
 from components.run_directory import RunDirectory
 from recipes.config import Config
 from recipes.errors import blame
@@ -84,7 +84,7 @@ def open_run(
         if world.is_main:
             if replaces:
                 remove_run(directory, log_from)
-            replace_file(directory.config, config.to_toml())
+            atomic_write(directory.config, config.to_toml())
             if launch is not None:
                 directory.remember(launches)
 

@@ -14,9 +14,9 @@ from components import precision
 from components.batch import BatchLayout, BatchPolicy
 from components.data.document import ReadingLog
 from components.data.mixture import Mixture
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
+from components.distributed.parallel_dims import Sizes
 from components.errors import InputError, message_of
-from components.parallel.layout import Sizes
 from components.throughput import Device, named_device
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
@@ -139,7 +139,7 @@ def make_plan(config: Config, world_size: int, claim: Claim, local_size: int | N
         with _collected(config, "model", problems):
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # asked again where it is printed
-    layout = BatchLayout(training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
+    layout = BatchLayout(training.micro_batch_size, sizes.dp_size)
     course, policy = Course(), None
     with _collected(config, "batch", problems):
         policy = build_batch_policy(recipe)

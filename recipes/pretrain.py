@@ -18,18 +18,18 @@ from torch import Tensor
 from components import precision
 from components.batch import StepBatch
 from components.checkpoint import Checkpoint
+from components.distributed.collectives import attempt
+from components.distributed.parallel_dims import Parallel
 from components.garbage_collection import GarbageCollection
 from components.gradient_moments import MeasureMoments
 from components.guard import BadStep, Guard
+from components.interrupts import exit_status, reason, stops
 from components.metrics.jsonl import last_rows
 from components.metrics.monitor import Metrics
-from components.parallel.layout import Parallel
-from components.processes import attempt
 from components.profiler import ProfilerConfig
-from components.quantities import format_count
-from components.stop_signal import exit_status, reason, stops
 from components.throughput import peak_flops
 from components.train_step import TrainStep, not_finite
+from components.units import format_count
 from components.validation import HeldOut, Validation
 from recipes import build
 from recipes.bad_steps import handle_bad_samples, handle_bad_step, learning_rate

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import complete_checkpoints, step_of
-from components.quantities import expand_home, format_count
+from components.units import expand_home, format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
 from recipes.stored_config import stored_config

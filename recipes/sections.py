@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from components.distributed.fsdp import Accumulation
 from components.errors import InputError
-from components.parallel.fsdp import Accumulation
 from components.precision import Precision
-from components.quantities import Count, PositiveCount, Tokens, expand_home
 from components.recompute import Recompute
+from components.units import Count, PositiveCount, Tokens, expand_home
 
 _LONGEST_NAME = 200
 """Bytes of a run's name, below the 255 of most file systems."""

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from components.checkpoint import complete_checkpoints, load_tensors, verify
-from components.folders import is_file
-from components.hugging_face import Weights, read_json
-from components.quantities import expand_home
+from components.paths import is_file
+from components.safetensors import Weights, read_json
 from components.tokenizers import TokenizerJson
-from models.hf_architectures import architecture_in
-from models.hf_mapping import COMPUTED
+from components.units import expand_home
+from models.hf.architectures import architecture_in
+from models.hf.weights import COMPUTED
 from recipes.config import Override
 from recipes.contracts import EncodesText, Model, Tokenizer
 from recipes.initial_weights import copy_weights

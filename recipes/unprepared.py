@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from components.data.mixture import sources_in
-from components.data.source import TextSource
-from components.parallel.world import World
+from components.data.sources.base import TextSource
+from components.distributed.context import World
 from recipes.config import Config
 from recipes.contracts import EncodesText
 from recipes.errors import blame
@@ -21,7 +21,7 @@ def refuse_unprepared(config: Config, tokenizer: EncodesText, world: World) -> N
             continue
 
         def check(source: TextSource = source) -> None:
-            if not source.is_prepared(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir):
+            if not source.cache_entry(tokenizer, recipe.run.cache_dir).is_prepared():
                 raise ValueError(
                     f"this text is not tokenised yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
                     "would wait for it; on one machine, run before: python -m tools.prepare_data RECIPE.toml "

@@ -12,15 +12,18 @@ OURS = {"recipes", "components", "models", "tools", "tests", "benchmarks"}
 SHARED = {
     f"components.{name}"
     for name in (
-        "quantities",
+        "atomic_files",
         "costly_operations",
         "defaults",
         "errors",
-        "durable",
-        "folders",
-        "processes",
+        "cpu",
+        "distributed.collectives",
+        "interfaces",
+        "interrupts",
+        "paths",
         "profiler_range",
         "token_ids",
+        "units",
     )
 }
 """Errors of bad input, defaults of what a class lacks, types as users write them, what is costly to compute again, how
@@ -138,7 +141,7 @@ def test_circles_are_found():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c", "b"]]
     assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     graph = module_graph()
-    assert "components.parallel.world" in graph["recipes.build"]
+    assert "components.distributed.context" in graph["recipes.build"]
     assert "torch" not in graph["recipes.build"]
     assert "recipes.initial_weights" in graph["recipes.build"], "an import in a function"
-    assert "components.parallel.world" in graph["recipes.errors"], "an import for types"
+    assert "components.distributed.context" in graph["recipes.errors"], "an import for types"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from components.checkpoint import load_tensors, verify
-from components.hugging_face import Described, new_directory, parse_bytes, write_json, write_weights
+from components.safetensors import Described, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
-from components.tokenizers.hugging_face import save
-from models.hf_architectures import architecture_of
+from components.tokenizers.hf_conversion import save
+from models.hf.architectures import architecture_of
 from recipes.config import Config, ConfigError
 from recipes.resume import checkpoint_at
 from recipes.stored_config import stored_config

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from components import precision
-from components.generation import continue_texts
-from components.sampling import Sampling, uniform_numbers
+from components.generation import Sampling, continue_texts, uniform_numbers
 from components.standard_streams import run_command
-from components.storage import give_storage
-from components.tokenizers.streaming import TextStream
+from components.tokenizers.detokenizer import TextStream
+from models.init import materialize
 from recipes.config import ConfigError
 from recipes.trained import open_trained
 
@@ -86,7 +85,7 @@ class Generator:
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a model of the user's may have none
             raise ValueError(f"a {type(model).__name__} has no new_cache(padding, capacity), which generating takes")
-        give_storage(model, torch.device("cpu"))
+        materialize(model, torch.device("cpu"))
         trained.read(model, alone=True)
         model.to(self.device, precision.dtype_of(precision.resolve(options.precision, self.device))).eval()
         if (pack := getattr(model, "pack", None)) is not None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from components.folders import is_file
-from components.hugging_face import (
+from components.paths import is_file
+from components.safetensors import (
     Described,
     PickledWeights,
     Weights,
@@ -30,8 +30,8 @@ from components.hugging_face import (
     write_weights,
 )
 from components.standard_streams import run_command
-from models.hf_architectures import Architecture, architecture_in, locate
-from models.hf_mapping import COMPUTED
+from models.hf.architectures import Architecture, architecture_in, locate
+from models.hf.weights import COMPUTED
 from recipes.config.toml import write_value
 from recipes.initial_weights import refuse_unequal_copies
 

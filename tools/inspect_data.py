@@ -22,11 +22,12 @@ import numpy as np
 
 from components.batch import BatchLayout
 from components.clock import Clock
-from components.data.loader import MicroBatch, MicroBatchLoader, Samples, order_of
+from components.data.loader import MicroBatch, MicroBatchLoader, order_of
+from components.interfaces import PackedDataset
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
-from models.documents import positions
+from models.document_attention import positions
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
@@ -124,7 +125,14 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
 
 
 def shown(
-    seen: MicroBatch, samples: Samples, tokenizer: EncodesText, *, seed: int, count: int | None, ids: bool, apart: bool
+    seen: MicroBatch,
+    samples: PackedDataset,
+    tokenizer: EncodesText,
+    *,
+    seed: int,
+    count: int | None,
+    ids: bool,
+    apart: bool,
 ) -> Iterator[str]:
     """Each sample of a micro-batch: its numbers, then its text token by token, the label of the last one after `>`.
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.folders import is_file
 from components.metrics.jsonl import read_rows
+from components.paths import is_file
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from tools.pictures import count_tokens_on, pyplot, write

@@ -62,7 +62,7 @@ def curves(config: Config, world_size: int, metrics: Path | None) -> list[Curve]
         raise ConfigError([config.problem("recipe", message)])
     with blame(config, "parallel"):
         sizes = recipe.parallel.sizes(world_size)
-    layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
+    layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_size)
     if metrics is not None:
         return [Curve(f"the batches of {metrics}", taken(recipe, metrics))]
     with blame(config, "batch"):

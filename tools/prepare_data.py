@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from components.data.mixture import sources_in
-from components.data.prepare import Preparation
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
+from components.data.tokenize import Preparation
 from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import Data, EncodesText
@@ -85,7 +85,7 @@ def _prepare_with_bar(section: str, data: TextSource, tokenizer: EncodesText, re
         def show(state: Preparation) -> None:
             bars.update(task, completed=state.done_bytes, total=state.total_bytes or None)
 
-        data.prepare(tokenizer=tokenizer, cache_dir=recipe.run.cache_dir, report=show, report_seconds=0.1)
+        data.cache_entry(tokenizer, recipe.run.cache_dir).prepare(show, 0.1)
         bars.update(task, total=data.size_bytes(), completed=data.size_bytes())
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.quantities import Count
 from components.standard_streams import run_command
+from components.units import Count
 from recipes.config import describe
 from recipes.config.imports import import_path
 from recipes.config.schema import Field, FieldKind, describe_kind, describe_type, fields_of
@@ -24,7 +24,7 @@ INTRODUCTION = """\
 
 Written by `python -m tools.reference --output docs/keys.md`. `./run_train.sh my.toml --print-config` shows what each
 key is in a run, and where that comes from; [recipes](recipes.md) says how files are put together, and
-[`models/sizes.py`](../models/sizes.py) has the numbers of each model size.
+[`models/presets.py`](../models/presets.py) has the numbers of each model size.
 
 A count is a whole number, or text such as "20M" or "1.5B". A key whose default is – has to be given. Where several
 classes stand below a section its `use` names one of them, or [your own](components.md).

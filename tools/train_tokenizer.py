@@ -18,10 +18,10 @@ from pathlib import Path
 
 from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
 from components.data.document import ReadingLog, storable
-from components.data.source import TextSource
+from components.data.sources.base import TextSource
 from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
-from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
+from components.tokenizers.hf_conversion import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 from recipes.config import ConfigError, load
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from components.batch.policy import BatchPolicy, GradientNoise, Progress
 from components.errors import InputError
-from components.quantities import Count, PositiveCount, Tokens
+from components.units import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12
 """Relative slack of the growth limit, so that 45 * 1.4, in floats a little less, may be 63."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components.batch.policy import BatchPolicy, Progress
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 from components.batch.adaptive import Adaptive
 from components.batch.policy import GradientNoise
 from components.errors import InputError
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(frozen=True, kw_only=True)

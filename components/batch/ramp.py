@@ -10,7 +10,7 @@ from pydantic import Field
 
 from components.batch.policy import BatchPolicy, Progress
 from components.errors import InputError
-from components.quantities import PositiveCount, Tokens
+from components.units import PositiveCount, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

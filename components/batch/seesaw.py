@@ -9,7 +9,7 @@ from pydantic import Field
 
 from components.batch.policy import BatchPolicy, Progress
 from components.errors import InputError
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 class Schedule(Protocol):

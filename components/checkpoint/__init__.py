@@ -14,8 +14,7 @@ torch.distributed.checkpoint takes most of a second to import, so it is imported
 told before.
 """
 
-from components.checkpoint.manifest import run_of, verify
-from components.checkpoint.reading import (
+from components.checkpoint.load import (
     DamagedError,
     complete_checkpoints,
     load_tensors,
@@ -23,8 +22,9 @@ from components.checkpoint.reading import (
     step_of,
     tensor_names,
 )
-from components.checkpoint.store import Checkpoint, CheckpointStore, clean, remove_all
-from components.checkpoint.training_tensors import TrainingTensors
+from components.checkpoint.manager import Checkpoint, CheckpointStore, clean, remove_all
+from components.checkpoint.manifest import run_of, verify
+from components.checkpoint.state_tensors import TrainingTensors
 
 __all__ = [
     "Checkpoint",

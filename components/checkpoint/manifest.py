@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.checkpoint.reading import DamagedError, read_state
-from components.durable import write_synced
+from components.atomic_files import write_fsync
+from components.checkpoint.load import DamagedError, read_state
+from components.paths import hash_file
 
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
 """Names of all files that a save writes: nothing else in a checkpoint is ever removed."""
 _LARGEST_BYTES = 2**26
-_BLOCK_BYTES = 2**22
 
 
 class _File(BaseModel):
@@ -40,7 +39,7 @@ def write_part(directory: Path, rank: int) -> None:
     Each process reads what it wrote itself: that is in its machine's memory still, and the work is divided.
     """
     files = {path.name: _describe(path) for path in directory.glob(f"__{rank}_*")}
-    write_synced(_part(directory, rank), _Manifest(files=files).model_dump_json())
+    write_fsync(_part(directory, rank), _Manifest(files=files).model_dump_json())
 
 
 def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
@@ -53,7 +52,7 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
     for path in directory.iterdir():
         if path.name not in files:
             files[path.name] = _describe(path)
-    write_synced(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
+    write_fsync(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
 
 
 def run_of(checkpoint: Path) -> str | None:
@@ -110,12 +109,7 @@ def _damaged(checkpoint: Path, why: str) -> DamagedError:
 
 
 def _describe(path: Path) -> _File:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return _File(bytes=size, sha256=digest.hexdigest())
+    return _File(bytes=path.stat().st_size, sha256=hash_file(path))
 
 
 def _part(directory: Path, rank: int) -> Path:

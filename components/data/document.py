@@ -1,13 +1,11 @@
-"""What a source yields and what preparing asks of a tokenizer: the two sides that meet in encode."""
+"""What a source of text yields: documents, and notes of what was read and fixed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
-
-import numpy as np
+from typing import NamedTuple
 
 
 class Document(NamedTuple):
@@ -40,18 +38,6 @@ class Piece:
     """Bytes that `log.source_bytes` will have grown by; 0 if unknown."""
     read: Callable[[ReadingLog], Iterator[Document]]
     """The documents, in an order that does not change. Can be pickled if other processes are to share the work."""
-
-
-class EncodesText(Protocol):
-    """A tokenizer, as far as preparing needs one."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end_of_document(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
 
 def storable(text: str, log: ReadingLog) -> tuple[str, bytes]:

@@ -20,9 +20,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import ConfigDict, Field, RootModel
 
-from components.data.atomic import sync_file, written_aside
-from components.data.content import FileHashes
-from components.data.document import EncodesText
+from components.atomic_files import atomic_directory, write_fsync
+from components.data.file_hash_cache import FileHashes
 from components.data.shards import (
     DOCUMENT_DTYPE,
     DOCUMENTS,
@@ -37,6 +36,7 @@ from components.data.shards import (
     refusal,
     token_dtype,
 )
+from components.interfaces import Tokenizer
 
 INDEX, SEGMENTS, PIECES = "index.json", "segments.npy", "pieces.json"
 
@@ -118,7 +118,7 @@ def write_index(
     *,
     source: str,
     content: str,
-    tokenizer: EncodesText,
+    tokenizer: Tokenizer,
     store: str,
     selection: Selection,
 ) -> None:
@@ -163,15 +163,13 @@ def write_index(
         segments=len(segments),
         segments_sha256=hashlib.sha256(stored.getvalue()).hexdigest(),
     )
-    with written_aside(directory) as aside:
+    with atomic_directory(directory) as aside:
         files = {SEGMENTS: stored.getvalue(), PIECES: json.dumps(names).encode(), INDEX: _json(index)}
         for name, data in files.items():
-            with (aside / name).open("wb") as file:
-                file.write(data)
-                sync_file(file)
+            write_fsync(aside / name, data)
 
 
-def open_index(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -> tuple[Index, np.ndarray]:
+def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) -> tuple[Index, np.ndarray]:
     """The index of `directory` and its segments, once they and all shards are known to be right.
 
     Raises ValueError naming the file that is wrong and the remedy.

@@ -12,28 +12,24 @@ import logging
 import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util
-import os
-import signal
-import socket
-import threading
 import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from components.data.loader_workers import defer_worker_deaths, end_workers, raise_worker_deaths, start_worker
 from components.data.order import SampleOrder
 from components.errors import InputError
+from components.interfaces import HasOrder, Order, PackedDataset
 
 # m micro-batch size, T sequence length
 
@@ -42,28 +38,14 @@ log = logging.getLogger("powertrain")
 _ORDERED_AT_ONCE = 4096
 
 
-class Samples(Protocol):
-    """Packed sequences. `__getitems__(indices) -> (n, T+1)`, where there is one, is used to read many at once."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
-class Order(Protocol):
-    """(n,) global sample numbers -> (n,) epochs, (n,) indices into the samples: a pure function."""
-
-    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-def order_of(samples: Samples, *, seed: int, shuffle: bool = True) -> Order:
+def order_of(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
     """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
-    if hasattr(samples, "order"):
-        order: Order = samples.order(seed=seed, shuffle=shuffle)
-        return order
+    if isinstance(samples, HasOrder):
+        return samples.order(seed=seed, shuffle=shuffle)
     return SampleOrder(len(samples), seed=seed, shuffle=shuffle)
 
 
-def epochs(samples: Samples, consumed: int) -> dict[str, Any]:
+def epochs(samples: PackedDataset, consumed: int) -> dict[str, Any]:
     """How often the data was gone through in the first `consumed` samples: in all, and each source of a mixture."""
     whole: dict[str, Any] = {"epoch": consumed / len(samples)}
     return whole | ({"source_epochs": samples.source_epochs(consumed)} if hasattr(samples, "source_epochs") else {})
@@ -90,7 +72,7 @@ class MicroBatchLoader:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: PackedDataset,
         *,
         seed: int,
         micro_batch_size: int,
@@ -120,9 +102,7 @@ class MicroBatchLoader:
         self._epoch = len(samples)
         self._told_of_repeats = False
         self._stride = dp_size * micro_batch_size
-        self._start = start
         self._given = 0  # micro-batches handed out by this rank
-        self._cursor = start
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
             "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
@@ -131,19 +111,14 @@ class MicroBatchLoader:
             "num_workers": num_workers,
             "pin_memory": pin_memory,
             "generator": torch.Generator(),  # its own, or starting workers would draw from the global one
-            "snapshot_every_n_steps": 2**62,  # the cursor is all the state there is
+            "snapshot_every_n_steps": 2**62,  # the clock of the run is all the state there is
         }
         if num_workers:
             self._last_words, writer = multiprocessing.Pipe(duplex=False)
-            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(_start_worker, writer)}
+            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(start_worker, writer)}
             self._settings |= {"timeout": patience_seconds}
         self._stream: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
-
-    @property
-    def cursor(self) -> int:
-        """First global sample that no optimizer step has consumed: `start` of the loader that continues this run."""
-        return self._cursor
 
     def next_step(self, micro_batches: int) -> Iterator[MicroBatch]:
         """The next `micro_batches` of this rank, each read when it is asked for.
@@ -165,15 +140,11 @@ class MicroBatchLoader:
         first = self._settings["batch_sampler"].first + (self._given - 1) * self._stride
         return range(first, first + self._settings["batch_sampler"].size)
 
-    def consumed(self) -> None:
-        """Call after the optimizer step: all that was handed out counts as trained on, and `cursor` moves past it."""
-        self._cursor = self._start + self._given * self._stride
-
     def close(self) -> None:
         """End the workers. The loader goes on from where it was if it is asked for more."""
         stream, self._stream = self._stream, None
         atexit.unregister(self._at_exit)
-        _end_workers(stream)
+        end_workers(stream)
 
     def __enter__(self) -> MicroBatchLoader:
         return self
@@ -188,7 +159,7 @@ class MicroBatchLoader:
                 self._start_reading()
             self._given += 1  # also of one that cannot be read: the next call goes on after it
             assert self._stream is not None
-            with _waiting_for_workers():
+            with raise_worker_deaths():
                 block = next(self._stream)
         except Exception as error:
             self.close()  # a stream that has raised gives nothing more; the next call starts another
@@ -217,7 +188,7 @@ class MicroBatchLoader:
                 raise OSError(f"cannot start {self._settings['num_workers']} loader workers: {error}") from error
         # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
         atexit.register(self._at_exit)
-        _defer_deaths()
+        defer_worker_deaths()
 
 
 @dataclass(frozen=True)
@@ -250,7 +221,7 @@ class _SampleNumbers:
 class _OrderedSamples:
     """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
 
-    def __init__(self, samples: Samples, order: Order):
+    def __init__(self, samples: PackedDataset, order: Order):
         self.samples = samples
         self.order = order
         self._first = 0
@@ -286,79 +257,6 @@ class _OrderedSamples:
 
 def _as_it_is(block: _Block | Exception) -> _Block | Exception:
     return block
-
-
-_waiting = False
-
-
-@contextmanager
-def _waiting_for_workers() -> Iterator[None]:
-    """Let a worker that dies, or has died, raise RuntimeError within the block."""
-    global _waiting
-    _waiting = True
-    try:
-        _error_if_any_worker_fails()
-        yield
-    finally:
-        _waiting = False
-
-
-def _defer_deaths() -> None:
-    """Keep the death of a worker from raising anywhere else, such as halfway through an update of the optimizer.
-
-    torch raises it from its handler of SIGCHLD, wherever the process is.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    in_main = threading.current_thread() is threading.main_thread()  # elsewhere torch sets no handler either
-    if in_main and callable(handler) and not hasattr(handler, "when_waiting"):
-        deferred: Any = lambda number, frame: handler(number, frame) if _waiting else None  # noqa: E731
-        deferred.when_waiting = True
-        signal.signal(signal.SIGCHLD, deferred)
-
-
-def check_workers(num_workers: int) -> None:
-    """Raise OSError where worker processes could not hand over what they read.
-
-    They do so through Unix sockets in the directory of temporary files, whose names have a limit of some 100 bytes.
-    """
-    if not num_workers:
-        return
-    folder = multiprocessing.util.get_temp_dir()
-    with socket.socket(socket.AF_UNIX) as probe:
-        name = os.path.join(folder, "listener-xxxxxxxx")  # noqa: PTH118
-        try:
-            probe.bind(name)
-        except OSError as error:
-            raise OSError(
-                f"worker processes cannot open the sockets through which they hand over data, with names such as "
-                f"{name} of {len(os.fsencode(name))} bytes ({error}); set TMPDIR to a shorter path, such as /tmp"
-            ) from None
-        os.unlink(name)  # noqa: PTH108
-
-
-def _start_worker(last_words: Any, worker: int) -> None:
-    """Let signals pass, and end where the queue to the run cannot be filled, saying why.
-
-    A Ctrl-C, a scheduler's SIGTERM or a closing terminal reaches the workers too; the run must be fed until it has
-    saved.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-    def end(error: Exception, block: object) -> None:
-        last_words.send(f"{type(error).__name__}: {error}")
-        os._exit(1)
-
-    # By default the thread that fills the queue prints a trace, drops the block, and the run waits for it in vain.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
-
-
-def _end_workers(stream: Any) -> None:
-    if hasattr(stream, "_shutdown_workers"):
-        stream._shutdown_workers()
-        for worker in stream._workers:
-            if worker.is_alive():  # stuck in a read, and deaf to SIGTERM
-                worker.kill()
 
 
 def _close(reference: weakref.ref[MicroBatchLoader]) -> None:

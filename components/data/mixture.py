@@ -6,31 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.document import EncodesText
-from components.data.interleave import StagedInterleaving, whole_weights
+from components.data.mixing_schedule import StagedInterleaving, whole_weights
 from components.data.order import SampleOrder
 from components.errors import InputError
-from components.quantities import Tokens
-
-
-class Samples(Protocol):
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What [data] takes, but a mixture."""
-
-    def build(
-        self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> Samples: ...
+from components.interfaces import DataConfig, PackedDataset, Tokenizer
+from components.units import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +35,7 @@ class Mixture:
     Each source has epochs of its own, and its own order within them, which the others and their weights do not touch.
     """
 
-    sources: dict[str, Source]
+    sources: dict[str, DataConfig]
     """Names and sources: [data.sources.books] use = "components.data:TextFiles", ..."""
     weights: dict[str, float]
     """Share of each source in the samples, in any unit: { books = 3, web = 7 }. A source left out has none."""
@@ -73,10 +58,10 @@ class Mixture:
                 raise InputError("weights", f"{name} has no weight in any stage; give it one, or leave the source out")
 
     def build(
-        self, *, tokenizer: EncodesText, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
+        self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> MixedSamples:
         """Every source prepares itself as it would alone. Raises ValueError or OSError, naming the source."""
-        opened: dict[str, Samples] = {}
+        opened: dict[str, PackedDataset] = {}
         for name, source in self.sources.items():
             try:
                 opened[name] = source.build(
@@ -107,7 +92,7 @@ def sources_in(section: str, data: object) -> dict[str, object]:
 class MixedSamples:
     """Sequences of all sources, one source after the other; `order` says in which order they are trained on."""
 
-    def __init__(self, sources: Mapping[str, Samples], interleaving: StagedInterleaving):
+    def __init__(self, sources: Mapping[str, PackedDataset], interleaving: StagedInterleaving):
         self.sources = dict(sources)
         self.interleaving = interleaving
         self._starts = [0, *accumulate(map(len, self.sources.values()))]

@@ -22,8 +22,9 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.data.content import FileHashes
-from components.data.document import EncodesText, Piece
+from components.data.document import Piece
+from components.data.file_hash_cache import FileHashes
+from components.interfaces import Tokenizer
 
 FORMAT: Literal[2] = 2
 """Raised whenever the same text and tokenizer would give other files. It enters the names: others lie elsewhere."""
@@ -103,7 +104,7 @@ def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def store_name(tokenizer: EncodesText) -> str:
+def store_name(tokenizer: Tokenizer) -> str:
     """The directory, in the cache, of all shards of a tokenizer."""
     return f"encoded-{hashlib.sha256(f'{FORMAT} {tokenizer.fingerprint}'.encode()).hexdigest()[:20]}"
 
@@ -166,7 +167,7 @@ def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
         raise ValueError(refusal(path, f"is damaged ({error})")) from None
 
 
-def check_shard(directory: Path, *, tokenizer: EncodesText, hashes: FileHashes) -> Shard:
+def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) -> Shard:
     """The record of a shard once its tokenizer and the size and content of its files are known to be right.
 
     Contents are hashed in full the first time and whenever a file's size or times changed since (see FileHashes).

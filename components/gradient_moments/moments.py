@@ -14,7 +14,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
-from components.quantities import format_count
+from components.units import format_count
 
 log = logging.getLogger("powertrain")
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.folders import is_file
 from components.metrics.append import Appended
+from components.paths import is_file
 
 log = logging.getLogger("powertrain")
 _LONGEST_ROW_BYTES = 2**20

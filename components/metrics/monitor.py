@@ -13,7 +13,7 @@ from rich.console import Console as RichConsole
 
 from components.metrics.console import ConsoleProgress
 from components.metrics.jsonl import JsonLines
-from components.quantities import PositiveCount
+from components.units import PositiveCount
 
 log = logging.getLogger("powertrain")
 

@@ -11,7 +11,7 @@ import torch
 
 from components.errors import InputError
 from components.profiler.breakdown import END_OF_WINDOW, STEP, break_down, read_trace
-from components.quantities import Count, PositiveCount
+from components.units import Count, PositiveCount
 
 log = logging.getLogger("powertrain")
 

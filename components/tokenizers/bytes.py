@@ -51,7 +51,7 @@ class ByteEncoder:
 
     def hugging_face(self) -> Any:
         """The same encoding as a `tokenizers.Tokenizer`: no merges. Raises ValueError if the library is missing."""
-        from components.tokenizers.hugging_face import to_hugging_face
+        from components.tokenizers.hf_conversion import to_hugging_face
 
         return to_hugging_face({bytes((byte,)): byte for byte in range(256)}, None, {"<|endoftext|>": _END})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import tiktoken
 
+from components.cpu import num_cpus
 from components.errors import InputError, MissingFileError
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 
@@ -172,8 +172,7 @@ class RankEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """(tokens,) uint16 or uint32 ids of each text, without the end of document."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = min(len(texts), cores, 16)
+        threads = min(len(texts), num_cpus(), 16)
         if threads < 2:
             return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads) as pool:  # tiktoken encodes outside the interpreter's lock
@@ -191,7 +190,7 @@ class RankEncoder:
 
         Raises ValueError if the library is missing, or cannot read the pattern.
         """
-        from components.tokenizers.hugging_face import to_hugging_face
+        from components.tokenizers.hf_conversion import to_hugging_face
 
         return to_hugging_face(*self._parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from components.errors import InputError, MissingFileError
-from components.tokenizers.hugging_face import byte_characters, library_of_tokenizers
+from components.tokenizers.hf_conversion import byte_characters, library_of_tokenizers
 
 _LARGEST_FILE = 2**28
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")

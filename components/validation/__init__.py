@@ -3,8 +3,8 @@
 Over packed sequences, as in training, or over whole documents with a window that slides.
 """
 
-from components.validation.held_out import HeldOut, Validation
 from components.validation.sliding_window import Documents, SlidingWindow
-from components.validation.totals import Ranks, Totals, UnreadableError
+from components.validation.totals import Totals, UnreadableError
+from components.validation.validator import HeldOut, Validation
 
-__all__ = ["Documents", "HeldOut", "Ranks", "SlidingWindow", "Totals", "UnreadableError", "Validation"]
+__all__ = ["Documents", "HeldOut", "SlidingWindow", "Totals", "UnreadableError", "Validation"]

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.distributed.collectives import attempt, described
 from components.errors import InputError
-from components.processes import attempt, described
-from components.token_ids import check_token_ids
-from components.validation.totals import IGNORED, Ranks, Totals, UnreadableError
+from components.interfaces import Comm
+from components.token_ids import IGNORE_INDEX, check_token_ids
+from components.validation.totals import Totals, UnreadableError
 
 # D documents, W windows of a micro-batch, T inputs of the longest of them, V vocabulary
 
@@ -81,7 +82,7 @@ class SlidingWindow:
     def evaluate(
         self,
         model: nn.Module,
-        world: Ranks,
+        world: Comm,
         compute: Callable[[], AbstractContextManager[object]],
         *,
         multiple: int = 1,
@@ -108,7 +109,7 @@ class SlidingWindow:
                 inputs_WT, labels_WT = batch
                 logits_WTV = model(inputs_WT.to(world.device))
                 for window, logits_TV, labels_T in zip(given, logits_WTV, labels_WT.to(world.device), strict=True):
-                    loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORED)
+                    loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORE_INDEX)
                     nats_D[window.document] += float(loss)
         model.train()
         nats = world.sum(nats_D).tolist()
@@ -132,4 +133,4 @@ class SlidingWindow:
         """Inputs and labels (W, T) that hold no text yet."""
         longest = max(window.end - window.start for window in given)
         shape = (len(given), -(-longest // multiple) * multiple)
-        return torch.full(shape, self.end_of_document), torch.full(shape, IGNORED)
+        return torch.full(shape, self.end_of_document), torch.full(shape, IGNORE_INDEX)

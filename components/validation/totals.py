@@ -4,23 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
-
-IGNORED = -100
-"""Label of a position that has no loss."""
-
-
-class Ranks(Protocol):
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    def sum(self, tensor: Tensor) -> Tensor: ...
 
 
 class UnreadableError(ValueError):

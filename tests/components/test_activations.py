@@ -9,8 +9,8 @@ import torch
 
 from components.activations import Activations, BlockActivations, count
 from models.decoder import Block, Decoder
+from models.presets import Size
 from models.rope import rope_frequencies, rope_table
-from models.sizes import Size
 
 pytestmark = pytest.mark.quick
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.generation import continue_texts
-from components.sampling import Sampling
+from components.generation import Sampling, continue_texts
 
 pytestmark = pytest.mark.quick
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from components import durable, run_directory
-from components.durable import replace_file
+from components import atomic_files, run_directory
+from components.atomic_files import atomic_write
 from components.run_directory import RunDirectory
 
 pytestmark = pytest.mark.quick
@@ -112,15 +112,15 @@ def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path
     directory = RunDirectory(tmp_path)
     directory.claim()
     (tmp_path / ".config.toml.new.part").write_text("of another program")
-    replace_file(directory.config, "the old one")
+    atomic_write(directory.config, "the old one")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(durable.Path, "replace", killed)
-        patch.setattr(durable.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
-        replace_file(directory.config, "the new one")
+        patch.setattr(atomic_files.Path, "replace", killed)
+        patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
+        atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
     with directory.held():
         directory.sweep()

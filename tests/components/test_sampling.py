@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from components.sampling import Sampling, uniform_numbers
+from components.generation import Sampling, uniform_numbers
 
 pytestmark = pytest.mark.quick
 

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.data.packed import PackedTokens
-from components.data.text_files import TextFiles
+from components.data.dataset import PackedTokens
+from components.data.sources.text_files import TextFiles
 from recipes import launch
 
 ROOT = Path(__file__).resolve().parents[2]

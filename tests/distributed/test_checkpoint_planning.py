@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from components.checkpoint import CheckpointStore, load_tensors
 from components.checkpoint.metadata import read_index
-from tests.components.parallel.test_world import join
+from tests.components.distributed.test_context import join
 
 WHOLE = {"a": torch.arange(35.0).reshape(7, 5), "b": torch.arange(6.0), "c": torch.tensor(3.0)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.parallel.layout import Sizes
+from components.distributed.parallel_dims import Sizes
 from recipes.config import Override, load
 from recipes.plan import Claim, make_plan
 from recipes.step_estimate import fsdp_exchanges, tensor_parallel_exchanges
@@ -91,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def data_parallel(sizes: Sizes) -> int:
-    return sizes.dp_replicate * sizes.dp_shard
+    return sizes.dp_size
 
 
 def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False) -> dict[str, int]:

@@ -145,7 +145,7 @@ def truth(runs: Runs) -> dict[int, GradientMoments]:
 
 
 def brute_force(runs: Runs, groups: list[list[int]], experts: int) -> GradientMoments:
-    from components.data.text_files import TextFiles
+    from components.data.sources.text_files import TextFiles
     from components.tokenizers import Bytes
 
     text = TextFiles(path=runs.folder / "text" / "*.txt").build(

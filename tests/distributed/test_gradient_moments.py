@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from components.batch import Constant
-from components.data.text_files import TextFiles
+from components.data.sources.text_files import TextFiles
 from components.gradient_moments import GradientMoments
 from components.tokenizers import Bytes
 from models.llama import Llama

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from components.parallel import elastic
+from components.distributed import launcher
 from recipes import launch, pretrain
 from tests.distributed.launching import finish, start
 from tests.end_to_end.test_signals import wait_for_steps
@@ -34,7 +34,7 @@ def after_steps(monkeypatch: pytest.MonkeyPatch, count: int, act) -> None:
 
 @pytest.mark.parametrize("how", ["the stop file", "run.max_minutes"])
 def test_a_run_stops_and_saves(tiny, capsys, monkeypatch, how: str) -> None:
-    monkeypatch.setattr("components.stop_signal._FILE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("components.interrupts._FILE_INTERVAL_SECONDS", 0.0)
     if how == "the stop file":
         after_steps(monkeypatch, 5, lambda: (tiny.directory / "stop").touch())
         limit = "--run.max_minutes=none"
@@ -51,7 +51,7 @@ def test_a_run_stops_and_saves(tiny, capsys, monkeypatch, how: str) -> None:
 
 
 def test_a_limit_counts_from_the_launch_not_from_a_restart(tiny, capsys, monkeypatch) -> None:
-    monkeypatch.setenv(elastic._LAUNCHED_AT, str(time.time() - 3600))
+    monkeypatch.setenv(launcher._LAUNCHED_AT, str(time.time() - 3600))
     assert tiny.launch(*LONG, "--run.max_minutes=59") == 143
     assert "stopped by run.max_minutes after step 1" in capsys.readouterr().out
 

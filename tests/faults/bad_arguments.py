@@ -89,7 +89,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "a model that is a schedule": ("--model.use=components.lr_schedules:WSD", "is no model"),
     # the parts
     "a misspelt class": ("--tokenizer.use=components.tokenizers:Byte", "did you mean Bytes"),
-    "a function in place of a class": ("--batch.use=components.quantities:parse_count", "is no class but a function"),
+    "a function in place of a class": ("--batch.use=components.units:parse_count", "is no class but a function"),
     "a class of the wrong shape": ("--batch.use=components.clock:Clock", "is no batch policy"),
     "a dot in place of the colon": ("--batch.use=components.batch.constant.Constant", "did you mean components.batch"),
     "a file in place of a module": ("--batch.use=my_batch.py:Mine", "write the module's name"),

@@ -44,7 +44,7 @@ SECTIONS = {
     "guard": "components.guard:Guard",
     "checkpoint": "components.checkpoint:Checkpoint",
     "metrics": "components.metrics.monitor:Metrics",
-    "parallel": "components.parallel.layout:Parallel",
+    "parallel": "components.distributed:Parallel",
     "validation": "components.validation:HeldOut",
 }
 AT_THE_START = [

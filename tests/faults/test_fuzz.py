@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.checkpoint import complete_checkpoints, load_tensors, tensor_names, verify
-from components.checkpoint.reading import read_state
+from components.checkpoint.load import read_state
 from components.data import TextFiles
 from components.tokenizers import Bytes, TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load

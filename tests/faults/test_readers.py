@@ -20,11 +20,11 @@ import pytest
 
 from components.checkpoint import complete_checkpoints
 from components.data import HuggingFaceDataset, StandardLibrary, TextFiles, TokenFiles
-from components.data.content import FileHashes
 from components.data.document import ReadingLog
+from components.data.file_hash_cache import FileHashes
 from components.data.shards import catalogue
-from components.hugging_face import PickledWeights, Weights
 from components.metrics.jsonl import JsonLines, read_rows
+from components.safetensors import PickledWeights, Weights
 from components.tokenizers.tiktoken_file import read_ranks
 from tools.generate import read_prompts
 from tools.sweep.runs import Results

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from components import atomic_files
+from components.atomic_files import atomic_write
 from components.checkpoint import CheckpointStore, clean, remove_all
-from components.data import atomic
-from components.data.content import FileHashes
-from components.durable import replace_file
-from components.hugging_face import new_directory
+from components.data.file_hash_cache import FileHashes
+from components.interrupts import Requests, StopSignal
 from components.metrics.jsonl import JsonLines
 from components.metrics.tensorboard import TensorBoard
 from components.run_directory import RunDirectory
-from components.stop_signal import Requests, StopSignal
+from components.safetensors import new_directory
 from recipes.opening import remove_run
-from tests.components.test_checkpoint import Alone
+from tests.components.checkpoint.test_manager import Alone
 from tools.sweep.runs import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ def metrics_cut_on_resume(folder: Path, others: Others) -> None:
 def a_file_replaced(folder: Path, others: Others) -> None:
     others.write(folder / "mine.toml", folder / ".config.toml.part")
     (folder / "config.toml").symlink_to(folder / "mine.toml")
-    replace_file(folder / "config.toml", "a = 1")
+    atomic_write(folder / "config.toml", "a = 1")
     assert (folder / "config.toml").read_text() == "a = 1" and not (folder / "config.toml").is_symlink()
 
 
@@ -158,13 +158,13 @@ def prepared_data(folder: Path, others: Others) -> None:
         others.write(folder / name / "notes.md")
     moved_and_linked(folder / "linked", folder / "elsewhere")
     for name in ("set", "linked"):
-        atomic.discard(folder / name, ["index.json"])
+        atomic_files.remove_atomic(folder / name, ["index.json"])
         assert not os.path.lexists(folder / name)
     assert (folder / "elsewhere" / "linked" / "index.json").exists()
     others.write(folder / ".set.draft.part" / "chapter", folder / ".set.000000000000.part" / "chapter")
     for leftover in (*folder.glob(".set.*.part"),):
         os.utime(leftover, (0, 0))
-    with atomic.written_aside(folder / "set") as aside:
+    with atomic_files.atomic_directory(folder / "set") as aside:
         (aside / "index.json").write_text("{}")
     others.write(folder / "data.txt", folder / "file-hashes.json.bak")
     os.utime(folder / "data.txt", (0, 0))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from components.checkpoint import load_tensors, tensor_names
-from components.hugging_face import PickledWeights
+from components.safetensors import PickledWeights
 from recipes import launch
 from recipes.config import ConfigError
 from recipes.resume import another_past

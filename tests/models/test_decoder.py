@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder, RMSNorm
-from models.loss import IGNORE
+from models.presets import Size
 from models.rope import RopeScaling
-from models.sizes import Size
 
 pytestmark = pytest.mark.quick
 
@@ -44,8 +44,8 @@ def tokens(seed: int = 0) -> Tensor:
 
 def labels() -> Tensor:
     shifted = tokens().roll(-1, 1)
-    shifted[:, -1] = IGNORE
-    shifted[1, :5] = IGNORE
+    shifted[:, -1] = IGNORE_INDEX
+    shifted[1, :5] = IGNORE_INDEX
     return shifted
 
 

@@ -9,9 +9,9 @@ import torch
 
 from models.decoder import Decoder
 from models.llama import Llama
+from models.presets import SIZES, Size
 from models.rope import RopeScaling, rope_frequencies
 from models.router_loss import RouterKeys
-from models.sizes import SIZES, Size
 
 pytestmark = pytest.mark.quick
 

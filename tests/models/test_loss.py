@@ -10,7 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.loss import IGNORE, linear_cross_entropy, working_bytes
+from components.token_ids import IGNORE_INDEX
+from models.loss import linear_cross_entropy, working_bytes
 
 pytestmark = pytest.mark.quick
 
@@ -23,7 +24,7 @@ def inputs(dtype: torch.dtype = torch.float64, *, n: int = N, d: int = D, v: int
     x_ND = torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight_VD = torch.randn(v, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     labels_N = torch.randint(v, (n,), generator=generator)
-    labels_N[::5] = IGNORE
+    labels_N[::5] = IGNORE_INDEX
     return x_ND, weight_VD, labels_N
 
 
@@ -101,7 +102,7 @@ def test_strided_inputs_give_what_contiguous_ones_do():
 
 def test_ignored_tokens_have_neither_loss_nor_gradient():
     x, weight, labels = inputs()
-    kept = labels != IGNORE
+    kept = labels != IGNORE_INDEX
     linear_cross_entropy(x, weight, labels, chunk_tokens=8).backward()
     assert not x.grad[~kept].any()
     assert x.grad[kept].abs().sum(-1).min() > 0
@@ -114,7 +115,7 @@ def test_ignored_tokens_have_neither_loss_nor_gradient():
 
 def test_the_features_of_ignored_tokens_do_not_matter_even_where_they_overflow():
     x, weight, labels = inputs(torch.float32)
-    wild = torch.where((labels == IGNORE)[:, None], 1e30, x.detach()).requires_grad_()
+    wild = torch.where((labels == IGNORE_INDEX)[:, None], 1e30, x.detach()).requires_grad_()
     ours = with_gradients(linear_cross_entropy(wild, weight, labels, chunk_tokens=8), wild, weight)
     assert all(
         torch.equal(a, b)
@@ -127,7 +128,8 @@ def test_the_features_of_ignored_tokens_do_not_matter_even_where_they_overflow()
 @pytest.mark.parametrize("n", [0, N], ids=["no tokens", "all ignored"])
 def test_without_a_target_loss_and_gradients_are_zero_not_nan(n):
     x, weight, labels = inputs(torch.float32, n=n)
-    loss, d_x, d_weight = with_gradients(linear_cross_entropy(x, weight, torch.full_like(labels, IGNORE)), x, weight)
+    nothing = torch.full_like(labels, IGNORE_INDEX)
+    loss, d_x, d_weight = with_gradients(linear_cross_entropy(x, weight, nothing), x, weight)
     assert loss.item() == 0
     assert d_x.shape == x.shape and not d_x.any()
     assert d_weight.shape == weight.shape and not d_weight.any()

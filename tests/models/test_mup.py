@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from components.distributed import fsdp, tensor_parallel
 from components.lr_schedules import Power
 from components.optimizers import AdamW
-from components.parallel import fsdp, tensor_parallel
 from components.train_step import TrainStep
 from models.decoder import Decoder
 from models.llama import Llama
 from models.mup import MuP, MuPKeys, rule_of
-from models.plan import plan
+from models.parallel_plan import plan
+from models.presets import SIZES, Size
 from models.rope import rope_table, rotate
-from models.sizes import SIZES, Size
 from tools.coord_check import slope
 
 pytestmark = pytest.mark.quick

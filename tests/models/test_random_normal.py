@@ -8,8 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from models.initialise import seed_of
-from models.random_normal import fill_runs, normal
+from models.init import fill_runs, normal, seed_of
 
 pytestmark = pytest.mark.quick
 N = 2**20

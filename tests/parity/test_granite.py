@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from models.decoder import Decoder
-from models.hf_mapping import hf_config, names, to_hf
+from models.hf.config import hf_config
+from models.hf.weights import names
 from models.mup import MuP
-from models.sizes import SIZES, Size
+from models.presets import SIZES, Size
+from tests.models.hf.state_dicts import to_hf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from components.checkpoint import load_tensors
-from components.hugging_face import Weights
+from components.safetensors import Weights
 from models.decoder import Decoder
-from models.hf_mapping import from_hf, hf_config, names, to_hf
+from models.hf.config import hf_config
+from models.hf.weights import names
 from models.mup import MuP
+from models.presets import SIZES, Size
 from models.router_loss import RouterKeys
-from models.sizes import SIZES, Size
 from recipes.config import load
 from recipes.initial_weights import check_initial_weights, copy_weights
+from tests.models.hf.state_dicts import from_hf, to_hf
 from tools import export_hf, import_hf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")

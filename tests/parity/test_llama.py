@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
-from models.hf_mapping import from_hf, hf_config, names, to_hf
+from models.hf.config import hf_config
+from models.hf.weights import names
 from models.llama import Llama
-from models.loss import IGNORE
+from models.presets import SIZES, Size
 from models.rope import RopeScaling, rope_frequencies
-from models.sizes import SIZES, Size
+from tests.models.hf.state_dicts import from_hf, to_hf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
@@ -87,9 +89,9 @@ def test_logits_are_equal(size):
 def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     ours, theirs = pair(size)
     targets = tokens()
-    targets[0, 10:20] = IGNORE
-    shifted = torch.cat((targets[:, 1:], torch.full((B, 1), IGNORE)), 1)
-    loss = ours(tokens(), shifted) / (shifted != IGNORE).sum()
+    targets[0, 10:20] = IGNORE_INDEX
+    shifted = torch.cat((targets[:, 1:], torch.full((B, 1), IGNORE_INDEX)), 1)
+    loss = ours(tokens(), shifted) / (shifted != IGNORE_INDEX).sum()
     reference = theirs(tokens(), labels=targets).loss  # shifts by itself, and takes the mean over what is not ignored
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)  # float32
     loss.backward()
@@ -181,5 +183,5 @@ def test_a_real_checkpoint_gives_the_logits_transformers_gives(tiny_random_llama
     with torch.no_grad():
         mine, reference = ours(given), theirs(given).logits
     torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6 * reference.abs().max().item() + 1e-7)
-    loss = ours(given, torch.nn.functional.pad(given[:, 1:], (0, 1), value=IGNORE)) / (2 * 127)
+    loss = ours(given, torch.nn.functional.pad(given[:, 1:], (0, 1), value=IGNORE_INDEX)) / (2 * 127)
     assert loss.item() == pytest.approx(theirs(given, labels=given).loss.item(), rel=1e-6)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 from pydantic import Field
 
 from components.errors import InputError
-from components.quantities import PositiveCount, Tokens
+from components.units import PositiveCount, Tokens
 
 HERE = __name__
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.parallel.layout import Sizes
-from components.parallel.world import World
+from components.distributed.context import World
+from components.distributed.parallel_dims import Sizes
 from components.throughput import Device, device_memory
 from recipes.memory_estimate import PLANNED, Memory, accumulates_locally, decide_accumulation
 from tests.recipes.test_dry_run import config_of, plan_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.parallel.layout import Sizes
+from components.distributed.parallel_dims import Sizes
 from components.throughput import named_device
 from recipes import launch
 from recipes.config import Config, Override, load

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.parallel.elastic import Node, numa_options
+from components.distributed.launcher import Node, numa_options
 from recipes import launch
 from recipes.config import Override, load
 from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, choose_allocator, parse, processes, start_workers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.sizes import SIZES
+from models.presets import SIZES
 from recipes import launch
 from recipes.config import Override, flatten, load
 from recipes.plan import Claim, make_plan

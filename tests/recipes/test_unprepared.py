@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.parallel.world import World
+from components.distributed.context import World
 from recipes.config import ConfigError, Override, load
 from recipes.unprepared import refuse_unprepared
 from tests.conftest import TinyRun

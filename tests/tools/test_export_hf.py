@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from components.checkpoint import load_tensors
-from components.hugging_face import Weights
+from components.safetensors import Weights
 from models.decoder import Decoder
-from models.hf_mapping import from_hf
 from recipes.config import load
+from tests.models.hf.state_dicts import from_hf
 from tests.tools import numpy_llama
 from tools.export_hf import main
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.generation import continue_texts
-from components.sampling import Sampling
+from components.generation import Sampling, continue_texts
 from recipes.trained import open_trained
 from tests.conftest import TinyRun
 from tests.tools.test_export_hf import MODELS, TOKENIZER, trained

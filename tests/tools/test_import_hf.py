@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.hugging_face import Weights
+from components.safetensors import Weights
 from models.decoder import Decoder
-from models.hf_architectures import ARCHITECTURES
-from models.hf_mapping import to_hf
+from models.hf.architectures import ARCHITECTURES
+from models.presets import Size
 from models.rope import RopeScaling
-from models.sizes import Size
 from recipes.config import load
 from recipes.initial_weights import copy_weights
+from tests.models.hf.state_dicts import to_hf
 from tools.import_hf import main
 
 SIZE = Size(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, head_dim=12)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from components.data.document import ReadingLog
-from components.data.text_files import TextFiles
+from components.data.sources.text_files import TextFiles
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import TiktokenFile
 from tools.train_tokenizer import main, sources, train

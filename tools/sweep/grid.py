@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.data.content import FileHashes
+from components.data.file_hash_cache import MEMORY, FileHashes
 from components.data.mixture import sources_in
-from components.data.source import MEMORY, TextSource
-from components.data.token_files import TokenFiles
+from components.data.sources.base import TextSource
+from components.data.sources.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import DEFAULT
 from recipes.resume import NOT_THE_RUN

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.quantities import format_count
+from components.units import format_count
 from tools.pictures import pyplot, write
 from tools.sweep.cells import Cell, one_for_all, points
 from tools.sweep.optimum import PUBLISHED_A, PUBLISHED_B, Optimum, fit_law

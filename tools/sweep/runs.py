@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any
 
 from components.critical_batch import smoothed
-from components.folders import is_file
 from components.metrics.jsonl import read_rows
+from components.paths import is_file
 from components.run_directory import RunDirectory
 from recipes.launch import ERROR_FILE, ROOT
 from tools.sweep.devices import shares, visible

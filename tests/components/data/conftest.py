@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from components.data.content import FileHashes
+from components.data.dataset import PackedTokens
 from components.data.document import Document, ReadingLog
-from components.data.packed import PackedTokens
-from components.data.source import TextSource
+from components.data.file_hash_cache import FileHashes
+from components.data.sources.base import TextSource
 from components.tokenizers import Bytes
 
 

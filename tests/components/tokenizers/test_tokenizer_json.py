@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from components.tokenizers import TiktokenFile, TokenizerJson
-from components.tokenizers.hugging_face import save
+from components.tokenizers.hf_conversion import save
 
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install -e '.[hf]'")
 pytestmark = pytest.mark.quick

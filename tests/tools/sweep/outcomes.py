@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from components.quantities import parse_count
+from components.units import parse_count
 from tools.sweep.runs import Runner
 
 LENGTH, BATCH = 128, 32

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from components.quantities import parse_count
+from components.units import parse_count
 from recipes.launch import ROOT
 from tests.processes import start_process, wait_until
 from tests.tools.sweep.outcomes import LENGTH, pretend

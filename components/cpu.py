@@ -1,0 +1,10 @@
+"""The processor this process runs on. Imports nothing of the project."""
+
+from __future__ import annotations
+
+import os
+
+
+def num_cpus() -> int:
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

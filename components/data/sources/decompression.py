@@ -1,0 +1,118 @@
+"""Compressed files as streams that notice when they are cut short or damaged: gzip and Zstandard."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from components.data.document import ReadingLog
+
+BLOCK = 2**16
+"""Bytes read from the file at a time."""
+
+
+class Decompressed(io.RawIOBase):
+    """The content of a compressed file. A kind of it says how the next block of content is found."""
+
+    def __init__(self, stored: BufferedReader) -> None:
+        self._stored = stored
+        self._packed = b""
+        """What was read from the file and not decompressed yet."""
+        self._content = memoryview(b"")
+
+    def next_content(self) -> bytes | None:
+        """Some of the content, perhaps none yet; None at the end. Raises EOFError where it is cut short or damaged."""
+        raise NotImplementedError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            self._packed = self._packed or self._stored.read(BLOCK)
+            content = self.next_content()
+            if content is None:
+                return 0
+            self._content = memoryview(content)
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
+_MAGIC = b"\x1f\x8b"
+_MEMBER_WITH_HEADER = 16 + zlib.MAX_WBITS
+"""For zlib: a gzip header before the data, a checksum after it, both checked."""
+
+
+class Gzip(Decompressed):
+    """The content of all members of a file. Bytes after the last one are left out, and counted in `log`.
+
+    Downloads and tapes leave such bytes. Python's own reader loses the last block of text over them.
+    """
+
+    def __init__(self, stored: BufferedReader, log: ReadingLog):
+        super().__init__(stored)
+        self._log = log
+        self._member: Any = zlib.decompressobj(_MEMBER_WITH_HEADER)
+
+    def next_content(self) -> bytes | None:
+        """Raises EOFError or zlib.error for a member that is cut short or damaged."""
+        if self._member.eof and not self._starts_member():
+            return None
+        if not self._packed:
+            raise EOFError("it ends before the end of its data")
+        content: bytes = self._member.decompress(self._packed)
+        self._packed = self._member.unused_data
+        return content
+
+    def _starts_member(self) -> bool:
+        """Whether another member follows the one that has ended; zeros may stand between them."""
+        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._stored.read(BLOCK)):
+            self._packed = self._packed.lstrip(b"\0") + more
+        self._packed = self._packed.lstrip(b"\0")
+        if self._packed.startswith(_MAGIC):
+            self._member = zlib.decompressobj(_MEMBER_WITH_HEADER)
+            return True
+        if self._packed:
+            at = self._stored.tell()
+            self._log.repairs["bytes after the end of a .gz"] += (
+                len(self._packed) + self._stored.seek(0, os.SEEK_END) - at
+            )
+            self._packed = b""
+        return False
+
+
+class Zstandard(Decompressed):
+    """The content of all frames of a file. The library's own reader takes a file that was cut for one that ends."""
+
+    def __init__(self, stored: BufferedReader, path: Path):
+        """Raises ValueError if the `zstandard` library is missing."""
+        super().__init__(stored)
+        try:
+            import zstandard
+        except ModuleNotFoundError:
+            raise ValueError(f"{path}: this needs the `zstandard` library: pip install -e '.[data]'") from None
+        self._library: Any = zstandard
+        self._frame: Any = None
+
+    def next_content(self) -> bytes | None:
+        """Raises EOFError for a file that is cut short or holds something else."""
+        if not self._packed:
+            if self._frame is not None:
+                raise EOFError("it ends in the middle of a frame")
+            return None
+        if self._frame is None:
+            self._frame = self._library.ZstdDecompressor().decompressobj()
+        try:
+            content: bytes = self._frame.decompress(self._packed)
+        except self._library.ZstdError as error:
+            raise EOFError(str(error)) from error
+        self._packed = self._frame.unused_data
+        if self._frame.eof:
+            self._frame = None
+        return content

@@ -1,0 +1,140 @@
+"""Files as clean text: decompressed, decoded, no byte-order mark, lines ending in LF. What is put right is counted."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from components.data.document import ReadingLog
+from components.data.sources.decompression import Gzip, Zstandard
+
+BLOCK_BYTES = 2**22
+"""Text is read in blocks of 4 MiB, so memory does not grow with the file."""
+
+LONGEST_LINE = 2**28
+"""Bytes. A file of another kind would otherwise be read whole, in search of the end of a line."""
+
+COMPRESSED = (".gz", ".zst")
+
+_REPLACEMENT = "\ufffd"
+
+_LOOKED_AT = 512
+_SIGNATURES = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"BZh9": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PK\x03\x04": "zip",
+    b"PAR1\x15": "Parquet",
+    b"%PDF-": "PDF",
+    b"\x93NUMPY": "NumPy",
+    b"\x89HDF\r\n": "HDF5",
+    b"SQLite format 3\x00": "SQLite",
+    b"LITPKDS": "LitGPT packed",
+    b"MMIDIDX\x00": "Megatron-LM index",
+    b"version https://git-lfs": "Git LFS pointer",
+}
+"""How files of other formats begin. A file is not what its name says only because the name says so."""
+
+
+def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+    """The text of `path` in blocks that never split a character or a line end."""
+    rest = b""
+    with opened(path, log) as (stream, count_read):
+        while block := stream.read(block_bytes):
+            count_read()
+            data = rest + block
+            kept = len(data) - _unfinished(data)
+            data, rest = data[:kept], data[kept:]
+            yield line_feeds(decode(data, log), log)
+    if rest:
+        yield line_feeds(decode(rest, log), log)
+
+
+def known_format(start: bytes) -> str | None:
+    """Return the format of a file that begins with the bytes `start`, where it is one that begins like no other."""
+    return next((name for signature, name in _SIGNATURES.items() if start.startswith(signature)), None)
+
+
+def read_lines(path: Path, log: ReadingLog) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text with its end) of each line of `path`. Raises ValueError for an endless one."""
+    with opened(path, log) as (stream, count_read):
+        number = 0
+        while line := stream.readline(LONGEST_LINE):
+            count_read()
+            number += 1
+            if len(line) == LONGEST_LINE:
+                raise ValueError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes is no line of a text")
+            yield number, decode(line, log)
+
+
+def decode(data: bytes, log: ReadingLog, encoding: str = "utf-8") -> str:
+    """`data` as text; what is invalid becomes U+FFFD and is counted."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, errors="replace")
+        log.repairs["replaced characters"] += text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+        return text
+
+
+def line_feeds(text: str, log: ReadingLog) -> str:
+    """`text` with CRLF and lone CR turned into LF, counted."""
+    if "\r" in text:
+        log.repairs["line ends"] += text.count("\r")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
+
+
+@contextmanager
+def opened(path: Path, log: ReadingLog) -> Iterator[tuple[BufferedReader, Callable[[], None]]]:
+    """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
+
+    Raises ValueError for a damaged compressed file, and for UTF-16 and what is no text, which would decode to rubbish.
+    """
+    before = log.source_bytes
+    with path.open("rb") as stored:
+        stream = stored
+        if path.suffix.lower() in COMPRESSED and not os.fstat(stored.fileno()).st_size:
+            raise ValueError(f"{path} is damaged, or no {path.suffix} file: it holds no bytes")
+        if path.suffix.lower() == ".gz":
+            stream = BufferedReader(Gzip(stored, log), BLOCK_BYTES)
+        elif path.suffix.lower() == ".zst":
+            stream = BufferedReader(Zstandard(stored, path), BLOCK_BYTES)
+
+        def count_read() -> None:
+            log.source_bytes = before + stored.tell()
+
+        try:
+            start = stream.peek(_LOOKED_AT)[:_LOOKED_AT]
+            if (other := known_format(start)) is not None:
+                remedy = "fetch the file with git lfs pull" if "LFS" in other else "unpack it, or give it its name"
+                raise ValueError(f"{path} is a {other} file by its content, not text; {remedy}")
+            if start.startswith(codecs.BOM_UTF8):
+                stream.read(3)
+                log.repairs["byte-order marks"] += 1
+            elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv -f utf-16 -t utf-8")
+            elif start.count(0) > _LOOKED_AT // 4:  # UTF-16 without a mark, and binary files of any kind
+                raise ValueError(f"{path} is not text: {start.count(0)} of its first {len(start)} bytes are 0")
+            yield stream, count_read
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
+
+
+def _unfinished(data: bytes) -> int:
+    """Bytes at the end of `data` that the next block may complete: a carriage return or the start of a character."""
+    if data.endswith(b"\r"):
+        return 1
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
+            return back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
+        if byte < 0x80:
+            return 0
+    return 0

@@ -1,0 +1,146 @@
+"""The architectures of transformers that have a counterpart here: one row each.
+
+A row says which sizes of the decoder it is, and what its `config.json` says. To add one, write those functions and the
+row; for a model that is not a Decoder, a subclass that overrides the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from models.decoder import Decoder
+from models.hf.config import granite_keys, granite_moe_keys, hf_config, llama_keys
+from models.hf.weights import names, stored_names
+from models.llama import Llama
+from models.mup import MuPKeys
+from models.presets import Size
+from models.rope import RopeScaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One class of transformers and what it is here: a Decoder of some sizes. A subclass may be of another model."""
+
+    model_type: str
+    """Its short name in `config.json`."""
+    has_size: Callable[[Size], bool]
+    """Whether a decoder of this size computes what this architecture does."""
+    config: Callable[[Any], dict[str, Any]]
+    """The entries of `config.json` for a model."""
+    keys: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """The keys of `[model]` for a `config.json`. Raises ValueError for what the model does not compute."""
+    use: str = "models.llama:Llama"
+    """What `[model]` has to use."""
+
+    def is_one(self, model: nn.Module) -> bool:
+        """Return whether `model` computes what this architecture does."""
+        return isinstance(model, Decoder) and self.has_size(model.size)
+
+    def component(self, keys: Mapping[str, Any]) -> Any:
+        """Return what `[model]` is with the keys that `keys` gives."""
+        tables: dict[str, Any] = {
+            key: None if keys.get(key) is None else of(**keys[key])
+            for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
+        }
+        return Llama(**{**keys, **tables})
+
+    def build(self, keys: Mapping[str, Any]) -> nn.Module:
+        """Return the model of these keys, on the current device."""
+        model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
+        return model
+
+    def names(self, model: Any) -> dict[str, str]:
+        """Return our name -> theirs, for every parameter of a model."""
+        return names(model.size)
+
+    def stored_names(self, stored: Iterable[str], model: Any) -> dict[str, str]:
+        """Return the same for what is stored. Raises ValueError for missing and unexpected names."""
+        return stored_names(stored, model.size)
+
+
+def _config(model: Decoder) -> dict[str, Any]:
+    entries = hf_config(model.size, model.vocab_size)
+    # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
+    rope = dict(entries["rope_parameters"])
+    entries["rope_theta"] = rope.pop("rope_theta")
+    entries["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return {**entries, "initializer_range": model.init_std, "attention_dropout": 0.0, "use_cache": True}
+
+
+def _llama_config(model: Decoder) -> dict[str, Any]:
+    size = model.size
+    if size.dim % size.heads:
+        raise ValueError(
+            f"transformers refuses a Llama whose dim = {size.dim} is no multiple of heads = {size.heads}, also with a "
+            "head_dim of its own; such a model cannot be exported"
+        )
+    return _config(model)
+
+
+def _moe_config(model: Decoder) -> dict[str, Any]:
+    losses = model.router_loss
+    assert losses is not None
+    # theirs, of even loads, is top_k where ours is 1; it counts only with output_router_logits
+    coefficient = losses.keys.load_balancing_coefficient / model.size.top_k
+    return {**_config(model), "router_aux_loss_coef": coefficient}
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(
+        model_type="llama",
+        has_size=lambda size: size.mup is None and not size.experts,
+        config=_llama_config,
+        keys=llama_keys,
+    ),
+    "GraniteForCausalLM": Architecture(
+        model_type="granite",
+        has_size=lambda size: size.mup is not None and not size.experts,
+        config=_config,
+        keys=granite_keys,
+    ),
+    "GraniteMoeForCausalLM": Architecture(
+        model_type="granitemoe", has_size=lambda size: bool(size.experts), config=_moe_config, keys=granite_moe_keys
+    ),
+}
+
+
+def architecture_of(model: nn.Module) -> tuple[str, Architecture]:
+    """Raises ValueError for a model that transformers has no class for."""
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.is_one(model):
+            return name, architecture
+    raise ValueError(f"a {type(model).__name__} is none of {', '.join(ARCHITECTURES)}")
+
+
+def architecture_in(config: Mapping[str, Any]) -> tuple[str, Architecture]:
+    """The architecture that a `config.json` names. Raises ValueError for an unknown one."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
+    if name is None:
+        by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+        name = by_type.get(str(config.get("model_type")), config.get("model_type"))
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"architecture {str(name)[:80]!r} is unknown here; known are {', '.join(ARCHITECTURES)}")
+    return name, ARCHITECTURES[name]
+
+
+def locate(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Our name -> the stored name, of every parameter of `model`, given the names and shapes that are stored.
+
+    Raises ValueError for missing and unexpected tensors, and for those of another shape.
+    """
+    _, architecture = architecture_of(model)
+    places = architecture.stored_names(stored, model)
+    wrong = [
+        f"{places[name]} is {list(stored[places[name]])}, not {list(parameter.shape)}"
+        for name, parameter in model.named_parameters()
+        if tuple(parameter.shape) != tuple(stored[places[name]])
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"tensors have another shape than the model's: {'; '.join(wrong[:3])}{more}")
+    return places

@@ -1,0 +1,196 @@
+"""`config.json` of transformers, in both directions: what it says in our keys, and what it has to say of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.presets import Size
+
+_LIMITS = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**31,
+    "num_local_experts": 2**12,
+    "num_experts_per_tok": 2**12,
+}
+"""The most of each that is believed: bounds what a damaged or hostile file can make us allocate."""
+
+_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `[model]`, "use" left out, that give the function of this `LlamaForCausalLM`.
+
+    Entries that are missing have the defaults of `LlamaConfig`, except for the shape, which has none. Raises ValueError
+    for an entry out of bounds, and for what the decoder does not do.
+    """
+    _refuse_what_differs(config)
+    heads = _count(config, "num_attention_heads")
+    dim = _count(config, "hidden_size")
+    theta, scaling = _rope(config)
+    keys: dict[str, Any] = {
+        "size": "debug",
+        "dim": dim,
+        "layers": _count(config, "num_hidden_layers"),
+        "heads": heads,
+        "kv_heads": _count(config, "num_key_value_heads", heads),
+        "head_dim": _count(config, "head_dim", max(dim // heads, 1)),
+        "ffn_dim": _count(config, "intermediate_size"),
+        "norm_eps": _number(config, "rms_norm_eps", 1e-6),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tied_embeddings": config.get("tie_word_embeddings") or False,
+        "max_sequence_length": _count(config, "max_position_embeddings", 2048),
+        "vocab_size": _count(config, "vocab_size"),
+    }
+    if "head_dim" not in config and dim % heads:
+        raise ValueError(f"hidden_size = {dim} cannot be divided among num_attention_heads = {heads}")
+    if heads % keys["kv_heads"]:
+        raise ValueError(f"num_key_value_heads = {keys['kv_heads']} does not divide num_attention_heads = {heads}")
+    return keys
+
+
+def granite_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a `GraniteForCausalLM`: a Llama with the multipliers of muP.
+
+    Raises ValueError where these are not muP's: the attention's is 1 / head_dim, and that of the logits tells the base
+    width.
+    """
+    keys = llama_keys(config)
+    attention = _number(config, "attention_multiplier", 1.0)
+    if attention != 1 / keys["head_dim"]:
+        raise ValueError(
+            f"attention_multiplier = {attention:g}: this decoder has 1 / head_dim = {1 / keys['head_dim']:g} with muP"
+        )
+    scaling = _number(config, "logits_scaling", 1.0)
+    base_width = max(round(keys["dim"] / scaling), 1)
+    if keys["dim"] / base_width != scaling:
+        raise ValueError(f"logits_scaling = {scaling:g} is not the hidden_size of {keys['dim']} by a whole base width")
+    return keys | {
+        "mup": {
+            "base_width": base_width,
+            "embedding_multiplier": _number(config, "embedding_multiplier", 1.0),
+            "residual_multiplier": _number(config, "residual_multiplier", 1.0),
+        }
+    }
+
+
+def granite_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a `GraniteMoeForCausalLM`, with muP or, if all its multipliers say so, without."""
+    plain = llama_keys(config)
+    experts = {
+        "experts": _count(config, "num_local_experts", 8),
+        "top_k": _count(config, "num_experts_per_tok", 2),
+    }
+    if experts["top_k"] > experts["experts"]:
+        raise ValueError(f"num_experts_per_tok = {experts['top_k']} of num_local_experts = {experts['experts']}")
+    others = [_number(config, name, 1.0) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")]
+    if _number(config, "attention_multiplier", 1.0) == plain["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
+        return plain | experts
+    return granite_keys(config) | experts
+
+
+def _refuse_what_differs(config: Mapping[str, Any]) -> None:
+    expected: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish", None),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "partial_rotary_factor": (1, None),
+        "tie_word_embeddings": (False, True, None),
+        "quantization_config": (None,),
+    }
+    for name, values in expected.items():
+        if config.get(name) not in values:
+            raise ValueError(f"{name} = {config[name]!r} is not what this decoder computes; it has {values[0]!r}")
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """rope_theta, and the keys of `models.rope:RopeScaling`: from `rope_parameters`, or what older versions wrote."""
+    table = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(table, Mapping):
+        raise ValueError(f"rope_parameters: {table!r} is no table")
+    theta = _number({**config, **table}, "rope_theta", 10_000.0)
+    kind = table.get("rope_type", table.get("type", "default"))
+    if table.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor = {table['partial_rotary_factor']}: this decoder turns all channels")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ValueError(f'rope_type = {kind!r} is not what this decoder computes; it has "default" and "llama3"')
+    if missing := sorted(_ROPE - table.keys()):
+        raise ValueError(f"rope_parameters has no {', '.join(missing)}")
+    return theta, {
+        "factor": _number(table, "factor"),
+        "low_freq_factor": _number(table, "low_freq_factor"),
+        "high_freq_factor": _number(table, "high_freq_factor"),
+        "original_max_position": _count(
+            {"max_position_embeddings": table["original_max_position_embeddings"]}, "max_position_embeddings"
+        ),
+    }
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{name} is missing from config.json")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LIMITS[name]:
+        raise ValueError(f"{name} = {str(value)[:40]} is no number from 1 to {_LIMITS[name]:,}")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value = config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise ValueError(f"{name} = {str(value)[:40]} is no number above 0")
+    return float(value)
+
+
+def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
+    """The entries (transformers 5) that describe the same function.
+
+    Those of `LlamaConfig`; with muP of `GraniteConfig`, which has its multipliers; with experts of `GraniteMoeConfig`.
+    """
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
+    if size.rope_scaling is not None:
+        scaling = size.rope_scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    entries = {
+        "vocab_size": vocab_size,
+        "hidden_size": size.dim,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_width,
+        "intermediate_size": size.ffn_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": size.norm_eps,
+        "rope_parameters": rope,
+        "max_position_embeddings": size.max_sequence_length,
+        "tie_word_embeddings": size.tied_embeddings,
+        "attention_bias": False,
+    }
+    if size.mup is not None or size.experts:
+        mup = size.mup
+        entries |= {
+            "embedding_multiplier": 1.0 if mup is None else mup.embedding_multiplier,
+            "residual_multiplier": 1.0 if mup is None else mup.residual_multiplier,
+            "attention_multiplier": size.head_width**-0.5 if mup is None else 1 / size.head_width,
+            "logits_scaling": 1.0 if mup is None else mup.width_multiple(size.dim),
+        }
+    if size.experts:
+        return entries | {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    return entries | {"mlp_bias": False}

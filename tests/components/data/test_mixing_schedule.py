@@ -1,0 +1,103 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.data.mixing_schedule import LONGEST_PERIOD, Interleaving, StagedInterleaving, whole_weights
+
+pytestmark = pytest.mark.quick
+
+WEIGHTS = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any)
+
+
+def brute_counts(interleaving, samples: int, sources: int) -> np.ndarray:
+    """(samples + 1, sources): how many of each source the first n samples hold, counted one by one."""
+    taken, _ = interleaving(np.arange(samples))
+    return np.concatenate([np.zeros((1, sources)), np.cumsum(np.eye(sources)[taken], axis=0)])
+
+
+@settings(max_examples=300, deadline=None)
+@given(weights=WEIGHTS)
+def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
+    interleaving = Interleaving(weights)
+    samples = 2 * sum(weights) + 3
+    counts = brute_counts(interleaving, samples, len(weights))
+    # In whole numbers: |count - n W / P| < 1 is |P count - n W| < P.
+    period = sum(weights)
+    assert (np.abs(period * counts - np.arange(samples + 1)[:, None] * np.array(weights)) < period).all()
+    # A window of one period, wherever it starts, is exact; so is any number of them.
+    assert (counts[period:] - counts[:-period] == np.array(weights)).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(weights=WEIGHTS, sample=st.integers(0, 10**12))
+def test_a_sample_is_the_same_asked_alone_from_afar(weights, sample):
+    interleaving = Interleaving(weights)
+    (source,), (number,) = interleaving(np.array([sample]))
+    counts = interleaving.counts(sample)
+    assert counts.sum() == sample
+    assert number == counts[source]
+    assert interleaving.counts(sample + 1)[source] == number + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), sources=st.integers(1, 4), stages=st.integers(1, 4))
+def test_stages_go_on_where_the_last_left_each_source(data, sources, stages):
+    weights = st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any)
+    starts = [0, *sorted(data.draw(st.sets(st.integers(1, 80), min_size=stages - 1, max_size=stages - 1)))]
+    course = [(start, data.draw(weights)) for start in starts]
+    staged = StagedInterleaving(course)
+    taken, numbers = staged(np.arange(120))
+    for source in range(sources):
+        assert numbers[taken == source].tolist() == list(range((taken == source).sum()))
+    for end in (0, 1, *starts, 119, 120):
+        assert staged.counts(end).tolist() == np.bincount(taken[:end], minlength=sources).tolist()
+    for (start, wanted), end in zip(course, [*starts[1:], 120], strict=True):
+        for n in range(1, end - start + 1):  # within 1/n of the weights from the start of the stage
+            shares = np.bincount(taken[start : start + n], minlength=sources) / n
+            assert np.abs(shares - np.array(wanted) / sum(wanted)).max() < 1 / n + 1e-12
+
+
+def test_the_pattern_is_this_one_on_every_machine():
+    # Not to be changed: a run that is resumed counts on it.
+    assert Interleaving([7, 3])(np.arange(10))[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    assert Interleaving([3, 0, 2, 1])(np.arange(6))[0].tolist() == [0, 2, 0, 2, 0, 3]
+
+
+def test_weights_are_the_decimals_that_were_written():
+    assert whole_weights({"a": 0.7, "b": 0.3}) == {"a": 7, "b": 3}
+    assert whole_weights({"a": 1, "b": 1.0, "c": 0}) == {"a": 1, "b": 1, "c": 0}
+    assert whole_weights({"a": 0.1, "b": 0.2, "c": 0.3}) == {"a": 1, "b": 2, "c": 3}
+    assert whole_weights({"a": 1e-4, "b": 0.9999}) == {"a": 1, "b": 9999}
+
+
+@given(st.dictionaries(st.text(max_size=2), st.decimals(0, 1, places=2).map(float), min_size=1, max_size=5))
+def test_proportions_are_kept_exactly(weights):
+    if not any(weights.values()):
+        with pytest.raises(ValueError, match="all are zero"):
+            whole_weights(weights)
+        return
+    whole, exact = whole_weights(weights), {name: Fraction(str(weight)) for name, weight in weights.items()}
+    assert all(whole[n] * sum(exact.values()) == exact[n] * sum(whole.values()) for n in weights)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": -1, "b": 2}, "weights: a = -1; expected a number of at least 0"),
+        ({"a": float("nan")}, "a = nan"),
+        ({"a": float("inf")}, "a = inf"),
+        ({}, "all are zero, or there are none"),
+        ({"a": 3_812_345_677, "b": 1_200_000_000}, r"at most 100,000 can be; round them, .* a = 0\.7606, b = 0\.2394"),
+    ],
+)
+def test_impossible_weights_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        whole_weights(weights)
+
+
+def test_the_longest_period_is_laid_out():
+    weights = [LONGEST_PERIOD - 3, 2, 1]
+    assert Interleaving(weights).counts(10 * LONGEST_PERIOD).tolist() == [10 * weight for weight in weights]

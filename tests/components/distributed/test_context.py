@@ -1,0 +1,103 @@
+"""What processes do for one another, in real ones."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from components.distributed import context
+from components.distributed.context import World
+
+SHORT = timedelta(seconds=2)
+
+
+def join(rank: int, folder: str, patience: timedelta = context.PATIENCE) -> World:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    context.PATIENCE = patience
+    dist_init = dist.init_process_group
+    # both are here before the patience of either begins to run: a busy machine starts them at different times
+    Path(folder, str(rank)).touch()
+    while not Path(folder, str(1 - rank)).exists():
+        time.sleep(0.01)
+    dist.init_process_group = lambda backend, timeout: dist_init(
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout
+    )
+    return World.start("cpu")
+
+
+def wait_for_main(rank: int, folder: str) -> None:
+    joined = join(rank, folder, SHORT)
+    assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
+
+    def fail(who: int, error: Exception) -> int:
+        if rank == who:
+            raise error
+        return rank
+
+    for who in (0, 1):
+        told = "" if rank == who else rf" \(rank {who}\)"
+        with pytest.raises(ValueError, match=rf"^path: no text{told}$"):
+            joined.main_first(partial(fail, who, ValueError("path: no text")))
+        with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
+            joined.main_first(partial(fail, who, ZeroDivisionError("by hand")))
+    joined.stop()
+
+
+def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
+    mp.spawn(wait_for_main, (str(tmp_path),), nprocs=2)
+
+
+def say(rank: int, folder: str) -> None:
+    joined = join(rank, folder)
+    assert joined.agree("the same") and not joined.agree(f"of rank {rank}")
+    assert joined.gather(f"of rank {rank}") == ["of rank 0", "of rank 1"]
+    replace(joined, device=torch.device("cuda")).stop_unless_failed(ValueError)
+    assert dist.is_initialized(), "a process that failed alone would wait for the others in there"
+    joined.stop_unless_failed(ValueError)
+    assert not dist.is_initialized()
+
+
+def test_what_processes_say_to_one_another(tmp_path):
+    mp.spawn(say, (str(tmp_path),), nprocs=2)
+
+
+def run_late(rank: int, folder: str) -> None:
+    joined = join(rank, folder, SHORT)
+    if rank == 0:
+        time.sleep(4)
+    with pytest.raises(RuntimeError):
+        joined.maximum(rank)
+    os._exit(0)  # gloo aborts a process that leaves it in this state
+
+
+def test_a_collective_is_given_up_after_its_time(tmp_path):
+    """Without this the test above would say nothing."""
+    mp.spawn(run_late, (str(tmp_path),), nprocs=2)
+
+
+def shorten(rank: int, folder: str) -> None:
+    joined = join(rank, folder, SHORT)
+    assert joined.waiting is not None and joined.nodes == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard, "a run of 512 processes opens more sockets than a shell usually allows"
+    joined.shorten_timeouts()
+    if rank == 0:
+        time.sleep(4)
+    with pytest.raises(RuntimeError):
+        joined.main_first(lambda: None)
+    os._exit(0)  # gloo aborts a process that leaves it in this state
+
+
+def test_after_the_first_step_nothing_is_waited_for_as_long_as_for_data(tmp_path):
+    mp.spawn(shorten, (str(tmp_path),), nprocs=2)

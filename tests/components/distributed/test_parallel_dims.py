@@ -1,0 +1,45 @@
+"""The mesh of a run, from what is set and where its processes are."""
+
+from __future__ import annotations
+
+import pytest
+
+from components.distributed.parallel_dims import Parallel, Sizes
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "keys", "expected"),
+    [
+        (8, None, {}, (1, 8, 1)),
+        (8, 8, {"tp": 2}, (1, 4, 2)),
+        (16, 8, {}, (2, 8, 1)),
+        (64, 8, {"tp": 4}, (8, 2, 4)),
+        (4, 1, {}, (4, 1, 1)),
+        (16, 4, {"tp": 8}, (1, 2, 8)),  # slices of more than a node leave no whole node to shard in
+        (6, 4, {}, (1, 6, 1)),  # nor do nodes of different sizes
+        (64, 8, {"dp_shard": 64}, (1, 64, 1)),
+        (64, 8, {"dp_shard": 16}, (4, 16, 1)),
+        (64, 8, {"dp_replicate": 1}, (1, 64, 1)),
+        (64, 8, {"dp_replicate": 2, "tp": 2}, (2, 16, 2)),
+    ],
+)
+def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expected):
+    assert Parallel(**keys).sizes(world, local) == Sizes(*expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"dp_shard": 3}, "2 (dp_replicate) x 3 (dp_shard) x 1 (tp) is not the 8 processes"),
+        ({"dp_shard": 16}, "1 (dp_replicate) x 16 (dp_shard) x 1 (tp)"),
+        ({"dp_replicate": 16}, "16 (dp_replicate) x 1 (dp_shard) x 1 (tp)"),
+        ({"tp": 16}, "x 16 (tp)"),
+        ({"dp_replicate": 2, "dp_shard": 2}, "2 (dp_replicate) x 2 (dp_shard)"),
+    ],
+)
+def test_sizes_that_do_not_multiply_out_are_an_error_with_the_arithmetic(keys, said):
+    with pytest.raises(ValueError, match="8 processes") as error:
+        Parallel(**keys).sizes(8)
+    assert said in str(error.value)

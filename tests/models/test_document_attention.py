@@ -1,0 +1,189 @@
+"""Documents that share a sequence: each is computed as it would be alone, and none knows of another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as flex
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from components.token_ids import IGNORE_INDEX
+from models import decoder as module
+from models.decoder import Decoder
+from models.document_attention import InBlocks, OneByOne, documents, positions
+from models.mup import MuP
+from models.presets import Size
+from models.rope import RopeScaling
+
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+]
+
+V, B, T, END = 61, 4, 24, 7
+SMALL = Size(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
+SHAPES = {
+    "grouped": SMALL,
+    "all heads": replace(SMALL, kv_heads=4),
+    "tied and scaled": replace(
+        SMALL, kv_heads=1, head_dim=12, tied_embeddings=True, rope_scaling=RopeScaling(original_max_position=16)
+    ),
+    "experts": replace(SMALL, experts=4, top_k=2),
+    "muP": replace(SMALL, mup=MuP(base_width=16, embedding_multiplier=3.0, residual_multiplier=0.4)),
+}
+shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
+ENDS = [[4, 5, 13], [0, 9], [T - 1], []]
+"""Of each row: neighbours, the two edges of a sequence, and no end at all."""
+EXACT = {"rtol": 0, "atol": 1e-12}
+"""float64, whose sums are in another order."""
+
+
+def decoder(size: Size) -> Decoder:
+    """In float64, with weights large enough that attention is far from uniform."""
+    model = Decoder(size, V, init_std=0.25)
+    model.init_weights(0)
+    return model.double().eval()  # evaluated, or routers would be trained for the balance of the whole micro-batch
+
+
+def apart(size: Size) -> Decoder:
+    model = decoder(size)
+    model.separate_documents(END)
+    return model
+
+
+def tokens() -> Tensor:
+    drawn = torch.randint(V - 1, (B, T), generator=torch.Generator().manual_seed(0))
+    drawn += drawn >= END
+    for row, ends in zip(drawn, ENDS, strict=True):
+        row[ends] = END
+    return drawn
+
+
+def labels() -> Tensor:
+    """The tokens that follow; in the first row some are ignored."""
+    shifted = torch.cat((tokens()[:, 1:], torch.full((B, 1), 11)), 1)
+    shifted[0, 2:5] = IGNORE_INDEX
+    return shifted
+
+
+def spans() -> list[tuple[int, int, int]]:
+    """(row, first, end) of each document."""
+    return [
+        (row, *span)
+        for row, ends in enumerate(ENDS)
+        for span in pairwise([*([] if ends and ends[0] == 0 else [0]), *ends, T])
+    ]
+
+
+def test_positions_count_from_the_start_of_a_document_or_of_the_sequence():
+    expected = torch.empty(B, T, dtype=torch.int64)
+    for row, first, end in spans():
+        expected[row, first:end] = torch.arange(end - first)
+    assert torch.equal(positions(tokens() == END), expected)
+
+
+@shapes
+def test_logits_and_gradients_are_those_of_every_document_alone(size):
+    packed, alone = apart(size), decoder(size)
+    logits, loss = packed(tokens()), packed(tokens(), labels())
+    loss.backward()
+    losses = []
+    for row, first, end in spans():
+        document = (slice(row, row + 1), slice(first, end))
+        torch.testing.assert_close(logits[document], alone(tokens()[document]), **EXACT)
+        losses.append(alone(tokens()[document], labels()[document]))
+    torch.testing.assert_close(loss, torch.stack(losses).sum(), rtol=1e-12, atol=0)
+    torch.stack(losses).sum().backward()
+    expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
+    for name, parameter in packed.named_parameters():
+        assert expected[name].norm() > 0
+        assert (parameter.grad - expected[name]).norm() < 1e-12 * expected[name].norm(), name
+
+
+@shapes
+@pytest.mark.parametrize("blocks", [False, True], ids=["one by one", "in blocks"])
+def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(module, "documents", uncompiled)
+    model, before = apart(size), tokens()
+    for row, first, end in spans():
+        after = before.clone()
+        changed = slice(first + (before[row, first] == END), end)
+        after[row, changed] = (after[row, changed] + 1) % END  # no other end appears
+        with torch.no_grad():
+            difference = (model(before) - model(after)).abs().amax(-1)
+        own = torch.zeros(B, T, dtype=torch.bool)
+        own[row, changed] = True
+        # bitwise, but that an expert's products have the shape of what all documents send it
+        assert difference[~own].max() <= (1e-13 if size.experts else 0)
+        assert (difference[own] > 1e-6).all()
+
+
+def uncompiled(starts_BT: Tensor, head_width: int) -> InBlocks:
+    return InBlocks(starts_BT, compiled=False)
+
+
+@shapes
+def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
+    """As on a GPU, but with the kernel that materializes all scores; backward too, which torch refuses on a CPU."""
+    found = []
+    for way in (documents, uncompiled):
+        model = apart(size)
+        monkeypatch.setattr(module, "documents", way)
+        monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None, raising=False)
+        logits = model(tokens())
+        found.append((logits, *torch.autograd.grad(model(tokens(), labels()), list(model.parameters()))))
+    assert isinstance(documents(tokens() == END, 32), OneByOne), "on a CPU"
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("length", [256, 200], ids=["whole blocks", "a part of one"])
+def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
+    given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for way in (lambda starts_BT, head_width: OneByOne(starts_BT), documents):
+        monkeypatch.setattr(module, "documents", way)
+        model = apart(replace(SMALL, dim=64)).float().cuda()
+        loss = model(given, given.roll(-1, 1))
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    assert isinstance(documents(given == END, 16), InBlocks)
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
+
+
+def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
+    """Whole, where attention is in blocks; the lengths of one by one are not for the compiler."""
+    for way, whole in ((documents, False), (uncompiled, True)):
+        monkeypatch.setattr(module, "documents", way)
+        eager, compiled, counter = apart(SMALL), apart(SMALL), CompileCounter()
+        for layer in compiled.layers.values():
+            layer.compile(backend=counter, fullgraph=whole)
+        with torch.no_grad():
+            compiled(tokens())
+            before = counter.frame_count
+            for shift in (1, 5):
+                given = tokens().roll(shift, 1)
+                torch.testing.assert_close(compiled(given), eager(given), **EXACT)
+        assert counter.frame_count == before > 0
+
+
+def test_without_an_end_it_is_attention_within_the_sequence():
+    given = tokens().where(tokens() != END, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(apart(SMALL)(given), decoder(SMALL)(given), **EXACT)
+
+
+def test_a_cache_holds_one_document():
+    """Generation does not ask for others, and a prompt may begin with the end token of what was before."""
+    given, model = tokens()[1:2, :9], apart(SMALL)
+    with torch.no_grad():
+        cached = [each.float()(given, cache=each.new_cache([0], 9)) for each in (model, decoder(SMALL))]
+        assert torch.equal(*cached)
+        torch.testing.assert_close(cached[0][:, -1], model(given)[:, -1], rtol=0, atol=2e-5)  # float32
+    assert nn.Module.state_dict(model).keys() == decoder(SMALL).state_dict().keys(), "nothing of it is saved"

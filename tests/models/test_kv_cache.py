@@ -1,0 +1,148 @@
+"""With a cache the decoder computes what it does without, whatever the batch, and packed what it does unpacked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import mkldnn_linear
+from models.decoder import Decoder
+from models.mup import MuP
+from models.presets import Size
+from models.rope import RopeScaling
+
+pytestmark = pytest.mark.quick
+
+V = 61
+SMALL = Size(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
+SHAPES = {
+    "grouped": SMALL,
+    "all heads": replace(SMALL, kv_heads=4),
+    "one wide key-value head": replace(SMALL, kv_heads=1, head_dim=12),
+    "tied and scaled": replace(SMALL, tied_embeddings=True, rope_scaling=RopeScaling(original_max_position=16)),
+    "experts": replace(SMALL, experts=4, top_k=2),
+    "muP": replace(SMALL, mup=MuP(base_width=16, embedding_multiplier=3.0, residual_multiplier=0.4)),
+}
+shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+"""Logits of some units in float32, whose sums are in another order."""
+
+
+def decoder(size: Size) -> Decoder:
+    """Weights large enough that attention is far from uniform."""
+    model = Decoder(size, V, init_std=0.25)
+    model.init_weights(1)  # of seed 0 one greedy text is a single token over and over
+    return model
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(V, (length,), generator=generator).tolist() for length in lengths]
+
+
+def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
+    """The greedy continuation and the logits (steps, V) that chose it, each from the whole text anew."""
+    ids, logits = list(prompt), []
+    for _ in range(steps):
+        logits.append(model(torch.tensor([ids]))[0, -1])
+        ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :], torch.stack(logits)
+
+
+def cached(model: Decoder, rows: list[list[int]], steps: int) -> tuple[list[list[int]], Tensor]:
+    """The same of several rows together: logits (steps, B, V)."""
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    cache = model.new_cache(padding, longest + steps - 1)
+    tokens = torch.tensor([[0] * missing + row for missing, row in zip(padding, rows, strict=True)])
+    logits, ids = [], []
+    for _ in range(steps):
+        logits.append(model(tokens, cache=cache)[:, -1])
+        tokens = logits[-1].argmax(-1, keepdim=True)
+        ids.append(tokens[:, 0])
+    return torch.stack(ids, 1).tolist(), torch.stack(logits)
+
+
+@shapes
+@torch.no_grad()
+def test_the_same_tokens_and_logits_as_without(size):
+    model, [prompt] = decoder(size), prompts(7)
+    expected, reference = uncached(model, prompt, 12)
+    [found], logits = cached(model, [prompt], 12)
+    assert found == expected
+    assert len(set(found)) > 3, "else it says little"
+    torch.testing.assert_close(logits[:, 0], reference, **TOLERANCE)
+
+
+@shapes
+@torch.no_grad()
+def test_each_row_of_a_batch_is_what_it_is_alone(size):
+    model, rows = decoder(size), prompts(1, 9, 4, 9)
+    found, logits = cached(model, rows, 10)
+    for row, (prompt, ids) in enumerate(zip(rows, found, strict=True)):
+        expected, reference = uncached(model, prompt, 10)
+        assert ids == expected
+        torch.testing.assert_close(logits[:, row], reference, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(8,), (5, 8)])
+def test_a_text_may_come_in_pieces(lengths):
+    model, rows = decoder(SMALL), prompts(*lengths)
+    longest = max(lengths)
+    padding = [longest - length for length in lengths]
+    tokens = torch.tensor([[0] * missing + row for missing, row in zip(padding, rows, strict=True)])
+    cache = model.new_cache(padding, longest)
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        logits = model(tokens[:, start:end], cache=cache)
+    for row, prompt in enumerate(rows):
+        torch.testing.assert_close(logits[row, -1], model(torch.tensor([prompt]))[0, -1], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_in_half_precision_it_is_as_close_as_half_precision_is():
+    model, [prompt] = decoder(SMALL).bfloat16(), prompts(9)
+    _, logits = cached(model, [prompt], 1)
+    reference = decoder(SMALL)(torch.tensor([prompt]))[0, -1]
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits[0, 0].float(), reference, rtol=0, atol=0.05 * reference.abs().max().item())
+
+
+def test_more_than_there_is_room_for_is_refused():
+    model = decoder(SMALL)
+    cache = model.new_cache([0], 3)
+    with pytest.raises(ValueError, match="4 tokens do not fit a cache of 3"):
+        model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+
+
+@shapes
+@torch.no_grad()
+def test_a_packed_model_computes_the_same(size, monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN, and packs nothing")
+    monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
+    model, rows = decoder(size), prompts(3, 6)
+    reference = [uncached(model, prompt, 6) for prompt in rows]
+    model.pack()
+    left = {name.split(".")[-2] for name, _ in model.named_parameters()}
+    of_experts = {"router", "w_gate_up", "w_down"} if size.experts else set()
+    assert left == {"tok_embeddings", "attention_norm", "ffn_norm", "norm"} | of_experts
+    found, logits = cached(model, rows, 6)
+    for row, (expected, wanted) in enumerate(reference):
+        assert found[row] == expected
+        torch.testing.assert_close(logits[:, row], wanted, **TOLERANCE)
+    with pytest.raises(ValueError, match="logits, no loss"):
+        model(torch.tensor([rows[0]]), torch.tensor([rows[0]]))
+
+
+def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN, and packs nothing")
+    monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
+    monkeypatch.setattr(mkldnn_linear, "multiplies_bf16", lambda: False)
+    model = decoder(SMALL).bfloat16()
+    model.pack()
+    assert not any(isinstance(module, mkldnn_linear.PackedLinear) for module in model.modules())
