@@ -9,24 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from components.interfaces import Comm
 from components.profiler_range import profiler_range
-
-
-class Ranks(Protocol):
-    """Those that see different samples."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
-class Processes(Protocol):
-    """All processes of the run, tensor-parallel ones included."""
-
-    @property
-    def size(self) -> int: ...
-    def sum(self, tensor: Tensor) -> Tensor: ...
 
 
 class MicroBatch(Protocol):
@@ -103,15 +87,18 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ranks: Ranks,
-        world: Processes,
+        ranks: Comm,
+        world: Comm,
         *,
         meter: Meter,
         reduction: Reduction,
         max_grad_norm: float | None,
         compute: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """`compute` gives the context of forward and backward, which provides the weights they compute with."""
+        """`ranks` are the processes that see different samples, `world` all of the run, tensor-parallel ones included.
+
+        `compute` gives the context of forward and backward, which provides the weights they compute with.
+        """
         self.model = model
         self.optimizer = optimizer
         self.ranks = ranks
