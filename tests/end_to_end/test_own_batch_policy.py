@@ -29,6 +29,8 @@ class Policy:
         return self.size
 
     def observe(self, progress, noise):
+        if self.max_size == 17:
+            raise ArithmeticError("by hand")
         if noise is not None:
             self.size = min(2 * self.size, self.max_size)
 
@@ -100,3 +102,9 @@ def test_a_run_leaves_its_recipe_as_it_is(own):
     before = vars(config.recipe.batch).copy()
     assert config.recipe.main(config, None) == 0
     assert vars(config.recipe.batch) == before
+
+
+def test_an_error_of_what_it_built_is_named_with_its_section(own, capsys):
+    with pytest.raises(ArithmeticError, match="by hand"):
+        own.launch("--batch.most=17")
+    assert "the run crashed in [batch]; the traceback is in log.txt, too" in capsys.readouterr().out
