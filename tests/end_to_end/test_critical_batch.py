@@ -137,7 +137,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
         if moment == "before its validation":
 
             def killed(hook: Validate, model: nn.Module, clock: Clock) -> None:
-                if clock.done and hook.config.recipe.batch.initial == 24:
+                if clock.done and hook.checkpoints.config.recipe.batch.initial == 24:
                     kill()
                 validate(hook, model, clock)
 
