@@ -26,10 +26,9 @@ from components.standard_streams import run_command
 from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
-from recipes.launch import UsageError, processes
+from recipes.launch import UsageError, parse_recipe, processes
 from tools.pictures import count_tokens_on, pyplot, write
 from tools.plot_runs import read_run
-from tools.recipe_arguments import read_recipe
 
 POINTS = 2000
 """Of a curve, at most, and besides every change of the batch: a long run has more steps than a picture has dots."""
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="PICTURE", help="the picture to write: .svg, .png or .pdf")
     options, rest = parser.parse_known_args(arguments)
     try:
-        command = read_recipe(rest)
+        command = parse_recipe(rest)
         config = load(command.config, command.overrides)
         shown = curves(config, processes(os.environ).world_size, options.metrics)
         length = config.recipe.training.sequence_length

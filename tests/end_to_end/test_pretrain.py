@@ -248,7 +248,7 @@ def test_dry_run_starts_nothing(tiny, capsys):
         (["--tokenizer.use=components.tokenizers:Byte"], "Bytes"),
         (["--parallel.dp_shard=3"], "not the 1 processes of this run"),
         (["--nonsense"], "--section.key=value"),
-        (["other.toml"], "one recipe, please"),
+        (["other.toml"], "expected one recipe, got 2"),
     ],
 )
 def test_a_mistake_has_one_message_and_status_2(tiny, capsys, arguments, said):

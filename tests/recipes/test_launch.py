@@ -10,7 +10,16 @@ import pytest
 from components.parallel.elastic import Node, numa_options
 from recipes import launch
 from recipes.config import Override, load
-from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, choose_allocator, parse, processes, start_workers
+from recipes.launch import (
+    DEFAULT_CONFIG,
+    Command,
+    Processes,
+    UsageError,
+    choose_allocator,
+    parse,
+    processes,
+    start_workers,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -44,6 +53,18 @@ def test_resume(arguments, resume, path):
     assert (command.resume, command.resume_path) == (resume, path)
 
 
+def test_options_and_the_recipe_may_come_in_any_order():
+    for arguments in (["--resume", "my.toml", "--print-config"], ["--print-config", "--resume", "my.toml"]):
+        assert parse(arguments) == Command(Path("my.toml"), resume=True, print_config=True)
+
+
+def test_help_lists_options_and_exit_codes(capsys):
+    assert launch.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--resume", "--print-config", "--dry-run", "--section.key=value"))
+    assert "exit codes:" in said and "MASTER_ADDR" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "claim"), [([], None), (["--dry-run"], ""), (["--dry-run=H100@45%"], "H100@45%")]
 )
@@ -59,8 +80,11 @@ def test_dry_run(arguments, claim):
         (["--run.name"], "needs a value"),
         (["--run.name", "--dry-run"], "needs a value"),
         (["--frobnicate"], "--section.key=value"),
-        (["-x"], "no option"),
-        (["a.toml", "b.toml"], "one recipe"),
+        (["-x"], "unknown option -x; to override a key of the recipe write"),
+        (["--print_config"], "unknown option --print_config; did you mean --print-config"),
+        (["--resme"], "did you mean --resume"),
+        (["a.toml", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
+        (["a.toml", "--print-config", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
     ],
 )
 def test_what_makes_no_sense_is_told(arguments, said):
@@ -123,7 +147,7 @@ def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])
 def test_processes_that_are_no_number(environment):
-    with pytest.raises(UsageError, match="a number of at least 1"):
+    with pytest.raises(UsageError, match="expected a whole number >= 1"):
         processes(environment)
 
 
