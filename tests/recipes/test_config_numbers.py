@@ -14,10 +14,9 @@ import pydantic
 import pytest
 
 from recipes import launch
-from recipes.config.build import decode_value
 from recipes.config.errors import Origin
 from recipes.config.imports import import_class
-from recipes.config.schema import Field, FieldKind, fields_of, kind_of
+from recipes.config.schema import Field, FieldKind, decode_value, fields_of, kind_of
 from recipes.config.tree import Array, Leaf, Node
 from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
 
