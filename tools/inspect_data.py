@@ -28,11 +28,11 @@ from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from models.documents import positions
+from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
 from recipes.course import follow_schedule
 from recipes.errors import blame
-from recipes.launch import UsageError, parse
 
 BAR, DOUBLE_BAR = "│", "║"
 

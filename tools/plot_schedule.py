@@ -23,10 +23,10 @@ from components.batch.adaptive import Adaptive
 from components.batch.constant import Constant
 from components.batch.layout import BatchLayout
 from components.standard_streams import run_command
+from recipes.cli import UsageError, parse_recipe, resolve_world_shape
 from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
-from recipes.launch import UsageError, parse_recipe, processes
 from tools.pictures import count_tokens_on, pyplot, write
 from tools.plot_runs import read_run
 
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = parse_recipe(rest)
         config = load(command.config, command.overrides)
-        shown = curves(config, processes(os.environ).world_size, options.metrics)
+        shown = curves(config, resolve_world_shape(os.environ).world_size, options.metrics)
         length = config.recipe.training.sequence_length
         for curve in shown:
             print("\n".join([curve.label, *summarise(curve.steps, config.recipe).lines(length), ""]))

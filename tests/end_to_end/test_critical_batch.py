@@ -13,7 +13,7 @@ import pytest
 
 from components.batch.constant import Constant
 from components.train_step import TrainStep
-from recipes import launch
+from recipes import cli
 from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
 from recipes.pretrain import Pretrain, TrainingRun
@@ -217,7 +217,7 @@ def test_print_config_is_launchable(measured, capsys):
     assert measured.launch("--print-config") == 0
     printed = measured.tiny.folder / "printed.toml"
     printed.write_text(capsys.readouterr().out)
-    assert launch.main([str(printed), "--dry-run"]) == 0
+    assert cli.main([str(printed), "--dry-run"]) == 0
 
 
 def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):

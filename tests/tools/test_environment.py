@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.launch import ROOT
+from recipes.cli import ROOT
 from tools.requirements import missing
 
 pytestmark = pytest.mark.quick

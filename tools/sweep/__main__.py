@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from components.standard_streams import run_command
-from recipes.launch import UsageError, parse_recipe
+from recipes.cli import UsageError, parse_recipe
 from tools.sweep.cells import in_cells, rate_of
 from tools.sweep.devices import processes_of_a_run
 from tools.sweep.grid import Job, Sweep, parse_grid

@@ -149,7 +149,7 @@ def parse_recipe(arguments: Sequence[str]) -> Command:
 
 
 @dataclass(frozen=True)
-class Processes:
+class WorldShape:
     """How many processes this launch means."""
 
     per_node: int
@@ -160,7 +160,7 @@ class Processes:
         return self.per_node * self.nodes
 
 
-def processes(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> Processes:
+def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> WorldShape:
     """From the environment; without NPROC or NGPU one for each GPU, or one for a `recipe` that wants none.
 
     `gpus` are those that are visible, if not to this process. Raises UsageError.
@@ -178,17 +178,17 @@ def processes(environment: Mapping[str, str], recipe: object = None, gpus: int |
     for name, value in (("NPROC", per_node), ("NNODES", nodes)):
         if not value.isdigit() or int(value) < 1:
             raise UsageError(f"{name}={value}: expected a whole number >= 1")
-    return Processes(int(per_node), int(nodes))
+    return WorldShape(int(per_node), int(nodes))
 
 
-def worker_processes(environment: Mapping[str, str]) -> Processes:
+def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
     """Those of the run that this process is one of."""
     world_size = int(environment["WORLD_SIZE"])
     per_node = int(environment.get("LOCAL_WORLD_SIZE") or world_size)
-    return Processes(per_node, world_size // per_node) if world_size % per_node == 0 else Processes(world_size, 1)
+    return WorldShape(per_node, world_size // per_node) if world_size % per_node == 0 else WorldShape(world_size, 1)
 
 
-def start_workers(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
     from components.parallel.elastic import Node, run_workers
 
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     choose_allocator(os.environ)
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
-    if in_worker():
+    if is_worker():
         from components.parallel.elastic import follow_launcher
 
         follow_launcher()
@@ -263,20 +263,20 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not in_worker():
+        if not is_worker():
             raise
         from components.parallel.elastic import crash
 
         crash(error)
         return 1
-    if in_worker():
+    if is_worker():
         from components.parallel.elastic import end
 
         return end(status, message)
     return status
 
 
-def in_worker() -> bool:
+def is_worker() -> bool:
     """Whether this is one process of a run, not the launcher that starts them."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -291,25 +291,25 @@ def run(arguments: Sequence[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     with blame(config, "recipe"):
-        count = worker_processes(os.environ) if in_worker() else processes(os.environ, config.recipe)
+        count = worker_world_shape(os.environ) if is_worker() else resolve_world_shape(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size, count.per_node)
-    if in_worker() and "LOCAL_RANK" not in os.environ:
+    if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "
             "to start a run, or set all three for each process"
         )
-    if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
+    if not is_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
         if getattr(config.recipe, "device", "auto") != "cpu" and hasattr(config.recipe, "run"):
             enable_flight_recorder(os.environ, config.recipe.run.directory)
-        return start_workers(count, os.environ, arguments)
+        return launch_workers(count, os.environ, arguments)
     return start_recipe(config, command)
 
 
-def start_dry_run(config: Config, count: Processes, text: str) -> int:
+def start_dry_run(config: Config, count: WorldShape, text: str) -> int:
     """In this process, whatever the number of processes claimed."""
     from recipes import dry_run
     from recipes.plan import Claim
