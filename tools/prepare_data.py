@@ -19,10 +19,10 @@ from components.data.mixture import sources_in
 from components.data.prepare import Preparation
 from components.data.source import TextSource
 from components.standard_streams import run_command
+from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import Data, EncodesText
 from recipes.errors import blame
-from recipes.launch import UsageError, parse
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes import launch
+from recipes.config import load
 from tools import inspect_data, plot_schedule
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
@@ -98,7 +98,7 @@ def test_its_schedule_is_drawn_at_both_ends(own, capsys):
 
 @pytest.mark.quick
 def test_a_run_leaves_its_recipe_as_it_is(own):
-    config = launch.load(own.recipe)
+    config = load(own.recipe)
     before = vars(config.recipe.batch).copy()
     assert config.recipe.main(config, None) == 0
     assert vars(config.recipe.batch) == before
