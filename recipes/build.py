@@ -35,6 +35,7 @@ from components.precision import WorkingWeights
 from components.profiler import Profiler
 from components.run_directory import RunDirectory
 from components.train_step import TrainStep
+from components.units import format_count
 from components.validation import Validation
 from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
@@ -327,3 +328,24 @@ def flops_per_token(config: Config, model: nn.Module) -> float:
     """Return the FLOPs of a trained token, as the model counts them."""
     with blame(config, "model"):
         return float(model.flops_per_token(config.recipe.training.sequence_length))  # type: ignore[operator]
+
+
+def log_startup(
+    config: Config, environment: Environment, mesh: Layout, data: TrainingData, built: ShardedModel
+) -> None:
+    """Log what is about to happen."""
+    training, world, sequences = config.recipe.training, environment.world, len(data.dataset)
+    parameters = sum(parameter.numel() for parameter in built.model.parameters())
+    log.info(
+        f"{config.recipe.run.name}: {format_count(parameters)} parameters, vocabulary {data.identity.vocab_size}, "
+        f"{built.precision} on {world.size} x {world.device.type}, in {environment.directory.path}"
+    )
+    if world.size > 1:
+        replicas, shards, tp = mesh.sizes
+        mode = "local" if built.reduction.local else "reduce"
+        log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, accumulation = {mode}")
+    log.info(
+        f"{format_count(training.total_tokens)} tokens, "
+        f"{training.total_tokens / (sequences * training.sequence_length):.2f} epochs "
+        f"of {format_count(sequences)} sequences of {training.sequence_length}"
+    )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
@@ -14,11 +15,10 @@ from components.distributed.context import World
 from components.distributed.parallel_dims import DataRanks
 from components.garbage_collection import GarbageCollection
 from components.interrupts import SAVE, Requests, stops
-from components.metrics.monitor import Monitor
+from components.metrics.jsonl import last_rows
 from components.profiler import Profiler
 from components.validation import Validation
 from recipes.checkpointing import RunCheckpoints
-from recipes.config import Config
 from recipes.errors import evaluate_together
 from recipes.hooks import Hook, HookContext
 
@@ -73,24 +73,19 @@ class Validate(Hook):
     """
 
     validation: Validation
-    interval_steps: int | None
-    ranks: DataRanks
-    world: World
-    compute: Callable[[], AbstractContextManager[object]]
-    monitor: Monitor
+    checkpoints: RunCheckpoints
     requests: Requests
-    config: Config
-    is_missing: bool
-    """Whether the run that is continued ended between the save of this step and the validation that was due."""
-    read_launched: Callable[[], None]
-    restart_timer: Callable[[], None]
+    ranks: DataRanks
+    compute: Callable[[], AbstractContextManager[object]]
+    metrics: Path
+    """The file metrics.jsonl."""
 
     def on_run_begin(self, context: HookContext) -> None:
-        if self.is_missing:
+        if self.checkpoints.world.maximum(int(self._is_missing(context))):
             self.validate(context.model, context.clock)
 
     def on_step_end(self, context: HookContext) -> None:
-        if is_due(self.interval_steps, context.clock):
+        if is_due(self._interval_steps, context.clock):
             self.validate(context.model, context.clock)
 
     def on_run_end(self, context: HookContext) -> None:
@@ -99,12 +94,25 @@ class Validate(Hook):
 
     def validate(self, model: nn.Module, clock: Clock) -> None:
         """Evaluate `model` and write the row of this step."""
-        self.read_launched()
+        run = self.checkpoints
+        run.read_launched()
         values = evaluate_together(
-            lambda: self.validation.evaluate(model, self.ranks, self.compute), self.config, "validation", self.world
+            lambda: self.validation.evaluate(model, self.ranks, self.compute), run.config, "validation", run.world
         )
-        self.monitor.write({"step": clock.step, "tokens": clock.tokens, **values})
-        self.restart_timer()
+        run.monitor.write({"step": clock.step, "tokens": clock.tokens, **values})
+        run.restart_timer()
+
+    @property
+    def _interval_steps(self) -> int | None:
+        interval: int | None = self.checkpoints.config.recipe.validation.interval_steps
+        return interval
+
+    def _is_missing(self, context: HookContext) -> bool:
+        """Return whether a killed run ended between the save of this step and the validation that was due at it."""
+        if context.rank or not (context.clock.done or is_due(self._interval_steps, context.clock)):
+            return False
+        rows = last_rows(self.metrics)
+        return bool(rows) and rows[-1]["step"] == context.clock.step and not any("val_loss" in row for row in rows)
 
 
 @dataclass

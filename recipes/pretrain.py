@@ -25,13 +25,12 @@ from components.gradient_moments import MeasureMoments
 from components.guard import BadStep, Guard
 from components.interfaces import DataConfig
 from components.interrupts import exit_status, reason, stops
-from components.metrics.jsonl import last_rows
 from components.metrics.monitor import Metrics
 from components.profiler import ProfilerConfig
 from components.throughput import peak_flops
 from components.train_step import TrainStep, not_finite
 from components.units import format_count
-from components.validation import HeldOut, Validation
+from components.validation import HeldOut
 from recipes import build
 from recipes.bad_steps import handle_bad_samples, handle_bad_step, learning_rate
 from recipes.batch_policy import build_batch_policy
@@ -184,13 +183,16 @@ class Trainer:
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
         self.read_at, self.told_unmeasurable = 0.0, False
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, recipe.checkpoint.interval_steps)]
-        if self.data.validation is not None:
-            after.append(self._validate_hook(self.data.validation, environment))
+        if (validation := self.data.validation) is not None:
+            metrics = environment.directory.metrics
+            after.append(
+                Validate(validation, self.checkpoints, self.requests, self.mesh.data, self.step.compute, metrics)
+            )
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
         self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)
         self.context = self._hook_context(environment)
-        self._introduce(environment, built)
+        build.log_startup(config, environment, self.mesh, self.data, built)
 
     def train(self) -> int:
         """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
@@ -330,27 +332,6 @@ class Trainer:
             summands["model"] = sums
         return summands
 
-    def _validate_hook(self, validation: Validation, environment: build.Environment) -> Validate:
-        """Return the hook that validates; a validation that a killed run owes comes before the first step."""
-        section = self.recipe.validation
-        interval_steps = None if section is None else section.interval_steps
-        due = self.clock.done or (interval_steps is not None and self.clock.step % interval_steps == 0)
-        rows = last_rows(environment.directory.metrics) if due and self.world.is_main else []
-        is_missing = bool(rows) and rows[-1]["step"] == self.clock.step and not any("val_loss" in row for row in rows)
-        return Validate(
-            validation,
-            interval_steps,
-            self.mesh.data,
-            self.world,
-            self.step.compute,
-            self.monitor,
-            self.requests,
-            self.config,
-            is_missing=bool(self.world.maximum(int(is_missing))),
-            read_launched=self.read_launched,
-            restart_timer=self.restart_timer,
-        )
-
     def _hook_context(self, environment: build.Environment) -> HookContext:
         def log_metrics(values: Mapping[str, float]) -> None:
             self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **values})
@@ -364,24 +345,6 @@ class Trainer:
             world_size=self.world.size,
             directory=environment.directory.path,
             log_metrics=log_metrics,
-        )
-
-    def _introduce(self, environment: build.Environment, built: build.ShardedModel) -> None:
-        """Log what is about to happen."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        total, length, sequences = self.clock.total_tokens, self.clock.sequence_length, len(self.data.dataset)
-        log.info(
-            f"{self.recipe.run.name}: {format_count(parameters)} parameters, vocabulary "
-            f"{self.data.identity.vocab_size}, {built.precision} on {self.world.size} x {self.world.device.type}, in "
-            f"{environment.directory.path}"
-        )
-        if self.world.size > 1:
-            replicas, shards, tp = self.mesh.sizes
-            mode = "local" if built.reduction.local else "reduce"
-            log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, accumulation = {mode}")
-        log.info(
-            f"{format_count(total)} tokens, {total / (sequences * length):.2f} epochs "
-            f"of {format_count(sequences)} sequences of {length}"
         )
 
 

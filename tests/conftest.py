@@ -11,7 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from recipes import launch
+from recipes import cli
 from tests.processes import SIGNALS, reset_signals
 
 hypothesis.settings.register_profile("powertrain", deadline=None)  # a busy machine is slow, not wrong
@@ -98,7 +98,7 @@ class TinyRun:
 
     def launch(self, *arguments: str) -> int:
         """The launcher, in this process; returns the exit status."""
-        return launch.main([str(self.recipe), *arguments])
+        return cli.main([str(self.recipe), *arguments])
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
@@ -112,7 +112,7 @@ def reference() -> Callable[[str], Path]:
     """Real text, tokenizers and a checkpoint in shared/data beside the project; a test that needs one skips without."""
 
     def find(part: str) -> Path:
-        folder = launch.ROOT.parent / "shared" / "data" / part
+        folder = cli.ROOT.parent / "shared" / "data" / part
         if not folder.is_dir():
             pytest.skip(f"needs the reference data in {folder}")
         return folder

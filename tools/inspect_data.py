@@ -29,9 +29,9 @@ from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from models.document_attention import positions
 from recipes.batch_policy import build_batch_policy
+from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
 from recipes.errors import blame
-from recipes.launch import UsageError, parse
 
 BAR, DOUBLE_BAR = "│", "║"
 

@@ -22,14 +22,13 @@ from typing import Any
 from components.batch import BatchLayout, Constant
 from components.standard_streams import run_command
 from recipes.batch_policy import build_batch_policy
+from recipes.cli import UsageError, parse_recipe, resolve_world_shape
 from recipes.config import Config, ConfigError, load
 from recipes.course import Step, steps, summarise
 from recipes.errors import blame
-from recipes.launch import UsageError, processes
 from recipes.recipe import complete_recipe
 from tools.pictures import count_tokens_on, pyplot, write
 from tools.plot_runs import read_run
-from tools.recipe_arguments import read_recipe
 
 POINTS = 2000
 """Of a curve, at most, and besides every change of the batch: a long run has more steps than a picture has dots."""
@@ -121,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="PICTURE", help="the picture to write: .svg, .png or .pdf")
     options, rest = parser.parse_known_args(arguments)
     try:
-        command = read_recipe(rest)
+        command = parse_recipe(rest)
         config = load(command.config, command.overrides)
-        shown = curves(config, processes(os.environ).world_size, options.metrics)
+        shown = curves(config, resolve_world_shape(os.environ).world_size, options.metrics)
         length = config.recipe.training.sequence_length
         for curve in shown:
             print("\n".join([curve.label, *summarise(curve.steps, config.recipe).lines(length), ""]))

@@ -20,9 +20,9 @@ from components.data.sources.base import TextSource
 from components.data.tokenize import Preparation
 from components.interfaces import DataConfig, Tokenizer
 from components.standard_streams import run_command
+from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
 from recipes.errors import blame
-from recipes.launch import UsageError, parse
 
 
 def main(arguments: Sequence[str]) -> int:

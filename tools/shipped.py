@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from recipes.config.imports import import_class, import_path
-from recipes.config.schema import SignatureError, fields_of, protocol_error
+from recipes.config.imports import import_class, import_path, protocol_error
+from recipes.config.schema import SignatureError, fields_of
 
 RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
 """The first is what a file is for that names none."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.launch import ROOT
+from recipes.cli import ROOT
 from tools.sweep.grid import Job, Settings, Sweep
 
 SEQUENCE = 128

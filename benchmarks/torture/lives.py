@@ -17,7 +17,7 @@ import torch
 
 from components.checkpoint import complete_checkpoints, load_tensors, verify
 from components.checkpoint.metadata import read_index
-from recipes import launch
+from recipes import cli
 
 RECIPE = """
 [run]
@@ -163,7 +163,7 @@ def _fork(arguments: list[str], environment: dict[str, str], rank: int, director
         os.environ.update(environment)
         if environment:
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        status = launch.main(arguments)
+        status = cli.main(arguments)
     finally:
         os._exit(status)
 

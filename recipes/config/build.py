@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
-from typing import Annotated, Any, Union
-
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pathlib import Path
+from typing import Any
 
 from components.errors import InputError
-from recipes.config.errors import (
-    Origin,
-    Problem,
-    absolute,
-    describe_error,
-    did_you_mean,
-    error_message,
-    is_utf8,
-    join_limited,
-)
-from recipes.config.imports import UseError, import_class, import_path, import_root
-from recipes.config.schema import (
-    Field,
-    FieldKind,
-    SignatureError,
-    describe_kind,
+from recipes.config.errors import Origin, Problem, describe_error, did_you_mean, error_message, join_limited
+from recipes.config.imports import (
+    UseError,
     describe_slot,
-    describe_type,
-    fields_of,
+    import_class,
+    import_path,
+    import_root,
     missing_attributes,
     protocol_error,
-    type_adapter,
 )
+from recipes.config.schema import Field, FieldKind, SignatureError, decode_value, describe_kind, fields_of
 from recipes.config.toml import KeyPath, brief_value, join_key, to_toml_value
 from recipes.config.tree import Array, Leaf, Node, Table, children, merge, problem_at, to_python, use_of
 
@@ -46,14 +28,6 @@ FAILED: Any = object()
 
 _RAISED = (Exception, SystemExit)
 """What the code of a component may raise; it is reported at the key, without a traceback and without exiting."""
-
-_LIMITS = {
-    "greater_than": (">", "gt"),
-    "greater_than_equal": (">=", "ge"),
-    "less_than": ("<", "lt"),
-    "less_than_equal": ("<=", "le"),
-}
-"""pydantic's names for limits, the sign, and where it keeps the number."""
 
 
 @dataclass(frozen=True)
@@ -293,80 +267,3 @@ def _describe_table(kind: FieldKind, path: KeyPath) -> str:
     if kind.form == "slot":
         return f'a table [{name}] with use = "package.module:Name", naming the {describe_slot(kind.annotation)}'
     return f"an array of tables, [[{name}]]" if kind.form == "list" else f"a table, [{name}]"
-
-
-def decode_value(kind: FieldKind, node: Node) -> Any:
-    """Return the typed value of a leaf. Raises ValueError that says what was expected.
-
-    Types are strict: "3" is not a number, 3.0 not a whole number and 1 not a boolean, but 3 is a number, and a list a
-    tuple. Text from the command line is read as TOML if that fits the type, else as it was typed.
-    """
-    value = to_python(node)
-    try:
-        return _decode(kind, value, node.origin.base_dir)
-    except ValueError:
-        if node.text is None or node.text == value:
-            raise
-        try:
-            return _decode(kind, node.text, node.origin.base_dir)
-        except ValueError:
-            pass
-        raise
-
-
-def _decode(kind: FieldKind, value: Any, base_dir: Path) -> Any:
-    if value is None or (kind.optional and value == "none"):
-        return None
-    if isinstance(value, (datetime.date, datetime.time)):
-        raise ValueError(f"expected {describe_kind(kind)}; a date or time has to be written in quotes")
-    if not is_utf8(json.dumps(value, default=str, ensure_ascii=False)):
-        raise ValueError(f"expected {describe_kind(kind)}, in UTF-8 as a recipe is; rename what it names")
-    adapter = type_adapter(kind.annotation)
-    try:
-        # Through JSON, which has no tuples or paths either: its strict reading is the one that TOML needs.
-        decoded = adapter.validate_json(json.dumps(value), strict=True)
-    except TypeError:  # a date deep inside
-        raise ValueError(f"expected {describe_kind(kind)}") from None
-    except ValidationError as error:
-        raise ValueError("; ".join(_explain(kind, error))) from None
-    if value == "" and isinstance(decoded, PurePath):
-        raise ValueError('expected a path, as text; the directory you stand in is written "."')
-    return _absolute_paths(decoded, base_dir)
-
-
-def _absolute_paths(value: Any, base_dir: Path) -> Any:
-    """Return `value` with every path in it absolute."""
-    if isinstance(value, Path):
-        return absolute(value, base_dir)
-    if type(value) in (list, tuple):
-        return type(value)(_absolute_paths(item, base_dir) for item in value)
-    if type(value) is dict:
-        return {key: _absolute_paths(item, base_dir) for key, item in value.items()}
-    return value
-
-
-def _explain(kind: FieldKind, error: ValidationError) -> Iterator[str]:
-    """Yield pydantic's errors about one leaf in our words, the first three of them."""
-    details: list[ErrorDetails] = error.errors(include_url=False)
-    annotation = kind.annotation
-    if typing.get_origin(annotation) in (Union, types.UnionType):  # one error for each type it might have been
-        yield f"expected {describe_kind(kind)}"
-        return
-    bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
-    for detail in details[:3]:
-        item = "".join(f"item {part + 1}: " for part in detail["loc"] if isinstance(part, int))
-        context = detail.get("ctx", {})
-        if detail["type"] in _LIMITS:
-            sign, key = _LIMITS[detail["type"]]
-            number = describe_type(type(detail["input"]) if item else bare)
-            yield f"{item}expected {number} {sign} {str(context[key]).removesuffix('.0')}"
-        elif detail["type"] == "finite_number":
-            yield f"{item}expected a finite number"
-        elif detail["type"] == "value_error":
-            said = str(context["error"])
-            yield f"{item}expected {said}" if said.startswith(("a ", "an ", "one of ", "text")) else item + said
-        elif detail["type"].endswith(("_type", "_parsing", "_from_float", "literal_error", "enum", "missing")):
-            yield f"expected {describe_kind(kind)}"
-            return
-        else:
-            yield item + detail["msg"][:1].lower() + detail["msg"][1:]

@@ -1,19 +1,24 @@
-"""From `use = "package.module:Name"` to the class, or to a sentence that says why not."""
+"""From `use = "package.module:Name"` to a class that fits its slot, or to a sentence that says why not."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import tomli
 
 from recipes.config.errors import PROJECT, describe_error, did_you_mean, join_limited
 
+_SPECIAL_METHODS = ("__call__", "__len__", "__getitem__", "__iter__")
+"""Those that a protocol may ask for; the others every class has."""
 _OURS = ("recipes", "components", "models", "tools")
 
 
@@ -142,3 +147,65 @@ def _install(package: str) -> str:
 def _distribution(requirement: str) -> str:
     """`transformers` of `transformers>=5.0`."""
     return requirement[: next((at for at, char in enumerate(requirement) if char in "<>=!~[; "), None)].lower()
+
+
+def protocol_error(cls: type, slot: type) -> str | None:
+    """Return what keeps instances of `cls` from being a `slot`, or None; data attributes are not looked at."""
+    if not getattr(slot, "_is_protocol", False) and inspect.isabstract(slot) and not issubclass(cls, slot):
+        return f"it does not derive from {import_path(slot)}"
+    if inspect.isabstract(cls):
+        return "it lacks " + ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
+    if getattr(cls, "_is_protocol", False):
+        return "it is itself a protocol"
+    methods = dict(_methods(slot))
+    absent = [f"{name}()" for name in methods if not callable(getattr(cls, name, None))]
+    if absent:
+        return "it lacks " + ", ".join(absent)
+    calls = (_call_error(cls, name, method) for name, method in methods.items())
+    return next((complaint for complaint in calls if complaint), None)
+
+
+def missing_attributes(instance: Any, slot: type) -> str | None:
+    """Return which attributes of the protocol `instance` does not have, or None."""
+    names = (name for base in _protocols(slot) for name in vars(base).get("__annotations__", {}))
+    absent = [name for name in names if not hasattr(instance, name)]
+    return "it lacks " + ", ".join(absent) if absent else None
+
+
+def describe_slot(slot: type) -> str:
+    """Return the name of a slot for a message: `batch policy (recipes.contracts:BatchPolicy)`."""
+    words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", slot.__name__)
+    spoken = " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
+    return f"{spoken} ({import_path(slot)})"
+
+
+def _methods(slot: type) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods that `slot` declares."""
+    for base in _protocols(slot):
+        for name, member in vars(base).items():
+            if inspect.isfunction(member) and (name in _SPECIAL_METHODS or not name.startswith("_")):
+                yield name, member
+
+
+def _protocols(slot: type) -> list[type]:
+    """Return `slot` and the bases that add to it, without what every protocol inherits."""
+    return [base for base in slot.__mro__ if base.__module__ not in ("typing", "builtins", "abc")]
+
+
+def _call_error(cls: type, name: str, asked: Any) -> str | None:
+    """Return what is wrong with calling the method of `cls` the way the slot's method is called, or None."""
+    own = getattr(cls, name)
+    is_bound = not inspect.isfunction(own) or isinstance(inspect.getattr_static(cls, name), staticmethod)
+    try:
+        signature = inspect.signature(own)
+    except (TypeError, ValueError):
+        return None
+    _, *parameters = inspect.signature(asked).parameters.values()  # without self
+    required = [p for p in parameters if p.kind is p.POSITIONAL_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    try:
+        signature.bind(*[None] * (len(required) + (not is_bound)), **dict.fromkeys(named))
+    except TypeError as error:
+        call = ", ".join([p.name for p in required] + [f"{keyword}=..." for keyword in named])
+        return f"its {name}() cannot be called as {name}({call}): {error}"
+    return None

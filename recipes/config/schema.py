@@ -1,4 +1,4 @@
-"""The signature is the schema: the keys a class takes, their types, defaults and documentation, and the slots it fits.
+"""The signature is the schema: the keys a class takes with their types, defaults and documentation, and their values.
 
 The typed keyword-only parameters of a constructor are the keys of its table.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import collections.abc
 import dataclasses
+import datetime
 import enum
 import inspect
-import re
+import json
 import sys
 import textwrap
 import types
@@ -18,14 +19,16 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import ConfigDict, TypeAdapter, WithJsonSchema
+from pydantic import ConfigDict, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.errors import PydanticUserError
+from pydantic_core import ErrorDetails
 
-from recipes.config.imports import import_path
+from recipes.config.errors import absolute, is_utf8
 from recipes.config.toml import write_value
+from recipes.config.tree import Node, to_python
 
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -35,8 +38,13 @@ _WORDS: dict[Any, str] = {
     Any: "anything",
     types.NoneType: '"none"',
 }
-_SPECIAL_METHODS = ("__call__", "__len__", "__getitem__", "__iter__")
-"""Those that a protocol may ask for; the others every class has."""
+_LIMITS = {
+    "greater_than": (">", "gt"),
+    "greater_than_equal": (">=", "ge"),
+    "less_than": ("<", "lt"),
+    "less_than_equal": ("<=", "le"),
+}
+"""pydantic's names for limits, the sign, and where it keeps the number."""
 
 
 class SignatureError(Exception):
@@ -215,63 +223,78 @@ def _strict_adapter(annotation: Any) -> TypeAdapter[Any]:
         return TypeAdapter(annotation)
 
 
-def protocol_error(cls: type, slot: type) -> str | None:
-    """Return what keeps instances of `cls` from being a `slot`, or None; data attributes are not looked at."""
-    if not getattr(slot, "_is_protocol", False) and inspect.isabstract(slot) and not issubclass(cls, slot):
-        return f"it does not derive from {import_path(slot)}"
-    if inspect.isabstract(cls):
-        return "it lacks " + ", ".join(f"{name}()" for name in sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
-    if getattr(cls, "_is_protocol", False):
-        return "it is itself a protocol"
-    methods = dict(_methods(slot))
-    absent = [f"{name}()" for name in methods if not callable(getattr(cls, name, None))]
-    if absent:
-        return "it lacks " + ", ".join(absent)
-    calls = (_call_error(cls, name, method) for name, method in methods.items())
-    return next((complaint for complaint in calls if complaint), None)
+def decode_value(kind: FieldKind, node: Node) -> Any:
+    """Return the typed value of a leaf. Raises ValueError that says what was expected.
 
-
-def missing_attributes(instance: Any, slot: type) -> str | None:
-    """Return which attributes of the protocol `instance` does not have, or None."""
-    names = (name for base in _protocols(slot) for name in vars(base).get("__annotations__", {}))
-    absent = [name for name in names if not hasattr(instance, name)]
-    return "it lacks " + ", ".join(absent) if absent else None
-
-
-def describe_slot(slot: type) -> str:
-    """Return the name of a slot for a message: `batch policy (recipes.contracts:BatchPolicy)`."""
-    words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", slot.__name__)
-    spoken = " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
-    return f"{spoken} ({import_path(slot)})"
-
-
-def _methods(slot: type) -> Iterator[tuple[str, Any]]:
-    """Yield the public methods that `slot` declares."""
-    for base in _protocols(slot):
-        for name, member in vars(base).items():
-            if inspect.isfunction(member) and (name in _SPECIAL_METHODS or not name.startswith("_")):
-                yield name, member
-
-
-def _protocols(slot: type) -> list[type]:
-    """Return `slot` and the bases that add to it, without what every protocol inherits."""
-    return [base for base in slot.__mro__ if base.__module__ not in ("typing", "builtins", "abc")]
-
-
-def _call_error(cls: type, name: str, asked: Any) -> str | None:
-    """Return what is wrong with calling the method of `cls` the way the slot's method is called, or None."""
-    own = getattr(cls, name)
-    is_bound = not inspect.isfunction(own) or isinstance(inspect.getattr_static(cls, name), staticmethod)
+    Types are strict: "3" is not a number, 3.0 not a whole number and 1 not a boolean, but 3 is a number, and a list a
+    tuple. Text from the command line is read as TOML if that fits the type, else as it was typed.
+    """
+    value = to_python(node)
     try:
-        signature = inspect.signature(own)
-    except (TypeError, ValueError):
+        return _decode(kind, value, node.origin.base_dir)
+    except ValueError:
+        if node.text is None or node.text == value:
+            raise
+        try:
+            return _decode(kind, node.text, node.origin.base_dir)
+        except ValueError:
+            pass
+        raise
+
+
+def _decode(kind: FieldKind, value: Any, base_dir: Path) -> Any:
+    if value is None or (kind.optional and value == "none"):
         return None
-    _, *parameters = inspect.signature(asked).parameters.values()  # without self
-    required = [p for p in parameters if p.kind is p.POSITIONAL_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if isinstance(value, (datetime.date, datetime.time)):
+        raise ValueError(f"expected {describe_kind(kind)}; a date or time has to be written in quotes")
+    if not is_utf8(json.dumps(value, default=str, ensure_ascii=False)):
+        raise ValueError(f"expected {describe_kind(kind)}, in UTF-8 as a recipe is; rename what it names")
+    adapter = type_adapter(kind.annotation)
     try:
-        signature.bind(*[None] * (len(required) + (not is_bound)), **dict.fromkeys(named))
-    except TypeError as error:
-        call = ", ".join([p.name for p in required] + [f"{keyword}=..." for keyword in named])
-        return f"its {name}() cannot be called as {name}({call}): {error}"
-    return None
+        # Through JSON, which has no tuples or paths either: its strict reading is the one that TOML needs.
+        decoded = adapter.validate_json(json.dumps(value), strict=True)
+    except TypeError:  # a date deep inside
+        raise ValueError(f"expected {describe_kind(kind)}") from None
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(kind, error))) from None
+    if value == "" and isinstance(decoded, PurePath):
+        raise ValueError('expected a path, as text; the directory you stand in is written "."')
+    return _absolute_paths(decoded, base_dir)
+
+
+def _absolute_paths(value: Any, base_dir: Path) -> Any:
+    """Return `value` with every path in it absolute."""
+    if isinstance(value, Path):
+        return absolute(value, base_dir)
+    if type(value) in (list, tuple):
+        return type(value)(_absolute_paths(item, base_dir) for item in value)
+    if type(value) is dict:
+        return {key: _absolute_paths(item, base_dir) for key, item in value.items()}
+    return value
+
+
+def _explain(kind: FieldKind, error: ValidationError) -> Iterator[str]:
+    """Yield pydantic's errors about one leaf in our words, the first three of them."""
+    details: list[ErrorDetails] = error.errors(include_url=False)
+    annotation = kind.annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType):  # one error for each type it might have been
+        yield f"expected {describe_kind(kind)}"
+        return
+    bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+    for detail in details[:3]:
+        item = "".join(f"item {part + 1}: " for part in detail["loc"] if isinstance(part, int))
+        context = detail.get("ctx", {})
+        if detail["type"] in _LIMITS:
+            sign, key = _LIMITS[detail["type"]]
+            number = describe_type(type(detail["input"]) if item else bare)
+            yield f"{item}expected {number} {sign} {str(context[key]).removesuffix('.0')}"
+        elif detail["type"] == "finite_number":
+            yield f"{item}expected a finite number"
+        elif detail["type"] == "value_error":
+            said = str(context["error"])
+            yield f"{item}expected {said}" if said.startswith(("a ", "an ", "one of ", "text")) else item + said
+        elif detail["type"].endswith(("_type", "_parsing", "_from_float", "literal_error", "enum", "missing")):
+            yield f"expected {describe_kind(kind)}"
+            return
+        else:
+            yield item + detail["msg"][:1].lower() + detail["msg"][1:]

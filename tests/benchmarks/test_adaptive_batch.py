@@ -100,9 +100,9 @@ EVERY = [(name, kind) for name in [*methods.METHODS, "constant 20"] for kind in 
 @pytest.mark.parametrize("name, kind", [row for row in EVERY if row != ("Seesaw", "power")])  # refused by design
 def test_every_method_is_a_recipe(name, kind, tmp_path):
     """Up to what needs the text: keys, types and cross-checks."""
-    from recipes import launch
+    from recipes import cli
 
     settings = runs.settings_of(Run((name, kind), 0.002, 0, 100_000))
     extra = ["--tokenizer.path=x", "--data.path=x", "--validation.data.path=x", f"--run.dir={tmp_path / 'run'}"]
     arguments = [f"--{key}={value}" for key, value in settings.items()]
-    assert launch.main([str(runs.RECIPE), *arguments, *extra, "--lr_schedule.warmup_tokens=0", "--print-config"]) == 0
+    assert cli.main([str(runs.RECIPE), *arguments, *extra, "--lr_schedule.warmup_tokens=0", "--print-config"]) == 0

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.lr_transfer.__main__ import main
 from benchmarks.lr_transfer.cells import BASE_WIDTH, METHODS, Grid, cost, sweep_of
+from recipes.cli import ROOT
 from recipes.config import Override, load
-from recipes.launch import ROOT
 from tests.tools.sweep.outcomes import pretend
 
 pytestmark = pytest.mark.quick

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from components.data.dataset import PackedTokens
 from components.data.sources.text_files import TextFiles
-from recipes import launch
+from recipes import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def run_all(processes: int, commands: list[list[str]], folder: Path) -> None:
     """Run the launcher with each of `commands` on `processes` processes, one thread each."""
     if processes == 1:
         for arguments in commands:
-            assert launch.main(arguments) == 0, arguments
+            assert cli.main(arguments) == 0, arguments
         return
     (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from recipes import launch
+from recipes import cli
 
 
 def main(commands: Path) -> int:
     dist.init_process_group("gloo")  # once: a mesh does not survive its process group, nor do DTensor's caches
     for arguments in json.loads(commands.read_text()):
-        status = launch.main(arguments)
+        status = cli.main(arguments)
         if status:
             print(f"rank {os.environ['RANK']}: status {status} of {arguments}", file=sys.stderr)
             return status

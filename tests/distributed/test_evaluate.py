@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from recipes import launch
-from recipes.launch import ROOT
+from recipes import cli
+from recipes.cli import ROOT
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_evaluate import CONFIG
 from tools import export_hf
@@ -40,7 +40,7 @@ def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
     assert export_hf.main([str(tiny.directory), str(exported)]) == 0
     for method in methods:
         for name, source in (("one", tiny.directory), ("exported", exported)):
-            assert launch.main([*command(source, name, method, "--evaluation.sequence_length=24")]) == 0
+            assert cli.main([*command(source, name, method, "--evaluation.sequence_length=24")]) == 0
         results = {
             name: json.loads((tiny.folder / f"{name}-{method}.json").read_text())
             for name in ("one", "exported", *layouts)
@@ -53,7 +53,7 @@ def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
 
 
 def test_damage_in_the_share_of_either_process_is_told(tiny):
-    assert launch.main([str(tiny.recipe), "--training.total_tokens=1100"]) == 0
+    assert cli.main([str(tiny.recipe), "--training.total_tokens=1100"]) == 0
     checkpoint = max((tiny.directory / "checkpoints").iterdir())
     names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"])
     command = [sys.executable, ROOT / "recipes", CONFIG, f"--evaluation.checkpoint={tiny.directory}"]

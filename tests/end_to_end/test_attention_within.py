@@ -15,7 +15,7 @@ from components.data.loader import MicroBatchLoader
 from components.tokenizers import Bytes
 from models.decoder import Decoder
 from models.llama import Llama
-from recipes import launch
+from recipes import cli
 from recipes.config import Override, load
 from tests.conftest import TEXT, TinyRun
 from tests.end_to_end.test_other_models import MODEL
@@ -56,7 +56,7 @@ class Short(TinyRun):
         keys = {"checkpoint": self.directory, "cache_dir": self.folder / "cache", "limit": SEQUENCES, "output": output}
         given = [f"--evaluation.{key}={value}" for key, value in keys.items()]
         given += ["--evaluation.device=cpu", "--evaluation.precision=float32"]
-        assert launch.main([str(EVALUATE), *given, *arguments]) == 0
+        assert cli.main([str(EVALUATE), *given, *arguments]) == 0
         return json.loads(output.read_text())
 
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
         assert message in captured.out + captured.err
         assert "Traceback" not in captured.err
     both = ["--evaluation.method=documents", "--evaluation.attention_within=document"]
-    assert launch.main([str(EVALUATE), f"--evaluation.checkpoint={run.directory}", *both]) == 2
+    assert cli.main([str(EVALUATE), f"--evaluation.checkpoint={run.directory}", *both]) == 2
     assert "evaluation.attention_within" in capsys.readouterr().err
 
 

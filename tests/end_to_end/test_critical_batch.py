@@ -15,7 +15,7 @@ from torch import nn
 from components.batch import Constant
 from components.clock import Clock
 from components.train_step import TrainStep
-from recipes import launch
+from recipes import cli
 from recipes.bad_steps import NonFiniteError
 from recipes.branch_report import Branch, Report
 from recipes.loop_hooks import Validate
@@ -137,7 +137,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
         if moment == "before its validation":
 
             def killed(hook: Validate, model: nn.Module, clock: Clock) -> None:
-                if clock.done and hook.config.recipe.batch.initial == 24:
+                if clock.done and hook.checkpoints.config.recipe.batch.initial == 24:
                     kill()
                 validate(hook, model, clock)
 
@@ -225,7 +225,7 @@ def test_print_config_is_launchable(measured, capsys):
     assert measured.launch("--print-config") == 0
     printed = measured.tiny.folder / "printed.toml"
     printed.write_text(capsys.readouterr().out)
-    assert launch.main([str(printed), "--dry-run"]) == 0
+    assert cli.main([str(printed), "--dry-run"]) == 0
 
 
 def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from components.checkpoint import complete_checkpoints, verify
-from recipes import launch
+from recipes import cli
 from tests.conftest import TinyRun
 from tests.distributed.launching import ROOT
 from tests.end_to_end.endings import ARGUMENTS, prepare
@@ -92,7 +92,7 @@ def test_an_evaluation_of_text_that_cannot_be_used_is_one_message(run, undisturb
     recipe.write_text(f'extends = ["{ROOT / "train_configs" / "evaluate.toml"}"]')
     monkeypatch.setenv("FAULT", fault)
     keys = [f"--evaluation.checkpoint={undisturbed}", "--evaluation.trust_code=true", "--evaluation.limit=3"]
-    assert launch.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.held_out=true"]) == 2
+    assert cli.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.held_out=true"]) == 2
     said = capsys.readouterr().err
     assert re.search(r"^(command line|.*evaluate\.toml:?\d*)  data", said, re.MULTILINE), said
     assert ENDINGS[fault][1] in said and "the run has ended" in said

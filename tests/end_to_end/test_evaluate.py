@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from components.validation import Totals
-from recipes import launch
+from recipes import cli
 from recipes.evaluate import Evaluate, Evaluation, numbers
 from tests.conftest import TinyRun
 from tools import export_hf
@@ -35,7 +35,7 @@ class Evaluated:
 
     def launch(self, *arguments: str) -> int:
         own = [f"--evaluation.checkpoint={self.tiny.directory}", f"--evaluation.cache_dir={self.tiny.folder / 'cache'}"]
-        return launch.main([str(CONFIG), *own, "--evaluation.device=cpu", "--evaluation.precision=float32", *arguments])
+        return cli.main([str(CONFIG), *own, "--evaluation.device=cpu", "--evaluation.precision=float32", *arguments])
 
     def result(self, *arguments: str) -> dict:
         output = self.tiny.folder / "result.json"

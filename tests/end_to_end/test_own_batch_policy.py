@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes import launch
+from recipes.config import load
 from tools import inspect_data, plot_schedule
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
@@ -29,6 +29,8 @@ class Policy:
         return self.size
 
     def observe(self, progress, noise):
+        if self.max_size == 17:
+            raise ArithmeticError("by hand")
         if noise is not None:
             self.size = min(2 * self.size, self.max_size)
 
@@ -96,7 +98,13 @@ def test_its_schedule_is_drawn_at_both_ends(own, capsys):
 
 @pytest.mark.quick
 def test_a_run_leaves_its_recipe_as_it_is(own):
-    config = launch.load(own.recipe)
+    config = load(own.recipe)
     before = vars(config.recipe.batch).copy()
     assert config.recipe.main(config, None) == 0
     assert vars(config.recipe.batch) == before
+
+
+def test_an_error_of_what_it_built_is_named_with_its_section(own, capsys):
+    with pytest.raises(ArithmeticError, match="by hand"):
+        own.launch("--batch.most=17")
+    assert "the run crashed in [batch]; the traceback is in log.txt, too" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_the_stored_configuration_launches_the_same_run(tiny, tmp_path, monkeypa
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     stored = tiny.directory / "config.toml"
-    from recipes.launch import main
+    from recipes.cli import main
 
     assert main([str(stored), f"--run.dir={tmp_path / 'again'}"]) == 0
     again = flatten((tmp_path / "again" / "config.toml").read_text())
@@ -217,7 +217,7 @@ def test_print_config_can_be_launched_and_says_where_values_come_from(tiny, caps
     assert "# tiny.toml:" in printed or "tiny.toml:" in printed
     again = tiny.folder / "again.toml"
     again.write_text(printed)
-    from recipes.launch import main
+    from recipes.cli import main
 
     assert main([str(again), "--print-config"]) == 0
     assert flatten(capsys.readouterr().out) == flatten(printed)
@@ -242,7 +242,7 @@ def test_dry_run_starts_nothing(tiny, capsys):
         (["--tokenizer.use=components.tokenizers:Byte"], "Bytes"),
         (["--parallel.dp_shard=3"], "not the 1 processes of this run"),
         (["--nonsense"], "--section.key=value"),
-        (["other.toml"], "one recipe, please"),
+        (["other.toml"], "expected one recipe, got 2"),
     ],
 )
 def test_a_mistake_has_one_message_and_status_2(tiny, capsys, arguments, said):

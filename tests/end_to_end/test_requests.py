@@ -11,7 +11,7 @@ import time
 import pytest
 
 from components.distributed import launcher
-from recipes import launch, pretrain
+from recipes import cli, pretrain
 from tests.distributed.launching import finish, start
 from tests.end_to_end.test_signals import wait_for_steps
 from tests.processes import wait_until
@@ -68,8 +68,8 @@ def test_before_a_run_is_ready_sigusr1_does_nothing(tiny, monkeypatch) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     try:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        monkeypatch.setattr(launch, "run", lambda arguments: os.kill(os.getpid(), signal.SIGUSR1) or 0)
-        assert launch.main([]) == 0
+        monkeypatch.setattr(cli, "run", lambda arguments: os.kill(os.getpid(), signal.SIGUSR1) or 0)
+        assert cli.main([]) == 0
     finally:
         signal.signal(signal.SIGUSR1, before)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 ARGUMENTS: dict[str, tuple[str, str]] = {
     # the command line itself
     "an unknown option": ("--nonsense", "--section.key=value"),
-    "a short option": ("-x", "-x is no option"),
-    "two recipes": ("other.toml", "one recipe, please"),
+    "a short option": ("-x", "unknown option -x"),
+    "two recipes": ("other.toml", "expected one recipe, got 2"),
     "an option without its value": ("--run.name", "--run.name needs a value"),
     "an empty path to resume from": ("--resume=", "--resume= needs a path"),
     "an empty device": ("--dry-run=", "--dry-run= needs a device"),

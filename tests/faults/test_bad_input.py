@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.train_step import TrainStep
-from recipes import launch
+from recipes import cli
 from tests.conftest import TinyRun
 from tests.faults.bad_arguments import ARGUMENTS, RECIPES
 from tests.faults.bad_files import AFTER_A_RUN, FRESH
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: list[str], said: str) -> None:
     before = sorted(folder.rglob("run/*"))
     capsys.readouterr()
-    status = launch.main(arguments)
+    status = cli.main(arguments)
     output = capsys.readouterr()
     assert "Traceback" not in output.out + output.err
     assert said in output.err, output.out + output.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes import launch
+from recipes import cli
 from tests.conftest import TinyRun
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
@@ -81,7 +81,7 @@ def test_what_fails_before_the_first_step_is_reported_at_its_key(tiny: TinyRun, 
     for number, (section, source, method) in enumerate(AT_THE_START):
         arguments = breaking(tiny, number, section, source, method, "ValueError('too odd')")
         capsys.readouterr()
-        status = launch.main(arguments)
+        status = cli.main(arguments)
         output = capsys.readouterr()
         said, where = output.out + output.err, f"{section}.{method}"
         assert (status, "Traceback" in said) == (2, False), f"{where}: {said}"
@@ -94,10 +94,10 @@ def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFi
     for number, (section, method) in enumerate(IN_THE_LOOP):
         arguments = breaking(tiny, 100 + number, section, METHOD, method, "ArithmeticError('by hand')")
         if section == "lr_schedule":  # the state is saved first, by all ranks together
-            assert launch.main(arguments) == 1
+            assert cli.main(arguments) == 1
         else:
             with pytest.raises(ArithmeticError, match="by hand"):
-                launch.main(arguments)
+                cli.main(arguments)
         said = capsys.readouterr().out
         assert f"the run crashed in [{section}]; the traceback is in log.txt, too" in said, f"{method}: {said}"
         assert "ArithmeticError: by hand" in (tiny.directory / "log.txt").read_text()
@@ -105,7 +105,7 @@ def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "tiny.toml", "/proc/nobody"])
 def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(tiny: TinyRun, capsys, cache: str):
-    assert launch.main([str(tiny.recipe), f"--run.cache_dir={tiny.folder / cache}"]) == 2
+    assert cli.main([str(tiny.recipe), f"--run.cache_dir={tiny.folder / cache}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith('command line  run.cache_dir = "') and "\n    [Errno" in said
     assert "; name a folder that can be written, and has room\n1 problem; nothing was started." in said

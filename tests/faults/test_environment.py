@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.launch import ROOT, Processes, UsageError, start_workers
+from recipes.cli import ROOT, UsageError, WorldShape, launch_workers
 from tests.conftest import TinyRun
 
 
@@ -61,4 +61,4 @@ def test_processes_without_a_folder_for_temporary_files_are_one_message(monkeypa
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with pytest.raises(UsageError, match=r"the processes cannot be started: .*No such file or directory: '/nowhere"):
-        start_workers(Processes(2, 1), {}, [])
+        launch_workers(WorldShape(2, 1), {}, [])

@@ -14,7 +14,7 @@ import torch
 
 from components.checkpoint import load_tensors, tensor_names
 from components.safetensors import PickledWeights
-from recipes import launch
+from recipes import cli
 from recipes.config import ConfigError
 from recipes.resume import another_past
 from recipes.stored_config import stored_config
@@ -93,9 +93,9 @@ LOADERS: dict[str, Callable[[TinyRun], object]] = {
     "--resume": lambda tiny: tiny.launch("--resume", "--training.total_tokens=800"),
     "a fork": lambda tiny: tiny.launch(f"--resume={newest(tiny)}", f"--run.dir={tiny.folder / 'fork'}"),
     "tools.generate": lambda tiny: generate.main([str(newest(tiny)), "It was"]),
-    "an evaluation": lambda tiny: launch.main(
+    "an evaluation": lambda tiny: cli.main(
         [
-            str(launch.ROOT / "train_configs" / "evaluate.toml"),
+            str(cli.ROOT / "train_configs" / "evaluate.toml"),
             f"--evaluation.checkpoint={newest(tiny)}",
             f"--evaluation.cache_dir={tiny.folder / 'cache'}",
             "--data.use=components.data:TextFiles",

@@ -13,11 +13,10 @@ from typing import Annotated
 import pydantic
 import pytest
 
-from recipes import launch
-from recipes.config.build import decode_value
+from recipes import cli
 from recipes.config.errors import Origin
 from recipes.config.imports import import_class
-from recipes.config.schema import Field, FieldKind, fields_of, kind_of
+from recipes.config.schema import Field, FieldKind, decode_value, fields_of, kind_of
 from recipes.config.tree import Array, Leaf, Node
 from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
 
@@ -102,7 +101,7 @@ def test_a_key_may_say_that_it_takes_any_number() -> None:
 def test_it_is_one_problem_at_its_key(number: str, capsys) -> None:
     keys = ("training.max_grad_norm", "lr_schedule.max_lr", "optimizer.eps", "guard.spike_deviations", "model.init_std")
     keys += ("training.total_tokens", "run.max_minutes", "checkpoint.keep_last", "model.rope_theta")
-    assert launch.main(["--print-config", *(f"--{key}={number}" for key in keys)]) == 2
+    assert cli.main(["--print-config", *(f"--{key}={number}" for key in keys)]) == 2
     said = capsys.readouterr().err
     assert set(re.findall(r"^command line  ([\w.]+) = ", said, re.MULTILINE)) >= set(keys) - {"model.init_std"}
     assert "Traceback" not in said

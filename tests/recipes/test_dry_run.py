@@ -9,7 +9,7 @@ import pytest
 
 from components.distributed.parallel_dims import Sizes
 from components.throughput import named_device
-from recipes import launch
+from recipes import cli
 from recipes.config import Config, Override, load
 from recipes.foresee import foresee
 from recipes.memory_estimate import Memory
@@ -304,9 +304,9 @@ def test_a_model_that_needs_data_to_run_is_planned_without_its_activations(tiny,
 def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
     monkeypatch.setenv("NPROC", "8")
     monkeypatch.setenv("NNODES", "128")
-    assert launch.main([str(Path(tiny.recipe)), "--dry-run"]) == 0
+    assert cli.main([str(Path(tiny.recipe)), "--dry-run"]) == 0
     assert "1024 = 128 (dp_replicate) x 8 (dp_shard)" in capsys.readouterr().out
-    assert launch.main([str(Path(tiny.recipe)), "--dry-run", "--parallel.dp_shard=1024"]) == 0
+    assert cli.main([str(Path(tiny.recipe)), "--dry-run", "--parallel.dp_shard=1024"]) == 0
     assert "1024 = 1 (dp_replicate) x 1024 (dp_shard)" in capsys.readouterr().out
 
 

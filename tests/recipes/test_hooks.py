@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.clock import Clock
-from recipes import launch
+from recipes import cli
 from recipes.hooks import POINTS, Hook, HookContext, Hooks, complete_hook
 
 CONTEXT = HookContext(None, None, Clock(100, 10), None, 0, 1, None, dict.update)  # type: ignore[arg-type]
@@ -189,5 +189,5 @@ def test_what_is_no_hook_is_reported_at_its_key(hooked, monkeypatch, capsys):
 @pytest.mark.quick
 def test_hooks_are_printed_as_they_are_configured(hooked, monkeypatch, capsys):
     monkeypatch.chdir(hooked.folder)
-    assert launch.main([str(hooked.recipe), "--print-config"]) == 0
+    assert cli.main([str(hooked.recipe), "--print-config"]) == 0
     assert '[hooks.record]\nuse = "my_hooks:Record"' in capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from models.presets import SIZES
-from recipes import launch
+from recipes import cli
 from recipes.config import Override, flatten, load
 from recipes.plan import Claim, make_plan
 
@@ -122,7 +122,7 @@ def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, c
         monkeypatch.setenv("NPROC", str(processes))
         monkeypatch.setenv("NNODES", str(nodes))
         shorter = ["--training.total_tokens=50B"] if name in POWER else []  # a million steps take seconds to play
-        assert launch.main([str(FOLDER / f"{name}.toml"), "--dry-run", *arguments_for(name, text), *shorter]) == 0
+        assert cli.main([str(FOLDER / f"{name}.toml"), "--dry-run", *arguments_for(name, text), *shorter]) == 0
         printed = capsys.readouterr().out
         assert f"processes      {processes * nodes} = " in printed
         if name in PARAMETERS:
@@ -160,7 +160,7 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
     if name in POWER:
         reduced["model.mup.base_width"] = 16  # made small, it is still twice as wide as where nothing is scaled
     arguments += [f"--{key}={value}" for key, value in reduced.items()]
-    assert launch.main([str(FOLDER / f"{name}.toml"), *arguments]) == 0
+    assert cli.main([str(FOLDER / f"{name}.toml"), *arguments]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 4 < rows[0]["loss"] < 7
     assert (tmp_path / "run" / "checkpoints").is_dir()

@@ -83,7 +83,7 @@ def test_a_token_that_is_no_character_shows_its_id():
         (["--step", "1", "--micro-batch", "4"], "--micro-batch 4: step 1 has 4, from 0"),
         (["--rank", "2", "--ranks", "2"], "dp_rank = 2"),
         (["--data.pathh=x"], "did you mean path"),
-        (["--stepp", "1"], "--stepp is no option"),
+        (["--stepp", "1"], "unknown option --stepp"),
     ],
 )
 def test_mistakes_are_one_message(tiny, capsys, arguments, message):

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from recipes import launch
+from recipes import cli
 from recipes.config import Override, load
 from tools.plot_schedule import Curve, curves, main
 
@@ -110,7 +110,7 @@ def test_metrics_of_another_sequence_length_are_refused(tiny, capsys):
 
 
 def test_a_recipe_of_many_runs_is_refused(capsys, tmp_path):
-    recipe = launch.ROOT / "train_configs" / "critical_batch.toml"
+    recipe = cli.ROOT / "train_configs" / "critical_batch.toml"
     assert main([str(recipe), f"--branches.checkpoint={tmp_path}"]) == 2
     assert "CriticalBatch is many runs" in capsys.readouterr().err
 

@@ -21,8 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from components.standard_streams import run_command
-from recipes.launch import UsageError
-from tools.recipe_arguments import read_recipe
+from recipes.cli import UsageError, parse_recipe
 from tools.sweep.cells import in_cells, rate_of
 from tools.sweep.devices import processes_of_a_run
 from tools.sweep.grid import Job, Sweep, parse_grid
@@ -36,7 +35,7 @@ RATES = ("lr_schedule.max_lr", "lr_schedule.a")
 def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(arguments)
     try:
-        command = read_recipe(rest)
+        command = parse_recipe(rest)
         common = {override.path: override.text for override in command.overrides}
         if options.jobs < 1:
             raise ValueError(f"--jobs {options.jobs}: at least 1")

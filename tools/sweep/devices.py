@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from recipes.launch import processes
+from recipes.cli import resolve_world_shape
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -37,4 +37,4 @@ def processes_of_a_run(runs: int, recipe: object) -> int:
     """How many processes the launcher will start for the `recipe` of one of `runs` at a time. Raises UsageError."""
     share = shares(devices := visible(), runs)[0]
     gpus = len(share[VISIBLE].split(",")) if share else len(devices)
-    return processes(os.environ, recipe, gpus).world_size
+    return resolve_world_shape(os.environ, recipe, gpus).world_size

@@ -23,7 +23,7 @@ from components.critical_batch import smoothed
 from components.metrics.jsonl import read_rows
 from components.paths import is_file
 from components.run_directory import RunDirectory
-from recipes.launch import ERROR_FILE, ROOT
+from recipes.cli import ERROR_FILE, ROOT
 from tools.sweep.devices import shares, visible
 from tools.sweep.grid import Job, Settings
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from components.data import Mixture
 from components.data.loader import MicroBatchLoader, epochs, order_of
 from components.data.mixture import Stage
+from components.errors import MissingFileError
 from components.tokenizers import Bytes
 from tests.components.data.conftest import Given
 
@@ -32,7 +33,7 @@ class Numbers:
 
 class Broken(Numbers):
     def build(self, **settings):
-        raise FileNotFoundError("path: nowhere matches no file")
+        raise MissingFileError("path", "nowhere matches no file")
 
 
 def mixed(lengths, weights, stages=(), sequence_length=10):

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 
 from components.distributed import context
 from components.distributed.context import World
+from components.errors import InputError
 
 SHORT = timedelta(seconds=2)
 
@@ -48,7 +49,7 @@ def wait_for_main(rank: int, folder: str) -> None:
     for who in (0, 1):
         told = "" if rank == who else rf" \(rank {who}\)"
         with pytest.raises(ValueError, match=rf"^path: no text{told}$"):
-            joined.main_first(partial(fail, who, ValueError("path: no text")))
+            joined.main_first(partial(fail, who, InputError("path", "no text")))
         with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
             joined.main_first(partial(fail, who, ZeroDivisionError("by hand")))
     joined.stop()

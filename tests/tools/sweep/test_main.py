@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from components.units import parse_count
-from recipes.launch import ROOT
+from recipes.cli import ROOT
 from tests.processes import start_process, wait_until
 from tests.tools.sweep.outcomes import LENGTH, pretend
 from tools.sweep.__main__ import main

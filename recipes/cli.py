@@ -1,13 +1,11 @@
 """The command line: one recipe, resolved once, then run in one process or in many.
 
-    launch [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]
-           [--dry-run[=DEVICE[@MFU]]]
-
-Exit status: 0 done; 2 bad configuration or input; 128 + signal when stopped by one after saving; 1 anything else.
+`--help` lists the options, the environment variables and the exit codes.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -15,10 +13,13 @@ import signal
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from components.run_directory import FLIGHT_RECORDER
 from recipes.config import Config, ConfigError, Override, load
+from recipes.config.errors import did_you_mean
 from recipes.errors import RunError, blame, component_at_fault, out_of_memory
 from recipes.recipe import complete_recipe
 
@@ -30,22 +31,26 @@ DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
 ERROR_FILE = "POWERTRAIN_ERROR_FILE"
 """Environment variable with the path of a file that the fields of a ConfigError are written to, for other programs."""
 
-HELP = f"""\
-usage: run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]
-                    [--dry-run[=DEVICE[@MFU]]]
+EMPTY_VALUES = {
+    "--resume": "needs a path; --resume alone takes the newest checkpoint of this run",
+    "--dry-run": "needs a device, as in --dry-run=H100; --dry-run alone shows several",
+}
+"""The options whose value may be left out, and what is said of one that is empty."""
 
-  CONFIG.toml           the recipe; without one: {DEFAULT_CONFIG.relative_to(ROOT)}
-  --section.key=value   set a key of the recipe ("--section.key value" does, too)
-  --resume[=PATH]       continue from the newest checkpoint of this run, or from the checkpoint or run directory PATH
-  --print-config        print the resolved recipe as TOML, with where each value comes from, and stop
-  --dry-run             say what the run would be: parameters, memory, steps, rates, time, problems; start nothing.
-                        =DEVICE[@MFU] reckons with one device and utilisation: H100, A100@45%, cpu, @0.5
-  --help                this text
+EPILOG = """\
+environment:
+  PYTHON                     interpreter to set up with
+  NPROC or NGPU              processes on this node (default: its GPUs, or 1); a dry run may claim any number
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+                             several nodes
+  MAX_RESTARTS               restarts after a failure (default: 0)
+  PYTORCH_ALLOC_CONF         memory allocator of GPUs (default: expandable_segments:True)
 
-environment: PYTHON the interpreter to set up with; NPROC or NGPU processes on this node (default: its GPUs, or 1;
-             a dry run may claim any number); NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT for several nodes;
-             MAX_RESTARTS after a failure (default 0); PYTORCH_ALLOC_CONF settings of the memory allocator of GPUs
-             (default expandable_segments:True)
+exit codes:
+  0                          done
+  1                          the run stopped itself, could not save its last step, or crashed
+  2                          bad configuration or input, reported in one message
+  128 + signal (130, 143)    stopped by a signal, after saving a checkpoint
 """
 
 
@@ -67,51 +72,85 @@ class Command:
     help: bool = False
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of everything but the overrides, whose names only the recipe knows."""
+    parser = _Parser(
+        prog="run_train.sh",
+        usage="run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]\n"
+        "                    [--dry-run[=DEVICE[@MFU]]]",
+        description="Pre-train from a recipe. --section.key=value, or --section.key value, sets a key of the recipe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    default = DEFAULT_CONFIG.relative_to(ROOT)
+    option = partial(parser.add_argument, nargs="?")
+    option("config", metavar="CONFIG.toml", type=Path, default=DEFAULT_CONFIG, help=f"the recipe (default: {default})")
+    text = "continue from this run's newest checkpoint, or from PATH, which may be one checkpoint or a run directory"
+    option("--resume", metavar="=PATH", help=text)
+    text = "print parameters, memory, steps, learning rates, time and problems, and exit; with DEVICE[@MFU], such as "
+    option("--dry-run", metavar="=DEVICE[@MFU]", help=text + "H100, A100@45%%, cpu or @0.5, for that device and MFU")
+    text = "print the resolved recipe as TOML, with where each value comes from, and exit"
+    parser.add_argument("--print-config", action="store_true", help=text)
+    parser.add_argument("-h", "--help", action="store_true", help="print this text and exit")
+    return parser
+
+
 def parse(arguments: Sequence[str]) -> Command:
-    """Raises UsageError."""
-    configs: list[Path] = []
-    overrides: list[Override] = []
-    flags: dict[str, bool] = {}
-    resume_path, dry_run = None, None
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
+    """Return the parsed command line. Raises UsageError."""
+    overrides, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
         name, equals, value = argument.partition("=")
-        if argument in ("--print-config", "--dry-run", "--help", "-h", "--resume"):
-            flags[argument.strip("-").replace("-", "_")] = True
-        elif name == "--dry-run":
-            if not value:
-                raise UsageError("--dry-run= needs a device, as in --dry-run=H100; --dry-run alone shows several")
-            dry_run = value
-        elif name == "--resume":
-            if not value:
-                raise UsageError("--resume= needs a path; --resume alone takes the newest checkpoint of this run")
-            flags["resume"], resume_path = True, Path(value)
+        if name in EMPTY_VALUES:
+            if equals and not value:
+                raise UsageError(f"{argument} {EMPTY_VALUES[name]}")
+            rest.append(f"{name}={value}")  # without one argparse would take the next argument for it
         elif name.startswith("--") and ("." in name or (equals and name[2:].isidentifier())):
-            if not equals:
-                if not rest or rest[0].startswith("--"):
-                    raise UsageError(f"{name} needs a value: {name}=VALUE")
-                value = rest.pop(0)
+            value = value if equals else next(remaining, "--")
+            if not equals and value.startswith("--"):
+                raise UsageError(f"{name} needs a value: {name}=VALUE")
             overrides.append(Override(name[2:], value))
-        elif name.startswith("-"):
-            raise UsageError(f"{argument} is no option; keys of the recipe are written --section.key=value")
         else:
-            configs.append(Path(argument))
-    if len(configs) > 1:
-        raise UsageError(f"one recipe, please: {' '.join(map(str, configs))}; layer recipes with `extends` in TOML")
+            rest.append(argument)
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(rest)
+    if unknown and unknown[0].startswith("-"):
+        match = did_you_mean(unknown[0], ("--resume", "--print-config", "--dry-run", "--help"))
+        hint = f"did you mean {match}?" if match else "to override a key of the recipe write --section.key=value"
+        raise UsageError(f"unknown option {unknown[0]}; {hint}")
+    if unknown:
+        recipes = [str(options.config), *unknown]
+        raise UsageError(
+            f"expected one recipe, got {len(recipes)}: {' '.join(recipes)}; combine recipes with `extends`"
+        )
     return Command(
-        config=configs[0] if configs else DEFAULT_CONFIG,
+        config=options.config,
         overrides=tuple(overrides),
-        resume=flags.get("resume", False),
-        resume_path=resume_path,
-        print_config=flags.get("print_config", False),
-        dry_run=dry_run if dry_run is not None else "" if "dry_run" in flags else None,
-        help=flags.get("help", False) or flags.get("h", False),
+        resume=options.resume is not None,
+        resume_path=Path(options.resume) if options.resume else None,
+        print_config=options.print_config,
+        dry_run=options.dry_run,
+        help=options.help,
     )
 
 
+def parse_recipe(arguments: Sequence[str]) -> Command:
+    """Return the recipe and overrides that a tool is given. Raises UsageError, for options of the launcher, too."""
+    command = parse(arguments)
+    if command.resume or command.print_config or command.dry_run is not None:
+        raise UsageError("--resume, --print-config and --dry-run are for the launcher: ./run_train.sh")
+    return command
+
+
 @dataclass(frozen=True)
-class Processes:
+class WorldShape:
     """How many processes this launch means."""
 
     per_node: int
@@ -122,7 +161,7 @@ class Processes:
         return self.per_node * self.nodes
 
 
-def processes(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> Processes:
+def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> WorldShape:
     """From the environment; without NPROC or NGPU one for each GPU, or one for a `recipe` that wants none.
 
     `gpus` are those that are visible, if not to this process. Raises UsageError.
@@ -139,18 +178,18 @@ def processes(environment: Mapping[str, str], recipe: object = None, gpus: int |
     nodes = environment.get("NNODES") or "1"
     for name, value in (("NPROC", per_node), ("NNODES", nodes)):
         if not value.isdigit() or int(value) < 1:
-            raise UsageError(f"{name}={value}: a number of at least 1, please")
-    return Processes(int(per_node), int(nodes))
+            raise UsageError(f"{name}={value}: expected a whole number >= 1")
+    return WorldShape(int(per_node), int(nodes))
 
 
-def worker_processes(environment: Mapping[str, str]) -> Processes:
+def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
     """Those of the run that this process is one of."""
     world_size = int(environment["WORLD_SIZE"])
     per_node = int(environment.get("LOCAL_WORLD_SIZE") or world_size)
-    return Processes(per_node, world_size // per_node) if world_size % per_node == 0 else Processes(world_size, 1)
+    return WorldShape(per_node, world_size // per_node) if world_size % per_node == 0 else WorldShape(world_size, 1)
 
 
-def start_workers(count: Processes, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
     from components.distributed.launcher import Node, run_workers
 
@@ -158,7 +197,7 @@ def start_workers(count: Processes, environment: Mapping[str, str], arguments: S
     for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "29500"), ("MAX_RESTARTS", "0")):
         value = environment.get(name) or default
         if not value.isdigit():
-            raise UsageError(f"{name}={value}: a whole number, please")
+            raise UsageError(f"{name}={value}: expected a whole number >= 0")
         numbers[name] = int(value)
     if numbers["NODE_RANK"] >= count.nodes:
         raise UsageError(f"NODE_RANK={numbers['NODE_RANK']}: the {count.nodes} nodes of NNODES are counted from 0")
@@ -208,7 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     choose_allocator(os.environ)
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
-    if in_worker():
+    if is_worker():
         from components.distributed.launcher import follow_launcher
 
         follow_launcher()
@@ -225,20 +264,20 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not in_worker():
+        if not is_worker():
             raise
         from components.distributed.launcher import crash
 
         crash(error)
         return 1
-    if in_worker():
+    if is_worker():
         from components.distributed.launcher import end
 
         return end(status, message)
     return status
 
 
-def in_worker() -> bool:
+def is_worker() -> bool:
     """Whether this is one process of a run, not the launcher that starts them."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -246,33 +285,33 @@ def in_worker() -> bool:
 def run(arguments: Sequence[str]) -> int:
     command = parse(arguments)
     if command.help:
-        print(HELP, end="")
+        print(make_parser().format_help(), end="")
         return 0
     config = load(command.config, command.overrides)
     if command.print_config:
         print(config.to_toml(), end="")
         return 0
     with blame(config, "recipe"):
-        count = worker_processes(os.environ) if in_worker() else processes(os.environ, config.recipe)
+        count = worker_world_shape(os.environ) if is_worker() else resolve_world_shape(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with blame(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size, count.per_node)
-    if in_worker() and "LOCAL_RANK" not in os.environ:
+    if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "
             "to start a run, or set all three for each process"
         )
-    if not in_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
+    if not is_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
         recipe = complete_recipe(config.recipe)
         if recipe.device != "cpu" and recipe.run is not None:
             enable_flight_recorder(os.environ, recipe.run.directory)
-        return start_workers(count, os.environ, arguments)
+        return launch_workers(count, os.environ, arguments)
     return start_recipe(config, command)
 
 
-def start_dry_run(config: Config, count: Processes, text: str) -> int:
+def start_dry_run(config: Config, count: WorldShape, text: str) -> int:
     """In this process, whatever the number of processes claimed."""
     from recipes import dry_run
     from recipes.plan import Claim

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 
 from components.distributed.launcher import Node, numa_options
-from recipes import launch
+from recipes import cli
+from recipes.cli import (
+    DEFAULT_CONFIG,
+    Command,
+    UsageError,
+    WorldShape,
+    choose_allocator,
+    launch_workers,
+    parse,
+    resolve_world_shape,
+)
 from recipes.config import Override, load
-from recipes.launch import DEFAULT_CONFIG, Processes, UsageError, choose_allocator, parse, processes, start_workers
 
 pytestmark = pytest.mark.quick
 
@@ -44,6 +53,18 @@ def test_resume(arguments, resume, path):
     assert (command.resume, command.resume_path) == (resume, path)
 
 
+def test_options_and_the_recipe_may_come_in_any_order():
+    for arguments in (["--resume", "my.toml", "--print-config"], ["--print-config", "--resume", "my.toml"]):
+        assert parse(arguments) == Command(Path("my.toml"), resume=True, print_config=True)
+
+
+def test_help_lists_options_and_exit_codes(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--resume", "--print-config", "--dry-run", "--section.key=value"))
+    assert "exit codes:" in said and "MASTER_ADDR" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "claim"), [([], None), (["--dry-run"], ""), (["--dry-run=H100@45%"], "H100@45%")]
 )
@@ -59,8 +80,11 @@ def test_dry_run(arguments, claim):
         (["--run.name"], "needs a value"),
         (["--run.name", "--dry-run"], "needs a value"),
         (["--frobnicate"], "--section.key=value"),
-        (["-x"], "no option"),
-        (["a.toml", "b.toml"], "one recipe"),
+        (["-x"], "unknown option -x; to override a key of the recipe write"),
+        (["--print_config"], "unknown option --print_config; did you mean --print-config"),
+        (["--resme"], "did you mean --resume"),
+        (["a.toml", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
+        (["a.toml", "--print-config", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
     ],
 )
 def test_what_makes_no_sense_is_told(arguments, said):
@@ -71,20 +95,20 @@ def test_what_makes_no_sense_is_told(arguments, said):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"NPROC": "2"}, Processes(2, 1)),
-        ({"NGPU": "8", "NNODES": "4"}, Processes(8, 4)),
+        ({"NPROC": "2"}, WorldShape(2, 1)),
+        ({"NGPU": "8", "NNODES": "4"}, WorldShape(8, 4)),
     ],
 )
 def test_processes_from_the_environment(environment, expected):
-    assert processes(environment) == expected
+    assert resolve_world_shape(environment) == expected
 
 
 def test_a_process_for_each_gpu_unless_the_recipe_wants_none(tiny):
     on_gpus, on_cpu = (load(tiny.recipe, [Override("run.device", device)]).recipe for device in ("auto", "cpu"))
-    assert processes({}, on_gpus, gpus=8) == Processes(8, 1)
-    assert processes({}, on_cpu, gpus=8) == Processes(1, 1)
-    assert processes({"NPROC": "2"}, on_cpu, gpus=8) == Processes(2, 1)
-    assert processes({}, on_gpus, gpus=0) == Processes(1, 1)
+    assert resolve_world_shape({}, on_gpus, gpus=8) == WorldShape(8, 1)
+    assert resolve_world_shape({}, on_cpu, gpus=8) == WorldShape(1, 1)
+    assert resolve_world_shape({"NPROC": "2"}, on_cpu, gpus=8) == WorldShape(2, 1)
+    assert resolve_world_shape({}, on_gpus, gpus=0) == WorldShape(1, 1)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
@@ -101,12 +125,12 @@ def test_the_allocator_is_chosen_before_torch_is_imported():
     """torch reads the variable once."""
     code = (
         "import os, sys\n"
-        "import recipes.launch as launch\n"
-        "launch.choose_allocator(os.environ)\n"
+        "import recipes.cli as cli\n"
+        "cli.choose_allocator(os.environ)\n"
         "assert 'torch' not in sys.modules, 'too late'\n"
     )
     environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=launch.ROOT, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=cli.ROOT, env=environment)
 
 
 def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be_done():
@@ -123,8 +147,8 @@ def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])
 def test_processes_that_are_no_number(environment):
-    with pytest.raises(UsageError, match="a number of at least 1"):
-        processes(environment)
+    with pytest.raises(UsageError, match="expected a whole number >= 1"):
+        resolve_world_shape(environment)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +162,7 @@ def test_processes_that_are_no_number(environment):
 )
 def test_nodes_that_cannot_meet_are_told_why(environment, said):
     with pytest.raises(UsageError, match=said):
-        start_workers(Processes(8, 2), environment, ["my.toml"])
+        launch_workers(WorldShape(8, 2), environment, ["my.toml"])
 
 
 def test_a_rank_that_nobody_has_started_is_told(tiny, monkeypatch, capsys):
@@ -147,7 +171,7 @@ def test_a_rank_that_nobody_has_started_is_told(tiny, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UsageError, match=r"RANK and WORLD_SIZE are set, .* LOCAL_RANK is not; unset them"):
-        launch.run([str(tiny.recipe)])
+        cli.run([str(tiny.recipe)])
 
 
 def test_several_nodes_meet_at_node_0():
@@ -160,7 +184,7 @@ def test_several_nodes_meet_at_node_0():
 
 def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_otherwise(tmp_path):
     environment: dict[str, str] = {}
-    launch.enable_flight_recorder(environment, tmp_path)
+    cli.enable_flight_recorder(environment, tmp_path)
     assert environment == {
         "TORCH_FR_BUFFER_SIZE": "20000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -168,5 +192,5 @@ def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_ot
     }
     chosen = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_DUMP_TEMP_FILE": "mine"}
     environment = dict(chosen)
-    launch.enable_flight_recorder(environment, tmp_path)
+    cli.enable_flight_recorder(environment, tmp_path)
     assert environment == chosen

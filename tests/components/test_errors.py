@@ -1,0 +1,53 @@
+"""Errors of bad input keep their key and message wherever they go."""
+
+import pickle
+
+import pytest
+
+from components.distributed.collectives import raise_in_all
+from components.errors import InputError, MissingFileError, message_of
+
+pytestmark = pytest.mark.quick
+
+
+def test_the_key_is_a_field_and_part_of_the_text():
+    error = InputError("stages", "do not increase")
+    assert (error.key, error.message, str(error)) == ("stages", "do not increase", "stages: do not increase")
+    assert str(InputError("", "too large")) == "too large"
+
+
+@pytest.mark.parametrize("kind", [InputError, MissingFileError])
+def test_it_crosses_processes(kind):
+    error = pickle.loads(pickle.dumps(kind("path", "x is not there")))
+    assert (type(error), error.key, error.message) == (kind, "path", "x is not there")
+
+
+def test_an_error_below_a_key_keeps_its_own_key():
+    assert str(InputError.below("sources.a", InputError("path", "gone"))) == "sources.a.path: gone"
+    assert str(InputError.below("sources.a", OSError("gone: for good"))) == "sources.a: gone: for good"
+    assert isinstance(InputError.below("sources.a", MissingFileError("path", "gone")), FileNotFoundError)
+    assert message_of(OSError("a: b")) == "a: b"
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "key", "message"),
+    [
+        (InputError("path", "gone"), InputError, "path", "gone (rank 1)"),
+        (OSError("disk: full"), InputError, "", "disk: full (rank 1)"),
+    ],
+)
+def test_another_rank_raises_it_with_its_key(failure, kind, key, message):
+    sent = []
+    with pytest.raises(type(failure)):
+        raise_in_all(failure, lambda text: sent.append(text) or [text])
+    with pytest.raises(kind) as raised:
+        raise_in_all(None, lambda text: [text, *sent])
+    assert (raised.value.key, raised.value.message) == (key, message)
+
+
+def test_another_rank_raises_what_is_not_bad_input_as_a_runtime_error():
+    sent = []
+    with pytest.raises(KeyError):
+        raise_in_all(KeyError("x"), lambda text: sent.append(text) or [text])
+    with pytest.raises(RuntimeError, match=r"^KeyError\('x'\) \(rank 1\)$"):
+        raise_in_all(None, lambda text: [text, *sent])
