@@ -144,7 +144,8 @@ def complete_schedule(schedule: LRSchedule) -> ScheduleDefaults:
 
 
 class AnyHook(Protocol):
-    """[hooks.NAME]: a class with any of the methods of `recipes.hooks:Hook`."""
+    """A table for each hook, [hooks.NAME], whose `use` names a class of yours with any of the methods of
+    `recipes.hooks:Hook`. Its other keys are those of the class."""
 
 
 @runtime_checkable

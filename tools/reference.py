@@ -45,12 +45,14 @@ class Page:
         yield from ("", f"## `{import_path(cls)}`", "", summary(cls))
         had, values = [], {}
         for name, key in fields_of(cls).items():
-            if key.kind.form not in ("section", "slot"):
+            item = key.kind.item if key.kind.form == "dict" else None
+            kind = item if item is not None and item.form == "slot" else key.kind  # [hooks] holds tables of slots
+            if kind.form not in ("section", "slot"):
                 values[name] = key
-            elif key.kind.annotation in self._told:
+            elif kind.annotation in self._told:
                 had.append(f"`[{name}]`")
             else:
-                yield from self._part(f"[{name}]", key.kind, "###")
+                yield from self._part(f"[{name}]", kind, "###")
         yield from self._keys("[]", values, describe(cls), "##")
         if had:
             yield from ("", f"Its other sections are those above: {', '.join(had)}.")

@@ -44,10 +44,10 @@ class Policy:
 
 @pytest.fixture
 def own(tiny):
-    (tiny.folder / "own_policy.py").write_text(MODULE)
+    (tiny.folder / "mine_policy.py").write_text(MODULE)
     table = tiny.recipe.read_text().partition("[batch]\n")
     rest = table[2][table[2].index("\n\n") :]
-    tiny.recipe.write_text(f'{table[0]}[batch]\nuse = "own_policy:Doubling"\n{rest}')
+    tiny.recipe.write_text(f'{table[0]}[batch]\nuse = "mine_policy:Doubling"\n{rest}')
     return tiny
 
 

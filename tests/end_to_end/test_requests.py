@@ -11,7 +11,8 @@ import time
 import pytest
 
 from components.distributed import launcher
-from recipes import cli, pretrain
+from recipes import cli
+from recipes.step_metrics import StepMetrics
 from tests.distributed.launching import finish, start
 from tests.end_to_end.test_signals import wait_for_steps
 from tests.processes import wait_until
@@ -21,15 +22,15 @@ LONG = ["--training.total_tokens=40000", "--checkpoint.interval_steps=none", "--
 
 def after_steps(monkeypatch: pytest.MonkeyPatch, count: int, act) -> None:
     """Do something once `count` steps have been trained."""
-    row, done = pretrain.step_row, []
+    row, done = StepMetrics.row, []
 
-    def observed(run, *args, **kwargs):
-        if run.clock.step == count and not done:
+    def observed(metrics, launched, *args, **kwargs):
+        if launched.progress.step == count and not done:
             done.append(1)
             act()
-        return row(run, *args, **kwargs)
+        return row(metrics, launched, *args, **kwargs)
 
-    monkeypatch.setattr(pretrain, "step_row", observed)
+    monkeypatch.setattr(StepMetrics, "row", observed)
 
 
 @pytest.mark.parametrize("how", ["the stop file", "run.max_minutes"])

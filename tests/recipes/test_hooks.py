@@ -108,9 +108,9 @@ def test_a_class_with_some_of_the_points_is_a_hook_and_one_without_is_refused():
 
 @pytest.fixture
 def hooked(tiny, clean_imports):
-    (tiny.folder / "my_hooks.py").write_text(MODULE)
+    (tiny.folder / "mine_hooks.py").write_text(MODULE)
     tiny.recipe.write_text(
-        tiny.recipe.read_text() + '\n[hooks.record]\nuse = "my_hooks:Record"\nfile = "calls.jsonl"\n'
+        tiny.recipe.read_text() + '\n[hooks.record]\nuse = "mine_hooks:Record"\nfile = "calls.jsonl"\n'
     )
     return tiny
 
@@ -151,7 +151,7 @@ def test_a_hook_that_raises_is_named_with_its_section(hooked, monkeypatch, capsy
 
 def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypatch):
     monkeypatch.chdir(hooked.folder)
-    assert hooked.launch(SHORT, "--hooks.halve.use=my_hooks:Halve", "--optimizer.weight_decay=0") == 0
+    assert hooked.launch(SHORT, "--hooks.halve.use=mine_hooks:Halve", "--optimizer.weight_decay=0") == 0
     import torch
 
     from components.checkpoint import load_tensors
@@ -179,7 +179,7 @@ def test_the_example_of_the_documentation_runs(tiny, clean_imports):
 @pytest.mark.quick
 def test_what_is_no_hook_is_reported_at_its_key(hooked, monkeypatch, capsys):
     monkeypatch.chdir(hooked.folder)
-    assert hooked.launch("--hooks.odd.use=my_hooks:Nothing") == 2
+    assert hooked.launch("--hooks.odd.use=mine_hooks:Nothing") == 2
     said = capsys.readouterr().err
     assert "hooks.odd.use" in said and "Nothing is not a hook: it has none of on_run_begin" in said
     assert hooked.launch("--hooks.record.files=3") == 2
@@ -190,4 +190,4 @@ def test_what_is_no_hook_is_reported_at_its_key(hooked, monkeypatch, capsys):
 def test_hooks_are_printed_as_they_are_configured(hooked, monkeypatch, capsys):
     monkeypatch.chdir(hooked.folder)
     assert cli.main([str(hooked.recipe), "--print-config"]) == 0
-    assert '[hooks.record]\nuse = "my_hooks:Record"' in capsys.readouterr().out
+    assert '[hooks.record]\nuse = "mine_hooks:Record"' in capsys.readouterr().out
