@@ -14,7 +14,7 @@ from components.checkpoint import verify
 from components.clock import Clock
 from components.quantities import PositiveCount
 from recipes.config import Config
-from recipes.contracts import FollowsSchedule
+from recipes.dry_run.schedule_preview import bind_schedule
 from recipes.resume import checkpoint_at
 from recipes.run_state import read_run_state
 from recipes.stored_config import stored_config
@@ -76,10 +76,7 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
         clock = Clock(run.training.total_tokens, run.training.sequence_length)
         clock.load_state_dict(state["clock"])
         if batch is None:
-            if isinstance(run.batch, FollowsSchedule):
-                run.batch.follow(
-                    run.lr_schedule, sequence_length=clock.sequence_length, total_tokens=clock.total_tokens
-                )
+            bind_schedule(run)
             run.batch.load_state_dict(state["batch"])
             batch = run.batch.samples(clock)
         if lr is None:

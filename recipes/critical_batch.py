@@ -98,7 +98,7 @@ class Measurement:
         self.picture = self.report.with_suffix(".png")
         with blame(config, "parallel"):
             sizes = recipe.parallel.sizes(world_size)
-        layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_replicate * sizes.dp_shard)
+        layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
         with blame(config, "branches"):
             self.start = find_start(self.branches, layout, config)

@@ -47,12 +47,12 @@ from components.working_weights import WorkingWeights
 from recipes.bad_steps import answer, learning_rate, require_finite_state
 from recipes.config import Config, ConfigError, error_message
 from recipes.contracts import BatchPolicy, Data, HasPlan, LRSchedule, Model, Optimizer, ReportsMetrics, Tokenizer
-from recipes.course import follow_schedule
 from recipes.divide import divide
+from recipes.dry_run.memory import decide_grad_sync
+from recipes.dry_run.schedule_preview import bind_schedule
 from recipes.errors import RunError, blame, evaluate_together
 from recipes.language_model import build_model, keep_documents_apart
 from recipes.launched_step import LaunchedStep, StepResult, request_counts
-from recipes.memory_estimate import decide_accumulation
 from recipes.micro_batches import read_step
 from recipes.opening import open_run
 from recipes.resume import Resume, compare
@@ -164,7 +164,7 @@ class TrainingRun:
         self.precision = precision.resolve(training.precision, device)
         self.clock = Clock(training.total_tokens, training.sequence_length)
         with blame(config, "batch"):
-            follow_schedule(recipe)
+            bind_schedule(recipe)
         with blame(config, "gradient_moments"):
             self.noise, self.told_unmeasurable = recipe.gradient_moments.build(), False
         with blame(config, "parallel"):
@@ -197,7 +197,7 @@ class TrainingRun:
 
         model = build_model(config, self.vocab_size)
         dtype = precision.dtype_of(self.precision)
-        local = decide_accumulation(recipe, model, self.parallel.sizes, self.world, dtype)
+        local = decide_grad_sync(recipe, model, self.parallel.sizes, self.world, dtype)
         if training.attention_within == "document":
             with blame(config, "data"):
                 keep_documents_apart(model, self.samples, tokenizer.end_of_document)

@@ -13,7 +13,7 @@ SHARED = {
     f"components.{name}"
     for name in (
         "quantities",
-        "costly_operations",
+        "activation_checkpointing",
         "durable",
         "folders",
         "processes",
@@ -21,8 +21,9 @@ SHARED = {
         "token_ids",
     )
 }
-"""Types as users write them, what is costly to compute again, how files are written and found, what processes tell one
-another, ranges of a profile, and what token ids are; they import nothing of ours, so everyone may import them."""
+"""Types as users write them, activation checkpointing (its memory is estimated elsewhere), how files are written and
+found, what processes tell one another, ranges of a profile, and what token ids are. They import nothing of ours but one
+another, so everyone may import them."""
 
 
 def imports(file: Path) -> set[str]:
@@ -76,8 +77,8 @@ def test_recipes_import_no_tool():
 
 
 @pytest.mark.parametrize("shared", sorted(SHARED))
-def test_what_everyone_may_import_imports_nothing_of_ours(shared):
-    assert imports((ROOT / shared.replace(".", "/")).with_suffix(".py")) == set()
+def test_what_everyone_may_import_imports_nothing_of_ours_but_shared_modules(shared):
+    assert imports((ROOT / shared.replace(".", "/")).with_suffix(".py")) <= SHARED
 
 
 def test_the_import_finder_sees_imports():

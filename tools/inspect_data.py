@@ -30,7 +30,7 @@ from components.standard_streams import run_command
 from models.documents import positions
 from recipes.config import Config, ConfigError, load
 from recipes.contracts import EncodesText
-from recipes.course import follow_schedule
+from recipes.dry_run.schedule_preview import bind_schedule
 from recipes.errors import blame
 from recipes.launch import UsageError, parse
 
@@ -114,7 +114,7 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
             f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"
         )
     with blame(config, "batch"):
-        follow_schedule(recipe)
+        bind_schedule(recipe)
         while not clock.done:
             batch = layout.fit(recipe.batch.samples(clock))
             if clock.step == step - 1:

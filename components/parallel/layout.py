@@ -22,6 +22,15 @@ class Sizes(NamedTuple):
     dp_shard: int
     tp: int
 
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: processes that see different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:

@@ -1,4 +1,4 @@
-"""What a dry run says, and what it foresees."""
+"""The report of a dry run, and the findings of its checks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from components.parallel.layout import Sizes
 from components.throughput import named_device
 from recipes import launch
 from recipes.config import Config, Override, load
-from recipes.foresee import foresee
-from recipes.memory_estimate import Memory
-from recipes.plan import Claim, Plan, make_plan
+from recipes.dry_run.memory import Memory
+from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
+from recipes.dry_run.preflight import preflight_checks
 
 pytestmark = pytest.mark.quick
 
@@ -26,8 +26,8 @@ def config_of(tiny, *arguments: str) -> Config:
     return load(tiny.recipe, [Override(key, value) for key, value in pairs])
 
 
-def plan_of(tiny, *arguments: str, processes: int = 1, claim: str = "") -> Plan:
-    return make_plan(config_of(tiny, *arguments), processes, Claim.parse(claim))
+def plan_of(tiny, *arguments: str, processes: int = 1, claim: str = "") -> RunPlan:
+    return make_plan(config_of(tiny, *arguments), processes, HardwareTarget.parse(claim))
 
 
 def memory_of(tiny, *arguments: str, processes: int = 1) -> Memory:
@@ -39,7 +39,7 @@ def memory_of(tiny, *arguments: str, processes: int = 1) -> Memory:
 def told(tiny, *arguments: str, processes: int = 1, claim: str = "") -> dict[str, tuple[str, str]]:
     """Key -> (level, message) of what is foreseen, the gravest of each key."""
     found: dict[str, tuple[str, str]] = {}
-    for item in foresee(plan_of(tiny, *arguments, processes=processes, claim=claim)):
+    for item in preflight_checks(plan_of(tiny, *arguments, processes=processes, claim=claim)):
         found.setdefault(item.key, (item.level, item.message))
     return found
 
@@ -68,8 +68,8 @@ def test_shards_divide_what_is_held_and_replicas_do_not(tiny):
 
 def test_tensor_parallelism_slices_matrices_and_the_batch_is_that_of_the_data_parallel_ranks(tiny):
     plan = plan_of(tiny, "--parallel.tp=2", "--model.kv_heads=2", processes=4)
-    assert plan.sizes == Sizes(1, 2, 2)
-    assert plan.layout.dp_size == 2
+    assert plan.mesh_shape == Sizes(1, 2, 2)
+    assert plan.batch_rounding.dp_size == 2
     assert isinstance(plan.memory, Memory)
 
 
@@ -91,7 +91,7 @@ def test_experts_are_cut_evenly_and_whole_on_tensor_parallel_ranks(tiny, capsys)
     )
     assert tiny.launch(*EXPERTS, "--dry-run") == 0
     met = 2 * (2 * 16 * 16 + 2 * 16 * 16 + 2 * 3 * 16 * 16 + 5 * 16)
-    assert f"experts        {experts:,} of the parameters; one token meets {met:,} in the layers" in (
+    assert f"experts        {experts:,} of the parameters; one token uses {met:,} in the layers" in (
         capsys.readouterr().out
     )
 
@@ -131,10 +131,10 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
     ("keys", "key", "level", "said"),
     [
         (["maximum=63"], "batch.maximum", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
-        (["maximum=64", "quantum=1"], "batch.quantum", "note", "1 is no multiple of 2 = 1 ranks x 2 a micro-batch"),
+        (["maximum=64", "quantum=1"], "batch.quantum", "note", "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch"),
         (["maximum=60", "quantum=4"], "batch.quantum", None, None),
         (["maximum=50", "quantum=2"], "batch.maximum", None, None),
-        (["maximum=90", "quantum=2"], "batch.maximum", "warning", "a step of 90 would see them more than once"),
+        (["maximum=90", "quantum=2"], "batch.maximum", "warning", "a step of 90 would use some more than once"),
         (["maximum=75", "minimum=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
         (["maximum=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
     ],
@@ -147,31 +147,31 @@ def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, 
     assert said is None or said in found[key][1]
 
 
-def test_the_course_is_that_of_the_run(tiny):
-    course = plan_of(tiny).course
+def test_the_schedule_preview_is_that_of_the_run(tiny):
+    preview = plan_of(tiny).schedule
     assert tiny.launch() == 0
     steps = [row for row in tiny.rows() if "loss" in row]
-    assert (course.steps, course.tokens) == (steps[-1]["step"], steps[-1]["tokens"])
+    assert (preview.num_steps, preview.tokens) == (steps[-1]["step"], steps[-1]["tokens"])
     rates = {row["step"]: row["lr"] for row in steps}
-    shown = [mark.step for mark in course.landmarks]
+    shown = [mark.step for mark in preview.milestones]
     assert {step.number: step.lr for step in shown} == {step.number: rates[step.number] for step in shown}
-    whys = ", ".join(mark.why for mark in course.landmarks)
-    assert all(why in whys for why in ("first", "warmed up", "highest rate", "batch", "50 %", "last"))
+    whys = ", ".join(mark.reasons for mark in preview.milestones)
+    assert all(why in whys for why in ("first", "warmed up", "highest lr", "batch", "50 %", "last"))
 
 
 def test_time_is_flops_over_what_the_devices_reach(tiny):
     plan = plan_of(tiny, GPU, processes=8, claim="A100@50%")
-    assert plan.claim.device is not None
-    assert plan.seconds_on(plan.claim.device) == pytest.approx(plan.flops / (8 * 312e12 * 0.5))
-    assert plan.flops == plan.flops_per_token * plan.course.tokens
+    assert plan.target.device is not None
+    assert plan.seconds_on(plan.target.device) == pytest.approx(plan.flops / (8 * 312e12 * 0.5))
+    assert plan.flops == plan.flops_per_token * plan.schedule.tokens
 
 
 @pytest.mark.parametrize(("text", "mfu"), [("", 0.4), ("H100@45%", 0.45), ("@0.5", 0.5)])
 def test_claims(text, mfu):
-    assert Claim.parse(text).mfu == mfu
+    assert HardwareTarget.parse(text).mfu == mfu
 
 
-@pytest.mark.parametrize(("text", "said"), [("TPU", "one of B200"), ("H100@x", "@x is no"), ("H100@140%", "@140% is")])
+@pytest.mark.parametrize(("text", "said"), [("TPU", "one of B200"), ("H100@x", "@x is not"), ("H100@140%", "@140% is")])
 def test_claims_that_make_no_sense(tiny, capsys, text, said):
     assert tiny.launch(f"--dry-run={text}") == 2
     assert said in capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_devices_by_name(name, gigabytes):
     ("arguments", "key", "level", "said"),
     [
         (["--batch.initial=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
-        (["--batch.initial=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would see them more"),
+        (["--batch.initial=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would use some more"),
         (["--data.path=nowhere/*.txt"], "data.path", "warning", "nowhere"),
         (["--validation.data.path=nowhere.txt"], "validation.data.path", "warning", "nowhere"),
         (["--lr_schedule.warmup_tokens=1800"], "lr_schedule.warmup_tokens", "warning", "50% of the run"),
@@ -237,7 +237,7 @@ def test_a_schedule_that_ends_too_early(tiny):
     )
     found = told(tiny, "--lr_schedule.use=early:Early")
     assert found["lr_schedule"][0] == "warning"
-    assert "at a rate of zero" in found["lr_schedule"][1]
+    assert "have a learning rate of zero" in found["lr_schedule"][1]
     assert told(tiny, "--lr_schedule.use=early:Early", "--lr_schedule.sign=-1.0")["lr_schedule"][0] == "error"
 
 
@@ -269,7 +269,7 @@ def test_a_tokenizer_that_is_elsewhere_is_no_obstacle_given_the_vocabulary(tiny,
     assert "vocabulary 1,000" in printed
     assert "absent does not exist" in printed
     assert tiny.launch("--dry-run", *TIKTOKEN) == 2
-    assert "given model.vocab_size, a dry run does without it" in capsys.readouterr().out
+    assert "a dry run does without it if model.vocab_size is set" in capsys.readouterr().out
 
 
 def test_errors_come_together_and_end_with_status_2(tiny, capsys, monkeypatch):
@@ -312,25 +312,25 @@ def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
 
 def test_too_large_for_a_node_says_that_nodes_can_share_it(tiny):
     size = ["--model.dim=8192", "--model.head_dim=64", "--model.ffn_dim=32768"]
-    plan = make_plan(config_of(tiny, GPU, *size), 4, Claim.parse("RTX 3090"), local_size=1)
-    (message,) = [item.message for item in foresee(plan) if item.key == "training.micro_batch_size"]
+    plan = make_plan(config_of(tiny, GPU, *size), 4, HardwareTarget.parse("RTX 3090"), local_size=1)
+    (message,) = [item.message for item in preflight_checks(plan) if item.key == "training.micro_batch_size"]
     assert "set parallel.dp_shard = 4, or parallel.tp" in message
 
 
 def test_gradients_that_need_not_be_whole_are_named_as_the_remedy(tiny):
     size = ["--model.dim=4096", "--model.head_dim=64", "--model.ffn_dim=16384", "--training.accumulation=local"]
-    plan = make_plan(config_of(tiny, GPU, *size), 8, Claim.parse("RTX 3090"))
+    plan = make_plan(config_of(tiny, GPU, *size), 8, HardwareTarget.parse("RTX 3090"))
     assert isinstance(plan.memory, Memory)
-    device = plan.claim.device
+    device = plan.target.device
     assert device is not None
-    tight = replace(plan, claim=Claim(replace(device, memory_bytes=plan.memory.local_peak - 1)))
-    (message,) = [item.message for item in foresee(tight) if item.key == "training.micro_batch_size"]
+    tight = replace(plan, target=HardwareTarget(replace(device, memory_bytes=plan.memory.local_peak - 1)))
+    (message,) = [item.message for item in preflight_checks(tight) if item.key == "training.micro_batch_size"]
     assert 'set training.accumulation = "auto"' in message
 
 
 def test_processes_of_a_node_share_its_processor():
     device = named_device("cpu")
-    shared = Claim(device).shared_by(4).device
+    shared = HardwareTarget(device).per_process(4).device
     assert shared is not None
     assert (shared.memory_bytes, shared.flops) == (device.memory_bytes // 4, device.flops / 4)
-    assert Claim(named_device("H100")).shared_by(4).device == named_device("H100")
+    assert HardwareTarget(named_device("H100")).per_process(4).device == named_device("H100")
