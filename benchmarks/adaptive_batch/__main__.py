@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.adaptive_batch.methods import FIRST, METHODS, RATES, SMALL, VARIANTS
 from benchmarks.adaptive_batch.report import Rows, report
 from benchmarks.adaptive_batch.runs import Book, Row, Run
-from tools.sweep.runs import Results, stopped
+from tools.sweep.runner import Results, report_stop
 
 AT_THE_SAME_MEAN = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 compare(book, kind, options.seeds)
         report(rows_of(book), options.tokens, options.pictures)
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return report_stop(stop)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

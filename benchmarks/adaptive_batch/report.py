@@ -7,8 +7,8 @@ from pathlib import Path
 
 from benchmarks.adaptive_batch.runs import Row
 from benchmarks.measure import machine
-from tools.pictures import pyplot, write
-from tools.sweep.runs import Outcome
+from components.plotting import import_pyplot, save_figure
+from tools.sweep.runner import Outcome
 
 BASELINES = ("constant 8", "constant 24", "constant 64")
 """Columns: optimizer steps to the loss these end with."""
@@ -73,7 +73,7 @@ def steps_to(results: list[Outcome], loss: float | None) -> str:
 
 def draw_losses(rows: Rows, picture: Path) -> None:
     """Held-out loss against optimizer steps, every seed."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    figure, panels = import_pyplot().subplots(1, 2, figsize=(13, 5.5), sharey=True)
     for panel, kinds in zip(panels, PANELS, strict=True):
         for (name, kind), (_, results) in rows.items():
             if kind in kinds:
@@ -82,12 +82,12 @@ def draw_losses(rows: Rows, picture: Path) -> None:
                 panel.plot([steps] * len(losses), losses, "o" if name.startswith("constant") else "^", alpha=0.6)
                 panel.annotate(name, (steps, mean_loss(results)), fontsize=7)
         panel.set(xscale="log", xlabel="optimizer steps", ylabel="held-out loss", title=" or ".join(kinds))
-    write(figure, picture)
+    save_figure(figure, picture)
 
 
 def draw_sizes(rows: Rows, picture: Path) -> None:
     """The batch over tokens, of the first seed."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(13, 5), sharey=True)
+    figure, panels = import_pyplot().subplots(1, 2, figsize=(13, 5), sharey=True)
     for panel, kinds in zip(panels, PANELS, strict=True):
         for (name, kind), (_, results) in rows.items():
             if kind in kinds and not name.startswith("constant"):
@@ -96,4 +96,4 @@ def draw_sizes(rows: Rows, picture: Path) -> None:
         panel.set(yscale="log", xlabel="tokens", ylabel="batch, samples", title=" or ".join(kinds))
         if panel.lines:
             panel.legend(fontsize=7)
-    write(figure, picture)
+    save_figure(figure, picture)

@@ -10,7 +10,7 @@ from benchmarks.adaptive_batch.methods import SIZE, method_of, schedule
 from benchmarks.measure import ROOT
 from recipes.config import Override, load
 from tools.sweep.grid import Fingerprints, Job, Settings, digest
-from tools.sweep.runs import Outcome, Results, Runner
+from tools.sweep.runner import Outcome, Results, Runner
 
 RECIPE = ROOT / "train_configs" / "own_text.toml"
 POINTS = 200

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.adaptive_batch import __main__ as comparison
 from benchmarks.adaptive_batch import methods, runs
 from benchmarks.adaptive_batch.runs import Book, Run
-from tools.sweep.runs import Outcome, Results, Runner
+from tools.sweep.runner import Outcome, Results, Runner
 
 pytestmark = pytest.mark.quick
 
