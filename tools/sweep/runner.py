@@ -141,9 +141,9 @@ class Results:
     def get(self, job: Job) -> Outcome | None:
         return self._outcomes.get(job.digest)
 
-    def varied(self) -> list[Settings]:
-        """Return the keys that were varied, of each run in the file."""
-        return list(self._varied.values())
+    def items(self) -> list[tuple[Settings, Outcome]]:
+        """Return the keys that were varied and the outcome of each run in the file."""
+        return [(varied, self._outcomes[digest]) for digest, varied in self._varied.items()]
 
     def add(self, job: Job, outcome: Outcome) -> None:
         settings = {key: value for key, value in job.settings.items() if not key.endswith("path")}
