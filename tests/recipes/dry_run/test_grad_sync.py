@@ -9,7 +9,7 @@ from components.parallel.layout import Sizes
 from components.parallel.world import World
 from components.throughput import Device, device_memory
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory, decide_grad_sync, syncs_once_per_step
-from tests.recipes.dry_run.test_report import config_of, plan_of
+from tests.recipes.dry_run.plans import config_of, plan_of
 
 pytestmark = pytest.mark.quick
 
