@@ -140,11 +140,11 @@ def ours(config: Config, report: Report) -> None:
 
 def estimated_bytes(config: Config) -> int | None:
     """What --dry-run says of the memory of a rank, without what is no tensor."""
-    from recipes.memory_estimate import RESERVED
-    from recipes.plan import Claim, make_plan
+    from recipes.dry_run.memory import RESERVED_BYTES
+    from recipes.dry_run.plan import HardwareTarget, make_plan
 
-    memory = make_plan(config, 1, Claim.parse("")).memory
-    return None if isinstance(memory, str) else memory.peak - RESERVED[config.recipe.run.device]
+    memory = make_plan(config, 1, HardwareTarget()).memory
+    return None if isinstance(memory, str) else memory.peak - RESERVED_BYTES[config.recipe.run.device]
 
 
 def plain(config: Config, report: Report, *, compiled: bool) -> None:

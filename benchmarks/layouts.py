@@ -10,7 +10,6 @@ processes than cores the time says what sharing the cores costs, not what the la
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.measure import DEBUG, ROOT, machine, spread
+from components.metrics.jsonl import read_rows
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
@@ -73,7 +73,7 @@ def run(row: Row, processes: int, layout: list[str], arguments: argparse.Namespa
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
             row.failure = f"failed ({done.returncode}): {lines[-1] if lines else ''}"
             return
-        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(directory / "metrics.jsonl")
         row.step_seconds += [each["step_seconds"] for each in rows if "step_seconds" in each][WARM_UP:]
         for file in sorted(peaks.iterdir()):
             before, peak = map(int, file.read_text().split())

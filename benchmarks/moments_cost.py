@@ -10,7 +10,6 @@ unless --run.device=cuda is given.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -20,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import DEBUG, ROOT, machine, spread
+from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
 SHAPE = {
@@ -44,7 +44,7 @@ def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[li
         command = [ROOT / "run_train.sh", DEBUG, *(f"--{key}={value}" for key, value in settings.items()), *extra]
         environment = {"PYTHON": sys.executable, "NPROC": str(processes), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(directory / "metrics.jsonl")
         seconds = [row["step_seconds"] for row in rows if "step_seconds" in row][WARM_UP:]
         return seconds, max(int(file.read_text().split()[1]) for file in peaks.iterdir()) / 2**20
 

@@ -4,47 +4,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-DENSE_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+DEVICES = {
+    "B200": (2250, 180, 900),
+    "H200": (989, 141, 450),
+    "H100 PCIe": (756, 80, 64),
+    "H100": (989, 80, 450),
+    "A100 40GB": (312, 40, 300),
+    "A100": (312, 80, 300),
+    "L40S": (362, 48, 32),
+    "RTX 4090": (165, 24, 32),
+    "RTX 3090": (71, 24, 32),
 }
-"""Vendors' dense bf16 peak of one device, by a part of its name; the first match counts."""
-
-MEMORY_GB = {
-    "B200": 180,
-    "H200": 141,
-    "H100": 80,
-    "A100 40GB": 40,
-    "A100": 80,
-    "L40S": 48,
-    "RTX 4090": 24,
-    "RTX 3090": 24,
-}
-"""Vendors' memory of one device in 10^9 bytes, by a part of its name; the first match counts."""
-
-LINK_GB_PER_SECOND = {
-    "B200": 900,
-    "H200": 450,
-    "H100 PCIe": 64,
-    "H100": 450,
-    "A100": 300,
-    "L40S": 32,
-    "RTX 4090": 32,
-    "RTX 3090": 32,
-}
-"""Vendors' bandwidth of a device to the others of its node, one direction: NVLink, or else PCIe."""
+"""Vendors' figures of one device, by a part of its name (the first match counts): dense bf16 peak in TFLOP/s, memory in
+10^9 bytes, and bandwidth to the other devices of its node in GB/s, one direction: NVLink, or else PCIe."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +36,20 @@ class Device:
     """Bytes a second to another device of its node, one direction; None where they share the memory."""
 
 
-def _of_device(plain: str, table: Mapping[str, float]) -> float | None:
-    """The first entry whose name is part of `plain`, and not of a larger number in it."""
-    return next((table[part] for part in table if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
-
-
 def named_device(name: str) -> Device:
-    """A device by name, case aside: one of the tables above, or `cpu`, this machine. Raises ValueError."""
+    """Return a device by name, in any case: one of `DEVICES`, or `cpu`, this machine. Raises ValueError."""
     if name.lower() == "cpu":
         import psutil
 
         measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
         return Device("cpu", max(measured), psutil.virtual_memory().total)
     plain = name.lower().replace("-", " ").replace("_", " ")
-    peak = _of_device(plain, DENSE_BF16_FLOPS)
-    memory = _of_device(plain, MEMORY_GB)
-    if peak is None or memory is None:
-        known = ", ".join([*MEMORY_GB, *(part for part in DENSE_BF16_FLOPS if part not in MEMORY_GB), "cpu"])
-        raise ValueError(f"{name} is no device we know; one of {known}")
-    return Device(name, peak, int(memory * 10**9), 1e9 * (_of_device(plain, LINK_GB_PER_SECOND) or 0) or None)
+    # a part of the name, but not of a larger number in it
+    found = next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
+    if found is None:
+        raise ValueError(f"{name} is not a known device; use one of {', '.join([*DEVICES, 'cpu'])}")
+    tera_flops, gigabytes, link_gigabytes = DEVICES[found]
+    return Device(name, tera_flops * 1e12, gigabytes * 10**9, link_gigabytes * 1e9)
 
 
 @cache
@@ -89,7 +61,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((flops for part, flops in DENSE_BF16_FLOPS.items() if part in name), None)
+        known = next((tera_flops * 1e12 for part, (tera_flops, *_) in DEVICES.items() if part in name), None)
         return known if dtype == torch.bfloat16 else None
     if device.type != "cpu":
         return None

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from components.critical_batch import largest_factor, smoothed, within
+from components.plotting import import_pyplot, label_tokens, save_figure
 from components.units import format_count
 
 
@@ -131,21 +132,14 @@ class Report:
 
 
 def draw(report: Report, output: Path) -> None:
-    """Left the smoothed losses, right what they end at. Raises ValueError without matplotlib."""
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, (over_tokens, over_batch) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    """Plot the smoothed losses (left) and their last values (right). Raises ValueError without matplotlib."""
+    figure, (over_tokens, over_batch) = import_pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     for branch, curve in zip(report.branches, report.curves, strict=True):
         tokens = [branch.batch_tokens * (step + 1) for step in range(len(curve))]
         over_tokens.plot(tokens, curve, label=f"k = {branch.factor}")
-    over_tokens.set(xlabel="tokens since the checkpoint", ylabel="smoothed loss, nats a token")
-    over_tokens.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    over_tokens.legend(frameon=False)
+    over_tokens.set_ylabel("smoothed loss, nats a token")
+    label_tokens(over_tokens, "tokens since the checkpoint")
+    over_tokens.legend()
 
     first = report.losses[0]
     batches = [branch.batch for branch in report.branches]
@@ -156,9 +150,5 @@ def draw(report: Report, output: Path) -> None:
         over_batch.axvline(report.noise_scale, color="C2", label="gradient noise scale")
     over_batch.set_xscale("log", base=2)
     over_batch.set(xlabel="batch, samples", ylabel="difference to k = 1")
-    over_batch.legend(frameon=False)
-    for axis in (over_tokens, over_batch):
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
+    over_batch.legend()
+    save_figure(figure, output)

@@ -41,10 +41,10 @@ from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.divide import divide
+from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import blame
 from recipes.hooks import Hook, complete_hook
 from recipes.language_model import build_model, keep_documents_apart
-from recipes.memory_estimate import decide_accumulation
 from recipes.opening import Opened, open_run
 from recipes.resume import Resume, compare
 from recipes.training_state import DataIdentity, TrainingState
@@ -176,7 +176,7 @@ def build_sharded_model(
     chosen = precision.resolve(training.precision, device)
     dtype = precision.dtype_of(chosen)
     model = build_model(config, data.identity.vocab_size)
-    local = decide_accumulation(recipe, model, mesh.sizes, world, dtype)
+    local = decide_grad_sync(recipe, model, mesh.sizes, world, dtype)
     if training.attention_within == "document":
         with blame(config, "data"):
             keep_documents_apart(model, data.dataset, data.end_of_document)

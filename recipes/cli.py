@@ -313,17 +313,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def start_dry_run(config: Config, count: WorldShape, text: str) -> int:
     """In this process, whatever the number of processes claimed."""
-    from recipes import dry_run
-    from recipes.plan import Claim
+    from recipes.dry_run.plan import HardwareTarget
+    from recipes.dry_run.report import print_report
 
     try:
-        claim = Claim.parse(text)
+        target = HardwareTarget.parse(text)
     except ValueError as error:
         raise UsageError(f"--dry-run: {error}") from None
     own = complete_recipe(config.recipe).dry_run
     if own is not None:
         return int(own(config, count.world_size))
-    return dry_run.main(config, count.world_size, claim, count.per_node)
+    return print_report(config, count.world_size, target, count.per_node)
 
 
 def start_recipe(config: Config, command: Command) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from components.activation_checkpointing import apply_activation_checkpointing
 from components.distributed import fsdp
 from components.distributed.parallel_dims import Layout
-from components.recompute import recompute
 from recipes.contracts import HasPlan, Model
+from recipes.language_model import transformer_blocks
 from recipes.sections import Training
 
 
@@ -24,7 +25,7 @@ def divide(
 
     What recomputing and compiling have to be is in `training`; without it there is neither.
     """
-    blocks = list(model.get_submodule("layers").children()) if hasattr(model, "layers") else []
+    blocks = list(transformer_blocks(model).values())
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
     plan = component.plan(tp=layout.sizes.tp) if isinstance(component, HasPlan) else None
     if layout.tp is not None and plan is not None:
@@ -32,7 +33,7 @@ def divide(
 
         tensor_parallel.split(model, plan.tensor_parallel, layout.tp)
     if training is not None:
-        recompute(blocks or [model], training.activation_checkpoint)
+        apply_activation_checkpointing(blocks or [model], training.activation_checkpoint)
         if training.compiles(device):
             for module in [*blocks, *head] if blocks else [model]:
                 module.compile()

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from components.errors import InputError
 from components.interfaces import PackedDataset
@@ -30,6 +31,13 @@ def build_model(config: Config, vocab_size: int) -> Any:
         with blame(config, "training"):
             check_separates(model)
     return model
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks that are sharded, compiled and checkpointed one by one, by name; none if it has no `layers`."""
+    if not hasattr(model, "layers"):
+        return {}
+    return {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
 
 
 def check_separates(model: object) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from components.activation_checkpointing import ACMode
 from components.distributed.fsdp import Accumulation
 from components.errors import InputError
 from components.precision import Precision
-from components.recompute import Recompute
 from components.units import Count, PositiveCount, Tokens, expand_home
 
 _LONGEST_NAME = 200
@@ -88,7 +88,7 @@ class Training:
     """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile every block of the model, and the loss; auto: on GPUs."""
-    activation_checkpoint: Recompute = "none"
+    activation_checkpoint: ACMode = "none"
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
     accumulation: Accumulation = "auto"
     """Gather weights and reduce gradients for every micro-batch (least memory), or keep both whole for a step and

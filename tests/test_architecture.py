@@ -13,7 +13,6 @@ SHARED = {
     f"components.{name}"
     for name in (
         "atomic_files",
-        "costly_operations",
         "cpu",
         "distributed.collectives",
         "defaults",
@@ -21,14 +20,15 @@ SHARED = {
         "interfaces",
         "interrupts",
         "paths",
+        "activation_checkpointing",
         "profiler_range",
         "token_ids",
         "units",
     )
 }
-"""Errors of bad input, defaults of what a class lacks, types as users write them, what is costly to compute again, how
-files are written and found, what processes tell one another, ranges of a profile and what token ids are; they import at
-most one another, so everyone may import them."""
+"""Errors of bad input, defaults of what a class lacks, types as users write them, activation checkpointing
+(its memory is estimated elsewhere), how files are written and found, what processes tell one another, ranges of a
+profile and what token ids are; they import at most one another, so everyone may import them."""
 
 
 def imports(file: Path) -> set[str]:

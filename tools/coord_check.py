@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from components.optimizers import AdamW
+from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPKeys
 from recipes.config import describe
-from tools.pictures import pyplot, write
+from recipes.language_model import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0)}
@@ -131,8 +132,8 @@ def _recording(model: nn.Module, sizes: Sizes) -> Iterator[None]:
         return model.get_submodule(name).register_forward_hook(hook)
 
     names = ["tok_embeddings"]
-    for block, _ in model.get_submodule("layers").named_children():
-        names += [f"layers.{block}{part}" for part in (".attention", ".feed_forward", "")]
+    for block in transformer_blocks(model):
+        names += [f"{block}{part}" for part in (".attention", ".feed_forward", "")]
     handles = [record(name) for name in [*names, "output"]]
     try:
         yield
@@ -203,17 +204,16 @@ def check(setting: Setting, parametrisation: Parametrisation) -> Check:
 def plot(checks: Sequence[Check], output: Path) -> None:
     """One panel a parametrisation, one line a module. Raises ValueError without matplotlib, or for an unknown kind."""
     panels = {"squeeze": False, "sharey": True, "layout": "constrained"}
-    figure, axes = pyplot().subplots(1, len(checks), figsize=(5 * len(checks), 4), **panels)
+    figure, axes = import_pyplot().subplots(1, len(checks), figsize=(5 * len(checks), 4), **panels)
     for axis, each in zip(axes.flat, checks, strict=True):
         for name in each.slopes:
             axis.loglog(list(each.sizes), [sizes[name][-1] for sizes in each.sizes.values()], "o-", label=name)
-        axis.set_title(f"{each.parametrisation}: size after the last step", loc="left", fontsize=10)
+        axis.set_title(f"{each.parametrisation}: size after the last step")
         axis.set_xticks(list(each.sizes), labels=[str(width) for width in each.sizes], minor=False)
         axis.set_xticks([], minor=True)
         axis.set_xlabel("width")
-        axis.grid(alpha=0.3)
-    axes[0, -1].legend(frameon=False, fontsize=7)
-    write(figure, output)
+    axes[0, -1].legend(fontsize=7)
+    save_figure(figure, output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

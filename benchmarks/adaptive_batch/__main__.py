@@ -1,7 +1,7 @@
 """Is a batch that follows the gradient worth it? Equal tokens, tuned rates, three seeds: loss and optimizer steps.
 
     python -m benchmarks.adaptive_batch --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
-    python -m benchmarks.adaptive_batch ... --report     # the table and the pictures of what is done so far
+    python -m benchmarks.adaptive_batch --report     # the tables and figures of what is done so far; needs no text
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.adaptive_batch.methods import FIRST, METHODS, RATES, SMALL, VARIANTS
 from benchmarks.adaptive_batch.report import Rows, report
 from benchmarks.adaptive_batch.runs import Book, Row, Run
-from tools.sweep.runs import Results, stopped
+from tools.sweep.runner import Results, report_stop
 
 AT_THE_SAME_MEAN = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
+    parser.add_argument("--train", type=Path, help="text to train on")
+    parser.add_argument("--valid", type=Path, help="text to hold out")
+    parser.add_argument("--tokenizer", type=Path, help="a tiktoken file of 2048 entries")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="of each final run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
@@ -48,15 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    paths = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    text = {key: path for key, path in paths.items() if path is not None}
+    if len(text) < len(paths) and (text or not options.report):
+        parser.error("--train, --valid and --tokenizer are required, all three; --report does without them")
     try:
-        book = Book(Results(options.results), text, options.tokens, options.jobs)
+        book = Book(Results(options.results), text or None, options.tokens, options.jobs)
         if not options.report:
             for kind in options.schedules:
                 compare(book, kind, options.seeds)
         report(rows_of(book), options.tokens, options.pictures)
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return report_stop(stop)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from benchmarks.adaptive_batch.methods import SIZE, method_of, schedule
 from benchmarks.measure import ROOT
 from recipes.config import Override, load
 from tools.sweep.grid import Fingerprints, Job, Settings, digest
-from tools.sweep.runs import Outcome, Results, Runner
+from tools.sweep.runner import Outcome, Results, Runner
 
 RECIPE = ROOT / "train_configs" / "own_text.toml"
 POINTS = 200
@@ -56,8 +56,13 @@ def settings_of(run: Run) -> dict[str, str]:
 class Book:
     """Outcomes by run, kept in a file: what is in it is not run again, unless it was set up otherwise."""
 
-    def __init__(self, results: Results, text: Mapping[str, Path], final_tokens: int, at_a_time: int = 1) -> None:
-        """`text`: where data, held-out data and tokenizer lie, by key. Of runs of `final_tokens` the curve is kept."""
+    def __init__(
+        self, results: Results, text: Mapping[str, Path] | None, final_tokens: int, at_a_time: int = 1
+    ) -> None:
+        """`text`: the paths of data, validation data and tokenizer, by key; None to report only.
+
+        The curve of runs of `final_tokens` is kept.
+        """
         self.results, self.text, self.final_tokens = results, text, final_tokens
         self._runners = {final: Runner(results, at_a_time, curve_points=POINTS * final) for final in (False, True)}
         self._jobs: dict[Run, Job] = {}
@@ -73,17 +78,21 @@ class Book:
         return [outcome for run in runs if (outcome := self.results.get(self._job(run))) is not None]
 
     def finals(self) -> dict[Row, dict[float, list[Outcome]]]:
-        """Outcomes of the final runs that are in the file, by rate, in the order of their seeds."""
+        """Return the outcomes of the final runs in the file, by learning rate, in the order of their seeds.
+
+        Without the text they are known by their labels alone, and the latest of each label counts.
+        """
         found: dict[Row, dict[float, list[Outcome]]] = {}
-        labelled = (Run.labelled(varied) for varied in self.results.varied())
+        labelled = {Run.labelled(varied): outcome for varied, outcome in self.results.items()}
         for run in sorted((run for run in labelled if run.tokens == self.final_tokens), key=lambda run: run.seed):
-            outcome = self.results.get(self._job(run))
-            if outcome is not None:  # None: its recipe is no longer what it was
+            outcome = labelled[run] if self.text is None else self.results.get(self._job(run))
+            if outcome is not None:  # None: its recipe has changed since
                 found.setdefault(run.row, {}).setdefault(run.rate, []).append(outcome)
         return found
 
     def _job(self, run: Run) -> Job:
         if run not in self._jobs:
+            assert self.text is not None
             settings = {**settings_of(run), **{key: str(path.absolute()) for key, path in self.text.items()}}
             config = load(RECIPE, [Override(key, value) for key, value in settings.items()])
             self._jobs[run] = Job(RECIPE, settings, run.labels, digest(config, self._fingerprints))

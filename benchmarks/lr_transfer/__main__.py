@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lr_transfer.cells import METHODS, Grid, Method, cost, sweep_of
+from benchmarks.lr_transfer.groups import Group, group_results
+from benchmarks.lr_transfer.methods import METHODS, Grid, Method, cost, sweep_of
 from benchmarks.lr_transfer.report import draw, lines
 from benchmarks.measure import machine
-from tools.sweep.cells import Cell, in_cells
-from tools.sweep.runs import Results, Runner, stopped
+from tools.sweep.runner import Results, Runner, report_stop
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,17 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(options.results)
         every = sorted((job for each in jobs.values() for job in each), key=cost)
         killed = 0 if options.report else Runner(results, options.jobs).run(every)
-        found: dict[Method, list[Cell]] = {}
+        found: dict[Method, list[Group]] = {}
         for method in METHODS:
             done = [(job, outcome) for job in jobs[method] if (outcome := results.get(job)) is not None]
-            if cells := in_cells(done, method.rate_key):
+            if cells := group_results(done, method.rate_key):
                 found[method] = cells
         print(f"{sum(results.get(job) is not None for job in every)} of {len(every)} runs are done; {machine()}\n")
         if found:
             print("\n".join(lines(found)))
             draw(found, options.picture)
     except KeyboardInterrupt as stop:
-        return stopped(stop)
+        return report_stop(stop)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

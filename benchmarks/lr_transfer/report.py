@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.lr_transfer.cells import Method
-from tools.pictures import pyplot, write
-from tools.sweep.cells import Cell, one_for_all
-from tools.sweep.report import law, vertex
+from benchmarks.lr_transfer.analysis import format_vertex, law_lines
+from benchmarks.lr_transfer.groups import Group, minimax_lr
+from benchmarks.lr_transfer.methods import Method
+from components.plotting import import_pyplot, save_figure
 
 GOAL = 0.01
 """One setting should end this close to the best loss of every cell."""
@@ -17,17 +17,17 @@ NAMES = {"model.dim": "width", "batch.initial": "batch", "training.total_tokens"
 
 Place = tuple[int, ...]
 """Width, batch and tokens of a cell."""
-Found = Mapping[Method, Sequence[Cell]]
+Found = Mapping[Method, Sequence[Group]]
 
 
-def place(cell: Cell) -> Place:
+def place(cell: Group) -> Place:
     return tuple(int(cell.key[key]) for key in NAMES)
 
 
 def lines(found: Found) -> Iterator[str]:
     """A table of the cells, the drift of each method, and the law of the rates where they are rates."""
     best = best_of_all(found)
-    chosen = {method: one_for_all(cells)[0] for method, cells in found.items()}
+    chosen = {method: minimax_lr(cells)[0] for method, cells in found.items()}
     yield from table(found, best, chosen)
     for method, cells in found.items():
         rate = chosen[method]
@@ -42,7 +42,7 @@ def lines(found: Found) -> Iterator[str]:
             f"worst {max(against_all):.1%} above that"
         )
         if method.rate_key.endswith("max_lr"):
-            yield from law(cells)
+            yield from law_lines(cells)
 
 
 def _reached(regrets: Sequence[float]) -> int:
@@ -72,13 +72,13 @@ def table(found: Found, best: Mapping[Place, float], chosen: Mapping[Method, flo
                 shown += ["", "", "", ""]
                 continue
             cost = f"{cell.regret(chosen[method]):+.2%}"
-            shown += [f"{cell.best:g}", vertex(cell), f"{cell.means[cell.best]:.3f}", cost]
+            shown += [f"{cell.best:g}", format_vertex(cell), f"{cell.means[cell.best]:.3f}", cost]
         yield f"| {' | '.join(shown)} |"
 
 
 def draw(found: Found, output: Path) -> None:
     """Loss above the best of the cell against the setting: minima that lie on top of one another transfer."""
-    figure, panels = pyplot().subplots(
+    figure, panels = import_pyplot().subplots(
         1, len(found), figsize=(4 * len(found) + 2.5, 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (method, cells) in zip(panels.flat, found.items(), strict=True):
@@ -100,10 +100,7 @@ def draw(found: Found, output: Path) -> None:
         axis.set_xticks(rates, labels=[f"{rate:g}" for rate in rates])
         axis.set_xticks([], minor=True)
         axis.set_yticks([0, 1, 2, 5, 10, 20], labels=["0", "1", "2", "5", "10", "20"])
-        axis.set_title(method.name, loc="left", fontsize=10)
-        axis.grid(alpha=0.3)
+        axis.set_title(method.name)
     panels[0, 0].set_ylabel("loss above the best of the cell, %")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, handlelength=3, loc="outside right center"
-    )
-    write(figure, output)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=8, handlelength=3, loc="outside right center")
+    save_figure(figure, output)

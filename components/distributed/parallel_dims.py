@@ -25,8 +25,12 @@ class Sizes(NamedTuple):
 
     @property
     def dp_size(self) -> int:
-        """Ranks that see different samples."""
+        """Data-parallel ranks: processes that see different samples."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.tp
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.adaptive_batch import __main__ as comparison
 from benchmarks.adaptive_batch import methods, runs
 from benchmarks.adaptive_batch.runs import Book, Run
-from tools.sweep.runs import Outcome, Results, Runner
+from tools.sweep.runner import Outcome, Results, Runner
 
 pytestmark = pytest.mark.quick
 
@@ -92,6 +92,14 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     before = len(trained)
     assert comparison.main([*arguments, "--report"]) == 0
     assert (capsys.readouterr().out, len(trained)) == (found, before)
+    assert comparison.main([*arguments[3:], "--report"]) == 0, "results are known by their labels without the text"
+    assert capsys.readouterr().out == found
+
+
+def test_a_comparison_without_its_text_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        comparison.main([f"--results={tmp_path / 'results'}", f"--train={tmp_path}", "--report"])
+    assert "--train, --valid and --tokenizer are required" in capsys.readouterr().err
 
 
 EVERY = [(name, kind) for name in [*methods.METHODS, "constant 20"] for kind in ("wsd", "power", "cosine")]

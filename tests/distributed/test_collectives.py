@@ -10,8 +10,8 @@ import pytest
 
 from components.distributed.parallel_dims import Sizes
 from recipes.config import Override, load
-from recipes.plan import Claim, make_plan
-from recipes.step_estimate import fsdp_exchanges, tensor_parallel_exchanges
+from recipes.dry_run.plan import HardwareTarget, make_plan
+from recipes.dry_run.step_time import fsdp_collectives, tp_collectives
 from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_resume import timeless
@@ -57,7 +57,7 @@ class Runs:
 
     def command(self, name: str) -> list[str]:
         layout, mode, arguments = CASES[name]
-        samples = MICRO_BATCHES * MICRO_BATCH * data_parallel(MESHES[layout])
+        samples = MICRO_BATCHES * MICRO_BATCH * MESHES[layout].dp_size
         return [
             str(self.tiny.recipe), "--model.kv_heads=2", "--validation=none", "--checkpoint.interval_steps=none",
             "--batch.use=components.batch:Constant", f"--batch.initial={samples}",
@@ -88,10 +88,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("collectives"))
-
-
-def data_parallel(sizes: Sizes) -> int:
-    return sizes.dp_size
 
 
 def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False) -> dict[str, int]:
@@ -161,15 +157,15 @@ def test_a_dry_run_foresees_the_bytes(runs, name):
     file, *arguments = runs.command(name)
     pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)
     config = load(Path(file), [Override(key, value) for key, value in pairs])
-    plan = make_plan(config, LAYOUTS[layout][0], Claim())
-    assert plan.sizes == MESHES[layout]
+    plan = make_plan(config, LAYOUTS[layout][0], HardwareTarget())
+    assert plan.mesh_shape == MESHES[layout]
     kinds = ("gather", "scatter", "reduce")
     expected = {
         kind: exchange.size
-        for kind, exchange in zip(kinds, fsdp_exchanges(plan, MICRO_BATCHES, local=mode == "local"), strict=True)
+        for kind, exchange in zip(kinds, fsdp_collectives(plan, MICRO_BATCHES, local=mode == "local"), strict=True)
         if exchange.ranks > 1
     }
-    (activations,) = tensor_parallel_exchanges(plan, MICRO_BATCHES, 0)
+    (activations,) = tp_collectives(plan, MICRO_BATCHES, 0)
     if activations.ranks > 1:
         expected["tp"] = activations.size
     found: Counter[str] = Counter()
@@ -179,4 +175,4 @@ def test_a_dry_run_foresees_the_bytes(runs, name):
         elif kind in ("tp gather", "tp scatter"):
             found["tp"] += size
     # the odd row of a vocabulary of 257, cut twice, is counted as half a row
-    assert found == (pytest.approx(expected, rel=5e-3) if plan.sizes.tp > 1 else expected)
+    assert found == (pytest.approx(expected, rel=5e-3) if plan.mesh_shape.tp > 1 else expected)

@@ -27,7 +27,7 @@ from components.metrics.jsonl import JsonLines, read_rows
 from components.safetensors import PickledWeights, Weights
 from components.tokenizers.tiktoken_file import read_ranks
 from tools.generate import read_prompts
-from tools.sweep.runs import Results
+from tools.sweep.runner import Results
 
 pytestmark = pytest.mark.quick
 

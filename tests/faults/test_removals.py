@@ -23,7 +23,7 @@ from components.run_directory import RunDirectory
 from components.safetensors import new_directory
 from recipes.opening import remove_run
 from tests.components.checkpoint.test_manager import Alone
-from tools.sweep.runs import Results
+from tools.sweep.runner import Results
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN, OTHER_RUN = "a" * 16, "b" * 16

@@ -10,7 +10,7 @@ import pytest
 from models.presets import SIZES
 from recipes import cli
 from recipes.config import Override, flatten, load
-from recipes.plan import Claim, make_plan
+from recipes.dry_run.plan import HardwareTarget, make_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -133,9 +133,9 @@ def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, c
 @pytest.mark.parametrize("name", ["microllama300m"])
 def test_the_stagewise_baseline_takes_the_steps_of_the_paper(name, text):
     """Lau et al. 2024, their tables of results: 269 steps at a mean batch of 7439."""
-    course = make_plan(resolved(name, text), 4, Claim()).course
-    assert course.steps == 269
-    assert course.mean_batch == pytest.approx(7439, abs=2)
+    schedule = make_plan(resolved(name, text), 4, HardwareTarget()).schedule
+    assert schedule.num_steps == 269
+    assert schedule.mean_batch == pytest.approx(7439, abs=2)
 
 
 SMALL = {

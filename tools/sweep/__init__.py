@@ -1,1 +1,1 @@
-"""Many runs of one recipe over grids of its keys: planned, run, remembered, and what they say of the learning rate."""
+"""Sweeps: many runs of one recipe over grids of its keys, planned, run and recorded."""

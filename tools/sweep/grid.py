@@ -1,4 +1,4 @@
-"""Which runs a sweep is: a recipe, keys that all runs share, and grids of keys that are crossed."""
+"""The runs of a sweep: a recipe, keys that all runs share, and grids of keys that are crossed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Settings = Mapping[str, str]
 Grid = Sequence[Settings]
 """Points of one axis: the keys of a point go together."""
 Fingerprints = dict[tuple[tuple[str, str], ...], str]
-"""Keys of a section -> what is in the files it reads, which is the same for many runs."""
+"""Keys of a section -> fingerprint of the files it reads, which is the same for many runs."""
 
-ITS_PLACE = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
-"""Keys, and sections, that say where a run is and what it writes, but not what it learns."""
+LOCATION_KEYS = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
+"""Keys and sections that set where a run is and what it writes, but do not change what it learns."""
 OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"
 
 
@@ -36,11 +36,11 @@ class Job:
 
     recipe: Path
     settings: Settings
-    """All that the command line sets."""
+    """Every key that the command line sets."""
     varied: Settings
-    """The part of it that tells this run from the others."""
+    """The keys in which this run differs from the others."""
     digest: str
-    """Of the resolved configuration and the content of its data."""
+    """The digest of the resolved configuration and the content of its data."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key} = {value}" for key, value in self.varied.items()) or str(self.recipe)
@@ -48,14 +48,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe, varied."""
+    """A recipe and the keys that are varied."""
 
     recipe: Path
     common: Settings
     """Keys that all its runs share."""
     grids: Sequence[Grid]
     processes: Callable[[object], int] = lambda recipe: 1
-    """Of a run of such a recipe."""
+    """Returns the number of processes of a run of such a recipe."""
 
     def __post_init__(self) -> None:
         seen = set(self.common)
@@ -65,7 +65,7 @@ class Sweep:
             seen |= grid[0].keys()
 
     def jobs(self) -> list[Job]:
-        """Every run once, the last grid fastest. Raises ValueError with all that is wrong with the first that is."""
+        """Return every run once, the last grid fastest. Raises ValueError with all problems of the first bad one."""
         jobs: dict[str, Job] = {}
         fingerprints: Fingerprints = {}
         for points in itertools.product(*self.grids):
@@ -75,14 +75,14 @@ class Sweep:
                 config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
                 job = Job(self.recipe, settings, varied, digest(config, fingerprints, self.processes(config.recipe)))
             except (ConfigError, OSError, ValueError) as error:
-                told = ", ".join(f"{key} = {value}" for key, value in varied.items())
-                raise ValueError(f"with {told}:\n{error}" if told else str(error)) from None
+                which = ", ".join(f"{key} = {value}" for key, value in varied.items())
+                raise ValueError(f"with {which}:\n{error}" if which else str(error)) from None
             jobs.setdefault(job.digest, job)
         return list(jobs.values())
 
 
 def parse_grid(texts: Sequence[str]) -> Grid:
-    """`KEY=VALUE,VALUE ...`: keys that go together, each with as many values. Raises ValueError."""
+    """Parse `KEY=VALUE,VALUE ...`: keys that vary together, with equally many values each. Raises ValueError."""
     columns: dict[str, list[str]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
@@ -90,18 +90,18 @@ def parse_grid(texts: Sequence[str]) -> Grid:
             raise ValueError(f"--grid {text}: write --grid key=value,value; the recipe comes first")
         if key in columns:
             raise ValueError(f"--grid: {key} is given twice")
-        columns[key.removeprefix("--")] = split(values)
+        columns[key.removeprefix("--")] = split_values(values)
         if "" in columns[key.removeprefix("--")]:
             raise ValueError(f"--grid {text}: a value is empty")
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-        raise ValueError(f"--grid: keys that go together need as many values each: {told}; or give each its own --grid")
+        counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise ValueError(f"--grid: keys of one grid need equally many values: {counts}; or give each its own --grid")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def split(text: str) -> list[str]:
-    """At the commas outside brackets and quotes."""
+def split_values(text: str) -> list[str]:
+    """Split `text` at the commas outside brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         if char == "," and not depth and not quote:
@@ -118,30 +118,30 @@ def split(text: str) -> list[str]:
 
 
 def digest(config: Config, fingerprints: Fingerprints, processes: int = 1) -> str:
-    """What makes a run what it is: keys that were set, the content of its text and tokenizer, and its processes.
+    """Return the digest of what a run learns from: keys that were set, content of text and tokenizer, and processes.
 
-    Defaults are left out, so that a component may get another key without every result being forgotten; and so is
-    where things lie. `fingerprints` remembers what was read. Raises ValueError or OSError if the data is not there.
+    Defaults are left out, so that a new key of a component does not invalidate every result; so are locations.
+    `fingerprints` caches what was read. Raises ValueError or OSError if the data is not there.
     """
     content = {section: _fingerprint(config, section, source, fingerprints) for section, source in _sources(config)}
-    said = {
+    keys = {
         key: leaf.toml
         for key, leaf in config.leaves.items()
-        if leaf.origin.source != DEFAULT and counts(key) and not _is_path_below(key, content)
+        if leaf.origin.source != DEFAULT and is_learned_from(key) and not _is_path_below(key, content)
     }
     if processes > 1:  # a batch is rounded up to what they can share
-        said["processes"] = str(processes)
-    return hashlib.sha256(json.dumps([said, content], sort_keys=True).encode()).hexdigest()[:16]
+        keys["processes"] = str(processes)
+    return hashlib.sha256(json.dumps([keys, content], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def counts(key: str) -> bool:
-    """Whether a key says what a run learns."""
-    inside = (key == place or key.startswith(f"{place}.") for place in ITS_PLACE)
+def is_learned_from(key: str) -> bool:
+    """Return whether a key changes what a run learns."""
+    inside = (key == place or key.startswith(f"{place}.") for place in LOCATION_KEYS)
     return not any(inside) and key.rpartition(".")[2] != "cache_dir"
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Any]]:
-    """Sections that read something and can say what."""
+    """Yield the sections that read files, with their components."""
     recipe = config.recipe
     yield "tokenizer", recipe.tokenizer
     held_out = getattr(getattr(recipe, "validation", None), "data", None)

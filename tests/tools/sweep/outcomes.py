@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from components.units import parse_count
-from tools.sweep.runs import Runner
+from tools.sweep.runner import Runner
 
 LENGTH, BATCH = 128, 32
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tools.sweep.grid import Sweep, parse_grid, split
+from tools.sweep.grid import Sweep, parse_grid, split_values
 
 pytestmark = pytest.mark.quick
 
@@ -34,7 +34,7 @@ def digest_of(recipe, **common):
     ],
 )
 def test_values_are_cut_at_commas_outside_brackets_and_quotes(text, parts):
-    assert split(text) == parts
+    assert split_values(text) == parts
 
 
 def test_keys_of_one_grid_go_together_and_grids_are_crossed(tiny):

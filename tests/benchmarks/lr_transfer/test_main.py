@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from benchmarks.lr_transfer.__main__ import main
-from benchmarks.lr_transfer.cells import BASE_WIDTH, METHODS, Grid, cost, sweep_of
+from benchmarks.lr_transfer.methods import BASE_WIDTH, METHODS, Grid, cost, sweep_of
 from recipes.cli import ROOT
 from recipes.config import Override, load
 from tests.tools.sweep.outcomes import pretend
@@ -47,6 +47,7 @@ def test_every_method_tries_every_rate_in_every_cell_and_they_differ_in_the_rate
 def test_the_report_tells_a_rate_that_transfers_from_one_that_drifts(text, tmp_path, monkeypatch, capsys):
     """Runs whose best rate is one over the width without muP, follows the batch under WSD, and is fixed under Power."""
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    pytest.importorskip("scipy", reason="needs the [plot] extra")
 
     def loss(settings):
         width, batch = int(settings["model.dim"]), int(settings["batch.initial"])

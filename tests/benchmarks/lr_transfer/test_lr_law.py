@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from tools.sweep.optimum import Optimum, Point, fit_law, optimum, students_t
+from benchmarks.lr_transfer.lr_law import Optimum, OptimumPoint, Regression, find_optimum, fit_law
 
+pytest.importorskip("scipy", reason="needs the [plot] extra")
 pytestmark = pytest.mark.quick
 
 RATES = [2.0**power for power in range(-12, -3)]
@@ -20,9 +21,9 @@ def parabola(best: float, curvature: float = 0.1) -> dict[float, list[float]]:
 
 @pytest.mark.parametrize("best", [0.0021, 0.01, 2**-7.5])
 def test_the_vertex_of_a_parabola_is_found_exactly(best):
-    found = optimum(parabola(best))
+    found = find_optimum(parabola(best))
     assert isinstance(found, Optimum)
-    assert found.rate == pytest.approx(best, rel=1e-9)
+    assert found.lr == pytest.approx(best, rel=1e-9)
     assert found.loss == pytest.approx(4, abs=1e-9)
 
 
@@ -38,18 +39,19 @@ def test_the_vertex_of_a_parabola_is_found_exactly(best):
     ],
 )
 def test_a_best_rate_without_neighbours_is_no_optimum(losses, why):
-    assert optimum(losses) == why
+    assert find_optimum(losses) == why
 
 
 def test_a_failed_run_further_up_does_not_matter():
     losses = {**parabola(0.004), RATES[-1]: [math.inf]}
-    found = optimum(losses)
-    assert isinstance(found, Optimum) and found.rate == pytest.approx(0.004, rel=1e-9)
+    found = find_optimum(losses)
+    assert isinstance(found, Optimum) and found.lr == pytest.approx(0.004, rel=1e-9)
 
 
 @pytest.mark.parametrize(("freedom", "published"), [(1, 12.706), (2, 4.303), (10, 2.228), (100, 1.984)])
-def test_students_t_is_that_of_the_tables(freedom, published):
-    assert students_t(freedom) == pytest.approx(published, abs=6e-4)
+def test_an_interval_is_that_of_the_published_tables_of_students_t(freedom, published):
+    found = Regression(np.array([3.0]), np.array([[4.0]]), freedom).estimate(0)
+    assert (found.low, found.high) == pytest.approx((3 - 2 * published, 3 + 2 * published), abs=2e-3)
 
 
 def test_the_error_of_a_vertex_holds_the_truth_as_often_as_it_says():
@@ -57,9 +59,9 @@ def test_the_error_of_a_vertex_holds_the_truth_as_often_as_it_says():
     generator, held, trials = np.random.default_rng(0), 0, 500
     for _ in range(trials):
         losses = {rate: list(each + generator.normal(0, 0.005, 3)) for rate, each in parabola(0.0085).items()}
-        found = optimum(losses)
+        found = find_optimum(losses)
         assert isinstance(found, Optimum) and found.error is not None
-        held += abs(found.log_rate - math.log(0.0085)) <= students_t(6) * found.error
+        held += abs(found.log_lr - math.log(0.0085)) <= 2.447 * found.error  # t of 6 degrees of freedom
     assert 0.92 <= held / trials <= 0.98  # 0.95, with three standard deviations of 500 trials
 
 
@@ -72,14 +74,14 @@ def best_rate(tokens: float, beta: float) -> float:
 
 
 def test_a_law_without_noise_is_found_exactly():
-    law = fit_law([Point(tokens, beta, best_rate(tokens, beta)) for tokens, beta in CELLS])
+    law = fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in CELLS])
     assert (law.a.value, law.b.value) == (pytest.approx(A), pytest.approx(B))
     assert law.gamma.value == pytest.approx(A * law.middle**B)
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(1)
 
 
 def test_a_rate_that_follows_the_root_of_the_batch_is_seen():
-    law = fit_law([Point(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in CELLS])
+    law = fit_law([OptimumPoint(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in CELLS])
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(0.5)
 
 
@@ -101,9 +103,9 @@ def test_intervals_hold_the_true_law_as_often_as_they_say():
                 rates = best * 2.0 ** (np.arange(-4, 5) + generator.uniform(-0.5, 0.5))
                 x = np.log(rates / best)
                 y = 4 + 0.1 * x**2 + steepness * x**3 + generator.normal(0, 0.005, len(x))
-                cell = optimum({rate: [loss] for rate, loss in zip(rates, y, strict=True)})
+                cell = find_optimum({rate: [loss] for rate, loss in zip(rates, y, strict=True)})
                 assert isinstance(cell, Optimum)
-                found.append(Point(tokens, beta, cell.rate))
+                found.append(OptimumPoint(tokens, beta, cell.lr))
             law = fit_law(found)
             assert law.batch_exponent is not None
             middle = math.exp(np.mean([math.log(tokens) for tokens, _ in CELLS]))
@@ -123,15 +125,15 @@ def test_intervals_hold_the_true_law_as_often_as_they_say():
     "cells", [CELLS[:2], [(3e5, 1.0)] * 5, [(300_032, 0.25), (303_104, 1.0), (300_032, 4.0), (303_104, 0.3)]]
 )
 def test_too_few_cells_have_no_law(cells):
-    with pytest.raises(ValueError, match="three cells or more"):
-        fit_law([Point(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
+    with pytest.raises(ValueError, match="three groups or more"):
+        fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
 
 
 def test_a_law_that_is_hardly_known_has_wide_intervals_and_no_error():
-    law = fit_law([Point(3e5, 1.0, 1e-9), Point(5e5, 1.0, 1e-2), Point(5e5, 1.0, 1e-9)])
+    law = fit_law([OptimumPoint(3e5, 1.0, 1e-9), OptimumPoint(5e5, 1.0, 1e-2), OptimumPoint(5e5, 1.0, 1e-9)])
     assert (law.a.low, law.a.high) == (0, math.inf)
 
 
 def test_lengths_and_batches_that_grow_together_tell_no_exponent_of_the_batch():
-    points = [Point(t, t / 1e6, best_rate(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
+    points = [OptimumPoint(t, t / 1e6, best_rate(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
     assert fit_law(points).batch_exponent is None

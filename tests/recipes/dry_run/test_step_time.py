@@ -5,41 +5,40 @@ from __future__ import annotations
 import pytest
 
 from components.throughput import named_device
-from recipes.plan import Claim, Plan, make_plan
-from recipes.step_estimate import INFINIBAND, Exchange, StepEstimate, estimate_step
-from tests.recipes.test_dry_run import config_of
+from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
+from recipes.dry_run.step_time import INFINIBAND, Collective, StepTime, estimate_step_time
+from tests.recipes.dry_run.plans import config_of
 
 pytestmark = pytest.mark.quick
 
 H100 = named_device("H100")
 
 
-def step(tiny, processes: int, local: int, *arguments: str) -> tuple[Plan, StepEstimate]:
+def step(tiny, processes: int, local: int, *arguments: str) -> tuple[RunPlan, StepTime]:
     """A step of four micro-batches, in bf16 on H100s."""
-    plan = make_plan(
-        config_of(tiny, "--run.device=auto", "--training.precision=bf16", *arguments), processes, Claim(), local
-    )
-    found = estimate_step(plan, H100, 4)
+    config = config_of(tiny, "--run.device=auto", "--training.precision=bf16", *arguments)
+    plan = make_plan(config, processes, HardwareTarget(), local)
+    found = estimate_step_time(plan, H100, 4)
     assert found is not None
     return plan, found
 
 
 def test_bytes_over_a_link_are_those_of_the_busiest_rank():
     """8 GB gathered over 8: 7/8 come from elsewhere. Over two nodes half must enter each, through four adapters."""
-    nvlink = Exchange(8e9, 8, 1).seconds(8, 1e9 / 0.73)
+    nvlink = Collective(8e9, 8, 1).seconds(8, 1e9 / 0.73)
     assert nvlink == pytest.approx((7.0, 0.0))
-    inside, between = Exchange(8e9, 8, 1).seconds(4, 1e9 / 0.73)
+    inside, between = Collective(8e9, 8, 1).seconds(4, 1e9 / 0.73)
     assert (inside, between) == pytest.approx((7.0, 4e9 / 4 / INFINIBAND))
-    replicas = Exchange(1e9, 2, 8, rounds=2).seconds(8, 1e9)  # one rank of each node: an adapter of its own
+    replicas = Collective(1e9, 2, 8, rounds=2).seconds(8, 1e9)  # one rank of each node: an adapter of its own
     assert replicas == pytest.approx((0.0, 2 * 0.5e9 / INFINIBAND))
-    assert Exchange(8e9, 8, 1).seconds(1, 1e9) == pytest.approx((0.0, 7e9 / INFINIBAND))
+    assert Collective(8e9, 8, 1).seconds(1, 1e9) == pytest.approx((0.0, 7e9 / INFINIBAND))
 
 
 def test_a_node_alone_uses_no_infiniband_and_replicas_use_it_once_a_step(tiny):
     _, alone = step(tiny, 8, 8)
     plan, several = step(tiny, 64, 8)
     assert alone.infiniband == 0
-    assert plan.sizes.dp_replicate == 8
+    assert plan.mesh_shape.dp_replicate == 8
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     assert several.infiniband == pytest.approx(
         2 * 7 / 8 * 4 * parameters / 8 / INFINIBAND, rel=0.05
@@ -80,7 +79,7 @@ def test_recomputing_costs_a_third_more_products_and_compiling_launches_less(tin
     ],
 )
 def test_the_longest_bounds_the_step(parts, bound):
-    assert StepEstimate(*parts).bound == bound
+    assert StepTime(*parts).bound == bound
 
 
 def test_a_step_on_the_cpu_has_no_such_bounds(tiny, capsys):

@@ -1,8 +1,8 @@
-"""What a forward pass leaves for backward, counted without storage.
+"""The memory of activations: what a forward pass keeps for the backward pass, counted without storage.
 
 The model runs once on fake tensors, which have shapes and no data, and everything autograd keeps is added up. So the
-count holds for any model, also for one this project has never seen, and cannot drift from the code. It is that of the
-CPU's kernels; CUDA's differ in the norms alone, by a few percent.
+count holds for any model, including a custom one, and follows every change of its code. It is the count of the CPU
+kernels; those of CUDA differ in the norms only, by a few percent.
 """
 
 from __future__ import annotations
@@ -11,74 +11,76 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from components.costly_operations import is_costly
-
-Checkpointing = Literal["none", "full", "selective"] | int
+from components.activation_checkpointing import ACMode, is_saved_op
 
 FUSIBLE = {"_to_copy", "add", "addcmul", "div", "exp", "mul", "neg", "pow", "rsqrt", "sigmoid", "silu", "sub"}
-"""Operations whose results a compiled block computes again in backward, inside the kernel that needs them, unless a
-product reads them too."""
+"""Operations whose results a compiled block recomputes in the backward pass, inside the kernel that reads them, unless
+one of `OPS_TO_SAVE` reads them too."""
 
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """Bytes of one block, for one micro-batch."""
+    """Bytes that one block keeps for one micro-batch."""
 
     kept: int
-    """All that autograd keeps, its input included."""
+    """All tensors that autograd keeps, including the block's input."""
     input: int
-    """Its input, all that full checkpointing keeps."""
-    products: int
-    """Results of its matrix products and its attention, which selective checkpointing keeps besides."""
+    """The block's input, all that full checkpointing keeps."""
+    saved_ops: int
+    """Results of `OPS_TO_SAVE` and attention, which selective checkpointing also keeps."""
     fused: int = 0
-    """What of `kept` a compiled block does not keep."""
-    last_product: int = 0
-    """What of `products` a compiled block does not keep: its last product joins the residual stream, and nothing in the
-    backward of the block reads it."""
+    """The part of `kept` that a compiled block does not keep."""
+    last_saved_op: int = 0
+    """The part of `saved_ops` that a compiled block does not keep: its last product is added to the residual stream,
+    and the backward pass of the block does not read it."""
 
-    def under(self, checkpointing: Checkpointing, index: int) -> int:
-        """Bytes kept until backward comes to this block, the `index`-th."""
-        if checkpointing == "none" or (isinstance(checkpointing, int) and (index + 1) % checkpointing):
+    def kept_with(self, mode: ACMode, index: int) -> int:
+        """Return the bytes kept until the backward pass reaches this block, the `index`-th."""
+        if mode == "none" or (isinstance(mode, int) and (index + 1) % mode):
             return self.kept
-        return min(self.kept, self.input + (self.products if checkpointing == "selective" else 0))
+        return min(self.kept, self.input + (self.saved_ops if mode == "selective" else 0))
 
     def compiled(self) -> BlockActivations:
-        """The same block under torch.compile."""
-        kept, products = self.kept - self.fused, self.products - self.last_product
-        return replace(self, kept=kept, products=products, fused=0, last_product=0)
+        """Return the same block under torch.compile."""
+        kept, saved_ops = self.kept - self.fused, self.saved_ops - self.last_saved_op
+        return replace(self, kept=kept, saved_ops=saved_ops, fused=0, last_saved_op=0)
 
-    def sliced(self, tp: int) -> BlockActivations:
-        """On each of `tp` ranks: all is sliced, by heads, features or sequence, but for two gathered copies of the
-        input that its first products need."""
+    def per_tp_rank(self, tp: int) -> BlockActivations:
+        """Return what each of `tp` tensor-parallel ranks keeps.
+
+        Every tensor is split, by heads, features or sequence, except two gathered copies of the input, which the first
+        matrix products need.
+        """
         gathered = min(self.kept, 2 * self.input)
         kept = (self.kept - gathered) // tp + gathered
-        return BlockActivations(kept, self.input // tp, self.products // tp, self.fused // tp, self.last_product // tp)
+        rest = (self.input, self.saved_ops, self.fused, self.last_saved_op)
+        return BlockActivations(kept, *(size // tp for size in rest))
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a forward pass leaves for backward, weights not counted."""
+    """Bytes that a forward pass keeps for the backward pass, without the weights."""
 
     blocks: tuple[BlockActivations, ...]
-    elsewhere: int
-    """Outside of the blocks; what the loss needs while it is computed is not in it."""
+    outside_blocks: int
+    """Kept outside of the blocks, without what the loss needs while it is computed."""
 
-    def peak(self, checkpointing: Checkpointing, tp: int = 1, *, compiled: bool = False) -> int:
-        """The most that is kept at once: all blocks, and the one that is being computed again."""
-        blocks = [(block.compiled() if compiled else block).sliced(tp) for block in self.blocks]
-        kept = [block.under(checkpointing, index) for index, block in enumerate(blocks)]
-        again = [block.kept - held for block, held in zip(blocks, kept, strict=True)]
-        return self.elsewhere // tp + sum(kept) + max(again, default=0)
+    def peak(self, mode: ACMode, tp: int = 1, *, compiled: bool = False) -> int:
+        """Return the most that is kept at once: all blocks, and the one that is being recomputed."""
+        blocks = [(block.compiled() if compiled else block).per_tp_rank(tp) for block in self.blocks]
+        kept = [block.kept_with(mode, index) for index, block in enumerate(blocks)]
+        recomputed = [block.kept - resident for block, resident in zip(blocks, kept, strict=True)]
+        return self.outside_blocks // tp + sum(kept) + max(recomputed, default=0)
 
 
-def count(
+def count_activations(
     model: nn.Module,
     blocks: Sequence[str],
     *,
@@ -86,39 +88,39 @@ def count(
     sequence_length: int,
     compute_dtype: torch.dtype,
 ) -> Activations:
-    """Of `model(tokens, labels)`, on the meta device or any other; `blocks` names those of its modules.
+    """Return the activations of `model(tokens, labels)`, whose `blocks` are named; it may be on the meta device.
 
     The weights that a model computes with are in `compute_dtype`, as FSDP2 gathers them or as copies.
-    Raises whatever the model raises; one whose shapes depend on data cannot run without any.
+    Raises whatever the model raises: a model whose shapes depend on data cannot run without any.
     """
     with torch.device("meta"):
         model = copy.deepcopy(model).to(device="meta", dtype=compute_dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)
-        ledger = _Ledger(model)
-        with ledger.watch({name: model.get_submodule(name) for name in blocks}):
+        recorder = _SavedTensorRecorder(model)
+        with recorder.watch({name: model.get_submodule(name) for name in blocks}):
             model(tokens, tokens)
-    return ledger.total(blocks)
+    return recorder.total(blocks)
 
 
-class _Ledger(TorchDispatchMode):
-    """Who keeps which storage. A storage that several operations keep is counted once, for the first."""
+class _SavedTensorRecorder(TorchDispatchMode):
+    """Records which block keeps which storage. One that several operations keep is counted once, for the first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._parameters = {_storage(parameter) for parameter in model.parameters()}
         self._kept: dict[int, tuple[str, Tensor]] = {}
-        self._products: dict[int, tuple[str, Tensor]] = {}
+        self._saved_ops: dict[int, tuple[str, Tensor]] = {}
         self._inputs: dict[str, int] = {}
         self._made_by: dict[int, str] = {}
-        self._read_by_products: set[int] = set()
+        self._read_by_saved_ops: set[int] = set()
         self._entered: set[int] = set()
         self._block = ""
 
     @contextmanager
     def watch(self, blocks: dict[str, nn.Module]) -> Iterator[None]:
-        """Count what happens inside."""
+        """Record the operations and saved tensors of the block of this `with`."""
         for name, block in blocks.items():
             block.register_forward_pre_hook(lambda _module, arguments, name=name: self._enter(name, arguments))
             block.register_forward_hook(lambda *_: self._leave())
@@ -133,29 +135,31 @@ class _Ledger(TorchDispatchMode):
             read = [_storage(argument) for argument in args if isinstance(argument, Tensor)]
             if _storage(first) not in read:  # a view, or a result in place, is no new tensor
                 self._made_by[_storage(first)] = name
-                self._read_by_products.discard(_storage(first))
-            if is_costly(func):
-                self._products[_storage(first)] = (self._block, first)
-                self._read_by_products.update(read)
+                self._read_by_saved_ops.discard(_storage(first))
+            if is_saved_op(func):
+                self._saved_ops[_storage(first)] = (self._block, first)
+                self._read_by_saved_ops.update(read)
         return result
 
     def total(self, blocks: Sequence[str]) -> Activations:
+        """Return the recorded bytes, those of each block and the rest."""
+
         def of(entries: dict[int, tuple[str, Tensor]], name: str) -> int:
             return sum(_nbytes(tensor) for block, tensor in entries.values() if block == name)
 
         fused = {
             storage: entry
             for storage, entry in self._kept.items()
-            if self._made_by.get(storage) in FUSIBLE and storage not in self._read_by_products | self._entered
+            if self._made_by.get(storage) in FUSIBLE and storage not in self._read_by_saved_ops | self._entered
         }
         return Activations(
             tuple(
                 BlockActivations(
                     of(self._kept, name),
                     self._inputs.get(name, 0),
-                    of(self._products, name),
+                    of(self._saved_ops, name),
                     of(fused, name),
-                    next((_nbytes(t) for block, t in reversed(self._products.values()) if block == name), 0),
+                    next((_nbytes(t) for block, t in reversed(self._saved_ops.values()) if block == name), 0),
                 )
                 for name in blocks
             ),

@@ -8,20 +8,20 @@ import torch
 from components.distributed.context import World
 from components.distributed.parallel_dims import Sizes
 from components.throughput import Device, device_memory
-from recipes.memory_estimate import PLANNED, Memory, accumulates_locally, decide_accumulation
-from tests.recipes.test_dry_run import config_of, plan_of
+from recipes.dry_run.memory import PLANNED_FRACTION, Memory, decide_grad_sync, syncs_once_per_step
+from tests.recipes.dry_run.plans import config_of, plan_of
 
 pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("local", (True, True)), ("reduce", (False, False))])
 def test_what_is_asked_for_is_done_on_any_device(mode, expected):
-    assert (accumulates_locally(mode, 10, 1), accumulates_locally(mode, 1, 10)) == expected
+    assert (syncs_once_per_step(mode, 10, 1), syncs_once_per_step(mode, 1, 10)) == expected
 
 
 def test_auto_is_local_where_all_of_it_fits_what_may_be_planned():
-    assert accumulates_locally("auto", 900, 1000)
-    assert not accumulates_locally("auto", 901, 1000)
+    assert syncs_once_per_step("auto", 900, 1000)
+    assert not syncs_once_per_step("auto", 901, 1000)
 
 
 def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
@@ -30,7 +30,7 @@ def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
     assert isinstance(memory, Memory)
     assert memory.local_peak > memory.peak
     roomy, tight = (
-        Device("", 1.0, int(size / PLANNED) + add) for size, add in ((memory.local_peak, 2), (memory.peak, 2))
+        Device("", 1.0, int(size / PLANNED_FRACTION) + add) for size, add in ((memory.local_peak, 2), (memory.peak, 2))
     )
     assert plan.peak_on(memory, roomy) == memory.local_peak
     assert plan.peak_on(memory, tight) == memory.peak
@@ -48,11 +48,11 @@ def test_a_run_takes_the_estimate_of_the_dry_run_and_the_memory_of_its_device(ti
     world = World(0, 1, torch.device("cpu"))
     config = config_of(tiny)
     plan = plan_of(tiny, processes=2)
-    assert decide_accumulation(config.recipe, plan.model, Sizes(1, 2, 1), world, torch.float32)
+    assert decide_grad_sync(config.recipe, plan.model, Sizes(1, 2, 1), world, torch.float32)
     crowded = World(0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6)  # a MB for each
-    assert not decide_accumulation(config.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+    assert not decide_grad_sync(config.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
     forced = config_of(tiny, "--training.accumulation=local")
-    assert decide_accumulation(forced.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+    assert decide_grad_sync(forced.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
 
 
 def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
@@ -61,4 +61,4 @@ def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
             return int(tokens.argmax())
 
     world = World(0, 1, torch.device("cpu"))
-    assert not decide_accumulation(config_of(tiny).recipe, Peeking(), Sizes(1, 2, 1), world, torch.float32)
+    assert not decide_grad_sync(config_of(tiny).recipe, Peeking(), Sizes(1, 2, 1), world, torch.float32)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from components.activations import Activations, BlockActivations, count
+from components.activation_memory import Activations, BlockActivations, count_activations
 from models.decoder import Block, Decoder
 from models.presets import Size
 from models.rope import rope_frequencies, rope_table
@@ -25,7 +25,7 @@ EXPERTS = replace(SIZE, ffn_dim=32, experts=6, top_k=2)
 def counted(compute_dtype=torch.float32, size: Size = SIZE) -> Activations:
     with torch.device("meta"):
         model = Decoder(size, 500)
-    return count(
+    return count_activations(
         model,
         NAMES,
         micro_batch_size=BATCH,
@@ -90,7 +90,7 @@ def test_experts_are_counted_as_the_rest(dtype):
     activations = counted(compute_dtype=dtype, size=EXPERTS)
     assert activations.peak("none") == pytest.approx(really_kept(dtype, EXPERTS), rel=0.01)
     sent, dense = 2 * BATCH * LENGTH, counted(compute_dtype=dtype)
-    more = activations.blocks[1].products - dense.blocks[1].products
+    more = activations.blocks[1].saved_ops - dense.blocks[1].saved_ops
     # of each copy of a token gate, up and output, and the router's logits; of the dense one the same
     element = dtype.itemsize
     experts = element * sent * (2 * 32 + SIZE.dim) + 4 * BATCH * LENGTH * 6
@@ -106,7 +106,7 @@ def test_a_float32_block_follows_the_formula_of_the_documentation():
         assert block.input == 4 * SIZE.dim * BATCH * LENGTH
 
 
-BLOCKS = Activations((BlockActivations(100, 10, 40),) * 4, elsewhere=7)
+BLOCKS = Activations((BlockActivations(100, 10, 40),) * 4, outside_blocks=7)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,13 @@ def test_checkpointing_keeps_less_and_computes_one_block_again(checkpointing, by
 
 
 def test_tensor_parallel_ranks_share_all_but_two_gathered_inputs():
-    assert BLOCKS.blocks[0].sliced(4) == BlockActivations(20 + 80 // 4, 10 // 4, 10)
+    assert BLOCKS.blocks[0].per_tp_rank(4) == BlockActivations(20 + 80 // 4, 10 // 4, 10)
 
 
 def test_the_model_is_left_as_it_was():
     with torch.device("meta"):
         model = Decoder(SIZE, 500)
-    count(
+    count_activations(
         model,
         NAMES,
         micro_batch_size=1,

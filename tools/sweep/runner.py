@@ -1,4 +1,4 @@
-"""Runs, started as a user starts them, measured from what they leave, and remembered in a file of JSON lines."""
+"""The runs of a sweep: started as by the launcher, measured by what they logged, and recorded in a JSONL file."""
 
 from __future__ import annotations
 
@@ -23,53 +23,91 @@ from components.critical_batch import smoothed
 from components.metrics.jsonl import read_rows
 from components.paths import is_file
 from components.run_directory import RunDirectory
-from recipes.cli import ERROR_FILE, ROOT
-from tools.sweep.devices import shares, visible
+from recipes.cli import ERROR_FILE, ROOT, resolve_world_shape
 from tools.sweep.grid import Job, Settings
 
-TAIL = 0.02
-"""The training loss at the end is averaged exponentially over this share of the tokens."""
-LEFT_OUT = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
-"""What a run whose directory is thrown away need not write."""
-_BEGINS = b'{"digest": "'
-"""How each line of the file of results begins. Only a half-written one that does is cut off."""
+EMA_FRACTION = 0.02
+"""The training loss is averaged exponentially over this fraction of the tokens."""
+THROWAWAY_OVERRIDES = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
+"""Overrides of a run whose directory is deleted: what it need not write."""
+_LINE_PREFIX = b'{"digest": "'
+"""The beginning of each line of the result file. An incomplete last line is only cut off if it begins so."""
 INPUT, KILLED = 2, (129, 130, 137, 143)
 """Exit statuses: bad input, and ended by SIGHUP, SIGINT, SIGKILL or SIGTERM."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+Curve = list[tuple[int, int, float, int]]
+"""Step, tokens, smoothed training loss and batch in samples, at points along a run."""
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get(VISIBLE_GPUS)
+    if named is not None:
+        return [device.strip() for device in named.split(",") if device.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def gpu_assignments(gpus: Sequence[str], runs: int) -> list[Mapping[str, str]]:
+    """Return the environment variables of each of `runs` runs: equally many GPUs each, and no GPU in two.
+
+    With fewer GPUs than runs, some share one; a single GPU, or none, needs no variable.
+    """
+    if len(gpus) < 2 or runs < 2:
+        return [{} for _ in range(runs)]
+    each = len(gpus) // runs
+    if not each:
+        return [{VISIBLE_GPUS: gpus[run % len(gpus)]} for run in range(runs)]
+    return [{VISIBLE_GPUS: ",".join(gpus[run * each : (run + 1) * each])} for run in range(runs)]
+
+
+def processes_per_run(runs: int, recipe: object) -> int:
+    """Return how many processes the launcher starts for the `recipe` of one of `runs` runs at a time.
+
+    Raises UsageError.
+    """
+    gpus = visible_gpus()
+    assigned = gpu_assignments(gpus, runs)[0].get(VISIBLE_GPUS)
+    return resolve_world_shape(
+        os.environ, recipe, len(gpus) if assigned is None else len(assigned.split(","))
+    ).world_size
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left."""
+    """The result of a run."""
 
     val_loss: float | None = None
-    """At its end, nats a token; None without a [validation]."""
+    """The validation loss at the end, nats a token; None without a [validation]."""
     train_loss: float | None = None
-    """Smoothed, at its end."""
+    """The smoothed training loss at the end."""
     steps: int = 0
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """In steps."""
+    """Time in steps."""
     failure: str | None = None
-    """Why it did not come to its end."""
+    """Why the run did not finish."""
     peak_lr: float = 0.0
-    """The highest learning rate of a step, as the schedule gave it."""
-    curve: list[tuple[int, int, float, int]] = field(default_factory=list)
-    """Of runs that keep it: step, tokens, smoothed training loss and batch in samples, at points along the run."""
+    """The highest learning rate of the schedule at any step."""
+    curve: Curve = field(default_factory=list)
+    """Empty unless the curve of the run is kept."""
 
     @property
     def loss(self) -> float:
-        """Held out, where something is; infinite for a run that failed."""
+        """The validation loss, or else the training loss; infinite for a run that failed."""
         found = self.train_loss if self.val_loss is None else self.val_loss
         return math.inf if self.failure or found is None else found
 
     @property
     def mean_batch(self) -> float:
-        """In samples."""
+        """The mean batch, in samples."""
         return self.samples / self.steps
 
     def steps_to(self, loss: float) -> int | None:
-        """The first step of the curve at which the smoothed training loss is at most `loss`."""
+        """Return the first step of the curve at which the smoothed training loss is at most `loss`."""
         return next((step for step, _, smoothed, _ in self.curve if smoothed <= loss), None)
 
     def __str__(self) -> str:
@@ -79,19 +117,19 @@ class Outcome:
 
 
 class Results:
-    """Outcomes by the digest of their job, kept in a file: what is in it is not run again."""
+    """Outcomes by the digest of their job, stored in a file: what is in it is not run again."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError for a file that holds something else."""
+        """Read the file, if it exists. Raises ValueError if it holds something else."""
         self.path = path
         self._outcomes: dict[str, Outcome] = {}
         self._varied: dict[str, Settings] = {}
         self._lock = threading.Lock()
         self._torn_at: int | None = None
-        """Where a half-written line begins: its writer was killed."""
+        """The offset of an incomplete last line, whose writer was killed."""
         text = path.read_bytes() if is_file(path) else b""
         for number, line in enumerate(text.splitlines(keepends=True), 1):
-            if not line.endswith(b"\n") and line[: len(_BEGINS)] == _BEGINS[: len(line)]:
+            if not line.endswith(b"\n") and line[: len(_LINE_PREFIX)] == _LINE_PREFIX[: len(line)]:
                 self._torn_at = len(text) - len(line)
                 break
             try:
@@ -99,14 +137,14 @@ class Results:
                 self._varied[entry["digest"]] = dict(entry["varied"])
                 self._outcomes[entry["digest"]] = Outcome(**entry["outcome"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}:{number} is no result of a sweep; give --results another file") from None
+                raise ValueError(f"{path}:{number} is not a result of a sweep; give --results another file") from None
 
     def get(self, job: Job) -> Outcome | None:
         return self._outcomes.get(job.digest)
 
-    def varied(self) -> list[Settings]:
-        """What told each run in the file from the others."""
-        return list(self._varied.values())
+    def items(self) -> list[tuple[Settings, Outcome]]:
+        """Return the keys that were varied and the outcome of each run in the file."""
+        return [(varied, self._outcomes[digest]) for digest, varied in self._varied.items()]
 
     def add(self, job: Job, outcome: Outcome) -> None:
         settings = {key: value for key, value in job.settings.items() if not key.endswith("path")}
@@ -122,27 +160,27 @@ class Results:
 
 
 class Runner:
-    """Runs jobs, some at a time, each in processes of its own."""
+    """Runs jobs, some at a time, each in separate processes."""
 
     def __init__(
         self, results: Results, at_a_time: int = 1, keep_in: Path | None = None, curve_points: int = 0
     ) -> None:
-        """`keep_in`: a folder for the run directories, named by digest; without it they are thrown away.
+        """Prepare to run `at_a_time` jobs at once.
 
-        `curve_points`: at most so many points of each run's loss curve are kept with its outcome.
+        `keep_in`: the directory for run directories, named by digest; without it they are deleted. `curve_points`: at
+        most so many points of each run's loss curve are kept with its outcome.
         """
         self.results, self.at_a_time, self.keep_in, self.curve_points = results, at_a_time, keep_in, curve_points
-        self._shares: queue.SimpleQueue[Settings] = queue.SimpleQueue()
-        """Of the GPUs, those that no run has now."""
-        for share in shares(visible(), at_a_time):
-            self._shares.put(share)
+        self._free_gpus: queue.SimpleQueue[Settings] = queue.SimpleQueue()
+        for assignment in gpu_assignments(visible_gpus(), at_a_time):
+            self._free_gpus.put(assignment)
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopping = threading.Event()
 
     def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
-        """Run what has no outcome yet, or failed and is tried `again`; returns how many were killed on the way.
+        """Run what has no outcome yet, or failed and is tried `again`; return how many runs were killed.
 
-        Raises ValueError for bad input, and KeyboardInterrupt for SIGTERM and SIGHUP, too; either ends the others.
+        Raises ValueError for bad input, and KeyboardInterrupt also for SIGTERM and SIGHUP; either ends the others.
         """
         missing = [job for job in jobs if self._is_missing(job, again)]
         killed = 0
@@ -153,8 +191,8 @@ class Runner:
                     job, outcome = futures[future], future.result()
                     if outcome is None:
                         killed += 1
-                    told = "killed: it is run again next time" if outcome is None else str(outcome)
-                    print(f"[{number}/{len(missing)}] {job}: {told}", file=sys.stderr, flush=True)
+                    result = "killed: it is run again next time" if outcome is None else str(outcome)
+                    print(f"[{number}/{len(missing)}] {job}: {result}", file=sys.stderr, flush=True)
             except BaseException:
                 self._stopping.set()
                 for process in list(self._processes):
@@ -168,24 +206,24 @@ class Runner:
         return outcome is None or (again and outcome.failure is not None)
 
     def _run(self, job: Job) -> Outcome | None:
-        """None: killed."""
+        """Return the outcome, or None if the run was killed."""
         if self.keep_in is not None:
             return self._run_in(self.keep_in / job.digest, job, {})
         with tempfile.TemporaryDirectory() as folder:
-            return self._run_in(Path(folder) / "run", job, LEFT_OUT)
+            return self._run_in(Path(folder) / "run", job, THROWAWAY_OVERRIDES)
 
     def _run_in(self, folder: Path, job: Job, extra: Settings) -> Outcome | None:
         if self._stopping.is_set():
             return None
         places = {"run.dir": str(folder), "run.name": job.digest, "run.if_exists": "replace"}
-        status, said, error = self._launch(job.recipe, {**job.settings, **places, **extra})
+        status, output, error = self._launch(job.recipe, {**job.settings, **places, **extra})
         if self._stopping.is_set() or status < 0 or status in KILLED:
             return None
         if status == INPUT and not (error and error["started"]):
             self._stopping.set()  # at once: the next run of this thread would find the same
-            raise ValueError(f"with {job}:\n{said.strip()}")
-        message = error["problems"][-1]["message"].partition("\n")[0] if error else said
-        failure = None if status == 0 else reason(message)
+            raise ValueError(f"with {job}:\n{output.strip()}")
+        message = error["problems"][-1]["message"].partition("\n")[0] if error else output
+        failure = None if status == 0 else failure_reason(message)
         outcome = measure(RunDirectory(folder), failure, self.curve_points)
         self.results.add(job, outcome)
         return outcome
@@ -193,12 +231,12 @@ class Runner:
     def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
         """Return the exit status, all output, and the configuration error that the run ended with, if it did."""
         threads = str(max(1, (os.cpu_count() or 1) // self.at_a_time))
-        share = self._shares.get()
+        assignment = self._free_gpus.get()
         with tempfile.TemporaryDirectory() as folder:
             error = Path(folder) / "error.json"
             process = subprocess.Popen(
                 [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
-                env={"OMP_NUM_THREADS": threads, **os.environ, **share, ERROR_FILE: str(error)},
+                env={"OMP_NUM_THREADS": threads, **os.environ, **assignment, ERROR_FILE: str(error)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C is for the sweep, which ends its runs itself
@@ -206,22 +244,22 @@ class Runner:
             self._processes.add(process)
             if self._stopping.is_set():
                 process.terminate()
-            said, _ = process.communicate()
+            output, _ = process.communicate()
             fields = json.loads(error.read_text(encoding="utf-8")) if error.exists() else None
         self._processes.discard(process)
-        self._shares.put(share)
-        return process.returncode, said.decode(errors="replace"), fields
+        self._free_gpus.put(assignment)
+        return process.returncode, output.decode(errors="replace"), fields
 
 
-def stopped(stop: KeyboardInterrupt) -> int:
-    """Say that a sweep was stopped; returns its exit status."""
-    print("stopped; the same command goes on with what is not done", file=sys.stderr)
+def report_stop(stop: KeyboardInterrupt) -> int:
+    """Report that a sweep was stopped; return its exit status."""
+    print("stopped; the same command continues with what is not done", file=sys.stderr)
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does, with their number; ignored ones stay ignored."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt with their number, as SIGINT does; ignored ones stay ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(number)
@@ -236,22 +274,22 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def reason(said: str) -> str:
-    """The first sentence of what it said last: what follows is advice, and names files that are gone."""
-    last = [line for line in said.splitlines() if line.strip()][-1:] or ["it said nothing"]
+def failure_reason(output: str) -> str:
+    """Return the first sentence of the last message: what follows is advice, and names files that are deleted."""
+    last = [line for line in output.splitlines() if line.strip()][-1:] or ["no output"]
     return last[0].strip().split(". ")[0][:300]
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
-    """From metrics.jsonl, which a run that failed early does not have."""
+    """Return the outcome by metrics.jsonl, which a run that failed early does not have."""
     rows = read_rows(run.metrics)
     steps = [row for row in rows if "loss" in row]
     if not steps:
-        return Outcome(failure=failure or "it took no step")
+        return Outcome(failure=failure or "no step was finished")
     last, validated = steps[-1], [row["val_loss"] for row in rows if "val_loss" in row]
     if failure is None and None in (steps[-1]["loss"], *validated[-1:]):
-        failure = "its loss at the end is not finite"
-    losses = smoothed_losses(steps, TAIL * last["tokens"])
+        failure = "the final loss is not finite"
+    losses = smoothed_losses(steps, EMA_FRACTION * last["tokens"])
     return Outcome(
         val_loss=validated[-1] if validated and failure is None else None,
         train_loss=losses[-1] if failure is None else None,
@@ -261,22 +299,22 @@ def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Ou
         seconds=sum(row["step_seconds"] for row in steps),
         failure=failure,
         peak_lr=max(row["lr"] for row in steps),
-        curve=curve(steps, losses, curve_points),
+        curve=sample_curve(steps, losses, curve_points),
     )
 
 
 def smoothed_losses(rows: Sequence[Mapping[str, Any]], window: float) -> list[float]:
-    """The training loss after each step, averaged exponentially over `window` tokens: alike for every batch."""
+    """Return the training loss after each step, averaged exponentially over `window` tokens for any batch size."""
     length = rows[-1]["tokens"] // rows[-1]["samples"]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
     return smoothed(losses, [row["global_batch_size"] * length for row in rows], window)
 
 
-def curve(rows: Sequence[Mapping[str, Any]], losses: Sequence[float], points: int) -> list[tuple[int, int, float, int]]:
-    """Outcome.curve: the last step and those before it at equal distances, at most so many points."""
+def sample_curve(rows: Sequence[Mapping[str, Any]], losses: Sequence[float], points: int) -> Curve:
+    """Return `Outcome.curve`: the last step and those before it at equal distances, at most `points` points."""
     if not points:
         return []
     every = math.ceil(len(rows) / points)
     kept = range((len(rows) - 1) % every, len(rows), every)
-    points_of_it = ((rows[at], losses[at]) for at in kept)
-    return [(row["step"], row["tokens"], round(loss, 5), row["global_batch_size"]) for row, loss in points_of_it]
+    sampled = ((rows[at], losses[at]) for at in kept)
+    return [(row["step"], row["tokens"], round(loss, 5), row["global_batch_size"]) for row, loss in sampled]

@@ -12,7 +12,15 @@ from recipes.config import ConfigError
 from recipes.config.errors import Problem
 from tests.tools.sweep.outcomes import pretend
 from tools.sweep.grid import Job, Sweep, parse_grid
-from tools.sweep.runs import Outcome, Results, Runner, curve, measure, reason, smoothed_losses
+from tools.sweep.runner import (
+    Outcome,
+    Results,
+    Runner,
+    failure_reason,
+    measure,
+    sample_curve,
+    smoothed_losses,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -100,13 +108,13 @@ def test_run_directories_are_kept_when_asked_and_else_write_no_checkpoints(jobs,
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     path = tmp_path / "results.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"results\.jsonl:1 is no result of a sweep"):
+    with pytest.raises(ValueError, match=r"results\.jsonl:1 is not a result of a sweep"):
         Results(path)
 
 
 def test_the_reason_is_the_first_sentence_of_the_last_line():
-    assert reason("a\nb. c. d\n\n") == "b"
-    assert reason("\n") == "it said nothing"
+    assert failure_reason("a\nb. c. d\n\n") == "b"
+    assert failure_reason("\n") == "no output"
 
 
 def test_a_step_that_was_stepped_over_does_not_cost_the_loss(tmp_path):
@@ -121,7 +129,7 @@ def test_a_step_that_was_stepped_over_does_not_cost_the_loss(tmp_path):
 def test_a_loss_that_is_not_finite_at_the_end_is_a_failure(tmp_path):
     row = {"step": 1, "samples": 8, "tokens": 80, "loss": 2.0, "global_batch_size": 8, "step_seconds": 1.0, "lr": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"step": 1, "val_loss": None}) + "\n")
-    assert measure(RunDirectory(tmp_path), None).failure == "its loss at the end is not finite"
+    assert measure(RunDirectory(tmp_path), None).failure == "the final loss is not finite"
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert measure(RunDirectory(tmp_path), None) == Outcome(None, 2.0, 1, 8, 80, 1.0, peak_lr=0.5)
 
@@ -144,7 +152,7 @@ def test_losses_are_smoothed_alike_whatever_the_batch():
 @pytest.mark.parametrize(("points", "wanted"), [(0, []), (3, [1, 4, 7]), (7, [1, 2, 3, 4, 5, 6, 7]), (2, [3, 7])])
 def test_a_curve_ends_with_the_last_step_and_has_no_more_points_than_asked_for(points, wanted):
     rows = steps_of(4, 7)
-    found = curve(rows, [row["loss"] for row in rows], points)
+    found = sample_curve(rows, [row["loss"] for row in rows], points)
     assert found == [(step, 40 * step, round(5 - 4 * step / 100, 5), 4) for step in wanted]
 
 

@@ -1,0 +1,36 @@
+"""What all figures share: matplotlib if it is installed, one style, and files that are reproducible byte by byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def import_pyplot() -> Any:
+    """Return matplotlib.pyplot in the style of this project, with no display. Raises ValueError if not installed."""
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
+    mpl.use("agg")
+    style = {"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    mpl.rcParams.update({**style, "grid.alpha": 0.3, "axes.titlesize": 10, "axes.titlelocation": "left"})
+    mpl.rcParams["legend.frameon"] = False
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def label_tokens(axis: Any, label: str = "tokens") -> None:
+    """Label the x axis of a panel in tokens: 20M, not 2e7."""
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_xlabel(label)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write `figure` to `output`, whose directory is created. Raises ValueError for an unknown file type."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
+    import_pyplot().close(figure)

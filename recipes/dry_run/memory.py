@@ -1,0 +1,176 @@
+"""The memory of one rank, estimated from shapes, and the decision that rests on it: how often gradients are synced.
+
+Exact: parameters, their gradients and the optimizer state of the rank that holds most, and what autograd keeps of the
+blocks. Estimated: the moment of the highest use, and what CUDA and NCCL reserve.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from components.activation_memory import count_activations
+from components.distributed.context import World
+from components.distributed.fsdp import Accumulation, cut_dimension
+from components.distributed.parallel_dims import Sizes
+from components.throughput import device_memory
+from recipes.language_model import transformer_blocks
+
+RESERVED_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
+"""Bytes outside of tensors: CUDA context, cuBLAS and NCCL buffers; the interpreter and torch."""
+PLANNED_FRACTION = 0.9
+"""The fraction of a device's memory that may be planned: its allocator needs the rest."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the rank that holds most."""
+
+    parts: Mapping[str, tuple[int, str]]
+    """Part -> (bytes, explanation). The parts do not all exist at the same moment."""
+    peak: int
+    """The highest use with accumulation = "reduce"."""
+    local_peak: int
+    """The highest use with accumulation = "local": all weights stay gathered, and the gradient is whole, in float32."""
+    block_inputs: int
+    """The sum of all block inputs in one micro-batch: what tensor-parallel ranks exchange."""
+    parameters: int
+    """Parameters of the whole model."""
+    state_bytes: int
+    """Bytes of parameters and optimizer state of the whole model: the size of a checkpoint."""
+
+
+def estimate_memory(
+    recipe: Any, model: nn.Module, mesh_shape: Sizes, device_type: str, compute_dtype: torch.dtype
+) -> Memory | str:
+    """Return the memory of a run of `recipe`, or the reason why there is no estimate.
+
+    `model` is on the meta device and not sharded.
+    """
+    training, blocks = recipe.training, transformer_blocks(model)
+    try:
+        activations = count_activations(
+            model,
+            list(blocks),
+            micro_batch_size=training.micro_batch_size,
+            sequence_length=training.sequence_length,
+            compute_dtype=compute_dtype,
+        )
+    except Exception as error:  # a custom model may need data to run at all
+        return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"
+    mode, compiled = training.activation_checkpoint, training.compiles(torch.device(device_type))
+    dp, tp, element = mesh_shape.dp_size, mesh_shape.tp, compute_dtype.itemsize
+    tokens = training.micro_batch_size * training.sequence_length
+    total = sum(parameter.numel() for parameter in model.parameters())
+    local_params = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
+    per_element = optimizer_bytes_per_element(model, recipe.optimizer)
+    state = sum(round(per_element[name] * local_numel(p, mesh_shape)) for name, p in model.named_parameters())
+    full_state = sum(round(per_element[name] * p.numel()) for name, p in model.named_parameters())
+
+    block_numels = [numel_per_tp_rank(block, tp) for block in blocks.values()]
+    whole = numel_per_tp_rank(model, tp)
+    root = whole - sum(block_numels)
+    if mesh_shape.world_size == 1:
+        gathered, why = (2 * total, "copies in bf16") if element == 2 else (0, "used as they are")
+    else:
+        gathered = math.ceil(root + 2 * max(block_numels, default=0)) * element
+        why = "gathered: all outside the blocks, the current block and the next"
+    kept = activations.peak(mode, tp, compiled=compiled)
+    loss = loss_bytes(model, tokens, element_bytes=element, device_type=device_type, compiled=compiled)
+    loss = math.ceil(loss / tp)
+    # After the last block's backward the gradients outside the blocks are reduced, in float32.
+    reducing = math.ceil(root) * (2 * element + 4) if dp > 1 else 0
+    resident = 4 * local_params + 4 * local_params + state + RESERVED_BYTES[device_type]
+    peak = resident + max(gathered + kept + loss, reducing)
+    # The head is reduced first, when the loss is freed and all blocks still wait for their backward.
+    local = resident + math.ceil(whole) * (element + 4) + kept + max(loss, 4 * math.ceil(root)) if dp > 1 else peak
+    return Memory(
+        {
+            "parameters": (4 * local_params, "float32"),
+            "gradients": (4 * local_params, "float32"),
+            "optimizer state": (state, f"{full_state / total:.3g} bytes a parameter"),
+            "weights in use": (gathered, why),
+            "activations": (kept, f"{tokens:,} tokens, activation_checkpoint = {mode}{', compiled' * compiled}"),
+            "loss": (loss, "one chunk of logits, and the gradients"),
+            "reserved": (RESERVED_BYTES[device_type], "context and buffers, roughly"),
+        },
+        peak=peak,
+        local_peak=local,
+        block_inputs=sum(block.input for block in activations.blocks),
+        parameters=total,
+        state_bytes=4 * total + full_state,
+    )
+
+
+def syncs_once_per_step(mode: Accumulation, local_peak: int, device_bytes: int) -> bool:
+    """Return whether weights and gradient stay whole for a step: `auto` does so if the estimated peak fits."""
+    return mode == "local" or (mode == "auto" and local_peak <= PLANNED_FRACTION * device_bytes)
+
+
+def decide_grad_sync(
+    recipe: Any, model: nn.Module, mesh_shape: Sizes, world: World, compute_dtype: torch.dtype
+) -> bool:
+    """Return `syncs_once_per_step` of this run: equal on all processes, by the smallest of their devices."""
+    mode: Accumulation = recipe.training.accumulation
+    if mode != "auto" or mesh_shape.dp_size == 1:  # one rank has nothing to exchange
+        return mode == "local"
+    peak = 0
+    if world.is_main:  # the estimate takes seconds of a CPU core, and a node has few cores per GPU
+        memory = estimate_memory(recipe, model, mesh_shape, world.device.type, compute_dtype)
+        peak = memory.local_peak if isinstance(memory, Memory) else sys.maxsize
+    available = device_memory(world.device)
+    if world.device.type == "cpu":
+        available //= world.local_size
+    return syncs_once_per_step(mode, world.maximum(peak), -world.maximum(-available))
+
+
+def numel_per_tp_rank(module: nn.Module, tp: int) -> float:
+    """Return the parameters of `module` on each of `tp` ranks: experts are replicated, all others are split."""
+    return sum(p.numel() if p.ndim == 3 else p.numel() / tp for p in module.parameters())
+
+
+def local_numel(parameter: nn.Parameter, mesh_shape: Sizes) -> int:
+    """Return the elements of `parameter` on the rank that has most: tp splits matrices but not experts, FSDP all."""
+    if not parameter.ndim:
+        return 1
+    shape = list(parameter.shape)
+    cut = cut_dimension(shape, mesh_shape.dp_shard)
+    shape[cut] = math.ceil(shape[cut] / mesh_shape.dp_shard)
+    elements = math.prod(shape)
+    return math.ceil(elements / mesh_shape.tp) if parameter.ndim == 2 else elements
+
+
+def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, float]:
+    """Return the bytes of optimizer state per element of each parameter, by name: one step is taken on the meta device.
+
+    8, as for Adam, if that step fails.
+    """
+    model = copy.deepcopy(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        built = optimizer.build(parameters=model.named_parameters(), lr_multiplier=lambda name: 1.0)
+        for parameter in names:
+            parameter.grad = torch.empty_like(parameter)
+        built.step()
+    except Exception:  # a custom optimizer may need anything; an estimate must not fail for it
+        return dict.fromkeys(names.values(), 8.0)
+    return {
+        name: sum(value.nbytes for value in built.state[parameter].values() if torch.is_tensor(value) and value.ndim)
+        / parameter.numel()
+        for parameter, name in names.items()
+    }
+
+
+def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:
+    """Return the memory of head and loss: what the model says, or else float32 logits, log-probabilities, gradients."""
+    of_model: Any = getattr(model, "loss_bytes", None)
+    if of_model is not None:
+        return int(of_model(tokens, element_bytes=element_bytes, device_type=device_type, compiled=compiled))
+    return tokens * int(getattr(model, "vocab_size", 0)) * 12

@@ -1,0 +1,210 @@
+"""Checks before a run starts: what would fail, and what would not go as intended.
+
+An *error* makes the run impossible on any machine with that many processes, or on the device that was named. What only
+this machine lacks is a warning: the run may start on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from components.batch import BatchPolicy
+from components.clock import Clock
+from components.data.mixture import sources_in
+from components.data.sources.base import TextSource
+from components.errors import message_of
+from components.run_directory import RunDirectory
+from components.units import format_count
+from recipes.contracts import complete_schedule
+from recipes.dry_run.memory import PLANNED_FRACTION, Memory
+from recipes.dry_run.plan import RunPlan
+from recipes.recipe import complete_recipe
+
+MIN_WARMUP_STEPS = 3
+"""With fewer steps of warm-up the learning rate jumps to its peak rather than rising to it."""
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of the checks."""
+
+    level: Level
+    key: str
+    """Dotted path of the key to change."""
+    message: str
+
+
+def preflight_checks(plan: RunPlan) -> Iterator[Finding]:
+    """Yield all findings, errors first."""
+    checks = (_memory, _local_checks, _eager, _batch, _schedule, _intervals, _vocabulary)
+    found = [finding for check in checks for finding in check(plan)]
+    for level in ("error", "warning", "note"):
+        yield from (finding for finding in found if finding.level == level)
+
+
+def _memory(plan: RunPlan) -> Iterator[Finding]:
+    device, memory = plan.target.device, plan.memory
+    if device is None or isinstance(memory, str):
+        return
+    needed = plan.peak_on(memory, device)
+    if needed > PLANNED_FRACTION * device.memory_bytes:
+        level: Level = "error" if needed > device.memory_bytes else "warning"
+        message = f"a rank needs some {needed / 1e9:,.0f} GB and {device.name} has {device.memory_bytes / 1e9:,.0f} GB"
+        yield Finding(level, "training.micro_batch_size", f"{message}; {_memory_remedy(plan, memory)}")
+
+
+def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
+    """Return what would save most, judging by what takes most."""
+    device = plan.target.device
+    if device is not None and plan.peak_on(memory, device) > memory.peak <= PLANNED_FRACTION * device.memory_bytes:
+        return 'set training.accumulation = "auto"'
+    parts = {name: size for name, (size, _) in memory.parts.items()}
+    if parts["activations"] > parts["parameters"] + parts["gradients"] + parts["optimizer state"]:
+        if plan.recipe.training.activation_checkpoint != "full":
+            return 'set training.activation_checkpoint = "full", or use a smaller micro-batch'
+        return "use a smaller micro-batch, a shorter sequence or parallel.tp"
+    if plan.mesh_shape.dp_replicate > 1:
+        return f"set parallel.dp_shard = {plan.mesh_shape.dp_size}, or parallel.tp"
+    return "shard over more processes, or set parallel.tp"
+
+
+def _local_checks(plan: RunPlan) -> Iterator[Finding]:
+    """Check what this machine lacks, or has already."""
+    recipe = plan.recipe
+    if plan.tokenizer_missing:
+        yield _missing_here("tokenizer.path", plan.tokenizer_missing)
+    validation = complete_recipe(recipe).validation
+    sections = sources_in("data", recipe.data) | sources_in("validation.data", validation and validation.data)
+    for key, data in sections.items():
+        if isinstance(data, TextSource):
+            try:
+                data.size_bytes()
+            except FileNotFoundError as error:
+                yield _missing_here(f"{key}.path", message_of(error))
+            except (OSError, ValueError) as error:
+                yield Finding("warning", f"{key}.path", message_of(error))
+    if (weights := recipe.run.init_from) is not None:
+        from recipes.initial_weights import check_initial_weights  # imports all models
+
+        try:
+            for warning in check_initial_weights(plan.model, weights):
+                yield Finding("warning", "run.init_from", warning)
+        except FileNotFoundError as error:
+            yield _missing_here("run.init_from", message_of(error))
+        except ValueError as error:
+            yield Finding("error", "run.init_from", message_of(error))
+    directory = RunDirectory(recipe.run.directory)
+    if foreign := directory.foreign():
+        message = f"{directory.path} holds {', '.join(foreign)}, which were not written by a run; move them away"
+        yield Finding("warning", "run.name", message)
+    if directory.used:
+        if recipe.run.if_exists == "replace":
+            yield Finding("note", "run.name", f"{directory.path} already holds a run, which will be replaced")
+        else:
+            message = f"{directory.path} already holds a run; a new one needs another --run.name, or use --resume"
+            yield Finding("warning", "run.name", message)
+
+
+def _missing_here(key: str, message: str) -> Finding:
+    return Finding("warning", key, f"not on this machine, and needed to train: {message}")
+
+
+def _eager(plan: RunPlan) -> Iterator[Finding]:
+    device = torch.device("cpu" if plan.recipe.run.device == "cpu" else "cuda")
+    if (why := plan.recipe.training.slow_eager(device, plan.mesh_shape.tp)) is not None:
+        yield Finding("warning", "training.compile", f'{why}; leave it at "auto"')
+
+
+def _batch(plan: RunPlan) -> Iterator[Finding]:
+    rounding, policy = plan.batch_rounding, plan.policy
+    for requested, samples in list(plan.schedule.rounded_batches.items())[:3]:
+        unit = f"{rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
+        level: Level = "warning" if samples > 1.1 * requested else "note"
+        yield Finding(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
+    if policy.is_adaptive:
+        yield from _adaptive_batch(plan, policy)
+    largest = plan.schedule.largest_batch if policy.max_size is None else rounding.fit(policy.max_size).samples
+    epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
+    if epoch and largest > epoch:
+        message = f"the data has about {epoch:,} sequences, so a step of {largest:,} would use some more than once"
+        yield Finding("warning", "batch.maximum" if policy.is_adaptive else "batch", message)
+
+
+def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
+    """Check sizes that the simulated schedule does not reach, because nothing is measured."""
+    rounding, training = plan.batch_rounding, plan.recipe.training
+    initial = policy.next_batch_size(Clock(training.total_tokens, training.sequence_length))
+    smallest = initial if policy.min_size is None else policy.min_size
+    measurable = {size: rounding.shows_noise(rounding.fit(size)) for size in (initial, smallest)}
+    remedy = f"use {2 * rounding.unit} or a smaller micro-batch"
+    if not measurable[initial]:  # the run refuses it
+        message = "the gradient noise of a step of one micro-batch cannot be measured: the batch could never change"
+        yield Finding("error", "batch.initial", f"{message}; {remedy}")
+    elif not measurable[smallest]:
+        message = "the gradient noise of a step of one micro-batch cannot be measured: the batch would never leave it"
+        yield Finding("warning", "batch.minimum", f"{message}; {remedy}")
+    name = type(plan.recipe.batch).__name__
+    most = -(-training.total_tokens // (rounding.fit(smallest).samples * training.sequence_length))
+    if (maximum := policy.max_size) is None:
+        yield Finding("note", "batch", f"what {name} will measure is not known: up to {most:,} steps, by its batch")
+        return
+    unit = f"{rounding.unit} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
+    largest = rounding.fit(maximum).samples
+    if largest != maximum:
+        yield Finding("warning", "batch.maximum", f"{maximum} samples become {largest}: a multiple of {unit}")
+    elif policy.multiple_of % rounding.unit:
+        message = f"{policy.multiple_of} is not a multiple of {unit}, to which sizes will be rounded up"
+        yield Finding("note", "batch.quantum", message)
+    fewest = -(-training.total_tokens // (largest * training.sequence_length))
+    message = f"what {name} will measure is not known: {fewest:,} to {most:,} steps, by its batch"
+    yield Finding("note", "batch", message)
+
+
+def _schedule(plan: RunPlan) -> Iterator[Finding]:
+    recipe, schedule = plan.recipe, plan.schedule
+    total = recipe.training.total_tokens
+    lr_schedule = complete_schedule(recipe.lr_schedule)
+    warmup = lr_schedule.warmup_tokens
+    if schedule.invalid_lr is not None:
+        step, lr = schedule.invalid_lr
+        yield Finding("error", "lr_schedule", f"the learning rate of step {step} is {lr}; it must be finite and >= 0")
+    if schedule.zero_lr_from is not None and schedule.zero_lr_from < 0.99 * total:
+        rest = format_count(total - schedule.zero_lr_from)
+        yield Finding("warning", "lr_schedule", f"the last {rest} tokens would have a learning rate of zero")
+    if warmup and schedule.warmup_steps < MIN_WARMUP_STEPS:
+        yield Finding("warning", "lr_schedule.warmup_tokens", f"the warm-up is over in {schedule.warmup_steps} steps")
+    decay = lr_schedule.decay_tokens or 0
+    if warmup + decay > total:
+        message = f"warm-up and decay, {format_count(warmup + decay)} tokens, overlap in a run of {format_count(total)}"
+        yield Finding("warning", "lr_schedule.decay_tokens", message)
+    elif 4 * warmup > total:
+        yield Finding("warning", "lr_schedule.warmup_tokens", f"the warm-up is {warmup / total:.0%} of the run")
+    if plan.epoch_tokens and total > plan.epoch_tokens:
+        yield Finding("note", "training.total_tokens", f"{total / plan.epoch_tokens:.3g} epochs of the data")
+
+
+def _intervals(plan: RunPlan) -> Iterator[Finding]:
+    steps, interval = plan.schedule.num_steps, plan.recipe.checkpoint.interval_steps
+    key = "checkpoint.interval_steps"
+    if interval is None:
+        yield Finding("warning", key, f"unset: nothing is saved before the last of {steps} steps")
+    elif interval >= steps:
+        message = f"{interval} is not below the {steps} steps of the run: nothing is saved before its end"
+        yield Finding("warning", key, message)
+    validation = complete_recipe(plan.recipe).validation
+    if validation is not None and (validation.interval_steps or 0) >= steps:
+        message = f"{validation.interval_steps} is not below the {steps} steps of the run: one validation, at its end"
+        yield Finding("warning", "validation.interval_steps", message)
+
+
+def _vocabulary(plan: RunPlan) -> Iterator[Finding]:
+    rows = getattr(plan.model, "vocab_size", plan.vocab_size)
+    if not plan.tokenizer_missing and rows > plan.vocab_size:
+        message = f"{rows - plan.vocab_size} of {rows} rows belong to no id of the tokenizer"
+        yield Finding("note", "model.vocab_size", message)

@@ -1,0 +1,139 @@
+"""A preview of a run's schedule: batch size and learning rate of every step, simulated without training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from components.batch import BatchLayout, BatchPolicy
+from components.clock import Clock
+from components.units import format_count
+from recipes.batch_policy import build_batch_policy
+from recipes.contracts import complete_schedule
+
+MAX_MILESTONES = 60
+
+
+class PlannedStep(NamedTuple):
+    """One optimizer step, before it is taken."""
+
+    number: int
+    """The number of the step, from 1."""
+    tokens: int
+    """Tokens trained before this step."""
+    requested: int
+    """Samples that the policy requested."""
+    batch: int
+    """Samples of the step."""
+    micro_batches: int
+    """Micro-batches of each rank."""
+    lr: float
+
+
+class Milestone(NamedTuple):
+    """A step to show, and the reasons for showing it."""
+
+    reasons: str
+    step: PlannedStep
+
+
+@dataclass
+class SchedulePreview:
+    """The steps of a run, summarized. An adaptive batch policy is given no measurement, so it keeps its first size."""
+
+    milestones: list[Milestone] = field(default_factory=list)
+    num_steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    largest_batch: int = 0
+    """The largest batch, in samples."""
+    rounded_batches: dict[int, int] = field(default_factory=dict)
+    """Requested batch -> the multiple it is rounded up to, where the two differ; in samples."""
+    warmup_steps: int = 0
+    """Steps that start within the warm-up."""
+    zero_lr_from: int | None = None
+    """Tokens from which the learning rate is zero until the end of the run."""
+    invalid_lr: tuple[int, float] | None = None
+    """The first step whose learning rate is negative or not finite, and that learning rate."""
+
+    @property
+    def mean_batch(self) -> float:
+        return self.samples / self.num_steps
+
+    def table(self, sequence_length: int) -> Iterator[str]:
+        """Yield the lines of a table of the milestones."""
+        yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
+        for reasons, step in self.milestones:
+            yield (
+                f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} "
+                f"{format_count(step.batch * sequence_length):>12} {step.micro_batches:>6,} {step.lr:>10.3g}  {reasons}"
+            )
+
+
+def planned_steps(recipe: Any, rounding: BatchLayout, policy: BatchPolicy | None = None) -> Iterator[PlannedStep]:
+    """Yield every step of a run whose batch policy, by default that of [batch], is given no measurement.
+
+    Raises ValueError if the policy requests an invalid batch, or does not fit the learning-rate schedule.
+    """
+    training = recipe.training
+    policy = policy or build_batch_policy(recipe)
+    clock = Clock(training.total_tokens, training.sequence_length)
+    while not clock.done:
+        batch = rounding.fit(policy.next_batch_size(clock))
+        lr = recipe.lr_schedule.lr(clock.tokens, batch.samples * training.sequence_length, clock.total_tokens)
+        yield PlannedStep(clock.step + 1, clock.tokens, batch.requested, batch.samples, batch.micro_batches, lr)
+        clock.advance(batch.samples)
+
+
+def simulate_schedule(recipe: Any, rounding: BatchLayout) -> SchedulePreview:
+    """Return the preview of `planned_steps(recipe, rounding)`, and raise what that raises."""
+    return summarize_steps(planned_steps(recipe, rounding), recipe)
+
+
+def summarize_steps(steps: Iterable[PlannedStep], recipe: Any) -> SchedulePreview:
+    """Return the preview of the steps of a run; there is at least one."""
+    total, warmup = recipe.training.total_tokens, complete_schedule(recipe.lr_schedule).warmup_tokens
+    preview = SchedulePreview()
+    last, highest, tenths = None, None, 0
+    for step in steps:
+        reasons = []
+        if last is None:
+            reasons.append("first")
+        elif step.batch != last.batch:
+            reasons.append("batch")
+        if step.tokens < warmup <= step.tokens + step.batch * recipe.training.sequence_length:
+            reasons.append("warmed up")
+        if step.tokens * 10 // total > tenths:
+            tenths = step.tokens * 10 // total
+            reasons.append(f"{tenths}0 %")
+        last = step
+        if reasons and len(preview.milestones) < MAX_MILESTONES:
+            preview.milestones.append(Milestone(", ".join(reasons), step))
+        if highest is None or step.lr > highest.lr:
+            highest = step
+        if step.batch != step.requested:
+            preview.rounded_batches[step.requested] = step.batch
+        preview.warmup_steps += step.tokens < warmup
+        if step.lr != 0:
+            preview.zero_lr_from = None
+        elif preview.zero_lr_from is None:
+            preview.zero_lr_from = step.tokens
+        if preview.invalid_lr is None and not (math.isfinite(step.lr) and step.lr >= 0):
+            preview.invalid_lr = (step.number, step.lr)
+        preview.samples += step.batch
+        preview.largest_batch = max(preview.largest_batch, step.batch)
+    assert last is not None and highest is not None
+    for step, reason in ((highest, "highest lr"), (last, "last")):
+        _add_milestone(preview.milestones, step, reason)
+    preview.num_steps, preview.tokens = last.number, preview.samples * recipe.training.sequence_length
+    return preview
+
+
+def _add_milestone(milestones: list[Milestone], step: PlannedStep, reason: str) -> None:
+    """Add `reason` to the milestone of `step`, which is created if it is absent; the order of steps is kept."""
+    by_number = {mark.step.number: mark for mark in milestones}
+    known = by_number.get(step.number)
+    by_number[step.number] = Milestone(f"{known.reasons}, {reason}" if known else reason, step)
+    milestones[:] = [by_number[number] for number in sorted(by_number)]

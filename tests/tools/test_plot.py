@@ -1,0 +1,188 @@
+"""Figures of runs, and figures and tables of what a recipe will do."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from recipes import cli
+from recipes.config import Override, load
+from tools.plot import ScheduleCurve, main, read_run, running_mean, schedule_curves
+
+pytestmark = pytest.mark.quick
+
+
+def write_run(folder, rows, tail=""):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return folder
+
+
+def step(number, loss):
+    return {"step": number, "tokens": number * 100, "loss": loss, "lr": 0.1, "global_batch_size": 4, "grad_norm": None}
+
+
+VALIDATION = {"step": 2, "tokens": 200, "val_loss": 2.0}
+
+
+def test_two_runs_in_one_picture_and_the_same_picture_again(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    runs = [str(write_run(tmp_path / name, [step(1, 3.0), step(2, 2.5), VALIDATION])) for name in ("one", "two")]
+    pictures = [tmp_path / "new" / "a.svg", tmp_path / "b.svg"]
+    for picture in pictures:
+        assert main(["runs", *runs, "--output", str(picture)]) == 0
+    assert ET.parse(pictures[0]).getroot().tag.endswith("svg")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert b"one, validation" in pictures[0].read_bytes()
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", [step(1, 3.0)], tail='{"step": 2, "tok')
+    assert [row["step"] for row in read_run(run)] == [1]
+
+
+def test_the_running_mean_is_that_of_the_last_values():
+    assert running_mean([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tail", "message"),
+    [
+        ([], "", "no finished step"),
+        ([VALIDATION], "", "no finished step"),
+        ([step(1, 2.0)], "{\n", "jsonl:2 is not a row of metrics"),
+    ],
+)
+def test_a_run_that_cannot_be_drawn_is_told(tmp_path, capsys, rows, tail, message):
+    run = write_run(tmp_path / "run", rows, tail)
+    assert main(["runs", str(run), "--output", str(tmp_path / "x.svg")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_that_is_no_run(tmp_path, capsys):
+    assert main(["runs", str(tmp_path), "--output", str(tmp_path / "x.svg")]) == 2
+    assert "give a run directory" in capsys.readouterr().err
+
+
+def test_an_unknown_kind_of_picture_names_those_there_are(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    run = write_run(tmp_path / "run", [step(1, 3.0)])
+    assert main(["runs", str(run), "--output", str(tmp_path / "x.xyz")]) == 2
+    assert "svg" in capsys.readouterr().err
+
+
+def test_keys_of_a_recipe_are_not_for_runs(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [step(1, 3.0)])
+    assert main(["runs", str(run), "--output", str(tmp_path / "x.svg"), "--run.seed=1"]) == 2
+    assert "unknown option --run.seed=1" in capsys.readouterr().err
+
+
+ADAPTIVE = [
+    "--batch.use=components.batch:NormTest",
+    "--batch.initial=4",
+    "--batch.maximum=16",
+    "--batch.eta=1",
+]
+POWER = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
+
+
+def config_of(tiny, *arguments):
+    return load(tiny.recipe, [Override(*argument[2:].split("=", 1)) for argument in arguments])
+
+
+def as_trained(rows):
+    """(step, rate, batch) of every step."""
+    return [(row["step"], row["lr"], row["global_batch_size"]) for row in rows if "loss" in row]
+
+
+def as_drawn(curve):
+    return [(step.number, step.lr, step.batch) for step in curve.steps]
+
+
+def test_what_is_drawn_is_what_is_trained(tiny):
+    """Across a change of the batch, at a rate that follows it; and again from what the run wrote."""
+    assert tiny.launch(*POWER) == 0
+    config = config_of(tiny, *POWER)
+    trained = as_trained(tiny.rows())
+    assert {batch for _, _, batch in trained} == {8, 12}
+    (planned,) = schedule_curves(config, 1, None)
+    assert as_drawn(planned) == trained
+    for metrics in (tiny.directory, tiny.directory / "metrics.jsonl"):
+        (taken,) = schedule_curves(config, 1, metrics)
+        assert taken.steps == planned.steps
+
+
+def test_a_batch_that_follows_the_gradient_is_two_curves(tiny):
+    config = config_of(tiny, *ADAPTIVE, *POWER)
+    initial, maximum = schedule_curves(config, 1, None)
+    assert ({step.batch for step in initial.steps}, {step.batch for step in maximum.steps}) == ({4}, {16})
+    for curve in (initial, maximum):
+        for step in curve.steps:
+            assert step.lr == config.recipe.lr_schedule.lr(step.tokens, step.batch * 24, 3600)
+
+
+def test_the_batch_is_what_as_many_processes_make_of_it(tiny):
+    (curve,) = schedule_curves(config_of(tiny), 3, None)
+    assert [step.batch for step in curve.steps[:5]] == [12, 12, 12, 12, 12]  # 8 is not a multiple of 3 x 2
+
+
+def test_a_long_run_has_few_points_and_every_change_of_the_batch(tiny):
+    stages = "--batch.stages=[{ from_tokens = 500_000, samples = 12 }]"
+    (curve,) = schedule_curves(config_of(tiny, "--training.total_tokens=1M", stages), 1, None)
+    tokens, rates, batches = curve.points(24)
+    assert len(curve.steps) > 4000 > len(tokens) == len(rates) == len(batches)
+    assert tokens[0] == 0 and tokens[-1] >= 10**6
+    grown = next(step for step in curve.steps if step.batch == 12)
+    assert tokens[batches.index(12)] == grown.tokens
+
+
+def test_table_and_picture(tiny, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    pictures = [tmp_path / "new" / "a.svg", tmp_path / "b.svg"]
+    for picture in pictures:
+        assert main(["schedule", str(tiny.recipe), *ADAPTIVE, "--output", str(picture)]) == 0
+    assert ET.parse(pictures[0]).getroot().tag.endswith("svg")
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    shown = capsys.readouterr().out
+    assert "batch at initial = 4" in shown and "batch at maximum = 16" in shown
+    assert re.search(r"^ +1 +0 +4 +96 +2 +0.0032  first$", shown, re.MULTILINE)  # 96 of 300 tokens of warm-up
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lr_schedule.max_lrr=1"], "did you mean max_lr?"),
+        (["--ouput=x.svg"], "ouput"),
+        (["--resume"], "for the launcher"),
+        (["--output", "x.xyz"], "svg"),
+        (["--metrics", "nowhere"], "give a run directory"),
+        (["--batch.use=components.batch:Seesaw", "--batch.initial=4", "--batch.maximum=8"], "Seesaw needs"),
+        (["--parallel.dp_shard=3"], "processes of this run"),
+    ],
+)
+def test_a_schedule_that_cannot_be_drawn_is_told(tiny, capsys, monkeypatch, arguments, said):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    monkeypatch.chdir(tiny.folder)
+    assert main(["schedule", str(tiny.recipe), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_metrics_of_another_sequence_length_are_refused(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    assert main(["schedule", str(tiny.recipe), "--training.sequence_length=12", "--metrics", str(tiny.directory)]) == 2
+    assert "has samples of 24 tokens, the recipe of 12" in capsys.readouterr().err
+
+
+def test_a_recipe_of_many_runs_is_refused(capsys, tmp_path):
+    recipe = cli.ROOT / "train_configs" / "critical_batch.toml"
+    assert main(["schedule", str(recipe), f"--branches.checkpoint={tmp_path}"]) == 2
+    assert "CriticalBatch is many runs" in capsys.readouterr().err
+
+
+def test_a_curve_of_one_step_is_a_curve(tiny):
+    (curve,) = schedule_curves(config_of(tiny, "--training.total_tokens=1", "--lr_schedule.warmup_tokens=0"), 1, None)
+    assert isinstance(curve, ScheduleCurve)
+    assert curve.points(24) == ([0, 192], [0.01, 0.01], [8, 8])

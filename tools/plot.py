@@ -1,0 +1,230 @@
+"""Plot what runs logged, or what a recipe will do.
+
+    python -m tools.plot runs runs/a runs/b --output both.svg
+    python -m tools.plot schedule mine.toml --lr_schedule.decay_fraction=0.2 --output schedule.svg
+    python -m tools.plot schedule runs/a/config.toml --metrics runs/a --output schedule.png
+
+`runs`: loss (each step faint, its running mean on top, validation as points), learning rate, batch size with the
+gradient noise scale where it was measured, and gradient norm, against tokens.
+
+`schedule`: learning rate and batch size, also as a table; nothing is trained. A recipe and its keys are given as to the
+launcher, by default the debug recipe. An adaptive batch is shown at its first size and at its largest, each with the
+learning rate it gets. With --metrics the batches are those that a run has taken, under the schedule of the recipe.
+Without --output there is only the table.
+
+A figure needs the `plot` extra. Exit status: 0 done, 2 for a user error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.batch import BatchLayout, Constant
+from components.metrics.jsonl import read_rows
+from components.paths import is_file
+from components.plotting import import_pyplot, label_tokens, save_figure
+from components.run_directory import RunDirectory
+from components.standard_streams import run_command
+from recipes.batch_policy import build_batch_policy
+from recipes.cli import UsageError, parse_recipe, resolve_world_shape
+from recipes.config import Config, ConfigError, load
+from recipes.dry_run.schedule_preview import PlannedStep, planned_steps, summarize_steps
+from recipes.errors import blame
+from recipes.recipe import complete_recipe
+
+PANELS = {
+    "loss": "loss, nats a token",
+    "lr": "learning rate",
+    "global_batch_size": "batch size, and gradient noise scale (faint), samples",
+    "grad_norm": "gradient norm",
+}
+SMOOTHING = 50
+"""The running mean of the loss is over this fraction of the run: one step in fifty."""
+MAX_POINTS = 2000
+"""Points of a curve, in addition to every change of the batch: a long run has more steps than a figure has dots."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, rest = build_parser().parse_known_args(arguments)
+    try:
+        if options.command == "runs":
+            if rest:
+                raise UsageError(f"unknown option {rest[0]}")
+            plot_runs({path.resolve().name: read_run(path) for path in options.runs}, options.output)
+        else:
+            preview_schedule(rest, options.metrics, options.output)
+        if options.output is not None:
+            print(f"wrote {options.output}")
+    except (ConfigError, UsageError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("runs", help="what runs logged", allow_abbrev=False)
+    runs.add_argument("runs", nargs="+", type=Path, help="run directories")
+    usage = "%(prog)s [CONFIG.toml] [--section.key=value]... [--metrics RUN] [--output FIGURE]"
+    schedule = commands.add_parser("schedule", help="what a recipe will do", usage=usage, allow_abbrev=False)
+    schedule.add_argument("--metrics", type=Path, metavar="RUN", help="take the batches of this run directory")
+    for command in (runs, schedule):
+        command.add_argument(
+            "--output", type=Path, metavar="FIGURE", required=command is runs, help="file to write: .svg, .png or .pdf"
+        )
+    return parser
+
+
+def read_run(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run. Raises ValueError if it has no finished step, or a line is not a row."""
+    metrics = RunDirectory(run).metrics
+    if not is_file(metrics):
+        raise ValueError(f"{run} has no {metrics.name}; give a run directory, such as runs/debug")
+    rows = read_rows(metrics)
+    if not any("loss" in row for row in rows):
+        raise ValueError(f"{metrics} has no finished step yet")
+    return rows
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of each value and up to `window` - 1 before it."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def plot_runs(runs: Mapping[str, Rows], output: Path) -> None:
+    """Plot one color per run, one panel per quantity. Raises ValueError without matplotlib, or for a bad file type."""
+    figure, panels = import_pyplot().subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    for number, (name, rows) in enumerate(runs.items()):
+        color = f"C{number}"
+        for axis, key in zip(panels.flat, PANELS, strict=True):
+            tokens, values = _column(rows, key)
+            if key == "loss":
+                axis.plot(tokens, values, color=color, alpha=0.25, linewidth=0.8)
+                axis.plot(tokens, running_mean(values, max(1, len(values) // SMOOTHING)), color=color, label=name)
+                validated = _column(rows, "val_loss")
+                axis.plot(*validated, "o", color=color, markeredgecolor="white", label=f"{name}, validation")
+            else:
+                axis.plot(tokens, values, color=color, linewidth=1.2)
+            measured, noise_scale = _column(rows, "noise_scale")
+            if key == "global_batch_size" and measured:
+                axis.plot(measured, noise_scale, color=color, alpha=0.35, linewidth=0.8)
+                axis.set_yscale("log")
+    for axis, title in zip(panels.flat, PANELS.values(), strict=True):
+        axis.set_title(title)
+    panels[0, 0].legend()
+    for axis in panels[1]:
+        label_tokens(axis)
+    save_figure(figure, output)
+
+
+def _column(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    """Return the tokens and values of the rows that have `key`."""
+    found = [row for row in rows if row.get(key) is not None]
+    return [row["tokens"] for row in found], [row[key] for row in found]
+
+
+@dataclass(frozen=True)
+class ScheduleCurve:
+    """All steps of a run, with the label of its curve."""
+
+    label: str
+    steps: list[PlannedStep]
+
+    def points(self, sequence_length: int) -> tuple[list[int], list[float], list[int]]:
+        """Return tokens, learning rate and batch at the start of some steps, and again at the end of the last."""
+        every = max(1, len(self.steps) // MAX_POINTS)
+        last = self.steps[-1]
+        shown = [
+            step
+            for i, step in enumerate(self.steps)
+            if i % every == 0 or step is last or step.batch != self.steps[i - 1].batch
+        ]
+        tokens = [step.tokens for step in shown] + [last.tokens + last.batch * sequence_length]
+        return tokens, [step.lr for step in [*shown, last]], [step.batch for step in [*shown, last]]
+
+
+def preview_schedule(arguments: Sequence[str], metrics: Path | None, output: Path | None) -> None:
+    """Print, and with `output` plot, the schedule of the recipe of the command line."""
+    command = parse_recipe(arguments)
+    config = load(command.config, command.overrides)
+    curves = schedule_curves(config, resolve_world_shape(os.environ).world_size, metrics)
+    length = config.recipe.training.sequence_length
+    for curve in curves:
+        print("\n".join([curve.label, *summarize_steps(curve.steps, config.recipe).table(length), ""]))
+    if output is not None:
+        plot_schedule(curves, length, output)
+
+
+def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> list[ScheduleCurve]:
+    """Return the curves to show, by the batches of a run if `metrics` is given.
+
+    Raises ConfigError if the recipe has no such run, and ValueError if `metrics` does not fit it.
+    """
+    recipe = config.recipe
+    if complete_recipe(recipe).dry_run is not None:
+        message = (
+            f"{type(recipe).__name__} is many runs, each with its own learning rate and batch; give a recipe of one"
+        )
+        raise ConfigError([config.problem("recipe", message)])
+    with blame(config, "parallel"):
+        mesh_shape = recipe.parallel.sizes(world_size)
+    rounding = BatchLayout(recipe.training.micro_batch_size, mesh_shape.dp_size)
+    if metrics is not None:
+        return [ScheduleCurve(f"the batches of {metrics}", steps_taken(recipe, metrics))]
+    with blame(config, "batch"):
+        policy = build_batch_policy(recipe)
+        first = list(planned_steps(recipe, rounding, policy))
+        if not policy.is_adaptive:
+            return [ScheduleCurve(recipe.run.name, first)]
+        curves = [ScheduleCurve(f"batch at initial = {first[0].requested}", first)]
+        if policy.max_size is not None:
+            largest = list(planned_steps(recipe, rounding, Constant(initial=policy.max_size)))
+            curves.append(ScheduleCurve(f"batch at maximum = {policy.max_size}", largest))
+        return curves
+
+
+def steps_taken(recipe: Any, run: Path) -> list[PlannedStep]:
+    """Return the steps of a run (its directory or metrics.jsonl), with the learning rates of this recipe's schedule."""
+    length, total = recipe.training.sequence_length, recipe.training.total_tokens
+    steps = []
+    for row in read_run(run.parent if run.is_file() else run):
+        if "loss" not in row:
+            continue
+        batch = row["global_batch_size"]
+        if row["tokens"] != row["samples"] * length:
+            raise ValueError(f"{run} has samples of {row['tokens'] // row['samples']} tokens, the recipe of {length}")
+        tokens = row["tokens"] - batch * length
+        lr = recipe.lr_schedule.lr(tokens, batch * length, total)
+        steps.append(PlannedStep(row["step"], tokens, row["requested_batch_size"], batch, row["micro_batches"], lr))
+    return steps
+
+
+def plot_schedule(curves: Sequence[ScheduleCurve], sequence_length: int, output: Path) -> None:
+    """Plot learning rate above batch size. Raises ValueError without matplotlib, or for a bad file type."""
+    figure, (rates, batches) = import_pyplot().subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for curve in curves:
+        tokens, lr, batch = curve.points(sequence_length)
+        rates.plot(tokens, lr, label=curve.label)
+        batches.plot(tokens, batch, drawstyle="steps-post")
+    rates.set(title="learning rate", ylim=(0, None))
+    batches.set(title="batch size, samples", ylim=(0, None))
+    rates.legend()
+    label_tokens(batches)
+    save_figure(figure, output)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
