@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.config import Config, Override, load
+from recipes.config import Config, Override, flatten, load
 from recipes.config.imports import UseError, import_class
-from recipes.config.toml import flatten
 
 OURS = ("components.", "models.", "recipes.")
 _LARGEST_BYTES = 2**22

@@ -7,8 +7,7 @@ those of a recipe's constructor are its sections. Nothing is registered and noth
 from recipes.config.errors import ConfigError, Origin, Problem, error_message
 from recipes.config.load import Config, derive, load
 from recipes.config.schema import describe
-from recipes.config.toml import flatten
-from recipes.config.tree import Leaf, Override
+from recipes.config.tree import Leaf, Override, flatten
 
 __all__ = [
     "Config",

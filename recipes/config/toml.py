@@ -1,4 +1,4 @@
-"""TOML beyond what tomli does: keys and values as text, a document as flat keys, and the line of every key.
+"""TOML beyond what tomli does: keys and values as text, and the line of every key.
 
 The parser keeps no positions, so `line_index` scans the text a second time, only to find where things begin. It may
 assume that the text is valid TOML: what it does not understand cannot occur.
@@ -12,7 +12,7 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -94,30 +94,6 @@ def brief_value(value: Any) -> str:
 def brief(text: str, width: int = 72) -> str:
     """Return `text`, cut to `width` characters."""
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def flatten(toml_text: str) -> dict[str, Any]:
-    """Return dotted path -> value of every leaf of a document, so that two documents compare key by key.
-
-    Tables in arrays are numbered: `data.sources.0.path`.
-    """
-    return dict(_leaves(tomli.loads(toml_text), ()))
-
-
-def is_table_array(value: Any) -> bool:
-    """Whether an array is one of tables, whose keys have paths of their own."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
-
-
-def _leaves(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, item in node.items():
-            yield from _leaves(item, (*path, key))
-    elif is_table_array(node):
-        for index, item in enumerate(node):
-            yield from _leaves(item, (*path, index))
-    else:
-        yield join_key(path), node
 
 
 def _string(text: str) -> str:

@@ -19,7 +19,6 @@ from recipes.config.toml import (
     KeyPath,
     brief,
     brief_value,
-    is_table_array,
     join_key,
     quote_key,
     split_key,
@@ -85,7 +84,7 @@ def from_toml(value: Any, origin_of: Callable[[KeyPath], Origin], path: KeyPath 
     origin = origin_of(path)
     if isinstance(value, dict):
         return Table({key: from_toml(item, origin_of, (*path, key)) for key, item in value.items()}, origin, text)
-    if is_table_array(value):
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return Array(tuple(from_toml(item, origin_of, (*path, at)) for at, item in enumerate(value)), origin, text)
     return Leaf(value, origin, text)
 
@@ -191,6 +190,15 @@ def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
         yield join_key(path), node
     for key, item in _values_first(node):
         yield from leaves(item, (*path, key))
+
+
+def flatten(toml_text: str) -> dict[str, Any]:
+    """Return dotted path -> value of every leaf of a document, so that two documents compare key by key.
+
+    Tables in arrays are numbered: `data.sources.0.path`.
+    """
+    node = from_toml(tomli.loads(toml_text), lambda _: Origin("", Path()))
+    return {path: leaf.value for path, leaf in leaves(node)}
 
 
 def components(made: Any, node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
