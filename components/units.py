@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _COUNT = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
@@ -19,20 +20,20 @@ _COUNT = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 def parse_count(value: Any) -> Any:
     """An integer from `20_000_000`, `"20M"`, `"1.5B"` or `"4_096"`; K, M, B and T are powers of ten.
 
-    Raises ValueError for text that is no count or no whole number. What is not text is returned as it is, for the type
-    check that follows.
+    Raises a ValueError, of the kind that is reported as "expected ...", for other text. What is not text is returned as
+    it is, for the type check that follows.
     """
     if not isinstance(value, str):
         return value
     match = _COUNT.fullmatch(value)
     if match is None:
-        raise ValueError('a count such as 20_000_000, "20M" or "1.5B"')
+        raise PydanticCustomError("expected", 'a count such as 20_000_000, "20M" or "1.5B"')
     digits, suffix = match.group(1).replace("_", ""), match.group(2).lower()
     whole, _, fraction = digits.partition(".")
     scale = _SUFFIX[suffix]
     scaled = int(whole + fraction) * scale
     if scaled % 10 ** len(fraction):
-        raise ValueError(f"a whole number ({value!r} is not)")
+        raise PydanticCustomError("expected", "a whole number ({value} is not)", {"value": repr(value)})
     return scaled // 10 ** len(fraction)
 
 

@@ -290,9 +290,10 @@ def _explain(kind: FieldKind, error: ValidationError) -> Iterator[str]:
             yield f"{item}expected {number} {sign} {str(context[key]).removesuffix('.0')}"
         elif detail["type"] == "finite_number":
             yield f"{item}expected a finite number"
+        elif detail["type"] == "expected":
+            yield f"{item}expected {detail['msg']}"
         elif detail["type"] == "value_error":
-            said = str(context["error"])
-            yield f"{item}expected {said}" if said.startswith(("a ", "an ", "one of ", "text")) else item + said
+            yield f"{item}{context['error']}"
         elif detail["type"].endswith(("_type", "_parsing", "_from_float", "literal_error", "enum", "missing")):
             yield f"expected {describe_kind(kind)}"
             return
