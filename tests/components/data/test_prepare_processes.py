@@ -20,13 +20,14 @@ from components.data.prepare import encode_missing
 from components.data.source import TextSource
 from tests.components.data.conftest import Given
 from tests.components.data.test_prepare import TEXT, build, contents, shards
+from tests.processes import start_process
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(script: str, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return start_process(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 KILLED = """
