@@ -27,7 +27,7 @@ RECIPE = [
     "--validation.interval_steps=5",
 ]
 EQUAL = 1e-5
-"""Relative: float32 sums taken in another order differ by 2e-7 here after 20 steps of Adam; the second epoch begins in step 9."""
+"""Relative: float32 sums taken in another order differ by 2e-7 here after ten steps of Adam."""
 
 
 class Runs:
