@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from components.data.dataset import PackedTokens
 from components.data.sources.text_files import TextFiles
-from recipes import cli
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import launch_here
+from tests.processes import run_ranks
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
@@ -52,12 +50,7 @@ def run_all(processes: int, commands: list[list[str]], folder: Path) -> None:
     """Run the launcher with each of `commands` on `processes` processes, one thread each."""
     if processes == 1:
         for arguments in commands:
-            assert cli.main(arguments) == 0, arguments
+            assert launch_here(arguments) == 0, arguments
         return
     (folder / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-         "-m", "tests.distributed.several", folder / "commands.json"],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_ranks(processes, [sys.executable, "-m", "tests.distributed.several", folder / "commands.json"], folder)

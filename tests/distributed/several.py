@@ -1,6 +1,6 @@
-"""Several runs, one after the other, in the processes that torchrun starts: saves starting Python for each.
+"""Several runs, one after the other, in the same processes: saves starting them for each.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.several COMMANDS.json
+    run_ranks(2, [sys.executable, "-m", "tests.distributed.several", "COMMANDS.json"], folder)
 
 COMMANDS.json holds a list of argument lists for the launcher. The first that does not end with 0 ends them all.
 """
@@ -18,7 +18,11 @@ from recipes import cli
 
 
 def main(commands: Path) -> int:
-    dist.init_process_group("gloo")  # once: a mesh does not survive its process group, nor do DTensor's caches
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = os.environ["RENDEZVOUS"]
+    dist.init_process_group(
+        "gloo", init_method=place, rank=rank, world_size=world_size
+    )  # once: a mesh does not survive its process group, nor do DTensor's caches
     for arguments in json.loads(commands.read_text()):
         status = cli.main(arguments)
         if status:

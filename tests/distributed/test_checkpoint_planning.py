@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from components.checkpoint import CheckpointStore, load_tensors
 from components.checkpoint.metadata import read_index
 from tests.components.distributed.test_context import join
+from tests.processes import call_in_ranks
 
 WHOLE = {"a": torch.arange(35.0).reshape(7, 5), "b": torch.arange(6.0), "c": torch.tensor(3.0)}
 
 
-def save_and_load(rank: int, folder: str) -> None:
+def save_and_load(rank: int, folder: Path) -> None:
     world = join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     planned: list[str] = []
@@ -40,7 +40,7 @@ def save_and_load(rank: int, folder: str) -> None:
         planned.clear()
         return found
 
-    store = CheckpointStore(Path(folder) / "checkpoints", world, async_save=True)
+    store = CheckpointStore(folder / "checkpoints", world, async_save=True)
     expected = {}
     for step, tensors, again in (
         (1, sharded(1), False),
@@ -74,7 +74,7 @@ def save_and_load(rank: int, folder: str) -> None:
 
 
 def test_metadata_is_read_once_and_a_save_is_planned_once(tmp_path):
-    mp.spawn(save_and_load, (str(tmp_path),), nprocs=2)
+    call_in_ranks(save_and_load, tmp_path, 2)
     index = read_index(tmp_path / "checkpoints" / "step-00000002")
     local = index.metadata({"model.a": WHOLE["a"][:2]})
     assert set(local.state_dict_metadata) == {"model.a"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from recipes import cli
 from recipes.cli import ROOT
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_evaluate import CONFIG
+from tests.processes import run_process
 from tools import export_hf
 
 
@@ -61,12 +61,8 @@ def test_damage_in_the_share_of_either_process_is_told(tiny):
         file = checkpoint / name
         whole = file.read_bytes()
         file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
-        ended = subprocess.run(
-            [*command, "--evaluation.device=cpu"],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2"},
-            capture_output=True,
-            text=True,
-            timeout=240,
+        ended = run_process(
+            [*command, "--evaluation.device=cpu"], env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2"}
         )
         assert ended.returncode == 2, ended.stderr
         assert f"{name} is not what was written: its SHA-256 is another" in ended.stdout + ended.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ from tests.conftest import TinyRun
 from tests.distributed.launching import ROOT
 from tests.end_to_end.endings import ARGUMENTS, prepare
 from tests.end_to_end.test_resume import assert_same_state, tensors, timeless
+from tests.processes import run_process
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -180,9 +180,7 @@ def test_two_processes_agree_on_an_error_that_one_of_them_meets(run, monkeypatch
     def start(fault: str, bad: str, *more: str) -> tuple[int, str]:
         for name, value in {"FAULT": fault, "FAULT_RANK": "1", "NPROC": "2", "BAD_SAMPLES": bad}.items():
             monkeypatch.setenv(name, value)
-        done = subprocess.run(
-            [sys.executable, ROOT / "recipes", str(run.recipe), *arguments, *more], capture_output=True, text=True
-        )
+        done = run_process([sys.executable, ROOT / "recipes", str(run.recipe), *arguments, *more])
         said = done.stdout + done.stderr
         assert "Traceback" not in said
         return done.returncode, said

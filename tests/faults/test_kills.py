@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,9 +29,8 @@ print(tally.kills.total(), "kills")
 
 @pytest.mark.parametrize(("ranks", "saves", "seed"), [("1", "async", "1"), ("2", "sync", "2")])
 def test_a_run_that_is_killed_again_and_again_ends_bitwise_as_one_left_in_peace(tmp_path, ranks, saves, seed) -> None:
-    done = subprocess.run(  # whose first process has computed nothing, so that it can be forked
-        [sys.executable, "-c", HANDFUL, tmp_path, ranks, saves, seed], cwd=ROOT, capture_output=True, text=True
-    )
+    # whose first process has computed nothing, so that it can be forked
+    done = run_process([sys.executable, "-c", HANDFUL, tmp_path, ranks, saves, seed], cwd=ROOT)
     said = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr + said
     assert int(done.stdout.split()[0]) >= 1, "it was killed"

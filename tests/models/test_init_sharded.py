@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -15,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from models.decoder import Decoder
 from models.init import copy_full
 from models.presets import Size
+from tests.processes import call_in_ranks
 
 SIZE = Size(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
 V = 53  # odd: the last share of a dimension is smaller
@@ -81,4 +81,4 @@ def check(rank: int, folder: Path) -> None:
 
 
 def test_every_sharding_starts_from_the_weights_of_one_process(tmp_path):
-    mp.spawn(check, (tmp_path,), nprocs=4)  # one start of processes for all layouts: it takes longer than they do
+    call_in_ranks(check, tmp_path, 4)  # one start of processes for all layouts: it takes longer than they do

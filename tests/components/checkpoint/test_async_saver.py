@@ -1,7 +1,6 @@
 """A save in the background is the save of its moment, and never half of one."""
 
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from components.checkpoint import (
 )
 from tests.components.checkpoint.test_manager import Alone, step, training
 from tests.end_to_end.test_resume import assert_same_state
+from tests.processes import run_process
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -144,7 +144,7 @@ store.wait()
 
 
 def test_kill_9_while_it_is_written_leaves_nothing_that_looks_complete(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
     assert [path.name for path in tmp_path.glob(".*")] == [".writing--step-00000002"]

@@ -20,13 +20,14 @@ from components.data.sources.base import TextSource
 from components.data.tokenize import tokenize_missing
 from tests.components.data.conftest import Given
 from tests.components.data.test_tokenize import TEXT, build, contents, shards
+from tests.processes import start_process
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(script: str, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return start_process(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 KILLED = """

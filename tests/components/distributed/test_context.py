@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from components.distributed import context
 from components.distributed.context import World
 from components.errors import InputError
+from tests.processes import call_in_ranks
 
 SHORT = timedelta(seconds=2)
 
 
-def join(rank: int, folder: str, patience: timedelta = context.PATIENCE) -> World:
+def join(rank: int, folder: Path, patience: timedelta = context.PATIENCE) -> World:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     context.PATIENCE = patience
@@ -37,7 +37,7 @@ def join(rank: int, folder: str, patience: timedelta = context.PATIENCE) -> Worl
     return World.start("cpu")
 
 
-def wait_for_main(rank: int, folder: str) -> None:
+def wait_for_main(rank: int, folder: Path) -> None:
     joined = join(rank, folder, SHORT)
     assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
 
@@ -56,10 +56,10 @@ def wait_for_main(rank: int, folder: str) -> None:
 
 
 def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
-    mp.spawn(wait_for_main, (str(tmp_path),), nprocs=2)
+    call_in_ranks(wait_for_main, tmp_path, 2)
 
 
-def say(rank: int, folder: str) -> None:
+def say(rank: int, folder: Path) -> None:
     joined = join(rank, folder)
     assert joined.agree("the same") and not joined.agree(f"of rank {rank}")
     assert joined.gather(f"of rank {rank}") == ["of rank 0", "of rank 1"]
@@ -70,10 +70,10 @@ def say(rank: int, folder: str) -> None:
 
 
 def test_what_processes_say_to_one_another(tmp_path):
-    mp.spawn(say, (str(tmp_path),), nprocs=2)
+    call_in_ranks(say, tmp_path, 2)
 
 
-def run_late(rank: int, folder: str) -> None:
+def run_late(rank: int, folder: Path) -> None:
     joined = join(rank, folder, SHORT)
     if rank == 0:
         time.sleep(4)
@@ -84,10 +84,10 @@ def run_late(rank: int, folder: str) -> None:
 
 def test_a_collective_is_given_up_after_its_time(tmp_path):
     """Without this the test above would say nothing."""
-    mp.spawn(run_late, (str(tmp_path),), nprocs=2)
+    call_in_ranks(run_late, tmp_path, 2)
 
 
-def shorten(rank: int, folder: str) -> None:
+def shorten(rank: int, folder: Path) -> None:
     joined = join(rank, folder, SHORT)
     assert joined.waiting is not None and joined.nodes == 1
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -101,4 +101,4 @@ def shorten(rank: int, folder: str) -> None:
 
 
 def test_after_the_first_step_nothing_is_waited_for_as_long_as_for_data(tmp_path):
-    mp.spawn(shorten, (str(tmp_path),), nprocs=2)
+    call_in_ranks(shorten, tmp_path, 2)
