@@ -90,7 +90,7 @@ def launch_here(arguments: list[str]) -> int:
     """
     gc.freeze()
     try:
-        return launch.main(arguments)
+        return cli.main(arguments)
     finally:
         gc.unfreeze()
 

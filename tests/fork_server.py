@@ -127,7 +127,7 @@ def _import_what_runs_need() -> None:
     import torch.testing._internal.distributed.fake_pg
     import torch.utils.tensorboard  # noqa: F401
 
-    import recipes.launch
+    import recipes.cli
     import recipes.pretrain  # noqa: F401
 
 

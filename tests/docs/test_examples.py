@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import launch
+from recipes import cli
 from recipes.config import Override, load
 from tests.conftest import TEXT, launch_here
 from tests.docs.fences import PAGES, ROOT, SHELLS, Command, Fence, read_commands, read_fences
@@ -140,7 +140,7 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def shrink(arguments: list[str]) -> list[str]:
     """The arguments of a launch with what makes it a step of a small model; every checkpoint is that of its step."""
     arguments = [re.sub(r"step-\d{8}", "step-00000001", argument) for argument in arguments]
-    command = launch.parse(arguments)
+    command = cli.parse(arguments)
     if command.print_config or command.dry_run is not None:
         return arguments
     recipe = load(command.config, command.overrides).recipe
