@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import ROOT
-from components.throughput import memory_bytes, peak_flops
+from components.hardware import memory_bytes, peak_flops
 from recipes.config import Config, Override, load
 
 KINDS = ("compiled", "eager", "no noise", "documents", "plain", "plain compiled")

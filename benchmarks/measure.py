@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.batch import Constant
-from components.throughput import memory_bytes
+from components.hardware import memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ROOT / "train_configs" / "debug.toml"

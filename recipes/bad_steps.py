@@ -12,9 +12,9 @@ from components.distributed.collectives import BAD_INPUT, attempt, raise_in_all
 from components.distributed.context import World
 from components.guard import BadStep, StepGuard
 from recipes.config import Config
-from recipes.contracts import LRSchedule
 from recipes.data_checks import BadSamples
 from recipes.errors import RunError, blame
+from recipes.interfaces import LRSchedule
 from recipes.launched_step import LaunchedStep
 
 log = logging.getLogger("powertrain")

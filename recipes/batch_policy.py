@@ -6,7 +6,7 @@ from typing import Any
 
 from components.batch import BatchLayout, BatchPolicy, Progress, complete_policy
 from components.errors import InputError
-from recipes.contracts import complete_schedule
+from recipes.interfaces import complete_schedule
 
 
 def build_batch_policy(recipe: Any) -> BatchPolicy:

@@ -26,11 +26,11 @@ from components.distributed import fsdp
 from components.distributed.context import World
 from components.distributed.launcher import launched_at
 from components.distributed.parallel_dims import Layout
-from components.gradient_moments import GradientMeter, backward_parameters
+from components.gradient_noise import GradientMeter, backward_parameters
 from components.interfaces import PackedDataset
 from components.interrupts import Requests, StopSignal
 from components.metrics.console import start_log
-from components.metrics.monitor import Monitor
+from components.metrics.logger import Monitor
 from components.precision import WorkingWeights
 from components.profiler import Profiler
 from components.run_directory import RunDirectory
@@ -40,15 +40,15 @@ from components.validation import Validation
 from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
-from recipes.divide import divide
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import blame
 from recipes.hooks import Hook, complete_hook
-from recipes.language_model import build_model, keep_documents_apart
-from recipes.opening import Opened, open_run
+from recipes.model_setup import build_model, keep_documents_apart
+from recipes.parallelize import divide
+from recipes.prepared_data import refuse_unprepared
 from recipes.resume import Resume, compare
+from recipes.run_setup import Opened, open_run
 from recipes.training_state import DataIdentity, TrainingState
-from recipes.unprepared import refuse_unprepared
 
 log = logging.getLogger("powertrain")
 

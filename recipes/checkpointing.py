@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from components.checkpoint import CheckpointStore
 from components.distributed.context import World
-from components.metrics.monitor import Monitor
+from components.metrics.logger import Monitor
 from recipes.bad_steps import NonFiniteStateError
 from recipes.config import Config
-from recipes.opening import newest_sound
+from recipes.run_setup import newest_sound
 from recipes.training_state import TrainingState
 
 log = logging.getLogger("powertrain")

@@ -27,14 +27,14 @@ from components.units import PositiveCount
 from components.validation import Documents, HeldOut, SlidingWindow, Totals
 from models.init import materialize
 from recipes.config import Config
-from recipes.contracts import HasPlan, TokenizerConfig
-from recipes.divide import divide
 from recipes.errors import blame, evaluate_together
-from recipes.language_model import check_separates, keep_documents_apart
+from recipes.interfaces import HasPlan, TokenizerConfig
+from recipes.model_setup import check_separates, keep_documents_apart
+from recipes.parallelize import divide
+from recipes.pretrained import Trained, open_trained
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
-from recipes.sections import AttentionWithin, default_cache
-from recipes.trained import Trained, open_trained
+from recipes.run_config import AttentionWithin, default_cache
 
 log = logging.getLogger("powertrain")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.batch import StepBatch
 from components.clock import Clock
-from components.gradient_moments import GradientMoments
+from components.gradient_noise import GradientMoments
 from components.interrupts import NOTHING, REQUESTS
 from components.train_step import StepNumbers
 
@@ -26,7 +26,7 @@ class StepResult:
     moments: GradientMoments | None
     """None where they were not measured."""
     model_sums: Tensor | None
-    """The model's own, see `recipes.contracts.ReportsMetrics`."""
+    """The model's own, see `recipes.interfaces.ReportsMetrics`."""
     request: int
     """The largest request of all processes."""
 

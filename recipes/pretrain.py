@@ -21,13 +21,13 @@ from components.checkpoint import Checkpoint
 from components.distributed.collectives import attempt
 from components.distributed.parallel_dims import Parallel
 from components.garbage_collection import GarbageCollection
-from components.gradient_moments import MeasureMoments
+from components.gradient_noise import MeasureMoments
 from components.guard import BadStep, Guard
+from components.hardware import peak_flops
 from components.interfaces import DataConfig
 from components.interrupts import exit_status, reason, stops
-from components.metrics.monitor import Metrics
+from components.metrics.logger import Metrics
 from components.profiler import ProfilerConfig
-from components.throughput import peak_flops
 from components.train_step import TrainStep, not_finite
 from components.units import format_count
 from components.validation import HeldOut
@@ -36,7 +36,10 @@ from recipes.bad_steps import handle_bad_samples, handle_bad_step, learning_rate
 from recipes.batch_policy import build_batch_policy
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
-from recipes.contracts import (
+from recipes.data_checks import BadSamples, StepReader
+from recipes.errors import RunError, blame, raised_in
+from recipes.hooks import Hook, HookContext, Hooks
+from recipes.interfaces import (
     AnyHook,
     BatchConfig,
     HasPlan,
@@ -47,13 +50,10 @@ from recipes.contracts import (
     TokenizerConfig,
     complete_schedule,
 )
-from recipes.data_checks import BadSamples, StepReader
-from recipes.errors import RunError, blame, raised_in
-from recipes.hooks import Hook, HookContext, Hooks
 from recipes.launched_step import LaunchedStep, StepResult, request_counts
 from recipes.loop_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.resume import Resume
-from recipes.sections import Run, Training
+from recipes.run_config import Run, Training
 from recipes.step_metrics import StepMetrics
 
 log = logging.getLogger("powertrain")

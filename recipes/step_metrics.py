@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from components.data.loader import epochs
-from components.gradient_moments import GradientNoise
+from components.gradient_noise import GradientNoise
+from components.hardware import memory_bytes
 from components.interfaces import PackedDataset
-from components.throughput import memory_bytes
-from recipes.contracts import ReportsMetrics
+from recipes.interfaces import ReportsMetrics
 from recipes.launched_step import LaunchedStep, StepResult
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from components.batch import BatchPolicy
 from components.checkpoint import TrainingTensors, read_state
 from components.clock import Clock
-from components.gradient_moments import GradientNoise, SmoothedNoise
+from components.gradient_noise import GradientNoise, SmoothedNoise
 from components.guard import StepGuard
 from recipes.hooks import Hook
 

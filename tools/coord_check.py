@@ -32,7 +32,7 @@ from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPKeys
 from recipes.config import describe
-from recipes.language_model import transformer_blocks
+from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0)}

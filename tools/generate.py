@@ -26,7 +26,7 @@ from components.standard_streams import run_command
 from components.tokenizers.detokenizer import TextStream
 from models.init import materialize
 from recipes.config import ConfigError
-from recipes.trained import open_trained
+from recipes.pretrained import open_trained
 
 
 @dataclass

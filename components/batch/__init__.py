@@ -2,11 +2,11 @@
 
 from components.batch.adaptive import Adaptive, AdaptivePolicy
 from components.batch.constant import Constant
-from components.batch.layout import BatchLayout, StepBatch
 from components.batch.noise_scale import NoiseScale
 from components.batch.norm_test import NormTest
 from components.batch.policy import BatchPolicy, GradientNoise, Progress, complete_policy
 from components.batch.ramp import Ramp, Stage
+from components.batch.rounding import BatchLayout, StepBatch
 from components.batch.seesaw import Seesaw
 
 __all__ = [

@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class GradientNoise(Protocol):
-    """The gradient noise measured in one step, equal on all ranks. components/gradient_moments/ computes it."""
+    """The gradient noise measured in one step, equal on all ranks. components/gradient_noise/ computes it."""
 
     @property
     def groups(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.metrics.append import Appended
+from components.metrics.append_only_file import Appended
 from components.paths import is_file
 
 log = logging.getLogger("powertrain")

@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from components.metrics.append import Appended
+from components.metrics.append_only_file import Appended
 
 GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),

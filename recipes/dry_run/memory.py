@@ -20,8 +20,8 @@ from components.activation_memory import count_activations
 from components.distributed.context import World
 from components.distributed.fsdp import Accumulation, cut_dimension
 from components.distributed.parallel_dims import Sizes
-from components.throughput import device_memory
-from recipes.language_model import transformer_blocks
+from components.hardware import device_memory
+from recipes.model_setup import transformer_blocks
 
 RESERVED_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
 """Bytes outside of tensors: CUDA context, cuBLAS and NCCL buffers; the interpreter and torch."""

@@ -17,13 +17,13 @@ from components.data.mixture import Mixture
 from components.data.sources.base import TextSource
 from components.distributed.parallel_dims import Sizes
 from components.errors import InputError, message_of
-from components.throughput import Device, named_device
+from components.hardware import Device, named_device
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
 from recipes.dry_run.memory import Memory, estimate_memory, syncs_once_per_step
 from recipes.dry_run.schedule_preview import SchedulePreview, simulate_schedule
 from recipes.errors import blame
-from recipes.language_model import build_model
+from recipes.model_setup import build_model
 
 DEFAULT_MFU = 0.4
 """Model FLOPs utilization if none is given: what good dense pre-training reaches on A100 and H100."""

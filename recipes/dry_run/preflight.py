@@ -19,9 +19,9 @@ from components.data.sources.base import TextSource
 from components.errors import message_of
 from components.run_directory import RunDirectory
 from components.units import format_count
-from recipes.contracts import complete_schedule
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory
 from recipes.dry_run.plan import RunPlan
+from recipes.interfaces import complete_schedule
 from recipes.recipe import complete_recipe
 
 MIN_WARMUP_STEPS = 3

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from components.throughput import Device, named_device
+from components.hardware import Device, named_device
 from components.units import format_count
 from recipes.config import Config, ConfigError
 from recipes.config.errors import Problem

@@ -11,7 +11,7 @@ from components.batch import BatchLayout, BatchPolicy
 from components.clock import Clock
 from components.units import format_count
 from recipes.batch_policy import build_batch_policy
-from recipes.contracts import complete_schedule
+from recipes.interfaces import complete_schedule
 
 MAX_MILESTONES = 60
 

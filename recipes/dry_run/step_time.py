@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from components.throughput import Device
-from recipes.contracts import HasPlan
+from components.hardware import Device
 from recipes.dry_run.memory import Memory, local_numel
 from recipes.dry_run.plan import RunPlan
-from recipes.language_model import transformer_blocks
+from recipes.interfaces import HasPlan
+from recipes.model_setup import transformer_blocks
 
 MATMUL_UTILIZATION = 0.65
 """The fraction of the peak that large bf16 products and attention reach: 650 of the 989 TFLOP/s of an H100."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from components.checkpoint import load_tensors, tensor_names
-from components.gradient_moments import GradientMoments
+from components.gradient_noise import GradientMoments
 from models.llama import Llama
 from models.mup import MuPKeys
 from models.router_loss import RouterKeys

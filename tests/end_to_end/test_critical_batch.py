@@ -17,7 +17,7 @@ from components.clock import Clock
 from components.train_step import TrainStep
 from recipes import cli
 from recipes.bad_steps import NonFiniteError
-from recipes.branch_report import Branch, Report
+from recipes.critical_batch.report import Branch, Report
 from recipes.loop_hooks import Validate
 from recipes.pretrain import Pretrain
 from tests.end_to_end.test_resume import timeless

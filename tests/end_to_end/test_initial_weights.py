@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from recipes.trained import open_trained
+from recipes.pretrained import open_trained
 from tools import export_hf, import_hf
 
 

@@ -40,10 +40,10 @@ SECTIONS = {
     "optimizer": "components.optimizers:AdamW",
     "lr_schedule": "components.lr_schedules:WSD",
     "batch": "components.batch:Ramp",
-    "gradient_moments": "components.gradient_moments:MeasureMoments",
+    "gradient_moments": "components.gradient_noise:MeasureMoments",
     "guard": "components.guard:Guard",
     "checkpoint": "components.checkpoint:Checkpoint",
-    "metrics": "components.metrics.monitor:Metrics",
+    "metrics": "components.metrics.logger:Metrics",
     "parallel": "components.distributed:Parallel",
     "validation": "components.validation:HeldOut",
 }

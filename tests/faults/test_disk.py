@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from components.checkpoint import complete_checkpoints, verify
-from components.metrics.append import Appended
+from components.metrics.append_only_file import Appended
 
 RUN = ["--training.total_tokens=300", "--validation.interval_steps=none", "--metrics.tensorboard=true"]
 """Two steps, each with a checkpoint."""

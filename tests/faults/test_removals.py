@@ -21,7 +21,7 @@ from components.metrics.jsonl import JsonLines
 from components.metrics.tensorboard import TensorBoard
 from components.run_directory import RunDirectory
 from components.safetensors import new_directory
-from recipes.opening import remove_run
+from recipes.run_setup import remove_run
 from tests.components.checkpoint.test_manager import Alone
 from tools.sweep.runner import Results
 

@@ -11,7 +11,7 @@ import torch
 from components.batch import StepBatch
 from components.data.loader import MicroBatchLoader
 from components.distributed.context import World
-from components.gradient_moments import GradientMoments, GradientNoise
+from components.gradient_noise import GradientMoments, GradientNoise
 from recipes import build
 from recipes.config import ConfigError, Override, load
 from recipes.data_checks import BadSamples, StepReader

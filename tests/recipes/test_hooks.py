@@ -155,7 +155,7 @@ def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypat
     import torch
 
     from components.checkpoint import load_tensors
-    from recipes.trained import open_trained
+    from recipes.pretrained import open_trained
 
     weights = []
     for step in (1, 3):

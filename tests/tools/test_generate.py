@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.generation import Sampling, continue_texts
-from recipes.trained import open_trained
+from recipes.pretrained import open_trained
 from tests.conftest import TinyRun
 from tests.tools.test_export_hf import MODELS, TOKENIZER, trained
 from tools import export_hf, generate, import_hf

@@ -76,7 +76,7 @@ def test_typing_errors_are_invalid(schema: Schema, toml: str) -> None:
 
 
 def test_a_section_is_not_offered_for_a_slot_whose_methods_it_happens_to_have(pretrain_schema: Schema) -> None:
-    tables = pretrain_schema["definitions"]["recipes.contracts.TokenizerConfig"]["oneOf"]
+    tables = pretrain_schema["definitions"]["recipes.interfaces.TokenizerConfig"]["oneOf"]
     offered = {use for table in tables for use in table.get("properties", {}).get("use", {}).get("enum", ())}
     assert "components.tokenizers:Bytes" in offered
     assert {use.partition(":")[0].split(".")[1] for use in offered} == {"tokenizers"}

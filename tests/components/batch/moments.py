@@ -10,7 +10,7 @@ import numpy as np
 from components.batch import BatchPolicy, complete_policy
 from components.clock import Clock
 from components.lr_schedules import Constant
-from recipes.contracts import complete_schedule
+from recipes.interfaces import complete_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

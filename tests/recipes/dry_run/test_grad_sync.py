@@ -7,7 +7,7 @@ import torch
 
 from components.distributed.context import World
 from components.distributed.parallel_dims import Sizes
-from components.throughput import Device, device_memory
+from components.hardware import Device, device_memory
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory, decide_grad_sync, syncs_once_per_step
 from tests.recipes.dry_run.plans import config_of, plan_of
 

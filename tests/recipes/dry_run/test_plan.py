@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.throughput import named_device
+from components.hardware import named_device
 from recipes import cli
 from recipes.dry_run.plan import HardwareTarget
 from tests.recipes.dry_run.plans import GPU, plan_of

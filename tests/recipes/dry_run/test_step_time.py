@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from components.throughput import named_device
+from components.hardware import named_device
 from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.step_time import INFINIBAND, Collective, StepTime, estimate_step_time
 from tests.recipes.dry_run.plans import config_of

@@ -8,9 +8,9 @@ from torch import nn
 from components.activation_checkpointing import apply_activation_checkpointing
 from components.distributed import fsdp
 from components.distributed.parallel_dims import Layout
-from recipes.contracts import HasPlan, Model
-from recipes.language_model import transformer_blocks
-from recipes.sections import Training
+from recipes.interfaces import HasPlan, Model
+from recipes.model_setup import transformer_blocks
+from recipes.run_config import Training
 
 
 def divide(

@@ -7,7 +7,7 @@ import torch
 
 from components.distributed.context import World
 from recipes.config import ConfigError, Override, load
-from recipes.unprepared import refuse_unprepared
+from recipes.prepared_data import refuse_unprepared
 from tests.conftest import TinyRun
 from tools import prepare_data
 

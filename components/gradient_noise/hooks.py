@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from components.gradient_moments.norm import SquaredNorm
+from components.gradient_noise.norms import SquaredNorm
 from components.profiler_range import profiler_range
 
 

@@ -19,10 +19,10 @@ from components.units import expand_home
 from models.hf.architectures import architecture_in
 from models.hf.weights import COMPUTED
 from recipes.config import Override
-from recipes.contracts import Model, TokenizerConfig
 from recipes.initial_weights import copy_weights
+from recipes.interfaces import Model, TokenizerConfig
 from recipes.resume import checkpoint_at
-from recipes.sections import AttentionWithin
+from recipes.run_config import AttentionWithin
 from recipes.stored_config import stored_config
 from recipes.training_state import read_run_state
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from components.gradient_moments.moments import GradientMoments, SmoothedNoise
+from components.gradient_noise.estimator import GradientMoments, SmoothedNoise
 
 
 def moments(groups: torch.Tensor, samples: int) -> GradientMoments:

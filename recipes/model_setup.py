@@ -11,8 +11,8 @@ from torch import nn
 from components.errors import InputError
 from components.interfaces import PackedDataset
 from recipes.config import Config
-from recipes.contracts import LanguageModel, SeparatesDocuments
 from recipes.errors import blame
+from recipes.interfaces import LanguageModel, SeparatesDocuments
 
 log = logging.getLogger("powertrain")
 
@@ -26,7 +26,7 @@ def build_model(config: Config, vocab_size: int) -> Any:
     with blame(config, "model"), torch.device("meta"):
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
         if not isinstance(model, LanguageModel):
-            raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.contracts")
+            raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.interfaces")
     if recipe.training.attention_within == "document":
         with blame(config, "training"):
             check_separates(model)

@@ -31,13 +31,13 @@ from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.units import format_count
 from recipes.bad_steps import NonFiniteError
-from recipes.branch_report import Branch, Report, draw
-from recipes.branches import Branches, Start, find_start
 from recipes.config import Config, ConfigError, derive
+from recipes.critical_batch.branches import Branches, Start, find_start
+from recipes.critical_batch.report import Branch, Report, draw
 from recipes.errors import RunError, blame
-from recipes.opening import remove_run
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, changes, lies_in, refuse, rule_of
+from recipes.run_setup import remove_run
 from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")

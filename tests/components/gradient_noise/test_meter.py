@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.gradient_moments import GradientMeter, GradientMoments
+from components.gradient_noise import GradientMeter, GradientMoments
 
 
 def finish(meter: GradientMeter, model: nn.Module) -> tuple[float, float]:

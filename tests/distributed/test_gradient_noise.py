@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from components.batch import Constant
 from components.data.sources.text_files import TextFiles
-from components.gradient_moments import GradientMoments
+from components.gradient_noise import GradientMoments
 from components.tokenizers import Bytes
 from models.llama import Llama
 from tests.conftest import TinyRun

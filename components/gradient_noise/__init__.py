@@ -1,7 +1,7 @@
 """Gradient moments: how much the gradients of the micro-batches of one step differ from one another."""
 
-from components.gradient_moments.meter import GradientMeter, backward_parameters
-from components.gradient_moments.moments import GradientMoments, GradientNoise, MeasureMoments, SmoothedNoise
+from components.gradient_noise.estimator import GradientMoments, GradientNoise, MeasureMoments, SmoothedNoise
+from components.gradient_noise.hooks import GradientMeter, backward_parameters
 
 __all__ = [
     "GradientMeter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.gradient_moments.norm import PIECE, SquaredNorm, piece_norms
+from components.gradient_noise.norms import PIECE, SquaredNorm, piece_norms
 
 
 def square(tensor: torch.Tensor) -> float:
