@@ -34,17 +34,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from benchmarks.measure import machine
-from components.checkpoint.manager import CheckpointStore
+from components.checkpoint.manager import CheckpointManager
 from components.checkpoint.metadata import read_index
 from components.checkpoint.tensor_writer import SavePlans
-from components.distributed.context import World
+from components.distributed.context import DistributedContext
 from models.decoder import Decoder
 from models.init import fill_runs
-from models.presets import Size
+from models.presets import LlamaShape
 
 SIZES = {
-    "8b": Size(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336),
-    "70b": Size(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672),
+    "8b": LlamaShape(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336),
+    "70b": LlamaShape(dim=8192, layers=80, heads=64, kv_heads=8, ffn_dim=28672),
 }
 VOCABULARY = 128_256
 ZIP_BYTES = 1300
@@ -147,8 +147,8 @@ def measure_plans(model: str, ranks: int) -> str:
 def count_sockets(rank: int, ranks: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
-    world = World.start("cpu")
-    store = CheckpointStore(Path(folder), world, async_save=True)
+    world = DistributedContext.start("cpu")
+    store = CheckpointManager(Path(folder), world, async_save=True)
     world.barrier()
     if rank == ranks - 1:
         links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT
 from components.data import StandardLibrary, TextFiles
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 from components.data.sources.base import TextSource
 from components.tokenizers import TiktokenFile
 from components.tokenizers.tiktoken_file import RankEncoder
@@ -25,7 +25,7 @@ def tokenizer() -> RankEncoder:
 def documents(characters: int, text: Path | None, seed: int = 0) -> Iterator[str]:
     """Documents of some 4,000 characters, `characters` in all, of the text files `text` or the standard library."""
     source: TextSource = TextFiles(path=text) if text else StandardLibrary()
-    paragraphs = [part for document in source.documents(ReadingLog()) for part in document.text.split("\n\n")]
+    paragraphs = [part for document in source.documents(ReadStats()) for part in document.text.split("\n\n")]
     generator = random.Random(seed)
     done = 0
     while done < characters:

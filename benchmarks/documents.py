@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.measure import machine, spread
 from models.decoder import Decoder
-from models.presets import Size
+from models.presets import LlamaShape
 
-SIZE = Size(dim=256, layers=6, heads=8, kv_heads=8, ffn_dim=768)
+SIZE = LlamaShape(dim=256, layers=6, heads=8, kv_heads=8, ffn_dim=768)
 VOCAB, END, ROWS, LENGTH = 4096, 0, 4, 1024
 WARM_UP = 2
 

@@ -19,22 +19,22 @@ from torch import Tensor
 
 from benchmarks.measure import machine
 from benchmarks.throughput import quartiles
-from components.generation import Sampling, continue_texts
+from components.generation import Sampling, generate_tokens
 from models.decoder import Decoder
 from models.hf.config import hf_config
-from models.hf.weights import names
-from models.presets import SIZES, Size
+from models.hf.weights import hf_names
+from models.presets import PRESETS, LlamaShape
 
 SIZE = {
-    "2M": SIZES["debug"],
-    "20M": Size(dim=384, layers=9, heads=6, kv_heads=6, ffn_dim=1152),
-    "100M": Size(dim=768, layers=12, heads=12, kv_heads=4, ffn_dim=2048),
-    "1B": SIZES["tinyllama1b"],
+    "2M": PRESETS["debug"],
+    "20M": LlamaShape(dim=384, layers=9, heads=6, kv_heads=6, ffn_dim=1152),
+    "100M": LlamaShape(dim=768, layers=12, heads=12, kv_heads=4, ffn_dim=2048),
+    "1B": PRESETS["tinyllama1b"],
 }
 VOCAB, PROMPT = 4096, 32
 
 
-def both(size: Size, rows: int, tokens: int, device: torch.device, packed: bool) -> list[Callable[[], Tensor]]:
+def both(size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool) -> list[Callable[[], Tensor]]:
     """Ours and theirs: each writes `tokens` ids after each of `rows` prompts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +42,7 @@ def both(size: Size, rows: int, tokens: int, device: torch.device, packed: bool)
     ours = Decoder(size, VOCAB).to(device, dtype)
     ours.init_weights(0)
     theirs = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
-    renamed = {names(size)[name]: weight for name, weight in ours.state_dict().items()}
+    renamed = {hf_names(size)[name]: weight for name, weight in ours.state_dict().items()}
     theirs.load_state_dict(renamed, strict=not size.tied_embeddings)
     theirs.to(device, dtype).eval()
     theirs.generation_config.eos_token_id = None
@@ -52,7 +52,7 @@ def both(size: Size, rows: int, tokens: int, device: torch.device, packed: bool)
 
     def we_write() -> Tensor:
         greedy, numbers = Sampling(temperature=0.0), torch.zeros(rows, tokens, dtype=torch.float64)
-        steps = continue_texts(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
+        steps = generate_tokens(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
         return torch.tensor(list(steps)).T
 
     def they_write() -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import ROOT
-from components.hardware import memory_bytes, peak_flops
+from components.hardware import peak_flops, peak_memory_bytes
 from recipes.config import Config, Override, load
 
 KINDS = ("compiled", "eager", "no noise", "documents", "plain", "plain compiled")
@@ -72,7 +72,7 @@ class Report:
     def step(self, loss: float) -> None:
         """Call after every step; raises Enough after the last."""
         reserved = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None
-        memory = {"memory_bytes": memory_bytes(self.device), "reserved_bytes": reserved}
+        memory = {"memory_bytes": peak_memory_bytes(self.device), "reserved_bytes": reserved}
         self._write({"at": time.monotonic(), "loss": loss, **memory})
         self.left -= 1
         if not self.left:

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.measure import machine, spread
-from models.moe import Experts
+from models.moe import MoE
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WORST = {"float32": 1e-5, "bf16": 2e-2}
@@ -32,7 +32,7 @@ class Case:
     def __init__(self, arguments: argparse.Namespace, experts: int, top_k: int) -> None:
         generator = torch.Generator().manual_seed(0)
         dtype, self.device = DTYPES[arguments.dtype], torch.device(arguments.device)
-        self.module = Experts(arguments.dim, arguments.ffn_dim, experts, top_k).to(self.device, dtype)
+        self.module = MoE(arguments.dim, arguments.ffn_dim, experts, top_k).to(self.device, dtype)
         for parameter in self.module.parameters():
             drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
             parameter.data.copy_(drawn)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.batch import Constant
-from components.hardware import memory_bytes
+from components.hardware import peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUG = ROOT / "train_configs" / "debug.toml"
@@ -66,7 +66,7 @@ class PeakMemoryBatch(Constant):
     before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "before", memory_bytes(torch.device("cpu")))
+        object.__setattr__(self, "before", peak_memory_bytes(torch.device("cpu")))
 
     def observe(self, progress: object, noise: object) -> None:
         if torch.cuda.is_initialized():

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass
-class Clock:
+class TrainingClock:
     """Counts optimizer steps, samples (sequences) and tokens consumed by the optimizer.
 
     Tokens follow from samples, so a step counter times a batch size, which is wrong as soon as the batch changes, is

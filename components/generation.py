@@ -15,7 +15,7 @@ from torch import Tensor
 from components.errors import InputError
 
 
-class Generates(Protocol):
+class HasKVCache(Protocol):
     """A model that can keep what it computed of earlier tokens."""
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> Any:
@@ -27,17 +27,17 @@ class Generates(Protocol):
         ...
 
 
-class Chooses(Protocol):
+class Sampler(Protocol):
     def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         """(B,) ids."""
         ...
 
 
 @torch.inference_mode()
-def continue_texts(
-    model: Generates,
+def generate_tokens(
+    model: HasKVCache,
     prompts: Sequence[Sequence[int]],
-    sampling: Chooses,
+    sampling: Sampler,
     uniform_BN: Tensor,
     *,
     end: int | None,

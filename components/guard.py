@@ -18,7 +18,7 @@ _LEAST_DEVIATION = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guard:
+class GuardConfig:
     """[guard]: what becomes of a step whose numbers are not finite, whose loss leaps up, or that has a bad sample.
 
     stop: end the run. skip: leave the update of that step out. roll_back: besides, return parameters and optimizer to
@@ -56,7 +56,7 @@ class BadStep:
 class StepGuard:
     """Judges every step from numbers that are equal on all ranks. What is bad never enters what it compares with."""
 
-    rules: Guard
+    rules: GuardConfig
     consecutive: int = field(default=0, init=False)
     """Bad steps since the last good one."""
     _mean: float = field(default=0.0, init=False)

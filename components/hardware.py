@@ -25,7 +25,7 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """What one process computes on."""
 
     name: str
@@ -36,20 +36,20 @@ class Device:
     """Bytes a second to another device of its node, one direction; None where they share the memory."""
 
 
-def named_device(name: str) -> Device:
+def device_spec(name: str) -> DeviceSpec:
     """Return a device by name, in any case: one of `DEVICES`, or `cpu`, this machine. Raises ValueError."""
     if name.lower() == "cpu":
         import psutil
 
         measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
-        return Device("cpu", max(measured), psutil.virtual_memory().total)
+        return DeviceSpec("cpu", max(measured), psutil.virtual_memory().total)
     plain = name.lower().replace("-", " ").replace("_", " ")
     # a part of the name, but not of a larger number in it
     found = next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
     if found is None:
         raise ValueError(f"{name} is not a known device; use one of {', '.join([*DEVICES, 'cpu'])}")
     tera_flops, gigabytes, link_gigabytes = DEVICES[found]
-    return Device(name, tera_flops * 1e12, gigabytes * 10**9, link_gigabytes * 1e9)
+    return DeviceSpec(name, tera_flops * 1e12, gigabytes * 10**9, link_gigabytes * 1e9)
 
 
 @cache
@@ -84,7 +84,7 @@ def device_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """Peak device memory so far on a GPU, resident memory of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

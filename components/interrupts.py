@@ -15,15 +15,15 @@ SAVING = signal.SIGUSR1
 ONE_REQUEST_SECONDS = 1.0
 """Signals this close together are one request: a scheduler signals a whole job, and a launcher passes its own on."""
 
-NOTHING, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
+NONE, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
 _SIGNALS = 100
 """Requests are numbers, of which the largest of all ranks is what all do; above this, the number of a signal more."""
-REQUESTS = (NOTHING, SAVE, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
+REQUESTS = (NONE, SAVE, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
 """All that there are, the smallest first."""
 _FILE_INTERVAL_SECONDS = 0.5
 
 
-class StopSignal:
+class SignalCatcher:
     """Catches SIGINT, SIGTERM and SIGHUP once, and SIGUSR1; a second SIGINT or SIGTERM acts at once, as if not caught.
 
     A signal that the process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in the background of a
@@ -40,7 +40,7 @@ class StopSignal:
         self._save_at = -ONE_REQUEST_SECONDS
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> SignalCatcher:
         for number in not_ignored(STOPPING):
             self._before[number] = signal.signal(number, self._catch)
         self._before[SAVING] = signal.signal(SAVING, self._catch_save)
@@ -80,33 +80,33 @@ def is_repeated(number: int, seconds: float) -> bool:
     return number != signal.SIGHUP and seconds > ONE_REQUEST_SECONDS
 
 
-class Requests:
+class StopRequests:
     """What this process was asked to do. All take the largest number that one of them found."""
 
-    def __init__(self, signals: StopSignal, *, file: Path | None, ends_at: float | None) -> None:
+    def __init__(self, signals: SignalCatcher, *, file: Path | None, ends_at: float | None) -> None:
         """`file` stops the run once it exists, a time of `time.time()` does when it has come."""
         self.signals = signals
         self.file = file
         self.ends_at = ends_at
-        self.agreed = NOTHING
+        self.agreed = NONE
         """The largest request that all processes agreed on and that was not met yet."""
         self._looked_at = 0.0
 
     def pending(self) -> int:
-        """NOTHING, SAVE, or a number that `stops`."""
+        """NONE, SAVE, or a number that `stops`."""
         if self.signals.received:
             return _SIGNALS + self.signals.received
         if self._file_exists():
             return STOP_FILE
         if self.ends_at is not None and time.time() >= self.ends_at:
             return TIME_LIMIT
-        return SAVE if self.signals.save else NOTHING
+        return SAVE if self.signals.save else NONE
 
     def saved(self) -> None:
         """The request to save was met. Call on all ranks: a signal may have reached one of them, or each."""
         self.signals.save = False
         if self.agreed == SAVE:
-            self.agreed = NOTHING
+            self.agreed = NONE
 
     def clear_file(self) -> None:
         """Remove the stop file: it has been obeyed, or was meant for a run before."""
@@ -122,7 +122,7 @@ class Requests:
         return self.file.exists()
 
 
-def stops(request: int) -> bool:
+def is_stop(request: int) -> bool:
     return request > SAVE
 
 

@@ -23,10 +23,10 @@ from pydantic import Field
 from components.errors import InputError
 from components.units import PositiveCount, Tokens
 
-Rate = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
-SEQUENCE_OF_POWER = 4096
+POWER_LAW_SEQ_LEN = 4096
 """Tokens in the unit of beta: the Power law was fitted with batches counted in sequences of 4096 tokens."""
 
 DECAYS: dict[str, Callable[[float, float], float]] = {
@@ -39,15 +39,15 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 
 Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
 
-BatchRule = Literal["none", "sqrt", "linear"]
-EXPONENTS: dict[BatchRule, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+BatchScaling = Literal["none", "sqrt", "linear"]
+EXPONENTS: dict[BatchScaling, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 def _warmup(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
     return min(1.0, (tokens + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
 
 
-def _progress(tokens: int, start: float, end: float) -> float:
+def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
     """Position of `tokens` in [start, end] as 0 to 1; an empty interval is a step."""
     if end <= start:
         return float(tokens >= end)
@@ -55,8 +55,8 @@ def _progress(tokens: int, start: float, end: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FollowsBatch:
-    batch_rule: BatchRule = "none"
+class _BatchScaled:
+    batch_rule: BatchScaling = "none"
     """How the rate follows the batch: not, by its root (Adam: arXiv 2405.14578, 2205.10287), or linearly (SGD:
     arXiv 1706.02677)."""
     reference_batch_tokens: PositiveCount | None = None
@@ -82,10 +82,10 @@ class _FollowsBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(_FollowsBatch):
+class Constant(_BatchScaled):
     """Warm-up, then one rate."""
 
-    max_lr: Rate
+    max_lr: PositiveFloat
     """The rate after warm-up."""
     warmup_tokens: Tokens = 0
     """Tokens over which the rate rises linearly from zero."""
@@ -95,8 +95,8 @@ class Constant(_FollowsBatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DecayToEnd(_FollowsBatch):
-    max_lr: Rate
+class _DecayToEnd(_BatchScaled):
+    max_lr: PositiveFloat
     """The rate at the end of warm-up."""
     warmup_tokens: Tokens = 0
     """Tokens over which the rate rises linearly from zero."""
@@ -104,7 +104,7 @@ class _DecayToEnd(_FollowsBatch):
     """The last rate, as a share of max_lr."""
 
     def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        decay = DECAYS[shape](_progress(tokens, self.warmup_tokens, total_tokens), self.end_ratio)
+        decay = DECAYS[shape](_progress_after_warmup(tokens, self.warmup_tokens, total_tokens), self.end_ratio)
         warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
         return self.max_lr * warmup * decay * self._batch_factor(batch_tokens)
 
@@ -126,7 +126,7 @@ class Linear(_DecayToEnd):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StableThenDecay(_FollowsBatch):
+class _StableThenDecay(_BatchScaled):
     warmup_tokens: Tokens = 0
     """Tokens over which the rate rises linearly from zero."""
     decay_tokens: Tokens | None = None
@@ -150,14 +150,18 @@ class _StableThenDecay(_FollowsBatch):
 
     def _decay(self, tokens: int, total_tokens: int) -> float:
         start = self._decay_start(total_tokens)
-        return DECAYS[self.decay](_progress(tokens, start, total_tokens), self.end_ratio) if tokens > start else 1.0
+        return (
+            DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.end_ratio)
+            if tokens > start
+            else 1.0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WSD(_StableThenDecay):
     """Warm-up, stable, decay (arXiv 2404.06395)."""
 
-    max_lr: Rate
+    max_lr: PositiveFloat
     """The rate of the stable phase."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
@@ -172,13 +176,13 @@ class Power(_StableThenDecay):
     beta is the global batch in sequences of 4096 tokens, taken at this very step: the rate follows a changing batch.
     """
 
-    max_lr: Rate = 0.02
+    max_lr: PositiveFloat = 0.02
     """Cap on the rate (eta_max)."""
-    a: Rate = 4.0
+    a: PositiveFloat = 4.0
     """Amplitude of the power law."""
     b: Annotated[float, Field(lt=0)] = -0.51
     """Exponent of the power law."""
-    batch_rule: BatchRule = "none"
+    batch_rule: BatchScaling = "none"
     """Only "none": the law follows the batch linearly by itself."""
     reference_batch_tokens: PositiveCount | None = None
     """None: the law reads the batch of every step."""
@@ -202,4 +206,4 @@ class Power(_StableThenDecay):
     def _power(self, tokens: float, batch_tokens: int) -> float:
         if tokens <= 0:  # the law diverges at zero: the cap holds
             return self.max_lr
-        return min(self.max_lr, batch_tokens / SEQUENCE_OF_POWER * self.a * tokens**self.b)
+        return min(self.max_lr, batch_tokens / POWER_LAW_SEQ_LEN * self.a * tokens**self.b)

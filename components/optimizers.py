@@ -60,7 +60,7 @@ class AdamW:
         options: dict[str, Any] = {"lr": 0.0, "betas": self.betas, "eps": self.eps, "fused": fused}
         if self.reference_batch_tokens is None:
             return LocalAdamW(list(groups.values()), **options)
-        return AdamWByTokens(list(groups.values()), self.reference_batch_tokens, options)
+        return BatchScaledAdamW(list(groups.values()), self.reference_batch_tokens, options)
 
 
 class LocalAdamW(torch.optim.AdamW):
@@ -76,7 +76,7 @@ class LocalAdamW(torch.optim.AdamW):
         return has_complex
 
 
-class AdamWByTokens(LocalAdamW):
+class BatchScaledAdamW(LocalAdamW):
     """AdamW whose second moment forgets per token, whatever the batch (arXiv 2507.07101).
 
     v loses the share beta2 in a step of B0 tokens, so over n tokens beta2^(n / B0); a step of B tokens has to lose

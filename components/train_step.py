@@ -25,12 +25,12 @@ class MicroBatch(Protocol):
         ...
 
 
-class Reduction(Protocol):
+class GradientSync(Protocol):
     def before_backward(self, *, last: bool) -> None: ...
 
 
 @runtime_checkable
-class FollowsBatch(Protocol):
+class ScalesWithBatch(Protocol):
     """An optimizer with constants that depend on the batch."""
 
     def follow_batch(self, batch_tokens: int) -> None:
@@ -38,7 +38,7 @@ class FollowsBatch(Protocol):
         ...
 
 
-class Meter(Protocol):
+class NoiseMeter(Protocol):
     """Measures the gradient; components/gradient_moments has one."""
 
     def start(self, *, measure: bool) -> None: ...
@@ -90,8 +90,8 @@ class TrainStep:
         ranks: Comm,
         world: Comm,
         *,
-        meter: Meter,
-        reduction: Reduction,
+        meter: NoiseMeter,
+        reduction: GradientSync,
         max_grad_norm: float | None,
         compute: Callable[[], AbstractContextManager[object]],
     ) -> None:
@@ -160,7 +160,7 @@ class TrainStep:
         Where `skip`, a float32 () on the device, is 1 parameters and optimizer state stay as they are, and the host
         need not know; for optimizers that `skips_on_device`.
         """
-        if isinstance(self.optimizer, FollowsBatch):
+        if isinstance(self.optimizer, ScalesWithBatch):
             self.optimizer.follow_batch(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]

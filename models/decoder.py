@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.document_attention import documents, positions
+from models.document_attention import document_attention, document_positions
 from models.init import fill_normal
 from models.kv_cache import KeyValueCache
-from models.loss import AcrossVocabulary, linear_cross_entropy, working_bytes
-from models.mkldnn_linear import pack
-from models.moe import Experts
-from models.presets import Size
+from models.loss import VocabReduce, chunked_cross_entropy, working_bytes
+from models.mkldnn_linear import use_mkldnn_linear
+from models.moe import MoE
+from models.presets import LlamaShape
 from models.rope import RopeFrequencies, rope_frequencies, rope_table, rotate
-from models.router_loss import RouterKeys, RouterLoss
+from models.router_loss import RouterLoss, RouterLossConfig
 
 
 class Decoder(nn.Module):
@@ -39,12 +39,12 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        size: Size,
+        size: LlamaShape,
         vocab_size: int,
         *,
         init_std: float = 0.02,
         depth_scaled_init: bool = True,
-        router: RouterKeys | None = None,
+        router: RouterLossConfig | None = None,
     ) -> None:
         super().__init__()
         self.size, self.vocab_size = size, vocab_size
@@ -55,8 +55,8 @@ class Decoder(nn.Module):
         self.tok_embeddings = nn.Embedding(vocab_size, size.dim)
         self.layers = nn.ModuleDict({str(i): Block(size) for i in range(size.layers)})
         self.norm = RMSNorm(size.dim, size.norm_eps)
-        self.output = Head(size.dim, vocab_size, tied=size.tied_embeddings)
-        self.router_loss = RouterLoss(size.experts, router or RouterKeys()) if size.experts else None
+        self.output = LMHead(size.dim, vocab_size, tied=size.tied_embeddings)
+        self.router_loss = RouterLoss(size.experts, router or RouterLossConfig()) if size.experts else None
         self.end_of_document: int | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -87,7 +87,9 @@ class Decoder(nn.Module):
             logits_or_loss = logits_or_loss + (besides - besides.detach())
         return logits_or_loss
 
-    def _contexts(self, tokens_BT: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, Sequence[Context | None]]:
+    def _contexts(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Sequence[AttentionBackend | None]]:
         """Rotations by the tokens' positions, (2, T, 1, C) or (2, B or 1, T, 1, C), and what each layer attends to.
 
         None is all that comes before, in a sequence. Text that is generated is one document: a cache knows no others.
@@ -99,7 +101,9 @@ class Decoder(nn.Module):
         if self.end_of_document is None:
             return rope, [None] * len(self.layers)
         starts_BT = tokens_BT == self.end_of_document
-        return rope[:, positions(starts_BT)], [documents(starts_BT, self.size.head_width)] * len(self.layers)
+        return rope[:, document_positions(starts_BT)], [document_attention(starts_BT, self.size.head_width)] * len(
+            self.layers
+        )
 
     def separate_documents(self, end_of_document: int) -> None:
         """From now on that token starts a document: none sees one of another, and positions count from the start."""
@@ -119,7 +123,7 @@ class Decoder(nn.Module):
 
     def pack(self) -> None:
         """Make generation on a CPU faster, for good: afterwards there is no loss, nothing to train and to save."""
-        pack(self, self.tok_embeddings.weight)
+        use_mkldnn_linear(self, self.tok_embeddings.weight)
 
     def init_weights(self, seed: int) -> None:
         """Fills every parameter from (seed, its name) alone; norm gains become 1."""
@@ -184,7 +188,7 @@ class Decoder(nn.Module):
         )
 
 
-class Context(Protocol):
+class AttentionBackend(Protocol):
     """What queries attend to, where that is not simply all tokens before them in their sequence."""
 
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
@@ -193,7 +197,7 @@ class Context(Protocol):
 
 
 class Block(nn.Module):
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: LlamaShape) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(size.dim, size.norm_eps)
         self.attention = Attention(size)
@@ -201,7 +205,9 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(size)
         self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, context: Context | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor, context: AttentionBackend | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """(B, T, D); of a block with experts also the sums of its routing."""
         # A factor of exactly 1 neither costs nor changes anything, forward or backward.
         factor = self.residual_multiplier
@@ -216,7 +222,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention; H / K query heads share one key-value head (GQA, arXiv 2305.13245)."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: LlamaShape) -> None:
         super().__init__()
         self.head_width = size.head_width
         self.grouped = size.kv_heads != size.heads
@@ -227,7 +233,7 @@ class Attention(nn.Module):
         self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
         self.wo = nn.Linear(size.heads * size.head_width, size.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, context: AttentionBackend | None = None) -> Tensor:
         # The number of heads is read off the tensor: under tensor parallelism a rank holds some of them.
         q_BTHC = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         k_BTKC = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
@@ -247,10 +253,10 @@ class Attention(nn.Module):
         return out_BTD
 
 
-def feed_forward(size: Size) -> nn.Module:
+def feed_forward(size: LlamaShape) -> nn.Module:
     """(B, T, D) -> (B, T, D), for experts with the sums of their routing."""
     if size.experts:
-        return Experts(size.dim, size.ffn_dim, size.experts, size.top_k)
+        return MoE(size.dim, size.ffn_dim, size.experts, size.top_k)
     return FeedForward(size.dim, size.ffn_dim)
 
 
@@ -281,7 +287,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BTD, (self.dim,), self.weight, self.eps)
 
 
-class VocabularyShard(AcrossVocabulary, Protocol):
+class VocabularyShard(VocabReduce, Protocol):
     """What a plan sets on a head whose process holds only some rows of the vocabulary."""
 
     def local(self, x_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -289,7 +295,7 @@ class VocabularyShard(AcrossVocabulary, Protocol):
         ...
 
 
-class Head(nn.Linear):
+class LMHead(nn.Linear):
     """The output projection, as logits or straight as the loss.
 
     A module of its own even where its weight is the embedding's: a wrapper that gathers weights for a module's forward
@@ -314,7 +320,7 @@ class Head(nn.Linear):
         first = 0
         if self.vocabulary is not None:
             x_BTD, weight_VD, first = self.vocabulary.local(x_BTD, weight_VD)
-        return linear_cross_entropy(
+        return chunked_cross_entropy(
             x_BTD.flatten(0, 1),
             weight_VD,
             labels_BT.flatten(),

@@ -21,23 +21,23 @@ _NARROWEST = 16
 """Channels of a head that flex attention's kernels take at the least."""
 
 
-def positions(starts_BT: Tensor) -> Tensor:
+def document_positions(starts_BT: Tensor) -> Tensor:
     """(B, T) int64: tokens since the start of document or sequence; `starts_BT` is true where a document starts."""
     slots_T = torch.arange(starts_BT.shape[1], device=starts_BT.device)
     return slots_T - (slots_T * starts_BT).cummax(-1).values
 
 
-def documents(starts_BT: Tensor, head_width: int) -> OneByOne | InBlocks:
+def document_attention(starts_BT: Tensor, head_width: int) -> PerDocumentSDPA | FlexDocumentAttention:
     """What the tokens of a micro-batch attend to, found once for all layers; `starts_BT` as for `positions`.
 
     In blocks on a GPU, where Triton can compile a kernel for them; one by one elsewhere.
     """
     if starts_BT.is_cuda and head_width >= _NARROWEST and find_spec("triton") is not None:
-        return InBlocks(starts_BT)
-    return OneByOne(starts_BT)
+        return FlexDocumentAttention(starts_BT)
+    return PerDocumentSDPA(starts_BT)
 
 
-class OneByOne:
+class PerDocumentSDPA:
     """Every document as a sequence of its own: no mask in memory, and no product that a mask would throw away."""
 
     def __init__(self, starts_BT: Tensor) -> None:
@@ -61,7 +61,7 @@ class OneByOne:
         return torch.cat(found, 1).view(q_BTHC.shape).transpose(1, 2)
 
 
-class InBlocks:
+class FlexDocumentAttention:
     """By flex attention (arXiv 2412.05496): squares of the score matrix that lie outside of documents are skipped."""
 
     def __init__(self, starts_BT: Tensor, *, compiled: bool = True) -> None:

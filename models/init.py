@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 
-def seed_of(seed: int, name: str) -> int:
+def parameter_seed(seed: int, name: str) -> int:
     """A 63-bit seed for one parameter; equal in every process and version of Python, unlike `hash`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -38,7 +38,7 @@ def fill_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     starts, length = runs(tuple(parameter.shape), local_indices(parameter))
     drawn = np.empty(local.numel(), dtype=np.float32)
-    fill_runs(drawn, starts, length, key=seed_of(seed, name), std=std, threads=torch.get_num_threads())
+    fill_runs(drawn, starts, length, key=parameter_seed(seed, name), std=std, threads=torch.get_num_threads())
     local.copy_(torch.from_numpy(drawn).view(local.shape))
 
 
@@ -85,7 +85,7 @@ def runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[
 
 
 @torch.no_grad()
-def copy_full(parameter: Tensor, full: Tensor) -> None:
+def copy_sharded(parameter: Tensor, full: Tensor) -> None:
     """Copies a full CPU tensor into a parameter of any sharding, device and dtype; no communication."""
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every rank cuts its own share out of its own, equal, full tensor

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import rope_table
 
 
@@ -23,7 +23,7 @@ class KeyValueCache:
 
     def __init__(
         self,
-        size: Size,
+        size: LlamaShape,
         rope_frequencies_C: Tensor,
         *,
         padding: Sequence[int],

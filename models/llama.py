@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from components.errors import InputError
 from components.units import Count, PositiveCount
-from models.mup import MuPKeys
-from models.parallel_plan import Plan, plan
-from models.presets import SIZES, Size, SizeName
+from models.mup import MuPConfig
+from models.parallel_plan import ParallelPlan, llama_parallel_plan
+from models.presets import PRESETS, LlamaShape, PresetName
 from models.rope import RopeScaling
-from models.router_loss import RouterKeys
+from models.router_loss import RouterLossConfig
 
 if TYPE_CHECKING:
     from models.decoder import Decoder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Llama:
     """A Llama decoder. `size` names a row of models/presets.py; every other key overrides one number of that row."""
 
-    size: SizeName = "debug"
+    size: PresetName = "debug"
     """The row of models/presets.py to start from."""
     dim: PositiveCount | None = None
     """Width of the residual stream."""
@@ -55,9 +55,9 @@ class Llama:
     """Standard deviation of the initial weights."""
     depth_scaled_init: bool = True
     """Divide it by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
-    mup: MuPKeys | None = None
+    mup: MuPConfig | None = None
     """Maximal update parametrisation: one learning rate for every width. Unset: as the size has it, most do not."""
-    router: RouterKeys | None = None
+    router: RouterLossConfig | None = None
     """What routers are trained for besides the loss of the tokens."""
 
     def __post_init__(self) -> None:
@@ -94,21 +94,21 @@ class Llama:
                 raise InputError(key, f"{value} must be above 0")
 
     @property
-    def shape(self) -> Size:
+    def shape(self) -> LlamaShape:
         """The size after overrides."""
-        row = SIZES[self.size]
+        row = PRESETS[self.size]
         mup = row.mup if self.mup is None else self.mup.over(row.mup)
-        overrides = {field.name: getattr(self, field.name) for field in fields(Size) if field.name != "mup"}
+        overrides = {field.name: getattr(self, field.name) for field in fields(LlamaShape) if field.name != "mup"}
         return replace(row, mup=mup, **{key: value for key, value in overrides.items() if value is not None})
 
-    def plan(self, *, tp: int) -> Plan:
+    def plan(self, *, tp: int) -> ParallelPlan:
         """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""
         shape = self.shape
         if shape.kv_heads % tp:
             raise InputError("kv_heads", f"{shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
         if not shape.experts and shape.ffn_dim % tp:
             raise InputError("ffn_dim", f"{shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
-        return plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
+        return llama_parallel_plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
         """The decoder on the current device, with weights still to be set by `init_weights(seed)` or a checkpoint.

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from components.token_ids import IGNORE_INDEX
 
 
-class AcrossVocabulary(Protocol):
+class VocabReduce(Protocol):
     """Reductions over the processes that hold the other rows of the vocabulary, in place."""
 
     def maximum(self, tensor: Tensor) -> Tensor: ...
@@ -53,14 +53,14 @@ def working_bytes(
 
 
 @torch.compiler.disable  # the gradients that forward leaves on the context are more than the compiler traces
-def linear_cross_entropy(
+def chunked_cross_entropy(
     x_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
     *,
     chunk_tokens: int | None = None,
     first: int = 0,
-    across: AcrossVocabulary | None = None,
+    across: VocabReduce | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log softmax(x @ weight.T)[label]: (), float32 (float64 for float64 inputs).
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         gradients: bool,
         first: int,
-        across: AcrossVocabulary | None,
+        across: VocabReduce | None,
         compiled: bool,
     ) -> Tensor:
         device = x_ND.device.type
@@ -150,7 +150,7 @@ def _loss_of_chunk(
     labels_n: Tensor,
     exact: torch.dtype,
     first: int,
-    across: AcrossVocabulary | None,
+    across: VocabReduce | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss () of these rows, in `exact`; and its gradient (n, V), in the dtype of the logits, if wanted.
@@ -187,7 +187,7 @@ def _compiled_loss() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(_fusible_loss, dynamic=False)
 
 
-def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, across: AcrossVocabulary | None) -> Tensor:
+def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, across: VocabReduce | None) -> Tensor:
     """Of these columns, normalised over all that there are."""
     if across is None:
         return F.log_softmax(logits_nV, -1, dtype=dtype)

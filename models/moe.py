@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from models.grouped_linear import GroupedLinear, local_weight
 
 
-class Experts(nn.Module):
+class MoE(nn.Module):
     """SwiGLU experts and their router, whose logits are computed in float32: rounded ones are often equal."""
 
     def __init__(self, dim: int, ffn_dim: int, experts: int, top_k: int) -> None:
@@ -51,12 +51,12 @@ class Experts(nn.Module):
         every_E = torch.arange(self.experts, device=x_ND.device, dtype=keys_S.dtype)
         ends_E = torch.searchsorted(expert_S, every_E, right=True, out_int32=True)
 
-        x_SD = _Dispatch.apply(x_ND, source_S, place_Nk)
-        weight_S = _Permute.apply(weight_Nk, source_S, place_Nk)
+        x_SD = _Permute.apply(x_ND, source_S, place_Nk)
+        weight_S = _PermuteRows.apply(weight_Nk, source_S, place_Nk)
         gate_SF, up_SF = self.w_gate_up(x_SD, ends_E).chunk(2, -1)
         # weighted where the rows are narrow: w_down is linear
         y_SD = self.w_down(F.silu(gate_SF) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E)
-        out_ND = _Collect.apply(y_SD, source_S, place_Nk)
+        out_ND = _Unpermute.apply(y_SD, source_S, place_Nk)
         return out_ND.view_as(x_BTD), routing_sums(logits_NE, ends_E)
 
 
@@ -120,7 +120,7 @@ def gather_sum(y_SD: Tensor, place_Nk: Tensor) -> Tensor:
     return total_ND.to(y_SD.dtype)
 
 
-class _Dispatch(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """(N, D) -> (S, D): every token once for each of its experts, sorted by expert."""
 
     @staticmethod
@@ -135,7 +135,7 @@ class _Dispatch(torch.autograd.Function):
         return gather_sum(d_SD, place_Nk), None, None
 
 
-class _Permute(torch.autograd.Function):
+class _PermuteRows(torch.autograd.Function):
     """(N, k) -> (S,): a number for each copy, in the order of the copies."""
 
     @staticmethod
@@ -150,7 +150,7 @@ class _Permute(torch.autograd.Function):
         return d_S[place_Nk], None, None
 
 
-class _Collect(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """(S, D) -> (N, D): the sum of each token's copies."""
 
     @staticmethod

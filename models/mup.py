@@ -73,7 +73,7 @@ def rule_of(name: str) -> Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuPKeys:
+class MuPConfig:
     """[model.mup]: what is left out is the size's own, where it has muP, and else as said."""
 
     enabled: bool = True

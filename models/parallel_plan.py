@@ -30,7 +30,7 @@ EXPERTS = {name: style for name, style in TENSOR_PARALLEL.items() if not name.st
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParallelPlan:
     """A division of one model."""
 
     tensor_parallel: dict[str, str]
@@ -39,11 +39,11 @@ class Plan:
     """Modules whose weights are gathered together, in the order of their use."""
 
 
-def plan(layers: int, *, tied: bool, experts: bool = False) -> Plan:
+def llama_parallel_plan(layers: int, *, tied: bool, experts: bool = False) -> ParallelPlan:
     """A unit for each block, one before for the embedding and one after for norm and head.
 
     A tied matrix is used first and last: it stays with what no unit holds and is gathered for the whole pass.
     """
     blocks = [[f"layers.{i}"] for i in range(layers)]
     units = blocks if tied else [["tok_embeddings"], *blocks, ["norm", "output"]]
-    return Plan(EXPERTS if experts else TENSOR_PARALLEL, units)
+    return ParallelPlan(EXPERTS if experts else TENSOR_PARALLEL, units)

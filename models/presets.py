@@ -11,14 +11,14 @@ from typing import Any, Literal
 from models.mup import MuP
 from models.rope import RopeScaling
 
-SizeName = Literal[
+PresetName = Literal[
     "debug", "microllama300m", "tinyllama1b", "openllama3b", "llama3_1b", "llama3_3b", "llama3_8b",
     "powerlm12m", "powerlm36m", "powerlm121m", "powerlm1b", "powerlm3b", "powermoe1b", "powermoe3b",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class LlamaShape:
     """The shape of a Llama decoder: everything its function depends on except the vocabulary. Lengths in tokens."""
 
     dim: int
@@ -51,27 +51,27 @@ _SEARCH = MuP(embedding_multiplier=12.0, residual_multiplier=0.26)
 _MOE_1B = MuP(embedding_multiplier=12.0, residual_multiplier=0.28)
 _LARGE = MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
 # fmt: off
-SIZES: dict[SizeName, Size] = {
-    "debug":          Size(dim=128,  layers=6,  heads=4,  kv_heads=2,  ffn_dim=384),
-    "microllama300m": Size(dim=1024, layers=12, heads=16, kv_heads=4,  ffn_dim=5632),
-    "tinyllama1b":    Size(dim=2048, layers=22, heads=32, kv_heads=4,  ffn_dim=5632),
-    "openllama3b":    Size(dim=3200, layers=26, heads=32, kv_heads=32, ffn_dim=8640, norm_eps=1e-6),
-    "llama3_1b":      Size(dim=2048, layers=16, heads=32, kv_heads=8,  ffn_dim=8192,
+PRESETS: dict[PresetName, LlamaShape] = {
+    "debug":          LlamaShape(dim=128,  layers=6,  heads=4,  kv_heads=2,  ffn_dim=384),
+    "microllama300m": LlamaShape(dim=1024, layers=12, heads=16, kv_heads=4,  ffn_dim=5632),
+    "tinyllama1b":    LlamaShape(dim=2048, layers=22, heads=32, kv_heads=4,  ffn_dim=5632),
+    "openllama3b":    LlamaShape(dim=3200, layers=26, heads=32, kv_heads=32, ffn_dim=8640, norm_eps=1e-6),
+    "llama3_1b":      LlamaShape(dim=2048, layers=16, heads=32, kv_heads=8,  ffn_dim=8192,
                            rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0),
                            tied_embeddings=True, max_sequence_length=131_072),
-    "llama3_3b":      Size(dim=3072, layers=28, heads=24, kv_heads=8,  ffn_dim=8192,
+    "llama3_3b":      LlamaShape(dim=3072, layers=28, heads=24, kv_heads=8,  ffn_dim=8192,
                            rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0),
                            tied_embeddings=True, max_sequence_length=131_072),
-    "llama3_8b":      Size(dim=4096, layers=32, heads=32, kv_heads=8,  ffn_dim=14336,
+    "llama3_8b":      LlamaShape(dim=4096, layers=32, heads=32, kv_heads=8,  ffn_dim=14336,
                            rope_theta=500_000.0, rope_scaling=RopeScaling(factor=8.0), max_sequence_length=131_072),
-    "powerlm12m":     Size(dim=128,  layers=32, heads=2,  kv_heads=2,  ffn_dim=320,  mup=_SEARCH, **_POWER),
-    "powerlm36m":     Size(dim=256,  layers=32, heads=4,  kv_heads=4,  ffn_dim=640,  mup=_SEARCH, **_POWER),
-    "powerlm121m":    Size(dim=512,  layers=32, heads=8,  kv_heads=8,  ffn_dim=1280, mup=_SEARCH, **_POWER),
-    "powerlm1b":      Size(dim=1536, layers=40, heads=24, kv_heads=24, ffn_dim=4096, mup=_LARGE,  **_POWER),
-    "powerlm3b":      Size(dim=2304, layers=40, heads=36, kv_heads=36, ffn_dim=9216, mup=_LARGE,  **_POWER),
-    "powermoe1b":     Size(dim=1024, layers=24, heads=16, kv_heads=8,  ffn_dim=512,  mup=_MOE_1B, **_POWER,
+    "powerlm12m":     LlamaShape(dim=128,  layers=32, heads=2,  kv_heads=2,  ffn_dim=320,  mup=_SEARCH, **_POWER),
+    "powerlm36m":     LlamaShape(dim=256,  layers=32, heads=4,  kv_heads=4,  ffn_dim=640,  mup=_SEARCH, **_POWER),
+    "powerlm121m":    LlamaShape(dim=512,  layers=32, heads=8,  kv_heads=8,  ffn_dim=1280, mup=_SEARCH, **_POWER),
+    "powerlm1b":      LlamaShape(dim=1536, layers=40, heads=24, kv_heads=24, ffn_dim=4096, mup=_LARGE,  **_POWER),
+    "powerlm3b":      LlamaShape(dim=2304, layers=40, heads=36, kv_heads=36, ffn_dim=9216, mup=_LARGE,  **_POWER),
+    "powermoe1b":     LlamaShape(dim=1024, layers=24, heads=16, kv_heads=8,  ffn_dim=512,  mup=_MOE_1B, **_POWER,
                            experts=32, top_k=8),
-    "powermoe3b":     Size(dim=1536, layers=32, heads=24, kv_heads=8,  ffn_dim=512,  mup=_LARGE,  **_POWER,
+    "powermoe3b":     LlamaShape(dim=1536, layers=32, heads=24, kv_heads=8,  ffn_dim=512,  mup=_LARGE,  **_POWER,
                            experts=40, top_k=8),
 }
 # fmt: on

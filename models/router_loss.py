@@ -24,7 +24,7 @@ Coefficient = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterKeys:
+class RouterLossConfig:
     """[model.router]: what a router is trained for besides the loss of the tokens. Means over tokens and layers."""
 
     load_balancing_coefficient: Coefficient = 0.01
@@ -42,7 +42,7 @@ class AcrossSequence(Protocol):
 class RouterLoss(nn.Module):
     """Adds up what all layers tell of a micro-batch: its losses, and the numbers of a step."""
 
-    def __init__(self, experts: int, keys: RouterKeys) -> None:
+    def __init__(self, experts: int, keys: RouterLossConfig) -> None:
         super().__init__()
         self.experts, self.keys = experts, keys
         self.across: AcrossSequence | None = None

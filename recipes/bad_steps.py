@@ -7,13 +7,13 @@ import math
 from typing import Protocol
 
 from components.batch import StepBatch
-from components.clock import Clock
-from components.distributed.collectives import BAD_INPUT, attempt, raise_in_all
-from components.distributed.context import World
+from components.clock import TrainingClock
+from components.distributed.collectives import BAD_INPUT_ERRORS, raise_on_all_ranks, try_call
+from components.distributed.context import DistributedContext
 from components.guard import BadStep, StepGuard
 from recipes.config import Config
 from recipes.data_checks import BadSamples
-from recipes.errors import RunError, blame
+from recipes.errors import RunError, config_errors_at
 from recipes.interfaces import LRSchedule
 from recipes.launched_step import LaunchedStep
 
@@ -70,13 +70,13 @@ def _stop(bad: BadStep, what: str, checkpoints: Checkpoints) -> None:
     )
 
 
-def learning_rate(schedule: LRSchedule, clock: Clock, step_tokens: int, checkpoints: Checkpoints) -> float:
+def checked_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: Checkpoints) -> float:
     """Return the learning rate of the step that starts now, on `step_tokens` tokens of all ranks.
 
     Raises BadStepError, after saving, for one that no step may be taken at: a schedule is a pure function, so no step
     after this one would help. It needs only numbers of the host, and comes before anything is computed.
     """
-    lr, error = attempt(lambda: float(schedule.lr(clock.tokens, step_tokens, clock.total_tokens)))
+    lr, error = try_call(lambda: float(schedule.lr(clock.tokens, step_tokens, clock.total_tokens)))
     if lr is not None and math.isfinite(lr) and lr >= 0:
         return lr
     found = f"gives the learning rate {lr}" if error is None else f"raises {type(error).__name__}: {error}"
@@ -93,11 +93,11 @@ def learning_rate(schedule: LRSchedule, clock: Clock, step_tokens: int, checkpoi
 def handle_bad_samples(
     samples: BadSamples,
     batch: StepBatch,
-    clock: Clock,
+    clock: TrainingClock,
     guard: StepGuard,
     checkpoints: Checkpoints,
     config: Config,
-    world: World,
+    world: DistributedContext,
 ) -> None:
     """Do what the guard decides about a step of which some rank could not read a sample: skip it, or end.
 
@@ -112,10 +112,10 @@ def handle_bad_samples(
     kept = f"the last good checkpoint is {checkpoints.newest}"
     remedy = "correct the data and continue with --resume; to skip such steps, add --guard.on_bad_sample=skip"
     failure = samples.failure
-    if failure is not None and not isinstance(failure, BAD_INPUT):
+    if failure is not None and not isinstance(failure, BAD_INPUT_ERRORS):
         log.error(f"{bad.why}; {kept}; {remedy}")  # an error in the dataset's code: its traceback follows
     elif failure is not None:
         failure = ValueError(f"{bad.why}; {kept}; {remedy}")
-    with blame(config, "data", started=True):
-        raise_in_all(failure, world.gather)
+    with config_errors_at(config, "data", started=True):
+        raise_on_all_ranks(failure, world.gather)
     raise AssertionError("no rank raised")

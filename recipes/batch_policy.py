@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.batch import BatchLayout, BatchPolicy, Progress, complete_policy
+from components.batch import BatchPolicy, BatchRounding, Progress, complete_policy
 from components.errors import InputError
 from recipes.interfaces import complete_schedule
 
@@ -24,7 +24,7 @@ def build_batch_policy(recipe: Any) -> BatchPolicy:
     )
 
 
-def require_measurable_noise(policy: BatchPolicy, layout: BatchLayout, progress: Progress) -> None:
+def require_measurable_noise(policy: BatchPolicy, layout: BatchRounding, progress: Progress) -> None:
     """Raise InputError if an adaptive policy could never change the batch, because its noise cannot be measured."""
     if not policy.is_adaptive:
         return

@@ -17,37 +17,37 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from components import precision
-from components.batch import BatchLayout, BatchPolicy
-from components.checkpoint import CheckpointStore, TrainingTensors
-from components.clock import Clock
+from components.batch import BatchPolicy, BatchRounding
+from components.checkpoint import CheckpointManager, StateTensors
+from components.clock import TrainingClock
 from components.data.loader import MicroBatchLoader
 from components.data.loader_workers import check_workers
 from components.distributed import fsdp
-from components.distributed.context import World
-from components.distributed.launcher import launched_at
-from components.distributed.parallel_dims import Layout
-from components.gradient_noise import GradientMeter, backward_parameters
+from components.distributed.context import DistributedContext
+from components.distributed.launcher import launch_time
+from components.distributed.parallel_dims import ParallelDims
+from components.gradient_noise import GradientNoiseHooks, backward_parameters
 from components.interfaces import PackedDataset
-from components.interrupts import Requests, StopSignal
-from components.metrics.console import start_log
-from components.metrics.logger import Monitor
+from components.interrupts import SignalCatcher, StopRequests
+from components.metrics.console import setup_logging
+from components.metrics.logger import MetricLogger
 from components.precision import WorkingWeights
 from components.profiler import Profiler
 from components.run_directory import RunDirectory
 from components.train_step import TrainStep
 from components.units import format_count
-from components.validation import Validation
+from components.validation import Validator
 from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.dry_run.memory import decide_grad_sync
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 from recipes.hooks import Hook, complete_hook
-from recipes.model_setup import build_model, keep_documents_apart
-from recipes.parallelize import divide
-from recipes.prepared_data import refuse_unprepared
-from recipes.resume import Resume, compare
-from recipes.run_setup import Opened, open_run
+from recipes.model_setup import build_model, enable_document_masking
+from recipes.parallelize import parallelize
+from recipes.prepared_data import require_prepared_data
+from recipes.resume import Resume, log_config_diff
+from recipes.run_setup import RunStart, claim_run_directory
 from recipes.training_state import DataIdentity, TrainingState
 
 log = logging.getLogger("powertrain")
@@ -57,35 +57,35 @@ log = logging.getLogger("powertrain")
 class Environment:
     """The processes and the directory of a run."""
 
-    world: World
+    world: DistributedContext
     directory: RunDirectory
-    opened: Opened
+    opened: RunStart
     console: Console
-    requests: Requests
+    requests: StopRequests
 
 
 def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack) -> Environment:
     """Join the processes, take the run directory and start the log."""
     recipe = config.recipe
-    signals = cleanup.enter_context(StopSignal())
-    with blame(config, "run.device"):
-        world = World.start(recipe.run.device)
+    signals = cleanup.enter_context(SignalCatcher())
+    with config_errors_at(config, "run.device"):
+        world = DistributedContext.start(recipe.run.device)
     cleanup.push(world.stop_unless_failed)
-    with blame(config, "training.loader_workers"):
+    with config_errors_at(config, "training.loader_workers"):
         check_workers(recipe.training.loader_workers)
     directory = RunDirectory(recipe.run.directory)
-    opened = open_run(directory, config, resume, world, cleanup)
-    with blame(config, "run"):
-        console = start_log(directory.log if world.is_main else None, speak=world.is_main)
+    opened = claim_run_directory(directory, config, resume, world, cleanup)
+    with config_errors_at(config, "run"):
+        console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
     for warning in opened.warnings:
         log.warning(warning)
     if opened.checkpoint is not None:
-        compare(opened.checkpoint, config)
+        log_config_diff(opened.checkpoint, config)
     limit = recipe.run.max_minutes
-    requests = Requests(
+    requests = StopRequests(
         signals,
         file=directory.stop if world.is_main else None,
-        ends_at=None if limit is None else launched_at() + 60 * limit,
+        ends_at=None if limit is None else launch_time() + 60 * limit,
     )
     torch.manual_seed(recipe.run.seed + world.rank)
     torch.use_deterministic_algorithms(recipe.run.deterministic)
@@ -94,23 +94,23 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
 
 def build_policy(config: Config) -> BatchPolicy:
     """Build the batch policy under the schedule of the recipe."""
-    with blame(config, "batch"):
+    with config_errors_at(config, "batch"):
         return build_batch_policy(config.recipe)
 
 
-def build_mesh(config: Config, world: World) -> tuple[Layout, BatchLayout]:
+def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims, BatchRounding]:
     """Build the mesh of the processes, and what it makes of a batch."""
     recipe = config.recipe
-    with blame(config, "parallel"):
+    with config_errors_at(config, "parallel"):
         mesh = recipe.parallel.build(world)
-    return mesh, BatchLayout(recipe.training.micro_batch_size, mesh.data.size)
+    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.data.size)
 
 
 def build_hooks(config: Config) -> dict[str, Hook]:
     """Return the hooks of [hooks] by name, in the order of the recipe."""
     hooks = {}
     for name, hook in config.recipe.hooks.items():
-        with blame(config, f"hooks.{name}"):
+        with config_errors_at(config, f"hooks.{name}"):
             hooks[name] = complete_hook(hook)
     return hooks
 
@@ -122,13 +122,13 @@ class TrainingData:
     dataset: PackedDataset
     identity: DataIdentity
     end_of_document: int
-    validation: Validation | None
+    validation: Validator | None
 
 
-def build_data(config: Config, world: World) -> TrainingData:
+def build_data(config: Config, world: DistributedContext) -> TrainingData:
     """Build the tokenizer, and open the data and the held-out data, which the main process prepares first."""
     recipe = config.recipe
-    with blame(config, "tokenizer"):
+    with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
         vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
     text: dict[str, Any] = {
@@ -137,8 +137,8 @@ def build_data(config: Config, world: World) -> TrainingData:
         "cache_dir": recipe.run.cache_dir,
         "progress": log.info,
     }
-    refuse_unprepared(config, tokenizer, world)
-    with blame(config, "data"):
+    require_prepared_data(config, tokenizer, world)
+    with config_errors_at(config, "data"):
         dataset = world.main_first(lambda: recipe.data.build(**text))
         content: str | None = getattr(dataset, "fingerprint", None)
         if not world.agree(f"{len(dataset)} {content}"):
@@ -148,7 +148,7 @@ def build_data(config: Config, world: World) -> TrainingData:
             )
     validation = None
     if (held_out := recipe.validation) is not None:
-        with blame(config, "validation"):
+        with config_errors_at(config, "validation"):
             validation = world.main_first(lambda: held_out.open(**text))
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), content)
     return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
@@ -161,7 +161,7 @@ class ShardedModel:
     model: Any
     precision: Literal["bf16", "float32"]
     """Of the matrix products."""
-    reduction: fsdp.GradientReduction
+    reduction: fsdp.GradSync
     compute: Callable[[], AbstractContextManager[object]]
     """The context of forward and backward."""
     working_copies: list[Tensor] | None
@@ -169,24 +169,24 @@ class ShardedModel:
 
 
 def build_sharded_model(
-    config: Config, world: World, mesh: Layout, data: TrainingData, *, is_resumed: bool
+    config: Config, world: DistributedContext, mesh: ParallelDims, data: TrainingData, *, is_resumed: bool
 ) -> ShardedModel:
     """Build the model on the meta device, parallelize it, allocate it and initialize its weights."""
     recipe, training, device = config.recipe, config.recipe.training, world.device
-    chosen = precision.resolve(training.precision, device)
+    chosen = precision.resolve_precision(training.precision, device)
     dtype = precision.dtype_of(chosen)
     model = build_model(config, data.identity.vocab_size)
     local = decide_grad_sync(recipe, model, mesh.sizes, world, dtype)
     if training.attention_within == "document":
-        with blame(config, "data"):
-            keep_documents_apart(model, data.dataset, data.end_of_document)
+        with config_errors_at(config, "data"):
+            enable_document_masking(model, data.dataset, data.end_of_document)
     if training.compiles(device):
         # compiled kernels are found again by the next run; it is read when the compiler is first imported
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
     elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
         log.warning(f'{why}: set training.compile = "auto"')
-    with blame(config, "parallel"):
-        divide(model, recipe.model, mesh, dtype, device, training)
+    with config_errors_at(config, "parallel"):
+        parallelize(model, recipe.model, mesh, dtype, device, training)
     materialize(model, device)
     _initialize(model, config, is_resumed=is_resumed)
     # FSDP2 hands out parameters in the precision wanted; a model that is not sharded gets copies in it
@@ -194,7 +194,7 @@ def build_sharded_model(
     return ShardedModel(
         model=model,
         precision=chosen,
-        reduction=fsdp.GradientReduction(model, local=local),
+        reduction=fsdp.GradSync(model, local=local),
         compute=weights or nullcontext,
         working_copies=None if weights is None else weights.copies,
     )
@@ -204,37 +204,37 @@ def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
     """Fill the parameters at random, or from the weights of [run] init_from; a checkpoint replaces either."""
     run = config.recipe.run
     if run.init_from is None or is_resumed:
-        with blame(config, "model"):
+        with config_errors_at(config, "model"):
             model.init_weights(run.seed)
         return
-    from recipes.initial_weights import read_initial_weights  # brings every model along
+    from recipes.initial_weights import load_initial_weights  # brings every model along
 
-    with blame(config, "run"):
-        read_initial_weights(model, run.init_from)
+    with config_errors_at(config, "run"):
+        load_initial_weights(model, run.init_from)
 
 
-def build_train_step(config: Config, world: World, mesh: Layout, built: ShardedModel) -> TrainStep:
+def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDims, built: ShardedModel) -> TrainStep:
     """Build the optimizer, and the step that accumulates gradients, measures and clips them, and updates."""
     recipe, model = config.recipe, built.model
-    with blame(config, "optimizer"):
+    with config_errors_at(config, "optimizer"):
         optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
     return TrainStep(
         model,
         optimizer,
         mesh.data,
         world,
-        meter=GradientMeter(built.working_copies or backward_parameters(model), world.device),
+        meter=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
         reduction=built.reduction,
         max_grad_norm=recipe.training.max_grad_norm,
         compute=built.compute,
     )
 
 
-def build_store(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointStore:
+def build_checkpoint_manager(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointManager:
     """Build the store of checkpoints."""
     directory, opened = environment.directory, environment.opened
-    with blame(config, "checkpoint"):
-        store: CheckpointStore = config.recipe.checkpoint.build(
+    with config_errors_at(config, "checkpoint"):
+        store: CheckpointManager = config.recipe.checkpoint.build(
             directory.checkpoints, environment.world, run=opened.run
         )
     cleanup.callback(store.close)
@@ -251,13 +251,13 @@ def build_state(
 ) -> TrainingState:
     """Build the state of a new run, or restore that of the checkpoint it continues."""
     recipe, training = config.recipe, config.recipe.training
-    with blame(config, "gradient_moments"):
+    with config_errors_at(config, "gradient_moments"):
         noise = recipe.gradient_moments.build()
-    with blame(config, "guard"):
+    with config_errors_at(config, "guard"):
         guard = recipe.guard.build()
     state = TrainingState(
-        clock=Clock(training.total_tokens, training.sequence_length),
-        tensors=TrainingTensors(step.model, step.optimizer, environment.world),
+        clock=TrainingClock(training.total_tokens, training.sequence_length),
+        tensors=StateTensors(step.model, step.optimizer, environment.world),
         policy=policy,
         noise=noise,
         guard=guard,
@@ -265,23 +265,23 @@ def build_state(
         hooks=hooks,
     )
     if (checkpoint := environment.opened.checkpoint) is not None:
-        with blame(config, "checkpoint"):
+        with config_errors_at(config, "checkpoint"):
             state.restore(checkpoint)
     return state
 
 
-def check_batch(config: Config, state: TrainingState, layout: BatchLayout) -> None:
+def check_initial_batch(config: Config, state: TrainingState, layout: BatchRounding) -> None:
     """Refuse an adaptive batch that could never change."""
-    with blame(config, "batch"):
+    with config_errors_at(config, "batch"):
         require_measurable_noise(state.policy, layout, state.clock)
 
 
 def build_loader(
-    config: Config, mesh: Layout, dataset: PackedDataset, start: int, cleanup: ExitStack
+    config: Config, mesh: ParallelDims, dataset: PackedDataset, start: int, cleanup: ExitStack
 ) -> MicroBatchLoader:
     """Build the loader of this rank's micro-batches from global sample `start` on."""
     recipe, ranks = config.recipe, mesh.data
-    with blame(config, "data"):
+    with config_errors_at(config, "data"):
         loader = MicroBatchLoader(
             dataset,
             seed=recipe.run.seed,
@@ -299,7 +299,7 @@ def build_loader(
 def build_profiler(config: Config, environment: Environment, cleanup: ExitStack) -> Profiler:
     """Build the profiler of this process."""
     world = environment.world
-    with blame(config, "profile"):
+    with config_errors_at(config, "profile"):
         profiler: Profiler = config.recipe.profile.build(
             environment.directory.profile, device=world.device, rank=world.rank
         )
@@ -307,11 +307,13 @@ def build_profiler(config: Config, environment: Environment, cleanup: ExitStack)
     return profiler
 
 
-def build_monitor(config: Config, environment: Environment, clock: Clock, cleanup: ExitStack) -> Monitor:
+def build_metric_logger(
+    config: Config, environment: Environment, clock: TrainingClock, cleanup: ExitStack
+) -> MetricLogger:
     """Build the writers of metrics; only the main process has any."""
-    directory, monitor = environment.directory, Monitor([])
+    directory, monitor = environment.directory, MetricLogger([])
     if environment.world.is_main:
-        with blame(config, "run"):
+        with config_errors_at(config, "run"):
             monitor = config.recipe.metrics.build(
                 jsonl=directory.metrics,
                 tensorboard=directory.tensorboard,
@@ -326,12 +328,12 @@ def build_monitor(config: Config, environment: Environment, clock: Clock, cleanu
 
 def flops_per_token(config: Config, model: nn.Module) -> float:
     """Return the FLOPs of a trained token, as the model counts them."""
-    with blame(config, "model"):
+    with config_errors_at(config, "model"):
         return float(model.flops_per_token(config.recipe.training.sequence_length))  # type: ignore[operator]
 
 
 def log_startup(
-    config: Config, environment: Environment, mesh: Layout, data: TrainingData, built: ShardedModel
+    config: Config, environment: Environment, mesh: ParallelDims, data: TrainingData, built: ShardedModel
 ) -> None:
     """Log what is about to happen."""
     training, world, sequences = config.recipe.training, environment.world, len(data.dataset)

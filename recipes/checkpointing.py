@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from components.checkpoint import CheckpointStore
-from components.distributed.context import World
-from components.metrics.logger import Monitor
+from components.checkpoint import CheckpointManager
+from components.distributed.context import DistributedContext
+from components.metrics.logger import MetricLogger
 from recipes.bad_steps import NonFiniteStateError
 from recipes.config import Config
-from recipes.run_setup import newest_sound
+from recipes.run_setup import newest_intact_checkpoint
 from recipes.training_state import TrainingState
 
 log = logging.getLogger("powertrain")
@@ -22,9 +22,9 @@ class RunCheckpoints:
     """The checkpoints of a run. Every rank calls its methods at the same step."""
 
     state: TrainingState
-    store: CheckpointStore
-    world: World
-    monitor: Monitor
+    store: CheckpointManager
+    world: DistributedContext
+    monitor: MetricLogger
     config: Config
     discard_gradients: Callable[[], None]
     """Drops the gradients of a step that is not taken."""
@@ -63,7 +63,7 @@ class RunCheckpoints:
         """Restore the newest intact checkpoint and log `what` made it necessary; return False if there is none."""
         self.store.wait()
         damages: list[str] = []
-        checkpoint = newest_sound(self.store.complete(), self.world, damages)
+        checkpoint = newest_intact_checkpoint(self.store.complete(), self.world, damages)
         for damage in damages:
             log.warning(f"{damage}; taking the checkpoint before it")
         if checkpoint is None:

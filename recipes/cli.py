@@ -20,7 +20,7 @@ from typing import NoReturn
 from components.run_directory import FLIGHT_RECORDER
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
-from recipes.errors import RunError, blame, component_at_fault, out_of_memory
+from recipes.errors import RunError, config_errors_at, failing_component, is_out_of_memory
 from recipes.recipe import complete_recipe
 
 log = logging.getLogger("powertrain")
@@ -191,7 +191,7 @@ def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
 
 def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
     """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
-    from components.distributed.launcher import Node, run_workers
+    from components.distributed.launcher import NodeSpec, run_workers
 
     numbers = {}
     for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "29500"), ("MAX_RESTARTS", "0")):
@@ -203,7 +203,7 @@ def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments:
         raise UsageError(f"NODE_RANK={numbers['NODE_RANK']}: the {count.nodes} nodes of NNODES are counted from 0")
     if count.nodes > 1 and not environment.get("MASTER_ADDR"):
         raise UsageError(f"NNODES={count.nodes} needs MASTER_ADDR: the name of node 0, at which the others find it")
-    node = Node(
+    node = NodeSpec(
         processes=count.per_node,
         nodes=count.nodes,
         rank=numbers["NODE_RANK"],
@@ -248,9 +248,9 @@ def main(arguments: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
     if is_worker():
-        from components.distributed.launcher import follow_launcher
+        from components.distributed.launcher import die_with_launcher
 
-        follow_launcher()
+        die_with_launcher()
     try:
         status = run(arguments)
     except (ConfigError, UsageError) as error:
@@ -266,14 +266,14 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not is_worker():
             raise
-        from components.distributed.launcher import crash
+        from components.distributed.launcher import report_crash
 
-        crash(error)
+        report_crash(error)
         return 1
     if is_worker():
-        from components.distributed.launcher import end
+        from components.distributed.launcher import report_exit
 
-        return end(status, message)
+        return report_exit(status, message)
     return status
 
 
@@ -291,11 +291,11 @@ def run(arguments: Sequence[str]) -> int:
     if command.print_config:
         print(config.to_toml(), end="")
         return 0
-    with blame(config, "recipe"):
+    with config_errors_at(config, "recipe"):
         count = worker_world_shape(os.environ) if is_worker() else resolve_world_shape(os.environ, config.recipe)
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
-    with blame(config, "parallel"):
+    with config_errors_at(config, "parallel"):
         config.recipe.parallel.sizes(count.world_size, count.per_node)
     if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
@@ -339,8 +339,8 @@ def start_recipe(config: Config, command: Command) -> int:
     except ConfigError:
         raise
     except Exception as error:
-        if (remedy := out_of_memory(error)) is not None:
+        if (remedy := is_out_of_memory(error)) is not None:
             raise ConfigError([config.problem("training.micro_batch_size", remedy)], started=True) from error
-        where = f" in [{section}]" if (section := component_at_fault(config, error)) else ""
+        where = f" in [{section}]" if (section := failing_component(config, error)) else ""
         log.critical(f"the run crashed{where}; the traceback is in log.txt, too", exc_info=True)
         raise

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from components.data.loader import MicroBatch, MicroBatchLoader
-from components.distributed.collectives import attempt, described
-from components.distributed.context import World
+from components.distributed.collectives import describe_error, try_call
+from components.distributed.context import DistributedContext
 from components.profiler_range import profiler_range
 from components.token_ids import check_token_ids
 
@@ -23,11 +23,11 @@ class BadSamples:
 
 
 @dataclass(frozen=True)
-class StepReader:
+class MicroBatchReader:
     """Reads this rank's micro-batches of a step."""
 
     loader: MicroBatchLoader
-    world: World
+    world: DistributedContext
     sequence_length: int
     vocab_size: int
 
@@ -41,7 +41,7 @@ class StepReader:
         failure, where = None, ""
         stream = self.loader.next_step(count)
         for _ in range(count):
-            micro_batch, error = attempt(lambda: self._next_checked(stream))
+            micro_batch, error = try_call(lambda: self._next_checked(stream))
             if micro_batch is not None:
                 micro_batches.append(micro_batch)
             elif failure is None:
@@ -49,7 +49,7 @@ class StepReader:
                 failure, where = error, f"samples {ids.start} to {ids.stop - 1}"
         if not self.world.maximum(int(failure is not None)):
             return micro_batches
-        message = "" if failure is None else f"{where}: {described(failure)}"
+        message = "" if failure is None else f"{where}: {describe_error(failure)}"
         return BadSamples(next(text for text in self.world.gather(message) if text), failure)
 
     def _next_checked(self, stream: Iterator[MicroBatch]) -> MicroBatch:

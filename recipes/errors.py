@@ -14,7 +14,7 @@ from components.errors import InputError
 from recipes.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from components.distributed.context import World
+    from components.distributed.context import DistributedContext
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class RunError(Exception):
 
 
 @contextmanager
-def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
+def config_errors_at(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
     """Turn a ValueError, OSError or ImportError of the block into a ConfigError at `path`.
 
     `started`: the run has begun. An error that a component raised is reported at that component, and one about the
@@ -36,7 +36,7 @@ def blame(config: Config, path: str, *, started: bool = False) -> Iterator[None]
         yield
     except (ValueError, OSError, ImportError) as error:
         message = str(error) or type(error).__name__
-        path = component_at_fault(config, error) or path
+        path = failing_component(config, error) or path
         if (cache := _cache_at_fault(config, path, error)) is not None:
             path, message = cache, f"{message}; name a folder that can be written, and has room"
         elif isinstance(error, InputError) and config.holds(f"{path}.{error.key}"):
@@ -55,7 +55,7 @@ def raised_in(section: str) -> Iterator[None]:
         raise
 
 
-def component_at_fault(config: Config, error: BaseException) -> str | None:
+def failing_component(config: Config, error: BaseException) -> str | None:
     """The key of the innermost component in a method of which `error` was raised; None where there is none."""
     known = {id(component): path for path, component in config.components()}
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -77,13 +77,15 @@ def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:
     return None
 
 
-def evaluate_together(evaluate: Callable[[], T], config: Config, path: str, world: World) -> T:
+def call_on_all_ranks(evaluate: Callable[[], T], config: Config, path: str, world: DistributedContext) -> T:
     """Return what `evaluate()` gives. Every rank calls this.
 
     Raises ConfigError at `path`, on all ranks, if one of them could not read what it evaluates on. Any other error
     stays where it is raised: the other ranks are in the middle of a forward pass then.
     """
-    from components.distributed.collectives import raise_in_all  # torch: a typo in a recipe is reported without it
+    from components.distributed.collectives import (
+        raise_on_all_ranks,  # torch: a typo in a recipe is reported without it
+    )
     from components.validation import UnreadableError
 
     result, failure = None, None
@@ -91,12 +93,12 @@ def evaluate_together(evaluate: Callable[[], T], config: Config, path: str, worl
         result = evaluate()
     except UnreadableError as error:
         failure = error
-    with blame(config, path, started=True):
-        raise_in_all(failure, world.gather)
+    with config_errors_at(config, path, started=True):
+        raise_on_all_ranks(failure, world.gather)
     return result  # type: ignore[return-value]
 
 
-def out_of_memory(error: BaseException) -> str | None:
+def is_out_of_memory(error: BaseException) -> str | None:
     """What to turn down, if `error` says that memory has run out; None for any other."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError):

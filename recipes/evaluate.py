@@ -16,25 +16,25 @@ import torch
 from torch import nn
 
 from components import precision
-from components.distributed.context import World
-from components.distributed.parallel_dims import Parallel
+from components.distributed.context import DistributedContext
+from components.distributed.parallel_dims import ParallelConfig
 from components.errors import InputError
 from components.interfaces import DataConfig, Tokenizer
-from components.metrics.console import start_log
+from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
 from components.precision import Precision, WorkingWeights
 from components.units import PositiveCount
-from components.validation import Documents, HeldOut, SlidingWindow, Totals
+from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
 from models.init import materialize
 from recipes.config import Config
-from recipes.errors import blame, evaluate_together
-from recipes.interfaces import HasPlan, TokenizerConfig
-from recipes.model_setup import check_separates, keep_documents_apart
-from recipes.parallelize import divide
-from recipes.pretrained import Trained, open_trained
+from recipes.errors import call_on_all_ranks, config_errors_at
+from recipes.interfaces import HasParallelPlan, TokenizerConfig
+from recipes.model_setup import enable_document_masking, require_document_masking
+from recipes.parallelize import parallelize
+from recipes.pretrained import PretrainedModel, load_pretrained
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
-from recipes.run_config import AttentionWithin, default_cache
+from recipes.run_config import AttentionWithin, default_cache_dir
 
 log = logging.getLogger("powertrain")
 
@@ -63,7 +63,7 @@ class Evaluation:
     """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: CUDA if there is a GPU."""
-    cache_dir: Path = field(default_factory=default_cache)
+    cache_dir: Path = field(default_factory=default_cache_dir)
     """Where prepared data is kept, as [run] has it in training."""
     output: Path | None = None
     """A file for the result, as JSON."""
@@ -88,7 +88,7 @@ class Evaluate:
     """Unset: the held-out text of the run."""
     tokenizer: TokenizerConfig | None = None
     """Unset: that of the run, or of the directory."""
-    parallel: Parallel = field(default_factory=Parallel)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def device(self) -> str:
@@ -98,30 +98,30 @@ class Evaluate:
     def main(self, config: Config, resume: Resume | None) -> int:
         """Evaluate, print and write; returns the exit status."""
         with ExitStack() as cleanup:
-            with blame(config, "evaluation"):
+            with config_errors_at(config, "evaluation"):
                 if resume is not None:
                     raise InputError("checkpoint", "--resume is for training; this key names what to evaluate")
-            with blame(config, "evaluation.device"):
-                world = World.start(self.evaluation.device)
+            with config_errors_at(config, "evaluation.device"):
+                world = DistributedContext.start(self.evaluation.device)
             cleanup.push(world.stop_unless_failed)
-            start_log(None, speak=world.is_main)
-            with blame(config, "evaluation"):
+            setup_logging(None, speak=world.is_main)
+            with config_errors_at(config, "evaluation"):
                 trained, length, model = world.main_first(lambda: self.open(world.rank, world.size))
             result, rows = self.measure(config, world, trained, length, model)
             if world.is_main:
-                with blame(config, "evaluation"):
+                with config_errors_at(config, "evaluation"):
                     self.report(result, rows)
         return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
         """Check what can be checked without data, and say what would be evaluated."""
-        with blame(config, "evaluation"):
+        with config_errors_at(config, "evaluation"):
             trained, length, model = self.open()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{trained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
         return 0
 
-    def open(self, rank: int = 0, ranks: int = 1) -> tuple[Trained, int, nn.Module]:
+    def open(self, rank: int = 0, ranks: int = 1) -> tuple[PretrainedModel, int, nn.Module]:
         """What to evaluate, the tokens of a sequence, and the model on the meta device.
 
         Each of `ranks` looks for damage in its share of a checkpoint. Raises ValueError, OSError or ConfigError where
@@ -129,7 +129,7 @@ class Evaluate:
         """
         keys = self.evaluation
         try:
-            trained = open_trained(
+            trained = load_pretrained(
                 keys.checkpoint,
                 trust_code=keys.trust_code,
                 trust_option="--evaluation.trust_code=true",
@@ -144,62 +144,62 @@ class Evaluate:
             raise InputError("stride", f"{keys.stride} is more than the window's {length} tokens, and would skip some")
         if length % tp:
             raise InputError("sequence_length", f"{length} cannot be divided by parallel.tp = {tp}")
-        if isinstance(trained.component, HasPlan):
+        if isinstance(trained.component, HasParallelPlan):
             trained.component.plan(tp=tp)
         elif tp > 1:
             raise ValueError(f"{type(trained.component).__name__} has no plan(tp), and parallel.tp is {tp}")
         model = trained.build(length)
         if self.apart(trained):
-            check_separates(model)
+            require_document_masking(model)
         return trained, length, model
 
-    def apart(self, trained: Trained) -> bool:
+    def apart(self, trained: PretrainedModel) -> bool:
         """Whether the documents of a sequence are kept apart."""
         keys = self.evaluation
         return keys.method == "packed" and (keys.attention_within or trained.attention_within) == "document"
 
     def measure(
-        self, config: Config, world: World, trained: Trained, length: int, model: nn.Module
-    ) -> tuple[dict[str, Any], list[Totals]]:
+        self, config: Config, world: DistributedContext, trained: PretrainedModel, length: int, model: nn.Module
+    ) -> tuple[dict[str, Any], list[LossTotals]]:
         """The result, and that of each document where they are told apart."""
         keys = self.evaluation
-        with blame(config, "parallel"):
+        with config_errors_at(config, "parallel"):
             layout = self.parallel.build(world)
-        with blame(config, "tokenizer"):
+        with config_errors_at(config, "tokenizer"):
             tokenizer = trained.encoder(self.tokenizer)
-        with blame(config, "data"):
+        with config_errors_at(config, "data"):
             data = self.data_of(trained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.apart(trained):
-                keep_documents_apart(model, evaluated.samples, tokenizer.end_of_document)
-        chosen = precision.resolve(keys.precision, world.device)
-        with blame(config, "evaluation"):
-            divide(model, trained.component, layout, precision.dtype_of(chosen), world.device)
+                enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
+        chosen = precision.resolve_precision(keys.precision, world.device)
+        with config_errors_at(config, "evaluation"):
+            parallelize(model, trained.component, layout, precision.dtype_of(chosen), world.device)
             materialize(model, world.device)
             trained.read(model, alone=world.size == 1)
         compute: Callable[[], AbstractContextManager[object]] = nullcontext
         if chosen == "bf16" and layout.fsdp is None:
             compute = WorkingWeights(model, torch.bfloat16)
-        rows: list[Totals] = []
+        rows: list[LossTotals] = []
 
         def evaluate() -> Any:
             if keys.method == "packed":
                 return evaluated.totals(model, layout.data, compute)
             return evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
 
-        total = evaluate_together(evaluate, config, "data", world)
+        total = call_on_all_ranks(evaluate, config, "data", world)
         if keys.method != "packed":
             rows = total
-            total = Totals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
+            total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
         window: dict[str, Any] = {"sequence_length": length}
         if keys.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
             window["attention_within"] = "document" if self.apart(trained) else "sequence"
-        return {**about, **window, "precision": chosen, **numbers(total)}, rows
+        return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
 
-    def data_of(self, trained: Trained) -> DataConfig:
+    def data_of(self, trained: PretrainedModel) -> DataConfig:
         """Return what to evaluate on. Raises ValueError where neither the recipe nor the run names it."""
         validation = complete_recipe(trained.recipe).validation
         data: DataConfig | None = self.data or (validation and validation.data)
@@ -207,12 +207,12 @@ class Evaluate:
             raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
         return data
 
-    def open_data(self, data: DataConfig, world: World, tokenizer: Tokenizer, length: int) -> Any:
+    def open_data(self, data: DataConfig, world: DistributedContext, tokenizer: Tokenizer, length: int) -> Any:
         """Return the `Validation` of packed sequences, or the `SlidingWindow` over documents, of `length` tokens."""
         keys = self.evaluation
         text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
         if keys.method == "packed":
-            held_out = HeldOut(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
+            held_out = ValidationConfig(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
             return world.main_first(lambda: held_out.open(**text, sequence_length=length))
         documents = world.main_first(lambda: data.build(**text, sequence_length=1))
         if not isinstance(documents, Documents):
@@ -227,7 +227,7 @@ class Evaluate:
             keys.limit,
         )
 
-    def report(self, result: dict[str, Any], rows: list[Totals]) -> None:
+    def report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
         keys = self.evaluation
         log.info(
             f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
@@ -236,7 +236,7 @@ class Evaluate:
         )
         written = {
             keys.output: json_object(result, indent=1) + "\n",
-            keys.table: "".join(json_object({"document": i, **numbers(row)}) + "\n" for i, row in enumerate(rows)),
+            keys.table: "".join(json_object({"document": i, **metrics_of(row)}) + "\n" for i, row in enumerate(rows)),
         }
         for path, content in written.items():
             if path is not None:
@@ -245,7 +245,7 @@ class Evaluate:
                 log.info(f"wrote {path}")
 
 
-def numbers(totals: Totals) -> dict[str, float]:
+def metrics_of(totals: LossTotals) -> dict[str, float]:
     """By their names in the result."""
     means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
     return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.defaults import with_defaults
 from components.errors import InputError
 from recipes.errors import raised_in
@@ -23,7 +23,7 @@ class HookContext:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    clock: Clock
+    clock: TrainingClock
     """Steps, samples and tokens trained so far; not to be changed."""
     device: torch.device
     rank: int

@@ -62,7 +62,7 @@ class ReportsMetrics(Protocol):
 
 
 @runtime_checkable
-class SeparatesDocuments(Protocol):
+class SupportsDocumentMasking(Protocol):
     """A model that can keep the documents of a sequence apart, for training.attention_within = "document"."""
 
     def separate_documents(self, end_of_document: int) -> None:
@@ -72,7 +72,7 @@ class SeparatesDocuments(Protocol):
         ...
 
 
-class Plan(Protocol):
+class ParallelPlan(Protocol):
     """How a model is divided among processes, by the names of its modules."""
 
     tensor_parallel: Mapping[str, str]
@@ -82,16 +82,16 @@ class Plan(Protocol):
 
 
 @runtime_checkable
-class HasPlan(Protocol):
+class HasParallelPlan(Protocol):
     """A [model] that says how it is divided. One that does not is gathered whole, and cannot be tensor-parallel."""
 
-    def plan(self, *, tp: int) -> Plan:
+    def plan(self, *, tp: int) -> ParallelPlan:
         """Raises ValueError if it cannot be divided among `tp` tensor-parallel ranks."""
         ...
 
 
 @runtime_checkable
-class Model(Protocol):
+class ModelConfig(Protocol):
     """[model]"""
 
     def build(self, *, vocab_size: int, sequence_length: int) -> nn.Module:
@@ -100,7 +100,7 @@ class Model(Protocol):
 
 
 @runtime_checkable
-class Optimizer(Protocol):
+class OptimizerConfig(Protocol):
     """[optimizer]"""
 
     def build(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from components.batch import StepBatch
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
-from components.interrupts import NOTHING, REQUESTS
+from components.interrupts import NONE, REQUESTS
 from components.train_step import StepNumbers
 
 
@@ -35,7 +35,7 @@ class StepResult:
 class LaunchedStep:
     """What the host knows of a step when it has launched it."""
 
-    progress: Clock
+    progress: TrainingClock
     """As it is after the step."""
     batch: StepBatch
     lr: float
@@ -52,7 +52,7 @@ class LaunchedStep:
     def read(self) -> StepResult:
         """Waits until the device has computed the gradient of this step."""
         if self.numbers is None:
-            return StepResult(math.nan, math.nan, None, None, NOTHING)
+            return StepResult(math.nan, math.nan, None, None, NONE)
         numbers = self.numbers.read()
         grad_sq_norm, micro_sq_norms = numbers["squares"].tolist()
         moments = None
@@ -71,7 +71,7 @@ class LaunchedStep:
             grad_norm=float(torch.tensor(grad_sq_norm, dtype=torch.float64).sqrt()),
             moments=moments,
             model_sums=numbers.get("model"),
-            request=REQUESTS[int(made[-1])] if len(made) else NOTHING,
+            request=REQUESTS[int(made[-1])] if len(made) else NONE,
         )
 
 

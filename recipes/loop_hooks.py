@@ -10,22 +10,22 @@ from pathlib import Path
 
 from torch import nn
 
-from components.clock import Clock
-from components.distributed.context import World
-from components.distributed.parallel_dims import DataRanks
+from components.clock import TrainingClock
+from components.distributed.context import DistributedContext
+from components.distributed.parallel_dims import DataParallelGroup
 from components.garbage_collection import GarbageCollection
-from components.interrupts import SAVE, Requests, stops
+from components.interrupts import SAVE, StopRequests, is_stop
 from components.metrics.jsonl import last_rows
 from components.profiler import Profiler
-from components.validation import Validation
+from components.validation import Validator
 from recipes.checkpointing import RunCheckpoints
-from recipes.errors import evaluate_together
+from recipes.errors import call_on_all_ranks
 from recipes.hooks import Hook, HookContext
 
 log = logging.getLogger("powertrain")
 
 
-def is_due(interval_steps: int | None, clock: Clock) -> bool:
+def is_due(interval_steps: int | None, clock: TrainingClock) -> bool:
     """Return True every `interval_steps` steps, except at the last step, which `on_run_end` handles."""
     return interval_steps is not None and clock.step % interval_steps == 0 and not clock.done
 
@@ -48,7 +48,7 @@ class SaveCheckpoints(Hook):
     """Saves at intervals, at the end, and when somebody asked for it."""
 
     checkpoints: RunCheckpoints
-    requests: Requests
+    requests: StopRequests
     interval_steps: int | None
 
     def on_step_end(self, context: HookContext) -> None:
@@ -72,10 +72,10 @@ class Validate(Hook):
     [validation] where that is so.
     """
 
-    validation: Validation
+    validation: Validator
     checkpoints: RunCheckpoints
-    requests: Requests
-    ranks: DataRanks
+    requests: StopRequests
+    ranks: DataParallelGroup
     compute: Callable[[], AbstractContextManager[object]]
     metrics: Path
     """The file metrics.jsonl."""
@@ -89,14 +89,14 @@ class Validate(Hook):
             self.validate(context.model, context.clock)
 
     def on_run_end(self, context: HookContext) -> None:
-        if not stops(self.requests.agreed) or context.clock.done:
+        if not is_stop(self.requests.agreed) or context.clock.done:
             self.validate(context.model, context.clock)
 
-    def validate(self, model: nn.Module, clock: Clock) -> None:
+    def validate(self, model: nn.Module, clock: TrainingClock) -> None:
         """Evaluate `model` and write the row of this step."""
         run = self.checkpoints
         run.read_launched()
-        values = evaluate_together(
+        values = call_on_all_ranks(
             lambda: self.validation.evaluate(model, self.ranks, self.compute), run.config, "validation", run.world
         )
         run.monitor.write({"step": clock.step, "tokens": clock.tokens, **values})
@@ -119,7 +119,7 @@ class Validate(Hook):
 class AfterFirstStep(Hook):
     """Shortens the timeouts of collectives once compiling is over, and logs how long it took."""
 
-    world: World
+    world: DistributedContext
     compiles: bool
     started_at: int
 

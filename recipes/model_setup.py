@@ -11,25 +11,25 @@ from torch import nn
 from components.errors import InputError
 from components.interfaces import PackedDataset
 from recipes.config import Config
-from recipes.errors import blame
-from recipes.interfaces import LanguageModel, SeparatesDocuments
+from recipes.errors import config_errors_at
+from recipes.interfaces import LanguageModel, SupportsDocumentMasking
 
 log = logging.getLogger("powertrain")
 
-LOOKED_AT = 64
+SEQUENCES_SAMPLED = 64
 """Sequences in which an end of a document is looked for."""
 
 
 def build_model(config: Config, vocab_size: int) -> Any:
     """The model of a training, on the meta device. Raises ConfigError for one that cannot do what is asked of it."""
     recipe = config.recipe
-    with blame(config, "model"), torch.device("meta"):
+    with config_errors_at(config, "model"), torch.device("meta"):
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
         if not isinstance(model, LanguageModel):
             raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.interfaces")
     if recipe.training.attention_within == "document":
-        with blame(config, "training"):
-            check_separates(model)
+        with config_errors_at(config, "training"):
+            require_document_masking(model)
     return model
 
 
@@ -40,9 +40,9 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
 
 
-def check_separates(model: object) -> None:
+def require_document_masking(model: object) -> None:
     """Raises ValueError for a model that cannot keep documents apart."""
-    if not isinstance(model, SeparatesDocuments):
+    if not isinstance(model, SupportsDocumentMasking):
         raise InputError(
             "attention_within",
             f"{type(model).__name__} has no separate_documents(end_of_document), which keeps "
@@ -50,10 +50,10 @@ def check_separates(model: object) -> None:
         )
 
 
-def keep_documents_apart(model: Any, samples: PackedDataset, end_of_document: int) -> None:
+def enable_document_masking(model: Any, samples: PackedDataset, end_of_document: int) -> None:
     """Let `model` attend within documents, and warn where `samples` seem to have none: it would tell none apart."""
     model.separate_documents(end_of_document)
-    looked_at = range(0, len(samples), -(-len(samples) // LOOKED_AT))
+    looked_at = range(0, len(samples), -(-len(samples) // SEQUENCES_SAMPLED))
     if not any(bool((samples[index] == end_of_document).any()) for index in looked_at):
         log.warning(
             f'attention_within = "document": none of {len(looked_at)} sequences looked at holds the id '

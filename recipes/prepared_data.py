@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
-from components.distributed.context import World
+from components.distributed.context import DistributedContext
 from components.interfaces import Tokenizer
 from recipes.config import Config
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 
 
-def refuse_unprepared(config: Config, tokenizer: Tokenizer, world: World) -> None:
+def require_prepared_data(config: Config, tokenizer: Tokenizer, world: DistributedContext) -> None:
     """Every process calls it. Raises ConfigError, with the command that prepares, on more than one node."""
     if world.nodes == 1:
         return
@@ -28,5 +28,5 @@ def refuse_unprepared(config: Config, tokenizer: Tokenizer, world: World) -> Non
                     "[--section.key=value]..., with the recipe and the keys of this run"
                 )
 
-        with blame(config, section):
+        with config_errors_at(config, section):
             world.main_first(check)

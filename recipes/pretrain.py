@@ -17,35 +17,35 @@ from torch import Tensor
 
 from components import precision
 from components.batch import StepBatch
-from components.checkpoint import Checkpoint
-from components.distributed.collectives import attempt
-from components.distributed.parallel_dims import Parallel
+from components.checkpoint import CheckpointConfig
+from components.distributed.collectives import try_call
+from components.distributed.parallel_dims import ParallelConfig
 from components.garbage_collection import GarbageCollection
-from components.gradient_noise import MeasureMoments
-from components.guard import BadStep, Guard
+from components.gradient_noise import GradientNoiseConfig
+from components.guard import BadStep, GuardConfig
 from components.hardware import peak_flops
 from components.interfaces import DataConfig
-from components.interrupts import exit_status, reason, stops
-from components.metrics.logger import Metrics
+from components.interrupts import exit_status, is_stop, reason
+from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
 from components.train_step import TrainStep, not_finite
 from components.units import format_count
-from components.validation import HeldOut
+from components.validation import ValidationConfig
 from recipes import build
-from recipes.bad_steps import handle_bad_samples, handle_bad_step, learning_rate
+from recipes.bad_steps import checked_lr, handle_bad_samples, handle_bad_step
 from recipes.batch_policy import build_batch_policy
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
-from recipes.data_checks import BadSamples, StepReader
-from recipes.errors import RunError, blame, raised_in
+from recipes.data_checks import BadSamples, MicroBatchReader
+from recipes.errors import RunError, config_errors_at, raised_in
 from recipes.hooks import Hook, HookContext, Hooks
 from recipes.interfaces import (
     AnyHook,
     BatchConfig,
-    HasPlan,
+    HasParallelPlan,
     LRSchedule,
-    Model,
-    Optimizer,
+    ModelConfig,
+    OptimizerConfig,
     ReportsMetrics,
     TokenizerConfig,
     complete_schedule,
@@ -53,7 +53,7 @@ from recipes.interfaces import (
 from recipes.launched_step import LaunchedStep, StepResult, request_counts
 from recipes.loop_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.resume import Resume
-from recipes.run_config import Run, Training
+from recipes.run_config import RunConfig, TrainingConfig
 from recipes.step_metrics import StepMetrics
 
 log = logging.getLogger("powertrain")
@@ -63,20 +63,20 @@ log = logging.getLogger("powertrain")
 class Pretrain:
     """Pre-training. Its parameters are the sections of the recipe."""
 
-    model: Model
+    model: ModelConfig
     tokenizer: TokenizerConfig
     data: DataConfig
-    training: Training
-    optimizer: Optimizer
+    training: TrainingConfig
+    optimizer: OptimizerConfig
     lr_schedule: LRSchedule
     batch: BatchConfig
-    gradient_moments: MeasureMoments = field(default_factory=MeasureMoments)
-    run: Run = field(default_factory=Run)
-    parallel: Parallel = field(default_factory=Parallel)
-    validation: HeldOut | None = None
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    metrics: Metrics = field(default_factory=Metrics)
-    guard: Guard = field(default_factory=Guard)
+    gradient_moments: GradientNoiseConfig = field(default_factory=GradientNoiseConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    validation: ValidationConfig | None = None
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfilerConfig = field(default_factory=ProfilerConfig)
     hooks: dict[str, AnyHook] = field(default_factory=dict)
     """Code that is called at points of the training loop, by name; docs/hooks.md has the points."""
@@ -103,7 +103,7 @@ class Pretrain:
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
             yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} cannot be divided by {tp}"
-        if isinstance(self.model, HasPlan):
+        if isinstance(self.model, HasParallelPlan):
             try:
                 self.model.plan(tp=tp)
             except Exception as error:
@@ -120,11 +120,11 @@ class Pretrain:
             except Exception as error:
                 # All ranks raise these together. One that fails alone cannot save: the others wait for it elsewhere.
                 if trainer.world.size == 1 or isinstance(error, (ConfigError, RunError)):
-                    _, failure = attempt(trainer.checkpoints.save_before_end)
+                    _, failure = try_call(trainer.checkpoints.save_before_end)
                     if failure is not None:
                         log.error(f"the state before this error could not be saved: {failure}")
                 raise
-        return exit_status(request) if stops(request) else 0
+        return exit_status(request) if is_stop(request) else 0
 
 
 def _is_adaptive(recipe: Pretrain) -> bool:
@@ -152,13 +152,13 @@ class Trainer:
         )
         self.model = built.model
         self.step = build.build_train_step(config, self.world, self.mesh, built)
-        self.delay = read_delay(self.world.device, self.step, recipe.guard)
-        store = build.build_store(config, environment, cleanup)
+        self.delay = metrics_delay(self.world.device, self.step, recipe.guard)
+        store = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)
         self.clock = self.state.clock
-        build.check_batch(config, self.state, self.layout)
+        build.check_initial_batch(config, self.state, self.layout)
         loader = build.build_loader(config, self.mesh, self.data.dataset, self.clock.samples, cleanup)
-        self.reader = StepReader(loader, self.world, self.clock.sequence_length, self.data.identity.vocab_size)
+        self.reader = MicroBatchReader(loader, self.world, self.clock.sequence_length, self.data.identity.vocab_size)
         profiler = build.build_profiler(config, environment, cleanup)
         self.flops_per_token = build.flops_per_token(config, self.model)
         opened.begin()
@@ -169,7 +169,7 @@ class Trainer:
         self.metrics = StepMetrics(
             self.model, self.data.dataset, device, self.flops_per_token, peak and peak * self.world.size
         )
-        self.monitor = build.build_monitor(config, environment, self.clock, cleanup)
+        self.monitor = build.build_metric_logger(config, environment, self.clock, cleanup)
         self.checkpoints = RunCheckpoints(
             self.state,
             store,
@@ -195,10 +195,10 @@ class Trainer:
         build.log_startup(config, environment, self.mesh, self.data, built)
 
     def train(self) -> int:
-        """The loop. Returns the request that ended it, or NOTHING when all tokens were trained."""
+        """The loop. Returns the request that ended it, or NONE when all tokens were trained."""
         self.restart_timer()
         self.hooks.call("on_run_begin", self.context)
-        while not self.clock.done and not stops(self.requests.agreed):
+        while not self.clock.done and not is_stop(self.requests.agreed):
             self.hooks.call("on_step_begin", self.context)
             self.launch(self.next_batch())
             self.read_launched(self.delay)
@@ -210,7 +210,7 @@ class Trainer:
     def launch(self, batch: StepBatch) -> None:
         """Give the device the next step, and advance the clock."""
         started, step_tokens = time.perf_counter(), batch.samples * self.clock.sequence_length
-        lr = learning_rate(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
+        lr = checked_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
         micro_batches = self.reader.read(batch.micro_batches)
         data_seconds, measured, numbers, bad = time.perf_counter() - started, False, None, None
         if isinstance(micro_batches, BadSamples):
@@ -276,7 +276,7 @@ class Trainer:
 
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for a size that is not one."""
-        with blame(self.config, "batch", started=True), raised_in("batch"):
+        with config_errors_at(self.config, "batch", started=True), raised_in("batch"):
             return self.layout.fit(self.policy.next_batch_size(self.clock))
 
     def measures_noise(self, batch: StepBatch) -> bool:
@@ -317,7 +317,7 @@ class Trainer:
                 f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "
                 f"{self.checkpoints.newest}. Make room, or mend the disk, and continue with --resume"
             )
-        if stops(request) and not self.clock.done:
+        if is_stop(request) and not self.clock.done:
             log.info(f"stopped by {reason(request)} after step {self.clock.step}; continue with --resume")
         else:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
@@ -348,7 +348,7 @@ class Trainer:
         )
 
 
-def read_delay(device: torch.device, step: TrainStep, guard: Guard) -> int:
+def metrics_delay(device: torch.device, step: TrainStep, guard: GuardConfig) -> int:
     """Steps between the launch of a step and the reading of its numbers.
 
     On a GPU 1: the host launches a step while the device computes the one before, and a step that is not finite is left

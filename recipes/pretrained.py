@@ -10,35 +10,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.checkpoint import complete_checkpoints, load_tensors, verify
+from components.checkpoint import list_checkpoints, load_tensors, verify
 from components.interfaces import Tokenizer
 from components.paths import is_file
 from components.safetensors import Weights, read_json
 from components.tokenizers import TokenizerJson
 from components.units import expand_home
-from models.hf.architectures import architecture_in
-from models.hf.weights import COMPUTED
+from models.hf.architectures import architecture_from_config
+from models.hf.weights import RECOMPUTED_BUFFERS
 from recipes.config import Override
 from recipes.initial_weights import copy_weights
-from recipes.interfaces import Model, TokenizerConfig
-from recipes.resume import checkpoint_at
+from recipes.interfaces import ModelConfig, TokenizerConfig
+from recipes.resume import find_checkpoint_at
 from recipes.run_config import AttentionWithin
-from recipes.stored_config import stored_config
+from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
-MOST_UNTRAINED = 2048
+MAX_UNTRAINED = 2048
 """Tokens of a sequence where it is not known how long those of the training were."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class PretrainedModel:
     """What is known of it before its weights are read."""
 
     path: Path
     """The checkpoint, or the directory."""
-    component: Model
+    component: ModelConfig
     """[model]"""
     tokenizer: TokenizerConfig | None
     """[tokenizer], if it has one."""
@@ -81,13 +81,13 @@ class Trained:
         if self.recipe is not None:
             load_tensors(self.path, {"model": model.state_dict()}, no_dist=alone)
             return
-        with Weights(self.path, ignore=[COMPUTED]) as weights:
+        with Weights(self.path, ignore=[RECOMPUTED_BUFFERS]) as weights:
             for note in weights.notes:
                 log.warning(note)
             copy_weights(model, weights)
 
 
-def open_trained(
+def load_pretrained(
     path: Path,
     tokenizer: Path | None = None,
     *,
@@ -95,7 +95,7 @@ def open_trained(
     trust_option: str = "--trust-code",
     rank: int = 0,
     ranks: int = 1,
-) -> Trained:
+) -> PretrainedModel:
     """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
     `tokenizer` is the file of its tokenizer, where that is not where it was. A checkpoint's configuration names no code
@@ -104,19 +104,19 @@ def open_trained(
     """
     path = expand_home(path).absolute()
     if is_file(path / "config.json"):
-        if complete_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
+        if list_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
             raise ValueError(f"{path} holds a Hugging Face model and checkpoints; give one of them a folder of its own")
         return _of_hugging_face(path, tokenizer)
     try:
-        checkpoint = checkpoint_at(path)
+        checkpoint = find_checkpoint_at(path)
     except ValueError as error:
         here = "; nor is there a config.json, as a Hugging Face directory has" if path.is_dir() else ""
         raise ValueError(f"{error}{here}") from None
     verify(checkpoint, rank=rank, ranks=ranks)
     state = read_run_state(checkpoint)
     moved = [Override("tokenizer.path", str(tokenizer.absolute()))] if tokenizer else []
-    recipe = stored_config(checkpoint, moved, trust_code=trust_code, remedy=f"say {trust_option}").recipe
-    return Trained(
+    recipe = load_stored_config(checkpoint, moved, trust_code=trust_code, remedy=f"say {trust_option}").recipe
+    return PretrainedModel(
         path=checkpoint,
         component=recipe.model,
         tokenizer=recipe.tokenizer,
@@ -128,20 +128,20 @@ def open_trained(
     )
 
 
-def _of_hugging_face(directory: Path, tokenizer: Path | None) -> Trained:
+def _of_hugging_face(directory: Path, tokenizer: Path | None) -> PretrainedModel:
     config = read_json(directory / "config.json")
     try:
-        _, architecture = architecture_in(config)
+        _, architecture = architecture_from_config(config)
         keys = architecture.keys(config)
         component = architecture.component(keys)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-    return Trained(
+    return PretrainedModel(
         path=directory,
         component=component,
         tokenizer=_tokenizer(directory, tokenizer, config.get("eos_token_id")),
         vocab_size=keys["vocab_size"],
-        sequence_length=min(keys["max_sequence_length"], MOST_UNTRAINED),
+        sequence_length=min(keys["max_sequence_length"], MAX_UNTRAINED),
     )
 
 

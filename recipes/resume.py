@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.checkpoint import complete_checkpoints, step_of
+from components.checkpoint import list_checkpoints, step_of
 from components.units import expand_home, format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
-from recipes.stored_config import stored_config
+from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
@@ -50,10 +50,10 @@ RULES: dict[str, Rule] = {
 }
 """The rule of a key is that of its longest prefix here; what nothing covers is warned about."""
 
-NOT_THE_RUN = ("path", "cache_dir")
+LOCATION_KEYS = ("path", "cache_dir")
 """Keys that say where something lies. Data and tokenizers that moved are recognised by content, not by path."""
 
-RATES_COMPARED = 1000
+LR_SAMPLES = 1000
 """Steps of the past, at most, at which two schedules are compared."""
 
 
@@ -81,7 +81,7 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
     What was `restarted` after a failure continues with its own newest. Raises ValueError when there is not what was
     asked for, or when it would be overtaken by newer ones.
     """
-    own = complete_checkpoints(checkpoints)
+    own = list_checkpoints(checkpoints)
     if restarted and own:
         return own
     if resume is None:
@@ -91,7 +91,7 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
         return own
     try:
-        chosen = [_in_spelling_of(checkpoints, each) for each in checkpoints_at(resume.path)]
+        chosen = [_canonical(checkpoints, each) for each in list_checkpoints_at(resume.path)]
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
     if chosen[-1] in own and chosen[-1] != own[-1]:
@@ -102,16 +102,16 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
     return chosen
 
 
-def lies_in(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Also by another name: through a link, or `..`."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def _in_spelling_of(checkpoints: Path, path: Path) -> Path:
+def _canonical(checkpoints: Path, path: Path) -> Path:
     """`path` as a child of `checkpoints` where it is one by another name, through links or `..`, of the directory or of
     its files: a new run removes those, and continues with this one only what it knows as its own."""
     files = _resolved(path)
-    for own in complete_checkpoints(checkpoints):
+    for own in list_checkpoints(checkpoints):
         if own.exists() and (own.samefile(path) or files & _resolved(own)):
             return own
     return checkpoints / path.name if checkpoints.exists() and path.parent.samefile(checkpoints) else path
@@ -122,23 +122,23 @@ def _resolved(checkpoint: Path) -> set[Path]:
     return {path.resolve() for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
 
 
-def checkpoints_at(path: Path) -> list[Path]:
+def list_checkpoints_at(path: Path) -> list[Path]:
     """The checkpoint that `path` is, or those of the run directory that it is, oldest first. Raises ValueError."""
     path = expand_home(path).absolute()
     if not path.is_dir():
         raise ValueError(f"{path} is no directory")
-    inside = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not ((inside[-1] if inside else path) / "state.json").exists():
         raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
     return inside or [path]
 
 
-def checkpoint_at(path: Path) -> Path:
+def find_checkpoint_at(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest one of the run directory that it is. Raises ValueError."""
-    return checkpoints_at(path)[-1]
+    return list_checkpoints_at(path)[-1]
 
 
-def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+def diff_config(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
     """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset.
 
     A key that the file does not have, and nobody set since, is one that its component did not know yet: the default
@@ -152,11 +152,11 @@ def changes(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
     defaults = {key for key, leaf in config.leaves.items() if leaf.origin.source == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):
         before, now = stored.get(key), current.get(key)
-        if before != now and key.rpartition(".")[2] not in NOT_THE_RUN:
+        if before != now and key.rpartition(".")[2] not in LOCATION_KEYS:
             yield key, before, now
 
 
-def refuse(checkpoint: Path, config: Config) -> None:
+def check_resumable(checkpoint: Path, config: Config) -> None:
     """Raises ConfigError with every change since `checkpoint` that would make it another run's."""
     refused = [
         config.problem(
@@ -164,34 +164,34 @@ def refuse(checkpoint: Path, config: Config) -> None:
             f"{_shown(before)} in the checkpoint, {_shown(now)} now: "
             "this would be another run's state; start a new run",
         )
-        for key, before, now in changes(checkpoint / "config.toml", config)
+        for key, before, now in diff_config(checkpoint / "config.toml", config)
         if rule_of(key) == "refused"
     ]
     if refused:
         raise ConfigError(refused)
 
 
-def compare(checkpoint: Path, config: Config) -> None:
+def log_config_diff(checkpoint: Path, config: Config) -> None:
     """Log what this configuration has otherwise than the one stored in `checkpoint`, after `refuse`."""
     reshapes = False
-    for key, before, now in changes(checkpoint / "config.toml", config):
+    for key, before, now in diff_config(checkpoint / "config.toml", config):
         reshapes |= key == "training.total_tokens" or key.startswith("lr_schedule.")
         if rule_of(key) == "warned":
             log.warning(f"resuming with a change: {key} was {_shown(before)}, is {_shown(now)}")
         else:
             log.info(f"resuming with {key} = {_shown(now)} (was {_shown(before)})")
-    if reshapes and (told := another_past(checkpoint, config)):
+    if reshapes and (told := schedule_mismatch(checkpoint, config)):
         log.warning(told)
 
 
-def another_past(checkpoint: Path, config: Config) -> str | None:
+def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
     """What to say where the steps before `checkpoint` had another rate than this schedule would have given them.
 
     So it is where the decay of a run had begun that is now given more tokens. None where the rates are the same, and
     where the schedule is of another kind altogether, or cannot be made any more.
     """
     try:
-        old, clock = stored_config(checkpoint, like=config).recipe, read_run_state(checkpoint)["clock"]
+        old, clock = load_stored_config(checkpoint, like=config).recipe, read_run_state(checkpoint)["clock"]
     except (ConfigError, ValueError):  # what is damaged is told where it is needed
         return None
     new = config.recipe
@@ -205,14 +205,14 @@ def another_past(checkpoint: Path, config: Config) -> str | None:
         )
         return before, now
 
-    every = max(1, clock["step"] // RATES_COMPARED)
+    every = max(1, clock["step"] // LR_SAMPLES)
     coarse = [*range(0, clock["step"], every), clock["step"] - 1]
     other = next((step for step in coarse if not math.isclose(*rates(step))), None)
     if other is None:
         return None
     first = next(step for step in range(max(0, other - every), other + 1) if not math.isclose(*rates(step)))
     last, now = rates(clock["step"] - 1)[0], rates(clock["step"])[1]
-    before = [each for each in complete_checkpoints(checkpoint.parent) if step_of(each) <= first]
+    before = [each for each in list_checkpoints(checkpoint.parent) if step_of(each) <= first]
     remedy = f"resume from {before[-1]} or earlier" if before else "start anew: no checkpoint from before that is left"
     return (
         "the tokens trained so far had another rate than this schedule would have given them, from "

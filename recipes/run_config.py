@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from components.activation_checkpointing import ACMode
-from components.distributed.fsdp import Accumulation
+from components.distributed.fsdp import GradSyncMode
 from components.errors import InputError
 from components.precision import Precision
 from components.units import Count, PositiveCount, Tokens, expand_home
@@ -19,20 +19,20 @@ _LONGEST_NAME = 200
 """Bytes of a run's name, below the 255 of most file systems."""
 
 
-def default_cache() -> Path:
+def default_cache_dir() -> Path:
     """The cache of this user. Raises ValueError for a user without a home directory, as in some containers."""
     return expand_home("~/.cache/powertrain")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunConfig:
     """[run]: identity and place of a run."""
 
     name: str = "run"
     """Name of the run; its directory is runs/<name>, where you stand."""
     dir: Path | None = None
     """The run directory itself, in place of runs/<name>."""
-    cache_dir: Path = field(default_factory=default_cache)
+    cache_dir: Path = field(default_factory=default_cache_dir)
     """Where prepared data and compiled kernels are kept for other runs."""
     if_exists: Literal["refuse", "replace"] = "refuse"
     """A new run whose directory already holds one: stop, or delete the old run first."""
@@ -70,7 +70,7 @@ AttentionWithin = Literal["sequence", "document"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingConfig:
     """[training]: how much to train, and in which pieces."""
 
     total_tokens: Annotated[Tokens, Field(gt=0)]
@@ -90,7 +90,7 @@ class Training:
     """torch.compile every block of the model, and the loss; auto: on GPUs."""
     activation_checkpoint: ACMode = "none"
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
-    accumulation: Accumulation = "auto"
+    accumulation: GradSyncMode = "auto"
     """Gather weights and reduce gradients for every micro-batch (least memory), or keep both whole for a step and
     communicate once (least traffic); auto: local where the memory estimate leaves the room."""
     loader_workers: Count = 0

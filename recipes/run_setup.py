@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.atomic_files import atomic_write
-from components.checkpoint import DamagedError, clean, complete_checkpoints, remove_all, run_of, verify
-from components.distributed.context import World
-from components.distributed.launcher import LAUNCH
+from components.checkpoint import DamagedError, list_checkpoints, remove_all, remove_partial_saves, run_of, verify
+from components.distributed.context import DistributedContext
+from components.distributed.launcher import LAUNCH_ID
 from components.run_directory import RunDirectory
 from recipes.config import Config
-from recipes.errors import blame
-from recipes.resume import Resume, find_checkpoints, lies_in, refuse
+from recipes.errors import config_errors_at
+from recipes.resume import Resume, check_resumable, find_checkpoints, is_inside
 
 
 @dataclass
-class Opened:
+class RunStart:
     """A run directory that is ready."""
 
     checkpoint: Path | None
@@ -32,21 +32,21 @@ class Opened:
     """Every rank calls it when all is ready: only then what an old run left is removed, and the new one is stored."""
 
 
-def open_run(
-    directory: RunDirectory, config: Config, resume: Resume | None, world: World, cleanup: ExitStack
-) -> Opened:
+def claim_run_directory(
+    directory: RunDirectory, config: Config, resume: Resume | None, world: DistributedContext, cleanup: ExitStack
+) -> RunStart:
     """Take the directory until `cleanup`. Every rank calls it, and `begin` of what it returns.
 
     Raises ConfigError where the run may not begin: another one is in it, or it holds one that is not to be continued.
     """
-    launch, locked = os.environ.get(LAUNCH), False
+    launch, locked = os.environ.get(LAUNCH_ID), False
 
     def take() -> None:
         nonlocal locked
         directory.check_links()
         locked = world.is_main and cleanup.enter_context(directory.held())
         if locked and (run := directory.run) is not None:
-            clean(directory.checkpoints, run)
+            remove_partial_saves(directory.checkpoints, run)
 
     def claim() -> None:
         if world.is_main:
@@ -57,14 +57,14 @@ def open_run(
                 directory.sweep()
             directory.stop.unlink(missing_ok=True)  # it was meant for a run before
 
-    with blame(config, "run"):
+    with config_errors_at(config, "run"):
         world.main_first(take)
         # Processes that were started again after a failure find the directory as they left it, and may use it.
         restarted = bool(world.maximum(directory.belongs_to(launch)))
         opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
         checkpoint = opened.checkpoint
         continues = checkpoint is not None and (
-            checkpoint.parent == directory.checkpoints or lies_in(checkpoint, directory.path)
+            checkpoint.parent == directory.checkpoints or is_inside(checkpoint, directory.path)
         )
         replaces = directory.used and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
@@ -73,7 +73,7 @@ def open_run(
                 "--run.name, or say --run.if_exists=replace"
             )
         if checkpoint is not None:
-            refuse(checkpoint, config)
+            check_resumable(checkpoint, config)
         world.main_first(claim)
         opened.run = world.gather(directory.run or "")[0]
 
@@ -81,28 +81,28 @@ def open_run(
     return opened
 
 
-def _begin(directory: RunDirectory, config: Config, world: World, *, replaces: bool) -> Callable[[], None]:
+def _begin(directory: RunDirectory, config: Config, world: DistributedContext, *, replaces: bool) -> Callable[[], None]:
     """Return the function that removes the run that is replaced, as it is now, and stores the configuration."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
-    launch = os.environ.get(LAUNCH)
+    launch = os.environ.get(LAUNCH_ID)
     launches = world.gather(launch or "")
 
     def store() -> None:
         if world.is_main:
             if replaces:
-                remove_run(directory, log_from)
+                remove_old_run(directory, log_from)
             atomic_write(directory.config, config.to_toml())
             if launch is not None:
                 directory.remember(launches)
 
     def begin() -> None:
-        with blame(config, "run"):
+        with config_errors_at(config, "run"):
             world.main_first(store)
 
     return begin
 
 
-def remove_run(directory: RunDirectory, log_from: int | None = None) -> None:
+def remove_old_run(directory: RunDirectory, log_from: int | None = None) -> None:
     """Remove what the run whose directory this is has written; as `RunDirectory.clear`, and its checkpoints."""
     if (run := directory.run) is not None:
         remove_all(directory.checkpoints, run)
@@ -112,7 +112,7 @@ def remove_run(directory: RunDirectory, log_from: int | None = None) -> None:
 def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
     """Raises ValueError for a checkpoint that a new run would not remove, and then take for its own newest."""
     run = directory.run
-    foreign = [path for path in complete_checkpoints(directory.checkpoints) if run is None or run_of(path) != run]
+    foreign = [path for path in list_checkpoints(directory.checkpoints) if run is None or run_of(path) != run]
     if foreign:
         raise ValueError(
             f"{foreign[-1]} was not written by the run of this directory, and a new run would take it for its own; "
@@ -120,7 +120,7 @@ def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
         )
 
 
-def newest_sound(candidates: list[Path], world: World, damages: list[str]) -> Path | None:
+def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, damages: list[str]) -> Path | None:
     """The last of `candidates` whose content is what was saved; of each that is not, `damages` gets a line.
 
     All ranks read their share of it, and find the same. Raises ValueError where they have others to choose from.
@@ -144,11 +144,11 @@ def newest_sound(candidates: list[Path], world: World, damages: list[str]) -> Pa
     return None
 
 
-def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Opened:
+def _choose(candidates: list[Path], directory: RunDirectory, world: DistributedContext) -> RunStart:
     damages: list[str] = []
-    checkpoint = newest_sound(candidates, world, damages)
+    checkpoint = newest_intact_checkpoint(candidates, world, damages)
     if not candidates:
-        return Opened(None)
+        return RunStart(None)
     if checkpoint is None:
         others = len(candidates) - 1
         raise ValueError(f"--resume: {damages[0]}" + (f"; so are the {others} before it" if others else ""))
@@ -160,4 +160,4 @@ def _choose(candidates: list[Path], directory: RunDirectory, world: World) -> Op
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
     world.main_first(set_aside)
-    return Opened(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])
+    return RunStart(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])

@@ -10,7 +10,7 @@ from torch import nn
 
 from components.data.loader import epochs
 from components.gradient_noise import GradientNoise
-from components.hardware import memory_bytes
+from components.hardware import peak_memory_bytes
 from components.interfaces import PackedDataset
 from recipes.interfaces import ReportsMetrics
 from recipes.launched_step import LaunchedStep, StepResult
@@ -55,5 +55,5 @@ class StepMetrics:
             "step_seconds": step_seconds,
             "data_seconds": launched.data_seconds,
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
-            "memory_bytes": memory_bytes(self.device),
+            "memory_bytes": peak_memory_bytes(self.device),
         }

@@ -8,11 +8,11 @@ from pathlib import Path
 from recipes.config import Config, Override, flatten, load
 from recipes.config.imports import UseError, import_class
 
-OURS = ("components.", "models.", "recipes.")
+TRUSTED_PREFIXES = ("components.", "models.", "recipes.")
 _LARGEST_BYTES = 2**22
 
 
-def stored_config(
+def load_stored_config(
     checkpoint: Path,
     overrides: Sequence[Override] = (),
     *,
@@ -29,7 +29,7 @@ def stored_config(
     path = checkpoint / "config.toml"
     if not trust_code:
         leaves = like.leaves if like is not None else {}
-        known = [leaf.value for key, leaf in leaves.items() if _names_code(key)]
+        known = [leaf.value for key, leaf in leaves.items() if _names_untrusted_code(key)]
         places = leaves["import_paths"].value if "import_paths" in leaves else []
         _check(path, {override.path for override in overrides}, known, places, remedy)
     return load(path, overrides, own_code=trust_code)
@@ -43,7 +43,7 @@ def _check(path: Path, overridden: set[str], known: Sequence[object], places: Se
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():
-        if _names_code(key) and key not in overridden and value not in known and not _is_ours(value):
+        if _names_untrusted_code(key) and key not in overridden and value not in known and not _is_ours(value):
             raise ValueError(
                 f"{path} names code that is not of this project, {key} = {value!r}, and would run it; if you trust "
                 f"where it comes from, {remedy}"
@@ -53,13 +53,17 @@ def _check(path: Path, overridden: set[str], known: Sequence[object], places: Se
             raise ValueError(f"{path} names other places to read from, {key}; if you trust it, {remedy}")
 
 
-def _names_code(key: str) -> bool:
+def _names_untrusted_code(key: str) -> bool:
     return key == "recipe" or key.rpartition(".")[2] == "use"
 
 
 def _is_ours(use: object) -> bool:
     """Whether a class of this project is named, and not one that a module of it has only imported."""
     try:
-        return isinstance(use, str) and use.startswith(OURS) and f"{import_class(use).__module__}.".startswith(OURS)
+        return (
+            isinstance(use, str)
+            and use.startswith(TRUSTED_PREFIXES)
+            and f"{import_class(use).__module__}.".startswith(TRUSTED_PREFIXES)
+        )
     except UseError:
         return False

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from components.batch import BatchPolicy
-from components.checkpoint import TrainingTensors, read_state
-from components.clock import Clock
-from components.gradient_noise import GradientNoise, SmoothedNoise
+from components.checkpoint import StateTensors, read_state
+from components.clock import TrainingClock
+from components.gradient_noise import GradientNoise, NoiseEstimator
 from components.guard import StepGuard
 from recipes.hooks import Hook
 
@@ -81,15 +81,15 @@ class DataIdentity:
 class TrainingState:
     """Everything that the next step depends on."""
 
-    clock: Clock
-    tensors: TrainingTensors
+    clock: TrainingClock
+    tensors: StateTensors
     policy: BatchPolicy
-    noise: SmoothedNoise
+    noise: NoiseEstimator
     guard: StepGuard
     data: DataIdentity
     hooks: Mapping[str, Hook] = field(default_factory=dict)
     """Those of [hooks], by name."""
-    observations: deque[tuple[Clock, GradientNoise | None]] = field(default_factory=deque)
+    observations: deque[tuple[TrainingClock, GradientNoise | None]] = field(default_factory=deque)
     """Steps that were read and that the batch policy has not observed yet."""
     is_sound: bool = True
     """Whether tensors and clock belong together, as they do except during an update: only then may they be saved."""

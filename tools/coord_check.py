@@ -30,18 +30,18 @@ from components.optimizers import AdamW
 from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
-from models.mup import MuPKeys
+from models.mup import MuPConfig
 from recipes.config import describe
 from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0)}
 """The range of slopes of a module; 0 for all others."""
-Parametrisation = Literal["mup", "standard"]
+Parametrization = Literal["mup", "standard"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class CheckConfig:
     """What all the models of a check have in common."""
 
     widths: Sequence[int] = (32, 64, 128, 256)
@@ -81,7 +81,7 @@ Sizes = dict[str, list[float]]
 """Module -> mean absolute value of what it gives, at the start and after each step."""
 
 
-def coordinate_sizes(setting: Setting, width: int, parametrisation: Parametrisation) -> Sizes:
+def coordinate_sizes(setting: CheckConfig, width: int, parametrisation: Parametrization) -> Sizes:
     """The mean over seeds."""
     runs = [_one_seed(setting, width, parametrisation, seed) for seed in range(setting.seeds)]
     return {
@@ -89,7 +89,7 @@ def coordinate_sizes(setting: Setting, width: int, parametrisation: Parametrisat
     }
 
 
-def _one_seed(setting: Setting, width: int, parametrisation: Parametrisation, seed: int) -> Sizes:
+def _one_seed(setting: CheckConfig, width: int, parametrisation: Parametrization, seed: int) -> Sizes:
     model = Llama(
         dim=width,
         layers=setting.layers,
@@ -101,7 +101,7 @@ def _one_seed(setting: Setting, width: int, parametrisation: Parametrisation, se
         depth_scaled_init=False,
         experts=setting.experts,
         top_k=setting.top_k if setting.experts else None,
-        mup=MuPKeys(enabled=parametrisation == "mup", base_width=setting.base_width, residual_multiplier=0.5),
+        mup=MuPConfig(enabled=parametrisation == "mup", base_width=setting.base_width, residual_multiplier=0.5),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
     parameters = model.named_parameters()
@@ -155,7 +155,7 @@ def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
 class Check:
     """The sizes of one parametrisation, by width."""
 
-    parametrisation: Parametrisation
+    parametrisation: Parametrization
     sizes: dict[int, Sizes]
 
     @property
@@ -196,7 +196,7 @@ def distance(name: str, value: float) -> float:
     return math.inf if math.isnan(value) else max(low - value, value - high, 0.0)
 
 
-def check(setting: Setting, parametrisation: Parametrisation) -> Check:
+def check(setting: CheckConfig, parametrisation: Parametrization) -> Check:
     widths = sorted(set(setting.widths))
     return Check(parametrisation, {width: coordinate_sizes(setting, width, parametrisation) for width in widths})
 
@@ -219,8 +219,8 @@ def plot(checks: Sequence[Check], output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument("--parametrisation", choices=["mup", "standard"], help="the one to judge; muP, beside standard")
-    for key, meaning in describe(Setting).items():
-        default = getattr(Setting, key)
+    for key, meaning in describe(CheckConfig).items():
+        default = getattr(CheckConfig, key)
         several = key == "widths"
         parser.add_argument(
             f"--{key.replace('_', '-')}",
@@ -232,11 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=0.15, help="how far off a slope may be (default: 0.15)")
     parser.add_argument("--output", type=Path, help="picture to draw: .svg, .png or .pdf")
     options = vars(parser.parse_args(arguments))
-    judged: Parametrisation | None
+    judged: Parametrization | None
     judged, tolerance, output = options.pop("parametrisation"), options.pop("tolerance"), options.pop("output")
     try:
-        setting = Setting(**options)
-        asked: tuple[Parametrisation, ...] = (judged,) if judged else ("mup", "standard")
+        setting = CheckConfig(**options)
+        asked: tuple[Parametrization, ...] = (judged,) if judged else ("mup", "standard")
         checks = [check(setting, each) for each in asked]
         print("\n\n".join("\n".join(each.report(tolerance)) for each in checks))
         if output is not None:

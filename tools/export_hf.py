@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from components.checkpoint import load_tensors, verify
-from components.safetensors import Described, new_directory, parse_bytes, write_json, write_weights
+from components.safetensors import TensorSpec, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
 from components.tokenizers.hf_conversion import save
-from models.hf.architectures import architecture_of
+from models.hf.architectures import architecture_from_model
 from recipes.config import Config, ConfigError
-from recipes.resume import checkpoint_at
-from recipes.stored_config import stored_config
+from recipes.resume import find_checkpoint_at
+from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -69,20 +69,20 @@ def export(
 
     Raises ValueError, ConfigError or OSError with what is wrong.
     """
-    checkpoint = checkpoint_at(checkpoint)
+    checkpoint = find_checkpoint_at(checkpoint)
     verify(checkpoint)
     state = read_run_state(checkpoint)
-    config = stored_config(checkpoint, trust_code=trust_code)
+    config = load_stored_config(checkpoint, trust_code=trust_code)
     with torch.device("meta"):
         model = config.recipe.model.build(
             vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length
         )
-    name, architecture = architecture_of(model)
+    name, architecture = architecture_from_model(model)
     entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.config(model)}
     ours = {theirs: mine for mine, theirs in architecture.names(model).items()}
     parameters = dict(model.named_parameters())
     tensors = {
-        theirs: Described(tuple(parameters[mine].shape), dtype or parameters[mine].dtype)
+        theirs: TensorSpec(tuple(parameters[mine].shape), dtype or parameters[mine].dtype)
         for theirs, mine in ours.items()
     }
 

@@ -21,22 +21,22 @@ from typing import Any
 import torch
 
 from components import precision
-from components.generation import Sampling, continue_texts, uniform_numbers
+from components.generation import Sampling, generate_tokens, uniform_numbers
 from components.standard_streams import run_command
-from components.tokenizers.detokenizer import TextStream
+from components.tokenizers.detokenizer import IncrementalDetokenizer
 from models.init import materialize
 from recipes.config import ConfigError
-from recipes.pretrained import open_trained
+from recipes.pretrained import load_pretrained
 
 
 @dataclass
-class Written:
+class Completion:
     """A prompt, and what was written after it so far."""
 
     prompt: str
     ids: list[int]
     """Of the prompt."""
-    stream: TextStream
+    stream: IncrementalDetokenizer
     room: int
     """The most tokens that may follow."""
     text: str = ""
@@ -80,21 +80,21 @@ class Generator:
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine shows no CUDA device")
-        trained = open_trained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
+        trained = load_pretrained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
         self.encoder = trained.encoder()
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a model of the user's may have none
             raise ValueError(f"a {type(model).__name__} has no new_cache(padding, capacity), which generating takes")
         materialize(model, torch.device("cpu"))
         trained.read(model, alone=True)
-        model.to(self.device, precision.dtype_of(precision.resolve(options.precision, self.device))).eval()
+        model.to(self.device, precision.dtype_of(precision.resolve_precision(options.precision, self.device))).eval()
         if (pack := getattr(model, "pack", None)) is not None:
             pack()
         self.model: Any = model
         self.trained_length = trained.sequence_length
         self.longest = int(getattr(getattr(model, "size", None), "max_sequence_length", trained.sequence_length))
 
-    def open(self, prompt: str) -> Written:
+    def open(self, prompt: str) -> Completion:
         """Raises ValueError for a prompt that leaves no room to write."""
         ids = self.encoder.encode_batch([prompt])[0].tolist() if prompt else [self.encoder.end_of_document]
         if len(ids) >= self.longest:
@@ -103,13 +103,13 @@ class Generator:
                 f"{self.longest:,}, one of them to write; shorten it"
             )
         room = min(self.max_tokens, self.longest - len(ids))
-        return Written(prompt, ids, TextStream(self.encoder.decode, ids if prompt else ()), room)
+        return Completion(prompt, ids, IncrementalDetokenizer(self.encoder.decode, ids if prompt else ()), room)
 
-    def write(self, texts: Sequence[Written], first: int) -> Iterator[list[str]]:
+    def write(self, texts: Sequence[Completion], first: int) -> Iterator[list[str]]:
         """What each of `texts` gains, step by step. The n-th prompt of all, `first` on, draws from seed + n."""
         steps = max(text.room for text in texts)
         numbers = [uniform_numbers(self.seed + first + row, steps) for row in range(len(texts))]
-        for ids in continue_texts(
+        for ids in generate_tokens(
             self.model,
             [text.ids for text in texts],
             self.sampling,
@@ -141,11 +141,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def write_all(generator: Generator, texts: Sequence[Written], options: argparse.Namespace) -> int:
+def write_all(generator: Generator, texts: Sequence[Completion], options: argparse.Namespace) -> int:
     """Continue every prompt and print it: one as it comes, several when their batch is done."""
     streams = len(texts) == 1 and not options.json
     if streams:
-        show(texts[0].prompt)
+        emit(texts[0].prompt)
     waiting = iter(texts)
     first = 0
     while batch := list(islice(waiting, options.batch)):
@@ -153,24 +153,24 @@ def write_all(generator: Generator, texts: Sequence[Written], options: argparse.
         try:
             for gained in generator.write(batch, first):
                 if streams:
-                    show(gained[0])
+                    emit(gained[0])
         except KeyboardInterrupt:
             status = 130
         left = [text.finish() for text in batch]
         if streams:
-            show(left[0] + "\n")
+            emit(left[0] + "\n")
         for number, text in enumerate([] if streams else batch, start=first + 1):
             if options.json:
-                show(json.dumps(text.record(), ensure_ascii=False) + "\n")
+                emit(json.dumps(text.record(), ensure_ascii=False) + "\n")
             else:
-                show(f"--- {number}\n{text.prompt}{text.text}\n")
+                emit(f"--- {number}\n{text.prompt}{text.text}\n")
         if status:
             return status
         first += len(batch)
     return 0
 
 
-def show(text: str) -> None:
+def emit(text: str) -> None:
     """At once; what UTF-8 cannot hold, as a question mark."""
     sys.stdout.write(text.encode("utf-8", "replace").decode())
     sys.stdout.flush()

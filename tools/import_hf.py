@@ -19,8 +19,8 @@ import torch
 
 from components.paths import is_file
 from components.safetensors import (
-    Described,
     PickledWeights,
+    TensorSpec,
     Weights,
     new_directory,
     only_pickles,
@@ -30,10 +30,10 @@ from components.safetensors import (
     write_weights,
 )
 from components.standard_streams import run_command
-from models.hf.architectures import Architecture, architecture_in, locate
-from models.hf.weights import COMPUTED
+from models.hf.architectures import Architecture, architecture_from_config, match_tensors
+from models.hf.weights import RECOMPUTED_BUFFERS
 from recipes.config.toml import write_value
-from recipes.initial_weights import refuse_unequal_copies
+from recipes.initial_weights import require_equal_copies
 
 KEPT = (
     "generation_config.json",
@@ -81,7 +81,7 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         raise ValueError(f"{output} is the model itself; name another directory")
     config = read_json(directory / "config.json")
     try:
-        name, architecture = architecture_in(config)
+        name, architecture = architecture_from_config(config)
         keys = architecture.keys(config)
         with torch.device("meta"):
             model = architecture.build(keys)
@@ -90,10 +90,14 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     # pickles only where there is nothing better
     pickled = only_pickles(directory)
-    weights = PickledWeights(directory, ignore=[COMPUTED]) if pickled else Weights(directory, ignore=[COMPUTED])
+    weights = (
+        PickledWeights(directory, ignore=[RECOMPUTED_BUFFERS])
+        if pickled
+        else Weights(directory, ignore=[RECOMPUTED_BUFFERS])
+    )
     try:
-        places = locate(model, {stored: described.shape for stored, described in weights.described.items()})
-        refuse_unequal_copies(weights, places)
+        places = match_tensors(model, {stored: described.shape for stored, described in weights.described.items()})
+        require_equal_copies(weights, places)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     source = {theirs: places[ours] for ours, theirs in architecture.names(model).items()}
@@ -133,7 +137,7 @@ def model_toml(architecture: Architecture, keys: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _config(original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapping[str, Described]) -> dict[str, Any]:
+def _config(original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
     """What the original says, with what it left to defaults filled in, in today's spelling, and naming no code."""
     kept = {key: value for key, value in original.items() if key not in ("torch_dtype", "auto_map", *shape)}
     kept |= {key: original[key] for key in ("initializer_range", "router_aux_loss_coef") if key in original}

@@ -20,18 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from components.batch import BatchLayout
-from components.clock import Clock
+from components.batch import BatchRounding
+from components.clock import TrainingClock
 from components.data.loader import MicroBatch, MicroBatchLoader, order_of
 from components.interfaces import PackedDataset, Tokenizer
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
-from models.document_attention import positions
+from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
 from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 
 BAR, DOUBLE_BAR = "│", "║"
 
@@ -73,9 +73,9 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
             raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, from 0")
         which = f"micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
         yield f"step {options.step}, {which}"
-    with blame(config, "tokenizer"):
+    with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
-    with blame(config, "data"):
+    with config_errors_at(config, "data"):
         samples = recipe.data.build(
             tokenizer=tokenizer,
             sequence_length=recipe.training.sequence_length,
@@ -94,8 +94,8 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
 def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     """(samples trained on before `step`, micro-batches of it on each rank). Raises ValueError where nobody knows."""
     recipe = config.recipe
-    layout = BatchLayout(recipe.training.micro_batch_size, ranks)
-    clock = Clock(recipe.training.total_tokens, recipe.training.sequence_length)
+    layout = BatchRounding(recipe.training.micro_batch_size, ranks)
+    clock = TrainingClock(recipe.training.total_tokens, recipe.training.sequence_length)
     if step < 1:
         raise ValueError(f"--step {step}: steps count from 1")
     metrics = RunDirectory(recipe.run.directory).metrics
@@ -108,13 +108,13 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
                     f"micro-batches of {layout.micro_batch_size} cannot have taken"
                 )
             return row["samples"] - batch, batch // layout.unit
-    with blame(config, "batch"):
+    with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
     if policy.is_adaptive:
         raise ValueError(
             f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"
         )
-    with blame(config, "batch"):
+    with config_errors_at(config, "batch"):
         while not clock.done:
             batch = layout.fit(policy.next_batch_size(clock))
             if clock.step == step - 1:
@@ -142,15 +142,15 @@ def shown(
     for row in range(len(seen.sample_ids))[:count]:
         tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])
         yield f"\nsample {seen.sample_ids[row]}, epoch {epochs[row]}, {describe(int(indices[row]))}"
-        first = (positions(seen.tokens[row : row + 1] == tokenizer.end_of_document)[0] == 0).tolist()
+        first = (document_positions(seen.tokens[row : row + 1] == tokenizer.end_of_document)[0] == 0).tolist()
         bars = [DOUBLE_BAR if apart and starts else BAR for starts in first]
-        text = "".join(map(add, bars, spelled(tokens, tokenizer)))
-        yield f"{text}{BAR}>{spelled([last], tokenizer)[0]}"
+        text = "".join(map(add, bars, format_token(tokens, tokenizer)))
+        yield f"{text}{BAR}>{format_token([last], tokenizer)[0]}"
         if ids:
             yield f"{np.array2string(np.array(tokens), threshold=sys.maxsize, max_line_width=120)} > {last}"
 
 
-def spelled(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+def format_token(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
     """The text of each token; <id> for one that is no whole character, or for nothing."""
     known: dict[int, str] = {}
     for token in set(tokens):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.batch import BatchLayout, Constant
+from components.batch import BatchRounding, Constant
 from components.metrics.jsonl import read_rows
 from components.paths import is_file
 from components.plotting import import_pyplot, label_tokens, save_figure
@@ -35,7 +35,7 @@ from recipes.batch_policy import build_batch_policy
 from recipes.cli import UsageError, parse_recipe, resolve_world_shape
 from recipes.config import Config, ConfigError, load
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps, summarize_steps
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 from recipes.recipe import complete_recipe
 
 PANELS = {
@@ -179,12 +179,12 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
             f"{type(recipe).__name__} is many runs, each with its own learning rate and batch; give a recipe of one"
         )
         raise ConfigError([config.problem("recipe", message)])
-    with blame(config, "parallel"):
+    with config_errors_at(config, "parallel"):
         mesh_shape = recipe.parallel.sizes(world_size)
-    rounding = BatchLayout(recipe.training.micro_batch_size, mesh_shape.dp_size)
+    rounding = BatchRounding(recipe.training.micro_batch_size, mesh_shape.dp_size)
     if metrics is not None:
         return [ScheduleCurve(f"the batches of {metrics}", steps_taken(recipe, metrics))]
-    with blame(config, "batch"):
+    with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
         first = list(planned_steps(recipe, rounding, policy))
         if not policy.is_adaptive:

@@ -22,7 +22,7 @@ from components.interfaces import DataConfig, Tokenizer
 from components.standard_streams import run_command
 from recipes.cli import UsageError, parse
 from recipes.config import Config, ConfigError, load
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,13 +44,13 @@ def main(arguments: Sequence[str]) -> int:
 def prepare_recipe(config: Config) -> None:
     """Prepare [data] and [validation.data], and open both as the run will. Raises ConfigError."""
     recipe = config.recipe
-    with blame(config, "tokenizer"):
+    with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
     sections: dict[str, DataConfig] = {"data": recipe.data}
     if recipe.validation is not None:
         sections["validation.data"] = recipe.validation.data
     for section, data in sections.items():
-        with blame(config, section):
+        with config_errors_at(config, section):
             for name, source in _sources(section, data):
                 _prepare_with_bar(name, source, tokenizer, recipe)
             samples = data.build(

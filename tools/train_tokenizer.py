@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
-from components.data.document import ReadingLog, storable
+from components.data.document import ReadStats, to_utf8
 from components.data.sources.base import TextSource
 from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
-from components.tokenizers.hf_conversion import byte_characters, library_of_tokenizers, pre_tokenizer, to_hugging_face
+from components.tokenizers.hf_conversion import byte_characters, import_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 from recipes.config import ConfigError, load
 
@@ -83,7 +83,7 @@ def train(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dic
     """
     if vocab_size < 257:
         raise ValueError(f"--vocab-size {vocab_size}: expected at least 257, the bytes and the end of a document")
-    library = library_of_tokenizers()
+    library = import_tokenizers()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     trainer = library.trainers.BpeTrainer(
@@ -134,8 +134,8 @@ def prove(path: Path, as_json: Path, corpus: Sequence[TextSource], pattern: str)
 
 def _texts(corpus: Sequence[TextSource]) -> Iterator[str]:
     """As they would be prepared: half of a surrogate pair, which has no bytes, is put right."""
-    log = ReadingLog()
-    return (storable(document.text, log)[0] for source in corpus for document in source.documents(log))
+    log = ReadStats()
+    return (to_utf8(document.text, log)[0] for source in corpus for document in source.documents(log))
 
 
 if __name__ == "__main__":

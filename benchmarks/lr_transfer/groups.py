@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.lr_transfer.lr_law import NoOptimum, Optimum, OptimumPoint, find_optimum
-from components.lr_schedules import SEQUENCE_OF_POWER
+from components.lr_schedules import POWER_LAW_SEQ_LEN
 from tools.sweep.__main__ import SEED
 from tools.sweep.grid import Job
 from tools.sweep.runner import Outcome
@@ -54,7 +54,7 @@ class Group:
     @property
     def beta(self) -> float:
         """The mean batch, in sequences of 4096 tokens."""
-        return self.tokens / self.finished[0].steps / SEQUENCE_OF_POWER
+        return self.tokens / self.finished[0].steps / POWER_LAW_SEQ_LEN
 
     @property
     def peak_lr_factor(self) -> float | None:

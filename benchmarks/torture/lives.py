@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from components.checkpoint import complete_checkpoints, load_tensors, verify
+from components.checkpoint import list_checkpoints, load_tensors, verify
 from components.checkpoint.metadata import read_index
 from recipes import cli
 
@@ -113,7 +113,7 @@ def live(recipe: Path, directory: Path, kind: Kind, kills: int, chance: random.R
 
 def compare(run: Path, peaceful: Path) -> None:
     """Raises AssertionError unless `run` is bitwise what `peaceful` is, and left nothing else behind."""
-    ours, theirs = complete_checkpoints(run / "checkpoints"), complete_checkpoints(peaceful / "checkpoints")
+    ours, theirs = list_checkpoints(run / "checkpoints"), list_checkpoints(peaceful / "checkpoints")
     assert [path.name for path in ours] == [path.name for path in theirs]
     for one, other in zip(ours, theirs, strict=True):
         verify(one)
@@ -131,7 +131,7 @@ def _attempt(
     recipe: Path, directory: Path, kind: Kind, until: Callable[[], None] | None, chance: random.Random
 ) -> int | None:
     """Start the run, and kill it when `until` returns; its status if it ended first, None if it was killed."""
-    started = bool(complete_checkpoints(directory / "checkpoints"))
+    started = bool(list_checkpoints(directory / "checkpoints"))
     arguments = [str(recipe), f"--run.dir={directory}", f"--checkpoint.async_save={str(kind.async_save).lower()}"]
     arguments += ["--resume"] if started else ["--run.if_exists=replace"]
     environment = {"WORLD_SIZE": str(kind.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

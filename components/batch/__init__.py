@@ -6,14 +6,14 @@ from components.batch.noise_scale import NoiseScale
 from components.batch.norm_test import NormTest
 from components.batch.policy import BatchPolicy, GradientNoise, Progress, complete_policy
 from components.batch.ramp import Ramp, Stage
-from components.batch.rounding import BatchLayout, StepBatch
+from components.batch.rounding import BatchRounding, StepBatch
 from components.batch.seesaw import Seesaw
 
 __all__ = [
     "Adaptive",
     "AdaptivePolicy",
-    "BatchLayout",
     "BatchPolicy",
+    "BatchRounding",
     "Constant",
     "GradientNoise",
     "NoiseScale",

@@ -18,7 +18,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class BatchLayout:
+class BatchRounding:
     """Splits a global batch into `micro_batches` per rank of `micro_batch_size` samples on `dp_size` ranks.
 
     Only the *number* of micro-batches follows the batch. Their shape is fixed, so a resize neither recompiles nor

@@ -16,26 +16,26 @@ told before.
 
 from components.checkpoint.load import (
     DamagedError,
-    complete_checkpoints,
+    list_checkpoints,
     load_tensors,
     read_state,
     step_of,
     tensor_names,
 )
-from components.checkpoint.manager import Checkpoint, CheckpointStore, clean, remove_all
+from components.checkpoint.manager import CheckpointConfig, CheckpointManager, remove_all, remove_partial_saves
 from components.checkpoint.manifest import run_of, verify
-from components.checkpoint.state_tensors import TrainingTensors
+from components.checkpoint.state_tensors import StateTensors
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointStore",
+    "CheckpointConfig",
+    "CheckpointManager",
     "DamagedError",
-    "TrainingTensors",
-    "clean",
-    "complete_checkpoints",
+    "StateTensors",
+    "list_checkpoints",
     "load_tensors",
     "read_state",
     "remove_all",
+    "remove_partial_saves",
     "run_of",
     "step_of",
     "tensor_names",

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.torch_version import TorchVersion
 
-from components.checkpoint.load import ALONE_WARNING
-from components.distributed.collectives import gather_text
+from components.checkpoint.load import NO_DIST_WARNING
+from components.distributed.collectives import all_gather_str
 
 log = logging.getLogger("powertrain")
 
@@ -24,7 +24,7 @@ _COPIES_ONCE = TorchVersion(torch.__version__) < "2.13"
 """Up to torch 2.12 a stager takes itself apart after a copy, and fails at the next."""
 
 
-class Background:
+class AsyncSaver:
     """Writes one checkpoint at a time in a thread.
 
     Its collectives need a process group that training does not use, where there is more than one process: on the
@@ -34,7 +34,7 @@ class Background:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         if group is None:
-            warnings.filterwarnings("ignore", message=ALONE_WARNING)  # for good: a thread must not change and restore
+            warnings.filterwarnings("ignore", message=NO_DIST_WARNING)  # for good: a thread must not change and restore
         self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._under_way: Future[bool] | None = None
@@ -66,7 +66,7 @@ class Background:
 
     def gather(self, text: str) -> list[str]:
         """`text` of every process, by rank, over a group that the training loop does not use."""
-        return [text] if self.group is None else gather_text(text, self.group)
+        return [text] if self.group is None else all_gather_str(text, self.group)
 
     def close(self) -> None:
         self._thread.shutdown()

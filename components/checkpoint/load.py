@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.distributed.collectives import on_main
+from components.distributed.collectives import run_on_main
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Version of the layout of a checkpoint. A reader refuses what is newer than itself. 2 has a manifest."""
 
-ALONE_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
+NO_DIST_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
 _LARGEST_STATE = 2**26
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -29,7 +29,7 @@ class DamagedError(ValueError):
     """A checkpoint is not what was saved; the message names the file and what is wrong with it."""
 
 
-def complete_checkpoints(directory: Path) -> list[Path]:
+def list_checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first. Raises FileNotFoundError for a link to nothing."""
     if not directory.is_dir():
         if directory.is_symlink():  # to a disk that is not mounted: nobody knows what it holds
@@ -73,10 +73,10 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool, in
     index = index or tensor_index(checkpoint, no_dist=no_dist)
     reader = UntrustedReader(checkpoint, index.metadata(flatten_state_dict(tensors)[0]))
     try:
-        with single_process_is_fine():
+        with silence_no_dist_warning():
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:
-        raise ValueError(f"{checkpoint} is damaged, or not of this model: {first_failure(error)}") from error
+        raise ValueError(f"{checkpoint} is damaged, or not of this model: {root_cause(error)}") from error
     except RuntimeError as error:
         if not no_dist:
             raise  # another process may be gone
@@ -90,7 +90,7 @@ def tensor_index(checkpoint: Path, *, no_dist: bool) -> TensorIndex:
     """
     from components.checkpoint.metadata import read_index
 
-    return read_index(checkpoint) if no_dist else on_main(lambda: read_index(checkpoint))
+    return read_index(checkpoint) if no_dist else run_on_main(lambda: read_index(checkpoint))
 
 
 def tensor_names(checkpoint: Path) -> set[str]:
@@ -98,7 +98,7 @@ def tensor_names(checkpoint: Path) -> set[str]:
     return set(tensor_index(checkpoint, no_dist=True).entries)
 
 
-def first_failure(error: CheckpointException) -> BaseException:
+def root_cause(error: CheckpointException) -> BaseException:
     """What one process met, of what torch.distributed.checkpoint gathered of all, with their tracebacks."""
     return next((failure for failure, _ in error.failures.values()), error)
 
@@ -110,8 +110,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def single_process_is_fine() -> Iterator[None]:
+def silence_no_dist_warning() -> Iterator[None]:
     """Without a process group DCP warns that it assumes one process, also when it is told so."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=ALONE_WARNING)
+        warnings.filterwarnings("ignore", message=NO_DIST_WARNING)
         yield

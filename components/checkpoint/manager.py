@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from components.atomic_files import fsync_directory, remove_files, write_fsync
 from components.checkpoint.load import (
     FORMAT,
-    complete_checkpoints,
-    first_failure,
-    single_process_is_fine,
+    list_checkpoints,
+    root_cause,
+    silence_no_dist_warning,
     step_of,
 )
 from components.checkpoint.manifest import WRITTEN, run_of, write_manifest, write_part
@@ -27,20 +27,20 @@ from components.interfaces import WorldComm
 from components.units import PositiveCount
 
 if TYPE_CHECKING:
-    from components.checkpoint.async_saver import Background
+    from components.checkpoint.async_saver import AsyncSaver
     from components.checkpoint.tensor_writer import SavePlans
 
 log = logging.getLogger("powertrain")
 
 # With the identifier of the run that made them, so that nobody takes another's for its own.
-_ASIDE = ".writing-{}-"
+_TMP_PREFIX = ".writing-{}-"
 _REPLACED = ".replaced-{}-"
 _REMOVED = "removed-"
 _SAVED = re.compile(r"(damaged-)?step-\d{8,}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class CheckpointConfig:
     """[checkpoint]: when to save, and what to keep. A run always saves when it ends or is stopped."""
 
     interval_steps: PositiveCount | None = 1000
@@ -52,13 +52,13 @@ class Checkpoint:
     async_save: bool = False
     """Write in the background: training waits only for a copy of its state, which takes that much more memory."""
 
-    def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointStore:
-        return CheckpointStore(
+    def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
+        return CheckpointManager(
             directory, world, run=run, keep_last=self.keep_last, keep_every=self.keep_every, async_save=self.async_save
         )
 
 
-class CheckpointStore:
+class CheckpointManager:
     """Saves to, lists and loads from one directory of checkpoints. Every rank makes one, at the same time.
 
     A save that fails, because the disk is full or gone, is told at once and leaves nothing behind; what was saved
@@ -85,17 +85,17 @@ class CheckpointStore:
         """Step of the newest save that is known to be complete, equal on all ranks; `wait` brings it up to date."""
         self.failed_steps: list[int] = []
         """Steps whose save failed, as far as is known."""
-        self._background: Background | None = None
+        self._background: AsyncSaver | None = None
         self._plans: SavePlans | None = None
         self._saving = 0
         if async_save:
-            from components.checkpoint.async_saver import Background
+            from components.checkpoint.async_saver import AsyncSaver
 
-            self._background = Background(world.waiting)
+            self._background = AsyncSaver(world.waiting)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return complete_checkpoints(self.directory)
+        return list_checkpoints(self.directory)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, once an unfinished save is over."""
@@ -121,7 +121,7 @@ class CheckpointStore:
         if background is not None:
             background.start(tensors, write)
             return None
-        with single_process_is_fine():
+        with silence_no_dist_warning():
             self._note(write(tensors))
         return self.saved_step == step
 
@@ -162,7 +162,7 @@ class CheckpointStore:
         from components.checkpoint.tensor_writer import SavePlans, TensorWriter
 
         plans = self._plans = self._plans or SavePlans()
-        aside = self.directory / f"{_ASIDE.format(self.run)}{final.name}"
+        aside = self.directory / f"{_TMP_PREFIX.format(self.run)}{final.name}"
         writer = TensorWriter(aside)
         if self._background is not None:
             # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
@@ -184,7 +184,7 @@ class CheckpointStore:
                     no_dist=self.world.size == 1,
                 )
             except CheckpointException as error:
-                raise OSError(str(first_failure(error))) from error
+                raise OSError(str(root_cause(error))) from error
             write_part(aside, self.world.rank)
 
         def complete() -> None:
@@ -243,7 +243,7 @@ def remove(checkpoint: Path, run: str) -> None:
 
     Of a link only the link goes. Files in it that no save writes stay, in a directory `not-removed-...`.
     """
-    leaving = checkpoint.with_name(f"{_ASIDE.format(run)}{_REMOVED}{checkpoint.name}")
+    leaving = checkpoint.with_name(f"{_TMP_PREFIX.format(run)}{_REMOVED}{checkpoint.name}")
     checkpoint.rename(leaving)
     _remove_partial(leaving)
 
@@ -255,7 +255,7 @@ def remove_all(directory: Path, run: str) -> None:
     """
     if not directory.is_dir():
         return
-    clean(directory, run)
+    remove_partial_saves(directory, run)
     for checkpoint in list(directory.iterdir()):
         if _SAVED.fullmatch(checkpoint.name) and run_of(checkpoint) == run:
             remove(checkpoint, run)
@@ -263,11 +263,11 @@ def remove_all(directory: Path, run: str) -> None:
         directory.rmdir()
 
 
-def clean(directory: Path, run: str) -> None:
+def remove_partial_saves(directory: Path, run: str) -> None:
     """Remove what dead saves of `run` have left in a directory of checkpoints. It may not be saving there now."""
     if not directory.is_dir():
         return
-    replaced, aside = _REPLACED.format(run), _ASIDE.format(run)
+    replaced, aside = _REPLACED.format(run), _TMP_PREFIX.format(run)
     leftovers = sorted(directory.iterdir())
     for leftover in leftovers:
         if leftover.name.startswith(replaced):

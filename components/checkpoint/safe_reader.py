@@ -36,7 +36,7 @@ class UntrustedReader(FileSystemReader):
             what = f"{item.storage_index.fqn} in {place.relative_path}"
             loaded = _load(content, what)
             if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, _saved_anew(loaded, what))
+                planner.load_bytes(item, _resaved(loaded, what))
                 continue
             if not isinstance(loaded, Tensor):
                 raise ValueError(f"{what} is no tensor")
@@ -76,7 +76,7 @@ def _load(content: bytes, what: str) -> Any:
         raise ValueError(f"{what} is damaged, or holds more than numbers, which is never loaded: {reason}") from None
 
 
-def _saved_anew(value: Any, what: str) -> io.BytesIO:
+def _resaved(value: Any, what: str) -> io.BytesIO:
     """`value`, a plain one, as torch's planner wants it: it unpickles without asking."""
     if not isinstance(value, (bool, int, float, str, type(None), list, tuple, dict)):
         raise ValueError(f"{what} is a {type(value).__name__}, not a setting")

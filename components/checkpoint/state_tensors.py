@@ -15,7 +15,7 @@ from components.interfaces import WorldComm
 _CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class TrainingTensors:
+class StateTensors:
     """The tensors of a run as one nested dict: model and optimizer by parameter name, and this rank's random state."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: WorldComm) -> None:

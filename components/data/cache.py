@@ -17,10 +17,10 @@ from functools import cached_property
 from pathlib import Path
 
 from components.atomic_files import remove_atomic
-from components.data.dataset import PreparedText
-from components.data.document import Piece
-from components.data.file_hash_cache import MEMORY, FileHashes
-from components.data.index import INDEX, PIECES, SEGMENTS, Index, Selection, open_index, write_index
+from components.data.dataset import TextDataset
+from components.data.document import SourceFile
+from components.data.file_hash_cache import MEMORY, FileHashCache
+from components.data.index import INDEX, PIECES, SEGMENTS, DocumentFilter, Index, open_index, write_index
 from components.data.shards import FORMAT, read_record, store_name
 from components.data.tokenize import Preparation, tokenize_missing
 from components.interfaces import Tokenizer
@@ -36,8 +36,8 @@ class CacheEntry:
     """Class of the source; the name of the directory begins with it."""
     source: str
     """The source, to display."""
-    pieces: Sequence[Piece]
-    selection: Selection
+    pieces: Sequence[SourceFile]
+    selection: DocumentFilter
 
     @cached_property
     def content(self) -> str:
@@ -86,8 +86,8 @@ class CacheEntry:
         )
         return True
 
-    def open(self, sequence_length: int) -> PreparedText:
+    def open(self, sequence_length: int) -> TextDataset:
         """Open the prepared data set, verified. Raises ValueError for a damaged file, with the remedy."""
-        with FileHashes(self.cache_dir / MEMORY) as hashes:
+        with FileHashCache(self.cache_dir / MEMORY) as hashes:
             index, segments = open_index(self.directory, tokenizer=self.tokenizer, hashes=hashes)
-        return PreparedText(self.directory, index, segments, sequence_length)
+        return TextDataset(self.directory, index, segments, sequence_length)

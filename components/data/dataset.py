@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from components.data.index import PIECES, Index, Pieces
-from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, refusal
-from components.data.token_reader import StoredTokens
+from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, rebuild_error
+from components.data.token_reader import TokenReader
 
 
-class PackedTokens:
+class TokenDataset:
     """Sequence i is tokens [i*T, i*T + T + 1) of all documents end to end, T being `sequence_length`.
 
     Neighbours share one token, the last target of one and the first input of the next, so every token but the very
     first is a target exactly once; what is left over at the end, fewer than T tokens, is not used.
     """
 
-    def __init__(self, stored: StoredTokens, *, sequence_length: int, vocab_size: int, source: str):
+    def __init__(self, stored: TokenReader, *, sequence_length: int, vocab_size: int, source: str):
         """`source` names it for people. Raises ValueError if there is not one whole sequence."""
         if sequence_length < 1:
             raise ValueError(f"sequence_length = {sequence_length}: expected at least 1")
@@ -73,7 +73,7 @@ class PackedTokens:
         return f"{self.source}, sequence {index}"
 
 
-class Place(NamedTuple):
+class SequencePosition(NamedTuple):
     """A token in its document."""
 
     piece: str
@@ -83,7 +83,7 @@ class Place(NamedTuple):
     token: int
 
 
-class PreparedText(PackedTokens):
+class TextDataset(TokenDataset):
     """The sequences of a prepared data set, which knows its documents."""
 
     def __init__(self, directory: Path, index: Index, segments: np.ndarray, sequence_length: int):
@@ -93,7 +93,7 @@ class PreparedText(PackedTokens):
         self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
         """Of the text, wherever it lies."""
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
-        stored = StoredTokens([shard / TOKENS for shard in self._shards], index.token_dtype, segments)
+        stored = TokenReader([shard / TOKENS for shard in self._shards], index.token_dtype, segments)
         super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class PreparedText(PackedTokens):
         rows = [self._documents(segment) for segment in range(len(self.stored.segments))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 
-    def place(self, position: int) -> Place:
+    def place(self, position: int) -> SequencePosition:
         """Where the token at `position`, counted through all documents end to end, comes from."""
         segment, offset = self.stored.segment_at(position)
         ends = np.cumsum(self._documents(segment)["tokens"])
@@ -110,10 +110,10 @@ class PreparedText(PackedTokens):
         pieces = read_record(self.directory / PIECES, Pieces).root
         starts = [0, *accumulate(count for _, count in pieces)]
         if starts[-1] != self.index.documents:
-            raise ValueError(refusal(self.directory / PIECES, "does not belong to its index"))
+            raise ValueError(rebuild_error(self.directory / PIECES, "does not belong to its index"))
         piece = int(np.searchsorted(starts, number, side="right")) - 1
         token = offset - (int(ends[within - 1]) if within else 0)
-        return Place(pieces[piece][0], number - starts[piece], token)
+        return SequencePosition(pieces[piece][0], number - starts[piece], token)
 
     def describe(self, index: int) -> str:
         start = index * self.sequence_length

@@ -17,7 +17,7 @@ class Document(NamedTuple):
 
 
 @dataclass
-class ReadingLog:
+class ReadStats:
     """What a source came across while its documents were read."""
 
     source_bytes: int = 0
@@ -27,7 +27,7 @@ class ReadingLog:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SourceFile:
     """A part of a source that is prepared by itself, once: a file, or all of a source that has no files."""
 
     name: str
@@ -36,11 +36,11 @@ class Piece:
     """Text that changes whenever `read` could yield anything else."""
     size_bytes: int
     """Bytes that `log.source_bytes` will have grown by; 0 if unknown."""
-    read: Callable[[ReadingLog], Iterator[Document]]
+    read: Callable[[ReadStats], Iterator[Document]]
     """The documents, in an order that does not change. Can be pickled if other processes are to share the work."""
 
 
-def storable(text: str, log: ReadingLog) -> tuple[str, bytes]:
+def to_utf8(text: str, log: ReadStats) -> tuple[str, bytes]:
     """Text that UTF-8 can hold, and its bytes: a lone surrogate (JSON can spell one) becomes U+FFFD, counted."""
     try:
         return text, text.encode()

@@ -17,7 +17,7 @@ _SETTLED_SECONDS = 2.0
 """A file younger than this may change again without its times showing it; such a hash is not remembered."""
 
 
-class FileHashes:
+class FileHashCache:
     """SHA-256 of files. A hash holds as long as size, modification and change time of the file stay as they were.
 
     Use as a context manager: what was learnt is written to `memory` at the end, if that can be written at all and is
@@ -44,7 +44,7 @@ class FileHashes:
             self._learnt = True
         return digest
 
-    def __enter__(self) -> FileHashes:
+    def __enter__(self) -> FileHashCache:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -54,7 +54,7 @@ class FileHashes:
                 atomic_write(self._memory, json.dumps(self._known))
 
 
-def stamp_of(path: Path) -> list[int]:
+def stat_signature(path: Path) -> list[int]:
     """Return size, time of modification and time of change: another when the content is."""
     return _stamp(path.stat())
 

@@ -21,19 +21,19 @@ import numpy as np
 from pydantic import ConfigDict, Field, RootModel
 
 from components.atomic_files import atomic_directory, write_fsync
-from components.data.file_hash_cache import FileHashes
+from components.data.file_hash_cache import FileHashCache
 from components.data.shards import (
     DOCUMENT_DTYPE,
     DOCUMENTS,
     FORMAT,
     Digest,
-    Encoded,
-    Record,
+    EncodedFile,
     Size,
+    StrictModel,
     check_file,
     check_shard,
     read_record,
-    refusal,
+    rebuild_error,
     token_dtype,
 )
 from components.interfaces import Tokenizer
@@ -41,7 +41,7 @@ from components.interfaces import Tokenizer
 INDEX, SEGMENTS, PIECES = "index.json", "segments.npy", "pieces.json"
 
 
-class Index(Record):
+class Index(StrictModel):
     """index.json"""
 
     format: Literal[2]
@@ -82,7 +82,7 @@ class Index(Record):
         return text
 
 
-class Selection(Record):
+class DocumentFilter(StrictModel):
     """Which documents of a source are wanted."""
 
     deduplicate: bool
@@ -114,13 +114,13 @@ class Pieces(RootModel[list[tuple[str, Size]]]):
 
 def write_index(
     directory: Path,
-    pieces: Sequence[tuple[str, Encoded]],
+    pieces: Sequence[tuple[str, EncodedFile]],
     *,
     source: str,
     content: str,
     tokenizer: Tokenizer,
     store: str,
-    selection: Selection,
+    selection: DocumentFilter,
 ) -> None:
     """Write the data set `directory` of encoded pieces, each with its name, in their order.
 
@@ -169,7 +169,7 @@ def write_index(
             write_fsync(aside / name, data)
 
 
-def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) -> tuple[Index, np.ndarray]:
+def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) -> tuple[Index, np.ndarray]:
     """The index of `directory` and its segments, once they and all shards are known to be right.
 
     Raises ValueError naming the file that is wrong and the remedy.
@@ -181,13 +181,13 @@ def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) -> 
     }
     path = directory / SEGMENTS
     if not path.is_file():
-        raise ValueError(refusal(path, "is missing"))
+        raise ValueError(rebuild_error(path, "is missing"))
     check_file(path, path.stat().st_size, index.segments_sha256, hashes)
     # Mapped: with documents left out there is a row for each run of them, 4 GB of a trillion tokens, and every process
     # of a machine would hold its own.
     segments: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
     if segments.shape != (index.segments, 5) or int(segments[:, 2].sum()) != index.tokens or found != {index.dtype}:
-        raise ValueError(refusal(path, "does not belong to its index"))
+        raise ValueError(rebuild_error(path, "does not belong to its index"))
     return index, segments
 
 
@@ -207,7 +207,7 @@ def _documents(store: Path, fragments: Sequence[tuple[str, int, int, int, int]])
         path = store / shard / DOCUMENTS
         rows.append(np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize))
         if len(rows[-1]) < count:
-            raise ValueError(refusal(path, "is truncated"))
+            raise ValueError(rebuild_error(path, "is truncated"))
     return np.concatenate(rows) if rows else np.empty(0, dtype=DOCUMENT_DTYPE)
 
 

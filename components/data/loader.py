@@ -33,7 +33,7 @@ from components.interfaces import HasOrder, Order, PackedDataset
 
 log = logging.getLogger("powertrain")
 
-_ORDERED_AT_ONCE = 4096
+ORDER_CHUNK = 4096
 
 
 def order_of(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
@@ -105,7 +105,7 @@ class MicroBatchLoader:
         self._settings: dict[str, Any] = {
             "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
-            "collate_fn": _as_it_is,
+            "collate_fn": _identity_collate,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
             "generator": torch.Generator(),  # its own, or starting workers would draw from the global one
@@ -229,7 +229,7 @@ class _OrderedSamples:
         """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
         if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
             self._first = sample_ids.start
-            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + _ORDERED_AT_ONCE))
+            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + ORDER_CHUNK))
             self._indices = self.order(bulk)[1].tolist()
         indices = self._indices[sample_ids.start - self._first : sample_ids.stop - self._first]
         try:
@@ -253,7 +253,7 @@ class _OrderedSamples:
         return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
 
 
-def _as_it_is(block: _Block | Exception) -> _Block | Exception:
+def _identity_collate(block: _Block | Exception) -> _Block | Exception:
     return block
 
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from components.errors import InputError
 
-LONGEST_PERIOD = 100_000
+MAX_PERIOD = 100_000
 """Weights of five decimals fit; the table of a period takes 12 bytes a sample."""
 
 
-def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
+def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
     """The smallest whole numbers in the proportion of `weights`, taken as the decimals that were written.
 
     Raises ValueError for weights that are negative, not finite, all zero, or whose proportion needs larger numbers.
@@ -38,17 +38,17 @@ def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
     whole = {name: int(weight * scale) for name, weight in exact.items()}
     divisor = gcd(*whole.values())
     whole = {name: weight // divisor for name, weight in whole.items()}
-    if (period := sum(whole.values())) > LONGEST_PERIOD:
+    if (period := sum(whole.values())) > MAX_PERIOD:
         rounded = ", ".join(f"{name} = {round(float(weight / total), 4)}" for name, weight in exact.items())
         raise InputError(
             "weights",
-            f"their proportion repeats only after {period:,} samples, at most {LONGEST_PERIOD:,} can be; "
+            f"their proportion repeats only after {period:,} samples, at most {MAX_PERIOD:,} can be; "
             f"round them, for example to {rounded}",
         )
     return whole
 
 
-class Interleaving:
+class MixingSchedule:
     """Sample number -> (source, how many samples of that source came before), for one set of weights."""
 
     def __init__(self, weights: Sequence[int]):
@@ -73,13 +73,13 @@ class Interleaving:
         return rounds * self.weights + np.bincount(self._sources[:rest], minlength=len(self.weights))
 
 
-class StagedInterleaving:
+class StagedMixingSchedule:
     """Interleavings that follow one another at given samples; each source goes on where the stage before left it."""
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[int]]]):
         """(first sample, weights) of each stage; the first starts at 0, and starts increase."""
         self._starts = np.array([start for start, _ in stages], dtype=np.int64)
-        self._stages = [Interleaving(weights) for _, weights in stages]
+        self._stages = [MixingSchedule(weights) for _, weights in stages]
         lengths = [later - earlier for earlier, later in pairwise(self._starts.tolist())]
         nothing = np.zeros(len(stages[0][1]), dtype=np.int64)
         gained = (stage.counts(length) for stage, length in zip(self._stages, lengths, strict=False))

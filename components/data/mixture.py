@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.mixing_schedule import StagedInterleaving, whole_weights
+from components.data.mixing_schedule import StagedMixingSchedule, integer_weights
 from components.data.order import SampleOrder
 from components.errors import InputError
 from components.interfaces import DataConfig, PackedDataset, Tokenizer
@@ -49,7 +49,7 @@ class Mixture:
         for weights in self._weights():
             if strange := [name for name in weights if name not in self.sources]:
                 raise InputError("weights", f"{strange[0]} is none of the sources: {', '.join(self.sources) or 'none'}")
-            whole_weights(weights)
+            integer_weights(weights)
         starts = [0, *(stage.from_tokens for stage in self.stages)]
         if any(later <= earlier for earlier, later in pairwise(starts)):
             raise InputError("stages", f"from_tokens = {starts[1:]} do not increase from above 0")
@@ -59,7 +59,7 @@ class Mixture:
 
     def build(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> MixedSamples:
+    ) -> MixedDataset:
         """Every source prepares itself as it would alone. Raises ValueError or OSError, naming the source."""
         opened: dict[str, PackedDataset] = {}
         for name, source in self.sources.items():
@@ -70,13 +70,13 @@ class Mixture:
             except (ValueError, OSError) as error:
                 raise InputError.below(f"sources.{name}", error) from error
         starts = [0, *(-(-stage.from_tokens // sequence_length) for stage in self.stages)]
-        whole = [whole_weights(weights) for weights in self._weights()]
+        whole = [integer_weights(weights) for weights in self._weights()]
         stages = [
             (start, [weights.get(name, 0) for name in self.sources])
             for start, weights, end in zip(starts, whole, [*starts[1:], None], strict=True)
             if start != end  # two stages may start within one sample: the later one holds
         ]
-        return MixedSamples(opened, StagedInterleaving(stages))
+        return MixedDataset(opened, StagedMixingSchedule(stages))
 
     def _weights(self) -> list[dict[str, float]]:
         return [self.weights, *(stage.weights for stage in self.stages)]
@@ -89,10 +89,10 @@ def sources_in(section: str, data: object) -> dict[str, object]:
     return {section: data}
 
 
-class MixedSamples:
+class MixedDataset:
     """Sequences of all sources, one source after the other; `order` says in which order they are trained on."""
 
-    def __init__(self, sources: Mapping[str, PackedDataset], interleaving: StagedInterleaving):
+    def __init__(self, sources: Mapping[str, PackedDataset], interleaving: StagedMixingSchedule):
         self.sources = dict(sources)
         self.interleaving = interleaving
         self._starts = [0, *accumulate(map(len, self.sources.values()))]
@@ -147,7 +147,7 @@ class MixedSamples:
 class MixedOrder:
     """Global sample number -> (epoch of its source, index among all sequences): as pure a function as `SampleOrder`."""
 
-    def __init__(self, interleaving: StagedInterleaving, lengths: Sequence[int], *, seed: int, shuffle: bool):
+    def __init__(self, interleaving: StagedMixingSchedule, lengths: Sequence[int], *, seed: int, shuffle: bool):
         self._interleaving = interleaving
         self._orders = [SampleOrder(length, seed=seed, shuffle=shuffle) for length in lengths]
         self._starts = [0, *accumulate(lengths)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from components.atomic_files import atomic_directory, write_fsync
-from components.data.document import Piece
+from components.data.document import SourceFile
 from components.data.shards import DOCUMENTS, FORMAT, RECORD, TOKENS, PieceRecord, Shard, shard_name, token_dtype
 from components.interfaces import Tokenizer
 
@@ -25,7 +25,7 @@ _DOCUMENT = struct.Struct("<qq16s")
 class Chunk(NamedTuple):
     """A document or a part of a long one; or, without text, the end of its piece."""
 
-    piece: Piece
+    piece: SourceFile
     text: str | None
     data: bytes = b""
     """The text in UTF-8."""
@@ -126,11 +126,11 @@ class _OpenShard:
         self._stack.callback(self.documents.file.close)
         self._pieces: list[PieceRecord] = []
         self._before = (0, 0)  # tokens and documents before the open piece
-        self.piece: Piece | None = None
+        self.piece: SourceFile | None = None
         self.read = 0
         """Documents read of the open piece, those without text included."""
 
-    def end_piece(self, piece: Piece, *, ended: bool, repairs: Mapping[str, int]) -> None:
+    def end_piece(self, piece: SourceFile, *, ended: bool, repairs: Mapping[str, int]) -> None:
         """Record what this shard holds of `piece`; `ended` says whether it holds its end."""
         tokens, documents = self.tokens.count - self._before[0], self.documents.count - self._before[1]
         self._before = self.tokens.count, self.documents.count

@@ -22,8 +22,8 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.data.document import Piece
-from components.data.file_hash_cache import FileHashes
+from components.data.document import SourceFile
+from components.data.file_hash_cache import FileHashCache
 from components.interfaces import Tokenizer
 
 FORMAT: Literal[2] = 2
@@ -38,13 +38,13 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
-class Record(BaseModel):
+class StrictModel(BaseModel):
     """A file of ours: what is not in the model, or of another type, is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class PieceRecord(Record):
+class PieceRecord(StrictModel):
     """A piece of text, or as much of it as lies in this shard."""
 
     content: str
@@ -58,7 +58,7 @@ class PieceRecord(Record):
     """What was put right while the whole piece was read, by name; told where it ends."""
 
 
-class Shard(Record):
+class Shard(StrictModel):
     """shard.json"""
 
     format: Literal[2]
@@ -79,7 +79,7 @@ class Shard(Record):
         return np.dtype(self.dtype).newbyteorder("<")
 
 
-class Fragment(NamedTuple):
+class ShardSpan(NamedTuple):
     """Where (a part of) a piece lies."""
 
     shard: str
@@ -91,10 +91,10 @@ class Fragment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedFile:
     """A piece that is encoded."""
 
-    fragments: tuple[Fragment, ...]
+    fragments: tuple[ShardSpan, ...]
     read: int
     repairs: dict[str, int]
 
@@ -109,7 +109,7 @@ def store_name(tokenizer: Tokenizer) -> str:
     return f"encoded-{hashlib.sha256(f'{FORMAT} {tokenizer.fingerprint}'.encode()).hexdigest()[:20]}"
 
 
-def group_name(pieces: Sequence[Piece]) -> str:
+def group_name(pieces: Sequence[SourceFile]) -> str:
     """What the shards of these pieces, encoded together, are called."""
     return f"shard-{hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()[:20]}"
 
@@ -118,7 +118,7 @@ def shard_name(group: str, part: int) -> str:
     return f"{group}-{part:05d}"
 
 
-def parts_of(store: Path, group: str) -> Iterator[Shard]:
+def shards_of(store: Path, group: str) -> Iterator[Shard]:
     """The shards of a group that are there, up to the first that is not."""
     part = 0
     while (directory := store / shard_name(group, part)).is_dir():
@@ -126,28 +126,28 @@ def parts_of(store: Path, group: str) -> Iterator[Shard]:
         part += 1
 
 
-def catalogue(store: Path) -> dict[str, Encoded]:
+def list_encoded(store: Path) -> dict[str, EncodedFile]:
     """Content -> the piece as it is encoded, for every group that is complete."""
-    found: dict[str, Encoded] = {}
+    found: dict[str, EncodedFile] = {}
     # not glob, which takes a folder that may not be listed for an empty one
     names = [path.name for path in store.iterdir()] if store.is_dir() else []
     for group in sorted(name.removesuffix("-00000") for name in names if re.fullmatch(r"shard-.*-00000", name)):
-        parts = list(parts_of(store, group))
+        parts = list(shards_of(store, group))
         if parts[-1].last:
             found |= _pieces_of(group, parts)
     return found
 
 
-def _pieces_of(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, Encoded]]:
-    fragments: list[Fragment] = []
+def _pieces_of(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, EncodedFile]]:
+    fragments: list[ShardSpan] = []
     read = 0
     for number, shard in enumerate(parts):
         token = document = 0
         for piece in shard.pieces:
-            fragments.append(Fragment(shard_name(group, number), token, piece.tokens, document, piece.documents))
+            fragments.append(ShardSpan(shard_name(group, number), token, piece.tokens, document, piece.documents))
             token, document, read = token + piece.tokens, document + piece.documents, read + piece.read
             if piece.ended:
-                yield piece.content, Encoded(tuple(fragments), read, piece.repairs)
+                yield piece.content, EncodedFile(tuple(fragments), read, piece.repairs)
                 fragments, read = [], 0
 
 
@@ -158,16 +158,16 @@ def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
             raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
         return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(refusal(path, "is missing")) from None
+        raise ValueError(rebuild_error(path, "is missing")) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(refusal(path, f"is damaged or of another version ({where}: {first['msg']})")) from None
+        raise ValueError(rebuild_error(path, f"is damaged or of another version ({where}: {first['msg']})")) from None
     except ValueError as error:
-        raise ValueError(refusal(path, f"is damaged ({error})")) from None
+        raise ValueError(rebuild_error(path, f"is damaged ({error})")) from None
 
 
-def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) -> Shard:
+def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) -> Shard:
     """The record of a shard once its tokenizer and the size and content of its files are known to be right.
 
     Contents are hashed in full the first time and whenever a file's size or times changed since (see FileHashes).
@@ -177,26 +177,26 @@ def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashes) ->
     if shard.tokenizer != tokenizer.fingerprint:
         theirs, ours = _short(shard.tokenizer), _short(tokenizer.fingerprint)
         raise ValueError(
-            refusal(directory / RECORD, f"was made with another tokenizer ({theirs}, this run has {ours})")
+            rebuild_error(directory / RECORD, f"was made with another tokenizer ({theirs}, this run has {ours})")
         )
     check_file(directory / TOKENS, shard.tokens * shard.token_dtype.itemsize, shard.tokens_sha256, hashes)
     check_file(directory / DOCUMENTS, shard.documents * DOCUMENT_DTYPE.itemsize, shard.documents_sha256, hashes)
     return shard
 
 
-def check_file(path: Path, size: int, sha256: str, hashes: FileHashes) -> None:
+def check_file(path: Path, size: int, sha256: str, hashes: FileHashCache) -> None:
     """Raises ValueError if the file is not what its record says."""
     if not path.is_file():
-        raise ValueError(refusal(path, "is missing"))
+        raise ValueError(rebuild_error(path, "is missing"))
     found = path.stat().st_size
     if found != size:
         kind = "truncated" if found < size else "altered"
-        raise ValueError(refusal(path, f"is {kind}: {found:,} bytes where its record says {size:,}"))
+        raise ValueError(rebuild_error(path, f"is {kind}: {found:,} bytes where its record says {size:,}"))
     if hashes.sha256(path) != sha256:
-        raise ValueError(refusal(path, "was altered: its SHA-256 is not the one in its record"))
+        raise ValueError(rebuild_error(path, "was altered: its SHA-256 is not the one in its record"))
 
 
-def refusal(path: Path, problem: str) -> str:
+def rebuild_error(path: Path, problem: str) -> str:
     return f"{path} {problem}. Delete the directory {path.parent}; it is prepared anew at the next start."
 
 

@@ -105,7 +105,7 @@ class _Mapped:
         return table
 
 
-class StoredTokens:
+class TokenReader:
     """Runs of ids from several files, end to end. Pickling carries paths, never tokens or open files."""
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, segments: np.ndarray):

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from components.cpu import num_cpus
-from components.data.document import Piece, ReadingLog, storable
+from components.data.document import ReadStats, SourceFile, to_utf8
 from components.data.shard_writer import Chunk, ShardWriter
-from components.data.shards import Encoded, catalogue, group_name, parts_of
+from components.data.shards import EncodedFile, group_name, list_encoded, shards_of
 from components.data.tokenize_workers import is_picklable, run_in_processes
 from components.interfaces import Tokenizer
 
@@ -83,7 +83,7 @@ class _ProgressReporter:
 
 
 def tokenize_missing(
-    pieces: Sequence[Piece],
+    pieces: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -93,14 +93,14 @@ def tokenize_missing(
     shard_tokens: int = SHARD_TOKENS,
     group_bytes: int = _GROUP_BYTES,
     processes: int | None = None,
-) -> dict[str, Encoded]:
+) -> dict[str, EncodedFile]:
     """Tokenize the pieces that `store` does not hold; return where every piece lies, by content.
 
     If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is a name to
     display; `report` is called at most every `report_seconds`; `processes` is by default chosen by processors and work.
     Raises ValueError or OSError for what cannot be read or encoded; what was tokenized until then stays.
     """
-    existing = catalogue(store)
+    existing = list_encoded(store)
     wanted = list({piece.content: piece for piece in pieces}.values())
     groups = [
         missing
@@ -119,12 +119,12 @@ def tokenize_missing(
     else:
         for group in groups:
             work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, on_progress=reporter.add)
-    return catalogue(store)
+    return list_encoded(store)
 
 
-def group_neighbours(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list[Piece]]:
+def group_neighbours(pieces: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
     """Yield neighbouring pieces together until they are large enough."""
-    group: list[Piece] = []
+    group: list[SourceFile] = []
     size = 0
     for piece in pieces:
         if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
@@ -137,7 +137,7 @@ def group_neighbours(pieces: Sequence[Piece], group_bytes: int) -> Iterator[list
 
 
 def tokenize_group(
-    pieces: Sequence[Piece],
+    pieces: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -151,7 +151,7 @@ def tokenize_group(
     written since its last call; what existed already counts.
     """
     group = group_name(pieces)
-    existing = list(parts_of(store, group))
+    existing = list(shards_of(store, group))
     if existing and existing[-1].last:
         on_progress(sum(piece.size_bytes for piece in pieces), sum(shard.tokens for shard in existing))
         return
@@ -173,12 +173,12 @@ def tokenize_group(
         writer.finish()
 
 
-def _read_chunks(pieces: Sequence[Piece], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
+def _read_chunks(pieces: Sequence[SourceFile], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
     """Yield the chunks of all documents but the first `skip_documents`, each with the bytes of source read for it."""
     for piece in pieces:
-        log, before = ReadingLog(), 0
+        log, before = ReadStats(), 0
         for document in piece.read(log):
-            text, data = storable(document.text, log)
+            text, data = to_utf8(document.text, log)
             if skip_documents:
                 skip_documents -= document.complete
                 continue

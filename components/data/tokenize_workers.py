@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from components.data.document import Piece
+from components.data.document import SourceFile
 from components.interfaces import Tokenizer
 
 
@@ -31,7 +31,7 @@ def is_picklable(*values: object) -> bool:
 
 def run_in_processes(
     work: Callable[..., None],
-    groups: Sequence[Sequence[Piece]],
+    groups: Sequence[Sequence[SourceFile]],
     tokenizer: Tokenizer,
     processes: int,
     on_progress: Callable[[int, int], None],
@@ -76,7 +76,7 @@ class _Worker:
         threading.Thread(target=_die_with_parent, daemon=True).start()
 
     @classmethod
-    def run(cls, work: Callable[..., None], group: Sequence[Piece]) -> None:
+    def run(cls, work: Callable[..., None], group: Sequence[SourceFile]) -> None:
         work(
             group,
             tokenizer=cls.tokenizer,

@@ -8,6 +8,6 @@ fsdp.py             FSDP2: parameters, gradients and optimizer state in shards
 tensor_parallel.py  tensor parallelism with sequence parallelism
 """
 
-from components.distributed.parallel_dims import Parallel
+from components.distributed.parallel_dims import ParallelConfig
 
-__all__ = ["Parallel"]
+__all__ = ["ParallelConfig"]

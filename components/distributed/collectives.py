@@ -15,18 +15,18 @@ from components.errors import InputError, message_of
 
 T = TypeVar("T")
 
-BAD_INPUT = (ValueError, OSError, ImportError)
+BAD_INPUT_ERRORS = (ValueError, OSError, ImportError)
 """Errors whose message is for whoever wrote the recipe or the data; of any other the traceback says where it was."""
 
 
-def gather_text(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
+def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
     """`text` of every process of a `group`, or of the default one, by rank."""
     texts = [""] * dist.get_world_size(group)
     dist.all_gather_object(texts, text, group=group)
     return texts
 
 
-def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def try_call(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """What `work()` gives, or how it failed."""
     try:
         return work(), None
@@ -34,12 +34,12 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def described(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The message of bad input as it is, that of any other error behind the name of its type."""
-    return str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, BAD_INPUT_ERRORS) else f"{type(error).__name__}: {error}"
 
 
-def on_main(work: Callable[[], T]) -> T:
+def run_on_main(work: Callable[[], T]) -> T:
     """What `work()` gives on the first process of the default group, on all. An error there is raised on all.
 
     The result travels by pickle.
@@ -47,13 +47,13 @@ def on_main(work: Callable[[], T]) -> T:
     results: list[T | None] = [None]
     failure: Exception | None = None
     if dist.get_rank() == 0:
-        results[0], failure = attempt(work)
-    raise_in_all(failure, gather_text)
+        results[0], failure = try_call(work)
+    raise_on_all_ranks(failure, all_gather_str)
     dist.broadcast_object_list(results, src=0)
     return results[0]  # type: ignore[return-value]
 
 
-def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
+def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
     """Raise this process's `failure`, or else say what the first other process that has one found; if none has, return.
 
     Every process calls it. `gather` brings a text of each, by rank: the process that speaks may be another than the one
@@ -76,5 +76,5 @@ def raise_in_all(failure: Exception | None, gather: Callable[[str], list[str]]) 
 
 def run_on_all_ranks(work: Callable[[], None], gather: Callable[[str], list[str]]) -> None:
     """Call `work` on every rank and return once all ranks have ended it. An error on one rank is raised on all."""
-    _, failure = attempt(work)
-    raise_in_all(failure, gather)
+    _, failure = try_call(work)
+    raise_on_all_ranks(failure, gather)

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.distributed.collectives import attempt, gather_text, raise_in_all
+from components.distributed.collectives import all_gather_str, raise_on_all_ranks, try_call
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For a collective in which all processes take part at once; one that takes longer is taken for hung."""
-PATIENCE_FOR_MAIN = timedelta(days=7)
+MAIN_PROCESS_TIMEOUT = timedelta(days=7)
 """For what the main process does alone, such as preparing a corpus."""
 TRAINING_TIMEOUT = timedelta(minutes=10)
 """For collectives between devices after the first step: nothing that lies between two of them takes this long, and a
@@ -30,7 +30,7 @@ hang holds every device of the run until it is noticed."""
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """One process among `size`. A single process has no process group, and every collective is the identity."""
 
     rank: int
@@ -44,7 +44,7 @@ class World:
     """Processes of this node."""
 
     @classmethod
-    def start(cls, wanted: Literal["auto", "cpu", "cuda"]) -> World:
+    def start(cls, wanted: Literal["auto", "cpu", "cuda"]) -> DistributedContext:
         """Join the processes torchrun started, if it did. `auto`: on GPUs if there are any.
 
         Raises ValueError when a GPU is asked for and there is none, or fewer than local processes.
@@ -64,8 +64,8 @@ class World:
         joins = size > 1 and not dist.is_initialized()
         if joins:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
-        waiting = dist.new_group(backend="gloo", timeout=PATIENCE_FOR_MAIN) if size > 1 else None
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        waiting = dist.new_group(backend="gloo", timeout=MAIN_PROCESS_TIMEOUT) if size > 1 else None
         # torchrun and our launcher set it; other starters of processes may not, and then all count as one node
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
         return cls(rank, size, device, joins, waiting, local_size)
@@ -91,7 +91,7 @@ class World:
         save may need, and `waiting` comes down to it: a save that hangs is not waited for as long as a corpus.
         """
         if self.waiting is not None:
-            set_timeout([self.waiting], torch.device("cpu"), PATIENCE)
+            set_timeout([self.waiting], torch.device("cpu"), COLLECTIVE_TIMEOUT)
         if self.size > 1 and self.device.type == "cuda":
             set_timeout(list(dist.distributed_c10d._world.pg_map), self.device, TRAINING_TIMEOUT)
 
@@ -126,7 +126,7 @@ class World:
 
     def gather(self, text: str) -> list[str]:
         """`text` of every process, by rank."""
-        return [text] if self.size == 1 else gather_text(text)
+        return [text] if self.size == 1 else all_gather_str(text)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -143,13 +143,13 @@ class World:
             return work()
         result: T | None = None
         failure: Exception | None = None
-        wait = partial(gather_text, group=self.waiting)
+        wait = partial(all_gather_str, group=self.waiting)
         if self.is_main:
-            result, failure = attempt(work)
-        raise_in_all(failure, wait)
+            result, failure = try_call(work)
+        raise_on_all_ranks(failure, wait)
         if not self.is_main:
-            result, failure = attempt(work)
-        raise_in_all(failure, wait)
+            result, failure = try_call(work)
+        raise_on_all_ranks(failure, wait)
         return result  # type: ignore[return-value]
 
 

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-Accumulation = Literal["reduce", "local", "auto"]
+GradSyncMode = Literal["reduce", "local", "auto"]
 
 
-def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def apply_fsdp(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """Shard `model` in place. Each of `units` is a group of modules that are gathered together, in the order of use.
 
     A unit is gathered for its forward, released, and gathered again for its backward; the last one is kept from the one
@@ -30,7 +30,7 @@ def shard(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, co
     from torch.distributed.tensor import Shard
 
     def cut(parameter: nn.Parameter) -> Shard:
-        return Shard(cut_dimension(parameter.shape, mesh.size(-1)))
+        return Shard(shard_dim(parameter.shape, mesh.size(-1)))
 
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     sharded: list[FSDPModule] = []
@@ -60,7 +60,7 @@ def _prefetch_explicitly(root: FSDPModule, units: Sequence[FSDPModule]) -> None:
     root.set_modules_to_backward_prefetch([units[-1] if units else root])
 
 
-def cut_dimension(shape: Sequence[int], ranks: int) -> int:
+def shard_dim(shape: Sequence[int], ranks: int) -> int:
     """Along which dimension a parameter is cut among `ranks`: the first, in parts that may differ by one row.
 
     Of the matrices of some experts the second, if that gives all ranks equally much, and the first does not.
@@ -68,7 +68,7 @@ def cut_dimension(shape: Sequence[int], ranks: int) -> int:
     return 1 if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
-class GradientReduction:
+class GradSync:
     """When gradients cross processes and for how long weights stay gathered: for a micro-batch, or for a step.
 
     `reduce` keeps only this rank's shard of weights and gradient: the weights are gathered for every forward and

@@ -36,18 +36,18 @@ from torch.numa.binding import AffinityMode, NumaOptions
 
 from components.interrupts import STOPPING, is_repeated, not_ignored
 
-LAUNCH = "POWERTRAIN_LAUNCH"
+LAUNCH_ID = "POWERTRAIN_LAUNCH"
 """Environment variable: one value per launch, the same after a restart. A scheduler that requeues may set it."""
 _LAUNCHED_AT = "POWERTRAIN_LAUNCHED_AT"
 """Environment variable of the workers: when the launcher began, in seconds since the epoch."""
-_ENDS = "POWERTRAIN_ENDS"
+_EXIT_DIR = "POWERTRAIN_ENDS"
 """Environment variable of the workers: a folder in which they leave the status they end with."""
 _PATIENCE_SECONDS = 900
 """How long the nodes of a run wait for each other: the slowest may first have to set up its environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class NodeSpec:
     """This node, and how it finds the others."""
 
     processes: int
@@ -76,7 +76,7 @@ class Node:
         )
 
 
-def run_workers(command: Sequence[str], node: Node) -> int:
+def run_workers(command: Sequence[str], node: NodeSpec) -> int:
     """Run `command` in every process of this node until the run ends; returns its exit status.
 
     0: done; 128 + signal: stopped by one, after saving; 2 and 1 as a worker ended; 1 too when one was killed.
@@ -88,8 +88,8 @@ def run_workers(command: Sequence[str], node: Node) -> int:
     with tempfile.TemporaryDirectory(prefix="powertrain-") as folder:
         ends = Path(folder) / "ends"
         ends.mkdir()
-        os.environ[_ENDS] = str(ends)
-        os.environ.setdefault(LAUNCH, uuid.uuid4().hex)
+        os.environ[_EXIT_DIR] = str(ends)
+        os.environ.setdefault(LAUNCH_ID, uuid.uuid4().hex)
         os.environ[_LAUNCHED_AT] = str(time.time())
         # torchelastic would catch all of them, and a worker does not inherit that a caught signal was ignored before:
         # SIGHUP would end a run that was started with nohup.
@@ -114,7 +114,7 @@ def run_workers(command: Sequence[str], node: Node) -> int:
                         numactl=shutil.which("numactl"),
                     ),
                 )
-                return Agent(spec, DefaultLogsSpecs(log_dir=folder), ends).status()
+                return WorkerAgent(spec, DefaultLogsSpecs(log_dir=folder), ends).status()
             finally:
                 rendezvous.shutdown()
         except RendezvousError as error:
@@ -136,7 +136,7 @@ def numa_options(
     return NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)
 
 
-class Agent(LocalElasticAgent):
+class WorkerAgent(LocalElasticAgent):
     """Watches the workers of this node."""
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, ends: Path) -> None:
@@ -190,7 +190,7 @@ class Agent(LocalElasticAgent):
             if not ends:
                 for rank, failure in sorted(result.failures.items(), key=lambda item: _when(item[1])):
                     if not self._interrupted(failure):
-                        _say(_account(rank, failure))
+                        _say(_describe_failure(rank, failure))
             elif 0 not in ends:  # rank 0 has said itself what the others find, too
                 _say("\n".join({message for _, message in ends.values()}))
             if self._remaining_restarts:
@@ -210,36 +210,36 @@ class Agent(LocalElasticAgent):
         return ends
 
 
-def launched_at() -> float:
+def launch_time() -> float:
     """When the run was launched, in seconds since the epoch: a restart of its processes does not count."""
     return float(os.environ.get(_LAUNCHED_AT) or time.time())
 
 
-def follow_launcher() -> None:
+def die_with_launcher() -> None:
     """In a worker: should the launcher be killed outright, save and stop as on a SIGTERM. Linux only."""
-    if _ENDS in os.environ and sys.platform == "linux":
+    if _EXIT_DIR in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
 
 
-def end(status: int, message: str = "") -> int:
+def report_exit(status: int, message: str = "") -> int:
     """In a worker: note the status that the run itself chose, and why; returns the status to exit with.
 
     A run that was stopped has saved and ends well: with 0, for with anything else the first worker to get there would
     have the others killed.
     """
-    if not status or _ENDS not in os.environ:
+    if not status or _EXIT_DIR not in os.environ:
         return status
-    folder, rank = Path(os.environ[_ENDS]), os.environ["RANK"]
+    folder, rank = Path(os.environ[_EXIT_DIR]), os.environ["RANK"]
     written = folder.parent / f"end-{rank}"
     written.write_text(f"{status}\n{message}", encoding="utf-8")
     written.rename(folder / rank)
     return 0 if status > 128 else status
 
 
-def crash(error: BaseException) -> None:
+def report_crash(error: BaseException) -> None:
     """In a worker: leave the traceback where the agent finds it, or print it where there is none."""
-    if _ENDS in os.environ:
+    if _EXIT_DIR in os.environ:
         # The agent, stopping this worker because of another, would find half a file and fail over it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         get_error_handler().record_exception(error)
@@ -255,7 +255,7 @@ def _when(failure: ProcessFailure) -> tuple[bool, float]:
     return failure.exitcode == -signal.SIGTERM, 0.0
 
 
-def _account(rank: int, failure: ProcessFailure) -> str:
+def _describe_failure(rank: int, failure: ProcessFailure) -> str:
     """What happened to one worker, with its traceback if it left one."""
     who = f"rank {rank} (process {failure.pid})"
     message: Any = failure.message

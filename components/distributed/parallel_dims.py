@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from components.distributed.context import World
+from components.distributed.context import DistributedContext
 from components.errors import InputError
 from components.units import PositiveCount
 
 
-class Sizes(NamedTuple):
+class MeshShape(NamedTuple):
     """Processes along each dimension of the mesh; their product is the world size."""
 
     dp_replicate: int
@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel:
+class ParallelConfig:
     """[parallel]: the product of the three is the number of processes. Only speed and memory depend on them.
 
     By default the model is sharded among the processes of a node, and every node holds a replica: weights are gathered
@@ -54,7 +54,7 @@ class Parallel:
             if getattr(self, name) == 0:
                 raise InputError(name, "1 or more, or -1 for what the others leave")
 
-    def sizes(self, world_size: int, local_size: int | None = None) -> Sizes:
+    def sizes(self, world_size: int, local_size: int | None = None) -> MeshShape:
         """The mesh of a run of `world_size` processes, `local_size` on each node; without it they are all on one.
 
         Raises ValueError, with the arithmetic.
@@ -74,25 +74,25 @@ class Parallel:
                 f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) "
                 f"is not the {world_size} processes of this run; -1 takes what the others leave",
             )
-        return Sizes(replicas, shards, tp)
+        return MeshShape(replicas, shards, tp)
 
-    def build(self, world: World) -> Layout:
+    def build(self, world: DistributedContext) -> ParallelDims:
         # all processes must come to the same mesh, also where a node has fewer of them than another
         uniform = world.maximum(world.local_size) == -world.maximum(-world.local_size)
-        return Layout(world, self.sizes(world.size, world.local_size if uniform else None))
+        return ParallelDims(world, self.sizes(world.size, world.local_size if uniform else None))
 
 
-class Layout:
+class ParallelDims:
     """The mesh of a run, and this process in it. Tensor-parallel ranks are neighbours; one process alone has none."""
 
-    def __init__(self, world: World, sizes: Sizes) -> None:
+    def __init__(self, world: DistributedContext, sizes: MeshShape) -> None:
         self.sizes = sizes
         self.mesh: DeviceMesh | None = None
         group = None
         if world.size > 1:
-            self.mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=Sizes._fields)
+            self.mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=MeshShape._fields)
             group = self.mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
-        self.data = DataRanks(world.rank // sizes.tp, world.size // sizes.tp, world.device, group)
+        self.data = DataParallelGroup(world.rank // sizes.tp, world.size // sizes.tp, world.device, group)
 
     @property
     def tp(self) -> DeviceMesh | None:
@@ -108,7 +108,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class DataRanks:
+class DataParallelGroup:
     """This process among those that see different samples. Tensor-parallel neighbours share one rank here."""
 
     rank: int

@@ -29,7 +29,7 @@ SEQUENCE = Shard(1)
 """(B, T, D) divided along T."""
 
 
-class VocabularyShard:
+class VocabShard:
     """The rows of the vocabulary that this rank holds, and the reductions that make a softmax of all of them."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -68,19 +68,19 @@ class GatherSequence(ParallelStyle):
         return module
 
 
-class VocabularyParallel(GatherSequence):
+class VocabParallelHead(GatherSequence):
     """A head whose weight, its own or a tied one, is divided by rows."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for key, parameter in module.named_parameters(recurse=False):
             rows = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(key, nn.Parameter(rows))
-        module.vocabulary = VocabularyShard(device_mesh)  # type: ignore[assignment]
-        module.register_forward_hook(lambda part, inputs, output: _whole(output))
+        module.vocabulary = VocabShard(device_mesh)  # type: ignore[assignment]
+        module.register_forward_hook(lambda part, inputs, output: _full_tensor(output))
         return super()._apply(module, device_mesh)
 
 
-class OwnTokens(ParallelStyle):
+class ReplicatedParams(ParallelStyle):
     """A module that works token by token: on this rank's part of the sequence, with parameters that all ranks hold."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -91,7 +91,7 @@ class OwnTokens(ParallelStyle):
         return module
 
 
-class AcrossSequence:
+class SequenceReducer:
     """Sums over the ranks that hold the other parts of the sequence."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -103,20 +103,20 @@ class AcrossSequence:
         return tensor
 
 
-class AllTokens(ParallelStyle):
+class SequenceAllReduce(ParallelStyle):
     """A module without parameters that knows of its rank's tokens, and has to know of all."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.across = AcrossSequence(device_mesh)  # type: ignore[assignment]
+        module.across = SequenceReducer(device_mesh)  # type: ignore[assignment]
         return module
 
 
-def _whole(output: Tensor) -> Tensor:
+def _full_tensor(output: Tensor) -> Tensor:
     """Logits, where they were asked for; the loss is whole already."""
     return output.full_tensor() if isinstance(output, DTensor) else output
 
 
-class VocabularyLookup(RowwiseParallel):
+class VocabParallelEmbedding(RowwiseParallel):
     """An embedding whose rows are divided; its output is divided along the sequence."""
 
     def __init__(self) -> None:
@@ -131,19 +131,19 @@ class VocabularyLookup(RowwiseParallel):
 
 
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "embedding": VocabularyLookup,
+    "embedding": VocabParallelEmbedding,
     "sequence": SequenceParallel,
     "gather sequence": GatherSequence,
     "columns": ColwiseParallel,
     "rows": lambda: RowwiseParallel(output_layouts=SEQUENCE),
-    "vocabulary": VocabularyParallel,
-    "own tokens": OwnTokens,
-    "all tokens": AllTokens,
+    "vocabulary": VocabParallelHead,
+    "own tokens": ReplicatedParams,
+    "all tokens": SequenceAllReduce,
 }
 """What a table may say of a module."""
 
 
-def split(model: nn.Module, table: Mapping[str, str], mesh: DeviceMesh) -> None:
+def apply_tensor_parallel(model: nn.Module, table: Mapping[str, str], mesh: DeviceMesh) -> None:
     """Divide the modules of `model` (on the meta device) that `table` names; `*` in a name stands for one part of it.
 
     Raises ValueError for a word that is none of STYLES and for a parameter that no module of the table holds: it would

@@ -1,13 +1,13 @@
 """Gradient moments: how much the gradients of the micro-batches of one step differ from one another."""
 
-from components.gradient_noise.estimator import GradientMoments, GradientNoise, MeasureMoments, SmoothedNoise
-from components.gradient_noise.hooks import GradientMeter, backward_parameters
+from components.gradient_noise.estimator import GradientMoments, GradientNoise, GradientNoiseConfig, NoiseEstimator
+from components.gradient_noise.hooks import GradientNoiseHooks, backward_parameters
 
 __all__ = [
-    "GradientMeter",
     "GradientMoments",
     "GradientNoise",
-    "MeasureMoments",
-    "SmoothedNoise",
+    "GradientNoiseConfig",
+    "GradientNoiseHooks",
+    "NoiseEstimator",
     "backward_parameters",
 ]

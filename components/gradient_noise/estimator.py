@@ -102,7 +102,7 @@ class GradientNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureMoments:
+class GradientNoiseConfig:
     """[gradient_moments]: how often gradient noise is measured, under any batch policy, and how it is smoothed."""
 
     interval_steps: PositiveCount | None = 1
@@ -111,12 +111,12 @@ class MeasureMoments:
     """Samples after which a measurement has lost 63 % of its weight. Samples and not steps, so that the memory does not
     grow with the batch (AdaptDL)."""
 
-    def build(self) -> SmoothedNoise:
-        return SmoothedNoise(self.smoothing_samples)
+    def build(self) -> NoiseEstimator:
+        return NoiseEstimator(self.smoothing_samples)
 
 
 @dataclass
-class SmoothedNoise:
+class NoiseEstimator:
     """Exponential averages of noise and signal, each by itself: the mean of a ratio of noisy terms is biased."""
 
     smoothing_samples: int

@@ -18,7 +18,7 @@ from components.gradient_noise.norms import SquaredNorm
 from components.profiler_range import profiler_range
 
 
-class GradientMeter:
+class GradientNoiseHooks:
     """Squares every gradient that arrives at some tensors, while told to."""
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:

@@ -8,23 +8,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PIECE = 4096
+CHUNK = 4096
 """Elements that are added up in float32 at a time. On CPUs torch adds all of a tensor in a few float32 registers, which
 loses 2e-4 of the norm of two million elements (torch 2.13); in pieces of this size 2e-7, in the same time."""
-TENSORS_AT_ONCE = 8
+MAX_PENDING_TENSORS = 8
 """Tensors on a GPU whose norms one launch computes. They stay in memory until then: about the gradients of a block."""
 
 
-def piece_norms(tensor: Tensor) -> Tensor:
+def chunk_norms(tensor: Tensor) -> Tensor:
     """Norms (pieces,), float32 or float64 as of `tensor`, of pieces of it: their squares add up to its square."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     # the order of elements does not matter: a transposed tensor is read as it lies in memory
     dense = tensor if tensor.is_contiguous() else tensor.mT if tensor.ndim > 1 and tensor.mT.is_contiguous() else None
     flat = (tensor.contiguous() if dense is None else dense).view(-1)
-    whole = flat.numel() // PIECE * PIECE
+    whole = flat.numel() // CHUNK * CHUNK
     parts = []
     if whole:
-        parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, PIECE), dim=1, dtype=dtype))
+        parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, CHUNK), dim=1, dtype=dtype))
     if whole < flat.numel() or not whole:
         parts.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).reshape(1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -45,12 +45,12 @@ class SquaredNorm:
         """A plain tensor, or a DTensor without partial sums."""
         copies, local = local_part(tensor)
         if not local.is_cuda:
-            self._norms.setdefault(copies, []).append(piece_norms(local))
+            self._norms.setdefault(copies, []).append(chunk_norms(local))
             return
         # An alias: a second reference to the gradient itself would make autograd copy it when it keeps it.
         waiting = self._waiting.setdefault((copies, local.dtype), [])
         waiting.append(local.detach())
-        if len(waiting) >= TENSORS_AT_ONCE:
+        if len(waiting) >= MAX_PENDING_TENSORS:
             self._launch(copies, waiting)
 
     def _launch(self, copies: int, waiting: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 _MOST_PENDING_BYTES = 2**26
 
 
-class Appended:
+class AppendOnlyFile:
     """Appends each record at once, so that a reader and a crash both see whole ones.
 
     What could not be written is kept, up to 64 MB, and written before the next record.

@@ -17,21 +17,21 @@ from components.units import format_count
 log = logging.getLogger("powertrain")
 
 
-def start_log(path: Path | None, *, speak: bool) -> RichConsole:
+def setup_logging(path: Path | None, *, speak: bool) -> RichConsole:
     """Send the log to the terminal (where `speak`) and, with times, to the file `path`."""
     console = RichConsole(highlight=False, soft_wrap=True, quiet=not speak)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.addHandler(_ToConsole(console))
+    log.addHandler(_ConsoleHandler(console))
     if path is not None:
-        file = _ToFile(path, encoding="utf-8")
+        file = _FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(file)
     return console
 
 
-class _ToConsole(logging.Handler):
+class _ConsoleHandler(logging.Handler):
     def __init__(self, console: RichConsole) -> None:
         super().__init__()
         self.console = console
@@ -44,7 +44,7 @@ class _ToConsole(logging.Handler):
             self.console.quiet = True
 
 
-class _ToFile(logging.FileHandler):
+class _FileHandler(logging.FileHandler):
     """log.txt. What a full disk does not take is on the terminal, where it is told once that it is not here."""
 
     told = False
@@ -55,7 +55,7 @@ class _ToFile(logging.FileHandler):
             log.error(f"{self.baseFilename} cannot be written. Training goes on")
 
 
-class ConsoleProgress:
+class ConsoleLogger:
     """Logs one line every `interval_steps` and keeps a bar of tokens below it, if the console is a terminal."""
 
     def __init__(self, console: RichConsole, *, interval_steps: int, total_tokens: int) -> None:
@@ -75,19 +75,19 @@ class ConsoleProgress:
 
     def write(self, row: Mapping[str, Any]) -> None:
         if "val_loss" in row:
-            log.info(validation_line(row))
+            log.info(format_validation(row))
         if "loss" not in row:  # of a hook
             return
         self._steps.append(row)
-        mean = speed(self._steps)
+        mean = format_tokens_per_second(self._steps)
         mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
         row = {**row, "tokens_per_second": mean, "mfu": mfu}
         left = seconds_left(row, self.total_tokens)
         with suppress(OSError, SystemExit):
-            line = f"loss {row['loss']:.3f}  {duration(left)} left"
+            line = f"loss {row['loss']:.3f}  {format_duration(left)} left"
             self._bar.update(self._task, completed=row["tokens"], line=line)
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
-            log.info(step_line(row, self.total_tokens))
+            log.info(format_step(row, self.total_tokens))
             self._steps.clear()
 
     def flush(self) -> None:
@@ -98,24 +98,24 @@ class ConsoleProgress:
             self._bar.stop()
 
 
-def speed(rows: Sequence[Mapping[str, Any]]) -> float:
+def format_tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:
     """Tokens per second over several steps: one alone may have waited for a disk or another program."""
     seconds = sum(row["step_seconds"] for row in rows)
     return sum(row["tokens_per_second"] * row["step_seconds"] for row in rows) / seconds if seconds else 0.0
 
 
-def step_line(row: Mapping[str, Any], total_tokens: int) -> str:
+def format_step(row: Mapping[str, Any], total_tokens: int) -> str:
     mfu = f"  mfu {row['mfu']:4.0%}" if row["mfu"] is not None else ""
     return (
         f"step {row['step']:>6}  "
         f"tokens {format_count(row['tokens']):>6}/{format_count(total_tokens)}  "
         f"loss {row['loss']:7.4f}  lr {row['lr']:.2e}  batch {row['global_batch_size']:>4}  "
         f"grad {row['grad_norm']:6.3f}  {format_count(row['tokens_per_second']):>6} tok/s{mfu}  "
-        f"left {duration(seconds_left(row, total_tokens))}"
+        f"left {format_duration(seconds_left(row, total_tokens))}"
     )
 
 
-def validation_line(row: Mapping[str, Any]) -> str:
+def format_validation(row: Mapping[str, Any]) -> str:
     return (
         f"step {row['step']:>6}  validation  loss {row['val_loss']:.4f}  perplexity {row['val_perplexity']:.2f}  "
         f"bits per byte {row['val_bits_per_byte']:.4f}"
@@ -127,7 +127,7 @@ def seconds_left(row: Mapping[str, Any], total_tokens: int) -> float:
     return max(0, total_tokens - row["tokens"]) / speed if speed else math.inf
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3725 -> "1h02m"."""
     if not math.isfinite(seconds):
         return "?"

@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.metrics.append_only_file import Appended
+from components.metrics.append_only_file import AppendOnlyFile
 from components.paths import is_file
 
 log = logging.getLogger("powertrain")
 _LONGEST_ROW_BYTES = 2**20
 
 
-class JsonLines:
+class JsonLinesWriter:
     """Appends rows to a file, each at once."""
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
         """Continue `path` after `after_step`: what an interrupted run wrote beyond it is cut off."""
         _truncate(path, after_step)
-        self._file = Appended(path)
+        self._file = AppendOnlyFile(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One row. Raises OSError if it has to wait."""

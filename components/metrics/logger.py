@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 
-from components.metrics.console import ConsoleProgress
-from components.metrics.jsonl import JsonLines
+from components.metrics.console import ConsoleLogger
+from components.metrics.jsonl import JsonLinesWriter
 from components.units import PositiveCount
 
 log = logging.getLogger("powertrain")
 
 
-class Writer(Protocol):
+class MetricWriter(Protocol):
     def write(self, row: Mapping[str, Any]) -> None: ...
     def flush(self) -> None:
         """Make durable what was written."""
@@ -28,7 +28,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metrics:
+class MetricsConfig:
     """[metrics]: where the numbers of a run go. metrics.jsonl has every step."""
 
     tensorboard: bool = True
@@ -45,27 +45,29 @@ class Metrics:
         after_step: int,
         total_tokens: int,
         run: str = "",
-    ) -> Monitor:
+    ) -> MetricLogger:
         """A monitor of the run with the identifier `run` that continues after `after_step`."""
-        writers: list[Writer] = [
-            JsonLines(jsonl, after_step=after_step),
-            ConsoleProgress(console, interval_steps=self.console_interval_steps, total_tokens=total_tokens),
+        writers: list[MetricWriter] = [
+            JsonLinesWriter(jsonl, after_step=after_step),
+            ConsoleLogger(console, interval_steps=self.console_interval_steps, total_tokens=total_tokens),
         ]
         if self.tensorboard:
-            from components.metrics.tensorboard import TensorBoard  # half a second that a run without it need not pay
+            from components.metrics.tensorboard import (
+                TensorBoardWriter,  # half a second that a run without it need not pay
+            )
 
-            writers.append(TensorBoard(tensorboard, after_step=after_step, run=run))
-        return Monitor(writers)
+            writers.append(TensorBoardWriter(tensorboard, after_step=after_step, run=run))
+        return MetricLogger(writers)
 
 
-class Monitor:
+class MetricLogger:
     """Gives every row to every writer. One without writers, as on all ranks but the first, swallows them.
 
     A writer that fails, because the disk is full or gone, does not end the run. It is told when it begins to fail and
     when it no longer does, and `failures` tells at the end what was lost.
     """
 
-    def __init__(self, writers: list[Writer]) -> None:
+    def __init__(self, writers: list[MetricWriter]) -> None:
         self.writers = writers
         self._failed: dict[str, int] = {}
         self._failing: set[str] = set()
@@ -91,7 +93,7 @@ class Monitor:
         for writer in self.writers:
             self._attempt(writer, writer.close)
 
-    def _attempt(self, writer: Writer, do: Callable[[], None]) -> None:
+    def _attempt(self, writer: MetricWriter, do: Callable[[], None]) -> None:
         name = str(writer)
         try:
             do()

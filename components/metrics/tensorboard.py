@@ -15,9 +15,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from components.metrics.append_only_file import Appended
+from components.metrics.append_only_file import AppendOnlyFile
 
-GROUPS = {
+TAG_GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),
     "lr": ("lr",),
     "batch": (
@@ -36,12 +36,12 @@ GROUPS = {
     "validation": ("val_loss", "val_perplexity", "val_bits_per_byte"),
 }
 
-_TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
+_TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
 _COUNTERS = ("step", "tokens", "samples")
 """What a row is at, and no value of it."""
 
 
-class TensorBoard:
+class TensorBoardWriter:
     """Writes rows as scalars over steps; a resumed run hides what the interrupted one wrote after the checkpoint.
 
     An event file of its own for each start, one event for each row. torch's SummaryWriter would write the same from a
@@ -54,7 +54,7 @@ class TensorBoard:
         self._directory = directory
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}.{run}"
-        self._file = Appended(directory / name)  # read in the order of their names
+        self._file = AppendOnlyFile(directory / name)  # read in the order of their names
         self._append(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
         if after_step:
             start = SessionLog(status=SessionLog.START)

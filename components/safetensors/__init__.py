@@ -10,12 +10,12 @@ Knows files, names and shapes; which name means what is the models' business.
 
 from components.safetensors.directory import new_directory, read_json, write_json
 from components.safetensors.pytorch_bin import PickledWeights, only_pickles
-from components.safetensors.reader import Described, Weights
+from components.safetensors.reader import TensorSpec, Weights
 from components.safetensors.writer import parse_bytes, write_weights
 
 __all__ = [
-    "Described",
     "PickledWeights",
+    "TensorSpec",
     "Weights",
     "new_directory",
     "only_pickles",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components.paths import is_file
 from components.safetensors.directory import choose_files
-from components.safetensors.reader import DTYPES, INDEX, SINGLE, Described
+from components.safetensors.reader import DTYPES, INDEX, SINGLE, TensorSpec
 
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -50,7 +50,7 @@ class PickledWeights:
                 raise ValueError(
                     f"{directory}: {name} is stored as {tensor.dtype}; it can only be a floating-point one"
                 )
-        self.described = {name: Described(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        self.described = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         return self._tensors[name][slices]

@@ -21,7 +21,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Described:
+class TensorSpec:
     """A tensor that was not read yet."""
 
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class Weights:
         """Tensors whose names end with one of `ignore` may have any dtype, and are left out of `described`."""
         self._open = ExitStack()
         self._home: dict[str, Any] = {}
-        self.described: dict[str, Described] = {}
+        self.described: dict[str, TensorSpec] = {}
         ignored = tuple(ignore)
         table, self.notes = choose_files(directory / SINGLE, directory / INDEX)
         """`notes`: what there is to tell of the choice of files."""
@@ -59,7 +59,7 @@ class Weights:
         for name, handle in self._home.items():
             view = handle.get_slice(name)
             if (stored := view.get_dtype()) in DTYPES:
-                self.described[name] = Described(tuple(view.get_shape()), DTYPES[stored])
+                self.described[name] = TensorSpec(tuple(view.get_shape()), DTYPES[stored])
             elif not name.endswith(ignored or ("\0",)):
                 raise ValueError(f"{directory}: {name} is stored as {stored}; only {', '.join(DTYPES)} can be read")
         self.dropped = [name for name in self._home if ignored and name.endswith(ignored)]

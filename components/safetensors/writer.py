@@ -10,7 +10,7 @@ from torch import Tensor
 
 from components.atomic_files import fsync_file
 from components.safetensors.directory import write_json
-from components.safetensors.reader import INDEX, SINGLE, Described
+from components.safetensors.reader import INDEX, SINGLE, TensorSpec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -25,7 +25,7 @@ def parse_bytes(text: str) -> int:
 
 def write_weights(
     directory: Path,
-    tensors: Mapping[str, Described],
+    tensors: Mapping[str, TensorSpec],
     read: Callable[[Sequence[str]], Mapping[str, Tensor]],
     *,
     max_shard_bytes: int,
@@ -49,7 +49,7 @@ def write_weights(
         file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         content = read(group)
         for name in group:
-            if (found := Described(tuple(content[name].shape), content[name].dtype)) != tensors[name]:
+            if (found := TensorSpec(tuple(content[name].shape), content[name].dtype)) != tensors[name]:
                 raise ValueError(f"{name} was to be {tensors[name]}, and is {found}")
         (directory / file).touch()
         mode = (directory / file).stat().st_mode & 0o777  # safetensors makes files that only their owner may read

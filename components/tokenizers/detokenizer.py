@@ -10,7 +10,7 @@ _MOST_BYTES = 4
 """Of a character in UTF-8, and so the most ids that one takes."""
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """The text of one growing sequence of ids; what `push` and `finish` return, joined, is what decoding all gives."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:

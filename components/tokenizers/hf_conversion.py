@@ -16,7 +16,7 @@ _PROBE = (
 )
 
 
-class Converts(Protocol):
+class ConvertibleTokenizer(Protocol):
     """A tokenizer that has a counterpart."""
 
     @property
@@ -28,13 +28,13 @@ class Converts(Protocol):
         ...
 
 
-def save(encoder: Converts, directory: Path, *, max_length: int) -> list[str]:
+def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> list[str]:
     """Write what `AutoTokenizer` opens; returns the names of the files.
 
     Raises ValueError, before writing, if the counterpart encodes a probing text or the text of a token otherwise.
     """
     tokenizer = encoder.hugging_face()
-    _prove(encoder, tokenizer)
+    _verify_roundtrip(encoder, tokenizer)
     end = encoder.decode([encoder.end_of_document])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
@@ -55,7 +55,7 @@ def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mappi
     tiktoken joins any two neighbours whose joint bytes are a token, lowest rank first; so the merges are *all* the ways
     to cut each token in two tokens, in the order of the ranks, and not only those that training happened to take.
     """
-    library = library_of_tokenizers()
+    library = import_tokenizers()
     character = byte_characters()
     spelled = {token: "".join(character[byte] for byte in token) for token in ranks}
     merges = [
@@ -79,7 +79,7 @@ def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mappi
 
 def pre_tokenizer(pattern: str | None) -> Any:
     """Cuts text by `pattern`, then spells its bytes as characters. Raises ValueError for no regular expression."""
-    library = library_of_tokenizers()
+    library = import_tokenizers()
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pattern is None:
         return byte_level
@@ -97,7 +97,7 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def library_of_tokenizers() -> Any:
+def import_tokenizers() -> Any:
     try:
         import tokenizers
     except ModuleNotFoundError:
@@ -105,7 +105,7 @@ def library_of_tokenizers() -> Any:
     return tokenizers
 
 
-def _prove(encoder: Converts, tokenizer: Any) -> None:
+def _verify_roundtrip(encoder: ConvertibleTokenizer, tokenizer: Any) -> None:
     """Raises ValueError at the first text that the two encode otherwise: a probe, and the text of every token."""
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
     texts = [_PROBE]

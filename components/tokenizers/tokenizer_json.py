@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from components.errors import InputError, MissingFileError
-from components.tokenizers.hf_conversion import byte_characters, library_of_tokenizers
+from components.tokenizers.hf_conversion import byte_characters, import_tokenizers
 
 _LARGEST_FILE = 2**28
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -37,7 +37,7 @@ class TokenizerJson:
             raise MissingFileError("path", f"{self.path} does not exist")
         if self.path.stat().st_size > _LARGEST_FILE:
             raise InputError("path", f"{self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
-        library = library_of_tokenizers()
+        library = import_tokenizers()
         try:
             text = self.path.read_text(encoding="utf-8")
             tokenizer = library.Tokenizer.from_str(text)

@@ -4,7 +4,7 @@ Over packed sequences, as in training, or over whole documents with a window tha
 """
 
 from components.validation.sliding_window import Documents, SlidingWindow
-from components.validation.totals import Totals, UnreadableError
-from components.validation.validator import HeldOut, Validation
+from components.validation.totals import LossTotals, UnreadableError
+from components.validation.validator import ValidationConfig, Validator
 
-__all__ = ["Documents", "HeldOut", "SlidingWindow", "Totals", "UnreadableError", "Validation"]
+__all__ = ["Documents", "LossTotals", "SlidingWindow", "UnreadableError", "ValidationConfig", "Validator"]

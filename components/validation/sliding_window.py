@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.distributed.collectives import attempt, described
+from components.distributed.collectives import describe_error, try_call
 from components.errors import InputError
 from components.interfaces import Comm
 from components.token_ids import IGNORE_INDEX, check_token_ids
-from components.validation.totals import Totals, UnreadableError
+from components.validation.totals import LossTotals, UnreadableError
 
 # D documents, W windows of a micro-batch, T inputs of the longest of them, V vocabulary
 
@@ -86,7 +86,7 @@ class SlidingWindow:
         compute: Callable[[], AbstractContextManager[object]],
         *,
         multiple: int = 1,
-    ) -> list[Totals]:
+    ) -> list[LossTotals]:
         """Of each document, equal on all ranks. `multiple` divides the tokens of every forward pass.
 
         Raises UnreadableError, on the rank that meets it, for a document that cannot be used.
@@ -102,7 +102,7 @@ class SlidingWindow:
                 mine = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
                 # Sharded models need equally many forward passes on all ranks: one without windows takes one too.
                 given = mine or [unit[0]._replace(counted=0)]
-                batch, error = attempt(lambda given=given: self._batch(given, starts, multiple))  # type: ignore[misc]
+                batch, error = try_call(lambda given=given: self._batch(given, starts, multiple))  # type: ignore[misc]
                 if batch is None:  # a rank that left now would leave the others in a forward pass
                     failure = failure or error
                     batch = self._padding(given, multiple)
@@ -114,8 +114,8 @@ class SlidingWindow:
         model.train()
         nats = world.sum(nats_D).tolist()
         if failure is not None:
-            raise UnreadableError(described(failure)) from failure
-        return [Totals(each, *size) for each, size in zip(nats, sizes, strict=True)]
+            raise UnreadableError(describe_error(failure)) from failure
+        return [LossTotals(each, *size) for each, size in zip(nats, sizes, strict=True)]
 
     def _batch(self, given: Sequence[Window], starts: Sequence[int], multiple: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels (W, T) of windows, padded on the right, where no counted position sees it."""

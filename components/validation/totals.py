@@ -14,7 +14,7 @@ class UnreadableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Totals:
+class LossTotals:
     """Of the predicted tokens, end-of-document ones included."""
 
     nats: float

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.distributed.collectives import attempt, described
+from components.distributed.collectives import describe_error, try_call
 from components.interfaces import Comm, DataConfig, HasOrder, PackedDataset, Tokenizer
 from components.token_ids import IGNORE_INDEX, check_token_ids
 from components.units import PositiveCount
-from components.validation.totals import Totals, UnreadableError
+from components.validation.totals import LossTotals, UnreadableError
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class ValidationConfig:
     """[validation]: the mean token loss over sequences of held-out text."""
 
     data: DataConfig
@@ -34,7 +34,7 @@ class HeldOut:
     # `open`, not `build`: a class with that `build` would itself pass for [data]
     def open(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> Validation:
+    ) -> Validator:
         samples = self.data.build(
             tokenizer=tokenizer, sequence_length=sequence_length, cache_dir=cache_dir, progress=progress
         )
@@ -45,10 +45,10 @@ class HeldOut:
         else:
             indices = [number * len(samples) // count for number in range(count)]
         byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
-        return Validation(samples, indices, byte_lengths, self.micro_batch_size, sequence_length)
+        return Validator(samples, indices, byte_lengths, self.micro_batch_size, sequence_length)
 
 
-class Validation:
+class Validator:
     """Evaluates a model on the sequences of `indices`; each of them counts once on any number of ranks."""
 
     def __init__(
@@ -78,7 +78,9 @@ class Validation:
         }
 
     @torch.no_grad()
-    def totals(self, model: nn.Module, world: Comm, compute: Callable[[], AbstractContextManager[object]]) -> Totals:
+    def totals(
+        self, model: nn.Module, world: Comm, compute: Callable[[], AbstractContextManager[object]]
+    ) -> LossTotals:
         """Equal on all ranks. Raises UnreadableError, on the rank that meets it, for a sequence that cannot be used."""
         failure: Exception | None = None
         model.eval()
@@ -91,7 +93,7 @@ class Validation:
                 # Sharded models need equally many forward passes on all ranks: beyond the end, labels are ignored.
                 start = first + world.rank * self.micro_batch_size
                 mine = range(start, start + self.micro_batch_size)
-                chunk, error = attempt(lambda mine=mine: self._read(mine))  # type: ignore[misc]
+                chunk, error = try_call(lambda mine=mine: self._read(mine))  # type: ignore[misc]
                 if chunk is None:  # a rank that left now would leave the others in a forward pass
                     failure = failure or error
                     chunk = torch.zeros(len(mine), self.sequence_length + 1, dtype=torch.int64)
@@ -106,8 +108,8 @@ class Validation:
         counts = torch.tensor([token_count, byte_count], dtype=torch.float64)
         totals = world.sum(torch.cat([nats.reshape(1).cpu(), counts]))
         if failure is not None:
-            raise UnreadableError(described(failure)) from failure
-        return Totals(float(totals[0]), int(totals[1]), int(totals[2]))
+            raise UnreadableError(describe_error(failure)) from failure
+        return LossTotals(float(totals[0]), int(totals[1]), int(totals[2]))
 
     def _read(self, numbers: Sequence[int]) -> Tensor:
         """(n, T+1): these of the sequences of `indices`; beyond the end, the last one. Raises what reading raises."""

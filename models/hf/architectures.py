@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from models.decoder import Decoder
-from models.hf.config import granite_keys, granite_moe_keys, hf_config, llama_keys
-from models.hf.weights import names, stored_names
+from models.hf.config import granite_config_from_hf, granite_moe_config_from_hf, hf_config, llama_config_from_hf
+from models.hf.weights import hf_names, stored_names
 from models.llama import Llama
-from models.mup import MuPKeys
-from models.presets import Size
+from models.mup import MuPConfig
+from models.presets import LlamaShape
 from models.rope import RopeScaling
 
 
@@ -27,7 +27,7 @@ class Architecture:
 
     model_type: str
     """Its short name in `config.json`."""
-    has_size: Callable[[Size], bool]
+    has_size: Callable[[LlamaShape], bool]
     """Whether a decoder of this size computes what this architecture does."""
     config: Callable[[Any], dict[str, Any]]
     """The entries of `config.json` for a model."""
@@ -44,7 +44,7 @@ class Architecture:
         """Return what `[model]` is with the keys that `keys` gives."""
         tables: dict[str, Any] = {
             key: None if keys.get(key) is None else of(**keys[key])
-            for key, of in (("rope_scaling", RopeScaling), ("mup", MuPKeys))
+            for key, of in (("rope_scaling", RopeScaling), ("mup", MuPConfig))
         }
         return Llama(**{**keys, **tables})
 
@@ -55,7 +55,7 @@ class Architecture:
 
     def names(self, model: Any) -> dict[str, str]:
         """Return our name -> theirs, for every parameter of a model."""
-        return names(model.size)
+        return hf_names(model.size)
 
     def stored_names(self, stored: Iterable[str], model: Any) -> dict[str, str]:
         """Return the same for what is stored. Raises ValueError for missing and unexpected names."""
@@ -94,21 +94,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_type="llama",
         has_size=lambda size: size.mup is None and not size.experts,
         config=_llama_config,
-        keys=llama_keys,
+        keys=llama_config_from_hf,
     ),
     "GraniteForCausalLM": Architecture(
         model_type="granite",
         has_size=lambda size: size.mup is not None and not size.experts,
         config=_config,
-        keys=granite_keys,
+        keys=granite_config_from_hf,
     ),
     "GraniteMoeForCausalLM": Architecture(
-        model_type="granitemoe", has_size=lambda size: bool(size.experts), config=_moe_config, keys=granite_moe_keys
+        model_type="granitemoe",
+        has_size=lambda size: bool(size.experts),
+        config=_moe_config,
+        keys=granite_moe_config_from_hf,
     ),
 }
 
 
-def architecture_of(model: nn.Module) -> tuple[str, Architecture]:
+def architecture_from_model(model: nn.Module) -> tuple[str, Architecture]:
     """Raises ValueError for a model that transformers has no class for."""
     for name, architecture in ARCHITECTURES.items():
         if architecture.is_one(model):
@@ -116,7 +119,7 @@ def architecture_of(model: nn.Module) -> tuple[str, Architecture]:
     raise ValueError(f"a {type(model).__name__} is none of {', '.join(ARCHITECTURES)}")
 
 
-def architecture_in(config: Mapping[str, Any]) -> tuple[str, Architecture]:
+def architecture_from_config(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     """The architecture that a `config.json` names. Raises ValueError for an unknown one."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
@@ -128,12 +131,12 @@ def architecture_in(config: Mapping[str, Any]) -> tuple[str, Architecture]:
     return name, ARCHITECTURES[name]
 
 
-def locate(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def match_tensors(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Our name -> the stored name, of every parameter of `model`, given the names and shapes that are stored.
 
     Raises ValueError for missing and unexpected tensors, and for those of another shape.
     """
-    _, architecture = architecture_of(model)
+    _, architecture = architecture_from_model(model)
     places = architecture.stored_names(stored, model)
     wrong = [
         f"{places[name]} is {list(stored[places[name]])}, not {list(parameter.shape)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.presets import Size
+from models.presets import LlamaShape
 
 _LIMITS = {
     "vocab_size": 2**24,
@@ -24,7 +24,7 @@ _LIMITS = {
 _ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
-def llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def llama_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `[model]`, "use" left out, that give the function of this `LlamaForCausalLM`.
 
     Entries that are missing have the defaults of `LlamaConfig`, except for the shape, which has none. Raises ValueError
@@ -56,13 +56,13 @@ def llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def granite_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def granite_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a `GraniteForCausalLM`: a Llama with the multipliers of muP.
 
     Raises ValueError where these are not muP's: the attention's is 1 / head_dim, and that of the logits tells the base
     width.
     """
-    keys = llama_keys(config)
+    keys = llama_config_from_hf(config)
     attention = _number(config, "attention_multiplier", 1.0)
     if attention != 1 / keys["head_dim"]:
         raise ValueError(
@@ -81,9 +81,9 @@ def granite_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def granite_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+def granite_moe_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a `GraniteMoeForCausalLM`, with muP or, if all its multipliers say so, without."""
-    plain = llama_keys(config)
+    plain = llama_config_from_hf(config)
     experts = {
         "experts": _count(config, "num_local_experts", 8),
         "top_k": _count(config, "num_experts_per_tok", 2),
@@ -93,7 +93,7 @@ def granite_moe_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     others = [_number(config, name, 1.0) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")]
     if _number(config, "attention_multiplier", 1.0) == plain["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
         return plain | experts
-    return granite_keys(config) | experts
+    return granite_config_from_hf(config) | experts
 
 
 def _refuse_what_differs(config: Mapping[str, Any]) -> None:
@@ -153,7 +153,7 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
     return float(value)
 
 
-def hf_config(size: Size, vocab_size: int) -> dict[str, Any]:
+def hf_config(size: LlamaShape, vocab_size: int) -> dict[str, Any]:
     """The entries (transformers 5) that describe the same function.
 
     Those of `LlamaConfig`; with muP of `GraniteConfig`, which has its multipliers; with experts of `GraniteMoeConfig`.

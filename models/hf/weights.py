@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from models.presets import Size
+from models.presets import LlamaShape
 
-COMPUTED = "rotary_emb.inv_freq"
+RECOMPUTED_BUFFERS = "rotary_emb.inv_freq"
 """The end of names under which old checkpoints store what is computed anew."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOP = {
@@ -38,7 +38,7 @@ _EXPERTS = {
 }
 
 
-def names(size: Size) -> dict[str, str]:
+def hf_names(size: LlamaShape) -> dict[str, str]:
     """Our name -> the Hugging Face name, of every parameter of a decoder of this size."""
     table = {ours: theirs for ours, theirs in _TOP.items() if not (size.tied_embeddings and ours == "output.weight")}
     for i in range(size.layers):
@@ -47,18 +47,18 @@ def names(size: Size) -> dict[str, str]:
     return table
 
 
-def stored_names(stored: Iterable[str], size: Size) -> dict[str, str]:
+def stored_names(stored: Iterable[str], size: LlamaShape) -> dict[str, str]:
     """Our name -> the name a Hugging Face checkpoint of the tensors `stored` has it under.
 
     Leaves out what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied
     head. Where a tied head was stored in place of the embedding, it is the embedding. Raises ValueError unless every
     parameter is there and nothing else is.
     """
-    found = {name: name for name in stored if not name.endswith(COMPUTED)}
+    found = {name: name for name in stored if not name.endswith(RECOMPUTED_BUFFERS)}
     if size.tied_embeddings and HEAD in found:
         tied = found.pop(HEAD)
         found.setdefault(EMBEDDING, tied)
-    table = names(size)
+    table = hf_names(size)
     missing, unknown = sorted(set(table.values()) - found.keys()), sorted(found.keys() - set(table.values()))
     if missing or unknown:
         raise ValueError(

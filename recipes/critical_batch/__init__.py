@@ -21,23 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import atomic_write
-from components.batch import BatchLayout
-from components.checkpoint import complete_checkpoints
-from components.distributed.context import World
-from components.distributed.launcher import LAUNCH
+from components.batch import BatchRounding
+from components.checkpoint import list_checkpoints
+from components.distributed.context import DistributedContext
+from components.distributed.launcher import LAUNCH_ID
 from components.errors import InputError
-from components.metrics.console import start_log
+from components.metrics.console import setup_logging
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.units import format_count
 from recipes.bad_steps import NonFiniteError
 from recipes.config import Config, ConfigError, derive
-from recipes.critical_batch.branches import Branches, Start, find_start
-from recipes.critical_batch.report import Branch, Report, draw
-from recipes.errors import RunError, blame
+from recipes.critical_batch.branches import Branches, BranchPoint, find_branch_point
+from recipes.critical_batch.report import Branch, Report, draw_report
+from recipes.errors import RunError, config_errors_at
 from recipes.pretrain import Pretrain
-from recipes.resume import Resume, changes, lies_in, refuse, rule_of
-from recipes.run_setup import remove_run
+from recipes.resume import Resume, check_resumable, diff_config, is_inside, rule_of
+from recipes.run_setup import remove_old_run
 from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
@@ -58,17 +58,17 @@ class CriticalBatch(Pretrain):
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train the branches that are missing, then compare all; returns the exit status."""
         with ExitStack() as cleanup:
-            with blame(config, "run.device"):
-                world = World.start(self.run.device)  # the branches join what is joined here
+            with config_errors_at(config, "run.device"):
+                world = DistributedContext.start(self.run.device)  # the branches join what is joined here
             cleanup.push(world.stop_unless_failed)
-            measurement = Measurement(self, config, world.size)
+            measurement = CriticalBatchMeasurement(self, config, world.size)
 
             def take() -> None:
                 measurement.directory.check_links(measurement.folder)
                 if world.is_main and cleanup.enter_context(measurement.directory.held()):
                     measurement.directory.sweep(measurement.report, measurement.begun)
 
-            with blame(config, "run"):
+            with config_errors_at(config, "run"):
                 world.main_first(take)
             measurement.open(world, resume)
             log.info("\n".join(measurement.plan()))
@@ -77,17 +77,17 @@ class CriticalBatch(Pretrain):
                 if status:
                     return status
             if world.is_main:
-                start_log(measurement.directory.log, speak=True)
+                setup_logging(measurement.directory.log, speak=True)
                 report(measurement)
             return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
         """Check what can be checked, and show the branches."""
-        print("\n".join(Measurement(self, config, world_size).plan()))
+        print("\n".join(CriticalBatchMeasurement(self, config, world_size).plan()))
         return 0
 
 
-class Measurement:
+class CriticalBatchMeasurement:
     """The branches of one checkpoint. Raises ConfigError where they cannot be trained."""
 
     def __init__(self, recipe: CriticalBatch, config: Config, world_size: int) -> None:
@@ -97,14 +97,14 @@ class Measurement:
         self.begun = self.folder / "start.json"
         self.report = self.directory.path / "critical_batch.json"
         self.picture = self.report.with_suffix(".png")
-        with blame(config, "parallel"):
+        with config_errors_at(config, "parallel"):
             sizes = recipe.parallel.sizes(world_size)
-        layout = BatchLayout(recipe.training.micro_batch_size, sizes.dp_size)
+        layout = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
-        with blame(config, "branches"):
-            self.start = find_start(self.branches, layout, config)
+        with config_errors_at(config, "branches"):
+            self.start = find_branch_point(self.branches, layout, config)
             own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
-            if any(lies_in(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
+            if any(is_inside(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
                 raise InputError(
                     "checkpoint",
                     f"{self.start.checkpoint} lies in the directory of this run; "
@@ -118,7 +118,7 @@ class Measurement:
                     "take more tokens, or leave out the largest factors",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
-        refuse(Path(self.start.checkpoint), self.of(1))
+        check_resumable(Path(self.start.checkpoint), self.of(1))
 
     @cached_property
     def smoothing_tokens(self) -> int:
@@ -169,17 +169,17 @@ class Measurement:
     def steps(self, factor: int) -> int:
         return -(-self.tokens // (factor * self.start.batch * self.length))
 
-    def open(self, world: World, resume: Resume | None) -> None:
+    def open(self, world: DistributedContext, resume: Resume | None) -> None:
         """Make the run directory ready, or find it so. The branches in it are kept only for the same measurement."""
 
         def claim() -> None:
             if world.is_main:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
-        launch = os.environ.get(LAUNCH)
+        launch = os.environ.get(LAUNCH_ID)
         again = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
         begun = self.begun
-        with blame(self.config, "run"):
+        with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
                 raise ValueError("--resume=PATH: what to branch from is branches.checkpoint; say --resume alone")
             if resume is not None and not begun.exists():
@@ -206,14 +206,14 @@ class Measurement:
             atomic_write(begun, json.dumps(asdict(self.start), indent=1) + "\n")
 
         world.barrier()  # nobody may still be looking at what is deleted here
-        with blame(self.config, "run"):
+        with config_errors_at(self.config, "run"):
             world.main_first(store)
-        start_log(self.directory.log if world.is_main else None, speak=world.is_main)
+        setup_logging(self.directory.log if world.is_main else None, speak=world.is_main)
 
     def _remove(self) -> None:
         """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""
         for branch in map(RunDirectory, sorted(self.folder.glob("k-*"))):
-            remove_run(branch)
+            remove_old_run(branch)
             branch.release()
         self.directory.clear()
         self.directory.stop.unlink(missing_ok=True)
@@ -226,7 +226,7 @@ class Measurement:
         One whose loss is not finite has ended, too: the batch was too large, or its rate.
         """
         config = self.of(factor)
-        own = complete_checkpoints(config.recipe.run.directory / "checkpoints")
+        own = list_checkpoints(config.recipe.run.directory / "checkpoints")
         if own and self._is_finished(factor, own[-1]):
             log.info(f"branch k = {factor} is finished")
             return 0
@@ -272,7 +272,7 @@ class Measurement:
     def _compare(self, begun: Path) -> None:
         """Raises ValueError if the branches that are there are not of this measurement."""
         try:
-            before = Start(**json.loads(begun.read_bytes()))
+            before = BranchPoint(**json.loads(begun.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"--resume: {begun} is damaged: {error}") from None
         if before != self.start:
@@ -283,14 +283,14 @@ class Measurement:
         unused = ("branches.", "batch.", "lr_schedule.")
         problems = [
             self.config.problem(key, f"{old!r} in the finished branches, {now!r} now; give this one a --run.name")
-            for key, old, now in changes(self.directory.config, self.config)
+            for key, old, now in diff_config(self.directory.config, self.config)
             if rule_of(key) != "free" and not key.startswith(unused)
         ]
         if problems:
             raise ConfigError(problems)
 
 
-def report(measurement: Measurement) -> None:
+def report(measurement: CriticalBatchMeasurement) -> None:
     """Table, critical_batch.json and picture."""
     branches, start = measurement.branches, measurement.start
     found = Report(
@@ -307,6 +307,6 @@ def report(measurement: Measurement) -> None:
     atomic_write(path, json.dumps(written, indent=1) + "\n")
     log.info(f"wrote {path}")
     try:
-        draw(found, measurement.picture)
+        draw_report(found, measurement.picture)
     except ValueError as error:
         log.warning(f"{error}; then --resume draws {measurement.picture.name}")

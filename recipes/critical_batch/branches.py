@@ -9,15 +9,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.batch import BatchLayout
+from components.batch import BatchRounding
 from components.checkpoint import verify
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.errors import InputError
 from components.units import PositiveCount
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
-from recipes.resume import checkpoint_at
-from recipes.stored_config import stored_config
+from recipes.resume import find_checkpoint_at
+from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 
 
@@ -48,7 +48,7 @@ class Branches:
 
 
 @dataclass(frozen=True)
-class Start:
+class BranchPoint:
     """Where the branches begin."""
 
     checkpoint: str
@@ -59,7 +59,7 @@ class Start:
     lr: float
 
 
-def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start:
+def find_branch_point(branches: Branches, layout: BatchRounding, config: Config) -> BranchPoint:
     """Where those of the recipe in `config` begin. Raises ValueError, at the key it names, where nothing can."""
     try:
         checkpoint = complete_checkpoint(branches.checkpoint)
@@ -70,10 +70,10 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
     batch, lr = branches.batch, branches.lr
     if batch is None or lr is None:
         try:
-            run = stored_config(checkpoint, like=config, remedy="set batch and lr instead").recipe
+            run = load_stored_config(checkpoint, like=config, remedy="set batch and lr instead").recipe
         except ValueError as error:
             raise InputError("checkpoint", str(error)) from None
-        clock = Clock(run.training.total_tokens, run.training.sequence_length)
+        clock = TrainingClock(run.training.total_tokens, run.training.sequence_length)
         clock.load_state_dict(state["clock"])
         if batch is None:
             policy = build_batch_policy(run)
@@ -84,7 +84,7 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
             raise InputError("lr", f"the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
-    return Start(
+    return BranchPoint(
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],
         tokens=state["clock"]["tokens"],
@@ -95,7 +95,7 @@ def find_start(branches: Branches, layout: BatchLayout, config: Config) -> Start
 
 def complete_checkpoint(path: Path) -> Path:
     """As `checkpoint_at`, with every file it takes. Raises ValueError."""
-    checkpoint = checkpoint_at(path)
+    checkpoint = find_checkpoint_at(path)
     missing = [name for name in ("config.toml", ".metadata") if not (checkpoint / name).is_file()]
     if missing or checkpoint.name.startswith(".") or not any(checkpoint.glob("*.distcp")):
         what = missing[0] if missing else "tensors" if not any(checkpoint.glob("*.distcp")) else "final name"

@@ -131,7 +131,7 @@ class Report:
         yield f"gradient noise scale of the branch k = 1: {noise}"
 
 
-def draw(report: Report, output: Path) -> None:
+def draw_report(report: Report, output: Path) -> None:
     """Plot the smoothed losses (left) and their last values (right). Raises ValueError without matplotlib."""
     figure, (over_tokens, over_batch) = import_pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     for branch, curve in zip(report.branches, report.curves, strict=True):

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from components.activation_memory import count_activations
-from components.distributed.context import World
-from components.distributed.fsdp import Accumulation, cut_dimension
-from components.distributed.parallel_dims import Sizes
+from components.distributed.context import DistributedContext
+from components.distributed.fsdp import GradSyncMode, shard_dim
+from components.distributed.parallel_dims import MeshShape
 from components.hardware import device_memory
 from recipes.model_setup import transformer_blocks
 
@@ -48,7 +48,7 @@ class Memory:
 
 
 def estimate_memory(
-    recipe: Any, model: nn.Module, mesh_shape: Sizes, device_type: str, compute_dtype: torch.dtype
+    recipe: Any, model: nn.Module, mesh_shape: MeshShape, device_type: str, compute_dtype: torch.dtype
 ) -> Memory | str:
     """Return the memory of a run of `recipe`, or the reason why there is no estimate.
 
@@ -109,16 +109,16 @@ def estimate_memory(
     )
 
 
-def syncs_once_per_step(mode: Accumulation, local_peak: int, device_bytes: int) -> bool:
+def syncs_once_per_step(mode: GradSyncMode, local_peak: int, device_bytes: int) -> bool:
     """Return whether weights and gradient stay whole for a step: `auto` does so if the estimated peak fits."""
     return mode == "local" or (mode == "auto" and local_peak <= PLANNED_FRACTION * device_bytes)
 
 
 def decide_grad_sync(
-    recipe: Any, model: nn.Module, mesh_shape: Sizes, world: World, compute_dtype: torch.dtype
+    recipe: Any, model: nn.Module, mesh_shape: MeshShape, world: DistributedContext, compute_dtype: torch.dtype
 ) -> bool:
     """Return `syncs_once_per_step` of this run: equal on all processes, by the smallest of their devices."""
-    mode: Accumulation = recipe.training.accumulation
+    mode: GradSyncMode = recipe.training.accumulation
     if mode != "auto" or mesh_shape.dp_size == 1:  # one rank has nothing to exchange
         return mode == "local"
     peak = 0
@@ -136,12 +136,12 @@ def numel_per_tp_rank(module: nn.Module, tp: int) -> float:
     return sum(p.numel() if p.ndim == 3 else p.numel() / tp for p in module.parameters())
 
 
-def local_numel(parameter: nn.Parameter, mesh_shape: Sizes) -> int:
+def local_numel(parameter: nn.Parameter, mesh_shape: MeshShape) -> int:
     """Return the elements of `parameter` on the rank that has most: tp splits matrices but not experts, FSDP all."""
     if not parameter.ndim:
         return 1
     shape = list(parameter.shape)
-    cut = cut_dimension(shape, mesh_shape.dp_shard)
+    cut = shard_dim(shape, mesh_shape.dp_shard)
     shape[cut] = math.ceil(shape[cut] / mesh_shape.dp_shard)
     elements = math.prod(shape)
     return math.ceil(elements / mesh_shape.tp) if parameter.ndim == 2 else elements

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from components import precision
-from components.batch import BatchLayout, BatchPolicy
-from components.data.document import ReadingLog
+from components.batch import BatchPolicy, BatchRounding
+from components.data.document import ReadStats
 from components.data.mixture import Mixture
 from components.data.sources.base import TextSource
-from components.distributed.parallel_dims import Sizes
+from components.distributed.parallel_dims import MeshShape
 from components.errors import InputError, message_of
-from components.hardware import Device, named_device
+from components.hardware import DeviceSpec, device_spec
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
 from recipes.dry_run.memory import Memory, estimate_memory, syncs_once_per_step
 from recipes.dry_run.schedule_preview import SchedulePreview, simulate_schedule
-from recipes.errors import blame
+from recipes.errors import config_errors_at
 from recipes.model_setup import build_model
 
 DEFAULT_MFU = 0.4
@@ -35,7 +35,7 @@ SAMPLE_CHARACTERS = 1_000_000
 class HardwareTarget:
     """The hardware to plan for: a device, if one is named, and its model FLOPs utilization (MFU)."""
 
-    device: Device | None = None
+    device: DeviceSpec | None = None
     mfu: float = DEFAULT_MFU
 
     @classmethod
@@ -50,7 +50,7 @@ class HardwareTarget:
                 mfu = 0
             if not 0 < mfu <= 1:
                 raise ValueError(f"@{value} is not a utilization above 0 and up to 1; write H100@45% or H100@0.45")
-        return cls(named_device(name) if name else None, mfu)
+        return cls(device_spec(name) if name else None, mfu)
 
     def per_process(self, local_size: int) -> HardwareTarget:
         """Return the target of one of `local_size` processes of a node: each has a GPU, but they share a CPU."""
@@ -66,7 +66,7 @@ class RunPlan:
 
     recipe: Any
     target: HardwareTarget
-    mesh_shape: Sizes
+    mesh_shape: MeshShape
     local_size: int
     """Processes of a node."""
     vocab_size: int
@@ -75,7 +75,7 @@ class RunPlan:
     """Why the tokenizer could not be opened; empty if it could."""
     model: nn.Module
     """The model, on the meta device."""
-    batch_rounding: BatchLayout
+    batch_rounding: BatchRounding
     policy: BatchPolicy
     """The batch policy, before the first step."""
     schedule: SchedulePreview
@@ -96,15 +96,15 @@ class RunPlan:
         """FLOPs of the whole run, as in MFU: what activation checkpointing recomputes is not counted."""
         return self.flops_per_token * self.schedule.tokens
 
-    def syncs_once_per_step(self, memory: Memory, device: Device) -> bool:
+    def syncs_once_per_step(self, memory: Memory, device: DeviceSpec) -> bool:
         """Return whether a run on `device` keeps weights and gradient whole for a step."""
         return syncs_once_per_step(self.recipe.training.accumulation, memory.local_peak, device.memory_bytes)
 
-    def peak_on(self, memory: Memory, device: Device) -> int:
+    def peak_on(self, memory: Memory, device: DeviceSpec) -> int:
         """Return the bytes that a rank needs on `device`."""
         return memory.local_peak if self.syncs_once_per_step(memory, device) else memory.peak
 
-    def seconds_on(self, device: Device) -> float:
+    def seconds_on(self, device: DeviceSpec) -> float:
         """Return the time of the run on as many `device`s as it has processes."""
         return self.flops / (device.flops * self.target.mfu * self.mesh_shape.world_size)
 
@@ -118,7 +118,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
     target = target.per_process(local_size)
     recipe, training = config.recipe, config.recipe.training
     problems: list[Problem] = []
-    mesh_shape, vocab_size, missing, tokenizer, model = Sizes(1, world_size, 1), 0, "", None, None
+    mesh_shape, vocab_size, missing, tokenizer, model = MeshShape(1, world_size, 1), 0, "", None, None
     with _collect_problems(config, "parallel", problems):
         mesh_shape = recipe.parallel.sizes(world_size, local_size)
     with _collect_problems(config, "tokenizer", problems):
@@ -134,7 +134,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         with _collect_problems(config, "model", problems):
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # fail here, at [model], and not in the report
-    rounding = BatchLayout(training.micro_batch_size, mesh_shape.dp_size)
+    rounding = BatchRounding(training.micro_batch_size, mesh_shape.dp_size)
     schedule, policy = SchedulePreview(), None
     with _collect_problems(config, "batch", problems):
         policy = build_batch_policy(recipe)
@@ -166,7 +166,7 @@ def estimate_epoch_tokens(data: Any, tokenizer: Any) -> int | None:
         return None if None in parts else sum(filter(None, parts))
     if tokenizer is None or not isinstance(data, TextSource):
         return None
-    log, tokens, characters = ReadingLog(), 0, 0
+    log, tokens, characters = ReadStats(), 0, 0
     try:
         size = data.size_bytes()
         if not size:  # unknown, and reading it may need the network
@@ -185,7 +185,7 @@ def estimate_epoch_tokens(data: Any, tokenizer: Any) -> int | None:
 def _collect_problems(config: Config, path: str, problems: list[Problem]) -> Iterator[None]:
     """Add the errors of the block, reported at `path`, to `problems`."""
     try:
-        with blame(config, path):
+        with config_errors_at(config, path):
             yield
     except ConfigError as error:
         problems += error.problems
@@ -194,5 +194,5 @@ def _collect_problems(config: Config, path: str, problems: list[Problem]) -> Ite
 def _device_type_and_dtype(recipe: Any, target: HardwareTarget) -> tuple[str, torch.dtype]:
     """Return the device type and precision: a GPU with bf16, unless the recipe or the target says CPU."""
     if recipe.run.device == "cpu" or (target.device is not None and target.device.name == "cpu"):
-        return "cpu", precision.dtype_of(precision.resolve(recipe.training.precision, torch.device("cpu")))
+        return "cpu", precision.dtype_of(precision.resolve_precision(recipe.training.precision, torch.device("cpu")))
     return "cuda", torch.float32 if recipe.training.precision == "float32" else torch.bfloat16

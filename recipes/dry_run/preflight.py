@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from components.batch import BatchPolicy
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.errors import message_of
@@ -139,7 +139,7 @@ def _batch(plan: RunPlan) -> Iterator[Finding]:
 def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     """Check sizes that the simulated schedule does not reach, because nothing is measured."""
     rounding, training = plan.batch_rounding, plan.recipe.training
-    initial = policy.next_batch_size(Clock(training.total_tokens, training.sequence_length))
+    initial = policy.next_batch_size(TrainingClock(training.total_tokens, training.sequence_length))
     smallest = initial if policy.min_size is None else policy.min_size
     measurable = {size: rounding.shows_noise(rounding.fit(size)) for size in (initial, smallest)}
     remedy = f"use {2 * rounding.unit} or a smaller micro-batch"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from components.hardware import Device, named_device
+from components.hardware import DeviceSpec, device_spec
 from components.units import format_count
 from recipes.config import Config, ConfigError
 from recipes.config.errors import Problem
@@ -44,7 +44,7 @@ def report_lines(plan: RunPlan) -> Iterator[str]:
     yield from plan.schedule.table(plan.recipe.training.sequence_length)
     yield ""
     device = plan.target.device
-    devices = [named_device(name) for name in DEFAULT_DEVICES] if device is None else [device]
+    devices = [device_spec(name) for name in DEFAULT_DEVICES] if device is None else [device]
     yield from _devices(plan, devices)
     yield from _step(plan, devices)
 
@@ -97,7 +97,7 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         yield f'  {"or at most":<17}{_format_bytes(memory.local_peak):>10}  with accumulation = "local", {where}'
 
 
-def _devices(plan: RunPlan, devices: list[Device]) -> Iterator[str]:
+def _devices(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:
     world_size = plan.mesh_shape.world_size
     yield f"at {plan.target.mfu:.0%} MFU on {world_size}  {'time':>9} {'device-hours':>13}  memory of a rank"
     for device in devices:
@@ -106,7 +106,7 @@ def _devices(plan: RunPlan, devices: list[Device]) -> Iterator[str]:
         yield f"  {device.name:<16} {_format_duration(seconds):>9} {hours:>13}  {_memory_fit(plan, device)}"
 
 
-def _step(plan: RunPlan, devices: list[Device]) -> Iterator[str]:
+def _step(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:
     """Yield what bounds a step of the mean batch."""
     micro_batches = plan.batch_rounding.fit(round(plan.schedule.mean_batch)).micro_batches
     steps = [(device, step) for device in devices if (step := estimate_step_time(plan, device, micro_batches))]
@@ -120,7 +120,7 @@ def _step(plan: RunPlan, devices: list[Device]) -> Iterator[str]:
         yield f"  {device.name:<26} {times}  {step.bound}"
 
 
-def _memory_fit(plan: RunPlan, device: Device) -> str:
+def _memory_fit(plan: RunPlan, device: DeviceSpec) -> str:
     if isinstance(plan.memory, str):
         return "unknown"
     needed = plan.peak_on(plan.memory, device)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from components.batch import BatchLayout, BatchPolicy
-from components.clock import Clock
+from components.batch import BatchPolicy, BatchRounding
+from components.clock import TrainingClock
 from components.units import format_count
 from recipes.batch_policy import build_batch_policy
 from recipes.interfaces import complete_schedule
@@ -72,14 +72,14 @@ class SchedulePreview:
             )
 
 
-def planned_steps(recipe: Any, rounding: BatchLayout, policy: BatchPolicy | None = None) -> Iterator[PlannedStep]:
+def planned_steps(recipe: Any, rounding: BatchRounding, policy: BatchPolicy | None = None) -> Iterator[PlannedStep]:
     """Yield every step of a run whose batch policy, by default that of [batch], is given no measurement.
 
     Raises ValueError if the policy requests an invalid batch, or does not fit the learning-rate schedule.
     """
     training = recipe.training
     policy = policy or build_batch_policy(recipe)
-    clock = Clock(training.total_tokens, training.sequence_length)
+    clock = TrainingClock(training.total_tokens, training.sequence_length)
     while not clock.done:
         batch = rounding.fit(policy.next_batch_size(clock))
         lr = recipe.lr_schedule.lr(clock.tokens, batch.samples * training.sequence_length, clock.total_tokens)
@@ -87,7 +87,7 @@ def planned_steps(recipe: Any, rounding: BatchLayout, policy: BatchPolicy | None
         clock.advance(batch.samples)
 
 
-def simulate_schedule(recipe: Any, rounding: BatchLayout) -> SchedulePreview:
+def simulate_schedule(recipe: Any, rounding: BatchRounding) -> SchedulePreview:
     """Return the preview of `planned_steps(recipe, rounding)`, and raise what that raises."""
     return summarize_steps(planned_steps(recipe, rounding), recipe)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from components.hardware import Device
+from components.hardware import DeviceSpec
 from recipes.dry_run.memory import Memory, local_numel
 from recipes.dry_run.plan import RunPlan
-from recipes.interfaces import HasPlan
+from recipes.interfaces import HasParallelPlan
 from recipes.model_setup import transformer_blocks
 
 MATMUL_UTILIZATION = 0.65
@@ -77,7 +77,7 @@ class StepTime:
         return names[max(names, key=lambda name: getattr(self, name))]
 
 
-def estimate_step_time(plan: RunPlan, device: Device, micro_batches: int) -> StepTime | None:
+def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) -> StepTime | None:
     """Return the time of a step of `micro_batches` on `device`, or None for a CPU, which has no links or launches.
 
     Without a memory estimate the collectives of tensor parallelism are left out.
@@ -107,7 +107,7 @@ def estimate_step_time(plan: RunPlan, device: Device, micro_batches: int) -> Ste
 def fsdp_collectives(plan: RunPlan, micro_batches: int, *, local: bool) -> Iterator[Collective]:
     """Yield the all-gathers and reduce-scatters over the shards, and the all-reduces over the replicas, of one step."""
     mesh_shape, model, element = plan.mesh_shape, plan.model, plan.dtype.itemsize
-    groups = plan.recipe.model.plan(tp=mesh_shape.tp).units if isinstance(plan.recipe.model, HasPlan) else []
+    groups = plan.recipe.model.plan(tp=mesh_shape.tp).units if isinstance(plan.recipe.model, HasParallelPlan) else []
     forward = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
     backward = sum(local_numel(parameter, mesh_shape) for parameter in regathered_parameters(model, groups))
     passes = 1 if local else micro_batches

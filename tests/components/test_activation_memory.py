@@ -9,12 +9,12 @@ import torch
 
 from components.activation_memory import Activations, BlockActivations, count_activations
 from models.decoder import Block, Decoder
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import rope_frequencies, rope_table
 
 pytestmark = pytest.mark.quick
 
-SIZE = Size(dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=160)
+SIZE = LlamaShape(dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=160)
 BATCH, LENGTH = 3, 40
 NAMES = [f"layers.{i}" for i in range(SIZE.layers)]
 
@@ -22,7 +22,7 @@ NAMES = [f"layers.{i}" for i in range(SIZE.layers)]
 EXPERTS = replace(SIZE, ffn_dim=32, experts=6, top_k=2)
 
 
-def counted(compute_dtype=torch.float32, size: Size = SIZE) -> Activations:
+def counted(compute_dtype=torch.float32, size: LlamaShape = SIZE) -> Activations:
     with torch.device("meta"):
         model = Decoder(size, 500)
     return count_activations(
@@ -34,7 +34,7 @@ def counted(compute_dtype=torch.float32, size: Size = SIZE) -> Activations:
     )
 
 
-def really_kept(compute_dtype: torch.dtype, size: Size = SIZE) -> int:
+def really_kept(compute_dtype: torch.dtype, size: LlamaShape = SIZE) -> int:
     """Bytes of all storages that a real forward pass saves, but for parameters."""
     model = Decoder(size, 500)
     model.init_weights(0)

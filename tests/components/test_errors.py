@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from components.distributed.collectives import raise_in_all
+from components.distributed.collectives import raise_on_all_ranks
 from components.errors import InputError, MissingFileError, message_of
 
 pytestmark = pytest.mark.quick
@@ -39,15 +39,15 @@ def test_an_error_below_a_key_keeps_its_own_key():
 def test_another_rank_raises_it_with_its_key(failure, kind, key, message):
     sent = []
     with pytest.raises(type(failure)):
-        raise_in_all(failure, lambda text: sent.append(text) or [text])
+        raise_on_all_ranks(failure, lambda text: sent.append(text) or [text])
     with pytest.raises(kind) as raised:
-        raise_in_all(None, lambda text: [text, *sent])
+        raise_on_all_ranks(None, lambda text: [text, *sent])
     assert (raised.value.key, raised.value.message) == (key, message)
 
 
 def test_another_rank_raises_what_is_not_bad_input_as_a_runtime_error():
     sent = []
     with pytest.raises(KeyError):
-        raise_in_all(KeyError("x"), lambda text: sent.append(text) or [text])
+        raise_on_all_ranks(KeyError("x"), lambda text: sent.append(text) or [text])
     with pytest.raises(RuntimeError, match=r"^KeyError\('x'\) \(rank 1\)$"):
-        raise_in_all(None, lambda text: [text, *sent])
+        raise_on_all_ranks(None, lambda text: [text, *sent])

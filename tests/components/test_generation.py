@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.generation import Sampling, continue_texts
+from components.generation import Sampling, generate_tokens
 
 pytestmark = pytest.mark.quick
 
@@ -32,7 +32,7 @@ def written(prompts, steps, sampling=None, numbers=None):
     numbers = torch.zeros(len(prompts), steps, dtype=torch.float64) if numbers is None else numbers
     sampling = sampling or Sampling(temperature=0.0)
     cpu = torch.device("cpu")
-    return list(continue_texts(Counts(), prompts, sampling, numbers, end=END, vocab_size=VOCAB, device=cpu))
+    return list(generate_tokens(Counts(), prompts, sampling, numbers, end=END, vocab_size=VOCAB, device=cpu))
 
 
 def test_rows_end_by_themselves_and_all_end_with_the_last():
@@ -54,7 +54,7 @@ def test_each_row_is_chosen_by_its_own_numbers():
 
 
 def test_inference_mode_does_not_leak_out_of_a_loop_that_is_left():
-    steps = continue_texts(
+    steps = generate_tokens(
         Counts(), [[0]], Sampling(temperature=0.0), torch.zeros(1, 3, dtype=torch.float64),
         end=None, vocab_size=VOCAB, device=torch.device("cpu"),
     )  # fmt: skip

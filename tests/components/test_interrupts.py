@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from components.interrupts import ONE_REQUEST_SECONDS, STOPPING, StopSignal, exit_status
+from components.interrupts import ONE_REQUEST_SECONDS, STOPPING, SignalCatcher, exit_status
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("terminal_signals")]
 
@@ -24,7 +24,7 @@ def heard():
 
 def test_a_request_that_arrives_twice_is_one_and_a_later_one_acts_at_once(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
+    with SignalCatcher() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -37,7 +37,7 @@ def test_a_request_that_arrives_twice_is_one_and_a_later_one_acts_at_once(monkey
 
 
 def test_a_closed_terminal_stops_the_run_and_never_at_once(monkeypatch):
-    with StopSignal() as stop:
+    with SignalCatcher() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.received == signal.SIGHUP
         assert exit_status(100 + stop.received) == 129
@@ -50,7 +50,7 @@ def test_a_closed_terminal_stops_the_run_and_never_at_once(monkeypatch):
 @pytest.mark.parametrize("number", STOPPING)
 def test_what_is_ignored_at_the_start_stays_ignored(number):
     signal.signal(number, signal.SIG_IGN)
-    with StopSignal() as stop:
+    with SignalCatcher() as stop:
         signal.raise_signal(number)
         assert not stop.received
     assert signal.getsignal(number) == signal.SIG_IGN

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from components.checkpoint import TrainingTensors
+from components.checkpoint import StateTensors
 from components.optimizers import AdamW
 from components.train_step import TrainStep
 
@@ -184,10 +184,10 @@ def test_a_checkpoint_brings_its_moments_and_no_betas(tmp_path, before, after):
     world = SimpleNamespace(rank=0, size=1, is_main=True, barrier=lambda: None)
     net, step = training(betas=(0.9, 0.95), reference_batch_tokens=before)
     moment = update(net, step, torch.ones(4, 4), 800)
-    dcp.save(TrainingTensors(net, step.optimizer, world).collect(), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(StateTensors(net, step.optimizer, world).collect(), checkpoint_id=tmp_path, no_dist=True)
 
     resumed, resumed_step = training(betas=(0.9, 0.95), reference_batch_tokens=after, weight_decay=0.3)
-    TrainingTensors(resumed, resumed_step.optimizer, world).restore(tmp_path)
+    StateTensors(resumed, resumed_step.optimizer, world).restore(tmp_path)
     assert betas(resumed_step) == (0.9, 0.95)
     assert resumed_step.optimizer.param_groups[0]["weight_decay"] == 0.3, "what the recipe says now"
     loaded = resumed_step.optimizer.state[resumed.weight]["exp_avg_sq"].double()

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.data.dataset import PackedTokens
+from components.data.dataset import TokenDataset
 from components.data.sources.text_files import TextFiles
 from tests.conftest import launch_here
 from tests.processes import run_ranks
@@ -32,7 +32,7 @@ class RecordedText(TextFiles):
     notes: Path
     """The folder for those files."""
 
-    def build(self, **settings) -> PackedTokens:
+    def build(self, **settings) -> TokenDataset:
         samples = super().build(**settings)
         self.notes.mkdir(parents=True, exist_ok=True)
         read, notes = samples.__getitems__, self.notes / f"rank-{os.environ.get('RANK', '0')}"

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from components.checkpoint import CheckpointStore, load_tensors
+from components.checkpoint import CheckpointManager, load_tensors
 from components.checkpoint.metadata import read_index
 from tests.components.distributed.test_context import join
 from tests.processes import call_in_ranks
@@ -40,7 +40,7 @@ def save_and_load(rank: int, folder: Path) -> None:
         planned.clear()
         return found
 
-    store = CheckpointStore(folder / "checkpoints", world, async_save=True)
+    store = CheckpointManager(folder / "checkpoints", world, async_save=True)
     expected = {}
     for step, tensors, again in (
         (1, sharded(1), False),

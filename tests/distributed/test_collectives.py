@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from components.distributed.parallel_dims import Sizes
+from components.distributed.parallel_dims import MeshShape
 from recipes.config import Override, load
 from recipes.dry_run.plan import HardwareTarget, make_plan
 from recipes.dry_run.step_time import fsdp_collectives, tp_collectives
@@ -25,11 +25,11 @@ MICRO_BATCHES, MICRO_BATCH, SEQUENCE, STEPS, LAYERS = 3, 2, 24, 3, 2
 SMALL = 1024
 """Bytes: what is smaller is no gradient, but a few numbers that all processes agree on."""
 MESHES = {
-    "two replicas": Sizes(2, 1, 1),
-    "two shards": Sizes(1, 2, 1),
-    "two slices": Sizes(1, 1, 2),
-    "two replicas of two shards": Sizes(2, 2, 1),
-    "two shards of two slices": Sizes(1, 2, 2),
+    "two replicas": MeshShape(2, 1, 1),
+    "two shards": MeshShape(1, 2, 1),
+    "two slices": MeshShape(1, 1, 2),
+    "two replicas of two shards": MeshShape(2, 2, 1),
+    "two shards of two slices": MeshShape(1, 2, 2),
 }
 MODES = ("reduce", "local")
 SIX = ["--model.layers=6"]

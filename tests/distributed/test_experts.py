@@ -11,8 +11,8 @@ import torch
 from components.checkpoint import load_tensors, tensor_names
 from components.gradient_noise import GradientMoments
 from models.llama import Llama
-from models.mup import MuPKeys
-from models.router_loss import RouterKeys
+from models.mup import MuPConfig
+from models.router_loss import RouterLossConfig
 from tests.conftest import TinyRun
 from tests.distributed.layouts import run_all
 
@@ -97,8 +97,8 @@ def built(experts: int) -> torch.nn.Module:
     return Llama(
         size="debug", dim=16, layers=2, heads=2, kv_heads=2, head_dim=8, ffn_dim=16, experts=experts, top_k=TOP_K,
         tied_embeddings=True, init_std=0.1,
-        router=RouterKeys(load_balancing_coefficient=0.05, z_loss_coefficient=0.01),
-        mup=MuPKeys(base_width=8, embedding_multiplier=12, residual_multiplier=0.22),
+        router=RouterLossConfig(load_balancing_coefficient=0.05, z_loss_coefficient=0.01),
+        mup=MuPConfig(base_width=8, embedding_multiplier=12, residual_multiplier=0.22),
     ).build(vocab_size=257, sequence_length=SEQUENCE)  # fmt: skip
 
 

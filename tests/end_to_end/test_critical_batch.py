@@ -13,7 +13,7 @@ import pytest
 from torch import nn
 
 from components.batch import Constant
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.train_step import TrainStep
 from recipes import cli
 from recipes.bad_steps import NonFiniteError
@@ -136,7 +136,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     with monkeypatch.context() as patch:
         if moment == "before its validation":
 
-            def killed(hook: Validate, model: nn.Module, clock: Clock) -> None:
+            def killed(hook: Validate, model: nn.Module, clock: TrainingClock) -> None:
                 if clock.done and hook.checkpoints.config.recipe.batch.initial == 24:
                     kill()
                 validate(hook, model, clock)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from components.checkpoint import complete_checkpoints, verify
+from components.checkpoint import list_checkpoints, verify
 from recipes import cli
 from tests.conftest import TinyRun
 from tests.distributed.launching import ROOT
@@ -75,7 +75,7 @@ def test_an_ending_with_a_sound_state_saves_it(run, undisturbed, monkeypatch, ca
     assert message in said
     if ended is not None:
         assert "Traceback" not in said
-    (saved,) = complete_checkpoints(run.directory / "checkpoints")
+    (saved,) = list_checkpoints(run.directory / "checkpoints")
     verify(saved)
     assert_same_state(saved, undisturbed / "checkpoints" / "step-00000003")
 
@@ -156,7 +156,7 @@ def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_checkpoint(run
     said = capsys.readouterr().out
     assert "the state after step 4 is not finite: " in said
     assert f"It is not saved; the last good checkpoint is {run.checkpoint(3)}" in said
-    assert complete_checkpoints(run.directory / "checkpoints") == [run.checkpoint(3)]
+    assert list_checkpoints(run.directory / "checkpoints") == [run.checkpoint(3)]
     assert all(tensor.isfinite().all() for tensor in tensors(run.checkpoint(3)).values())
     monkeypatch.delenv("FAULT")
     assert run.launch(*arguments, f"--run.dir={run.directory}", "--resume") == 0, "the remedy works"
@@ -188,12 +188,12 @@ def test_two_processes_agree_on_an_error_that_one_of_them_meets(run, monkeypatch
     status, said = start("validation: cannot be read", "2")
     assert status == 2, said
     assert said.count("[Errno 5] Input/output error: '/data/shard-7.bin'") == 1
-    assert complete_checkpoints(directory / "checkpoints") == [run.checkpoint(3)]
+    assert list_checkpoints(directory / "checkpoints") == [run.checkpoint(3)]
     status, said = start("data: cannot be read", "26,34", "--resume", "--guard.on_bad_sample=skip", limit)
     assert status == 2, said
     assert "step 4 (samples 24 to 31) has a bad sample: samples 26 to 27: [Errno 5]" in said
     assert "step 5 (samples 32 to 39) has a bad sample: samples 34 to 35: [Errno 5]" in said
-    assert complete_checkpoints(directory / "checkpoints")[-1] == run.checkpoint(4)
+    assert list_checkpoints(directory / "checkpoints")[-1] == run.checkpoint(4)
     rows = run.rows()
     assert [row["step"] for row in rows if "val_loss" in row] == [3], "once it could be read"
     assert [row["step"] for row in rows if row.get("loss", 0) is None] == [4]

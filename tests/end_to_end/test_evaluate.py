@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.validation import Totals
+from components.validation import LossTotals
 from recipes import cli
-from recipes.evaluate import Evaluate, Evaluation, numbers
+from recipes.evaluate import Evaluate, Evaluation, metrics_of
 from tests.conftest import TinyRun
 from tools import export_hf
 
@@ -117,9 +117,9 @@ def test_documents_are_what_transformers_computes_token_by_token(evaluated, thei
 def test_the_result_of_a_broken_model_is_still_json(tmp_path):
     output, table = tmp_path / "result.json", tmp_path / "table.jsonl"
     keys = Evaluation(checkpoint=tmp_path, method="documents", output=output, table=table)
-    rows = [Totals(math.nan, 3, 2), Totals(1.0, 1, 0)]
+    rows = [LossTotals(math.nan, 3, 2), LossTotals(1.0, 1, 0)]
     about = {"checkpoint": "broken", "data": "text"}
-    Evaluate(evaluation=keys).report({**about, **numbers(rows[0])}, rows)
+    Evaluate(evaluation=keys).report({**about, **metrics_of(rows[0])}, rows)
     written = [output.read_text(), *table.read_text().splitlines()]
     found = [json.loads(text, parse_constant=pytest.fail) for text in written]
     assert [row["loss"] for row in found] == [None, None, 1.0]

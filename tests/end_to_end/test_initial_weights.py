@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from recipes.pretrained import open_trained
+from recipes.pretrained import load_pretrained
 from tools import export_hf, import_hf
 
 
@@ -72,7 +72,7 @@ def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
     assert "model.safetensors.index.json beside it" in out
     (tiny.directory / "config.json").write_bytes((exported / "config.json").read_bytes())
     with pytest.raises(ValueError, match="holds a Hugging Face model and checkpoints"):
-        open_trained(tiny.directory)
+        load_pretrained(tiny.directory)
 
 
 @pytest.mark.parametrize(

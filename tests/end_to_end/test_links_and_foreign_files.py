@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from components.checkpoint import complete_checkpoints, verify
+from components.checkpoint import list_checkpoints, verify
 from tests.conftest import TinyRun
 from tests.distributed.launching import finish, start, steps
 from tests.faults.test_removals import Others, moved_and_linked
@@ -25,9 +25,9 @@ def link_everything(tiny: TinyRun, *names: str) -> Path:
 
 def saved(directory: Path) -> list[int]:
     """Steps of the checkpoints in `directory`, each of which is as it was written."""
-    for checkpoint in complete_checkpoints(directory):
+    for checkpoint in list_checkpoints(directory):
         verify(checkpoint)
-    return [int(path.name[5:]) for path in complete_checkpoints(directory)]
+    return [int(path.name[5:]) for path in list_checkpoints(directory)]
 
 
 def test_a_run_behind_links_is_resumed_killed_and_started_again_and_loses_nothing(tiny):

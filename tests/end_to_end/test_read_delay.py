@@ -15,7 +15,7 @@ from tests.end_to_end.test_resume import assert_same_state, tensors, timeless
 @pytest.fixture
 def delay(monkeypatch):
     def set_delay(steps: int) -> None:
-        monkeypatch.setattr("recipes.pretrain.read_delay", lambda *_: steps)
+        monkeypatch.setattr("recipes.pretrain.metrics_delay", lambda *_: steps)
 
     return set_delay
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from components.checkpoint import complete_checkpoints, verify
+from components.checkpoint import list_checkpoints, verify
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.processes import start_process, wait_until
 
@@ -52,7 +52,7 @@ def test_a_stopped_run_saves_and_continues_as_if_it_had_never_stopped(new_tiny, 
 
 
 def assert_saved(tiny):
-    (saved,) = complete_checkpoints(tiny.directory / "checkpoints")
+    (saved,) = list_checkpoints(tiny.directory / "checkpoints")
     verify(saved)
     assert saved == tiny.checkpoint([row["step"] for row in tiny.rows() if "loss" in row][-1])
 

@@ -59,7 +59,7 @@ def test_no_number_is_read_while_a_step_is_launched(tiny, monkeypatch, name):
         run.step.accumulate = before
 
     monkeypatch.setattr(Trainer, "launch", watched)
-    monkeypatch.setattr("recipes.pretrain.read_delay", lambda *_: 1)
+    monkeypatch.setattr("recipes.pretrain.metrics_delay", lambda *_: 1)
     keys = ["--validation=none", "--checkpoint.interval_steps=none", "--training.total_tokens=900"]
     assert tiny.launch(*keys, *CASES[name]) == 0
     assert accumulate and not waits.found

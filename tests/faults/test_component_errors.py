@@ -40,12 +40,12 @@ SECTIONS = {
     "optimizer": "components.optimizers:AdamW",
     "lr_schedule": "components.lr_schedules:WSD",
     "batch": "components.batch:Ramp",
-    "gradient_moments": "components.gradient_noise:MeasureMoments",
-    "guard": "components.guard:Guard",
-    "checkpoint": "components.checkpoint:Checkpoint",
-    "metrics": "components.metrics.logger:Metrics",
-    "parallel": "components.distributed:Parallel",
-    "validation": "components.validation:HeldOut",
+    "gradient_moments": "components.gradient_noise:GradientNoiseConfig",
+    "guard": "components.guard:GuardConfig",
+    "checkpoint": "components.checkpoint:CheckpointConfig",
+    "metrics": "components.metrics.logger:MetricsConfig",
+    "parallel": "components.distributed:ParallelConfig",
+    "validation": "components.validation:ValidationConfig",
 }
 AT_THE_START = [
     ("tokenizer", METHOD, "build"), ("tokenizer", BUILT, "vocab_size"), ("tokenizer", BUILT, "fingerprint"),

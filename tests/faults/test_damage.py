@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components import run_directory
-from components.checkpoint import DamagedError, clean, verify
+from components.checkpoint import DamagedError, remove_partial_saves, verify
 from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.faults.bad_files import cut, flip
@@ -77,7 +77,7 @@ def test_leftovers_are_cleaned_and_what_was_being_replaced_comes_back(tmp_path) 
     for name in (*leftovers, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "state.json").write_text(name)
-    clean(tmp_path, "a")
+    remove_partial_saves(tmp_path, "a")
     assert {path.name: (path / "state.json").read_text() for path in tmp_path.iterdir()} == {
         **{name: name for name in others},
         "step-00000002": ".replaced-a-step-00000002",

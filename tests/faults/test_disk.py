@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from components.checkpoint import complete_checkpoints, verify
-from components.metrics.append_only_file import Appended
+from components.checkpoint import list_checkpoints, verify
+from components.metrics.append_only_file import AppendOnlyFile
 
 RUN = ["--training.total_tokens=300", "--validation.interval_steps=none", "--metrics.tensorboard=true"]
 """Two steps, each with a checkpoint."""
@@ -60,7 +60,7 @@ class FailingDisk:
 
 def sound(directory: Path) -> None:
     """Every checkpoint in it is complete, and there is nothing else."""
-    for checkpoint in complete_checkpoints(directory / "checkpoints"):
+    for checkpoint in list_checkpoints(directory / "checkpoints"):
         verify(checkpoint)
     if (directory / "checkpoints").is_dir():
         assert not list((directory / "checkpoints").glob(".writing*"))
@@ -127,7 +127,7 @@ def test_a_quota_stops_no_training(tiny, capsys, limit, asynchronous: str) -> No
 @pytest.mark.quick
 def test_records_wait_for_room_and_none_is_torn_or_lost(tmp_path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    file = Appended(tmp_path / "f")
+    file = AppendOnlyFile(tmp_path / "f")
     file.append(b"x" * 99 + b"\n")
     resource.setrlimit(resource.RLIMIT_FSIZE, (250, before[1]))
     try:

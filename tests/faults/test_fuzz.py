@@ -12,12 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.checkpoint import complete_checkpoints, load_tensors, tensor_names, verify
+from components.checkpoint import list_checkpoints, load_tensors, tensor_names, verify
 from components.checkpoint.load import read_state
 from components.data import TextFiles
 from components.tokenizers import Bytes, TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load
-from recipes.stored_config import stored_config
+from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 from tests.conftest import RECIPE, TinyRun
 
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(trained: Path) -> Path:
-    return complete_checkpoints(trained / "run" / "checkpoints")[-1]
+    return list_checkpoints(trained / "run" / "checkpoints")[-1]
 
 
 @st.composite
@@ -202,7 +202,7 @@ def test_checkpoint_state(checkpoint: Path, tmp_path_factory, edits, key: str, v
 def test_checkpoint_manifest_and_configuration(checkpoint: Path, tmp_path_factory, edits, name: str) -> None:
     content = mutate((checkpoint / name).read_bytes(), edits)
     copy = spoilt(checkpoint, tmp_path_factory.mktemp("checkpoint"), name, content)
-    for read in (verify, stored_config):
+    for read in (verify, load_stored_config):
         try:
             read(copy)
         except (ValueError, ConfigError) as error:

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.checkpoint import complete_checkpoints
+from components.checkpoint import list_checkpoints
 from components.data import HuggingFaceDataset, StandardLibrary, TextFiles, TokenFiles
-from components.data.document import ReadingLog
-from components.data.file_hash_cache import FileHashes
-from components.data.shards import catalogue
-from components.metrics.jsonl import JsonLines, read_rows
+from components.data.document import ReadStats
+from components.data.file_hash_cache import FileHashCache
+from components.data.shards import list_encoded
+from components.metrics.jsonl import JsonLinesWriter, read_rows
 from components.safetensors import PickledWeights, Weights
 from components.tokenizers.tiktoken_file import read_ranks
 from tools.generate import read_prompts
@@ -36,7 +36,7 @@ ENTRY = b'{"digest": "%d", "varied": {}, "outcome": {}}\n'
 
 
 def texts(path: Path) -> list[str]:
-    return [document.text for document in TextFiles(path=path).documents(ReadingLog())]
+    return [document.text for document in TextFiles(path=path).documents(ReadStats())]
 
 
 def write_parquet(path: Path, values: list[bytes | None]) -> None:
@@ -51,7 +51,7 @@ def hub(path: Path) -> list[str]:
     datasets = pytest.importorskip("datasets", reason="needs the [data] extra")
     datasets.disable_progress_bars()
     source = HuggingFaceDataset(path=f"hf://{path.parent}/default/train")
-    return [document.text for document in source.documents(ReadingLog())]
+    return [document.text for document in source.documents(ReadStats())]
 
 
 def token_ids(path: Path) -> Any:
@@ -103,7 +103,7 @@ def test_bytes_that_are_not_utf_8_are_replaced_and_counted_in_every_format_of_te
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n{"text": "fine too"}\n')
     (tmp_path / "c.csv").write_bytes(b"text\nfine\ncaf\xe9\nfine too\n")
     (tmp_path / "d.json").write_bytes(b'[{"text": "fine"}, {"text": "caf\xe9"}, {"text": "fine too"}]')
-    log = ReadingLog()
+    log = ReadStats()
     documents = [document.text for document in TextFiles(path=tmp_path).documents(log)]
     assert documents == 4 * ["fine", "caf\ufffd", "fine too"]
     assert log.repairs == {"replaced characters": 4}
@@ -113,7 +113,7 @@ def test_a_bad_row_of_metrics_does_not_cost_the_rows_behind_it(tmp_path, caplog)
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step}) + "\n" for step in range(1, 9)]
     path.write_text("".join([*rows[:2], "\0\0\n", *rows[3:], '{"step": 9']))
-    JsonLines(path, after_step=6).close()
+    JsonLinesWriter(path, after_step=6).close()
     assert path.read_text() == "".join([*rows[:2], "\0\0\n", *rows[3:6]])
     assert "metrics.jsonl:3 is not a row" in caplog.text
 
@@ -155,7 +155,7 @@ def to_whom_permissions_apply() -> Iterator[None]:
 
 
 def fingerprint(path: Path) -> str:
-    return HuggingFaceDataset(path=f"hf://{path}/default/train").fingerprint(FileHashes(path / "none"))
+    return HuggingFaceDataset(path=f"hf://{path}/default/train").fingerprint(FileHashCache(path / "none"))
 
 
 def library(path: Path) -> object:
@@ -180,7 +180,7 @@ def test_a_folder_that_may_not_be_listed_is_an_error_that_names_it(folder, monke
 
 def test_other_folders_that_may_not_be_listed_are_not_taken_as_empty(folder):
     with to_whom_permissions_apply():
-        for read in (catalogue, complete_checkpoints):
+        for read in (list_encoded, list_checkpoints):
             with pytest.raises(PermissionError, match="shut"):
                 read(folder / "shut")
 
@@ -216,9 +216,9 @@ LINKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index of weights": (Weights, "model.safetensors.index.json"),
     "pickled weights": (PickledWeights, "pytorch_model.bin"),
     "metrics": (lambda path: read_rows(path / "metrics.jsonl"), "metrics.jsonl"),
-    "metrics of a resumed run": (lambda path: JsonLines(path / "metrics.jsonl"), "metrics.jsonl"),
+    "metrics of a resumed run": (lambda path: JsonLinesWriter(path / "metrics.jsonl"), "metrics.jsonl"),
     "results of a sweep": (lambda path: Results(path / "results.jsonl"), "results.jsonl"),
-    "checkpoints": (lambda path: complete_checkpoints(path / "checkpoints"), "checkpoints"),
+    "checkpoints": (lambda path: list_checkpoints(path / "checkpoints"), "checkpoints"),
 }
 
 

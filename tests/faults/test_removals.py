@@ -14,14 +14,14 @@ import torch
 
 from components import atomic_files
 from components.atomic_files import atomic_write
-from components.checkpoint import CheckpointStore, clean, remove_all
-from components.data.file_hash_cache import FileHashes
-from components.interrupts import Requests, StopSignal
-from components.metrics.jsonl import JsonLines
-from components.metrics.tensorboard import TensorBoard
+from components.checkpoint import CheckpointManager, remove_all, remove_partial_saves
+from components.data.file_hash_cache import FileHashCache
+from components.interrupts import SignalCatcher, StopRequests
+from components.metrics.jsonl import JsonLinesWriter
+from components.metrics.tensorboard import TensorBoardWriter
 from components.run_directory import RunDirectory
 from components.safetensors import new_directory
-from recipes.run_setup import remove_run
+from recipes.run_setup import remove_old_run
 from tests.components.checkpoint.test_manager import Alone
 from tools.sweep.runner import Results
 
@@ -53,7 +53,7 @@ def moved_and_linked(path: Path, elsewhere: Path) -> None:
     path.symlink_to(elsewhere / path.name)
 
 
-def save(store: CheckpointStore, *steps: int) -> None:
+def save(store: CheckpointManager, *steps: int) -> None:
     for step in steps:
         assert store.save(step, {"weight": torch.zeros(2)}, {"clock": {}}, "a = 1\n")
 
@@ -61,17 +61,17 @@ def save(store: CheckpointStore, *steps: int) -> None:
 def retention(folder: Path, others: Others) -> None:
     """Saves that remove older checkpoints; one of them is a link, one has a note in it, two are of another run."""
     place = folder / "checkpoints"
-    save(CheckpointStore(place, Alone(), run=OTHER_RUN), 1, 2)
-    save(CheckpointStore(place, Alone(), run=RUN), 3, 4, 5)
+    save(CheckpointManager(place, Alone(), run=OTHER_RUN), 1, 2)
+    save(CheckpointManager(place, Alone(), run=RUN), 3, 4, 5)
     moved_and_linked(place / "step-00000002", folder / "elsewhere")
     moved_and_linked(place / "step-00000004", folder / "elsewhere")
     others.write(place / "step-00000003" / "notes.md", place / "step-00000000" / "weights", place / "epoch=3.ckpt")
-    save(CheckpointStore(place, Alone(), run=RUN, keep_last=1), 6)
+    save(CheckpointManager(place, Alone(), run=RUN, keep_last=1), 6)
     names = {path.name for path in place.glob("step-*")}
     assert names == {f"step-{step:08d}" for step in (0, 1, 2, 6)}, "what this run wrote and no longer needs is gone"
     assert len(list((folder / "elsewhere").rglob("*.distcp"))) == 2, "of a link, only the link"
     assert [path.name for path in place.glob("not-removed-step-00000003-*/*")] == ["notes.md"]
-    store = CheckpointStore(place, Alone(), run=RUN)
+    store = CheckpointManager(place, Alone(), run=RUN)
     assert not store.save(1, {"weight": torch.zeros(2)}, {"clock": {}}, ""), "it would replace another run's"
 
 
@@ -84,7 +84,7 @@ def leftovers_of_dead_saves(folder: Path, others: Others) -> None:
     (folder / "elsewhere").mkdir()
     others.write(folder / "elsewhere" / "state.json")
     (folder / f".writing-{RUN}-removed-step-00000007").symlink_to(folder / "elsewhere")
-    clean(folder, RUN)
+    remove_partial_saves(folder, RUN)
     assert not list(folder.glob(f".*-{RUN}-*"))
     assert (folder / f".writing-{OTHER_RUN}-step-00000001" / "state.json").exists()
 
@@ -95,10 +95,10 @@ def replacing_a_run(folder: Path, others: Others) -> None:
     directory.path.mkdir()
     directory.claim()
     assert directory.run is not None
-    save(CheckpointStore(directory.checkpoints, Alone(), run=directory.run), 1, 2)
-    save(CheckpointStore(directory.checkpoints, Alone(), run=OTHER_RUN), 3)
+    save(CheckpointManager(directory.checkpoints, Alone(), run=directory.run), 1, 2)
+    save(CheckpointManager(directory.checkpoints, Alone(), run=OTHER_RUN), 3)
     for run in (directory.run, OTHER_RUN):
-        TensorBoard(directory.tensorboard, run=run).close()
+        TensorBoardWriter(directory.tensorboard, run=run).close()
     others.write(directory.checkpoints / "epoch=3.ckpt", directory.checkpoints / "keep" / "last.ckpt")
     others.write(directory.tensorboard / "old", directory.tensorboard / "events.out.tfevents.1700000000.host.1.0")
     others.write(directory.path / "notes.md", directory.path / "damaged-step-00000001" / "state.json")
@@ -106,7 +106,7 @@ def replacing_a_run(folder: Path, others: Others) -> None:
         others.write(path)
     for path in (directory.checkpoints, directory.tensorboard, directory.metrics, directory.log, directory.config):
         moved_and_linked(path, elsewhere)
-    remove_run(directory)
+    remove_old_run(directory)
     assert not directory.metrics.is_symlink() and not directory.config.is_symlink(), "of a file's link, the link"
     assert directory.checkpoints.is_symlink() and directory.tensorboard.is_symlink(), "folders stay where they are"
     assert [path.name for path in directory.checkpoints.glob("step-*")] == ["step-00000003"]
@@ -120,7 +120,7 @@ def clearing_a_directory_that_is_no_runs(folder: Path, others: Others) -> None:
     others.write(*(folder / name for name in (*names, "checkpoints/step-00000001/state.json")))
     directory.sweep()
     directory.clear()
-    remove_run(directory)
+    remove_old_run(directory)
     remove_all(directory.checkpoints, RUN)
     with pytest.raises(ValueError, match=r"no run\.json"):
         directory.claim()
@@ -131,7 +131,7 @@ def metrics_cut_on_resume(folder: Path, others: Others) -> None:
     (folder / "metrics.jsonl").write_text("".join(rows))
     moved_and_linked(folder / "metrics.jsonl", folder / "elsewhere")
     others.write(folder / "elsewhere" / "metrics.json", folder / "metrics.jsonl.bak")
-    JsonLines(folder / "metrics.jsonl", after_step=2).close()
+    JsonLinesWriter(folder / "metrics.jsonl", after_step=2).close()
     assert (folder / "elsewhere" / "metrics.jsonl").read_text() == "".join(rows[:3])
 
 
@@ -145,8 +145,8 @@ def a_file_replaced(folder: Path, others: Others) -> None:
 def the_stop_file(folder: Path, others: Others) -> None:
     others.write(folder / "mine")
     (folder / "stop").symlink_to(folder / "mine")
-    with StopSignal() as signals:
-        Requests(signals, file=folder / "stop", ends_at=None).clear_file()
+    with SignalCatcher() as signals:
+        StopRequests(signals, file=folder / "stop", ends_at=None).clear_file()
     assert not (folder / "stop").is_symlink()
 
 
@@ -169,7 +169,7 @@ def prepared_data(folder: Path, others: Others) -> None:
     others.write(folder / "data.txt", folder / "file-hashes.json.bak")
     os.utime(folder / "data.txt", (0, 0))
     others.write(folder / "file-hashes.json")
-    with FileHashes(folder / "file-hashes.json") as hashes:
+    with FileHashCache(folder / "file-hashes.json") as hashes:
         hashes._learnt = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be remembered
 
 

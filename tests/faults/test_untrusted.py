@@ -16,8 +16,8 @@ from components.checkpoint import load_tensors, tensor_names
 from components.safetensors import PickledWeights
 from recipes import cli
 from recipes.config import ConfigError
-from recipes.resume import another_past
-from recipes.stored_config import stored_config
+from recipes.resume import schedule_mismatch
+from recipes.stored_config import load_stored_config
 from tests.conftest import TinyRun
 from tools import export_hf, generate, import_hf
 
@@ -268,7 +268,7 @@ def test_the_configuration_in_a_checkpoint_may_not_name_code(stranger: TinyRun, 
     head, _, rest = stored.partition("[lr_schedule]")
     (checkpoint / "config.toml").write_text(text + head.replace("\n[", "\n[", 1) + "[other]" + rest)
     with pytest.raises((ValueError, ConfigError)):
-        stored_config(checkpoint)
+        load_stored_config(checkpoint)
     assert export_hf.main([str(checkpoint), str(tmp_path / "out")]) == 2
     assert "trust" in capsys.readouterr().err
     assert not mark.exists()
@@ -282,5 +282,5 @@ def test_resuming_does_not_import_what_the_checkpoint_names(stranger: TinyRun, t
     stored = (checkpoint / "config.toml").read_text()
     assert 'use = "components.lr_schedules:WSD"' in stored
     (checkpoint / "config.toml").write_text(stored.replace("components.lr_schedules:WSD", "planted:Evil"))
-    assert another_past(checkpoint, load(stranger.recipe, [Override("training.total_tokens", "9000")])) is None
+    assert schedule_mismatch(checkpoint, load(stranger.recipe, [Override("training.total_tokens", "9000")])) is None
     assert not mark.exists()

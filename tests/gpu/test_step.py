@@ -97,14 +97,14 @@ def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny, monkeypatch):
 @pytest.mark.parametrize("vocab_size", [512, 70_000])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_loss_and_its_gradients_in_bf16(vocab_size, compiled):
-    from models.loss import linear_cross_entropy
+    from models.loss import chunked_cross_entropy
 
     torch.manual_seed(0)
     x = torch.randn(5000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(vocab_size, 64, device="cuda") * 0.1).bfloat16().requires_grad_()
     labels = torch.randint(vocab_size, (5000,), device="cuda")
     labels[::7] = -100
-    loss = linear_cross_entropy(x, weight, labels, compiled=compiled)
+    loss = chunked_cross_entropy(x, weight, labels, compiled=compiled)
     loss.backward()
     x64, w64 = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
     expected = torch.nn.functional.cross_entropy(x64 @ w64.T, labels, reduction="sum")

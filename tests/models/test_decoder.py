@@ -13,17 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder, RMSNorm
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import RopeScaling
 
 pytestmark = pytest.mark.quick
 
-SMALL = Size(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
+SMALL = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
 SHAPES = {
     "grouped": SMALL,
-    "all heads": Size(dim=32, layers=2, heads=4, kv_heads=4, ffn_dim=48),
-    "one key-value head": Size(dim=32, layers=3, heads=4, kv_heads=1, ffn_dim=40, head_dim=12),
-    "tied and scaled": Size(
+    "all heads": LlamaShape(dim=32, layers=2, heads=4, kv_heads=4, ffn_dim=48),
+    "one key-value head": LlamaShape(dim=32, layers=3, heads=4, kv_heads=1, ffn_dim=40, head_dim=12),
+    "tied and scaled": LlamaShape(
         dim=24, layers=2, heads=2, kv_heads=1, ffn_dim=64, tied_embeddings=True, rope_scaling=RopeScaling()
     ),
 }
@@ -31,7 +31,7 @@ V, B, T = 61, 3, 20
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
-def decoder(size: Size, seed: int = 0) -> Decoder:
+def decoder(size: LlamaShape, seed: int = 0) -> Decoder:
     """Weights large enough that attention is far from uniform."""
     model = Decoder(size, V, init_std=0.25)
     model.init_weights(seed)
@@ -86,7 +86,7 @@ def test_a_sequence_is_its_own_prefix_whatever_the_batch(size):
 
 def test_order_matters():
     """Without rotation, one layer would give the last token the same logits for any order of the earlier ones."""
-    size = Size(dim=32, layers=1, heads=4, kv_heads=2, ffn_dim=48)
+    size = LlamaShape(dim=32, layers=1, heads=4, kv_heads=2, ffn_dim=48)
     model, given = decoder(size), tokens()
     swapped = given.clone()
     swapped[:, [2, 11]] = given[:, [11, 2]]
@@ -106,7 +106,7 @@ def test_flops_are_those_torch_counts(size):
 
 def test_flops_of_a_known_model():
     with torch.device("meta"):
-        model = Decoder(Size(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336), 128_256)
+        model = Decoder(LlamaShape(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336), 128_256)
     matrices = 8_030_261_248 - 128_256 * 4096 - 65 * 4096  # Llama 3.1 8B without its embedding and norms
     assert model.flops_per_token(8192) == 6 * matrices + 12 * 32 * 4096 * 8192
 

@@ -14,9 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from components.token_ids import IGNORE_INDEX
 from models import decoder as module
 from models.decoder import Decoder
-from models.document_attention import InBlocks, OneByOne, documents, positions
+from models.document_attention import FlexDocumentAttention, PerDocumentSDPA, document_attention, document_positions
 from models.mup import MuP
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import RopeScaling
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 V, B, T, END = 61, 4, 24, 7
-SMALL = Size(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
+SMALL = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
 SHAPES = {
     "grouped": SMALL,
     "all heads": replace(SMALL, kv_heads=4),
@@ -42,14 +42,14 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 """float64, whose sums are in another order."""
 
 
-def decoder(size: Size) -> Decoder:
+def decoder(size: LlamaShape) -> Decoder:
     """In float64, with weights large enough that attention is far from uniform."""
     model = Decoder(size, V, init_std=0.25)
     model.init_weights(0)
     return model.double().eval()  # evaluated, or routers would be trained for the balance of the whole micro-batch
 
 
-def apart(size: Size) -> Decoder:
+def apart(size: LlamaShape) -> Decoder:
     model = decoder(size)
     model.separate_documents(END)
     return model
@@ -83,7 +83,7 @@ def test_positions_count_from_the_start_of_a_document_or_of_the_sequence():
     expected = torch.empty(B, T, dtype=torch.int64)
     for row, first, end in spans():
         expected[row, first:end] = torch.arange(end - first)
-    assert torch.equal(positions(tokens() == END), expected)
+    assert torch.equal(document_positions(tokens() == END), expected)
 
 
 @shapes
@@ -123,21 +123,21 @@ def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
         assert (difference[own] > 1e-6).all()
 
 
-def uncompiled(starts_BT: Tensor, head_width: int) -> InBlocks:
-    return InBlocks(starts_BT, compiled=False)
+def uncompiled(starts_BT: Tensor, head_width: int) -> FlexDocumentAttention:
+    return FlexDocumentAttention(starts_BT, compiled=False)
 
 
 @shapes
 def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
     """As on a GPU, but with the kernel that materializes all scores; backward too, which torch refuses on a CPU."""
     found = []
-    for way in (documents, uncompiled):
+    for way in (document_attention, uncompiled):
         model = apart(size)
         monkeypatch.setattr(module, "documents", way)
         monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None, raising=False)
         logits = model(tokens())
         found.append((logits, *torch.autograd.grad(model(tokens(), labels()), list(model.parameters()))))
-    assert isinstance(documents(tokens() == END, 32), OneByOne), "on a CPU"
+    assert isinstance(document_attention(tokens() == END, 32), PerDocumentSDPA), "on a CPU"
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
@@ -147,19 +147,19 @@ def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
 def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
-    for way in (lambda starts_BT, head_width: OneByOne(starts_BT), documents):
+    for way in (lambda starts_BT, head_width: PerDocumentSDPA(starts_BT), document_attention):
         monkeypatch.setattr(module, "documents", way)
         model = apart(replace(SMALL, dim=64)).float().cuda()
         loss = model(given, given.roll(-1, 1))
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    assert isinstance(documents(given == END, 16), InBlocks)
+    assert isinstance(document_attention(given == END, 16), FlexDocumentAttention)
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
 
 
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
     """Whole, where attention is in blocks; the lengths of one by one are not for the compiler."""
-    for way, whole in ((documents, False), (uncompiled, True)):
+    for way, whole in ((document_attention, False), (uncompiled, True)):
         monkeypatch.setattr(module, "documents", way)
         eager, compiled, counter = apart(SMALL), apart(SMALL), CompileCounter()
         for layer in compiled.layers.values():

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.init import fill_normal, runs, seed_of
-from models.presets import Size
+from models.init import fill_normal, parameter_seed, runs
+from models.presets import LlamaShape
 
 pytestmark = pytest.mark.quick
 
-SIZE = Size(dim=64, layers=4, heads=4, kv_heads=2, ffn_dim=160)
+SIZE = LlamaShape(dim=64, layers=4, heads=4, kv_heads=2, ffn_dim=160)
 V = 300
 
 
-def weights(seed: int = 0, size: Size = SIZE, dtype: torch.dtype = torch.float32, **options) -> dict[str, torch.Tensor]:
+def weights(
+    seed: int = 0, size: LlamaShape = SIZE, dtype: torch.dtype = torch.float32, **options
+) -> dict[str, torch.Tensor]:
     model = Decoder(size, V, **options).to(dtype)
     model.init_weights(seed)
     return model.state_dict()
@@ -32,7 +34,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_made_on_meta_gets_the_same_weights(tied):
-    size = Size(dim=64, layers=4, heads=4, kv_heads=2, ffn_dim=160, tied_embeddings=tied)
+    size = LlamaShape(dim=64, layers=4, heads=4, kv_heads=2, ffn_dim=160, tied_embeddings=tied)
     with torch.device("meta"):
         model = Decoder(size, V)
     model.to_empty(device="cpu")
@@ -94,7 +96,7 @@ def test_no_two_parameters_get_the_same_draw():
 @pytest.mark.parametrize("depth_scaled", [False, True])
 def test_a_deeper_model_begins_with_the_layers_of_the_shallower(depth_scaled):
     def of_layers(layers: int) -> dict[str, torch.Tensor]:
-        size = Size(dim=64, layers=layers, heads=4, kv_heads=2, ffn_dim=160)
+        size = LlamaShape(dim=64, layers=layers, heads=4, kv_heads=2, ffn_dim=160)
         return weights(size=size, depth_scaled_init=depth_scaled)
 
     shallow, deep = of_layers(1), of_layers(4)
@@ -123,9 +125,11 @@ def test_every_matrix_is_normal_with_the_std_it_should_have_and_gains_are_one(st
 
 def test_seeds_of_names_never_change():
     """A change here changes the start of every run: sha256 of "seed:name", the first 8 bytes, less one bit."""
-    assert seed_of(0, "tok_embeddings.weight") == 3_858_584_360_995_275_935
-    assert seed_of(42, "layers.0.attention.wq.weight") == 6_506_964_079_639_115_809
-    assert 0 <= min(seed_of(s, "x") for s in range(100)) <= max(seed_of(s, "x") for s in range(100)) < 2**63
+    assert parameter_seed(0, "tok_embeddings.weight") == 3_858_584_360_995_275_935
+    assert parameter_seed(42, "layers.0.attention.wq.weight") == 6_506_964_079_639_115_809
+    assert (
+        0 <= min(parameter_seed(s, "x") for s in range(100)) <= max(parameter_seed(s, "x") for s in range(100)) < 2**63
+    )
 
 
 def test_values_never_change():

@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from models.decoder import Decoder
-from models.init import copy_full
-from models.presets import Size
+from models.init import copy_sharded
+from models.presets import LlamaShape
 from tests.processes import call_in_ranks
 
-SIZE = Size(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
+SIZE = LlamaShape(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
 V = 53  # odd: the last share of a dimension is smaller
 SEED = 7
 LAYOUTS = ("four shards", "two replicas of two shards", "two shards of two tensor-parallel shards")
@@ -74,7 +74,7 @@ def check(rank: int, folder: Path) -> None:
         for placement in (Shard(0), Shard(1), Replicate()):
             for dtype in (torch.float32, torch.bfloat16):
                 target = distribute_tensor(torch.zeros(10, 7, dtype=dtype), mesh, [placement])
-                copy_full(target, full)
+                copy_sharded(target, full)
                 assert torch.equal(target.full_tensor(), full.to(dtype)), (placement, dtype)
     finally:
         dist.destroy_process_group()

@@ -11,13 +11,13 @@ from torch import Tensor
 from models import mkldnn_linear
 from models.decoder import Decoder
 from models.mup import MuP
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import RopeScaling
 
 pytestmark = pytest.mark.quick
 
 V = 61
-SMALL = Size(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
+SMALL = LlamaShape(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48)
 SHAPES = {
     "grouped": SMALL,
     "all heads": replace(SMALL, kv_heads=4),
@@ -31,7 +31,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}
 """Logits of some units in float32, whose sums are in another order."""
 
 
-def decoder(size: Size) -> Decoder:
+def decoder(size: LlamaShape) -> Decoder:
     """Weights large enough that attention is far from uniform."""
     model = Decoder(size, V, init_std=0.25)
     model.init_weights(1)  # of seed 0 one greedy text is a single token over and over
@@ -145,4 +145,4 @@ def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
     monkeypatch.setattr(mkldnn_linear, "multiplies_bf16", lambda: False)
     model = decoder(SMALL).bfloat16()
     model.pack()
-    assert not any(isinstance(module, mkldnn_linear.PackedLinear) for module in model.modules())
+    assert not any(isinstance(module, mkldnn_linear.MkldnnLinear) for module in model.modules())

@@ -9,9 +9,9 @@ import torch
 
 from models.decoder import Decoder
 from models.llama import Llama
-from models.presets import SIZES, Size
+from models.presets import PRESETS, LlamaShape
 from models.rope import RopeScaling, rope_frequencies
-from models.router_loss import RouterKeys
+from models.router_loss import RouterLossConfig
 
 pytestmark = pytest.mark.quick
 
@@ -33,18 +33,18 @@ EXPERTS = {"experts": 6, "top_k": 3}
 
 
 def test_every_number_of_a_size_has_another_value_here():
-    assert OTHER.keys() == {field.name for field in fields(Size)} - {"mup", *EXPERTS}  # tests/models/test_mup.py
-    assert all(getattr(SIZES["debug"], key) != value for key, value in OTHER.items())
+    assert OTHER.keys() == {field.name for field in fields(LlamaShape)} - {"mup", *EXPERTS}  # tests/models/test_mup.py
+    assert all(getattr(PRESETS["debug"], key) != value for key, value in OTHER.items())
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_overrides_its_number_and_no_other(key):
-    assert Llama(**{key: OTHER[key]}).shape == replace(SIZES["debug"], **{key: OTHER[key]})
+    assert Llama(**{key: OTHER[key]}).shape == replace(PRESETS["debug"], **{key: OTHER[key]})
 
 
 def test_experts_can_be_given_to_a_size_and_taken_from_one():
-    assert Llama(**EXPERTS).shape == replace(SIZES["debug"], **EXPERTS)
-    assert Llama(size="powermoe3b", top_k=2).shape == replace(SIZES["powermoe3b"], top_k=2)
+    assert Llama(**EXPERTS).shape == replace(PRESETS["debug"], **EXPERTS)
+    assert Llama(size="powermoe3b", top_k=2).shape == replace(PRESETS["powermoe3b"], top_k=2)
     dense = Llama(size="powermoe3b", layers=1, experts=0).build(vocab_size=9, sequence_length=5)
     assert {name.split(".")[-2] for name in dense.state_dict() if "feed_forward" in name} == {
         "w_gate",
@@ -53,9 +53,9 @@ def test_experts_can_be_given_to_a_size_and_taken_from_one():
     }
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_name_alone_is_its_row(name):
-    assert Llama(size=name).shape == SIZES[name]
+    assert Llama(size=name).shape == PRESETS[name]
 
 
 def test_overrides_reach_the_decoder():
@@ -124,7 +124,7 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"experts": 4}, r"^top_k: experts need it; take 1 to 4$"),
         ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
         ({"top_k": 2}, r"^top_k: this model has no experts; set experts, or leave top_k out$"),
-        ({"router": RouterKeys()}, r"^router: this model has no experts; set experts, or leave router out$"),
+        ({"router": RouterLossConfig()}, r"^router: this model has no experts; set experts, or leave router out$"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_a_remedy(wrong, message):

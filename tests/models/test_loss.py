@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from components.token_ids import IGNORE_INDEX
-from models.loss import linear_cross_entropy, working_bytes
+from models.loss import chunked_cross_entropy, working_bytes
 
 pytestmark = pytest.mark.quick
 
@@ -46,7 +46,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_loss_and_gradients_are_those_of_the_plain_loss(dtype, chunk):
     x, weight, labels = inputs(dtype)
     brute = with_gradients(plain(*(exact := inputs(torch.float64))), *exact[:2])
-    ours = with_gradients(linear_cross_entropy(x, weight, labels, chunk_tokens=chunk), x, weight)
+    ours = with_gradients(chunked_cross_entropy(x, weight, labels, chunk_tokens=chunk), x, weight)
     for mine, reference in zip(ours, brute, strict=True):
         assert mine.dtype == dtype
         # float32: its rounding, 6e-8, and that of its inputs. float64: nothing but rounding.
@@ -57,7 +57,7 @@ def test_a_sum_of_logits_too_large_for_exp_stays_finite():
     x, weight, labels = inputs(torch.float32)
     large = (x.detach() * 1e4).requires_grad_()
     for mine, reference in zip(
-        with_gradients(linear_cross_entropy(large, weight, labels, chunk_tokens=8), large, weight),
+        with_gradients(chunked_cross_entropy(large, weight, labels, chunk_tokens=8), large, weight),
         with_gradients(plain(large.double(), weight.double(), labels), large, weight),
         strict=True,
     ):
@@ -68,13 +68,13 @@ def test_a_sum_of_logits_too_large_for_exp_stays_finite():
 def test_the_upstream_gradient_scales_both_gradients():
     x, weight, labels = inputs()
     brute = with_gradients(plain(x, weight, labels) / 7, x, weight)
-    ours = with_gradients(linear_cross_entropy(x, weight, labels, chunk_tokens=8) / 7, x, weight)
+    ours = with_gradients(chunked_cross_entropy(x, weight, labels, chunk_tokens=8) / 7, x, weight)
     assert all(relative(a, b) < 1e-14 for a, b in zip(ours, brute, strict=True))
 
 
 def test_two_losses_in_one_graph_accumulate():
     x, weight, labels = inputs()
-    twice = linear_cross_entropy(x, weight, labels, chunk_tokens=8) + linear_cross_entropy(x.sin(), weight, labels)
+    twice = chunked_cross_entropy(x, weight, labels, chunk_tokens=8) + chunked_cross_entropy(x.sin(), weight, labels)
     twice.backward()
     brute = torch.autograd.grad(plain(x, weight, labels) + plain(x.sin(), weight, labels), (x, weight))
     assert relative(x.grad, brute[0]) < 1e-14
@@ -86,7 +86,7 @@ def test_one_input_alone_can_ask_for_its_gradient(needs):
     x, weight, labels = inputs()
     frozen, free = (weight, x) if needs == "x" else (x, weight)
     frozen.requires_grad_(False)
-    linear_cross_entropy(x, weight, labels, chunk_tokens=8).backward()
+    chunked_cross_entropy(x, weight, labels, chunk_tokens=8).backward()
     assert frozen.grad is None
     assert relative(free.grad, torch.autograd.grad(plain(x, weight, labels), free)[0]) < 1e-14
 
@@ -95,7 +95,7 @@ def test_strided_inputs_give_what_contiguous_ones_do():
     x, weight, labels = inputs()
     strided = x.detach().T.contiguous().T.requires_grad_(), weight.detach().T.contiguous().T.requires_grad_()
     assert not any(tensor.is_contiguous() for tensor in strided)
-    ours = with_gradients(linear_cross_entropy(*strided, labels, chunk_tokens=8), *strided)
+    ours = with_gradients(chunked_cross_entropy(*strided, labels, chunk_tokens=8), *strided)
     brute = with_gradients(plain(x, weight, labels), x, weight)
     assert all(relative(a, b) < 1e-14 for a, b in zip(ours, brute, strict=True))
 
@@ -103,12 +103,12 @@ def test_strided_inputs_give_what_contiguous_ones_do():
 def test_ignored_tokens_have_neither_loss_nor_gradient():
     x, weight, labels = inputs()
     kept = labels != IGNORE_INDEX
-    linear_cross_entropy(x, weight, labels, chunk_tokens=8).backward()
+    chunked_cross_entropy(x, weight, labels, chunk_tokens=8).backward()
     assert not x.grad[~kept].any()
     assert x.grad[kept].abs().sum(-1).min() > 0
     shorter = x.detach()[kept].requires_grad_()
-    loss, d_x, d_weight = with_gradients(linear_cross_entropy(shorter, weight, labels[kept]), shorter, weight)
-    assert loss.item() == pytest.approx(linear_cross_entropy(x, weight, labels).item(), rel=1e-14)
+    loss, d_x, d_weight = with_gradients(chunked_cross_entropy(shorter, weight, labels[kept]), shorter, weight)
+    assert loss.item() == pytest.approx(chunked_cross_entropy(x, weight, labels).item(), rel=1e-14)
     assert relative(x.grad[kept], d_x) < 1e-14
     assert relative(weight.grad, d_weight) < 1e-14
 
@@ -116,11 +116,11 @@ def test_ignored_tokens_have_neither_loss_nor_gradient():
 def test_the_features_of_ignored_tokens_do_not_matter_even_where_they_overflow():
     x, weight, labels = inputs(torch.float32)
     wild = torch.where((labels == IGNORE_INDEX)[:, None], 1e30, x.detach()).requires_grad_()
-    ours = with_gradients(linear_cross_entropy(wild, weight, labels, chunk_tokens=8), wild, weight)
+    ours = with_gradients(chunked_cross_entropy(wild, weight, labels, chunk_tokens=8), wild, weight)
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            ours, with_gradients(linear_cross_entropy(x, weight, labels, chunk_tokens=8), x, weight), strict=True
+            ours, with_gradients(chunked_cross_entropy(x, weight, labels, chunk_tokens=8), x, weight), strict=True
         )
     )
 
@@ -129,7 +129,7 @@ def test_the_features_of_ignored_tokens_do_not_matter_even_where_they_overflow()
 def test_without_a_target_loss_and_gradients_are_zero_not_nan(n):
     x, weight, labels = inputs(torch.float32, n=n)
     nothing = torch.full_like(labels, IGNORE_INDEX)
-    loss, d_x, d_weight = with_gradients(linear_cross_entropy(x, weight, nothing), x, weight)
+    loss, d_x, d_weight = with_gradients(chunked_cross_entropy(x, weight, nothing), x, weight)
     assert loss.item() == 0
     assert d_x.shape == x.shape and not d_x.any()
     assert d_weight.shape == weight.shape and not d_weight.any()
@@ -140,20 +140,20 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
     x, weight, labels = inputs()
     labels[3] = label
     with pytest.raises((IndexError, RuntimeError), match=f"{label} is out of bounds"):
-        linear_cross_entropy(x, weight, labels)
+        chunked_cross_entropy(x, weight, labels)
 
 
 def test_without_gradients_the_loss_is_the_same_and_needs_none():
     x, weight, labels = inputs()
     with torch.no_grad():
-        loss = linear_cross_entropy(x, weight, labels, chunk_tokens=8)
+        loss = chunked_cross_entropy(x, weight, labels, chunk_tokens=8)
     assert not loss.requires_grad
-    assert torch.equal(loss, linear_cross_entropy(x, weight, labels, chunk_tokens=8).detach())
+    assert torch.equal(loss, chunked_cross_entropy(x, weight, labels, chunk_tokens=8).detach())
 
 
 def test_a_second_backward_is_an_error_not_a_wrong_gradient():
     x, weight, labels = inputs()
-    loss = linear_cross_entropy(x, weight, labels)
+    loss = chunked_cross_entropy(x, weight, labels)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="already handed out"):
         loss.backward()
@@ -161,7 +161,7 @@ def test_a_second_backward_is_an_error_not_a_wrong_gradient():
 
 def test_a_gradient_of_the_gradient_is_an_error():
     x, weight, labels = inputs()
-    (d_x,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels).square(), x, create_graph=True)
+    (d_x,) = torch.autograd.grad(chunked_cross_entropy(x, weight, labels).square(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         d_x.sum().backward()
 
@@ -170,7 +170,7 @@ def test_under_bf16_autocast_softmax_loss_and_sums_are_float32():
     x, weight, labels = inputs(torch.float32, n=512, d=64)
     brute = with_gradients(plain(x.double(), weight.double(), labels), x, weight)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(x, weight, labels, chunk_tokens=4)
+        loss = chunked_cross_entropy(x, weight, labels, chunk_tokens=4)
         straight = plain(x, weight, labels)
     assert loss.dtype == torch.float32
     ours = with_gradients(loss, x, weight)
@@ -186,7 +186,7 @@ def test_under_bf16_autocast_softmax_loss_and_sums_are_float32():
 def test_bf16_weights_have_a_float32_loss_and_bf16_gradients():
     x, weight, labels = inputs(torch.bfloat16, n=512, d=64)
     brute = with_gradients(plain(x.double(), weight.double(), labels), x, weight)
-    ours = with_gradients(linear_cross_entropy(x, weight, labels, chunk_tokens=100), x, weight)
+    ours = with_gradients(chunked_cross_entropy(x, weight, labels, chunk_tokens=100), x, weight)
     assert [tensor.dtype for tensor in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert all(relative(a, b) < 1e-2 for a, b in zip(ours, brute, strict=True))  # bf16, as above
 
@@ -221,11 +221,11 @@ def test_the_logits_of_all_tokens_never_exist_at_a_time(autocast):
             loss(x, weight, labels).backward()
         return memory
 
-    ours = measure(lambda *given: linear_cross_entropy(*given, chunk_tokens=chunk))
+    ours = measure(lambda *given: chunked_cross_entropy(*given, chunk_tokens=chunk))
     assert ours.largest == chunk * v == n * d  # the logits of a chunk; features and their gradient are no larger here
     # of a chunk: logits, log-softmax and what is added to it; both gradients, float32, and under autocast bf16 copies
     assert ours.peak < 4 * (4 * chunk * v + 2 * (n * d + v * d))
-    assert measure(linear_cross_entropy).largest <= n * v // 8, "nor with the default chunk"
+    assert measure(chunked_cross_entropy).largest <= n * v // 8, "nor with the default chunk"
     assert measure(plain).largest == n * v, "the probe sees the logits where they are made"
     assert measure(plain).peak > 4 * n * v > 4 * ours.peak
 
@@ -235,6 +235,6 @@ def test_the_logits_of_all_tokens_never_exist_at_a_time(autocast):
 def test_working_bytes_is_the_most_that_is_alive(n, v, d, dtype):
     given = inputs(dtype, n=n, d=d, v=v)
     with Memory() as memory:
-        linear_cross_entropy(*given)
+        chunked_cross_entropy(*given)
     said = working_bytes(n, v, d, element_bytes=dtype.itemsize, device_type="cpu")
     assert said == pytest.approx(memory.peak, rel=0.1)

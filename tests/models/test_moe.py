@@ -13,31 +13,31 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
-from models.moe import Experts, routing_sums
-from models.presets import Size
-from models.router_loss import RouterKeys, RouterLoss
+from models.moe import MoE, routing_sums
+from models.presets import LlamaShape
+from models.router_loss import RouterLoss, RouterLossConfig
 
 pytestmark = pytest.mark.quick
 
 D, F_WIDTH, E, K = 16, 12, 6, 2
-SIZE = Size(dim=D, layers=2, heads=2, kv_heads=1, ffn_dim=F_WIDTH, experts=E, top_k=K)
+SIZE = LlamaShape(dim=D, layers=2, heads=2, kv_heads=1, ffn_dim=F_WIDTH, experts=E, top_k=K)
 V, B, T = 61, 3, 10
-KEYS = RouterKeys(load_balancing_coefficient=0.3, z_loss_coefficient=0.05)
-OFF = RouterKeys(load_balancing_coefficient=0, z_loss_coefficient=0)
+KEYS = RouterLossConfig(load_balancing_coefficient=0.3, z_loss_coefficient=0.05)
+OFF = RouterLossConfig(load_balancing_coefficient=0, z_loss_coefficient=0)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def experts(ffn_dim: int = F_WIDTH) -> Experts:
-    module = Experts(D, ffn_dim, E, K)
+def experts(ffn_dim: int = F_WIDTH) -> MoE:
+    module = MoE(D, ffn_dim, E, K)
     for number, parameter in enumerate(module.parameters()):
         parameter.data = drawn(*parameter.shape, seed=number + 1) / 3
     return module
 
 
-def token_by_token(module: Experts, x_BTD: Tensor) -> Tensor:
+def token_by_token(module: MoE, x_BTD: Tensor) -> Tensor:
     """No sorting, no groups: each token goes through the experts of its largest logits."""
     out = []
     for x in x_BTD.flatten(0, 1):
@@ -102,7 +102,7 @@ def test_routing_is_the_same_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def losses_by_hand(logits: list[Tensor], keys: RouterKeys) -> Tensor:
+def losses_by_hand(logits: list[Tensor], keys: RouterLossConfig) -> Tensor:
     """Of one micro-batch, a layer at a time: means over tokens, then over layers, times the coefficients."""
     total = torch.zeros((), dtype=torch.float64)
     for of_layer in logits:
@@ -147,7 +147,7 @@ def test_the_numbers_of_a_step_are_means_over_its_micro_batches():
     for micro_batch in layers:
         loss([sums_of(each) for each in micro_batch])
     numbers = loss.metrics_of(loss.pop_sums())
-    only = [RouterKeys(load_balancing_coefficient=a, z_loss_coefficient=1 - a) for a in (1, 0)]
+    only = [RouterLossConfig(load_balancing_coefficient=a, z_loss_coefficient=1 - a) for a in (1, 0)]
     for name, keys in zip(("load_balancing_loss", "router_z_loss"), only, strict=True):
         expected = sum(losses_by_hand([each.double() for each in m], keys) for m in layers) / 3
         assert numbers[name] == pytest.approx(float(expected), rel=1e-6)
@@ -157,7 +157,7 @@ def test_the_numbers_of_a_step_are_means_over_its_micro_batches():
     assert numbers["expert_load_max"] == pytest.approx(float((sent / sent.mean(-1, keepdim=True)).max()))
 
 
-def decoder(keys: RouterKeys) -> Decoder:
+def decoder(keys: RouterLossConfig) -> Decoder:
     model = Decoder(SIZE, V, init_std=0.25, router=keys)
     model.init_weights(0)
     return model

@@ -22,16 +22,16 @@ from components.optimizers import AdamW
 from components.train_step import TrainStep
 from models.decoder import Decoder
 from models.llama import Llama
-from models.mup import MuP, MuPKeys, rule_of
-from models.parallel_plan import plan
-from models.presets import SIZES, Size
+from models.mup import MuP, MuPConfig, rule_of
+from models.parallel_plan import llama_parallel_plan
+from models.presets import PRESETS, LlamaShape
 from models.rope import rope_table, rotate
 from tools.coord_check import slope
 
 pytestmark = pytest.mark.quick
 
 MUP = MuP(base_width=16, embedding_multiplier=3.0, residual_multiplier=0.4)
-PLAIN = Size(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=160)
+PLAIN = LlamaShape(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=160)
 WIDE = replace(PLAIN, mup=MUP)  # m_width = 4
 V, B, T = 300, 3, 20
 MATRICES = tuple(
@@ -46,7 +46,7 @@ OTHERS = ("tok_embeddings.weight", "output.weight", "norm.weight")
 OTHERS += tuple(f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("attention_norm", "ffn_norm"))
 
 
-def decoder(size: Size, **options) -> Decoder:
+def decoder(size: LlamaShape, **options) -> Decoder:
     model = Decoder(size, V, **options)
     model.init_weights(0)
     return model
@@ -89,8 +89,8 @@ def gradients(model: Decoder, loss: Tensor) -> list[Tensor]:
 
 
 def test_without_mup_it_is_the_plain_llama_to_the_bit():
-    off = Llama(mup=MuPKeys(enabled=False, base_width=16, embedding_multiplier=3.0)).shape
-    assert off == SIZES["debug"] and off.mup is None
+    off = Llama(mup=MuPConfig(enabled=False, base_width=16, embedding_multiplier=3.0)).shape
+    assert off == PRESETS["debug"] and off.mup is None
     model = decoder(PLAIN, init_std=0.2)
     tokens, labels = batch()
     ours, plain = model(tokens), written_out(model, tokens, None)
@@ -178,8 +178,10 @@ def test_rules_find_their_parameters_in_slices_and_shards(tied, four_ranks):
     with torch.device("meta"):
         alone, divided = Decoder(size, V), Decoder(size, V)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel.split(divided, plan(size.layers, tied=tied).tensor_parallel, mesh["tp"])
-    fsdp.shard(divided, plan(size.layers, tied=tied).units, mesh["dp"], torch.float32)
+    tensor_parallel.apply_tensor_parallel(
+        divided, llama_parallel_plan(size.layers, tied=tied).tensor_parallel, mesh["tp"]
+    )
+    fsdp.apply_fsdp(divided, llama_parallel_plan(size.layers, tied=tied).units, mesh["dp"], torch.float32)
     assert all(isinstance(parameter, DTensor) for parameter in divided.parameters())
     for rule in ("lr_multiplier", "initial_std"):
         expected, found = (
@@ -246,11 +248,11 @@ def test_all_gradients_shrink_with_width_alike_so_one_eps_serves_every_group():
 
 def test_a_table_in_a_recipe_is_laid_over_that_of_the_size():
     assert Llama(size="powerlm3b").shape.mup == MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
-    over = Llama(size="powerlm3b", mup=MuPKeys(base_width=128)).shape.mup
+    over = Llama(size="powerlm3b", mup=MuPConfig(base_width=128)).shape.mup
     assert over == MuP(base_width=128, embedding_multiplier=12.0, residual_multiplier=0.22)
-    assert Llama(size="powerlm3b", mup=MuPKeys(enabled=False)).shape.mup is None
-    assert Llama(mup=MuPKeys()).shape.mup == MuP() == MuP(base_width=256)
-    assert Llama(mup=MuPKeys(residual_multiplier=0.5)).shape.mup == MuP(residual_multiplier=0.5)
+    assert Llama(size="powerlm3b", mup=MuPConfig(enabled=False)).shape.mup is None
+    assert Llama(mup=MuPConfig()).shape.mup == MuP() == MuP(base_width=256)
+    assert Llama(mup=MuPConfig(residual_multiplier=0.5)).shape.mup == MuP(residual_multiplier=0.5)
 
 
 def test_it_costs_no_flops_and_no_parameters():

@@ -10,7 +10,7 @@ import torch
 
 from models.decoder import Decoder
 from models.hf.config import hf_config
-from models.presets import SIZES, SizeName
+from models.presets import PRESETS, PresetName
 
 pytestmark = pytest.mark.quick
 
@@ -85,12 +85,12 @@ SCALING = {"llama3_1b": 32.0, "llama3_3b": 32.0, "llama3_8b": 8.0}
 
 
 def test_every_named_size_is_in_the_table_and_checked_here():
-    assert set(get_args(SizeName)) == set(SIZES) == {"debug", *PUBLISHED} == {"debug", *PARAMETERS}
+    assert set(get_args(PresetName)) == set(PRESETS) == {"debug", *PUBLISHED} == {"debug", *PARAMETERS}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_size_has_the_dimensions_of_its_published_configuration(name):
-    config = hf_config(replace(SIZES[name], mup=None), PUBLISHED[name]["vocab_size"])
+    config = hf_config(replace(PRESETS[name], mup=None), PUBLISHED[name]["vocab_size"])
     assert {key: config[key] for key in PUBLISHED[name]} == PUBLISHED[name]
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     if name in SCALING:
@@ -111,7 +111,7 @@ def closed_form(c: dict) -> int:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_size_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        model = Decoder(SIZES[name], PUBLISHED[name]["vocab_size"])
+        model = Decoder(PRESETS[name], PUBLISHED[name]["vocab_size"])
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
     assert closed_form(PUBLISHED[name]) == PARAMETERS[name]
 
@@ -119,7 +119,7 @@ def test_a_size_has_the_published_number_of_parameters(name):
 @pytest.mark.parametrize("name", ACTIVE)
 def test_a_token_meets_the_published_number_of_parameters(name):
     """In the layers: the paper counts neither embeddings nor, to three digits, routers."""
-    size = SIZES[name]
+    size = PRESETS[name]
     with torch.device("meta"):
         model = Decoder(size, PUBLISHED[name]["vocab_size"])
     routers = size.layers * size.experts * size.dim
@@ -130,13 +130,13 @@ def test_a_token_meets_the_published_number_of_parameters(name):
 
 
 def test_debug_has_a_million_parameters_beside_its_embeddings():
-    model = Decoder(SIZES["debug"], 7)
+    model = Decoder(PRESETS["debug"], 7)
     assert sum(parameter.numel() for parameter in model.parameters()) - 2 * 7 * 128 == 1_181_312
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_size_has_the_published_multipliers_or_none(name):
-    size = SIZES[name]
+    size = PRESETS[name]
     mup = size.mup
     found = mup and (mup.width_multiple(size.dim), mup.embedding_multiplier, mup.residual_multiplier)
     assert found == MULTIPLIERS.get(name)

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from models.init import fill_runs, normal, seed_of
+from models.init import fill_runs, normal, parameter_seed
 
 pytestmark = pytest.mark.quick
 N = 2**20
@@ -83,8 +83,8 @@ def test_streams_of_other_names_and_seeds_are_independent(numbers: np.ndarray) -
         (0, "layers.1.attention.wq.weight"),
         (1, "layers.0.attention.wq.weight"),
     ]
-    streams = [draw([0], N // 4, key=seed_of(seed, name)) for seed, name in names]
-    streams.append(draw([0], N // 4, key=seed_of(*names[0]) + 1))  # a key that differs in one bit or few
+    streams = [draw([0], N // 4, key=parameter_seed(seed, name)) for seed, name in names]
+    streams.append(draw([0], N // 4, key=parameter_seed(*names[0]) + 1))  # a key that differs in one bit or few
     for i, first in enumerate(streams):
         for second in streams[i + 1 :]:
             assert not np.intersect1d(first[:64], second[:64]).size

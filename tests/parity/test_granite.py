@@ -11,15 +11,15 @@ from torch import nn
 
 from models.decoder import Decoder
 from models.hf.config import hf_config
-from models.hf.weights import names
+from models.hf.weights import hf_names
 from models.mup import MuP
-from models.presets import SIZES, Size
+from models.presets import PRESETS, LlamaShape
 from tests.models.hf.state_dicts import to_hf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 
 V, B, T = 97, 2, 80
-SMALL = Size(dim=96, layers=2, heads=4, kv_heads=4, ffn_dim=96)
+SMALL = LlamaShape(dim=96, layers=2, heads=4, kv_heads=4, ffn_dim=96)
 MUP = MuP(base_width=32, embedding_multiplier=5.0, residual_multiplier=0.3)
 SHAPES = {
     "m_width 3": replace(SMALL, mup=MUP),
@@ -29,14 +29,14 @@ SHAPES = {
     # one key-value head for each of two query heads, two layers; the multipliers are theirs
     **{
         f"shrunk {name}": replace(size, dim=128, layers=2, heads=2, kv_heads=2, ffn_dim=96)
-        for name, size in SIZES.items()
+        for name, size in PRESETS.items()
         if size.mup is not None and not size.experts
     },
 }
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
-def pair(size: Size) -> tuple[Decoder, nn.Module]:
+def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
     """Ours and theirs. Logits have a spread of some units and norm gains differ: what is confused or lost shows."""
     mup = size.mup
     ours = Decoder(size, V, init_std=1.5 / math.sqrt(mup.base_width), depth_scaled_init=False)
@@ -82,6 +82,6 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     reference.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        grad = gradients[names(size)[name]]
+        grad = gradients[hf_names(size)[name]]
         # asked: 1e-3 of the norm
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name

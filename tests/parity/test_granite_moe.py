@@ -18,10 +18,10 @@ from components.checkpoint import load_tensors
 from components.safetensors import Weights
 from models.decoder import Decoder
 from models.hf.config import hf_config
-from models.hf.weights import names
+from models.hf.weights import hf_names
 from models.mup import MuP
-from models.presets import SIZES, Size
-from models.router_loss import RouterKeys
+from models.presets import PRESETS, LlamaShape
+from models.router_loss import RouterLossConfig
 from recipes.config import load
 from recipes.initial_weights import check_initial_weights, copy_weights
 from tests.models.hf.state_dicts import from_hf, to_hf
@@ -30,8 +30,8 @@ from tools import export_hf, import_hf
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
 
 V, B, T = 97, 2, 80
-OFF = RouterKeys(load_balancing_coefficient=0, z_loss_coefficient=0)
-SMALL = Size(dim=96, layers=2, heads=4, kv_heads=2, ffn_dim=32, experts=6, top_k=2)
+OFF = RouterLossConfig(load_balancing_coefficient=0, z_loss_coefficient=0)
+SMALL = LlamaShape(dim=96, layers=2, heads=4, kv_heads=2, ffn_dim=32, experts=6, top_k=2)
 MUP = MuP(base_width=32, embedding_multiplier=5.0, residual_multiplier=0.3)
 SHAPES = {
     "muP": replace(SMALL, mup=MUP),
@@ -41,7 +41,7 @@ SHAPES = {
     "all experts": replace(SMALL, top_k=6, mup=MUP),
     # their experts and multipliers, at two layers and a smaller width
     **{
-        f"shrunk {name}": replace(SIZES[name], dim=128, layers=2, heads=2, kv_heads=1, ffn_dim=32)
+        f"shrunk {name}": replace(PRESETS[name], dim=128, layers=2, heads=2, kv_heads=1, ffn_dim=32)
         for name in ("powermoe1b", "powermoe3b")
     },
 }
@@ -69,7 +69,7 @@ def opened(folder: Path) -> nn.Module:
     return model
 
 
-def random_model(size: Size) -> Decoder:
+def random_model(size: LlamaShape) -> Decoder:
     """Logits of some units, and norm gains that differ: what is confused or lost shows."""
     base_width = size.dim if size.mup is None else size.mup.base_width
     model = Decoder(size, V, init_std=1.5 / math.sqrt(base_width), depth_scaled_init=False, router=OFF)
@@ -106,7 +106,7 @@ def assert_same_function(ours: Decoder, theirs: nn.Module) -> None:
         "output_linear.weight": "experts.down_proj",
     }
     for name, parameter in ours.named_parameters():
-        stored = names(ours.size)[name]
+        stored = hf_names(ours.size)[name]
         for file, memory in in_memory.items():
             stored = stored.replace(file, memory)
         grad = theirs.get_parameter(stored).grad

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
 from models.hf.config import hf_config
-from models.hf.weights import names
+from models.hf.weights import hf_names
 from models.llama import Llama
-from models.presets import SIZES, Size
+from models.presets import PRESETS, LlamaShape
 from models.rope import RopeScaling, rope_frequencies
 from tests.models.hf.state_dicts import from_hf, to_hf
 
@@ -24,11 +24,11 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 V, B, T = 97, 2, 80
-SMALL = Size(dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=96)
+SMALL = LlamaShape(dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=96)
 STRETCHED = RopeScaling(factor=4.0, original_max_position=64)  # some waves are kept, some stretched, some in between
 
 
-def shrunk(size: Size) -> Size:
+def shrunk(size: LlamaShape) -> LlamaShape:
     """A named size, its head width, grouping, epsilon, rotation and head; but of two layers and two key-value heads."""
     heads = 2 * size.heads // size.kv_heads
     dim = heads * size.head_width
@@ -47,13 +47,13 @@ SHAPES = {
     "all at once": replace(
         SMALL, dim=120, layers=3, heads=6, kv_heads=2, head_dim=100, rope_scaling=STRETCHED, tied_embeddings=True
     ),
-    "debug": SIZES["debug"],
-    **{f"shrunk {name}": shrunk(size) for name, size in SIZES.items() if name != "debug" and size.mup is None},
+    "debug": PRESETS["debug"],
+    **{f"shrunk {name}": shrunk(size) for name, size in PRESETS.items() if name != "debug" and size.mup is None},
 }
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
-def pair(size: Size) -> tuple[Decoder, nn.Module]:
+def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
     """Ours and theirs. Logits have a spread of 1 and norm gains differ: a confused name or a lost gain shows."""
     ours = Decoder(size, V, init_std=1.2 / math.sqrt(size.dim), depth_scaled_init=False)
     ours.init_weights(0)
@@ -97,9 +97,9 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     loss.backward()
     reference.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    assert gradients.keys() == set(names(size).values())
+    assert gradients.keys() == set(hf_names(size).values())
     for name, parameter in ours.named_parameters():
-        grad = gradients[names(size)[name]]
+        grad = gradients[hf_names(size)[name]]
         # asked: 1e-3; float32 gives up to 4e-6
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
 
@@ -117,10 +117,10 @@ def test_documents_kept_apart_are_those_of_a_mask_and_of_positions_given_by_hand
         assert_same_logits(ours(given), theirs(given, attention_mask=mask, position_ids=position_ids).logits)
 
 
-@pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.rope_scaling])
+@pytest.mark.parametrize("name", [name for name, size in PRESETS.items() if size.rope_scaling])
 @pytest.mark.parametrize("scaling", [None, STRETCHED, RopeScaling(factor=1)], ids=["its own", "stretched", "off"])
 def test_scaled_frequencies_are_those_of_transformers(name, scaling):
-    size = replace(SIZES[name], rope_scaling=scaling or SIZES[name].rope_scaling)
+    size = replace(PRESETS[name], rope_scaling=scaling or PRESETS[name].rope_scaling)
     config = transformers.LlamaConfig(**hf_config(size, V))
     reference, factor = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     ours = torch.tensor(rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling))
@@ -138,7 +138,7 @@ def test_the_configuration_has_only_entries_that_transformers_knows_and_keeps(si
 
 def test_names_are_exactly_those_of_transformers():
     _, theirs = pair(SMALL)
-    assert set(names(SMALL).values()) == set(theirs.state_dict())
+    assert set(hf_names(SMALL).values()) == set(theirs.state_dict())
 
 
 def test_what_transformers_saves_comes_back_bitwise(tmp_path):

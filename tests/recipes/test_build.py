@@ -10,16 +10,16 @@ import torch
 
 from components.batch import StepBatch
 from components.data.loader import MicroBatchLoader
-from components.distributed.context import World
+from components.distributed.context import DistributedContext
 from components.gradient_noise import GradientMoments, GradientNoise
 from recipes import build
 from recipes.config import ConfigError, Override, load
-from recipes.data_checks import BadSamples, StepReader
+from recipes.data_checks import BadSamples, MicroBatchReader
 from recipes.training_state import TrainingState
 
 pytestmark = pytest.mark.quick
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def configured(tiny, **overrides):
@@ -92,7 +92,7 @@ def test_a_state_survives_json(tiny):
 def test_bad_samples_are_found_before_a_step_uses_them(ids, length, said):
     good, bad = torch.zeros(25, dtype=torch.int64), torch.full((length + 1,), ids)
     with MicroBatchLoader([good, good, bad, bad], seed=0, micro_batch_size=2, shuffle=False) as loader:  # type: ignore[arg-type]
-        reader = StepReader(loader, WORLD, sequence_length=24, vocab_size=257)
+        reader = MicroBatchReader(loader, WORLD, sequence_length=24, vocab_size=257)
         batch = StepBatch(2, 2, 1)
         first = reader.read(batch.micro_batches)
         assert isinstance(first, list) and len(first) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.distributed.launcher import Node, numa_options
+from components.distributed.launcher import NodeSpec, numa_options
 from recipes import cli
 from recipes.cli import (
     DEFAULT_CONFIG,
@@ -175,11 +175,11 @@ def test_a_rank_that_nobody_has_started_is_told(tiny, monkeypatch, capsys):
 
 
 def test_several_nodes_meet_at_node_0():
-    first = Node(processes=8, nodes=2, rank=0, address="node0", port=1234).rendezvous()
-    second = Node(processes=8, nodes=2, rank=1, address="node0", port=1234).rendezvous()
+    first = NodeSpec(processes=8, nodes=2, rank=0, address="node0", port=1234).rendezvous()
+    second = NodeSpec(processes=8, nodes=2, rank=1, address="node0", port=1234).rendezvous()
     assert first.endpoint == second.endpoint == "node0:1234"
     assert (first.get_as_bool("is_host"), second.get_as_bool("is_host")) == (True, False)
-    assert Node(processes=8).rendezvous().endpoint == "127.0.0.1:0", "one node needs no port of its own"
+    assert NodeSpec(processes=8).rendezvous().endpoint == "127.0.0.1:0", "one node needs no port of its own"
 
 
 def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_otherwise(tmp_path):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from components.clock import Clock
+from components.clock import TrainingClock
 from recipes import cli
 from recipes.hooks import POINTS, Hook, HookContext, Hooks, complete_hook
 
-CONTEXT = HookContext(None, None, Clock(100, 10), None, 0, 1, None, dict.update)  # type: ignore[arg-type]
+CONTEXT = HookContext(None, None, TrainingClock(100, 10), None, 0, 1, None, dict.update)  # type: ignore[arg-type]
 
 MODULE = '''
 import json
@@ -155,11 +155,11 @@ def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypat
     import torch
 
     from components.checkpoint import load_tensors
-    from recipes.pretrained import open_trained
+    from recipes.pretrained import load_pretrained
 
     weights = []
     for step in (1, 3):
-        trained = open_trained(hooked.checkpoint(step), trust_code=True)
+        trained = load_pretrained(hooked.checkpoint(step), trust_code=True)
         model = trained.build(24).to_empty(device="cpu")
         load_tensors(trained.path, {"model": model.state_dict()}, no_dist=True)
         weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from models.presets import SIZES
+from models.presets import PRESETS
 from recipes import cli
 from recipes.config import Override, flatten, load
 from recipes.dry_run.plan import HardwareTarget, make_plan
@@ -88,7 +88,7 @@ def test_the_published_numbers_of_power(name, text):
     optimizer, schedule, sequences = recipe.optimizer, recipe.lr_schedule, recipe.batch.initial
     batch_tokens = sequences * 4096
     assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
-    assert recipe.model.shape == SIZES[name] and recipe.model.depth_scaled_init
+    assert recipe.model.shape == PRESETS[name] and recipe.model.depth_scaled_init
     assert (optimizer.eps, optimizer.decay, optimizer.decay_follows) == (1e-10, "matrices", "group"), "dolomite-engine"
     assert recipe.training.sequence_length == 4096
     published = {
@@ -167,4 +167,4 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
 
 
 def test_every_size_has_numbers_a_recipe_can_name():
-    assert {"microllama300m", "tinyllama1b", "openllama3b", "llama3_8b"} <= set(SIZES)
+    assert {"microllama300m", "tinyllama1b", "openllama3b", "llama3_8b"} <= set(PRESETS)

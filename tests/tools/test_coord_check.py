@@ -10,11 +10,11 @@ import pytest
 
 from models import mup
 from models.mup import MuP, Rule
-from tools.coord_check import Check, Setting, check, main, slope
+from tools.coord_check import Check, CheckConfig, check, main, slope
 
 pytestmark = pytest.mark.quick
 
-SMALL = Setting(widths=(16, 32, 64, 128), head_dim=8, base_width=16, steps=3)
+SMALL = CheckConfig(widths=(16, 32, 64, 128), head_dim=8, base_width=16, steps=3)
 TOLERANCE = 0.15
 INNER = {f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", ".feed_forward")}
 
@@ -44,7 +44,7 @@ def test_a_head_that_learns_slower_in_a_wider_model_fails_to_keep_up(monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(MuP, "width_multiple", lambda self, dim: 1.0)
         assert "output" in check(SMALL, "mup").failures(TOLERANCE)
-    patient = Setting(widths=SMALL.widths, head_dim=8, base_width=16, steps=20)
+    patient = CheckConfig(widths=SMALL.widths, head_dim=8, base_width=16, steps=20)
     right = check(patient, "mup").slopes["output"][-1]
     monkeypatch.setitem(mup.RULES, "output.weight", Rule(init_std=0, lr=-1))
     assert check(patient, "mup").slopes["output"][-1] < right - 0.1

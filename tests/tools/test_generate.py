@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.generation import Sampling, continue_texts
-from recipes.pretrained import open_trained
+from components.generation import Sampling, generate_tokens
+from recipes.pretrained import load_pretrained
 from tests.conftest import TinyRun
 from tests.tools.test_export_hf import MODELS, TOKENIZER, trained
 from tools import export_hf, generate, import_hf
@@ -66,14 +66,14 @@ def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(refer
     """Its tokenizer is not there: by ids."""
     directory = tmp_path / "imported"
     assert import_hf.main([str(reference("checkpoints/tiny-random-llama")), str(directory)]) == 0
-    found = open_trained(directory)
+    found = load_pretrained(directory)
     model = found.component.build(vocab_size=found.vocab_size, sequence_length=64)
     found.read(model, alone=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     given = torch.randint(found.vocab_size, (9,), generator=torch.Generator().manual_seed(0))
     expected = theirs.generate(given[None], attention_mask=torch.ones(1, 9), max_new_tokens=40, do_sample=False)
     model.pack()
-    steps = continue_texts(
+    steps = generate_tokens(
         model, [given.tolist()], Sampling(temperature=0.0), torch.zeros(1, 40, dtype=torch.float64),
         end=2, vocab_size=found.vocab_size, device=torch.device("cpu"),
     )  # fmt: skip
@@ -106,7 +106,7 @@ def test_a_batch_is_its_prompts_alone_and_a_seed_is_repeated(run, told, tmp_path
 def test_it_stops_where_the_document_ends(run, told, monkeypatch):
     _, whole, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
     text = json.loads(whole)["text"]
-    encoder = type(open_trained(run).tokenizer.build())
+    encoder = type(load_pretrained(run).tokenizer.build())
     monkeypatch.setattr(encoder, "end_of_document", ord(text[9]))
     status, out, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
     expected = text[: text.index(text[9])]
@@ -118,7 +118,7 @@ def test_it_stops_where_the_document_ends(run, told, monkeypatch):
 
 def test_characters_stream_out_whole(run, told, monkeypatch):
     writes = []
-    monkeypatch.setattr(generate, "show", writes.append)
+    monkeypatch.setattr(generate, "emit", writes.append)
     forced = iter("🐋x鯨".encode())
     monkeypatch.setattr(Sampling, "choose", lambda self, logits, uniform: torch.tensor([next(forced)]))
     assert told(run, "a", "--max-tokens=8")[0] == 0

@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 from components.safetensors import Weights
 from models.decoder import Decoder
 from models.hf.architectures import ARCHITECTURES
-from models.presets import Size
+from models.presets import LlamaShape
 from models.rope import RopeScaling
 from recipes.config import load
 from recipes.initial_weights import copy_weights
 from tests.models.hf.state_dicts import to_hf
 from tools.import_hf import main
 
-SIZE = Size(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, head_dim=12)
-TIED = Size(dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=24, tied_embeddings=True, rope_scaling=RopeScaling())
+SIZE = LlamaShape(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24, head_dim=12)
+TIED = LlamaShape(dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=24, tied_embeddings=True, rope_scaling=RopeScaling())
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 MODEL = "model.safetensors"
 
 
-def foreign(folder: Path, size: Size = SIZE, *, keep: bool = False, **entries) -> tuple[Path, Decoder]:
+def foreign(folder: Path, size: LlamaShape = SIZE, *, keep: bool = False, **entries) -> tuple[Path, Decoder]:
     """A directory as `transformers` would write it; an entry of None is left out of config.json."""
     model = Decoder(size, 31)
     model.init_weights(1)
@@ -78,7 +78,7 @@ def test_weights_and_shape_arrive_bitwise(tmp_path, size, shards):
 
 
 def test_old_pickles_with_frequencies_and_without_key_value_heads(tmp_path, capsys):
-    size = Size(dim=16, layers=2, heads=2, kv_heads=2, ffn_dim=24)
+    size = LlamaShape(dim=16, layers=2, heads=2, kv_heads=2, ffn_dim=24)
     directory, model = foreign(tmp_path / "theirs", size, num_key_value_heads=None, head_dim=None, rope_parameters=None)
     weights = load_file(directory / MODEL)
     weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}

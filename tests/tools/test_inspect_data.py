@@ -7,7 +7,7 @@ import pytest
 from components.data.loader import MicroBatchLoader
 from components.tokenizers import Bytes
 from recipes.config import load
-from tools.inspect_data import main, spelled
+from tools.inspect_data import format_token, main
 
 pytestmark = pytest.mark.quick
 
@@ -38,7 +38,9 @@ def test_the_text_is_that_of_the_loader_token_by_token(tiny, samples, capsys):
     assert shown_ids(text) == micro.sample_ids.tolist() == [38, 39]
     assert "step 5, micro-batch 1 of 3, rank 1 of 2" in text
     for tokens, labels in zip(micro.tokens.tolist(), micro.labels.tolist(), strict=True):
-        row = "│" + "│".join(spelled(tokens, Bytes().build())) + "│>" + spelled(labels[-1:], Bytes().build())[0]
+        row = (
+            "│" + "│".join(format_token(tokens, Bytes().build())) + "│>" + format_token(labels[-1:], Bytes().build())[0]
+        )
         assert f"\n{row}\n" in text
 
 
@@ -72,7 +74,7 @@ def test_a_double_bar_stands_where_attention_begins(tiny, samples, capsys):
 
 
 def test_a_token_that_is_no_character_shows_its_id():
-    assert spelled([*"é".encode(), ord("a"), 256], Bytes().build()) == ["<195>", "<169>", "a", "<|endoftext|>"]
+    assert format_token([*"é".encode(), ord("a"), 256], Bytes().build()) == ["<195>", "<169>", "a", "<|endoftext|>"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 from components.data.sources.text_files import TextFiles
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import TiktokenFile
@@ -70,7 +70,7 @@ def test_half_a_surrogate_pair_is_put_right_as_in_preparation(tmp_path):
 def test_json_lines_are_read_by_their_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "the whale the whale the whale"}\n')
     source = TextFiles(path=tmp_path / "a.jsonl", text_key="body")
-    assert [document.text for document in source.documents(ReadingLog())] == ["the whale the whale the whale"]
+    assert [document.text for document in source.documents(ReadStats())] == ["the whale the whale the whale"]
     output = tmp_path / "my.tiktoken"
     arguments = ["--vocab-size", "260", "--output", str(output), "--path", str(tmp_path / "a.jsonl")]
     assert main([*arguments, "--text-key", "body"]) == 0

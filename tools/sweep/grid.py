@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.data.file_hash_cache import MEMORY, FileHashes
+from components.data.file_hash_cache import MEMORY, FileHashCache
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.data.sources.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import DEFAULT
-from recipes.resume import NOT_THE_RUN
+from recipes.resume import LOCATION_KEYS
 
 Settings = Mapping[str, str]
 """Dotted key -> value, as on the command line."""
@@ -25,7 +25,7 @@ Grid = Sequence[Settings]
 Fingerprints = dict[tuple[tuple[str, str], ...], str]
 """Keys of a section -> fingerprint of the files it reads, which is the same for many runs."""
 
-LOCATION_KEYS = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
+RUN_LOCATION_KEYS = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
 """Keys and sections that set where a run is and what it writes, but do not change what it learns."""
 OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"
 
@@ -136,7 +136,7 @@ def digest(config: Config, fingerprints: Fingerprints, processes: int = 1) -> st
 
 def is_learned_from(key: str) -> bool:
     """Return whether a key changes what a run learns."""
-    inside = (key == place or key.startswith(f"{place}.") for place in LOCATION_KEYS)
+    inside = (key == place or key.startswith(f"{place}.") for place in RUN_LOCATION_KEYS)
     return not any(inside) and key.rpartition(".")[2] != "cache_dir"
 
 
@@ -155,7 +155,7 @@ def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints)
     keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
     if keys not in known:
         if isinstance(source, TextSource | TokenFiles):
-            with FileHashes(config.recipe.run.cache_dir / MEMORY) as hashes:
+            with FileHashCache(config.recipe.run.cache_dir / MEMORY) as hashes:
                 known[keys] = source.fingerprint(hashes)
         else:
             known[keys] = str(source.build().fingerprint)
@@ -164,4 +164,4 @@ def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints)
 
 def _is_path_below(key: str, sections: Mapping[str, str]) -> bool:
     section, _, last = key.rpartition(".")
-    return section in sections and last in NOT_THE_RUN
+    return section in sections and last in LOCATION_KEYS

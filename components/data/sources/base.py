@@ -18,10 +18,10 @@ from pydantic import Field
 
 from components.cpu import num_cpus
 from components.data.cache import CacheEntry
-from components.data.dataset import PreparedText
-from components.data.document import Document, Piece, ReadingLog
-from components.data.file_hash_cache import MEMORY, FileHashes, stamp_of
-from components.data.index import Selection
+from components.data.dataset import TextDataset
+from components.data.document import Document, ReadStats, SourceFile
+from components.data.file_hash_cache import MEMORY, FileHashCache, stat_signature
+from components.data.index import DocumentFilter
 from components.errors import InputError
 from components.interfaces import Tokenizer
 
@@ -40,7 +40,7 @@ class TextSource(ABC):
     """Use the documents that `hold_out` holds out, and not the others."""
 
     @abstractmethod
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         """Every document, in an order that does not change. Count in `log` what is read and put right.
 
         Raises ValueError or OSError, naming file and line, for what cannot be read. Documents without text may be
@@ -48,20 +48,20 @@ class TextSource(ABC):
         """
 
     @abstractmethod
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         """Text that changes whenever `documents` could yield anything else. `hashes` remembers what is in files."""
 
     def size_bytes(self) -> int:
         """Bytes that `log.source_bytes` will have reached at the end, for the time left; 0 if unknown."""
         return 0
 
-    def pieces(self, hashes: FileHashes) -> list[Piece]:
+    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
         """The source in parts that can be prepared one without the other, in order; here it is one part."""
-        return [Piece(str(self), self.fingerprint(hashes), self.size_bytes(), self.documents)]
+        return [SourceFile(str(self), self.fingerprint(hashes), self.size_bytes(), self.documents)]
 
     def build(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> PreparedText:
+    ) -> TextDataset:
         """Prepare on first use, then open, verified. `progress` takes a line every few seconds of preparing.
 
         With several processes let one build first: the others then find the work done (doing it together is safe, but
@@ -78,9 +78,9 @@ class TextSource(ABC):
         """Return where in `cache_dir` this source is prepared or will be."""
         if self.held_out and not self.hold_out:
             raise InputError("held_out", "nothing is held out; say which share of the documents is, with hold_out")
-        with FileHashes(cache_dir / MEMORY) as hashes:
+        with FileHashCache(cache_dir / MEMORY) as hashes:
             pieces = self.pieces(hashes)
-        selection = Selection(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
+        selection = DocumentFilter(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
         return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), pieces, selection)
 
 
@@ -93,41 +93,43 @@ class FileSource(TextSource):
         """Name, for people -> file, in order. Raises ValueError or OSError where there is none."""
 
     @abstractmethod
-    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+    def read(self, path: Path, log: ReadStats) -> Iterator[Document]:
         """The documents of one file; as `documents`."""
 
     @abstractmethod
     def manner(self, path: Path) -> str:
         """Text that changes whenever `read` would make other documents of the same bytes: kind, settings, version."""
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         for path in self.files().values():
             yield from self.read(path, log)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         return repr([piece.content for piece in self.pieces(hashes)])
 
     def size_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files().values())
 
-    def pieces(self, hashes: FileHashes) -> list[Piece]:
+    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
         files = self.files()
-        stamps = list(map(stamp_of, files.values()))
+        stamps = list(map(stat_signature, files.values()))
         with ThreadPoolExecutor(min(8, num_cpus())) as pool:  # hashing leaves the interpreter's lock
             digests = list(pool.map(hashes.sha256, files.values()))
         return [
-            Piece(name, f"{self.manner(path)} {digest}", stamp[0], partial(_read_as_hashed, self.read, path, stamp))
+            SourceFile(
+                name, f"{self.manner(path)} {digest}", stamp[0], partial(_read_as_hashed, self.read, path, stamp)
+            )
             for (name, path), digest, stamp in zip(files.items(), digests, stamps, strict=True)
         ]
 
 
 def _read_as_hashed(
-    read: Callable[[Path, ReadingLog], Iterator[Document]], path: Path, stamp: list[int], log: ReadingLog
+    read: Callable[[Path, ReadStats], Iterator[Document]], path: Path, stamp: list[int], log: ReadStats
 ) -> Iterator[Document]:
     """The documents of a file that is what it was when it was hashed. Raises OSError where it is another by the end.
 
     What is encoded is kept by that hash for good.
     """
     yield from read(path, log)
-    if stamp_of(path) != stamp:
+    if stat_signature(path) != stamp:
         raise OSError(f"{path} changed while it was prepared; start again once it is complete")

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 
 BLOCK = 2**16
 """Bytes read from the file at a time."""
@@ -55,7 +55,7 @@ class Gzip(Decompressed):
     Downloads and tapes leave such bytes. Python's own reader loses the last block of text over them.
     """
 
-    def __init__(self, stored: BufferedReader, log: ReadingLog):
+    def __init__(self, stored: BufferedReader, log: ReadStats):
         super().__init__(stored)
         self._log = log
         self._member: Any = zlib.decompressobj(_MEMBER_WITH_HEADER)

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from components.data.document import Document, ReadingLog
+from components.data.document import Document, ReadStats
 from components.data.sources.text_io import (
     COMPRESSED,
-    LONGEST_LINE,
+    MAX_LINE_BYTES,
     decode,
-    line_feeds,
-    opened,
+    normalize_newlines,
+    open_text,
     read_blocks,
     read_lines,
 )
@@ -31,18 +31,18 @@ _BLANK = re.compile(r"\s*")
 _PARQUET_ROWS = 256
 
 
-def kind_of(path: Path) -> str:
+def format_of(path: Path) -> str:
     """The suffix that says what is in the file, without that of its compression."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 
 
-def kind_is_known(path: Path) -> bool:
+def is_known_format(path: Path) -> bool:
     """Whether its name ends in one of SUFFIXES, and is more than that."""
-    return path.name.lower().endswith(SUFFIXES) and bool(kind_of(path))
+    return path.name.lower().endswith(SUFFIXES) and bool(format_of(path))
 
 
-def read_text(path: Path, log: ReadingLog, separator: str | None) -> Iterator[Document]:
+def read_text(path: Path, log: ReadStats, separator: str | None) -> Iterator[Document]:
     """A `.txt` file: one document, or those between separators."""
     pending = ""
     for block in read_blocks(path, log):
@@ -59,7 +59,7 @@ def read_text(path: Path, log: ReadingLog, separator: str | None) -> Iterator[Do
         yield Document(pending)
 
 
-def read_json(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
+def read_json(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
     """A `.jsonl` or `.json` file: an object on each line, or one array of objects. The text is under `text_key`."""
     for where, value in _json_values(path, log):
         if not isinstance(value, dict):
@@ -72,9 +72,9 @@ def read_json(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
         yield from documents_of(text, log)
 
 
-def read_csv(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
+def read_csv(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
     """A `.csv` file with a header line: the column `text_key` of every row."""
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(MAX_LINE_BYTES)
     rows = csv.reader((line for _, line in read_lines(path, log)), strict=True)
     header: list[str] | None = None
     try:
@@ -93,7 +93,7 @@ def read_csv(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
         raise ValueError(f"{path}:{rows.line_num}: {error}") from None
 
 
-def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Document]:
+def read_parquet(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
     """A `.parquet` file: the column `text_key` of every row."""
     try:
         import pyarrow as pa
@@ -119,7 +119,7 @@ def read_parquet(path: Path, log: ReadingLog, text_key: str) -> Iterator[Documen
         raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
 
 
-def _column_values(column: Any, log: ReadingLog) -> Iterator[Any]:
+def _column_values(column: Any, log: ReadStats) -> Iterator[Any]:
     """Yield the values of an Arrow array. Text is decoded here, as that of text files: its bytes may be of any kind."""
     import pyarrow as pa
 
@@ -132,9 +132,9 @@ def _column_values(column: Any, log: ReadingLog) -> Iterator[Any]:
         yield data if data is None else decode(data, log)
 
 
-def documents_of(text: str, log: ReadingLog) -> Iterator[Document]:
+def documents_of(text: str, log: ReadStats) -> Iterator[Document]:
     """A text that is in memory as a document, in parts if it is long."""
-    text, start = line_feeds(text, log), 0
+    text, start = normalize_newlines(text, log), 0
     while len(text) - start > _PART_CHARACTERS:
         cut = _cut(text, start + _PART_CHARACTERS, start)
         yield Document(text[start:cut], complete=False)
@@ -147,7 +147,7 @@ def _cut(text: str, end: int, start: int = 0) -> int:
     return text.rfind("\n", start, end) + 1 or end
 
 
-def _json_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
+def _json_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
     """(where, value) of each."""
     if _is_array(path):
         yield from _array_values(path, log)
@@ -163,13 +163,13 @@ def _json_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
 
 
 def _is_array(path: Path) -> bool:
-    if kind_of(path) != ".json":
+    if format_of(path) != ".json":
         return False
-    with opened(path, ReadingLog()) as (stream, _):
+    with open_text(path, ReadStats()) as (stream, _):
         return stream.peek(1).lstrip()[:1] == b"["
 
 
-def _array_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
+def _array_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
     """The items of one array, read block by block."""
     blocks, decoder = read_blocks(path, log), json.JSONDecoder()
     text, at, number, opening = "", 0, 0, "["
@@ -187,7 +187,7 @@ def _array_values(path: Path, log: ReadingLog) -> Iterator[tuple[str, Any]]:
             try:
                 value, end = decoder.raw_decode(text, start)
             except (ValueError, RecursionError) as error:
-                if len(text) - at > LONGEST_LINE:
+                if len(text) - at > MAX_LINE_BYTES:
                     raise ValueError(f"{path} item {number}: expected a JSON object ({error})") from None
             else:
                 yield f"{path} item {number}", value

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.data.document import Document, ReadingLog
-from components.data.file_hash_cache import FileHashes
+from components.data.document import Document, ReadStats
+from components.data.file_hash_cache import FileHashCache
 from components.data.sources.base import TextSource
 from components.data.sources.formats import documents_of
 from components.errors import InputError
@@ -41,7 +41,7 @@ class HuggingFaceDataset(TextSource):
             raise ValueError(f'path: {self.path!r} is not of the form "hf://dataset/config/split"')
         self._name, self._config, self._split = match.group("name", "config", "split")
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         rows, number = iter(self._rows()), -1
         while True:
             try:
@@ -58,7 +58,7 @@ class HuggingFaceDataset(TextSource):
             log.source_bytes += len(text.encode("utf-8", "surrogatepass"))
             yield from documents_of(text, log)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         files = sorted(filter(is_file, walk_files(Path(self._name), hidden=True))) if self._is_local else []
         content = [[str(path.relative_to(self._name)), hashes.sha256(path)] for path in files]
         named = [None if self._is_local else self._name, self._config, self._split, self.revision, self.text_key]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from components.data.document import Document, ReadingLog
+from components.data.document import Document, ReadStats
 from components.data.sources.base import FileSource
-from components.data.sources.text_io import decode, line_feeds
+from components.data.sources.text_io import decode, normalize_newlines
 from components.paths import raise_error
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload", "ensurepip"}
@@ -30,10 +30,10 @@ class StandardLibrary(FileSource):
     split: Literal["train", "validation", "test"] = "train"
     """90 % of the files, 5 % or 5 %, by a hash of the file's path."""
 
-    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
+    def read(self, path: Path, log: ReadStats) -> Iterator[Document]:
         data = path.read_bytes()
         log.source_bytes += len(data)
-        yield Document(line_feeds(decode(data, log, _encoding(data)), log))
+        yield Document(normalize_newlines(decode(data, log, _encoding(data)), log))
 
     def manner(self, path: Path) -> str:
         return "StandardLibrary-1"

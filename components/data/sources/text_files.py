@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from components.data.document import Document, ReadingLog
+from components.data.document import Document, ReadStats
 from components.data.sources.base import FileSource
 from components.data.sources.formats import (
     SUFFIXES,
-    kind_is_known,
-    kind_of,
+    format_of,
+    is_known_format,
     read_csv,
     read_json,
     read_parquet,
@@ -58,14 +58,14 @@ class TextFiles(FileSource):
                 f"{self.document_separator!r} is nowhere, for line ends are put right to \\n first",
             )
 
-    def read(self, path: Path, log: ReadingLog) -> Iterator[Document]:
-        kind = kind_of(path)
+    def read(self, path: Path, log: ReadStats) -> Iterator[Document]:
+        kind = format_of(path)
         if kind == ".txt":
             return read_text(path, log, self.document_separator)
         return _READERS[kind](path, log, self.text_key)
 
     def manner(self, path: Path) -> str:
-        kind = kind_of(path)
+        kind = format_of(path)
         return f"{kind}-1 {json.dumps(self.document_separator if kind == '.txt' else self.text_key)}"
 
     def __str__(self) -> str:
@@ -93,11 +93,11 @@ class TextFiles(FileSource):
 
 def _matches(path: Path) -> Sequence[Path]:
     if is_file(path):
-        if not kind_is_known(path):
+        if not is_known_format(path):
             raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}")
         return [path]
     files = list(walk_files(path)) if path.is_dir() else glob_files(_pattern(path))
-    found = [file for file in files if kind_is_known(file)]
+    found = [file for file in files if is_known_format(file)]
     if not found and files:
         raise ValueError(f"{path} matches {len(files)} files, none of which ends in {', '.join(SUFFIXES)}")
     if not found:
@@ -106,7 +106,7 @@ def _matches(path: Path) -> Sequence[Path]:
         if not is_file(file):
             raise ValueError(f"{file} is not a regular file")
     if len(found) < len(files):
-        kinds = Counter(file.suffix or file.name for file in files if not kind_is_known(file)).most_common(5)
+        kinds = Counter(file.suffix or file.name for file in files if not is_known_format(file)).most_common(5)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
         _warn_once(f"{path}: {len(files) - len(found)} of {len(files)} files are of other kinds and not read: {listed}")
     return found

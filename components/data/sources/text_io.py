@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 from components.data.sources.decompression import Gzip, Zstandard
 
 BLOCK_BYTES = 2**22
 """Text is read in blocks of 4 MiB, so memory does not grow with the file."""
 
-LONGEST_LINE = 2**28
+MAX_LINE_BYTES = 2**28
 """Bytes. A file of another kind would otherwise be read whole, in search of the end of a line."""
 
 COMPRESSED = (".gz", ".zst")
@@ -42,18 +42,18 @@ _SIGNATURES = {
 """How files of other formats begin. A file is not what its name says only because the name says so."""
 
 
-def read_blocks(path: Path, log: ReadingLog, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
+def read_blocks(path: Path, log: ReadStats, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
     """The text of `path` in blocks that never split a character or a line end."""
     rest = b""
-    with opened(path, log) as (stream, count_read):
+    with open_text(path, log) as (stream, count_read):
         while block := stream.read(block_bytes):
             count_read()
             data = rest + block
             kept = len(data) - _unfinished(data)
             data, rest = data[:kept], data[kept:]
-            yield line_feeds(decode(data, log), log)
+            yield normalize_newlines(decode(data, log), log)
     if rest:
-        yield line_feeds(decode(rest, log), log)
+        yield normalize_newlines(decode(rest, log), log)
 
 
 def known_format(start: bytes) -> str | None:
@@ -61,19 +61,19 @@ def known_format(start: bytes) -> str | None:
     return next((name for signature, name in _SIGNATURES.items() if start.startswith(signature)), None)
 
 
-def read_lines(path: Path, log: ReadingLog) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path, log: ReadStats) -> Iterator[tuple[int, str]]:
     """(line number from 1, text with its end) of each line of `path`. Raises ValueError for an endless one."""
-    with opened(path, log) as (stream, count_read):
+    with open_text(path, log) as (stream, count_read):
         number = 0
-        while line := stream.readline(LONGEST_LINE):
+        while line := stream.readline(MAX_LINE_BYTES):
             count_read()
             number += 1
-            if len(line) == LONGEST_LINE:
-                raise ValueError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} bytes is no line of a text")
+            if len(line) == MAX_LINE_BYTES:
+                raise ValueError(f"{path}:{number}: a line of more than {MAX_LINE_BYTES:,} bytes is no line of a text")
             yield number, decode(line, log)
 
 
-def decode(data: bytes, log: ReadingLog, encoding: str = "utf-8") -> str:
+def decode(data: bytes, log: ReadStats, encoding: str = "utf-8") -> str:
     """`data` as text; what is invalid becomes U+FFFD and is counted."""
     try:
         return data.decode(encoding)
@@ -83,7 +83,7 @@ def decode(data: bytes, log: ReadingLog, encoding: str = "utf-8") -> str:
         return text
 
 
-def line_feeds(text: str, log: ReadingLog) -> str:
+def normalize_newlines(text: str, log: ReadStats) -> str:
     """`text` with CRLF and lone CR turned into LF, counted."""
     if "\r" in text:
         log.repairs["line ends"] += text.count("\r")
@@ -92,7 +92,7 @@ def line_feeds(text: str, log: ReadingLog) -> str:
 
 
 @contextmanager
-def opened(path: Path, log: ReadingLog) -> Iterator[tuple[BufferedReader, Callable[[], None]]]:
+def open_text(path: Path, log: ReadStats) -> Iterator[tuple[BufferedReader, Callable[[], None]]]:
     """`path` unpacked and after its byte-order mark, with a function that brings `log.source_bytes` up to date.
 
     Raises ValueError for a damaged compressed file, and for UTF-16 and what is no text, which would decode to rubbish.

@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from components.data.dataset import PackedTokens
-from components.data.file_hash_cache import FileHashes
+from components.data.dataset import TokenDataset
+from components.data.file_hash_cache import FileHashCache
 from components.data.sources.text_io import known_format
-from components.data.token_reader import StoredTokens
+from components.data.token_reader import TokenReader
 from components.errors import InputError, MissingFileError
 from components.interfaces import Tokenizer
 from components.paths import is_file
@@ -72,7 +72,7 @@ class TokenFiles:
 
     def build(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
-    ) -> PackedTokens:
+    ) -> TokenDataset:
         """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
         paths = self.path if isinstance(self.path, list) else [self.path]
         found = [self._open(path, tokenizer.vocab_size) for path in paths]
@@ -88,8 +88,8 @@ class TokenFiles:
             for number, tokens in enumerate(found)
         ]
         source = ", ".join(map(str, paths))
-        stored = StoredTokens(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
-        samples = PackedTokens(stored, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
+        stored = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
+        samples = TokenDataset(stored, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
         start = 0
         for path, tokens in zip(paths, found, strict=True):
             if tokens.ends is not None and not _ends_are(tokenizer.end_of_document, stored, start + tokens.ends):
@@ -100,7 +100,7 @@ class TokenFiles:
             start += int(tokens.segments[:, 1].sum())
         return samples
 
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         """Text that changes whenever the ids could be others."""
         paths = self.path if isinstance(self.path, list) else [self.path]
         read = [file for path in paths for file in (path, _index_of(path)) if file is not None]
@@ -241,7 +241,7 @@ def _joined(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.stack([firsts[starts], np.add.reduceat(lengths, starts)], axis=1)
 
 
-def _ends_are(token: int, stored: StoredTokens, ends: np.ndarray) -> bool:
+def _ends_are(token: int, stored: TokenReader, ends: np.ndarray) -> bool:
     last = np.empty(1, dtype=np.int64)
     for position in ends[:_CHECKED_DOCUMENTS].tolist():
         stored.read(position, last)

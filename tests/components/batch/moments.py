@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from components.batch import BatchPolicy, complete_policy
-from components.clock import Clock
+from components.clock import TrainingClock
 from components.lr_schedules import Constant
 from recipes.interfaces import complete_schedule
 
@@ -49,8 +49,8 @@ def of_gradients(groups: np.ndarray, group_samples: int) -> Moments:
     )
 
 
-def clock(samples: int = 0, total_tokens: int = 10**6, sequence_length: int = 1) -> Clock:
-    return Clock(total_tokens=total_tokens, sequence_length=sequence_length, samples=samples)
+def clock(samples: int = 0, total_tokens: int = 10**6, sequence_length: int = 1) -> TrainingClock:
+    return TrainingClock(total_tokens=total_tokens, sequence_length=sequence_length, samples=samples)
 
 
 def built(config: Any, schedule: Any = None, *, sequence_length: int = 1, total_tokens: int = 10**6) -> BatchPolicy:

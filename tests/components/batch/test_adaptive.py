@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch import Adaptive, BatchLayout, BatchPolicy, NoiseScale
+from components.batch import Adaptive, BatchPolicy, BatchRounding, NoiseScale
 from tests.components.batch.moments import FLOATS, Moments, built, clock, wants
 
 pytestmark = pytest.mark.quick
@@ -86,7 +86,7 @@ def test_nothing_is_decided_during_the_delay():
 
 def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
     policy = built(NoiseScale(initial=10, maximum=100))
-    batch = BatchLayout(micro_batch_size=8, dp_size=2).fit(policy.next_batch_size(clock()))
+    batch = BatchRounding(micro_batch_size=8, dp_size=2).fit(policy.next_batch_size(clock()))
     assert batch.samples == 16
     policy.observe(clock(16), wants(12, batch.samples))
     assert policy.next_batch_size(clock()) == 10

@@ -2,14 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.batch import BatchLayout, BatchPolicy, Constant, Ramp, Stage, complete_policy
-from components.clock import Clock
+from components.batch import BatchPolicy, BatchRounding, Constant, Ramp, Stage, complete_policy
+from components.clock import TrainingClock
 
 pytestmark = pytest.mark.quick
 
 
-def at(tokens: int) -> Clock:
-    return Clock(total_tokens=10**6, sequence_length=1, samples=tokens)
+def at(tokens: int) -> TrainingClock:
+    return TrainingClock(total_tokens=10**6, sequence_length=1, samples=tokens)
 
 
 def test_constant_is_constant():
@@ -28,7 +28,7 @@ def test_ramp_refuses_stages_out_of_order():
 
 @given(requested=st.integers(1, 10**6), micro=st.integers(1, 64), ranks=st.integers(1, 64))
 def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, micro, ranks):
-    batch = BatchLayout(micro, ranks).fit(requested)
+    batch = BatchRounding(micro, ranks).fit(requested)
     assert batch.requested == requested
     assert batch.samples == batch.micro_batches * micro * ranks
     assert requested <= batch.samples < requested + micro * ranks
@@ -36,7 +36,7 @@ def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, m
 
 def test_a_policy_that_asks_for_nothing_is_told():
     with pytest.raises(ValueError, match="asked for 0 samples"):
-        BatchLayout(4, 2).fit(0)
+        BatchRounding(4, 2).fit(0)
 
 
 class Own:

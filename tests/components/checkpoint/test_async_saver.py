@@ -10,11 +10,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from components.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    TrainingTensors,
-    clean,
-    complete_checkpoints,
+    CheckpointConfig,
+    CheckpointManager,
+    StateTensors,
+    list_checkpoints,
+    remove_partial_saves,
     tensor_names,
 )
 from tests.components.checkpoint.test_manager import Alone, step, training
@@ -39,7 +39,7 @@ class HeldBack:
 
 @pytest.fixture
 def store(tmp_path):
-    store = CheckpointStore(tmp_path / "async", Alone(), async_save=True)
+    store = CheckpointManager(tmp_path / "async", Alone(), async_save=True)
     yield store
     store.close()
 
@@ -48,8 +48,8 @@ def store(tmp_path):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_is_saved_is_the_moment_of_the_call_bitwise(tmp_path, store, monkeypatch):
     model, optimizer = training(0)
-    tensors = TrainingTensors(model, optimizer, Alone())
-    plain = CheckpointStore(tmp_path / "sync", Alone())
+    tensors = StateTensors(model, optimizer, Alone())
+    plain = CheckpointManager(tmp_path / "sync", Alone())
     for number in range(1, 4):  # from the second save on the buffers of the first are used again
         step(model, optimizer, number)
         plain.save(number, tensors.collect(), {"step": number}, "a = 1\n")
@@ -94,7 +94,7 @@ def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named
 
 @pytest.mark.quick
 def test_pruning_comes_after(tmp_path):
-    store = Checkpoint(keep_last=2, async_save=True).build(tmp_path, Alone())
+    store = CheckpointConfig(keep_last=2, async_save=True).build(tmp_path, Alone())
     for number in (1, 2, 3):
         store.save(number, {"x": torch.ones(1)}, {}, "")
         assert len(store.complete()) >= min(number - 1, 2), "the last good ones stay until the new one is complete"
@@ -146,7 +146,7 @@ store.wait()
 def test_kill_9_while_it_is_written_leaves_nothing_that_looks_complete(tmp_path):
     done = run_process([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000001"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     assert [path.name for path in tmp_path.glob(".*")] == [".writing--step-00000002"]
-    clean(tmp_path, "")
+    remove_partial_saves(tmp_path, "")
     assert not list(tmp_path.glob(".*"))

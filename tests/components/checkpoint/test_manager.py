@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from components.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    TrainingTensors,
+    CheckpointConfig,
+    CheckpointManager,
+    StateTensors,
     load_tensors,
     read_state,
 )
@@ -48,15 +48,15 @@ def test_training_continues_bitwise(tmp_path, tied):
     model, optimizer = training(0, tied)
     for seed in range(3):
         step(model, optimizer, seed)
-    store = CheckpointStore(tmp_path, Alone())
-    assert store.save(3, TrainingTensors(model, optimizer, Alone()).collect(), {"clock": {}}, "a = 1\n")
+    store = CheckpointManager(tmp_path, Alone())
+    assert store.save(3, StateTensors(model, optimizer, Alone()).collect(), {"clock": {}}, "a = 1\n")
     drawn = torch.rand(5)
     for seed in range(3, 6):
         step(model, optimizer, seed)
 
     resumed, resumed_optimizer = training(99, tied)
     torch.manual_seed(123)
-    TrainingTensors(resumed, resumed_optimizer, Alone()).restore(store.path(3))
+    StateTensors(resumed, resumed_optimizer, Alone()).restore(store.path(3))
     assert torch.equal(torch.rand(5), drawn), "the random state is part of the checkpoint"
     for seed in range(3, 6):
         step(resumed, resumed_optimizer, seed)
@@ -69,7 +69,7 @@ def test_training_continues_bitwise(tmp_path, tied):
 
 def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_way_round(tmp_path, monkeypatch):
     """The random state of what the checkpoint does not know stays as it is, and that of what is not here is left."""
-    on_cpu, store = TrainingTensors._random_state, CheckpointStore(tmp_path, Alone())
+    on_cpu, store = StateTensors._random_state, CheckpointManager(tmp_path, Alone())
     restored = []
     monkeypatch.setattr("torch.cuda.set_rng_state", restored.append)
 
@@ -79,19 +79,19 @@ def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_w
     for number, (there, here) in enumerate([(on_cpu, on_gpu), (on_gpu, on_cpu), (on_gpu, on_gpu)], 1):
         model, optimizer = training(0)
         step(model, optimizer, 1)
-        monkeypatch.setattr(TrainingTensors, "_random_state", there)
-        assert store.save(number, TrainingTensors(model, optimizer, Alone()).collect(), {}, "")
+        monkeypatch.setattr(StateTensors, "_random_state", there)
+        assert store.save(number, StateTensors(model, optimizer, Alone()).collect(), {}, "")
         drawn = torch.rand(3)
         other, other_optimizer = training(1)
-        monkeypatch.setattr(TrainingTensors, "_random_state", here)
-        TrainingTensors(other, other_optimizer, Alone()).restore(store.path(number))
+        monkeypatch.setattr(StateTensors, "_random_state", here)
+        StateTensors(other, other_optimizer, Alone()).restore(store.path(number))
         assert torch.equal(torch.rand(3), drawn)
         assert torch.equal(other[1].weight, model[1].weight)
         assert len(restored) == (number == 3)
 
 
 def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointManager(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
     for dies_in in (
@@ -114,7 +114,7 @@ def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, cap
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    store = CheckpointStore(tmp_path, Alone())
+    store = CheckpointManager(tmp_path, Alone())
     for value in (1.0, 2.0):
         store.save(5, {"x": torch.full((3,), value)}, {"value": value}, "")
     path = store.path(5)
@@ -126,7 +126,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_the_last_n_and_every_m_are_kept(tmp_path):
-    store = Checkpoint(keep_last=2, keep_every=30).build(tmp_path, Alone())
+    store = CheckpointConfig(keep_last=2, keep_every=30).build(tmp_path, Alone())
     for number in range(10, 110, 10):
         store.save(number, {"x": torch.ones(1)}, {}, "")
     assert [path.name for path in store.complete()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
@@ -136,7 +136,7 @@ def test_the_last_n_and_every_m_are_kept(tmp_path):
 def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
     for number in (99_999_999, 100_000_000):
         (tmp_path / f"step-{number:08d}").mkdir()
-    assert CheckpointStore(tmp_path, Alone()).newest() == tmp_path / "step-100000000"
+    assert CheckpointManager(tmp_path, Alone()).newest() == tmp_path / "step-100000000"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
     model, optimizer = training(0)
-    tensors = TrainingTensors(model, optimizer, Alone())
+    tensors = StateTensors(model, optimizer, Alone())
     assert tensors.not_finite() == [], "before the first step there is no state of the optimizer"
     step(model, optimizer, 0)
     assert tensors.not_finite() == []

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from components.data.dataset import PackedTokens
-from components.data.document import Document, ReadingLog
-from components.data.file_hash_cache import FileHashes
+from components.data.dataset import TokenDataset
+from components.data.document import Document, ReadStats
+from components.data.file_hash_cache import FileHashCache
 from components.data.sources.base import TextSource
 from components.tokenizers import Bytes
 
@@ -24,10 +24,10 @@ class Given(TextSource):
 
     text: tuple[str, ...]
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         return map(Document, self.text)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         return hashlib.sha256(repr(self.text).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -35,10 +35,10 @@ class Given(TextSource):
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> Callable[[Iterable[str], int], PackedTokens]:
+def packed(tmp_path: Path) -> Callable[[Iterable[str], int], TokenDataset]:
     """Texts as bytes, prepared and opened."""
 
-    def build(text: Iterable[str], sequence_length: int) -> PackedTokens:
+    def build(text: Iterable[str], sequence_length: int) -> TokenDataset:
         return Given(text=tuple(text)).build(
             tokenizer=Bytes().build(), sequence_length=sequence_length, cache_dir=tmp_path / "cache", progress=print
         )

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.dataset import PackedTokens
-from components.data.document import ReadingLog
+from components.data.dataset import TokenDataset
+from components.data.document import ReadStats
 from components.data.tokenize import tokenize_missing
 from components.tokenizers import Bytes, TiktokenFile
 from tests.components.data.conftest import Given
@@ -122,7 +122,7 @@ def test_too_little_text_is_an_error_with_numbers(packed):
 def test_ids_outside_the_vocabulary_never_reach_the_model(packed):
     samples = packed(["some text"], 4)
     with pytest.raises(ValueError, match=r"a test: token id \d+ is outside the vocabulary of 100"):
-        PackedTokens(samples.stored, sequence_length=4, vocab_size=100, source="a test")[0]
+        TokenDataset(samples.stored, sequence_length=4, vocab_size=100, source="a test")[0]
 
 
 def test_tinyshakespeare_has_the_reference_number_of_tokens(texts, tmp_path):
@@ -146,4 +146,4 @@ def test_a_vocabulary_above_65536_is_stored_in_uint32(texts, tmp_path):
     tokens = samples.__getitems__(range(len(samples)))[:, :-1].flatten().numpy()
     assert tokens.max() > 2**16
     first = tokens[: np.flatnonzero(tokens == tokenizer.end_of_document)[0]]
-    assert tokenizer.decode(first) == next(iter(TextFiles(path=texts / "c4").documents(ReadingLog()))).text
+    assert tokenizer.decode(first) == next(iter(TextFiles(path=texts / "c4").documents(ReadStats()))).text

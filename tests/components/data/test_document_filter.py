@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.document import Piece
+from components.data.document import SourceFile
 from components.data.tokenize import Preparation, group_neighbours, tokenize_missing
 from components.tokenizers import Bytes
 from components.tokenizers.bytes import ByteEncoder
@@ -159,7 +159,7 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 @pytest.mark.quick
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
 def test_groups_are_all_pieces_in_order_and_no_larger_than_they_must_be(sizes):
-    pieces = [Piece(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
+    pieces = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
     groups = list(group_neighbours(pieces, 60))
     assert [piece for group in groups for piece in group] == pieces
     assert all(len(group) == 1 or sum(piece.size_bytes for piece in group) <= 60 for group in groups)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from components.data.loader import MicroBatchLoader, order_of
 from components.data.loader_workers import check_workers
-from components.data.mixing_schedule import StagedInterleaving
+from components.data.mixing_schedule import StagedMixingSchedule
 from components.data.mixture import MixedOrder
 from components.data.order import SampleOrder
 
@@ -237,7 +237,7 @@ class Mixed(Numbers):
     """Two of them, in an order of their own."""
 
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
-        interleaving = StagedInterleaving([(0, [2, 1]), (40, [1, 3])])
+        interleaving = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
         return MixedOrder(interleaving, [10, 13], seed=seed, shuffle=shuffle)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.mixing_schedule import LONGEST_PERIOD, Interleaving, StagedInterleaving, whole_weights
+from components.data.mixing_schedule import MAX_PERIOD, MixingSchedule, StagedMixingSchedule, integer_weights
 
 pytestmark = pytest.mark.quick
 
@@ -21,7 +21,7 @@ def brute_counts(interleaving, samples: int, sources: int) -> np.ndarray:
 @settings(max_examples=300, deadline=None)
 @given(weights=WEIGHTS)
 def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
-    interleaving = Interleaving(weights)
+    interleaving = MixingSchedule(weights)
     samples = 2 * sum(weights) + 3
     counts = brute_counts(interleaving, samples, len(weights))
     # In whole numbers: |count - n W / P| < 1 is |P count - n W| < P.
@@ -34,7 +34,7 @@ def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
 @settings(max_examples=200, deadline=None)
 @given(weights=WEIGHTS, sample=st.integers(0, 10**12))
 def test_a_sample_is_the_same_asked_alone_from_afar(weights, sample):
-    interleaving = Interleaving(weights)
+    interleaving = MixingSchedule(weights)
     (source,), (number,) = interleaving(np.array([sample]))
     counts = interleaving.counts(sample)
     assert counts.sum() == sample
@@ -48,7 +48,7 @@ def test_stages_go_on_where_the_last_left_each_source(data, sources, stages):
     weights = st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any)
     starts = [0, *sorted(data.draw(st.sets(st.integers(1, 80), min_size=stages - 1, max_size=stages - 1)))]
     course = [(start, data.draw(weights)) for start in starts]
-    staged = StagedInterleaving(course)
+    staged = StagedMixingSchedule(course)
     taken, numbers = staged(np.arange(120))
     for source in range(sources):
         assert numbers[taken == source].tolist() == list(range((taken == source).sum()))
@@ -62,24 +62,24 @@ def test_stages_go_on_where_the_last_left_each_source(data, sources, stages):
 
 def test_the_pattern_is_this_one_on_every_machine():
     # Not to be changed: a run that is resumed counts on it.
-    assert Interleaving([7, 3])(np.arange(10))[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
-    assert Interleaving([3, 0, 2, 1])(np.arange(6))[0].tolist() == [0, 2, 0, 2, 0, 3]
+    assert MixingSchedule([7, 3])(np.arange(10))[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
+    assert MixingSchedule([3, 0, 2, 1])(np.arange(6))[0].tolist() == [0, 2, 0, 2, 0, 3]
 
 
 def test_weights_are_the_decimals_that_were_written():
-    assert whole_weights({"a": 0.7, "b": 0.3}) == {"a": 7, "b": 3}
-    assert whole_weights({"a": 1, "b": 1.0, "c": 0}) == {"a": 1, "b": 1, "c": 0}
-    assert whole_weights({"a": 0.1, "b": 0.2, "c": 0.3}) == {"a": 1, "b": 2, "c": 3}
-    assert whole_weights({"a": 1e-4, "b": 0.9999}) == {"a": 1, "b": 9999}
+    assert integer_weights({"a": 0.7, "b": 0.3}) == {"a": 7, "b": 3}
+    assert integer_weights({"a": 1, "b": 1.0, "c": 0}) == {"a": 1, "b": 1, "c": 0}
+    assert integer_weights({"a": 0.1, "b": 0.2, "c": 0.3}) == {"a": 1, "b": 2, "c": 3}
+    assert integer_weights({"a": 1e-4, "b": 0.9999}) == {"a": 1, "b": 9999}
 
 
 @given(st.dictionaries(st.text(max_size=2), st.decimals(0, 1, places=2).map(float), min_size=1, max_size=5))
 def test_proportions_are_kept_exactly(weights):
     if not any(weights.values()):
         with pytest.raises(ValueError, match="all are zero"):
-            whole_weights(weights)
+            integer_weights(weights)
         return
-    whole, exact = whole_weights(weights), {name: Fraction(str(weight)) for name, weight in weights.items()}
+    whole, exact = integer_weights(weights), {name: Fraction(str(weight)) for name, weight in weights.items()}
     assert all(whole[n] * sum(exact.values()) == exact[n] * sum(whole.values()) for n in weights)
 
 
@@ -95,9 +95,9 @@ def test_proportions_are_kept_exactly(weights):
 )
 def test_impossible_weights_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
-        whole_weights(weights)
+        integer_weights(weights)
 
 
 def test_the_longest_period_is_laid_out():
-    weights = [LONGEST_PERIOD - 3, 2, 1]
-    assert Interleaving(weights).counts(10 * LONGEST_PERIOD).tolist() == [10 * weight for weight in weights]
+    weights = [MAX_PERIOD - 3, 2, 1]
+    assert MixingSchedule(weights).counts(10 * MAX_PERIOD).tolist() == [10 * weight for weight in weights]

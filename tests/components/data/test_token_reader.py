@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 from components.data import token_reader
-from components.data.dataset import PackedTokens
+from components.data.dataset import TokenDataset
 from components.data.loader import MicroBatchLoader
-from components.data.token_reader import StoredTokens
+from components.data.token_reader import TokenReader
 
 pytestmark = pytest.mark.quick
 
 
-def stored(folder, files: int, ids: int = 10) -> StoredTokens:
+def stored(folder, files: int, ids: int = 10) -> TokenReader:
     """File n holds n * ids ... n * ids + ids - 1."""
     paths = [folder / str(number) for number in range(files)]
     for number, path in enumerate(paths):
         np.arange(number * ids, (number + 1) * ids, dtype="<u4").tofile(path)
-    return StoredTokens(paths, np.dtype("<u4"), np.array([[number, 0, ids] for number in range(files)]))
+    return TokenReader(paths, np.dtype("<u4"), np.array([[number, 0, ids] for number in range(files)]))
 
 
-def read(tokens: StoredTokens, start: int, count: int) -> list[int]:
+def read(tokens: TokenReader, start: int, count: int) -> list[int]:
     out = np.empty(count, dtype=np.int64)
     tokens.read(start, out)
     return out.tolist()
@@ -79,7 +79,7 @@ def test_reads_that_signals_cut_short_are_completed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path, workers):
     tokens = stored(tmp_path, 3, ids=100)
-    samples = PackedTokens(tokens, sequence_length=10, vocab_size=1000, source="a test")
+    samples = TokenDataset(tokens, sequence_length=10, vocab_size=1000, source="a test")
     os.truncate(tmp_path / "1", 44)
     with (
         MicroBatchLoader(samples, seed=0, micro_batch_size=4, num_workers=workers) as loader,
@@ -94,7 +94,7 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fails)
-    samples = PackedTokens(stored(tmp_path, 3), sequence_length=5, vocab_size=1000, source="a test")
+    samples = TokenDataset(stored(tmp_path, 3), sequence_length=5, vocab_size=1000, source="a test")
     with (
         MicroBatchLoader(samples, seed=0, micro_batch_size=4, num_workers=workers) as loader,
         pytest.raises(OSError, match=r"cannot read the data \(Input/output error\): '.*/\d'"),
@@ -113,10 +113,10 @@ def test_thousands_of_segments_that_are_mapped_read_as_they_would_in_memory(tmp_
     np.save(tmp_path / "segments.npy", rows)
     mapped = np.load(tmp_path / "segments.npy", mmap_mode="r")
     expected = np.concatenate([ids[first : first + count] for first, count in zip(firsts, counts, strict=True)])
-    stored = StoredTokens([tmp_path / "ids"], np.dtype("<u4"), mapped)
+    stored = TokenReader([tmp_path / "ids"], np.dtype("<u4"), mapped)
     sent = pickle.dumps(stored)
     assert len(sent) < 8_000, "a worker maps the table itself"
-    for reader in (stored, StoredTokens([tmp_path / "ids"], np.dtype("<u4"), rows), pickle.loads(sent)):
+    for reader in (stored, TokenReader([tmp_path / "ids"], np.dtype("<u4"), rows), pickle.loads(sent)):
         assert isinstance(reader.segments, np.memmap) == (reader.segments is not rows)
         assert len(reader) == len(expected)
         for start in [0, 1, len(expected) - 1, len(expected) - 300, *chance.integers(0, len(expected), 200).tolist()]:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.document import Document, ReadingLog
-from components.data.file_hash_cache import FileHashes, hash_file
+from components.data.document import Document, ReadStats
+from components.data.file_hash_cache import FileHashCache, hash_file
 from components.data.index import Index
 from components.data.shards import Shard, check_shard, read_record
 from components.tokenizers import Bytes
@@ -144,7 +144,7 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"shard\.json was made with another tokenizer \(bytes-1, this run has shifted\)"
     ):
-        check_shard(shard, tokenizer=Shifted(), hashes=FileHashes(tmp_path / "memory"))
+        check_shard(shard, tokenizer=Shifted(), hashes=FileHashCache(tmp_path / "memory"))
 
 
 @pytest.mark.quick
@@ -243,7 +243,7 @@ def test_lone_surrogates_become_text(tmp_path):
 
 
 class Parts(Given):
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         yield Document("one ", complete=False)
         yield Document(" ", complete=False)
         yield Document("document")
@@ -257,7 +257,7 @@ def test_parts_make_one_document(tmp_path):
 
 
 class Slow(Given):
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         for i in range(10):
             log.source_bytes += 1_000_000
             yield Document(f"document {i} " * 400_000)
@@ -279,19 +279,19 @@ def test_progress_tells_how_far_and_how_long(tmp_path):
 def test_hashes_are_remembered_only_of_settled_files(tmp_path, monkeypatch):
     path, memory = tmp_path / "a", tmp_path / "memory"
     path.write_text("one")
-    with FileHashes(memory) as hashes:
+    with FileHashCache(memory) as hashes:
         assert hashes.sha256(path) == hash_file(path)
     assert not memory.exists()  # written a moment ago: it may change again within the clock's tick
     monkeypatch.setattr("components.data.file_hash_cache._SETTLED_SECONDS", -1e9)
-    with FileHashes(memory) as hashes:
+    with FileHashCache(memory) as hashes:
         hashes.sha256(path)
     monkeypatch.setattr("components.data.file_hash_cache.hash_file", lambda path: pytest.fail("read again"))
-    assert FileHashes(memory).sha256(path)
+    assert FileHashCache(memory).sha256(path)
     monkeypatch.undo()
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_text("two")
     os.utime(path, ns=times)  # even with its old size and modification time
-    assert FileHashes(memory).sha256(path) == hash_file(path)
+    assert FileHashCache(memory).sha256(path) == hash_file(path)
 
 
 @pytest.mark.quick
@@ -299,4 +299,4 @@ def test_hashes_are_remembered_only_of_settled_files(tmp_path, monkeypatch):
 def test_a_damaged_memory_is_no_memory(tmp_path, content):
     (tmp_path / "memory").write_text(content)
     (tmp_path / "a").write_text("one")
-    assert FileHashes(tmp_path / "memory").sha256(tmp_path / "a") == hash_file(tmp_path / "a")
+    assert FileHashCache(tmp_path / "memory").sha256(tmp_path / "a") == hash_file(tmp_path / "a")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from components.atomic_files import atomic_directory
-from components.data.document import Document, Piece, ReadingLog
-from components.data.file_hash_cache import FileHashes
+from components.data.document import Document, ReadStats, SourceFile
+from components.data.file_hash_cache import FileHashCache
 from components.data.sources.base import TextSource
 from components.data.tokenize import tokenize_missing
 from tests.components.data.conftest import Given
@@ -53,7 +53,7 @@ class Many(TextSource):
     kill_at: int
     by: int
 
-    def documents(self, log: ReadingLog) -> Iterator[Document]:
+    def documents(self, log: ReadStats) -> Iterator[Document]:
         for number in range(25):
             if number == self.kill_at and self.by:
                 print("half way", flush=True)
@@ -61,14 +61,14 @@ class Many(TextSource):
             log.repairs["line ends"] += 1
             yield Document(f"{number} " * 200_000 if number % 7 else "  ", complete=number != 9)
 
-    def fingerprint(self, hashes: FileHashes) -> str:
+    def fingerprint(self, hashes: FileHashCache) -> str:
         return "many"
 
-    def pieces(self, hashes: FileHashes) -> list[Piece]:
-        def read(start: int | None, stop: int | None, log: ReadingLog) -> Iterator[Document]:
+    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
+        def read(start: int | None, stop: int | None, log: ReadStats) -> Iterator[Document]:
             return islice(self.documents(log), start, stop)
 
-        return [Piece("a", "a", 0, partial(read, 0, 20)), Piece("b", "b", 0, partial(read, 20, None))]
+        return [SourceFile("a", "a", 0, partial(read, 0, 20)), SourceFile("b", "b", 0, partial(read, 20, None))]
 
 
 @pytest.mark.parametrize("kill_at", [3, 15, 24])
@@ -157,7 +157,7 @@ def test_what_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
     class Overtaken(Given):
         before: Callable[[], object] = bool
 
-        def documents(self, log: ReadingLog) -> Iterator[Document]:
+        def documents(self, log: ReadStats) -> Iterator[Document]:
             self.before()
             return super().documents(log)
 

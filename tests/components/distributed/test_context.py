@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 
 from components.distributed import context
-from components.distributed.context import World
+from components.distributed.context import DistributedContext
 from components.errors import InputError
 from tests.processes import call_in_ranks
 
 SHORT = timedelta(seconds=2)
 
 
-def join(rank: int, folder: Path, patience: timedelta = context.PATIENCE) -> World:
+def join(rank: int, folder: Path, patience: timedelta = context.COLLECTIVE_TIMEOUT) -> DistributedContext:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    context.PATIENCE = patience
+    context.COLLECTIVE_TIMEOUT = patience
     dist_init = dist.init_process_group
     # both are here before the patience of either begins to run: a busy machine starts them at different times
     Path(folder, str(rank)).touch()
@@ -34,7 +34,7 @@ def join(rank: int, folder: Path, patience: timedelta = context.PATIENCE) -> Wor
     dist.init_process_group = lambda backend, timeout: dist_init(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout
     )
-    return World.start("cpu")
+    return DistributedContext.start("cpu")
 
 
 def wait_for_main(rank: int, folder: Path) -> None:

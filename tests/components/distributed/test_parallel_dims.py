@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from components.distributed.parallel_dims import Parallel, Sizes
+from components.distributed.parallel_dims import MeshShape, ParallelConfig
 
 pytestmark = pytest.mark.quick
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.quick
     ],
 )
 def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expected):
-    assert Parallel(**keys).sizes(world, local) == Sizes(*expected)
+    assert ParallelConfig(**keys).sizes(world, local) == MeshShape(*expected)
 
 
 @pytest.mark.parametrize(
@@ -41,5 +41,5 @@ def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expect
 )
 def test_sizes_that_do_not_multiply_out_are_an_error_with_the_arithmetic(keys, said):
     with pytest.raises(ValueError, match="8 processes") as error:
-        Parallel(**keys).sizes(8)
+        ParallelConfig(**keys).sizes(8)
     assert said in str(error.value)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from components.gradient_noise import GradientMeter, GradientMoments
+from components.gradient_noise import GradientMoments, GradientNoiseHooks
 
 
-def finish(meter: GradientMeter, model: nn.Module) -> tuple[float, float]:
+def finish(meter: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return tuple(meter.sums(gradients).tolist())
 
@@ -18,7 +18,7 @@ def test_the_meter_squares_every_backward_by_itself():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
     model[0].bias.requires_grad_(False)
-    meter = GradientMeter(model.parameters(), torch.device("cpu"))
+    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     inputs = torch.randn(3, 4, 5)
     for _ in range(2):  # a step begins from nothing
         model.zero_grad()
@@ -49,7 +49,7 @@ def copy_in_float64(model: nn.Module) -> nn.Module:
 
 def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
     model = nn.Linear(3, 1)
-    meter = GradientMeter(model.parameters(), torch.device("cpu"))
+    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     meter.start(measure=False)
     model(torch.ones(2, 3)).sum().backward()
     meter.end_micro_batch()
@@ -59,7 +59,7 @@ def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
 @pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
 def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
     model = nn.Linear(3, 1)
-    meter = GradientMeter(model.parameters(), torch.device("cpu"))
+    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     for name in replaced:
         setattr(model, name, nn.Parameter(getattr(model, name).detach()))
     meter.start(measure=True)

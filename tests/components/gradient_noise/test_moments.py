@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from components.gradient_noise.estimator import GradientMoments, SmoothedNoise
+from components.gradient_noise.estimator import GradientMoments, NoiseEstimator
 
 
 def moments(groups: torch.Tensor, samples: int) -> GradientMoments:
@@ -46,7 +46,7 @@ def test_groups_of_any_size_measure_the_noise_of_one_sample():
 def test_smoothing_depends_on_samples_and_not_on_steps():
     """A constant measurement is kept as it is; a step of 64 samples moves the average like eight steps of 8."""
     before, after, large = (estimates(*each) for each in ((2.0, 1.0, 8), (12.0, 1.5, 8), (12.0, 1.5, 64)))
-    coarse, fine = SmoothedNoise(100), SmoothedNoise(100)
+    coarse, fine = NoiseEstimator(100), NoiseEstimator(100)
     for smoothed in (coarse, fine):
         first = smoothed.update(8, before)
         assert (first.noise, first.signal) == pytest.approx((before.noise, before.signal))
@@ -68,7 +68,7 @@ def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
 @pytest.mark.parametrize("earlier", [False, True])
 def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(earlier):
     """A run that begins to measure late, or again: its first step, far off, must not stand against the next ten."""
-    smoothed = SmoothedNoise(100)
+    smoothed = NoiseEstimator(100)
     if earlier:
         smoothed.update(8, estimates(7.0, 1.0, 8))
     assert smoothed.update(10_000, estimates(90.0, 1.0, 8)).noise == pytest.approx(90.0)
@@ -79,13 +79,13 @@ def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(
 
 
 def test_measuring_every_other_step_weighs_each_alike():
-    smoothed, kept = SmoothedNoise(100), math.exp(-0.16)
+    smoothed, kept = NoiseEstimator(100), math.exp(-0.16)
     found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
     assert found.noise == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
 
 
 def test_what_tells_nothing_is_left_out():
-    smoothed = SmoothedNoise(100)
+    smoothed = NoiseEstimator(100)
     smoothed.update(8, GradientMoments(4, 2, 10.0, 2.0))
     state = smoothed.state_dict()
     for useless in (
@@ -97,7 +97,7 @@ def test_what_tells_nothing_is_left_out():
 
 def test_a_restored_average_goes_on_as_if_nothing_had_happened():
     steps = [GradientMoments(4, 2, 8.0 + number, 1.0 + number / 9) for number in range(6)]
-    whole, first, second = SmoothedNoise(30), SmoothedNoise(30), SmoothedNoise(30)
+    whole, first, second = NoiseEstimator(30), NoiseEstimator(30), NoiseEstimator(30)
     expected = [whole.update(8 * (number + 1), step) for number, step in enumerate(steps)]
     for number, step in enumerate(steps[:3]):
         first.update(8 * (number + 1), step)
@@ -106,13 +106,13 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened():
 
 
 def test_a_lost_signal_has_no_noise_scale():
-    noise = SmoothedNoise(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
+    noise = NoiseEstimator(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
     assert noise.signal < 0
     assert noise.noise_scale is None and noise.norm_test is None
 
 
 def test_the_norm_test_is_the_noise_scale_in_batches():
     told = GradientMoments(4, 2, 10.0, 2.0)
-    noise = SmoothedNoise(10).update(8, told)
+    noise = NoiseEstimator(10).update(8, told)
     assert noise.noise_scale == pytest.approx(told.noise / told.signal)
     assert noise.norm_test == pytest.approx(told.noise / told.signal / 8)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.gradient_noise.norms import PIECE, SquaredNorm, piece_norms
+from components.gradient_noise.norms import CHUNK, SquaredNorm, chunk_norms
 
 
 def square(tensor: torch.Tensor) -> float:
-    return float(piece_norms(tensor).double().square().sum())
+    return float(chunk_norms(tensor).double().square().sum())
 
 
-@pytest.mark.parametrize("shape", [(1,), (PIECE - 1,), (PIECE,), (3 * PIECE + 7,), (300, 129), (2, 3, 5000), (0,)])
+@pytest.mark.parametrize("shape", [(1,), (CHUNK - 1,), (CHUNK,), (3 * CHUNK + 7,), (300, 129), (2, 3, 5000), (0,)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_squares_add_up_to_the_whole(shape, dtype):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from components.metrics.console import duration, speed, step_line
-from components.metrics.jsonl import JsonLines
-from components.metrics.tensorboard import TensorBoard
+from components.metrics.console import format_duration, format_step, format_tokens_per_second
+from components.metrics.jsonl import JsonLinesWriter
+from components.metrics.tensorboard import TensorBoardWriter
 
 ROW = {
     "step": 1, "tokens": 4096, "samples": 16, "epoch": 0.01, "loss": 3.5, "lr": 1e-3, "grad_norm": 0.7,
@@ -21,13 +21,13 @@ def steps(path):
 @pytest.mark.quick
 def test_a_resumed_file_has_neither_gaps_nor_duplicates(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = JsonLines(path)
+    writer = JsonLinesWriter(path)
     for step in range(1, 8):
         writer.write({"step": step})
     writer.close()
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # killed in the middle of a write
-    writer = JsonLines(path, after_step=5)
+    writer = JsonLinesWriter(path, after_step=5)
     for step in range(6, 9):
         writer.write({"step": step})
     writer.close()
@@ -38,7 +38,7 @@ def test_a_resumed_file_has_neither_gaps_nor_duplicates(tmp_path):
 def test_a_torn_line_is_cut_even_when_it_is_within_the_resumed_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
-    writer = JsonLines(path, after_step=5)
+    writer = JsonLinesWriter(path, after_step=5)
     writer.write({"step": 6})
     writer.close()
     assert steps(path) == [1, 6]
@@ -46,7 +46,7 @@ def test_a_torn_line_is_cut_even_when_it_is_within_the_resumed_steps(tmp_path):
 
 @pytest.mark.quick
 def test_json_has_no_nan(tmp_path):
-    writer = JsonLines(tmp_path / "m")
+    writer = JsonLinesWriter(tmp_path / "m")
     writer.write({"step": 1, "loss": math.nan, "lr": math.inf, "grad_norm": 1.0})
     writer.close()
     assert json.loads((tmp_path / "m").read_text()) == {"step": 1, "loss": None, "lr": None, "grad_norm": 1.0}
@@ -54,17 +54,17 @@ def test_json_has_no_nan(tmp_path):
 
 @pytest.mark.quick
 def test_line_for_people():
-    line = step_line(ROW, total_tokens=1_000_000)
+    line = format_step(ROW, total_tokens=1_000_000)
     for part in ("step      1", "4.096K/1M", "loss  3.5000", "lr 1.00e-03", "batch   16", "2.048K tok/s", "mfu  50%"):
         assert part in line
     assert line.endswith("left 8m06s")
-    assert "mfu" not in step_line({**ROW, "mfu": None}, total_tokens=1_000_000)
+    assert "mfu" not in format_step({**ROW, "mfu": None}, total_tokens=1_000_000)
 
 
 @pytest.mark.quick
 def test_speed_on_the_console_is_that_of_all_steps_since_the_last_line():
     fast, slow = ({**ROW, "step_seconds": s, "tokens_per_second": 4096 / s} for s in (1.0, 3.0))
-    assert speed([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
+    assert format_tokens_per_second([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
 
 
 @pytest.mark.quick
@@ -72,17 +72,17 @@ def test_speed_on_the_console_is_that_of_all_steps_since_the_last_line():
     ("seconds", "text"), [(3, "3s"), (61, "1m01s"), (3725, "1h02m"), (200_000, "2d07h"), (math.inf, "?")]
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = TensorBoard(tmp_path)
+    first = TensorBoardWriter(tmp_path)
     for step in range(1, 6):
         first.write({**ROW, "step": step, "loss": float(step), "source_epochs": {"web": 0.5}, "my_metric": step})
     first.close()
-    second = TensorBoard(tmp_path, after_step=3)  # killed at 5, resumed from a checkpoint of step 3
+    second = TensorBoardWriter(tmp_path, after_step=3)  # killed at 5, resumed from a checkpoint of step 3
     for step in range(4, 7):
         second.write({**ROW, "step": step, "loss": float(step * 10)})
     second.write({"step": 6, "tokens": 1, "val_loss": 2.0, "val_perplexity": 7.4, "val_bits_per_byte": 1.1})

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from components.safetensors import Described, Weights, new_directory, parse_bytes, write_weights
+from components.safetensors import TensorSpec, Weights, new_directory, parse_bytes, write_weights
 
 pytestmark = pytest.mark.quick
 
 TENSORS = {name: torch.full((size,), float(size)) for name, size in [("a", 10), ("b", 20), ("c", 100), ("d", 1)]}
-DESCRIBED = {name: Described(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+DESCRIBED = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.tokenizers import Bytes, TiktokenFile
-from components.tokenizers.detokenizer import TextStream
+from components.tokenizers.detokenizer import IncrementalDetokenizer
 
 pytestmark = pytest.mark.quick
 
@@ -17,7 +17,7 @@ encoders = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 
 
 def pieces(encoder, ids, before=()) -> list[str]:
-    stream = TextStream(encoder.decode, before)
+    stream = IncrementalDetokenizer(encoder.decode, before)
     return [*(stream.push(id) for id in ids), stream.finish()]
 
 
@@ -45,7 +45,7 @@ def byte_fallback(ids):
 
 @pytest.mark.parametrize("before", ["", "so ", "🐋"])
 def test_a_decoder_that_breaks_every_byte_of_an_unfinished_run(before):
-    stream = TextStream(byte_fallback, before.encode())
+    stream = IncrementalDetokenizer(byte_fallback, before.encode())
     found = [stream.push(id) for id in "🐋鯨aé🐋".encode()]
     assert found == ["", "", "", "🐋", "", "", "鯨", "a", "", "é", "", "", "", "🐋"]
     assert stream.finish() == ""
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_drops_the_space_of_a_first_token_does_not_drop_it_here
     def decode(ids):
         return "".join(f" {id}" for id in ids)[1:]
 
-    stream = TextStream(decode, [1, 2])
+    stream = IncrementalDetokenizer(decode, [1, 2])
     assert [stream.push(3), stream.push(4), stream.finish()] == [" 3", " 4", ""]
 
 
@@ -79,5 +79,5 @@ def test_an_id_that_stands_for_nothing_is_a_broken_character():
             raise ValueError("a hole")
         return bytes(ids).decode()
 
-    stream = TextStream(decode)
+    stream = IncrementalDetokenizer(decode)
     assert "".join([stream.push(65), stream.push(9), stream.push(66), stream.finish()]) == "A\ufffdB"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from components.validation import HeldOut, UnreadableError
+from components.validation import UnreadableError, ValidationConfig
 
 pytestmark = pytest.mark.quick
 
@@ -43,7 +43,9 @@ class Source:
 
 
 def build(**keys):
-    return HeldOut(data=Source(), **keys).open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print)
+    return ValidationConfig(data=Source(), **keys).open(
+        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
+    )
 
 
 def by_hand(samples):
@@ -70,7 +72,7 @@ def test_bytes_are_counted_beyond_what_float32_holds():
     class Long(Text):
         byte_lengths = np.arange(VOCAB) * (2**22 + 1)
 
-    held_out = HeldOut(data=Source(), micro_batch_size=COUNT)
+    held_out = ValidationConfig(data=Source(), micro_batch_size=COUNT)
     validation = held_out.open(tokenizer=Long(), sequence_length=LENGTH, cache_dir=None, progress=print)
     _, byte_count, _ = by_hand(validation.samples)
     assert validation.totals(Bigram(), Alone(), nullcontext).bytes == byte_count * (2**22 + 1)
@@ -108,7 +110,7 @@ def test_a_part_is_spread_over_all_of_the_text(count, limit):
         def build(self, **how):
             return range(count)
 
-    held_out = HeldOut(data=Long(), max_sequences=limit)
+    held_out = ValidationConfig(data=Long(), max_sequences=limit)
     indices = held_out.open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print).indices
     assert len(set(indices)) == limit
     assert all(abs(index - number * count / limit) < 1 for number, index in enumerate(indices))
@@ -125,7 +127,7 @@ def test_a_part_of_a_mixture_has_its_weights_and_all_of_it_counts_once():
             return Mixed(super().build(**how))
 
     def measured(limit):
-        held_out = HeldOut(data=Sources(), max_sequences=limit)
+        held_out = ValidationConfig(data=Sources(), max_sequences=limit)
         opened = held_out.open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print)
         return opened.totals(Bigram(), Alone(), nullcontext).nats, opened.samples
 
@@ -158,7 +160,7 @@ def test_what_cannot_be_used_is_told_after_the_last_forward_pass(what):
             self.calls += 1
             return super().forward(tokens, labels)
 
-    validation = HeldOut(data=Bad(), micro_batch_size=2).open(
+    validation = ValidationConfig(data=Bad(), micro_batch_size=2).open(
         tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
     )
     model = Counting()

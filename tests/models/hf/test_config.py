@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.hf.architectures import ARCHITECTURES, architecture_in, architecture_of, locate
-from models.hf.config import granite_keys, granite_moe_keys, llama_keys
+from models.hf.architectures import ARCHITECTURES, architecture_from_config, architecture_from_model, match_tensors
+from models.hf.config import granite_config_from_hf, granite_moe_config_from_hf, llama_config_from_hf
 from models.mup import MuP
-from models.presets import SIZES, Size
+from models.presets import PRESETS, LlamaShape
 from models.rope import RopeScaling
 
 pytestmark = pytest.mark.quick
 
 LLAMA = ARCHITECTURES["LlamaForCausalLM"]
-SMALL = Size(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96)
+SMALL = LlamaShape(dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96)
 SIZES_AND_MORE = {
-    **SIZES,
+    **PRESETS,
     "own head": replace(SMALL, head_dim=40),
     "tied, scaled": replace(SMALL, tied_embeddings=True, rope_scaling=RopeScaling(factor=4.0)),
     "narrower than the base, own head": replace(SMALL, head_dim=40, mup=MuP(base_width=200)),
@@ -36,7 +36,7 @@ CONFIG = {
 }
 
 
-def decoder(size: Size) -> Decoder:
+def decoder(size: LlamaShape) -> Decoder:
     with torch.device("meta"):
         return Decoder(size, 97)
 
@@ -44,7 +44,7 @@ def decoder(size: Size) -> Decoder:
 @pytest.mark.parametrize("size", SIZES_AND_MORE.values(), ids=SIZES_AND_MORE)
 def test_what_is_written_reads_back_as_the_same_model(size):
     size = replace(size, layers=2)
-    name, architecture = architecture_of(decoder(size))
+    name, architecture = architecture_from_model(decoder(size))
     expected = "GraniteMoeForCausalLM" if size.experts else "LlamaForCausalLM" if size.mup is None else None
     assert name == (expected or "GraniteForCausalLM")
     with torch.device("meta"):
@@ -56,7 +56,7 @@ def test_what_is_written_reads_back_as_the_same_model(size):
 
 def test_every_number_of_a_size_is_written():
     """A number that Size gains must be written and read, or be refused where transformers has no word for it."""
-    assert {field.name for field in fields(Size)} == {
+    assert {field.name for field in fields(LlamaShape)} == {
         "dim", "layers", "heads", "kv_heads", "ffn_dim", "head_dim", "norm_eps", "rope_theta", "rope_scaling",
         "tied_embeddings", "max_sequence_length", "mup", "experts", "top_k",
     }  # fmt: skip
@@ -73,11 +73,11 @@ POWERMOE = {
 
 
 def test_powermoe_is_the_size_of_that_name():
-    name, architecture = architecture_in(POWERMOE)
+    name, architecture = architecture_from_config(POWERMOE)
     with torch.device("meta"):
         model = architecture.build(architecture.keys(POWERMOE))
     assert name == "GraniteMoeForCausalLM"
-    assert replace(model.size, head_dim=None) == SIZES["powermoe3b"]
+    assert replace(model.size, head_dim=None) == PRESETS["powermoe3b"]
 
 
 @pytest.mark.parametrize(
@@ -94,16 +94,16 @@ def test_powermoe_is_the_size_of_that_name():
 )
 def test_multipliers_and_experts_of_another_kind_are_refused(entries, message):
     with pytest.raises(ValueError, match=message):
-        granite_moe_keys({**POWERMOE, **entries})
+        granite_moe_config_from_hf({**POWERMOE, **entries})
 
 
 def test_a_dense_granite_without_mup_is_refused_rather_than_taken_for_a_llama():
     with pytest.raises(ValueError, match="attention_multiplier"):
-        granite_keys({**CONFIG, "attention_multiplier": 0.25})
+        granite_config_from_hf({**CONFIG, "attention_multiplier": 0.25})
 
 
 def test_old_configurations_have_the_defaults_of_their_time():
-    keys = llama_keys(CONFIG)
+    keys = llama_config_from_hf(CONFIG)
     assert (keys["kv_heads"], keys["head_dim"], keys["norm_eps"], keys["rope_theta"]) == (4, 16, 1e-6, 10_000.0)
     assert (keys["tied_embeddings"], keys["max_sequence_length"], keys["rope_scaling"]) == (False, 2048, None)
 
@@ -111,7 +111,7 @@ def test_old_configurations_have_the_defaults_of_their_time():
 @pytest.mark.parametrize("spelling", ["rope_type", "type"])
 def test_scaling_as_versions_before_5_wrote_it(spelling):
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    keys = llama_keys({**CONFIG, "rope_theta": 5e5, "rope_scaling": {spelling: "llama3", **scaling}})
+    keys = llama_config_from_hf({**CONFIG, "rope_theta": 5e5, "rope_scaling": {spelling: "llama3", **scaling}})
     assert keys["rope_theta"] == 5e5
     assert RopeScaling(**keys["rope_scaling"]) == RopeScaling(factor=8.0)
 
@@ -140,24 +140,24 @@ def test_scaling_as_versions_before_5_wrote_it(spelling):
 )
 def test_what_the_decoder_does_not_do_is_refused(entries, message):
     with pytest.raises(ValueError, match=message):
-        llama_keys({**CONFIG, **entries})
+        llama_config_from_hf({**CONFIG, **entries})
 
 
 def test_architectures_are_told_apart_by_name_or_by_type():
-    assert architecture_in({"architectures": ["LlamaForCausalLM"]})[1] is LLAMA
-    assert architecture_in({"model_type": "llama"})[1] is LLAMA
-    assert architecture_of(decoder(SMALL)) == ("LlamaForCausalLM", LLAMA)
+    assert architecture_from_config({"architectures": ["LlamaForCausalLM"]})[1] is LLAMA
+    assert architecture_from_config({"model_type": "llama"})[1] is LLAMA
+    assert architecture_from_model(decoder(SMALL)) == ("LlamaForCausalLM", LLAMA)
     for config in ({"architectures": ["EvilForCausalLM"]}, {"model_type": "gpt2"}, {}, {"architectures": [{}]}):
         with pytest.raises(ValueError, match=r"architecture .* is unknown here; known are LlamaForCausalLM"):
-            architecture_in(config)
+            architecture_from_config(config)
     with pytest.raises(ValueError, match="a Linear is none of LlamaForCausalLM"):
-        architecture_of(torch.nn.Linear(1, 1))
+        architecture_from_model(torch.nn.Linear(1, 1))
 
 
 def test_shapes_that_do_not_fit_are_all_named():
     model = decoder(SMALL)
     shapes = {LLAMA.names(model)[name]: tuple(p.shape) for name, p in model.named_parameters()}
-    assert locate(model, shapes) == LLAMA.names(model)
+    assert match_tensors(model, shapes) == LLAMA.names(model)
     wrong = {**shapes, "model.norm.weight": (65,), "lm_head.weight": (64, 97)}
     with pytest.raises(ValueError, match=r"model.norm.weight is \[65\], not \[64\]; lm_head.weight is \[64, 97\]"):
-        locate(model, wrong)
+        match_tensors(model, wrong)

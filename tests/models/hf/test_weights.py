@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.hf.weights import names
-from models.presets import Size
+from models.hf.weights import hf_names
+from models.presets import LlamaShape
 from tests.models.hf.state_dicts import from_hf, to_hf
 
 pytestmark = pytest.mark.quick
 
-UNTIED = Size(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24)
+UNTIED = LlamaShape(dim=16, layers=2, heads=2, kv_heads=1, ffn_dim=24)
 TIED = replace(UNTIED, tied_embeddings=True)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 both = pytest.mark.parametrize("size", [UNTIED, TIED], ids=["untied", "tied"])
 
 
-def weights(size: Size) -> dict[str, torch.Tensor]:
+def weights(size: LlamaShape) -> dict[str, torch.Tensor]:
     model = Decoder(size, 31)
     model.init_weights(0)
     return model.state_dict()
@@ -28,7 +28,7 @@ def weights(size: Size) -> dict[str, torch.Tensor]:
 
 @both
 def test_every_parameter_has_a_name_there_and_no_two_the_same(size):
-    table = names(size)
+    table = hf_names(size)
     assert table.keys() == weights(size).keys()
     assert len(set(table.values())) == len(table)
 

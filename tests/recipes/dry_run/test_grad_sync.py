@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.distributed.context import World
-from components.distributed.parallel_dims import Sizes
-from components.hardware import Device, device_memory
+from components.distributed.context import DistributedContext
+from components.distributed.parallel_dims import MeshShape
+from components.hardware import DeviceSpec, device_memory
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory, decide_grad_sync, syncs_once_per_step
 from tests.recipes.dry_run.plans import config_of, plan_of
 
@@ -30,7 +30,8 @@ def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
     assert isinstance(memory, Memory)
     assert memory.local_peak > memory.peak
     roomy, tight = (
-        Device("", 1.0, int(size / PLANNED_FRACTION) + add) for size, add in ((memory.local_peak, 2), (memory.peak, 2))
+        DeviceSpec("", 1.0, int(size / PLANNED_FRACTION) + add)
+        for size, add in ((memory.local_peak, 2), (memory.peak, 2))
     )
     assert plan.peak_on(memory, roomy) == memory.local_peak
     assert plan.peak_on(memory, tight) == memory.peak
@@ -45,14 +46,16 @@ def test_local_adds_whole_weights_and_a_whole_float32_gradient(tiny):
 
 
 def test_a_run_takes_the_estimate_of_the_dry_run_and_the_memory_of_its_device(tiny):
-    world = World(0, 1, torch.device("cpu"))
+    world = DistributedContext(0, 1, torch.device("cpu"))
     config = config_of(tiny)
     plan = plan_of(tiny, processes=2)
-    assert decide_grad_sync(config.recipe, plan.model, Sizes(1, 2, 1), world, torch.float32)
-    crowded = World(0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6)  # a MB for each
-    assert not decide_grad_sync(config.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+    assert decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1), world, torch.float32)
+    crowded = DistributedContext(
+        0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6
+    )  # a MB for each
+    assert not decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
     forced = config_of(tiny, "--training.accumulation=local")
-    assert decide_grad_sync(forced.recipe, plan.model, Sizes(1, 2, 1), crowded, torch.float32)
+    assert decide_grad_sync(forced.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
 
 
 def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
@@ -60,5 +63,5 @@ def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
         def forward(self, tokens, labels):
             return int(tokens.argmax())
 
-    world = World(0, 1, torch.device("cpu"))
-    assert not decide_grad_sync(config_of(tiny).recipe, Peeking(), Sizes(1, 2, 1), world, torch.float32)
+    world = DistributedContext(0, 1, torch.device("cpu"))
+    assert not decide_grad_sync(config_of(tiny).recipe, Peeking(), MeshShape(1, 2, 1), world, torch.float32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.hardware import named_device
+from components.hardware import device_spec
 from recipes import cli
 from recipes.dry_run.plan import HardwareTarget
 from tests.recipes.dry_run.plans import GPU, plan_of
@@ -46,7 +46,7 @@ def test_claims_that_make_no_sense(tiny, capsys, text, said):
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("h100", 80), ("A100-40GB", 40), ("a100", 80), ("RTX_4090", 24)])
 def test_devices_by_name(name, gigabytes):
-    assert named_device(name).memory_bytes == gigabytes * 10**9
+    assert device_spec(name).peak_memory_bytes == gigabytes * 10**9
 
 
 def test_the_tokens_of_data_are_estimated_of_any_kind_and_unknown_of_the_network(tiny):
@@ -84,11 +84,11 @@ def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
 
 
 def test_processes_of_a_node_share_its_processor():
-    device = named_device("cpu")
+    device = device_spec("cpu")
     shared = HardwareTarget(device).per_process(4).device
     assert shared is not None
     assert (shared.memory_bytes, shared.flops) == (device.memory_bytes // 4, device.flops / 4)
-    assert HardwareTarget(named_device("H100")).per_process(4).device == named_device("H100")
+    assert HardwareTarget(device_spec("H100")).per_process(4).device == device_spec("H100")
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from components.hardware import named_device
+from components.hardware import device_spec
 from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.step_time import INFINIBAND, Collective, StepTime, estimate_step_time
 from tests.recipes.dry_run.plans import config_of
 
 pytestmark = pytest.mark.quick
 
-H100 = named_device("H100")
+H100 = device_spec("H100")
 
 
 def step(tiny, processes: int, local: int, *arguments: str) -> tuple[RunPlan, StepTime]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 from components.data.sources.text_io import read_blocks
 from tests.components.data.sources.test_text_files import read, write
 
@@ -100,7 +100,7 @@ def test_an_array_is_read_whatever_the_blocks(tmp_path_factory, rows, indent, bl
         patch.setattr(
             "components.data.sources.formats.read_blocks", lambda path, log: read_blocks(path, log, block_bytes)
         )
-        documents = [document.text for document in TextFiles(path=path).documents(ReadingLog())]
+        documents = [document.text for document in TextFiles(path=path).documents(ReadStats())]
     assert documents == [row["text"].replace("\r\n", "\n").replace("\r", "\n") for row in rows]
 
 
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, name, content, message):
 
 
 def test_a_line_without_end_is_no_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("components.data.sources.text_io.LONGEST_LINE", 100)
+    monkeypatch.setattr("components.data.sources.text_io.MAX_LINE_BYTES", 100)
     path = write(tmp_path / "a.jsonl", '{"text": "short"}\n{"text": "' + "long" * 50 + '"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:2: a line of more than 100 bytes"):
         read(TextFiles(path=path))
@@ -137,4 +137,4 @@ def test_long_values_come_in_parts_and_lose_nothing(tmp_path, monkeypatch):
     texts = ["".join(f"line {i} of it\n" if i % 7 else "x" * 3 * i for i in range(60)), "short", "y" * 1000]
     source = TextFiles(path=write(tmp_path / "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts)))
     assert read(source)[0] == texts
-    assert max(len(document.text) for document in source.documents(ReadingLog())) <= 50
+    assert max(len(document.text) for document in source.documents(ReadStats())) <= 50

@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 from components.data import HuggingFaceDataset
-from components.data.document import ReadingLog
-from components.data.file_hash_cache import FileHashes
+from components.data.document import ReadStats
+from components.data.file_hash_cache import FileHashCache
 
 datasets = pytest.importorskip("datasets", reason="needs the [data] extra")
 
@@ -25,7 +25,7 @@ def tales(tmp_path, monkeypatch):
 
 
 def texts(path: str, **settings) -> list[str]:
-    return [document.text for document in HuggingFaceDataset(path=path, **settings).documents(ReadingLog())]
+    return [document.text for document in HuggingFaceDataset(path=path, **settings).documents(ReadStats())]
 
 
 def test_a_data_set_is_streamed(tales):
@@ -43,7 +43,7 @@ def test_without_a_network_the_cache_of_the_library_serves(tales, tmp_path):
 
 def test_the_fingerprint_follows_what_the_documents_depend_on(tales, tmp_path):
     def fingerprint(path, **settings):
-        return HuggingFaceDataset(path=path, **settings).fingerprint(FileHashes(tmp_path / "memory"))
+        return HuggingFaceDataset(path=path, **settings).fingerprint(FileHashCache(tmp_path / "memory"))
 
     plain = fingerprint("hf://me/tales/default/train")
     others = [

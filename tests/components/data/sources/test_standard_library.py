@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from components.data import StandardLibrary
-from components.data.document import ReadingLog
+from components.data.document import ReadStats
 from components.data.sources.standard_library import split_of
 
 pytestmark = pytest.mark.quick
@@ -47,7 +47,7 @@ def test_what_is_no_library_text_is_left_out():
 
 def test_documents_are_the_files_with_line_feeds():
     source = StandardLibrary(split="validation")
-    log = ReadingLog()
+    log = ReadStats()
     documents = [document.text for document in source.documents(log)]
     assert log.source_bytes == source.size_bytes() > 100_000
     assert all("\r" not in text for text in documents)
@@ -61,7 +61,7 @@ def test_a_stripped_library_is_refused_with_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "os.py").write_text("pass\n")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match=r"only 5 bytes of Python source .*zipped or stripped.*TextFiles"):
-        list(StandardLibrary().documents(ReadingLog()))
+        list(StandardLibrary().documents(ReadStats()))
 
 
 def test_files_are_decoded_as_their_coding_comment_says(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_files_are_decoded_as_their_coding_comment_says(tmp_path, monkeypatch):
     monkeypatch.setattr("components.data.sources.standard_library.split_of", lambda name: "train")
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\r\ns = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"s = '\xff'\n")
-    log = ReadingLog()
+    log = ReadStats()
     texts = [document.text for document in StandardLibrary().documents(log)]
     assert texts == ["# -*- coding: latin-1 -*-\ns = 'é'\n", "s = '\ufffd'\n"]
     assert log.repairs == {"line ends": 2, "replaced characters": 1}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TextFiles
-from components.data.document import ReadingLog
-from components.data.file_hash_cache import FileHashes
+from components.data.document import ReadStats
+from components.data.file_hash_cache import FileHashCache
 from components.data.sources.text_io import known_format, read_blocks
 
 pytestmark = pytest.mark.quick
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 
 def read(source: TextFiles) -> tuple[list[str], Counter[str]]:
     """Documents, put together from their parts, and what was repaired."""
-    log, documents, parts = ReadingLog(), [], []
+    log, documents, parts = ReadStats(), [], []
     for document in source.documents(log):
         parts.append(document.text)
         if document.complete:
@@ -96,9 +96,9 @@ def test_blocks_split_no_character_and_no_line_end(tmp_path_factory, data, block
     path.write_bytes(data)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         with pytest.raises(ValueError, match="UTF-16"):
-            list(read_blocks(path, ReadingLog(), block_bytes))
+            list(read_blocks(path, ReadStats(), block_bytes))
         return
-    log = ReadingLog()
+    log = ReadStats()
     text = "".join(read_blocks(path, log, block_bytes))
     whole = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
     assert text == whole.replace("\r\n", "\n").replace("\r", "\n")
@@ -121,7 +121,7 @@ def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, se
     path = write(tmp_path / "a.txt", (separator or "").join(stories))
     source = TextFiles(path=path, document_separator=separator)
     assert read(source)[0] == (stories if separator else [text])
-    assert sum(not document.complete for document in source.documents(ReadingLog())) > 5
+    assert sum(not document.complete for document in source.documents(ReadStats())) > 5
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_paths_that_lead_nowhere_name_their_key(tmp_path):
 
 def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(tmp_path):
     def fingerprint(folder: str, **settings) -> str:
-        return TextFiles(path=tmp_path / folder, **settings).fingerprint(FileHashes(tmp_path / "memory"))
+        return TextFiles(path=tmp_path / folder, **settings).fingerprint(FileHashCache(tmp_path / "memory"))
 
     for folder in ("here", "there"):
         write(tmp_path / folder / "a.txt", "one")
