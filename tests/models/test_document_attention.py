@@ -108,7 +108,7 @@ def test_logits_and_gradients_are_those_of_every_document_alone(size):
 @pytest.mark.parametrize("blocks", [False, True], ids=["one by one", "in blocks"])
 def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(module, "documents", uncompiled)
+        monkeypatch.setattr(module, "document_attention", uncompiled)
     model, before = apart(size), tokens()
     for row, first, end in spans():
         after = before.clone()
@@ -133,7 +133,7 @@ def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
     found = []
     for way in (document_attention, uncompiled):
         model = apart(size)
-        monkeypatch.setattr(module, "documents", way)
+        monkeypatch.setattr(module, "document_attention", way)
         monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None, raising=False)
         logits = model(tokens())
         found.append((logits, *torch.autograd.grad(model(tokens(), labels()), list(model.parameters()))))
@@ -148,7 +148,7 @@ def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
     for way in (lambda starts_BT, head_width: PerDocumentSDPA(starts_BT), document_attention):
-        monkeypatch.setattr(module, "documents", way)
+        monkeypatch.setattr(module, "document_attention", way)
         model = apart(replace(SMALL, dim=64)).float().cuda()
         loss = model(given, given.roll(-1, 1))
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
@@ -160,7 +160,7 @@ def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
     """Whole, where attention is in blocks; the lengths of one by one are not for the compiler."""
     for way, whole in ((document_attention, False), (uncompiled, True)):
-        monkeypatch.setattr(module, "documents", way)
+        monkeypatch.setattr(module, "document_attention", way)
         eager, compiled, counter = apart(SMALL), apart(SMALL), CompileCounter()
         for layer in compiled.layers.values():
             layer.compile(backend=counter, fullgraph=whole)
