@@ -43,7 +43,7 @@ def measure(
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         batch, steps = 8, WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
         settings = {
-            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial": str(batch),
+            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": str(batch),
             "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "checkpoint.keep_last": "2",
             "checkpoint.async_save": str(asynchronous).lower(), "lr_schedule.warmup_tokens": "0",
         }  # fmt: skip

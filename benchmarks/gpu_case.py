@@ -93,18 +93,18 @@ def configure(arguments: argparse.Namespace, directory: str) -> Config:
         "training.micro_batch_size": case.micro_batch, "training.precision": "bf16",
         "training.activation_checkpoint": arguments.activation_checkpoint or case.activation_checkpoint,
         "training.compile": str(arguments.kind != "eager" and not arguments.smoke).lower(),
-        "training.attention_within": "document" if arguments.kind == "documents" else "sequence",
-        "batch.use": "components.batch:Constant", "batch.initial": 1,
+        "training.document_masking": "true" if arguments.kind == "documents" else "false",
+        "batch.use": "components.batch:Constant", "batch.initial_size": 1,
     }  # fmt: skip
     if arguments.kind == "no noise":
-        settings["gradient_moments.interval_steps"] = "none"
+        settings["gradient_noise.interval_steps"] = "none"
     if arguments.smoke:
         settings |= SMOKE
         if arguments.model.startswith("MoE"):
             settings |= {"model.experts": 4, "model.top_k": 2}
     if arguments.micro_batch:
         settings["training.micro_batch_size"] = arguments.micro_batch
-    settings["batch.initial"] = int(str(settings["training.micro_batch_size"])) * arguments.accumulation
+    settings["batch.initial_size"] = int(str(settings["training.micro_batch_size"])) * arguments.accumulation
     return load(case.config, [Override(key, str(value)) for key, value in settings.items()])
 
 
@@ -128,7 +128,7 @@ def ours(config: Config, report: Report) -> None:
             report.step(row["loss"])
 
         run.monitor.write = reported  # type: ignore[method-assign]
-        samples = config.recipe.batch.initial
+        samples = config.recipe.batch.initial_size
         report.begin(
             flops_per_token=run.flops_per_token,
             tokens_per_step=samples * run.clock.sequence_length,
@@ -169,7 +169,7 @@ def plain(config: Config, report: Report, *, compiled: bool) -> None:
     if compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    accumulation = recipe.batch.initial // training.micro_batch_size
+    accumulation = recipe.batch.initial_size // training.micro_batch_size
     micro_batches = torch.randint(
         vocab_size, (accumulation, training.micro_batch_size, training.sequence_length), device=report.device
     )

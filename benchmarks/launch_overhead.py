@@ -56,7 +56,7 @@ def narrow(recipe: str, directory: Path, *, compiled: bool, steps: int) -> Confi
         "validation.interval_steps": "none", "validation.max_sequences": 1, "validation.micro_batch_size": 1,
         "training.sequence_length": TOKENS, "training.micro_batch_size": 1, "lr_schedule.warmup_tokens": 0,
         "training.total_tokens": (steps + WARM_UP + 1) * MICRO_BATCHES * TOKENS,
-        "batch.use": "components.batch:Constant", "batch.initial": MICRO_BATCHES,
+        "batch.use": "components.batch:Constant", "batch.initial_size": MICRO_BATCHES,
         "checkpoint.interval_steps": "none",
     }  # fmt: skip
     if "moe" in recipe:

@@ -45,7 +45,7 @@ def overhead(steps: int) -> tuple[float, float]:
     """(overhead, clipping) as shares of step time."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         settings = {
-            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial": "16",
+            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": "16",
             "validation.interval_steps": "none", "checkpoint.interval_steps": "none",
             "validation.max_sequences": "1", "lr_schedule.warmup_tokens": "0",
             "training.total_tokens": str((steps + WARM_UP + 1) * 16 * 256),

@@ -32,7 +32,7 @@ class StopwatchBatch(Constant):
 
     def next_batch_size(self, progress: object) -> int:
         self.starts.append(time.perf_counter())
-        return self.initial
+        return self.initial_size
 
     def step_seconds(self, skip: int) -> list[float]:
         """Seconds from each start to the next, without the first `skip`."""
@@ -54,7 +54,7 @@ class TurnsBatch(Constant):
 
     def next_batch_size(self, progress: object) -> int:
         wait_for_turn()
-        return self.initial
+        return self.initial_size
 
 
 @dataclass(frozen=True, kw_only=True)

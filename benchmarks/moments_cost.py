@@ -24,7 +24,7 @@ from components.metrics.jsonl import read_rows
 WARM_UP = 4
 SHAPE = {
     "model.dim": 384, "model.layers": 6, "model.heads": 6, "model.kv_heads": 6, "model.ffn_dim": 1024,
-    "training.micro_batch_size": 2, "training.sequence_length": 256, "batch.initial": 8,
+    "training.micro_batch_size": 2, "training.sequence_length": 256, "batch.initial_size": 8,
 }  # fmt: skip
 """14M parameters, and a small micro-batch: squaring gradients takes the same time however many tokens made them."""
 
@@ -36,9 +36,9 @@ def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[li
         peaks.mkdir()
         settings = {
             "run.dir": directory, "run.device": "cpu", "training.precision": "float32", **SHAPE,
-            "training.total_tokens": (steps + WARM_UP) * int(SHAPE["batch.initial"]) * 256,
+            "training.total_tokens": (steps + WARM_UP) * int(SHAPE["batch.initial_size"]) * 256,
             "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.folder": peaks,
-            "lr_schedule.warmup_tokens": 0, "gradient_moments.interval_steps": interval,
+            "lr_schedule.warmup_tokens": 0, "gradient_noise.interval_steps": interval,
             "validation.interval_steps": "none", "validation.max_sequences": 1, "checkpoint.interval_steps": "none",
         }  # fmt: skip
         command = [ROOT / "run_train.sh", DEBUG, *(f"--{key}={value}" for key, value in settings.items()), *extra]

@@ -111,7 +111,7 @@ def training_peak(folder: Path, cache: Path, out: Path) -> int:
         "data.use": "components.data:TextFiles", "data.path": str(folder), "validation": "none",
         "run.dir": f"{out}/run",
         "run.cache_dir": str(cache), "training.total_tokens": "80K", "lr_schedule.warmup_tokens": "10K",
-        "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.initial": "16", "batch.folder": str(out),
+        "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.initial_size": "16", "batch.folder": str(out),
         "checkpoint.interval_steps": "none",
     }  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in settings.items()]

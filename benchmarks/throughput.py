@@ -37,7 +37,7 @@ def ours(size: str, steps: int) -> None:
         settings = {
             "run.dir": directory, "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
             "training.precision": "float32", "training.total_tokens": steps * SEQUENCE * MICRO_BATCH,
-            "batch.use": "benchmarks.measure:TurnsBatch", "batch.initial": MICRO_BATCH,
+            "batch.use": "benchmarks.measure:TurnsBatch", "batch.initial_size": MICRO_BATCH,
             "model.vocab_size": VOCAB, "model.tied_embeddings": "false", "validation.max_sequences": 1,
             "lr_schedule.warmup_tokens": 0, "checkpoint.interval_steps": "none",
             **{f"model.{key}": value for key, value in SIZES[size].items()},

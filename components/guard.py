@@ -28,14 +28,14 @@ class GuardConfig:
     on_nonfinite: Action = "stop"
     """A loss or gradient norm that is not finite."""
     on_spike: Action | None = None
-    """A loss above `spike_deviations`; unset: such a step is one like any other."""
+    """A loss above `spike_std`; unset: such a step is one like any other."""
     on_bad_sample: SampleAction = "stop"
     """A sample that cannot be read or holds no valid token ids. skip: go on after the samples of that step."""
-    spike_deviations: Annotated[float, Field(gt=0)] = 6.0
+    spike_std: Annotated[float, Field(gt=0)] = 6.0
     """Standard deviations above the mean of the steps before that make a loss a spike."""
-    spike_memory_steps: PositiveCount = 100
+    spike_window_steps: PositiveCount = 100
     """Steps after which a loss has lost 63 % of its weight in mean and deviation, and before which none is a spike."""
-    max_consecutive: PositiveCount = 10
+    max_bad_steps: PositiveCount = 10
     """Bad steps in a row that end the run, whatever else is said."""
 
     def build(self) -> StepGuard:
@@ -84,8 +84,8 @@ class StepGuard:
         consecutive = self.consecutive + 1
         if bad.action == "stop":
             return bad
-        if consecutive >= self.rules.max_consecutive:
-            why = f"{bad.why}; bad steps in a row: {consecutive}, which is guard.max_consecutive"
+        if consecutive >= self.rules.max_bad_steps:
+            why = f"{bad.why}; bad steps in a row: {consecutive}, which is guard.max_bad_steps"
             return BadStep("stop", bad.finite, why)
         self.consecutive = consecutive
         return bad
@@ -106,11 +106,11 @@ class StepGuard:
         numbers = f"loss {loss:.6g}, gradient norm {grad_norm:.6g}"
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return BadStep(self.rules.on_nonfinite, False, numbers)
-        if self.rules.on_spike is None or self._steps < self.rules.spike_memory_steps:
+        if self.rules.on_spike is None or self._steps < self.rules.spike_window_steps:
             return None
         deviation = max(math.sqrt(self._variance), _LEAST_DEVIATION * abs(self._mean))
         above = (loss - self._mean) / deviation if deviation else 0.0
-        if above <= self.rules.spike_deviations:
+        if above <= self.rules.spike_std:
             return None
         return BadStep(
             self.rules.on_spike, True, f"{numbers}, {above:.3g} standard deviations above the mean of {self._mean:.6g}"
@@ -119,7 +119,7 @@ class StepGuard:
     def _remember(self, loss: float) -> None:
         """Exponential mean and variance (West 1979), of all steps alike while they are few."""
         self._steps += 1
-        share = max(1 / self._steps, 1 - math.exp(-1 / self.rules.spike_memory_steps))
+        share = max(1 / self._steps, 1 - math.exp(-1 / self.rules.spike_window_steps))
         off = loss - self._mean
         self._mean += share * off
         self._variance = (1 - share) * (self._variance + share * off * off)

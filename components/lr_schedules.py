@@ -7,7 +7,7 @@ tokens moves the end of its schedule by that alone. Decay is anchored at the end
 Warm-up counts the step's own tokens, (tokens + batch_tokens) / warmup_tokens, so no step is spent at a rate of zero;
 everything else is read at the step's first token.
 
-A schedule is written for one batch. `batch_rule` says what becomes of its rate at another, and reads the batch of the
+A schedule is written for one batch. `batch_scaling` says what becomes of its rate at another, and reads the batch of the
 very step. It is part of the schedule because a rate without its batch means nothing.
 """
 
@@ -56,29 +56,29 @@ def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class _BatchScaled:
-    batch_rule: BatchScaling = "none"
+    batch_scaling: BatchScaling = "none"
     """How the rate follows the batch: not, by its root (Adam: arXiv 2405.14578, 2205.10287), or linearly (SGD:
     arXiv 1706.02677)."""
     reference_batch_tokens: PositiveCount | None = None
-    """Tokens of the global batch that the rates are meant for: there batch_rule is a factor of 1."""
+    """Tokens of the global batch that the rates are meant for: there batch_scaling is a factor of 1."""
 
     def __post_init__(self) -> None:
-        if self.batch_rule != "none" and self.reference_batch_tokens is None:
+        if self.batch_scaling != "none" and self.reference_batch_tokens is None:
             raise InputError(
                 "reference_batch_tokens",
-                f"required by batch_rule = {self.batch_rule!r}: the tokens (samples x "
+                f"required by batch_scaling = {self.batch_scaling!r}: the tokens (samples x "
                 "sequence_length) of the batch that max_lr is meant for",
             )
-        if self.batch_rule == "none" and self.reference_batch_tokens is not None:
+        if self.batch_scaling == "none" and self.reference_batch_tokens is not None:
             raise InputError(
                 "reference_batch_tokens",
-                'nothing follows it; add batch_rule = "sqrt" or "linear", or leave it out',
+                'nothing follows it; add batch_scaling = "sqrt" or "linear", or leave it out',
             )
 
     def _batch_factor(self, batch_tokens: int) -> float:
         if self.reference_batch_tokens is None:
             return 1.0
-        return float((batch_tokens / self.reference_batch_tokens) ** EXPONENTS[self.batch_rule])
+        return float((batch_tokens / self.reference_batch_tokens) ** EXPONENTS[self.batch_scaling])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,18 +100,18 @@ class _DecayToEnd(_BatchScaled):
     """The rate at the end of warm-up."""
     warmup_tokens: Tokens = 0
     """Tokens over which the rate rises linearly from zero."""
-    end_ratio: Ratio = 0.1
+    min_lr_ratio: Ratio = 0.1
     """The last rate, as a share of max_lr."""
 
     def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        decay = DECAYS[shape](_progress_after_warmup(tokens, self.warmup_tokens, total_tokens), self.end_ratio)
+        decay = DECAYS[shape](_progress_after_warmup(tokens, self.warmup_tokens, total_tokens), self.min_lr_ratio)
         warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
         return self.max_lr * warmup * decay * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_DecayToEnd):
-    """Warm-up, then half a cosine down to end_ratio x max_lr at the end of the run."""
+    """Warm-up, then half a cosine down to min_lr_ratio x max_lr at the end of the run."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         return self._lr("cosine", tokens, batch_tokens, total_tokens)
@@ -119,7 +119,7 @@ class Cosine(_DecayToEnd):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(_DecayToEnd):
-    """Warm-up, then a straight line down to end_ratio x max_lr at the end of the run."""
+    """Warm-up, then a straight line down to min_lr_ratio x max_lr at the end of the run."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         return self._lr("linear", tokens, batch_tokens, total_tokens)
@@ -135,7 +135,7 @@ class _StableThenDecay(_BatchScaled):
     """Length of the decay as a share of total_tokens; 0.1 where neither is given."""
     decay: Decay = "exponential"
     """Shape of the decay."""
-    end_ratio: Ratio = 0.0
+    min_lr_ratio: Ratio = 0.0
     """The last rate, as a share of the rate at which the decay starts."""
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class _StableThenDecay(_BatchScaled):
     def _decay(self, tokens: int, total_tokens: int) -> float:
         start = self._decay_start(total_tokens)
         return (
-            DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.end_ratio)
+            DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.min_lr_ratio)
             if tokens > start
             else 1.0
         )
@@ -182,18 +182,21 @@ class Power(_StableThenDecay):
     """Amplitude of the power law."""
     b: Annotated[float, Field(lt=0)] = -0.51
     """Exponent of the power law."""
-    batch_rule: BatchScaling = "none"
+    batch_scaling: BatchScaling = "none"
     """Only "none": the law follows the batch linearly by itself."""
     reference_batch_tokens: PositiveCount | None = None
     """None: the law reads the batch of every step."""
 
     def __post_init__(self) -> None:
-        for key, value in (("batch_rule", self.batch_rule), ("reference_batch_tokens", self.reference_batch_tokens)):
+        for key, value in (
+            ("batch_scaling", self.batch_scaling),
+            ("reference_batch_tokens", self.reference_batch_tokens),
+        ):
             if value not in ("none", None):
                 raise InputError(
                     key,
                     "Power follows the batch linearly by itself (beta, up to max_lr), and a second rule would "
-                    "count it twice; leave it out, or take WSD with a batch_rule",
+                    "count it twice; leave it out, or take WSD with a batch_scaling",
                 )
         super().__post_init__()
 

@@ -26,11 +26,11 @@ class AdamW:
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled decay; the step shrinks a weight by lr x weight_decay."""
-    decay_follows: Literal["schedule", "group"] = "schedule"
+    weight_decay_lr: Literal["schedule", "group"] = "schedule"
     """Which lr that is: the schedule's, the same for all parameters, or times the multiplier of the parameter's group,
     as of muP's narrower steps in a wide model. Without multipliers the two are one."""
-    decay: Literal["matrices", "all", "none"] = "matrices"
-    """What decays: parameters of two or more dimensions (embeddings too, norms not), everything, or nothing."""
+    weight_decay_on: Literal["matrices", "all", "none"] = "matrices"
+    """What weight decay applies to: parameters of two or more dimensions (embeddings too, norms not), everything, or nothing."""
     reference_batch_tokens: PositiveCount | None = None
     """Tokens of the global batch that the second beta is meant for: at another, its power that keeps the half-life of
     the second moment in tokens (arXiv 2507.07101). Unset: the same beta at every batch."""
@@ -41,7 +41,7 @@ class AdamW:
         """One group for each (weight decay, learning-rate multiplier); `param_names` tells what is in it."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, parameter in parameters:
-            decays = self.decay == "all" or (self.decay == "matrices" and parameter.ndim >= 2)
+            decays = self.weight_decay_on == "all" or (self.weight_decay_on == "matrices" and parameter.ndim >= 2)
             multiplier = lr_multiplier(name)
             if not multiplier >= 0:
                 raise ValueError(f"the model gives {name} the learning-rate multiplier {multiplier}: 0 or more, please")
@@ -49,7 +49,7 @@ class AdamW:
             # 1 / (lr x decay) steps is what weights are, and its length should not change with width (2405.13698).
             # A multiplier of 0 freezes a parameter: it does not decay either.
             decay = self.weight_decay if decays and multiplier else 0.0
-            if decay and self.decay_follows == "schedule":
+            if decay and self.weight_decay_lr == "schedule":
                 decay /= multiplier
             settings = {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
             group = groups.setdefault((decay, multiplier), settings)
@@ -85,7 +85,7 @@ class BatchScaledAdamW(LocalAdamW):
     - beta1: that paper keeps it, too. Momentum averages over a few steps to smooth them, it does not estimate anything
       over tokens; with a half-life in tokens it would vanish as the batch grows (0.9^8 = 0.43).
     - weight decay: a step shrinks weights by lr x weight_decay, so it follows the rate. Per token it is constant under
-      batch_rule = "linear", and falls as the rate per token does under the others.
+      batch_scaling = "linear", and falls as the rate per token does under the others.
     - the bias correction, 1 - beta2^t of t steps at the present beta2: it is off only if the batch changes in the
       first steps, while it matters.
 

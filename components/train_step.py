@@ -39,7 +39,7 @@ class ScalesWithBatch(Protocol):
 
 
 class NoiseMeter(Protocol):
-    """Measures the gradient; components/gradient_moments has one."""
+    """Measures the gradient; components/gradient_noise has one."""
 
     def start(self, *, measure: bool) -> None: ...
     def end_micro_batch(self) -> None: ...

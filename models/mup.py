@@ -38,7 +38,7 @@ RULES = {
 """Parameter name -> rule. Matrices from width to width begin and learn smaller in a wider model, all else does not.
 
 Not in the table, because it is the same for all: Adam's eps is not scaled, and weight decay shrinks every parameter at
-the rate of the schedule (`decay_follows` of the optimizer).
+the rate of the schedule (`weight_decay_lr` of the optimizer).
 """
 
 

@@ -71,8 +71,8 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     with config_errors_at(config, "run.device"):
         world = DistributedContext.start(recipe.run.device)
     cleanup.push(world.stop_unless_failed)
-    with config_errors_at(config, "training.loader_workers"):
-        check_workers(recipe.training.loader_workers)
+    with config_errors_at(config, "training.num_workers"):
+        check_workers(recipe.training.num_workers)
     directory = RunDirectory(recipe.run.directory)
     opened = claim_run_directory(directory, config, resume, world, cleanup)
     with config_errors_at(config, "run"):
@@ -177,7 +177,7 @@ def build_sharded_model(
     dtype = precision.dtype_of(chosen)
     model = build_model(config, data.identity.vocab_size)
     local = decide_grad_sync(recipe, model, mesh.sizes, world, dtype)
-    if training.attention_within == "document":
+    if training.document_masking:
         with config_errors_at(config, "data"):
             enable_document_masking(model, data.dataset, data.end_of_document)
     if training.compiles(device):
@@ -251,8 +251,8 @@ def build_state(
 ) -> TrainingState:
     """Build the state of a new run, or restore that of the checkpoint it continues."""
     recipe, training = config.recipe, config.recipe.training
-    with config_errors_at(config, "gradient_moments"):
-        noise = recipe.gradient_moments.build()
+    with config_errors_at(config, "gradient_noise"):
+        noise = recipe.gradient_noise.build()
     with config_errors_at(config, "guard"):
         guard = recipe.guard.build()
     state = TrainingState(
@@ -289,7 +289,7 @@ def build_loader(
             dp_rank=ranks.rank,
             dp_size=ranks.size,
             start=start,
-            num_workers=recipe.training.loader_workers,
+            num_workers=recipe.training.num_workers,
             pin_memory=ranks.device.type == "cuda",
         )
     cleanup.callback(loader.close)
@@ -345,7 +345,7 @@ def log_startup(
     if world.size > 1:
         replicas, shards, tp = mesh.sizes
         mode = "local" if built.reduction.local else "reduce"
-        log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, accumulation = {mode}")
+        log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = {mode}")
     log.info(
         f"{format_count(training.total_tokens)} tokens, "
         f"{training.total_tokens / (sequences * training.sequence_length):.2f} epochs "

@@ -34,7 +34,7 @@ from recipes.parallelize import parallelize
 from recipes.pretrained import PretrainedModel, load_pretrained
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
-from recipes.run_config import AttentionWithin, default_cache_dir
+from recipes.run_config import default_cache_dir
 
 log = logging.getLogger("powertrain")
 
@@ -51,8 +51,8 @@ class Evaluation:
     """Sequences cut from all text end to end, as in training; or each document by itself, under a sliding window."""
     sequence_length: PositiveCount | None = None
     """Tokens of a sequence, or of the window; unset: as in training (2048 at the most, where that is not known)."""
-    attention_within: AttentionWithin | None = None
-    """Whether the tokens of a sequence attend to all of it, or to their document; unset: as in training."""
+    document_masking: bool | None = None
+    """Whether tokens attend only to their document; unset: as in training."""
     stride: PositiveCount | None = None
     """Tokens by which the window slides; unset: half of it. Smaller is slower, and gives more context."""
     micro_batch_size: PositiveCount = 8
@@ -74,9 +74,9 @@ class Evaluation:
         if self.method == "packed":
             for key in ("stride", "table"):
                 if getattr(self, key) is not None:
-                    raise ValueError(f'{key}: sequences know no documents; it takes method = "documents"')
-        elif self.attention_within is not None:
-            raise InputError("attention_within", 'a window holds nothing but one document; it takes method = "packed"')
+                    raise InputError(key, 'only valid with method = "documents"')
+        elif self.document_masking is not None:
+            raise InputError("document_masking", 'only valid with method = "packed": a window holds one document')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +149,16 @@ class Evaluate:
         elif tp > 1:
             raise ValueError(f"{type(trained.component).__name__} has no plan(tp), and parallel.tp is {tp}")
         model = trained.build(length)
-        if self.apart(trained):
+        if self.document_masking(trained):
             require_document_masking(model)
         return trained, length, model
 
-    def apart(self, trained: PretrainedModel) -> bool:
-        """Whether the documents of a sequence are kept apart."""
+    def document_masking(self, trained: PretrainedModel) -> bool:
+        """Return whether tokens of a sequence attend only to their document."""
         keys = self.evaluation
-        return keys.method == "packed" and (keys.attention_within or trained.attention_within) == "document"
+        if keys.method != "packed":
+            return False
+        return trained.document_masking if keys.document_masking is None else keys.document_masking
 
     def measure(
         self, config: Config, world: DistributedContext, trained: PretrainedModel, length: int, model: nn.Module
@@ -170,7 +172,7 @@ class Evaluate:
         with config_errors_at(config, "data"):
             data = self.data_of(trained)
             evaluated = self.open_data(data, world, tokenizer, length)
-            if self.apart(trained):
+            if self.document_masking(trained):
                 enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
         chosen = precision.resolve_precision(keys.precision, world.device)
         with config_errors_at(config, "evaluation"):
@@ -196,7 +198,7 @@ class Evaluate:
         if keys.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
-            window["attention_within"] = "document" if self.apart(trained) else "sequence"
+            window["document_masking"] = self.document_masking(trained)
         return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
 
     def data_of(self, trained: PretrainedModel) -> DataConfig:

@@ -63,7 +63,7 @@ class ReportsMetrics(Protocol):
 
 @runtime_checkable
 class SupportsDocumentMasking(Protocol):
-    """A model that can keep the documents of a sequence apart, for training.attention_within = "document"."""
+    """A model that can keep the documents of a sequence apart, for training.document_masking = true."""
 
     def separate_documents(self, end_of_document: int) -> None:
         """From now on every `end_of_document` among the tokens of a forward pass starts a document, and so does the
@@ -128,10 +128,10 @@ class ScheduleDefaults:
     """Tokens over which the learning rate rises from zero."""
     decay_tokens: int | None = None
     """Length of the decay that ends the run."""
-    batch_rule: str | None = None
+    batch_scaling: str | None = None
     """How the learning rate follows the batch: "none", "sqrt" or "linear"."""
     reference_batch_tokens: int | None = None
-    """Tokens of the batch for which `batch_rule` is a factor of 1."""
+    """Tokens of the batch for which `batch_scaling` is a factor of 1."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         """See `LRSchedule.lr`."""

@@ -63,7 +63,7 @@ class LaunchedStep:
                 micro_sq_norms,
                 groups=groups,
                 ranks=self.dp_size,
-                group_samples=self.batch.samples // groups,
+                micro_batch_size=self.batch.samples // groups,
             )
         made = numbers["requests"].nonzero()
         return StepResult(

@@ -27,7 +27,7 @@ def build_model(config: Config, vocab_size: int) -> Any:
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
         if not isinstance(model, LanguageModel):
             raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.interfaces")
-    if recipe.training.attention_within == "document":
+    if recipe.training.document_masking:
         with config_errors_at(config, "training"):
             require_document_masking(model)
     return model
@@ -44,9 +44,9 @@ def require_document_masking(model: object) -> None:
     """Raises ValueError for a model that cannot keep documents apart."""
     if not isinstance(model, SupportsDocumentMasking):
         raise InputError(
-            "attention_within",
+            "document_masking",
             f"{type(model).__name__} has no separate_documents(end_of_document), which keeps "
-            'documents apart; say attention_within = "sequence"',
+            "documents apart; say document_masking = false",
         )
 
 
@@ -56,6 +56,6 @@ def enable_document_masking(model: Any, samples: PackedDataset, end_of_document:
     looked_at = range(0, len(samples), -(-len(samples) // SEQUENCES_SAMPLED))
     if not any(bool((samples[index] == end_of_document).any()) for index in looked_at):
         log.warning(
-            f'attention_within = "document": none of {len(looked_at)} sequences looked at holds the id '
+            f"document_masking = true: none of {len(looked_at)} sequences looked at holds the id "
             f"{end_of_document}, which ends a document; where it ends none, whole sequences are attended to"
         )

@@ -70,7 +70,7 @@ class Pretrain:
     optimizer: OptimizerConfig
     lr_schedule: LRSchedule
     batch: BatchConfig
-    gradient_moments: GradientNoiseConfig = field(default_factory=GradientNoiseConfig)
+    gradient_noise: GradientNoiseConfig = field(default_factory=GradientNoiseConfig)
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     validation: ValidationConfig | None = None
@@ -94,9 +94,9 @@ class Pretrain:
                 "lr_schedule.warmup_tokens",
                 f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
             )
-        if self.gradient_moments.interval_steps is None and _is_adaptive(self):
+        if self.gradient_noise.interval_steps is None and _is_adaptive(self):
             yield (
-                "gradient_moments.interval_steps",
+                "gradient_noise.interval_steps",
                 f"never measured, the gradient gives {type(self.batch).__name__} nothing to follow; leave it out, or "
                 "take components.batch:Constant",
             )
@@ -281,7 +281,7 @@ class Trainer:
 
     def measures_noise(self, batch: StepBatch) -> bool:
         """Return whether the gradient noise of the step that starts now is measured."""
-        interval = self.recipe.gradient_moments.interval_steps
+        interval = self.recipe.gradient_noise.interval_steps
         if interval is None or self.clock.step % interval:
             return False
         with raised_in("batch"):

@@ -22,7 +22,6 @@ from recipes.config import Override
 from recipes.initial_weights import copy_weights
 from recipes.interfaces import ModelConfig, TokenizerConfig
 from recipes.resume import find_checkpoint_at
-from recipes.run_config import AttentionWithin
 from recipes.stored_config import load_stored_config
 from recipes.training_state import read_run_state
 
@@ -46,7 +45,7 @@ class PretrainedModel:
     """Ids it was trained with."""
     sequence_length: int
     """Tokens of a sequence of its training."""
-    attention_within: AttentionWithin = "sequence"
+    document_masking: bool = False
     """As in its training."""
     step: int | None = None
     """Of its training."""
@@ -122,7 +121,7 @@ def load_pretrained(
         tokenizer=recipe.tokenizer,
         vocab_size=state["vocab_size"],
         sequence_length=recipe.training.sequence_length,
-        attention_within=recipe.training.attention_within,
+        document_masking=recipe.training.document_masking,
         step=state["clock"]["step"],
         recipe=recipe,
     )

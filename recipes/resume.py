@@ -32,11 +32,11 @@ RULES: dict[str, Rule] = {
     "optimizer": "warned",
     "lr_schedule": "warned",
     "batch": "warned",
-    "gradient_moments": "warned",
+    "gradient_noise": "warned",
     "run.seed": "warned",
     "training.max_grad_norm": "warned",
     "training.precision": "warned",
-    "training.attention_within": "warned",
+    "training.document_masking": "warned",
     # How, where and how long: extending total_tokens is what the schedules are anchored for.
     "training": "free",
     "run": "free",

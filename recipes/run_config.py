@@ -65,10 +65,6 @@ class RunConfig:
         return self.dir if self.dir is not None else Path("runs").absolute() / self.name
 
 
-AttentionWithin = Literal["sequence", "document"]
-"""What a token may attend to: all that comes before it in its sequence, or only what is of its document."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """[training]: how much to train, and in which pieces."""
@@ -79,9 +75,9 @@ class TrainingConfig:
     """Tokens of one sample that are predicted."""
     micro_batch_size: PositiveCount
     """Samples of one forward and backward pass on one rank."""
-    attention_within: AttentionWithin = "sequence"
-    """What a token attends to: all before it in its sequence, or what of that is of its document. Positions count from
-    the start of the same."""
+    document_masking: bool = False
+    """Let a token attend only to earlier tokens of its document, with positions that count from the document's start;
+    false: to all earlier tokens of its sequence."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm to this; "none": do not clip."""
     precision: Precision = "auto"
@@ -90,10 +86,10 @@ class TrainingConfig:
     """torch.compile every block of the model, and the loss; auto: on GPUs."""
     activation_checkpoint: ACMode = "none"
     """Compute activations again in backward: of all blocks, of every n-th, or ("selective") only what is cheap."""
-    accumulation: GradSyncMode = "auto"
-    """Gather weights and reduce gradients for every micro-batch (least memory), or keep both whole for a step and
-    communicate once (least traffic); auto: local where the memory estimate leaves the room."""
-    loader_workers: Count = 0
+    grad_sync: GradSyncMode = "auto"
+    """When FSDP gathers weights and reduces gradients: for every micro-batch (least memory), or once per step, with
+    both kept whole in between (least traffic); auto: once per step where the memory estimate says that it fits."""
+    num_workers: Count = 0
     """Processes that read ahead; 0: read in the training process, enough for prepared tokens."""
     gc_interval_steps: PositiveCount | None = 50
     """Steps between runs of Python's garbage collector, at the same step on every rank; "none": when Python likes."""

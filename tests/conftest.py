@@ -66,7 +66,7 @@ warmup_tokens = 300
 
 [batch]
 use = "components.batch:Ramp"
-initial = 8
+initial_size = 8
 stages = [{ from_tokens = 700, samples = 12 }]
 
 [checkpoint]

@@ -87,7 +87,7 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
         layout = {"micro_batch_size": options.count or size}
     with MicroBatchLoader(samples, seed=recipe.run.seed, start=start, **layout) as loader:
         *_, seen = loader.next_step(micro_batch + 1)
-    apart = recipe.training.attention_within == "document"
+    apart = recipe.training.document_masking
     yield from shown(seen, samples, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids, apart=apart)
 
 

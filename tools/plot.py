@@ -189,10 +189,10 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
         first = list(planned_steps(recipe, rounding, policy))
         if not policy.is_adaptive:
             return [ScheduleCurve(recipe.run.name, first)]
-        curves = [ScheduleCurve(f"batch at initial = {first[0].requested}", first)]
+        curves = [ScheduleCurve(f"batch at initial_size = {first[0].requested}", first)]
         if policy.max_size is not None:
-            largest = list(planned_steps(recipe, rounding, Constant(initial=policy.max_size)))
-            curves.append(ScheduleCurve(f"batch at maximum = {policy.max_size}", largest))
+            largest = list(planned_steps(recipe, rounding, Constant(initial_size=policy.max_size)))
+            curves.append(ScheduleCurve(f"batch at max_size = {policy.max_size}", largest))
         return curves
 
 

@@ -22,24 +22,24 @@ are too few: the rates that are best here then ruin the start of a batch of 8.""
 SIZE = {
     "model.dim": 128, "model.layers": 2, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 384,
     "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
-    "gradient_moments.smoothing_samples": SMOOTHING,
+    "gradient_noise.smoothing_samples": SMOOTHING,
 }  # fmt: skip
 """0.7M parameters with 2048 tied embeddings: small, so that a run sees some four tokens for each."""
 
-REFERENCE = {"lr_schedule.batch_rule": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE}
+REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE}
 
 
 def constant(samples: int) -> dict[str, object]:
-    return {"batch.use": "components.batch:Constant", "batch.initial": samples}
+    return {"batch.use": "components.batch:Constant", "batch.initial_size": samples}
 
 
 def stages(shares: Mapping[float, int], initial: int) -> dict[str, object]:
-    table = ", ".join(f"{{ from_share = {share}, samples = {samples} }}" for share, samples in shares.items())
-    return {"batch.use": "components.batch:Ramp", "batch.initial": initial, "batch.stages": f"[{table}]"}
+    table = ", ".join(f"{{ from_fraction = {share}, samples = {samples} }}" for share, samples in shares.items())
+    return {"batch.use": "components.batch:Ramp", "batch.initial_size": initial, "batch.stages": f"[{table}]"}
 
 
 def adaptive(kind: str, **keys: object) -> dict[str, object]:
-    settings = {"initial": SMALL, "maximum": MAXIMUM, "quantum": MICRO_BATCH, **keys}
+    settings = {"initial_size": SMALL, "max_size": MAXIMUM, "multiple_of": MICRO_BATCH, **keys}
     return {"batch.use": f"components.batch:{kind}", **{f"batch.{key}": value for key, value in settings.items()}}
 
 
@@ -107,7 +107,7 @@ FIRST = slice(2, 5)
 def schedule(name: str, rate: float, method: Method) -> dict[str, object]:
     """The keys of a schedule at one value of what is tuned."""
     warmup = {"lr_schedule.warmup_tokens": WARMUP_STEPS * method.first * SEQUENCE}
-    end = {"lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": 0.3, "lr_schedule.end_ratio": 0.0}
+    end = {"lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": 0.3, "lr_schedule.min_lr_ratio": 0.0}
     if name == "power":
         return {"lr_schedule.use": "components.lr_schedules:Power", "lr_schedule.a": rate, **warmup, **end}
     rule = REFERENCE if method.rule else {}

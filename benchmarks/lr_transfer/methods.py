@@ -18,7 +18,7 @@ WARMUP = 60_000
 
 SHARED: Settings = {
     "model.layers": "2", "training.sequence_length": str(SEQUENCE), "training.micro_batch_size": "8",
-    "training.precision": "float32", "run.device": "cpu", "gradient_moments.interval_steps": "none",
+    "training.precision": "float32", "run.device": "cpu", "gradient_noise.interval_steps": "none",
     "validation.interval_steps": "none", "validation.max_sequences": "1024", "validation.micro_batch_size": "16",
     "lr_schedule.warmup_tokens": str(WARMUP), "lr_schedule.decay": "exponential", "lr_schedule.decay_fraction": "0.2",
 }  # fmt: skip
@@ -77,7 +77,7 @@ def sweep_of(method: Method, grid: Grid, text: Mapping[str, Path]) -> Sweep:
         {**SHARED, **method.settings, **{key: str(path.absolute()) for key, path in text.items()}},
         [
             [{"training.total_tokens": str(tokens)} for tokens in grid.tokens],
-            [{"batch.initial": str(batch)} for batch in grid.batches],
+            [{"batch.initial_size": str(batch)} for batch in grid.batches],
             widths,
             [{method.rate_key: rate} for rate in method.rates],
             [{"run.seed": str(seed)} for seed in range(grid.seeds)],

@@ -13,7 +13,7 @@ from components.plotting import import_pyplot, save_figure
 
 GOAL = 0.01
 """One setting should end this close to the best loss of every cell."""
-NAMES = {"model.dim": "width", "batch.initial": "batch", "training.total_tokens": "tokens"}
+NAMES = {"model.dim": "width", "batch.initial_size": "batch", "training.total_tokens": "tokens"}
 
 Place = tuple[int, ...]
 """Width, batch and tokens of a cell."""

@@ -51,7 +51,7 @@ max_lr = 1e-2
 warmup_tokens = 300
 [batch]
 use = "components.batch:Constant"
-initial = 8
+initial_size = 8
 [checkpoint]
 interval_steps = 3
 keep_last = 2

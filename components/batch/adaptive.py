@@ -26,14 +26,14 @@ class Adaptive(ABC):
     Python arithmetic on numbers that are equal on every rank, so they are equal too.
     """
 
-    initial: PositiveCount
+    initial_size: PositiveCount
     """Global batch size of the first step, in samples (sequences)."""
-    maximum: PositiveCount
+    max_size: PositiveCount
     """Largest global batch size, in samples."""
-    minimum: PositiveCount | None = None
+    min_size: PositiveCount | None = None
     """Smallest global batch size, in samples, for one that may shrink; unset: initial. Keep it at two micro-batches or
     more: the noise of a single one cannot be measured, so a batch that shrank to it would stay there."""
-    quantum: PositiveCount = 1
+    multiple_of: PositiveCount = 1
     """Sizes are multiples of this, rounded up; it has to divide initial, minimum and maximum."""
     max_growth: Annotated[float, Field(gt=1)] | None = None
     """Largest factor of one change, either way; unset: no limit."""
@@ -49,19 +49,31 @@ class Adaptive(ABC):
     """Measure also when a batch that never shrinks has reached its maximum, for the metrics alone."""
 
     def __post_init__(self) -> None:
-        if self.minimum is not None and self.minimum > self.initial:
-            raise InputError("minimum", f"{self.minimum} is above initial = {self.initial}; lower it or raise initial")
-        if self.maximum < self.initial:
-            raise InputError("maximum", f"{self.maximum} is below initial = {self.initial}; raise it or lower initial")
-        for name, size in (("initial", self.initial), ("minimum", self.minimum), ("maximum", self.maximum)):
-            if size is not None and size % self.quantum:
-                raise InputError("quantum", f"{self.quantum} does not divide {name} = {size}; make it a multiple")
-        if self.max_growth is not None and self._furthest_up(self.smallest) == self.smallest < self.maximum:
-            needed = 1 + self.quantum / self.smallest
+        if self.min_size is not None and self.min_size > self.initial_size:
+            raise InputError(
+                "min_size",
+                f"{self.min_size} is above initial_size = {self.initial_size}; lower it or raise initial_size",
+            )
+        if self.max_size < self.initial_size:
+            raise InputError(
+                "max_size",
+                f"{self.max_size} is below initial_size = {self.initial_size}; raise it or lower initial_size",
+            )
+        for name, size in (
+            ("initial_size", self.initial_size),
+            ("min_size", self.min_size),
+            ("max_size", self.max_size),
+        ):
+            if size is not None and size % self.multiple_of:
+                raise InputError(
+                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make it a multiple"
+                )
+        if self.max_growth is not None and self._furthest_up(self.smallest) == self.smallest < self.max_size:
+            needed = 1 + self.multiple_of / self.smallest
             raise InputError(
                 "max_growth",
                 f"{self.max_growth} x {self.smallest} samples falls short of the next multiple of "
-                f"quantum = {self.quantum}, so the batch could never grow; make it {needed:.4g} or more",
+                f"multiple_of = {self.multiple_of}, so the batch could never grow; make it {needed:.4g} or more",
             )
         if self.shrink and not self.measure_at_maximum:
             raise InputError("measure_at_maximum", "false would keep the batch at its maximum, but shrink is true")
@@ -77,7 +89,7 @@ class Adaptive(ABC):
     @property
     def smallest(self) -> int:
         """The smallest size it may return, in samples."""
-        return self.minimum if self.shrink and self.minimum is not None else self.initial
+        return self.min_size if self.shrink and self.min_size is not None else self.initial_size
 
     def next_size(self, current: int, target: float, batch: int) -> int:
         """Return the size after a step of `batch` samples, which may have been rounded up from the `current` size."""
@@ -95,15 +107,15 @@ class Adaptive(ABC):
         return self._within(self._up(size))
 
     def _up(self, size: int) -> int:
-        return -(-size // self.quantum) * self.quantum
+        return -(-size // self.multiple_of) * self.multiple_of
 
     def _within(self, size: int) -> int:
-        return min(max(size, self.smallest), self.maximum)
+        return min(max(size, self.smallest), self.max_size)
 
     def _furthest_up(self, size: int) -> int:
         if self.max_growth is None:
-            return self.maximum
-        return int(min(size * self.max_growth * (1 + ROUNDING), self.maximum)) // self.quantum * self.quantum
+            return self.max_size
+        return int(min(size * self.max_growth * (1 + ROUNDING), self.max_size)) // self.multiple_of * self.multiple_of
 
     def _furthest_down(self, size: int) -> int:
         if self.max_growth is None:
@@ -118,15 +130,15 @@ class AdaptivePolicy(BatchPolicy):
 
     def __init__(self, config: Adaptive) -> None:
         self.config = config
-        self.min_size, self.max_size, self.multiple_of = config.smallest, config.maximum, config.quantum
-        self._size = config.initial
+        self.min_size, self.max_size, self.multiple_of = config.smallest, config.max_size, config.multiple_of
+        self._size = config.initial_size
         self._changed_at: int | None = None
 
     def next_batch_size(self, progress: Progress) -> int:
         return self._size
 
     def measures_noise(self, progress: Progress) -> bool:
-        return self.config.measure_at_maximum or self._size < self.config.maximum
+        return self.config.measure_at_maximum or self._size < self.config.max_size
 
     def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
         if noise is None or progress.tokens < self.config.delay_tokens:
@@ -134,12 +146,17 @@ class AdaptivePolicy(BatchPolicy):
         if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:
             return
         # One step that overflowed must not decide the rest of the run.
-        if not all(map(math.isfinite, (noise.sum_of_squares, noise.mean_square, noise.noise, noise.signal))):
+        if not all(
+            map(
+                math.isfinite,
+                (noise.sum_micro_grad_sq_norms, noise.mean_grad_sq_norm, noise.grad_cov_trace, noise.grad_sq_norm),
+            )
+        ):
             return
         target = self.config.target(noise)
         if target is None or not math.isfinite(target):
             return
-        size = self.config.next_size(self._size, target, batch=noise.groups * noise.group_samples)
+        size = self.config.next_size(self._size, target, batch=noise.num_micro_batches * noise.micro_batch_size)
         if size != self._size:
             self._size, self._changed_at = size, progress.samples
 

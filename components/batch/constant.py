@@ -13,7 +13,7 @@ from components.units import PositiveCount
 class Constant(BatchPolicy):
     """The same global batch size at every step."""
 
-    initial: PositiveCount
+    initial_size: PositiveCount
     """Global batch size, in samples (sequences)."""
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
@@ -21,4 +21,4 @@ class Constant(BatchPolicy):
         return self
 
     def next_batch_size(self, progress: Progress) -> int:
-        return self.initial
+        return self.initial_size

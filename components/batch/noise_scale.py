@@ -23,4 +23,4 @@ class NoiseScale(Adaptive):
 
     def target(self, noise: GradientNoise) -> float | None:
         # An unbiased estimate of a small signal may be negative: no batch follows, and smoothing brings it back.
-        return self.coefficient * noise.noise / noise.signal if noise.signal > 0 else None
+        return self.coefficient * noise.grad_cov_trace / noise.grad_sq_norm if noise.grad_sq_norm > 0 else None

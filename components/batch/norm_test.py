@@ -47,10 +47,10 @@ class NormTest(Adaptive):
         return self._paper(noise) if self.estimator == "paper" else self._unbiased(noise)
 
     def _unbiased(self, noise: GradientNoise) -> float | None:
-        tolerated = self.eta * self.eta * noise.signal
+        tolerated = self.eta * self.eta * noise.grad_sq_norm
         # An unbiased estimate of a small number may well be negative. No batch follows from that, and none is needed:
         # smoothing brings the estimate back while the signal lasts.
-        return noise.noise / tolerated if tolerated > 0 else None
+        return noise.grad_cov_trace / tolerated if tolerated > 0 else None
 
     def _paper(self, noise: GradientNoise) -> float | None:
         """T of equation 5: (1/J) sum_j ||g_j - g||^2 / (eta^2 ||g||^2), for the J = K groups measured.
@@ -58,10 +58,12 @@ class NormTest(Adaptive):
         For J other workers: with S = m/(K - 1) sum_k ||g_k - g||^2 from K groups of m samples, the mean over J groups
         of the same b = K m samples is expected to be S (J - 1) / b.
         """
-        groups = noise.groups
-        tolerated = self.eta * self.eta * noise.mean_square
+        groups = noise.num_micro_batches
+        tolerated = self.eta * self.eta * noise.mean_grad_sq_norm
         if groups < 2 or tolerated <= 0:
             return None
-        spread = max(0.0, noise.sum_of_squares - groups * noise.mean_square)  # of equal groups: zero, but for rounding
+        spread = max(
+            0.0, noise.sum_micro_grad_sq_norms - groups * noise.mean_grad_sq_norm
+        )  # of equal groups: zero, but for rounding
         workers = groups if self.workers is None else self.workers
         return spread / groups * ((workers - 1) / (groups - 1)) / tolerated

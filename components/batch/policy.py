@@ -26,32 +26,32 @@ class GradientNoise(Protocol):
     """The gradient noise measured in one step, equal on all ranks. components/gradient_noise/ computes it."""
 
     @property
-    def groups(self) -> int:
+    def num_micro_batches(self) -> int:
         """K, the number of micro-batches of all ranks."""
         ...
 
     @property
-    def group_samples(self) -> int:
+    def micro_batch_size(self) -> int:
         """Samples in each micro-batch; `groups` times it is the global batch size."""
         ...
 
     @property
-    def sum_of_squares(self) -> float:
+    def sum_micro_grad_sq_norms(self) -> float:
         """Sum over micro-batches of the squared norm of each one's mean gradient, in this step alone."""
         ...
 
     @property
-    def mean_square(self) -> float:
+    def mean_grad_sq_norm(self) -> float:
         """Squared norm of the mean gradient before clipping, in this step alone."""
         ...
 
     @property
-    def noise(self) -> float:
+    def grad_cov_trace(self) -> float:
         """tr(Sigma): trace of the covariance of one sample's gradient, smoothed over steps."""
         ...
 
     @property
-    def signal(self) -> float:
+    def grad_sq_norm(self) -> float:
         """Squared norm of the true gradient, smoothed over steps; an unbiased estimate, so it may be negative."""
         ...
 

@@ -18,55 +18,57 @@ class Stage:
     """One step of the ramp."""
 
     from_tokens: Tokens | None = None
-    """The stage holds from the first step that starts at or after this many tokens; excludes from_share."""
-    from_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The stage holds from the first step that starts at or after this many tokens; excludes from_fraction."""
+    from_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
     """The same, as a share of training.total_tokens; excludes from_tokens."""
     samples: PositiveCount
     """Global batch size of the stage, in samples (sequences)."""
 
     def __post_init__(self) -> None:
-        if (self.from_tokens is None) == (self.from_share is None):
-            raise InputError("from_tokens", "a stage starts at from_tokens or at from_share; give one of the two")
+        if (self.from_tokens is None) == (self.from_fraction is None):
+            raise InputError("from_tokens", "a stage starts at from_tokens or at from_fraction; give one of the two")
 
     def start(self, total_tokens: int) -> float:
         """Tokens at which the stage starts."""
-        return self.from_tokens if self.from_tokens is not None else (self.from_share or 0.0) * total_tokens
+        return self.from_tokens if self.from_tokens is not None else (self.from_fraction or 0.0) * total_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp(BatchPolicy):
     """Stages by trained tokens: a pure function of the clock, so a resumed run needs no state."""
 
-    initial: PositiveCount
+    initial_size: PositiveCount
     """Global batch size before the first stage, in samples (sequences)."""
     stages: list[Stage]
-    """What follows, in order of tokens; all by from_tokens or all by from_share."""
+    """What follows, in order of tokens; all by from_tokens or all by from_fraction."""
     linear: bool = False
     """Grow linearly in tokens from one stage to the next, rather than at once where it starts."""
-    quantum: PositiveCount = 1
+    multiple_of: PositiveCount = 1
     """Linear sizes are rounded to the nearest multiple of this; it has to divide initial and every stage."""
 
     def __post_init__(self) -> None:
-        by_share = [stage.from_share is not None for stage in self.stages]
+        by_share = [stage.from_fraction is not None for stage in self.stages]
         if any(by_share) and not all(by_share):
-            raise InputError("stages", "some start at from_tokens and some at from_share; write all of them one way")
-        starts = [stage.from_share if stage.from_tokens is None else stage.from_tokens for stage in self.stages]
+            raise InputError("stages", "some start at from_tokens and some at from_fraction; write all of them one way")
+        starts = [stage.from_fraction if stage.from_tokens is None else stage.from_tokens for stage in self.stages]
         for earlier, later in pairwise(starts):
             assert earlier is not None and later is not None
             if later <= earlier:
                 raise InputError("stages", f"each must start after the one before it, but {later} follows {earlier}")
-        if self.quantum > 1 and not self.linear:
-            raise InputError("quantum", "stages are taken as they are written; it is for linear = true")
-        for size in (self.initial, *(stage.samples for stage in self.stages)):
-            if size % self.quantum:
-                raise InputError("quantum", f"{self.quantum} does not divide a batch of {size}; make it a multiple")
+        if self.multiple_of > 1 and not self.linear:
+            raise InputError("multiple_of", "stages are taken as they are written; it is for linear = true")
+        for size in (self.initial_size, *(stage.samples for stage in self.stages)):
+            if size % self.multiple_of:
+                raise InputError(
+                    "multiple_of", f"{self.multiple_of} does not divide a batch of {size}; make it a multiple"
+                )
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
         """Return the policy: itself, because it has no state."""
         return self
 
     def next_batch_size(self, progress: Progress) -> int:
-        since, size = 0.0, self.initial
+        since, size = 0.0, self.initial_size
         for stage in self.stages:
             start = stage.start(progress.total_tokens)
             if start > progress.tokens:
@@ -78,4 +80,4 @@ class Ramp(BatchPolicy):
         if not self.linear:
             return earlier
         size = earlier + share * (later - earlier)
-        return int(size / self.quantum + 0.5) * self.quantum
+        return int(size / self.multiple_of + 0.5) * self.multiple_of

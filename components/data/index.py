@@ -86,8 +86,8 @@ class DocumentFilter(StrictModel):
     """Which documents of a source are wanted."""
 
     deduplicate: bool
-    hold_out: float
-    held_out: bool
+    validation_fraction: float
+    split: Literal["train", "validation"]
 
     def keep(self, hashes: np.ndarray, dropped: Counter[str]) -> np.ndarray:
         """(n,) bool, from the (n, 2) uint64 hashes of all documents in their order. Counts what it leaves out."""
@@ -97,12 +97,12 @@ class DocumentFilter(StrictModel):
             again = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
             kept[order[1:][again]] = False
             dropped["duplicate"] = int(again.sum())
-        if self.hold_out:
+        if self.validation_fraction:
             # The first half of the hash is a number below 2**64; compared as 53 bits, so that a float holds it.
-            is_held = (hashes[:, 0] >> np.uint64(11)) < np.uint64(round(self.hold_out * 2**53))
-            wrong = kept & (is_held != self.held_out)
-            kept &= is_held == self.held_out
-            dropped["not held out" if self.held_out else "held out"] = int(wrong.sum())
+            in_validation = (hashes[:, 0] >> np.uint64(11)) < np.uint64(round(self.validation_fraction * 2**53))
+            wanted = in_validation == (self.split == "validation")
+            dropped[f"not in the {self.split} split"] = int((kept & ~wanted).sum())
+            kept &= wanted
         return kept
 
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
-GradSyncMode = Literal["reduce", "local", "auto"]
+GradSyncMode = Literal["every_micro_batch", "once_per_step", "auto"]
 
 
 def apply_fsdp(model: nn.Module, units: Sequence[Sequence[str]], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:

@@ -21,40 +21,40 @@ from components.units import PositiveCount
 class GradientMoments:
     """What one step tells."""
 
-    groups: int
+    num_micro_batches: int
     """K: the micro-batches of all ranks."""
-    group_samples: int
+    micro_batch_size: int
     """m: samples in each."""
-    sum_of_squares: float
+    sum_micro_grad_sq_norms: float
     """Sum over the groups of the squared norm of each group's mean gradient."""
-    mean_square: float
+    mean_grad_sq_norm: float
     """Squared norm of the mean gradient, before clipping."""
 
     @classmethod
     def of_step(
-        cls, mean_square: float, squares: float, *, groups: int, ranks: int, group_samples: int
+        cls, mean_grad_sq_norm: float, squares: float, *, groups: int, ranks: int, micro_batch_size: int
     ) -> GradientMoments:
         """From the two sums of `GradientMeter.sums`, of `groups` micro-batches on `ranks` data-parallel ranks.
 
         Each gradient came as its share of the mean over the micro-batches of its rank.
         """
-        return cls(groups, group_samples, squares * (groups / ranks) ** 2, mean_square)
+        return cls(groups, micro_batch_size, squares * (groups / ranks) ** 2, mean_grad_sq_norm)
 
     @property
     def samples(self) -> int:
         """Global batch size."""
-        return self.groups * self.group_samples
+        return self.num_micro_batches * self.micro_batch_size
 
     @property
-    def noise(self) -> float:
+    def grad_cov_trace(self) -> float:
         """S: trace of the covariance of one sample's gradient. Needs two groups."""
-        spread = self.sum_of_squares - self.groups * self.mean_square
-        return self.group_samples / (self.groups - 1) * spread
+        spread = self.sum_micro_grad_sq_norms - self.num_micro_batches * self.mean_grad_sq_norm
+        return self.micro_batch_size / (self.num_micro_batches - 1) * spread
 
     @property
-    def signal(self) -> float:
+    def grad_sq_norm(self) -> float:
         """|G|^2: squared norm of the true gradient; being unbiased, the estimate of a small one may be negative."""
-        return self.mean_square - self.noise / self.samples
+        return self.mean_grad_sq_norm - self.grad_cov_trace / self.samples
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,31 @@ class GradientNoise:
     """The moments of a step, and the estimates smoothed up to it."""
 
     moments: GradientMoments
-    noise: float
+    grad_cov_trace: float
     """S, smoothed."""
-    signal: float
+    grad_sq_norm: float
     """|G|^2, smoothed."""
 
     @property
-    def groups(self) -> int:
-        return self.moments.groups
+    def num_micro_batches(self) -> int:
+        return self.moments.num_micro_batches
 
     @property
-    def group_samples(self) -> int:
-        return self.moments.group_samples
+    def micro_batch_size(self) -> int:
+        return self.moments.micro_batch_size
 
     @property
-    def sum_of_squares(self) -> float:
-        return self.moments.sum_of_squares
+    def sum_micro_grad_sq_norms(self) -> float:
+        return self.moments.sum_micro_grad_sq_norms
 
     @property
-    def mean_square(self) -> float:
-        return self.moments.mean_square
+    def mean_grad_sq_norm(self) -> float:
+        return self.moments.mean_grad_sq_norm
 
     @property
     def noise_scale(self) -> float | None:
         """S / |G|^2, in samples: the batch whose noise is as large as its signal. None while the signal is lost."""
-        return self.noise / self.signal if self.signal > 0 else None
+        return self.grad_cov_trace / self.grad_sq_norm if self.grad_sq_norm > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,14 +96,14 @@ class GradientNoise:
         return cls(GradientMoments(**state["moments"]), state["noise"], state["signal"])
 
     @property
-    def norm_test(self) -> float | None:
+    def noise_scale_over_batch(self) -> float | None:
         """The noise scale in batches. The norm test with eta passes while this is at most eta squared."""
         return None if self.noise_scale is None else self.noise_scale / self.moments.samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoiseConfig:
-    """[gradient_moments]: how often gradient noise is measured, under any batch policy, and how it is smoothed."""
+    """[gradient_noise]: how often gradient noise is measured, under any batch policy, and how it is smoothed."""
 
     interval_steps: PositiveCount | None = 1
     """Steps from one measurement to the next; "none": never."""
@@ -130,14 +130,16 @@ class NoiseEstimator:
 
         None where it tells nothing: it has one group only, or numbers that are not finite.
         """
-        if moments.groups < 2 or not (math.isfinite(moments.noise) and math.isfinite(moments.signal)):
+        if moments.num_micro_batches < 2 or not (
+            math.isfinite(moments.grad_cov_trace) and math.isfinite(moments.grad_sq_norm)
+        ):
             return None
         kept = math.exp(-(samples - self._samples) / self.smoothing_samples)
         # A step counts for its own samples, not for those that passed unmeasured: after many of these, as when a run
         # begins to measure late, a single step would else decide all that follow.
         share = 1 - math.exp(-moments.samples / self.smoothing_samples)
-        self._noise = kept * self._noise + share * moments.noise
-        self._signal = kept * self._signal + share * moments.signal
+        self._noise = kept * self._noise + share * moments.grad_cov_trace
+        self._signal = kept * self._signal + share * moments.grad_sq_norm
         self._weight = kept * self._weight + share
         self._samples = samples
         return GradientNoise(moments, self._noise / self._weight, self._signal / self._weight)

@@ -53,7 +53,7 @@ class CriticalBatch(Pretrain):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """As of pre-training, but that the batch of a branch is constant: it need not be measured."""
-        yield from (problem for problem in super().check() if problem[0] != "gradient_moments.interval_steps")
+        yield from (problem for problem in super().check() if problem[0] != "gradient_noise.interval_steps")
 
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train the branches that are missing, then compare all; returns the exit status."""

@@ -36,9 +36,9 @@ class Memory:
     parts: Mapping[str, tuple[int, str]]
     """Part -> (bytes, explanation). The parts do not all exist at the same moment."""
     peak: int
-    """The highest use with accumulation = "reduce"."""
+    """The highest use with grad_sync = "every_micro_batch"."""
     local_peak: int
-    """The highest use with accumulation = "local": all weights stay gathered, and the gradient is whole, in float32."""
+    """The highest use with grad_sync = "once_per_step": all weights stay gathered, and the gradient is whole, in float32."""
     block_inputs: int
     """The sum of all block inputs in one micro-batch: what tensor-parallel ranks exchange."""
     parameters: int
@@ -111,16 +111,16 @@ def estimate_memory(
 
 def syncs_once_per_step(mode: GradSyncMode, local_peak: int, device_bytes: int) -> bool:
     """Return whether weights and gradient stay whole for a step: `auto` does so if the estimated peak fits."""
-    return mode == "local" or (mode == "auto" and local_peak <= PLANNED_FRACTION * device_bytes)
+    return mode == "once_per_step" or (mode == "auto" and local_peak <= PLANNED_FRACTION * device_bytes)
 
 
 def decide_grad_sync(
     recipe: Any, model: nn.Module, mesh_shape: MeshShape, world: DistributedContext, compute_dtype: torch.dtype
 ) -> bool:
     """Return `syncs_once_per_step` of this run: equal on all processes, by the smallest of their devices."""
-    mode: GradSyncMode = recipe.training.accumulation
+    mode: GradSyncMode = recipe.training.grad_sync
     if mode != "auto" or mesh_shape.dp_size == 1:  # one rank has nothing to exchange
-        return mode == "local"
+        return mode == "once_per_step"
     peak = 0
     if world.is_main:  # the estimate takes seconds of a CPU core, and a node has few cores per GPU
         memory = estimate_memory(recipe, model, mesh_shape, world.device.type, compute_dtype)

@@ -98,7 +98,7 @@ class RunPlan:
 
     def syncs_once_per_step(self, memory: Memory, device: DeviceSpec) -> bool:
         """Return whether a run on `device` keeps weights and gradient whole for a step."""
-        return syncs_once_per_step(self.recipe.training.accumulation, memory.local_peak, device.memory_bytes)
+        return syncs_once_per_step(self.recipe.training.grad_sync, memory.local_peak, device.memory_bytes)
 
     def peak_on(self, memory: Memory, device: DeviceSpec) -> int:
         """Return the bytes that a rank needs on `device`."""

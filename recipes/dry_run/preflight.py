@@ -63,7 +63,7 @@ def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
     """Return what would save most, judging by what takes most."""
     device = plan.target.device
     if device is not None and plan.peak_on(memory, device) > memory.peak <= PLANNED_FRACTION * device.memory_bytes:
-        return 'set training.accumulation = "auto"'
+        return 'set training.grad_sync = "auto"'
     parts = {name: size for name, (size, _) in memory.parts.items()}
     if parts["activations"] > parts["parameters"] + parts["gradients"] + parts["optimizer state"]:
         if plan.recipe.training.activation_checkpoint != "full":
@@ -133,7 +133,7 @@ def _batch(plan: RunPlan) -> Iterator[Finding]:
     epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
     if epoch and largest > epoch:
         message = f"the data has about {epoch:,} sequences, so a step of {largest:,} would use some more than once"
-        yield Finding("warning", "batch.maximum" if policy.is_adaptive else "batch", message)
+        yield Finding("warning", "batch.max_size" if policy.is_adaptive else "batch", message)
 
 
 def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
@@ -145,10 +145,10 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     remedy = f"use {2 * rounding.unit} or a smaller micro-batch"
     if not measurable[initial]:  # the run refuses it
         message = "the gradient noise of a step of one micro-batch cannot be measured: the batch could never change"
-        yield Finding("error", "batch.initial", f"{message}; {remedy}")
+        yield Finding("error", "batch.initial_size", f"{message}; {remedy}")
     elif not measurable[smallest]:
         message = "the gradient noise of a step of one micro-batch cannot be measured: the batch would never leave it"
-        yield Finding("warning", "batch.minimum", f"{message}; {remedy}")
+        yield Finding("warning", "batch.min_size", f"{message}; {remedy}")
     name = type(plan.recipe.batch).__name__
     most = -(-training.total_tokens // (rounding.fit(smallest).samples * training.sequence_length))
     if (maximum := policy.max_size) is None:
@@ -157,10 +157,10 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     unit = f"{rounding.unit} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
     largest = rounding.fit(maximum).samples
     if largest != maximum:
-        yield Finding("warning", "batch.maximum", f"{maximum} samples become {largest}: a multiple of {unit}")
+        yield Finding("warning", "batch.max_size", f"{maximum} samples become {largest}: a multiple of {unit}")
     elif policy.multiple_of % rounding.unit:
         message = f"{policy.multiple_of} is not a multiple of {unit}, to which sizes will be rounded up"
-        yield Finding("note", "batch.quantum", message)
+        yield Finding("note", "batch.multiple_of", message)
     fewest = -(-training.total_tokens // (largest * training.sequence_length))
     message = f"what {name} will measure is not known: {fewest:,} to {most:,} steps, by its batch"
     yield Finding("note", "batch", message)

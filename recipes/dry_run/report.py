@@ -93,8 +93,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
             "auto": f"on a device of {_format_bytes(int(memory.local_peak / PLANNED_FRACTION))} or more",
             "local": "as here",
             "reduce": "not here",
-        }[plan.recipe.training.accumulation]
-        yield f'  {"or at most":<17}{_format_bytes(memory.local_peak):>10}  with accumulation = "local", {where}'
+        }[plan.recipe.training.grad_sync]
+        yield f'  {"or at most":<17}{_format_bytes(memory.local_peak):>10}  with grad_sync = "once_per_step", {where}'
 
 
 def _devices(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _memory_fit(plan: RunPlan, device: DeviceSpec) -> str:
     needed = plan.peak_on(plan.memory, device)
     local = plan.memory.local_peak > plan.memory.peak and plan.syncs_once_per_step(plan.memory, device)
     verdict = "fits" if needed <= device.memory_bytes else "does not fit"
-    how = ', accumulation = "local"' if local else ""
+    how = ', grad_sync = "once_per_step"' if local else ""
     return f"{needed / 1e9:,.1f} of {device.memory_bytes / 1e9:,.0f} GB: {verdict}{how}"
 
 

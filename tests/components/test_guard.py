@@ -25,13 +25,13 @@ def test_numbers_that_are_not_finite() -> None:
 def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
     """Against mean and deviation computed over the whole memory, to a tenth: the guard's are exponential."""
     chance = random.Random(0)
-    guard = GuardConfig(on_spike="roll_back", spike_memory_steps=50, spike_deviations=5).build()
+    guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     losses = [chance.gauss(3.0, 0.1) for _ in range(400)]
     assert [guard.judge(loss, 1.0) for loss in losses] == [None] * 400
     mean = sum(losses[-100:]) / 100
     deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses[-100:]) / 100)
     assert guard.judge(mean - 20 * deviation, 1.0) is None, "a loss that falls is none"
-    guard = GuardConfig(on_spike="roll_back", spike_memory_steps=50, spike_deviations=5).build()
+    guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     for loss in losses:
         guard.judge(loss, 1.0)
     assert guard.judge(mean + 4 * deviation, 1.0) is None
@@ -40,7 +40,7 @@ def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
 
 
 def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
-    early, off = GuardConfig(on_spike="skip", spike_memory_steps=10).build(), GuardConfig().build()
+    early, off = GuardConfig(on_spike="skip", spike_window_steps=10).build(), GuardConfig().build()
     for _ in range(9):
         assert early.judge(1.0, 1.0) is None
         assert off.judge(1.0, 1.0) is None
@@ -49,7 +49,7 @@ def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
 
 
 def test_bad_numbers_leave_no_trace() -> None:
-    clean, dirty = (GuardConfig(on_spike="skip", on_nonfinite="skip", spike_memory_steps=5).build() for _ in range(2))
+    clean, dirty = (GuardConfig(on_spike="skip", on_nonfinite="skip", spike_window_steps=5).build() for _ in range(2))
     for step in range(40):
         loss = 2 + 0.01 * (step % 3)
         assert clean.judge(loss, 1.0) is None
@@ -61,19 +61,19 @@ def test_bad_numbers_leave_no_trace() -> None:
 
 
 def test_too_many_in_a_row_end_the_run() -> None:
-    guard = GuardConfig(on_nonfinite="skip", max_consecutive=3).build()
+    guard = GuardConfig(on_nonfinite="skip", max_bad_steps=3).build()
     actions = [guard.judge(loss, 1.0) for loss in (math.nan, math.nan, 1.0, math.nan, math.nan, math.nan)]
     assert [bad.action if bad else None for bad in actions] == ["skip", "skip", None, "skip", "skip", "stop"]
     assert "bad steps in a row: 3" in actions[-1].why
 
 
 def test_the_state_continues_as_if_there_had_been_no_restart() -> None:
-    whole, first = (GuardConfig(on_spike="skip", spike_memory_steps=5).build() for _ in range(2))
+    whole, first = (GuardConfig(on_spike="skip", spike_window_steps=5).build() for _ in range(2))
     losses = [3 + math.sin(step) / 10 for step in range(30)]
     for loss in losses[:15]:
         whole.judge(loss, 1.0)
         first.judge(loss, 1.0)
-    second = GuardConfig(on_spike="skip", spike_memory_steps=5).build()
+    second = GuardConfig(on_spike="skip", spike_window_steps=5).build()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for loss in [*losses[15:], 50.0]:
         assert second.judge(loss, 1.0) == whole.judge(loss, 1.0)
@@ -81,12 +81,12 @@ def test_the_state_continues_as_if_there_had_been_no_restart() -> None:
 
 
 def test_bad_samples_are_bad_steps_of_the_same_limit() -> None:
-    guard = GuardConfig(on_bad_sample="skip", on_nonfinite="skip", max_consecutive=3).build()
+    guard = GuardConfig(on_bad_sample="skip", on_nonfinite="skip", max_bad_steps=3).build()
     assert guard.judge_samples("samples 8 to 9: no").action == "skip"
     assert guard.judge(math.nan, 1.0).action == "skip"
     stop = guard.judge_samples("samples 24 to 25: no")
     assert stop.action == "stop" and stop.why == (
-        "samples 24 to 25: no; bad steps in a row: 3, which is guard.max_consecutive"
+        "samples 24 to 25: no; bad steps in a row: 3, which is guard.max_bad_steps"
     )
     assert guard.consecutive == 2, "the state that is saved is the one before the step that stops the run"
     assert guard.judge(1.0, 1.0) is None and guard.consecutive == 0

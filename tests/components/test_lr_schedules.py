@@ -78,7 +78,7 @@ def test_power_decays_from_the_law_at_the_start_of_the_decay():
 
 @pytest.mark.parametrize("shape", DECAYS)
 @given(end=st.floats(0, 1))
-def test_every_decay_falls_from_one_to_its_end_ratio(shape, end):
+def test_every_decay_falls_from_one_to_its_min_lr_ratio(shape, end):
     values = [DECAYS[shape](i / 50, end) for i in range(51)]
     assert values[0] == pytest.approx(1)
     assert values[-1] == pytest.approx(end, abs=1e-12)
@@ -92,7 +92,7 @@ def test_exponential_decay_is_the_printed_closed_form():
 
 
 def test_wsd_is_stable_until_its_decay_and_ends_at_its_ratio():
-    schedule = WSD(max_lr=2.0, decay="linear", decay_tokens=200, end_ratio=0.5)
+    schedule = WSD(max_lr=2.0, decay="linear", decay_tokens=200, min_lr_ratio=0.5)
     assert [schedule.lr(t, 10, 1000) for t in (0, 500, 800)] == [2.0, 2.0, 2.0]
     assert schedule.lr(900, 10, 1000) == pytest.approx(1.5)
     assert schedule.lr(1000, 10, 1000) == pytest.approx(1.0)
@@ -109,7 +109,7 @@ def test_moving_the_end_leaves_the_stable_phase_as_it_was(kind, tokens, batch, t
 @pytest.mark.parametrize("shape", DECAYS)
 @pytest.mark.parametrize("kind", [WSD, Power])
 def test_a_decay_of_every_shape_ends_at_its_share_of_the_rate_where_it_starts(kind, shape):
-    schedule = kind(max_lr=0.02, decay=shape, decay_tokens=2 * 10**9, end_ratio=0.25)
+    schedule = kind(max_lr=0.02, decay=shape, decay_tokens=2 * 10**9, min_lr_ratio=0.25)
     total, batch = 10**10, 64 * 4096
     start = schedule.lr(8 * 10**9, batch, total)
     assert start == (0.02 if kind is WSD else pytest.approx(64 * 4 * (8 * 10**9) ** -0.51))
@@ -129,7 +129,7 @@ def test_decay_length_is_given_once():
 
 
 def test_cosine_passes_its_half_way_mark():
-    schedule = Cosine(max_lr=1.0, end_ratio=0.2)
+    schedule = Cosine(max_lr=1.0, min_lr_ratio=0.2)
     assert schedule.lr(500, 1, 1000) == pytest.approx(0.6)
     assert schedule.lr(1000, 1, 1000) == pytest.approx(0.2)
 
@@ -142,7 +142,7 @@ RULED = [Constant, Cosine, Linear, WSD]
 def test_a_batch_rule_is_a_factor_on_the_rate_of_that_very_step(kind, tokens, batch):
     plain = kind(max_lr=0.01, warmup_tokens=1000)
     for rule, exponent in (("sqrt", 0.5), ("linear", 1.0)):
-        ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_rule=rule, reference_batch_tokens=4096)
+        ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_scaling=rule, reference_batch_tokens=4096)
         expected = plain.lr(tokens, batch, 10**6) * (batch / 4096) ** exponent
         assert ruled.lr(tokens, batch, 10**6) == pytest.approx(expected, rel=1e-12)
 
@@ -151,7 +151,7 @@ def test_a_batch_rule_is_a_factor_on_the_rate_of_that_very_step(kind, tokens, ba
 @pytest.mark.parametrize("rule", ["sqrt", "linear"])
 def test_at_its_reference_a_rule_changes_nothing_at_all(kind, rule):
     plain = kind(max_lr=0.01, warmup_tokens=1000)
-    ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_rule=rule, reference_batch_tokens=300)
+    ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_scaling=rule, reference_batch_tokens=300)
     for tokens in (0, 500, 5000, 9900):
         assert ruled.lr(tokens, 300, 10**4) == plain.lr(tokens, 300, 10**4)
 
@@ -166,8 +166,8 @@ def test_without_a_rule_the_batch_does_not_matter_after_the_warm_up(kind):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"batch_rule": "sqrt"}, r"^reference_batch_tokens: required by batch_rule = 'sqrt'"),
-        ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: nothing follows it; add batch_rule"),
+        ({"batch_scaling": "sqrt"}, r"^reference_batch_tokens: required by batch_scaling = 'sqrt'"),
+        ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: nothing follows it; add batch_scaling"),
     ],
 )
 def test_a_rule_and_its_reference_come_together(kind, keys, said):
@@ -178,12 +178,12 @@ def test_a_rule_and_its_reference_come_together(kind, keys, said):
 @pytest.mark.parametrize(
     ("keys", "key"),
     [
-        ({"batch_rule": "sqrt", "reference_batch_tokens": 4096}, "batch_rule"),
-        ({"batch_rule": "linear"}, "batch_rule"),
+        ({"batch_scaling": "sqrt", "reference_batch_tokens": 4096}, "batch_scaling"),
+        ({"batch_scaling": "linear"}, "batch_scaling"),
         ({"reference_batch_tokens": 4096}, "reference_batch_tokens"),
     ],
 )
 def test_power_refuses_a_second_rule(keys, key):
     with pytest.raises(ValueError, match=rf"^{key}: Power follows the batch linearly by itself"):
         Power(**keys)
-    assert Power(batch_rule="none") == Power()
+    assert Power(batch_scaling="none") == Power()

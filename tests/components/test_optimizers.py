@@ -28,7 +28,7 @@ def decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     ("rule", "expected"), [("matrices", (0.1, 0.1, 0.0, 0.0)), ("all", (0.1,) * 4), ("none", (0.0,) * 4)]
 )
 def test_decay_mask_by_rule(rule, expected):
-    built = AdamW(decay=rule).build(parameters=model().named_parameters(), lr_multiplier=lambda name: 1.0)
+    built = AdamW(weight_decay_on=rule).build(parameters=model().named_parameters(), lr_multiplier=lambda name: 1.0)
     names = ("0.weight", "1.weight", "1.bias", "2.weight")
     assert tuple(decays(built)[name] for name in names) == expected
 
@@ -45,7 +45,7 @@ def test_groups_carry_the_multiplier_of_their_names():
 @pytest.mark.parametrize("follows", ["schedule", "group"])
 def test_a_multiplier_of_zero_freezes_a_parameter(follows):
     net = model()
-    optimizer = AdamW(decay="all", decay_follows=follows).build(
+    optimizer = AdamW(weight_decay_on="all", weight_decay_lr=follows).build(
         parameters=net.named_parameters(), lr_multiplier=lambda name: float(name != "1.weight")
     )
     assert {name for name, decay in decays(optimizer).items() if decay} == {"0.weight", "1.bias", "2.weight", "2.bias"}

@@ -42,7 +42,7 @@ class Sabotaged(Llama):
 
 SABOTAGED = ["--model.use=sabotage:Sabotaged", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
 SABOTAGED += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32"]
-SHORT = ["--batch.use=components.batch:Constant", "--batch.initial=8", "--training.total_tokens=1500"]
+SHORT = ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--training.total_tokens=1500"]
 SHORT += ["--validation.interval_steps=none"]
 """Eight steps of eight samples: two micro-batches of two on each of two processes."""
 

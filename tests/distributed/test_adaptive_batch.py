@@ -17,8 +17,8 @@ pytestmark = [
 ]
 
 RECIPE = [
-    "--batch.use=components.batch:NormTest", "--batch.initial=8", "--batch.maximum=24", "--batch.eta=0.8",
-    "--batch.shrink=true", "--batch.quantum=8", "--gradient_moments.smoothing_samples=40",
+    "--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=24", "--batch.eta=0.8",
+    "--batch.shrink=true", "--batch.multiple_of=8", "--gradient_noise.smoothing_samples=40",
     "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
     "--validation=none",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from tests.distributed.layouts import LAYOUTS, run_all
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STEPS, SAVED_AT, SAMPLES, SEQUENCE = 5, 2, 8, 24
-WITHIN = "--training.attention_within=document"
+WITHIN = "--training.document_masking=true"
 COMPILED, RECOMPUTED = "--training.compile=true", "--training.activation_checkpoint=selective"
 EXPERTS = ["--model.experts=4", "--model.top_k=2"]
 RUNS: dict[str, tuple[str, list[str]]] = {
@@ -45,7 +45,7 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
     def command(name: str, layout: str, *arguments: str) -> list[str]:
         return [
             str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
-            "--batch.use=components.batch:Constant", f"--batch.initial={SAMPLES}",
+            "--batch.use=components.batch:Constant", f"--batch.initial_size={SAMPLES}",
             f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
             "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
             *LAYOUTS[layout][1], *arguments,
@@ -71,7 +71,7 @@ def column(rows: list[dict], key: str) -> list[float]:
 def test_every_layout_takes_the_steps_of_one_process(rows, name):
     alone = rows["one process, experts" if "experts" in name else "one process"]
     assert len(alone) == STEPS
-    for key in ("loss", "grad_norm", "gradient_noise"):
+    for key in ("loss", "grad_norm", "grad_cov_trace"):
         assert column(rows[name], key) == pytest.approx(column(alone, key), rel=EQUAL), key
     across = column(rows["one process, across documents"], "loss")
     assert column(alone, "loss")[0] != pytest.approx(across[0], rel=1e-3), "a test that can fail"

@@ -30,8 +30,8 @@ MODEL = {
 }  # fmt: skip
 RECIPE = [
     *(f"--model.{key}={value}" for key, value in MODEL.items()),
-    "--batch.use=tests.distributed.test_gradient_moments:Notes",
-    f"--batch.initial={SAMPLES}",
+    "--batch.use=tests.distributed.test_gradient_noise:Notes",
+    f"--batch.initial_size={SAMPLES}",
     f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
     "--validation.interval_steps=5",
     f"--checkpoint.interval_steps={STEPS}",
@@ -45,7 +45,7 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "two slices": (2, ["--parallel.tp=2"]),
     "two replicas": (2, ["--parallel.dp_replicate=2", *SHORT]),
     "one process, five experts": (1, [*UNEVEN, *SHORT]),
-    "two shards, five experts": (2, [*UNEVEN, *SHORT, "--training.accumulation=reduce"]),
+    "two shards, five experts": (2, [*UNEVEN, *SHORT, "--training.grad_sync=every_micro_batch"]),
     "one process, all recomputed": (1, ["--training.activation_checkpoint=full", *SHORT]),
     "two shards, cheap ones recomputed": (2, ["--training.activation_checkpoint=selective", *SHORT]),
     "two shards, bf16": (2, ["--training.precision=bf16", *SHORT]),
@@ -168,5 +168,5 @@ def brute_force(runs: Runs, groups: list[list[int]], experts: int) -> GradientMo
 def test_moments_are_those_of_separate_backwards_in_float64(runs, truth, name):
     found, expected = runs.moments(name)[0], truth[5 if name.endswith("five experts") else EXPERTS]
     limit = BF16 if name.endswith("bf16") else EQUAL
-    for key in ("sum_of_squares", "mean_square", "noise", "signal"):
+    for key in ("sum_micro_grad_sq_norms", "mean_grad_sq_norm", "grad_cov_trace", "grad_sq_norm"):
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=limit), key

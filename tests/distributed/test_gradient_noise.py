@@ -41,10 +41,20 @@ class Notes(Constant):
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{os.environ.get('RANK', '0')}").open("a") as file:
             told = noise.moments
-            file.write(json.dumps([told.groups, told.group_samples, told.sum_of_squares, told.mean_square]) + "\n")
+            file.write(
+                json.dumps(
+                    [
+                        told.num_micro_batches,
+                        told.micro_batch_size,
+                        told.sum_micro_grad_sq_norms,
+                        told.mean_grad_sq_norm,
+                    ]
+                )
+                + "\n"
+            )
 
 
-BOTH = {"local": ["--training.accumulation=local"], "reduce": ["--training.accumulation=reduce"]}
+BOTH = {"local": ["--training.grad_sync=once_per_step"], "reduce": ["--training.grad_sync=every_micro_batch"]}
 CASES: dict[str, tuple[str, list[str]]] = {
     f"{layout}, {mode}": (layout, arguments) for layout in LAYOUTS for mode, arguments in BOTH.items()
 }
@@ -77,7 +87,7 @@ class Measured:
         plain = name.replace(" ", "-")
         return [
             str(self.tiny.recipe), "--model.kv_heads=2", "--validation=none", "--checkpoint.interval_steps=none",
-            "--batch.use=tests.distributed.test_gradient_moments:Notes", f"--batch.initial={SAMPLES}",
+            "--batch.use=tests.distributed.test_gradient_noise:Notes", f"--batch.initial_size={SAMPLES}",
             f"--batch.folder={self.folder / 'moments' / plain}", f"--run.dir={self.folder / 'runs' / plain}",
             f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
             "--data.use=tests.distributed.layouts:RecordedText", f"--data.notes={self.folder / 'reads' / plain}",
@@ -131,9 +141,9 @@ def brute_force(groups: list[torch.Tensor], tied: bool) -> GradientMoments:
 def test_moments_are_those_of_separate_backwards_in_float64(measured, truth, name):
     expected = truth[name.endswith("tied")]
     found, _ = measured.moments(name)
-    assert (found.groups, found.group_samples) == (expected.groups, expected.group_samples)
+    assert (found.num_micro_batches, found.micro_batch_size) == (expected.num_micro_batches, expected.micro_batch_size)
     limit = BF16 if name.endswith("bf16") else EXACT
-    for key in ("sum_of_squares", "mean_square", "noise", "signal"):
+    for key in ("sum_micro_grad_sq_norms", "mean_grad_sq_norm", "grad_cov_trace", "grad_sq_norm"):
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=limit), key
 
 
@@ -141,6 +151,6 @@ def test_moments_are_those_of_separate_backwards_in_float64(measured, truth, nam
 def test_the_second_step_is_measured_like_the_first(measured, name):
     alike = "one process, " + next((kind for kind in ("tied", "bf16") if name.endswith(kind)), "reduce")
     found, expected = measured.moments(name)[1], measured.moments(alike)[1]
-    for key in ("sum_of_squares", "mean_square", "noise"):
+    for key in ("sum_micro_grad_sq_norms", "mean_grad_sq_norm", "grad_cov_trace"):
         limit = BF16 if name.endswith("bf16") else EXACT
         assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=limit), key

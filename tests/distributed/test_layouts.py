@@ -19,7 +19,7 @@ pytestmark = [
 STEPS, SAVED_AT, SAMPLES, SEQUENCE = 10, 8, 8, 24
 RECIPE = [
     "--batch.use=components.batch:Constant",
-    f"--batch.initial={SAMPLES}",
+    f"--batch.initial_size={SAMPLES}",
     f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
     "--data.use=tests.distributed.layouts:RecordedText",
     "--model.kv_heads=2",
@@ -72,8 +72,8 @@ class Runs:
 
 
 VARIANTS = {
-    "gradients accumulated locally": ["--training.accumulation=local"],
-    "gradients reduced every time": ["--training.accumulation=reduce"],
+    "gradients accumulated locally": ["--training.grad_sync=once_per_step"],
+    "gradients reduced every time": ["--training.grad_sync=every_micro_batch"],
     "all blocks recomputed": ["--training.activation_checkpoint=full"],
     "every second block recomputed": ["--training.activation_checkpoint=2"],
     "cheap operations recomputed": ["--training.activation_checkpoint=selective"],

@@ -1,4 +1,4 @@
-"""`attention_within = "document"`: what runs and evaluations say is what every document alone would say."""
+"""`document_masking = true`: what runs and evaluations say is what every document alone would say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVALUATE = Path(__file__).resolve().parents[2] / "train_configs" / "evaluate.tom
 LENGTH, END, SEQUENCES = 24, 256, 20
 LENGTHS = [3, 40, 2, 70, 9, 24, 23, 15]
 """Characters of the documents, over and over: some fill no sequence, some more than one, some just one."""
-WITHIN = "--training.attention_within=document"
+WITHIN = "--training.document_masking=true"
 INIT_STD = 0.3
 """Weights so large that it shows in the loss what a token attends to."""
 
@@ -119,7 +119,7 @@ def test_validation_and_evaluation_follow_the_rule_of_the_training(run):
     found = run.evaluate()
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert (found["tokens"], found["attention_within"]) == (SEQUENCES * LENGTH, "document")
-    across = run.evaluate("--evaluation.attention_within=sequence")
+    across = run.evaluate("--evaluation.document_masking=false")
     assert across["attention_within"] == "sequence"
     assert across["loss"] != pytest.approx(found["loss"], rel=1e-4), "a test that can fail"
     assert (across["tokens"], across["bytes"]) == (found["tokens"], found["bytes"])
@@ -167,7 +167,7 @@ def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
         captured = capsys.readouterr()
         assert message in captured.out + captured.err
         assert "Traceback" not in captured.err
-    both = ["--evaluation.method=documents", "--evaluation.attention_within=document"]
+    both = ["--evaluation.method=documents", "--evaluation.document_masking=true"]
     assert cli.main([str(EVALUATE), f"--evaluation.checkpoint={run.directory}", *both]) == 2
     assert "evaluation.attention_within" in capsys.readouterr().err
 

@@ -32,9 +32,9 @@ class Bad(Llama):
 '''
 SMALL = ["--model.use=bad:Bad", "--model.size=debug", "--model.dim=16", "--model.layers=2", "--model.heads=2"]
 SMALL += ["--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32", "--training.total_tokens=1900"]
-SMALL += ["--batch.use=components.batch:Constant", "--batch.initial=8", "--validation.interval_steps=none"]
+SMALL += ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--validation.interval_steps=none"]
 """Ten steps of eight samples."""
-SPIKE = ["--guard.spike_memory_steps=4"]
+SPIKE = ["--guard.spike_window_steps=4"]
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def test_a_spike_can_stop_the_run_before_it_does_harm(tiny, train) -> None:
 
 def test_bad_steps_without_end_end_the_run(tiny, train) -> None:
     bad = ",".join(f"{step}:nan" for step in range(3, 10))
-    status, said = train(bad, "--guard.on_nonfinite=skip", "--guard.max_consecutive=4")
+    status, said = train(bad, "--guard.on_nonfinite=skip", "--guard.max_bad_steps=4")
     assert status == 1
     assert said.count("its update is left out") == 3
     assert "step 6 (samples 40 to 47)" in said
-    assert "bad steps in a row: 4, which is guard.max_consecutive" in said
+    assert "bad steps in a row: 4, which is guard.max_bad_steps" in said

@@ -9,16 +9,16 @@ import pytest
 
 from tests.end_to_end.test_resume import assert_same_state, timeless
 
-RULE = ["--lr_schedule.batch_rule=sqrt", "--lr_schedule.reference_batch_tokens=96"]
+RULE = ["--lr_schedule.batch_scaling=sqrt", "--lr_schedule.reference_batch_tokens=96"]
 SEESAW = [
     "--batch.use=components.batch:Seesaw",
-    "--batch.initial=4",
-    "--batch.maximum=12",
+    "--batch.initial_size=4",
+    "--batch.max_size=12",
     "--batch.factor=1.5",
     "--lr_schedule.use=components.lr_schedules:Cosine",
     "--lr_schedule.max_lr=1e-2",
     "--lr_schedule.warmup_tokens=300",
-    "--lr_schedule.end_ratio=0",
+    "--lr_schedule.min_lr_ratio=0",
     *RULE,
     "--optimizer.reference_batch_tokens=96",
 ]
@@ -28,7 +28,12 @@ def steps(tiny) -> list[dict]:
     return [row for row in tiny.rows() if "loss" in row]
 
 
-MEASURED = ["--batch.initial=4", "--batch.maximum=40", "--batch.quantum=2", "--gradient_moments.smoothing_samples=50"]
+MEASURED = [
+    "--batch.initial_size=4",
+    "--batch.max_size=40",
+    "--batch.multiple_of=2",
+    "--gradient_noise.smoothing_samples=50",
+]
 UNBIASED = ["--batch.use=components.batch:NormTest", "--batch.eta=0.5", "--batch.max_growth=2"]
 PAPER = ["--batch.use=components.batch:NormTest", "--batch.eta=0.5", "--batch.estimator=paper"]
 SCALE = ["--batch.use=components.batch:NoiseScale", "--batch.shrink=true", "--batch.coefficient=4"]
@@ -79,9 +84,9 @@ def test_a_checkpoint_of_before_noise_was_measured_is_continued(tiny):
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
 def test_a_batch_that_follows_what_is_never_measured_is_refused(tiny, capsys, how):
-    assert tiny.launch(*POLICIES["unbiased"], "--gradient_moments.interval_steps=none", *how) == 2
+    assert tiny.launch(*POLICIES["unbiased"], "--gradient_noise.interval_steps=none", *how) == 2
     said = "".join(capsys.readouterr())
-    assert "gradient_moments.interval_steps" in said
+    assert "gradient_noise.interval_steps" in said
     assert "gives NormTest nothing to follow" in said
     assert not tiny.directory.exists()
 
@@ -100,13 +105,13 @@ def test_seesaw_without_the_rule_is_told_at_its_section(tiny, capsys, how):
     without = [argument for argument in SEESAW if argument not in RULE]
     assert tiny.launch(*without, *how) == 2
     said = "".join(capsys.readouterr())
-    assert 'Seesaw needs lr_schedule.batch_rule = "sqrt" with reference_batch_tokens = 96' in said
+    assert 'Seesaw needs lr_schedule.batch_scaling = "sqrt" with reference_batch_tokens = 96' in said
     assert not (tiny.directory / "metrics.jsonl").exists()
 
 
 def test_power_with_a_second_rule_is_told_at_its_key(tiny, capsys):
     assert tiny.launch("--lr_schedule.use=components.lr_schedules:Power", *RULE) == 2
-    assert "lr_schedule.batch_rule" in (said := capsys.readouterr().err)
+    assert "lr_schedule.batch_scaling" in (said := capsys.readouterr().err)
     assert "Power follows the batch linearly by itself" in said
 
 

@@ -70,7 +70,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
             f"--resume={tiny.checkpoint(FROM)}",
             f"--run.dir={hand}",
             "--batch.use=components.batch:Constant",
-            f"--batch.initial={12 * factor}",
+            f"--batch.initial_size={12 * factor}",
             "--lr_schedule.use=components.lr_schedules:Constant",
             f"--lr_schedule.max_lr={0.01 * math.sqrt(factor)}",
             f"--training.total_tokens={clock['tokens'] + ROUNDED}",
@@ -112,10 +112,10 @@ def at_its_step(count: int, sends):
     asked = []
 
     def next_batch_size(self, progress):
-        asked.append(self.initial)
-        if self.initial == 24 and asked.count(24) == count:
+        asked.append(self.initial_size)
+        if self.initial_size == 24 and asked.count(24) == count:
             sends()
-        return self.initial
+        return self.initial_size
 
     return next_batch_size
 
@@ -137,7 +137,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
         if moment == "before its validation":
 
             def killed(hook: Validate, model: nn.Module, clock: TrainingClock) -> None:
-                if clock.done and hook.checkpoints.config.recipe.batch.initial == 24:
+                if clock.done and hook.checkpoints.config.recipe.batch.initial_size == 24:
                     kill()
                 validate(hook, model, clock)
 
@@ -189,7 +189,7 @@ def test_a_branch_that_diverges_is_told_and_does_not_count(measured, monkeypatch
     train = Pretrain.main
 
     def diverging(self, config, resume):
-        if type(self) is Pretrain and self.batch.initial == 24:
+        if type(self) is Pretrain and self.batch.initial_size == 24:
             raise NonFiniteError("step 8: loss nan")
         return train(self, config, resume)
 
@@ -229,8 +229,8 @@ def test_print_config_is_launchable(measured, capsys):
 
 
 def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
-    adaptive = ["--batch.use=components.batch:NoiseScale", "--batch.initial=8", "--batch.maximum=24"]
-    assert measured.launch(*adaptive, "--gradient_moments.interval_steps=none", "--dry-run") == 0
+    adaptive = ["--batch.use=components.batch:NoiseScale", "--batch.initial_size=8", "--batch.max_size=24"]
+    assert measured.launch(*adaptive, "--gradient_noise.interval_steps=none", "--dry-run") == 0
 
 
 def test_it_needs_no_picture(measured, monkeypatch, capsys):

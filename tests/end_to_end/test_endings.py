@@ -92,7 +92,7 @@ def test_an_evaluation_of_text_that_cannot_be_used_is_one_message(run, undisturb
     recipe.write_text(f'extends = ["{ROOT / "train_configs" / "evaluate.toml"}"]')
     monkeypatch.setenv("FAULT", fault)
     keys = [f"--evaluation.checkpoint={undisturbed}", "--evaluation.trust_code=true", "--evaluation.limit=3"]
-    assert cli.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.held_out=true"]) == 2
+    assert cli.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.split=validation"]) == 2
     said = capsys.readouterr().err
     assert re.search(r"^(command line|.*evaluate\.toml:?\d*)  data", said, re.MULTILINE), said
     assert ENDINGS[fault][1] in said and "the run has ended" in said
@@ -124,7 +124,7 @@ def test_the_remedy_that_is_named_works(run, undisturbed, monkeypatch, capsys, r
 def test_bad_samples_are_skipped_within_the_limit_and_alike_on_resume(run, monkeypatch, capsys, workers: int) -> None:
     monkeypatch.setenv("FAULT", "data: cannot be read")
     monkeypatch.setenv("BAD_SAMPLES", "9,14,25,39")  # in the steps 2, 4 and 5, in step 2 twice
-    arguments = [*ARGUMENTS, "--guard.on_bad_sample=skip", f"--training.loader_workers={workers}"]
+    arguments = [*ARGUMENTS, "--guard.on_bad_sample=skip", f"--training.num_workers={workers}"]
     arguments += ["--checkpoint.interval_steps=1", "--checkpoint.keep_last=none"]
     run.directory = whole = run.folder / f"skips-{workers}"
     assert run.launch(*arguments, f"--run.dir={whole}") == 0
@@ -140,11 +140,11 @@ def test_bad_samples_are_skipped_within_the_limit_and_alike_on_resume(run, monke
     assert_same_state(run.checkpoint(6), whole / "checkpoints" / "step-00000006")
 
     limited = f"--run.dir={run.folder / f'limited-{workers}'}"
-    assert run.launch(*arguments, limited, "--guard.max_consecutive=2") == 2
+    assert run.launch(*arguments, limited, "--guard.max_bad_steps=2") == 2
     output = capsys.readouterr()
-    assert "bad steps in a row: 2, which is guard.max_consecutive" in output.out + output.err
+    assert "bad steps in a row: 2, which is guard.max_bad_steps" in output.out + output.err
     # the count is part of the checkpoint: one more after it is too many
-    assert run.launch(*arguments, limited, "--resume", "--guard.max_consecutive=2") == 2
+    assert run.launch(*arguments, limited, "--resume", "--guard.max_bad_steps=2") == 2
 
 
 def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_checkpoint(run, monkeypatch, capsys) -> None:
@@ -175,7 +175,7 @@ def test_two_processes_agree_on_an_error_that_one_of_them_meets(run, monkeypatch
     run.directory = directory
     arguments = [*ARGUMENTS, f"--run.dir={directory}", "--checkpoint.interval_steps=none"]
 
-    limit = "--guard.max_consecutive=2"
+    limit = "--guard.max_bad_steps=2"
 
     def start(fault: str, bad: str, *more: str) -> tuple[int, str]:
         for name, value in {"FAULT": fault, "FAULT_RANK": "1", "NPROC": "2", "BAD_SAMPLES": bad}.items():

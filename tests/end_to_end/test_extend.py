@@ -8,7 +8,7 @@ from tests.end_to_end.test_resume import assert_same_state, timeless
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-CONSTANT = ["--batch.use=components.batch:Constant", "--batch.initial=8"]
+CONSTANT = ["--batch.use=components.batch:Constant", "--batch.initial_size=8"]
 DECAY = ["--lr_schedule.decay_tokens=800", "--lr_schedule.decay=1-sqrt"]
 SCHEDULES = {
     "wsd": [*CONSTANT, *DECAY],

@@ -6,8 +6,8 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-KEYS = ("noise_scale", "norm_test", "gradient_noise", "gradient_signal", "gradient_noise_smoothed")
-CONSTANT = ["--batch.use=components.batch:Constant", "--batch.initial=8", "--checkpoint.interval_steps=none"]
+KEYS = ("noise_scale", "noise_scale_over_batch", "grad_cov_trace", "grad_sq_norm", "grad_cov_trace_ema")
+CONSTANT = ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--checkpoint.interval_steps=none"]
 
 
 def steps(tiny) -> list[dict]:
@@ -18,17 +18,15 @@ def test_a_constant_batch_shows_what_the_norm_test_would_have_said(tiny):
     assert tiny.launch(*CONSTANT) == 0
     for row in steps(tiny):
         b = row["global_batch_size"]
-        assert row["gradient_signal"] == pytest.approx(row["grad_norm"] ** 2 - row["gradient_noise"] / b, rel=1e-9)
-        assert row["noise_scale"] == pytest.approx(
-            row["gradient_noise_smoothed"] / row["gradient_signal_smoothed"], rel=1e-9
-        )
-        assert row["norm_test"] == pytest.approx(row["noise_scale"] / b, rel=1e-9)
+        assert row["grad_sq_norm"] == pytest.approx(row["grad_norm"] ** 2 - row["grad_cov_trace"] / b, rel=1e-9)
+        assert row["noise_scale"] == pytest.approx(row["grad_cov_trace_ema"] / row["grad_sq_norm_ema"], rel=1e-9)
+        assert row["noise_scale_over_batch"] == pytest.approx(row["noise_scale"] / b, rel=1e-9)
 
 
 def test_measuring_less_often_or_never_changes_nothing_else(tiny):
     told = {}
     for interval in ("1", "3", "none"):
-        settings = [f"--gradient_moments.interval_steps={interval}", "--run.if_exists=replace"]
+        settings = [f"--gradient_noise.interval_steps={interval}", "--run.if_exists=replace"]
         assert tiny.launch(*CONSTANT, *settings) == 0
         told[interval] = steps(tiny)
     for always, sometimes, never in zip(*told.values(), strict=True):
@@ -39,7 +37,7 @@ def test_measuring_less_often_or_never_changes_nothing_else(tiny):
         measured = (sometimes["step"] - 1) % 3 == 0
         assert all((sometimes[key] is not None) == measured for key in KEYS)
         if measured:
-            assert sometimes["gradient_noise"] == always["gradient_noise"]
+            assert sometimes["grad_cov_trace"] == always["gradient_noise"]
 
 
 def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(tiny):
@@ -51,7 +49,7 @@ def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(t
 
 
 def test_a_batch_that_could_never_follow_its_noise_is_refused(tiny, capsys):
-    adaptive = ["--batch.use=components.batch:NormTest", "--batch.initial=8", "--batch.maximum=64"]
+    adaptive = ["--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=64"]
     assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
     assert "batch" in (said := capsys.readouterr().err)
     assert "take 16 or a smaller training.micro_batch_size" in said

@@ -66,7 +66,7 @@ def test_it_is_trained_and_continued_as_if_it_had_not_stopped(tiny, tmp_path):
     rows = tiny.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0]
-    assert all(row["gradient_noise"] > 0 for row in rows if "loss" in row)
+    assert all(row["grad_cov_trace"] > 0 for row in rows if "loss" in row)
     whole = tmp_path / "whole"
     tiny.directory.rename(whole)
     for stopped_at in (2, 5):  # before `late` has had a gradient, and after

@@ -63,7 +63,7 @@ def test_it_trains_and_resumes_with_its_state(own):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--gradient_moments.interval_steps=none"], "never measured, the gradient gives Doubling nothing to follow"),
+        (["--gradient_noise.interval_steps=none"], "never measured, the gradient gives Doubling nothing to follow"),
         (["--batch.first=2"], "a step of 2 samples is one micro-batch and does not show the noise of its gradient"),
     ],
 )
@@ -92,8 +92,8 @@ def test_samples_of_a_step_that_is_not_known_are_not_shown(own, capsys):
 def test_its_schedule_is_drawn_at_both_ends(own, capsys):
     assert plot_schedule.main([str(own.recipe)]) == 0
     output = capsys.readouterr().out
-    assert "batch at initial = 4" in output
-    assert "batch at maximum = 16" in output
+    assert "batch at initial_size = 4" in output
+    assert "batch at max_size = 16" in output
 
 
 @pytest.mark.quick

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 STEP_KEYS = {
     "step", "tokens", "samples", "epoch", "loss", "lr", "grad_norm", "global_batch_size", "requested_batch_size",
-    "micro_batches", "noise_scale", "norm_test", "gradient_noise", "gradient_signal", "gradient_noise_smoothed",
-    "gradient_signal_smoothed", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes",
+    "micro_batches", "noise_scale", "noise_scale_over_batch", "grad_cov_trace", "grad_sq_norm", "grad_cov_trace_ema",
+    "grad_sq_norm_ema", "tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes",
 }  # fmt: skip
 
 USERS_PARTS = '''
@@ -210,9 +210,9 @@ def test_a_batch_larger_than_the_data_is_told_once(tiny, samples, times):
 
 
 def test_print_config_can_be_launched_and_says_where_values_come_from(tiny, capsys):
-    assert tiny.launch("--print-config", "--batch.initial=10") == 0
+    assert tiny.launch("--print-config", "--batch.initial_size=10") == 0
     printed = capsys.readouterr().out
-    assert "initial = 10" in printed
+    assert "initial_size = 10" in printed
     assert "# command line" in printed
     assert "# tiny.toml:" in printed or "tiny.toml:" in printed
     again = tiny.folder / "again.toml"
@@ -235,7 +235,7 @@ def test_dry_run_starts_nothing(tiny, capsys):
     [
         (["--training.total_token=5"], "did you mean total_tokens"),
         (["--data.path=nowhere/*.txt"], "nowhere"),
-        (["--batch.initial=0"], "batch.initial"),
+        (["--batch.initial_size=0"], "batch.initial_size"),
         (["--lr_schedule.warmup_tokens=1M"], "do not end within training.total_tokens = 3600"),
         (["--model.kv_heads=3"], "3 does not divide the 2 heads"),
         (["--run.device=cuda"], "no CUDA device"),

@@ -17,8 +17,8 @@ from recipes.pretrain import Trainer
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
 """Operations whose result, or its shape, is needed on the host."""
 EXPERTS = ["--model.experts=4", "--model.top_k=2"]
-ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial=4", "--batch.maximum=40"]
-ADAPTIVE += ["--batch.quantum=2", "--batch.eta=0.5"]
+ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial_size=4", "--batch.max_size=40"]
+ADAPTIVE += ["--batch.multiple_of=2", "--batch.eta=0.5"]
 CASES = {
     "dense": [],
     "bf16": ["--training.precision=bf16"],

@@ -99,10 +99,8 @@ def test_sockets_that_loader_workers_could_not_open_are_told_at_their_key(tiny: 
     long = tiny.folder / ("long" * 30)
     long.mkdir()
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(long))  # as TMPDIR does
-    arguments = [str(tiny.recipe), "--training.loader_workers=1"]
-    refused(
-        capsys, tiny.folder, arguments, "command line  training.loader_workers = 1\n    worker processes cannot open"
-    )
+    arguments = [str(tiny.recipe), "--training.num_workers=1"]
+    refused(capsys, tiny.folder, arguments, "command line  training.num_workers = 1\n    worker processes cannot open")
     assert not tiny.directory.exists()
 
 

@@ -40,7 +40,7 @@ SECTIONS = {
     "optimizer": "components.optimizers:AdamW",
     "lr_schedule": "components.lr_schedules:WSD",
     "batch": "components.batch:Ramp",
-    "gradient_moments": "components.gradient_noise:GradientNoiseConfig",
+    "gradient_noise": "components.gradient_noise:GradientNoiseConfig",
     "guard": "components.guard:GuardConfig",
     "checkpoint": "components.checkpoint:CheckpointConfig",
     "metrics": "components.metrics.logger:MetricsConfig",
@@ -53,7 +53,7 @@ AT_THE_START = [
     ("validation.data", METHOD, "build"), ("validation", METHOD, "open"),
     ("model", METHOD, "build"), ("model", BUILT, "init_weights"), ("model", BUILT, "flops_per_token"),
     ("optimizer", METHOD, "build"),
-    ("batch", METHOD, "build"), ("gradient_moments", METHOD, "build"), ("guard", METHOD, "build"),
+    ("batch", METHOD, "build"), ("gradient_noise", METHOD, "build"), ("guard", METHOD, "build"),
     ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "sizes"),
     ("parallel", METHOD, "build"),
 ]  # fmt: skip

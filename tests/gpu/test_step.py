@@ -17,14 +17,14 @@ pytestmark = [
 CUDA = ["--run.device=cuda", "--validation=none", "--checkpoint.interval_steps=none"]
 WIDE = ["--model.dim=64", "--model.heads=2", "--model.kv_heads=1", "--model.head_dim=32", "--model.ffn_dim=96"]
 EXPERTS = [*WIDE, "--model.experts=4", "--model.top_k=2"]
-ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial=4", "--batch.maximum=40"]
-ADAPTIVE += ["--batch.quantum=2", "--batch.eta=0.5", "--gradient_moments.smoothing_samples=50"]
+ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial_size=4", "--batch.max_size=40"]
+ADAPTIVE += ["--batch.multiple_of=2", "--batch.eta=0.5", "--gradient_noise.smoothing_samples=50"]
 CASES = {
     "dense": [*WIDE, "--training.precision=bf16"],
     "dense, eager": [*WIDE, "--training.precision=bf16", "--training.compile=false"],
     "experts": [*EXPERTS, "--training.precision=bf16"],
     "experts, eager": [*EXPERTS, "--training.precision=bf16", "--training.compile=false"],
-    "documents": [*WIDE, "--training.precision=bf16", "--training.attention_within=document"],
+    "documents": [*WIDE, "--training.precision=bf16", "--training.document_masking=true"],
     "adaptive": [*WIDE, *ADAPTIVE, "--training.precision=bf16"],
 }
 

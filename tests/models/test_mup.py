@@ -223,7 +223,7 @@ def test_groups_scale_the_capped_rate_of_the_power_law(tokens, expected):
 def test_a_step_shrinks_every_matrix_alike_unless_decay_follows_the_group(follows, expected):
     decayed, plain = decoder(WIDE), decoder(WIDE)
     before = {name: parameter.detach().clone() for name, parameter in decayed.named_parameters()}
-    step_at(decayed, 0.01, weight_decay=0.1, decay_follows=follows)
+    step_at(decayed, 0.01, weight_decay=0.1, weight_decay_lr=follows)
     step_at(plain, 0.01, weight_decay=0.0)
     without = dict(plain.named_parameters())
     for name, parameter in decayed.named_parameters():

@@ -57,7 +57,7 @@ def test_the_model_has_its_weights_and_the_step_its_parameters(tiny):
 
 
 def test_a_policy_is_new_for_each_run(tiny):
-    keys = {"batch.use": "components.batch:NoiseScale", "batch.initial": 8, "batch.maximum": 64}
+    keys = {"batch.use": "components.batch:NoiseScale", "batch.initial_size": 8, "batch.max_size": 64}
     config = configured(tiny, **keys)
     first, second = build.build_policy(config), build.build_policy(config)
     first.load_state_dict({"samples": 32})

@@ -31,12 +31,12 @@ def test_without_a_recipe_it_is_the_debug_one():
 
 
 def test_both_forms_of_an_override():
-    command = parse(["my.toml", "--training.total_tokens=4B", "--run.name", "x", "--batch.initial", "-3"])
+    command = parse(["my.toml", "--training.total_tokens=4B", "--run.name", "x", "--batch.initial_size", "-3"])
     assert command.config == Path("my.toml")
     assert command.overrides == (
         Override("training.total_tokens", "4B"),
         Override("run.name", "x"),
-        Override("batch.initial", "-3"),
+        Override("batch.initial_size", "-3"),
     )
 
 

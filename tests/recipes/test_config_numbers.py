@@ -70,8 +70,14 @@ def complaint(cls: type, key: Field, number: float) -> str:
 def test_what_is_no_number_for_it_is_refused() -> None:
     keys = {f"{cls.__name__}.{key.name}": (cls, key) for cls, key in numeric_keys()}
     assert len(keys) > 80
-    assert keys.keys() >= {"Training.max_grad_norm", "AdamW.betas", "Power.b", "Stage.from_share", "RopeScaling.factor"}
-    assert keys.keys() >= {"Guard.spike_deviations", "HeldOut.max_sequences", "NormTest.eta", "Branches.tolerance"}
+    assert keys.keys() >= {
+        "Training.max_grad_norm",
+        "AdamW.betas",
+        "Power.b",
+        "Stage.from_fraction",
+        "RopeScaling.factor",
+    }
+    assert keys.keys() >= {"Guard.spike_std", "HeldOut.max_sequences", "NormTest.eta", "Branches.tolerance"}
     taken = {
         (name, number): said
         for name, (cls, key) in keys.items()
@@ -99,7 +105,7 @@ def test_a_key_may_say_that_it_takes_any_number() -> None:
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e400", "-1"])
 def test_it_is_one_problem_at_its_key(number: str, capsys) -> None:
-    keys = ("training.max_grad_norm", "lr_schedule.max_lr", "optimizer.eps", "guard.spike_deviations", "model.init_std")
+    keys = ("training.max_grad_norm", "lr_schedule.max_lr", "optimizer.eps", "guard.spike_std", "model.init_std")
     keys += ("training.total_tokens", "run.max_minutes", "checkpoint.keep_last", "model.rope_theta")
     assert cli.main(["--print-config", *(f"--{key}={number}" for key in keys)]) == 2
     said = capsys.readouterr().err

@@ -75,9 +75,9 @@ def test_the_published_numbers(name, text):
     assert recipe.training.sequence_length == length
     assert recipe.training.total_tokens == 2_000_000 * length
     assert recipe.lr_schedule.warmup_tokens == 20_000 * length
-    assert (recipe.lr_schedule.max_lr, recipe.lr_schedule.end_ratio) == (4e-4, 0.1)
+    assert (recipe.lr_schedule.max_lr, recipe.lr_schedule.min_lr_ratio) == (4e-4, 0.1)
     assert [stage.from_tokens for stage in recipe.batch.stages] == [50_000 * length, 100_000 * length]
-    assert optimizer.decay == "all"
+    assert optimizer.weight_decay_on == "all"
 
 
 @pytest.mark.quick
@@ -85,11 +85,13 @@ def test_the_published_numbers(name, text):
 def test_the_published_numbers_of_power(name, text):
     """Shen et al. 2024: the learning rate, and what goes with it."""
     recipe = resolved(name, text).recipe
-    optimizer, schedule, sequences = recipe.optimizer, recipe.lr_schedule, recipe.batch.initial
+    optimizer, schedule, sequences = recipe.optimizer, recipe.lr_schedule, recipe.batch.initial_size
     batch_tokens = sequences * 4096
     assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
     assert recipe.model.shape == PRESETS[name] and recipe.model.depth_scaled_init
-    assert (optimizer.eps, optimizer.decay, optimizer.decay_follows) == (1e-10, "matrices", "group"), "dolomite-engine"
+    assert (optimizer.eps, optimizer.weight_decay_on, optimizer.weight_decay_lr) == (1e-10, "matrices", "group"), (
+        "dolomite-engine"
+    )
     assert recipe.training.sequence_length == 4096
     published = {
         1024: {10**9: 0.02, 10**10: 0.02, 10**11: 0.0101, 10**12: 0.0031},
@@ -152,7 +154,7 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
     for variable in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(variable, raising=False)
     reduced = {**SMALL, "run.dir": tmp_path / "run", "run.cache_dir": tmp_path / "cache"}
-    arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial=8"]
+    arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial_size=8"]
     reduced |= {"data.use": "components.data:TextFiles", "data.path": text}
     reduced |= {"validation.data.use": "components.data:TextFiles", "validation.data.path": text}
     if name in (*PUBLISHED, *POWER):

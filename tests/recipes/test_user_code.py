@@ -79,7 +79,7 @@ def test_everything_that_loading_calls_may_fail(tiny, error):
     for number, (place, (source, keys, key)) in enumerate(PLACES.items()):
         file = tiny.folder / f"mine_{number}.py"
         file.write_text(BATCH.format(error=error) + source)
-        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial = 4\n{keys}').problems
+        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
         assert problem.path == key, place
         assert ERRORS[error].format(file=file) in problem.message, place
         assert problem.source == "default" if key == "batch.a.b" else problem.source.startswith("mine.toml:"), place
@@ -89,7 +89,7 @@ def test_a_message_for_the_user_is_told_as_it_is(tiny):
     """A ValueError says what is wrong with the input; where the code said so does not matter."""
     for number, (source, keys, key) in enumerate(PLACES.values()):
         (tiny.folder / f"mine_{number}.py").write_text(BATCH.format(error="ValueError('too odd')") + source)
-        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial = 4\n{keys}').problems
+        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
         assert problem.path == key and "too odd" in problem.message
         assert key == "batch.use" or ".py" not in problem.message
 

@@ -55,7 +55,7 @@ def assert_holds(directory: Path, model: Decoder) -> None:
         f"extends = ['{directory / 'model.toml'}']\n[tokenizer]\nuse = 'components.tokenizers:Bytes'\n"
         "[data]\nuse = 'components.data:StandardLibrary'\n[optimizer]\nuse = 'components.optimizers:AdamW'\n"
         "[lr_schedule]\nuse = 'components.lr_schedules:WSD'\nmax_lr = 1e-3\n[batch]\n"
-        "use = 'components.batch:Constant'\ninitial = 1\n"
+        "use = 'components.batch:Constant'\ninitial_size = 1\n"
         "[training]\ntotal_tokens = 100\nsequence_length = 8\nmicro_batch_size = 1\n"
     )
     config = load(recipe)

@@ -45,7 +45,7 @@ def test_the_text_is_that_of_the_loader_token_by_token(tiny, samples, capsys):
 
 
 def test_a_step_that_was_done_is_looked_up(tiny, capsys):
-    assert tiny.launch("--training.total_tokens=384", "--batch.initial=4") == 0
+    assert tiny.launch("--training.total_tokens=384", "--batch.initial_size=4") == 0
     # 4 samples a step as it ran, though the recipe says 8
     assert shown_ids(output(tiny, capsys, "--step", "3")) == [8, 9]
     assert "cannot have taken" in output(tiny, capsys, "--step", "3", "--ranks", "3", status=2)
@@ -65,7 +65,7 @@ def test_a_double_bar_stands_where_attention_begins(tiny, samples, capsys):
     with MicroBatchLoader(samples, seed=0, micro_batch_size=len(samples)) as loader:
         (micro,) = loader.next_step(1)
     row = int((micro.tokens[:, 1:] == 256).any(1).nonzero()[0])
-    text = output(tiny, capsys, "--sample", str(row), "--count", "1", "--training.attention_within=document")
+    text = output(tiny, capsys, "--sample", str(row), "--count", "1", "--training.document_masking=true")
     shown = text.splitlines()[-1]
     assert shown.startswith("║") and shown.count("║") == 2
     assert "║<|endoftext|>│" in shown

@@ -82,8 +82,8 @@ def test_keys_of_a_recipe_are_not_for_runs(tmp_path, capsys):
 
 ADAPTIVE = [
     "--batch.use=components.batch:NormTest",
-    "--batch.initial=4",
-    "--batch.maximum=16",
+    "--batch.initial_size=4",
+    "--batch.max_size=16",
     "--batch.eta=1",
 ]
 POWER = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
@@ -147,7 +147,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
     assert ET.parse(pictures[0]).getroot().tag.endswith("svg")
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
     shown = capsys.readouterr().out
-    assert "batch at initial = 4" in shown and "batch at maximum = 16" in shown
+    assert "batch at initial_size = 4" in shown and "batch at max_size = 16" in shown
     assert re.search(r"^ +1 +0 +4 +96 +2 +0.0032  first$", shown, re.MULTILINE)  # 96 of 300 tokens of warm-up
 
 
@@ -159,7 +159,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
         (["--resume"], "for the launcher"),
         (["--output", "x.xyz"], "svg"),
         (["--metrics", "nowhere"], "give a run directory"),
-        (["--batch.use=components.batch:Seesaw", "--batch.initial=4", "--batch.maximum=8"], "Seesaw needs"),
+        (["--batch.use=components.batch:Seesaw", "--batch.initial_size=4", "--batch.max_size=8"], "Seesaw needs"),
         (["--parallel.dp_shard=3"], "processes of this run"),
     ],
 )

@@ -1,7 +1,7 @@
 """Train one recipe over grids of its keys.
 
     python -m tools.sweep mine.toml --results sweep.jsonl --jobs 2 \\
-        --grid model.dim=64,128 model.heads=2,4 --grid batch.initial=8,32 --grid training.total_tokens=300K,1.2M \\
+        --grid model.dim=64,128 model.heads=2,4 --grid batch.initial_size=8,32 --grid training.total_tokens=300K,1.2M \\
         --grid lr_schedule.max_lr=1e-3,2e-3,4e-3,8e-3 --grid run.seed=0,1 --training.precision=float32
 
 Keys of one --grid vary together, value by value; grids are crossed. All other --section.key=value hold for every run.

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,10 +34,10 @@ class TextSource(ABC):
 
     deduplicate: bool = False
     """Leave out documents whose text is exactly that of an earlier one."""
-    hold_out: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the documents to hold out, chosen by a hash of their text: for validation without files of its own."""
-    held_out: bool = False
-    """Use the documents that `hold_out` holds out, and not the others."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the documents in the validation split, chosen by a hash of their text; 0: there is no such split."""
+    split: Literal["train", "validation"] = "train"
+    """Use the documents of the validation split, or all others."""
 
     @abstractmethod
     def documents(self, log: ReadStats) -> Iterator[Document]:
@@ -76,12 +76,19 @@ class TextSource(ABC):
 
     def cache_entry(self, tokenizer: Tokenizer, cache_dir: Path) -> CacheEntry:
         """Return where in `cache_dir` this source is prepared or will be."""
-        if self.held_out and not self.hold_out:
-            raise InputError("held_out", "nothing is held out; say which share of the documents is, with hold_out")
         with FileHashCache(cache_dir / MEMORY) as hashes:
             pieces = self.pieces(hashes)
-        selection = DocumentFilter(deduplicate=self.deduplicate, hold_out=float(self.hold_out), held_out=self.held_out)
-        return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), pieces, selection)
+        return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), pieces, self.document_filter())
+
+    def document_filter(self) -> DocumentFilter:
+        """Return which documents are used. Raises InputError for keys that contradict each other."""
+        if self.split == "validation" and not self.validation_fraction:
+            raise InputError(
+                "split", "there is no validation split: set validation_fraction, the fraction of documents in it"
+            )
+        return DocumentFilter(
+            deduplicate=self.deduplicate, validation_fraction=float(self.validation_fraction), split=self.split
+        )
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from components.data.document import Document, ReadStats
+from components.data.index import DocumentFilter
 from components.data.sources.base import FileSource
 from components.data.sources.text_io import decode, normalize_newlines
+from components.errors import InputError
 from components.paths import raise_error
 
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload", "ensurepip"}
@@ -27,8 +29,13 @@ _LEAST_BYTES = 2_000_000
 class StandardLibrary(FileSource):
     """About 390 Python files, 8.6 MB. The content differs between patch versions of Python, the split does not."""
 
-    split: Literal["train", "validation", "test"] = "train"
-    """90 % of the files, 5 % or 5 %, by a hash of the file's path."""
+    split: Literal["train", "validation", "test"] = "train"  # type: ignore[assignment]
+    """90 % of the files, 5 % or 5 %, by a hash of the file's path; there is no other split."""
+
+    def document_filter(self) -> DocumentFilter:
+        if self.validation_fraction:
+            raise InputError("validation_fraction", f"{type(self).__name__} has a fixed split; remove this key")
+        return DocumentFilter(deduplicate=self.deduplicate, validation_fraction=0.0, split="train")
 
     def read(self, path: Path, log: ReadStats) -> Iterator[Document]:
         data = path.read_bytes()

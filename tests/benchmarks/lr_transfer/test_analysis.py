@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 GRIDS = [
     "--grid", "training.total_tokens=300K,1.2M,5M",
-    "--grid", "batch.initial=8,32",
+    "--grid", "batch.initial_size=8,32",
     "--grid", "lr_schedule.max_lr=" + ",".join(str(2.0**power) for power in range(-14, -3)),
 ]  # fmt: skip
 CONSTANT = ["--batch.use=components.batch.constant:Constant"]
@@ -34,7 +34,7 @@ def analyzed(command: list[str], capsys) -> str:
 
 def law_abiding(settings) -> float:
     """A valley whose best rate is that of the published law."""
-    tokens, batch = parse_count(settings["training.total_tokens"]), int(settings["batch.initial"])
+    tokens, batch = parse_count(settings["training.total_tokens"]), int(settings["batch.initial_size"])
     best = batch * LENGTH / 4096 * 4.6 * tokens**-0.51
     return 4 + 0.1 * math.log(float(settings["lr_schedule.max_lr"]) / best) ** 2
 
@@ -56,7 +56,7 @@ def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, caps
 
 def test_the_law_is_that_of_the_rate_that_was_applied(tiny, tmp_path, monkeypatch, capsys):
     """Under a rule for the batch: the best `max_lr` does not follow the batch, as its reference says what it is for."""
-    rule = ["--lr_schedule.batch_rule=linear", "--lr_schedule.reference_batch_tokens=4096"]
+    rule = ["--lr_schedule.batch_scaling=linear", "--lr_schedule.reference_batch_tokens=4096"]
 
     def loss(settings):
         best = 4.6 * parse_count(settings["training.total_tokens"]) ** -0.51

@@ -50,7 +50,7 @@ def test_the_report_tells_a_rate_that_transfers_from_one_that_drifts(text, tmp_p
     pytest.importorskip("scipy", reason="needs the [plot] extra")
 
     def loss(settings):
-        width, batch = int(settings["model.dim"]), int(settings["batch.initial"])
+        width, batch = int(settings["model.dim"]), int(settings["batch.initial_size"])
         if "lr_schedule.a" in settings:
             return 4 + 0.1 * math.log(float(settings["lr_schedule.a"]) / 4) ** 2
         best = 2e-3 * (batch / 8) * (1 if "model.mup.base_width" in settings else BASE_WIDTH / width)

@@ -17,12 +17,12 @@ from recipes.interfaces import complete_schedule
 class Moments:
     """A GradientNoise of plain numbers."""
 
-    groups: int = 8
-    group_samples: int = 1
-    sum_of_squares: float = 9.0
-    mean_square: float = 1.0
-    noise: float = 1.0
-    signal: float = 1.0
+    num_micro_batches: int = 8
+    micro_batch_size: int = 1
+    sum_micro_grad_sq_norms: float = 9.0
+    mean_grad_sq_norm: float = 1.0
+    grad_cov_trace: float = 1.0
+    grad_sq_norm: float = 1.0
 
 
 FLOATS = [field.name for field in fields(Moments) if field.type == "float"]
@@ -30,22 +30,22 @@ FLOATS = [field.name for field in fields(Moments) if field.type == "float"]
 
 def wants(target: float, batch: int = 1) -> Moments:
     """A step of `batch` samples after which the noise scale is `target`."""
-    return Moments(groups=batch, noise=target)
+    return Moments(num_micro_batches=batch, grad_cov_trace=target)
 
 
-def of_gradients(groups: np.ndarray, group_samples: int) -> Moments:
+def of_gradients(groups: np.ndarray, micro_batch_size: int) -> Moments:
     """Of the mean gradients (K, parameters) of K groups: the raw moments, and the estimates of this step alone."""
     count, mean = len(groups), groups.mean(axis=0)
-    squares, mean_square = float((groups**2).sum()), float((mean**2).sum())
-    noise = group_samples / (count - 1) * (squares - count * mean_square)
-    signal = mean_square - noise / (count * group_samples)
+    squares, mean_grad_sq_norm = float((groups**2).sum()), float((mean**2).sum())
+    noise = micro_batch_size / (count - 1) * (squares - count * mean_grad_sq_norm)
+    signal = mean_grad_sq_norm - noise / (count * micro_batch_size)
     return Moments(
-        groups=count,
-        group_samples=group_samples,
-        sum_of_squares=squares,
-        mean_square=mean_square,
-        noise=noise,
-        signal=signal,
+        num_micro_batches=count,
+        micro_batch_size=micro_batch_size,
+        sum_micro_grad_sq_norms=squares,
+        mean_grad_sq_norm=mean_grad_sq_norm,
+        grad_cov_trace=noise,
+        grad_sq_norm=signal,
     )
 
 

@@ -30,62 +30,67 @@ def sizes(policy: Adaptive | BatchPolicy, *targets: float | Moments | None, star
 
 
 def test_it_starts_at_initial_and_grows_to_the_target_rounded_up():
-    policy = built(NoiseScale(initial=8, maximum=1000))
+    policy = built(NoiseScale(initial_size=8, max_size=1000))
     assert policy.next_batch_size(clock()) == 8
     assert sizes(policy, 20.2, 30.0) == [21, 30]
 
 
 def test_an_unmeasured_step_changes_nothing():
-    assert sizes(NoiseScale(initial=8, maximum=1000), None, 20, None) == [8, 20, 20]
+    assert sizes(NoiseScale(initial_size=8, max_size=1000), None, 20, None) == [8, 20, 20]
 
 
 def test_bounds_hold():
-    assert sizes(NoiseScale(initial=8, maximum=100), 1e300, 50) == [100, 100]
-    assert sizes(NoiseScale(initial=8, maximum=100, minimum=4, shrink=True), 1e300, 50, 1e-300, 0) == [100, 50, 4, 4]
-    assert sizes(NoiseScale(initial=8, maximum=100, shrink=True), 50, 1) == [50, 8], "without minimum: initial"
+    assert sizes(NoiseScale(initial_size=8, max_size=100), 1e300, 50) == [100, 100]
+    assert sizes(NoiseScale(initial_size=8, max_size=100, min_size=4, shrink=True), 1e300, 50, 1e-300, 0) == [
+        100,
+        50,
+        4,
+        4,
+    ]
+    assert sizes(NoiseScale(initial_size=8, max_size=100, shrink=True), 50, 1) == [50, 8], "without minimum: initial"
 
 
 def test_without_shrink_it_never_gets_smaller():
-    assert sizes(NoiseScale(initial=8, maximum=100, minimum=4), 50, 5, 60) == [50, 50, 60]
+    assert sizes(NoiseScale(initial_size=8, max_size=100, min_size=4), 50, 5, 60) == [50, 50, 60]
 
 
 def test_sizes_are_rounded_up_to_the_quantum():
-    assert sizes(NoiseScale(initial=8, maximum=96, quantum=8), 8.5, 17, 95, 1000) == [16, 24, 96, 96]
+    assert sizes(NoiseScale(initial_size=8, max_size=96, multiple_of=8), 8.5, 17, 95, 1000) == [16, 24, 96, 96]
 
 
 def test_one_change_is_at_most_max_growth_and_still_a_multiple_of_the_quantum():
-    policy = NoiseScale(initial=16, maximum=1000, minimum=8, quantum=8, max_growth=2.5, shrink=True)
+    policy = NoiseScale(initial_size=16, max_size=1000, min_size=8, multiple_of=8, max_growth=2.5, shrink=True)
     assert sizes(policy, 900, 900, 900, 0, 0) == [40, 96, 240, 96, 40]
 
 
 def test_a_limit_that_is_a_whole_number_is_not_lost_to_rounding():
     assert 45 * 1.4 < 63 and 21 / 1.4 > 15, "in floats"
-    assert sizes(NoiseScale(initial=45, maximum=1000, max_growth=1.4), 900) == [63]
-    assert sizes(NoiseScale(initial=21, minimum=10, maximum=1000, max_growth=1.4, shrink=True), 0) == [15]
+    assert sizes(NoiseScale(initial_size=45, max_size=1000, max_growth=1.4), 900) == [63]
+    assert sizes(NoiseScale(initial_size=21, min_size=10, max_size=1000, max_growth=1.4, shrink=True), 0) == [15]
 
 
 def test_after_a_change_it_waits_for_the_cooldown():
-    policy = NoiseScale(initial=10, maximum=1000, cooldown_samples=50)
+    policy = NoiseScale(initial_size=10, max_size=1000, cooldown_samples=50)
     # 10 samples, then 20 each: at 30, 50 the cooldown since 10 is not over, at 70 it is
     assert sizes(policy, 20, 40, 40, 40, 80) == [20, 20, 20, 40, 40]
 
 
 def test_a_target_within_the_hysteresis_changes_nothing():
-    policy = NoiseScale(initial=100, maximum=1000, minimum=10, hysteresis=0.25, shrink=True)
+    policy = NoiseScale(initial_size=100, max_size=1000, min_size=10, hysteresis=0.25, shrink=True)
     assert sizes(policy, 124, 76, 125, 94, 93) == [100, 100, 125, 125, 93]
 
 
 def test_the_hysteresis_keeps_no_one_from_a_maximum_that_is_near():
-    assert sizes(NoiseScale(initial=90, maximum=100, hysteresis=0.5), 120, 150) == [90, 100]
+    assert sizes(NoiseScale(initial_size=90, max_size=100, hysteresis=0.5), 120, 150) == [90, 100]
 
 
 def test_nothing_is_decided_during_the_delay():
-    policy = NoiseScale(initial=10, maximum=1000, delay_tokens=30)
+    policy = NoiseScale(initial_size=10, max_size=1000, delay_tokens=30)
     assert sizes(policy, 50, 50, 60, 70) == [10, 10, 60, 70], "decides after the third step, at 30 tokens"
 
 
 def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
-    policy = built(NoiseScale(initial=10, maximum=100))
+    policy = built(NoiseScale(initial_size=10, max_size=100))
     batch = BatchRounding(micro_batch_size=8, dp_size=2).fit(policy.next_batch_size(clock()))
     assert batch.samples == 16
     policy.observe(clock(16), wants(12, batch.samples))
@@ -96,7 +101,7 @@ def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
 
 def test_measuring_ends_at_the_maximum_only_where_the_recipe_says_so():
     for always in (True, False):
-        policy = built(NoiseScale(initial=8, maximum=16, measure_at_maximum=always))
+        policy = built(NoiseScale(initial_size=8, max_size=16, measure_at_maximum=always))
         assert policy.measures_noise(clock())
         assert sizes(policy, 100) == [16]
         assert policy.measures_noise(clock()) is always
@@ -105,52 +110,55 @@ def test_measuring_ends_at_the_maximum_only_where_the_recipe_says_so():
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_moments_that_are_not_finite_are_ignored(name, value):
-    policy = NoiseScale(initial=8, maximum=100, minimum=1, shrink=True)
+    policy = NoiseScale(initial_size=8, max_size=100, min_size=1, shrink=True)
     assert sizes(policy, 50, replace(wants(1), **{name: value})) == [50, 50]
 
 
 def test_a_target_that_overflows_is_ignored():
-    assert sizes(NoiseScale(initial=8, maximum=100), replace(wants(1e300), signal=1e-300)) == [8]
+    assert sizes(NoiseScale(initial_size=8, max_size=100), replace(wants(1e300), grad_sq_norm=1e-300)) == [8]
 
 
 @pytest.mark.parametrize("signal", [0.0, -1.0])
 def test_a_signal_that_is_not_positive_decides_nothing(signal):
-    policy = NoiseScale(initial=8, maximum=100, minimum=1, shrink=True)
-    assert sizes(policy, replace(wants(50), signal=signal)) == [8]
+    policy = NoiseScale(initial_size=8, max_size=100, min_size=1, shrink=True)
+    assert sizes(policy, replace(wants(50), grad_sq_norm=signal)) == [8]
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"minimum": 16}, r"^minimum: 16 is above initial = 8; .*"),
-        ({"maximum": 4}, r"^maximum: 4 is below initial = 8; .*"),
-        ({"quantum": 3}, r"^quantum: 3 does not divide initial = 8; .*"),
-        ({"quantum": 8, "maximum": 100}, r"^quantum: 8 does not divide maximum = 100; .*"),
-        ({"quantum": 8, "maximum": 80, "minimum": 4}, r"^quantum: 8 does not divide minimum = 4; .*"),
-        ({"quantum": 8, "maximum": 80, "max_growth": 1.5}, r"^max_growth: 1.5 x 8 samples falls short .* make it 2 or"),
+        ({"min_size": 16}, r"^min_size: 16 is above initial_size = 8; .*"),
+        ({"max_size": 4}, r"^max_size: 4 is below initial_size = 8; .*"),
+        ({"multiple_of": 3}, r"^multiple_of: 3 does not divide initial_size = 8; .*"),
+        ({"multiple_of": 8, "max_size": 100}, r"^multiple_of: 8 does not divide max_size = 100; .*"),
+        ({"multiple_of": 8, "max_size": 80, "min_size": 4}, r"^multiple_of: 8 does not divide min_size = 4; .*"),
+        (
+            {"multiple_of": 8, "max_size": 80, "max_growth": 1.5},
+            r"^max_growth: 1.5 x 8 samples falls short .* make it 2 or",
+        ),
         ({"shrink": True, "measure_at_maximum": False}, r"^measure_at_maximum: .* shrink is true"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
-        NoiseScale(**{"initial": 8, "maximum": 100, **keys})
+        NoiseScale(**{"initial_size": 8, "max_size": 100, **keys})
 
 
 def test_a_state_under_other_bounds_keeps_to_them():
     state = {"samples": 60, "changed_at": 5}
     for keys, expected in (
-        ({"maximum": 40}, 40),
-        ({"maximum": 600, "initial": 100}, 100),
-        ({"maximum": 128, "quantum": 8}, 64),
-        ({"maximum": 56, "quantum": 8}, 56),
+        ({"max_size": 40}, 40),
+        ({"max_size": 600, "initial_size": 100}, 100),
+        ({"max_size": 128, "multiple_of": 8}, 64),
+        ({"max_size": 56, "multiple_of": 8}, 56),
     ):
-        policy = built(NoiseScale(**{"initial": 8, **keys}))
+        policy = built(NoiseScale(**{"initial_size": 8, **keys}))
         policy.load_state_dict(state)
         assert policy.next_batch_size(clock()) == expected
 
 
 def test_the_state_of_a_policy_that_has_none_leaves_it_at_its_beginning():
-    policy = built(NoiseScale(initial=8, maximum=100))
+    policy = built(NoiseScale(initial_size=8, max_size=100))
     policy.load_state_dict({})
     assert sizes(policy, None, 50) == [8, 50]
 
@@ -159,7 +167,7 @@ def test_the_state_of_a_policy_that_has_none_leaves_it_at_its_beginning():
 
 keys = st.fixed_dictionaries(
     {
-        "quantum": st.sampled_from([1, 2, 8]),
+        "multiple_of": st.sampled_from([1, 2, 8]),
         "max_growth": st.none() | st.floats(2, 8),
         "cooldown_samples": st.integers(0, 100),
         "hysteresis": st.floats(0, 0.5),
@@ -169,10 +177,10 @@ keys = st.fixed_dictionaries(
 )
 measured = st.none() | st.builds(
     Moments,
-    groups=st.integers(2, 64),
-    group_samples=st.integers(1, 8),
-    noise=st.floats(0, 1e4) | st.floats(),
-    signal=st.floats(-1, 10) | st.floats(),
+    num_micro_batches=st.integers(2, 64),
+    micro_batch_size=st.integers(1, 8),
+    grad_cov_trace=st.floats(0, 1e4) | st.floats(),
+    grad_sq_norm=st.floats(-1, 10) | st.floats(),
 )
 runs = st.lists(measured, min_size=1, max_size=30)
 bounds = st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 100))
@@ -180,10 +188,14 @@ bounds = st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 100))
 
 def make(keys: dict[str, Any], bounds: tuple[int, int, int]) -> NoiseScale:
     """Minimum, and what initial and maximum lie above it, in quanta."""
-    quantum, (lowest, above, span) = keys["quantum"], bounds
+    quantum, (lowest, above, span) = keys["multiple_of"], bounds
     initial = lowest + above
     return NoiseScale(
-        minimum=quantum * lowest, initial=quantum * initial, maximum=quantum * (initial + span), coefficient=1.0, **keys
+        min_size=quantum * lowest,
+        initial_size=quantum * initial,
+        max_size=quantum * (initial + span),
+        coefficient=1.0,
+        **keys,
     )
 
 
@@ -196,14 +208,14 @@ def test_whatever_is_measured_the_limits_hold(keys, bounds, run):
         progress.advance(before)
         policy.observe(progress, noise)
         after = policy.next_batch_size(progress)
-        assert after % config.quantum == 0
-        assert config.minimum <= after <= config.maximum
+        assert after % config.multiple_of == 0
+        assert config.min_size <= after <= config.max_size
         assert config.shrink or after >= before
         if config.max_growth is not None:
             assert max(after / before, before / after) <= config.max_growth * (1 + 1e-9)
         if after != before:
             assert noise is not None
-            assert math.isfinite(noise.noise) and math.isfinite(noise.signal)
+            assert math.isfinite(noise.grad_cov_trace) and math.isfinite(noise.grad_sq_norm)
             assert progress.tokens >= config.delay_tokens
             assert changed_at is None or progress.samples - changed_at >= config.cooldown_samples
             changed_at = progress.samples
@@ -231,11 +243,11 @@ def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(keys, bounds, run, 
 
 @given(growth=st.floats(1.01, 4), quantum=st.integers(1, 16), lowest=st.integers(1, 50))
 def test_a_growth_limit_that_is_accepted_never_keeps_a_run_from_either_bound(growth, quantum, lowest):
-    bounds = {"initial": lowest * quantum, "maximum": 3 * lowest * quantum, "quantum": quantum}
+    bounds = {"initial_size": lowest * quantum, "max_size": 3 * lowest * quantum, "multiple_of": quantum}
     try:
         policy = NoiseScale(max_growth=growth, shrink=True, **bounds)
     except ValueError:
         assert lowest * quantum * growth < (lowest + 1) * quantum
         return
-    assert sizes(policy, *[1e9] * 500)[-1] == policy.maximum
-    assert sizes(policy, *[0.0] * 500)[-1] == policy.initial
+    assert sizes(policy, *[1e9] * 500)[-1] == policy.max_size
+    assert sizes(policy, *[0.0] * 500)[-1] == policy.initial_size

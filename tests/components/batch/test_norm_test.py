@@ -12,7 +12,7 @@ from tests.components.batch.moments import Moments, built, clock, of_gradients
 
 pytestmark = pytest.mark.quick
 
-ANY = {"initial": 1, "maximum": 10**9}
+ANY = {"initial_size": 1, "max_size": 10**9}
 
 
 def paper(**keys) -> NormTest:
@@ -31,7 +31,7 @@ def test_the_papers_value_is_equation_5_of_explicit_gradients(groups):
     gradients = np.random.default_rng(groups).normal(0.1, 1.0, (groups, 1000))
     mean = gradients.mean(axis=0)
     by_hand = np.mean([np.sum((g - mean) ** 2) for g in gradients]) / (eta**2 * np.sum(mean**2))
-    noise = of_gradients(gradients, group_samples=2)
+    noise = of_gradients(gradients, micro_batch_size=2)
     assert paper(eta=eta).target(noise) == pytest.approx(by_hand, rel=1e-12)
     assert paper(eta=eta, workers=groups).target(noise) == paper(eta=eta).target(noise)
 
@@ -54,18 +54,20 @@ def test_the_papers_value_for_other_workers_is_that_of_other_groups_of_the_same_
 
 def test_it_grows_only_if_the_value_is_above_the_batch_of_the_step_and_then_to_it_rounded_up():
     # spread = 80 - 4 * 10 = 40, T = (40 / 4) / (0.5**2 * 10) = 4 ... on a batch of 4 samples
-    noise = Moments(groups=4, group_samples=1, sum_of_squares=80.0, mean_square=10.0)
+    noise = Moments(num_micro_batches=4, micro_batch_size=1, sum_micro_grad_sq_norms=80.0, mean_grad_sq_norm=10.0)
     assert paper(eta=0.5).target(noise) == 4.0
-    assert after(paper(eta=0.5, initial=4), noise) == 4, "T = b passes"
-    assert after(paper(eta=0.49, initial=4), noise) == 5
-    assert after(paper(eta=0.49, initial=4, quantum=4, maximum=400), noise) == 8
-    smaller = Moments(groups=4, group_samples=8, sum_of_squares=80.0, mean_square=10.0)
-    assert after(paper(eta=0.49, initial=32), smaller) == 32, "never shrinks"
+    assert after(paper(eta=0.5, initial_size=4), noise) == 4, "T = b passes"
+    assert after(paper(eta=0.49, initial_size=4), noise) == 5
+    assert after(paper(eta=0.49, initial_size=4, multiple_of=4, max_size=400), noise) == 8
+    smaller = Moments(num_micro_batches=4, micro_batch_size=8, sum_micro_grad_sq_norms=80.0, mean_grad_sq_norm=10.0)
+    assert after(paper(eta=0.49, initial_size=32), smaller) == 32, "never shrinks"
 
 
 def test_the_paper_reads_no_smoothed_moment():
-    noise = Moments(groups=4, sum_of_squares=80.0, mean_square=10.0)
-    other = Moments(groups=4, sum_of_squares=80.0, mean_square=10.0, noise=1e9, signal=-5.0)
+    noise = Moments(num_micro_batches=4, sum_micro_grad_sq_norms=80.0, mean_grad_sq_norm=10.0)
+    other = Moments(
+        num_micro_batches=4, sum_micro_grad_sq_norms=80.0, mean_grad_sq_norm=10.0, grad_cov_trace=1e9, grad_sq_norm=-5.0
+    )
     assert paper(eta=0.1).target(noise) == paper(eta=0.1).target(other)
 
 
@@ -105,54 +107,67 @@ def test_the_unbiased_estimates_are_those_of_a_known_distribution():
     draws, groups, size = 20_000, 8, 3
     gradients = mean + deviations * random.normal(size=(draws, groups, size, 12))
     steps = [of_gradients(g, size) for g in gradients.mean(axis=2)]
-    noise, signal = (np.array([getattr(step, name) for step in steps]) for name in ("noise", "signal"))
+    noise, signal = (np.array([getattr(step, name) for step in steps]) for name in ("grad_cov_trace", "grad_sq_norm"))
     for values, truth in ((noise, trace), (signal, square)):
         error = values.std(ddof=1) / math.sqrt(draws)
         assert abs(values.mean() - truth) < 3 * error
         assert error < 0.02 * truth, "a test that can fail"
     # the gradient norm itself is no estimate of the signal: it holds S / b besides
-    assert np.mean([step.mean_square for step in steps]) > 1.3 * square
+    assert np.mean([step.mean_grad_sq_norm for step in steps]) > 1.3 * square
 
-    smoothed = Moments(groups=groups, group_samples=size, noise=float(noise.mean()), signal=float(signal.mean()))
+    smoothed = Moments(
+        num_micro_batches=groups,
+        micro_batch_size=size,
+        grad_cov_trace=float(noise.mean()),
+        grad_sq_norm=float(signal.mean()),
+    )
     for eta in (0.3, 1.0, 2.0):
         target, truth = NormTest(eta=eta, **ANY).target(smoothed), trace / (eta**2 * square)
         covariance = np.cov(noise, signal)
-        gradient = np.array([1 / smoothed.signal, -smoothed.noise / smoothed.signal**2]) / eta**2
+        gradient = np.array([1 / smoothed.grad_sq_norm, -smoothed.grad_cov_trace / smoothed.grad_sq_norm**2]) / eta**2
         assert abs(target - truth) < 3 * math.sqrt(gradient @ covariance @ gradient / draws)  # delta method
 
 
 def test_unbiased_grows_while_the_batch_is_below_the_target_and_may_follow_it_down():
-    noise = Moments(groups=4, group_samples=2, noise=10.0, signal=1.0)  # b = 8
-    assert after(NormTest(eta=1.0, initial=8, maximum=100), noise) == 10
-    assert after(NormTest(eta=0.5, initial=8, maximum=100), noise) == 40
-    assert after(NormTest(eta=2.0, initial=8, maximum=100), noise) == 8
-    assert after(NormTest(eta=2.0, initial=8, maximum=100, minimum=1, shrink=True), noise) == 3  # 2.5
+    noise = Moments(num_micro_batches=4, micro_batch_size=2, grad_cov_trace=10.0, grad_sq_norm=1.0)  # b = 8
+    assert after(NormTest(eta=1.0, initial_size=8, max_size=100), noise) == 10
+    assert after(NormTest(eta=0.5, initial_size=8, max_size=100), noise) == 40
+    assert after(NormTest(eta=2.0, initial_size=8, max_size=100), noise) == 8
+    assert after(NormTest(eta=2.0, initial_size=8, max_size=100, min_size=1, shrink=True), noise) == 3  # 2.5
 
 
 def test_a_signal_that_is_estimated_below_zero_decides_nothing():
-    policy = NormTest(eta=1.0, initial=8, maximum=100, minimum=1, shrink=True)
-    assert after(policy, Moments(noise=10.0, signal=-1.0)) == 8
+    policy = NormTest(eta=1.0, initial_size=8, max_size=100, min_size=1, shrink=True)
+    assert after(policy, Moments(grad_cov_trace=10.0, grad_sq_norm=-1.0)) == 8
 
 
 def test_the_noise_scale_is_the_same_target_by_another_number():
-    noise = Moments(noise=123.0, signal=4.0)
+    noise = Moments(grad_cov_trace=123.0, grad_sq_norm=4.0)
     assert NoiseScale(coefficient=4.0, **ANY).target(noise) == NormTest(eta=0.5, **ANY).target(noise) == 123.0
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper"])
 def test_no_gradient_decides_nothing(estimator):
-    zero = Moments(groups=4, sum_of_squares=1.0, mean_square=0.0, noise=1.0, signal=0.0)
+    zero = Moments(
+        num_micro_batches=4, sum_micro_grad_sq_norms=1.0, mean_grad_sq_norm=0.0, grad_cov_trace=1.0, grad_sq_norm=0.0
+    )
     assert NormTest(eta=0.5, estimator=estimator, **ANY).target(zero) is None
-    tiny = Moments(groups=4, sum_of_squares=1.0, mean_square=1e-320, noise=1.0, signal=1e-320)
+    tiny = Moments(
+        num_micro_batches=4,
+        sum_micro_grad_sq_norms=1.0,
+        mean_grad_sq_norm=1e-320,
+        grad_cov_trace=1.0,
+        grad_sq_norm=1e-320,
+    )
     assert after(NormTest(eta=1e-9, estimator=estimator, **ANY), tiny) == 1
 
 
 def test_one_group_has_no_spread():
-    assert paper(eta=0.5, workers=4).target(Moments(groups=1)) is None
+    assert paper(eta=0.5, workers=4).target(Moments(num_micro_batches=1)) is None
 
 
 def test_equal_groups_have_no_spread_even_where_rounding_says_less():
-    rounded = Moments(groups=3, sum_of_squares=3.0 - 1e-9, mean_square=1.0)
+    rounded = Moments(num_micro_batches=3, sum_micro_grad_sq_norms=3.0 - 1e-9, mean_grad_sq_norm=1.0)
     assert paper(eta=0.5).target(rounded) == 0.0
 
 

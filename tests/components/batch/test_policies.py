@@ -13,17 +13,17 @@ def at(tokens: int) -> TrainingClock:
 
 
 def test_constant_is_constant():
-    assert {Constant(initial=24).next_batch_size(at(tokens)) for tokens in (0, 5, 10**6)} == {24}
+    assert {Constant(initial_size=24).next_batch_size(at(tokens)) for tokens in (0, 5, 10**6)} == {24}
 
 
 def test_ramp_changes_at_its_stages():
-    ramp = Ramp(initial=8, stages=[Stage(from_tokens=100, samples=16), Stage(from_tokens=500, samples=64)])
+    ramp = Ramp(initial_size=8, stages=[Stage(from_tokens=100, samples=16), Stage(from_tokens=500, samples=64)])
     assert [ramp.next_batch_size(at(tokens)) for tokens in (0, 99, 100, 499, 500, 10**6)] == [8, 8, 16, 16, 64, 64]
 
 
 def test_ramp_refuses_stages_out_of_order():
     with pytest.raises(ValueError, match=r"^stages: .* 100 follows 100"):
-        Ramp(initial=8, stages=[Stage(from_tokens=100, samples=16), Stage(from_tokens=100, samples=64)])
+        Ramp(initial_size=8, stages=[Stage(from_tokens=100, samples=16), Stage(from_tokens=100, samples=64)])
 
 
 @given(requested=st.integers(1, 10**6), micro=st.integers(1, 64), ranks=st.integers(1, 64))
@@ -77,7 +77,7 @@ def test_a_class_of_ones_own_that_observes_is_adaptive_unless_it_says_otherwise(
 
 
 def test_a_policy_of_ours_is_taken_as_it_is_and_what_has_no_size_is_refused():
-    constant: BatchPolicy = Constant(initial=3)
+    constant: BatchPolicy = Constant(initial_size=3)
     assert complete_policy(constant) is constant
     with pytest.raises(ValueError, match=r"^use: its build\(\) returned a dict without next_batch_size"):
         complete_policy({})

@@ -18,30 +18,32 @@ def sizes(ramp: Ramp, *tokens: int, total: int = 1000) -> list[int]:
 
 def test_stages_by_share_of_the_run_move_with_its_length():
     """The stages of arXiv 2412.21124: 2.5, 2.5 and 95 % of the samples."""
-    ramp = Ramp(initial=2048, stages=[Stage(from_share=0.025, samples=4096), Stage(from_share=0.05, samples=8192)])
+    ramp = Ramp(
+        initial_size=2048, stages=[Stage(from_fraction=0.025, samples=4096), Stage(from_fraction=0.05, samples=8192)]
+    )
     assert sizes(ramp, 0, 24, 25, 49, 50, 999) == [2048, 2048, 4096, 4096, 8192, 8192]
     assert sizes(ramp, 49, 50, 99, 100, total=2000) == [2048, 4096, 4096, 8192]
 
 
 def test_a_linear_ramp_joins_its_stages():
     stages = [Stage(from_tokens=100, samples=16), Stage(from_tokens=300, samples=64)]
-    ramp = Ramp(initial=8, stages=stages, linear=True)
+    ramp = Ramp(initial_size=8, stages=stages, linear=True)
     assert sizes(ramp, 0, 50, 100, 200, 299, 300, 1000) == [8, 12, 16, 40, 64, 64, 64]
-    assert sizes(Ramp(initial=8, stages=stages), 50, 200) == [8, 16]
+    assert sizes(Ramp(initial_size=8, stages=stages), 50, 200) == [8, 16]
 
 
 def test_a_linear_ramp_takes_the_nearest_multiple_of_the_quantum():
-    ramp = Ramp(initial=8, stages=[Stage(from_tokens=100, samples=24)], linear=True, quantum=8)
+    ramp = Ramp(initial_size=8, stages=[Stage(from_tokens=100, samples=24)], linear=True, multiple_of=8)
     assert sizes(ramp, 0, 24, 25, 74, 75, 100) == [8, 8, 16, 16, 24, 24]
 
 
 def test_a_linear_ramp_by_share():
-    ramp = Ramp(initial=10, stages=[Stage(from_share=0.5, samples=110)], linear=True)
+    ramp = Ramp(initial_size=10, stages=[Stage(from_fraction=0.5, samples=110)], linear=True)
     assert sizes(ramp, 0, 250, 500, 900) == [10, 60, 110, 110]
 
 
 def test_a_stage_may_start_at_once():
-    assert sizes(Ramp(initial=8, stages=[Stage(from_tokens=0, samples=16)], linear=True), 0, 5) == [16, 16]
+    assert sizes(Ramp(initial_size=8, stages=[Stage(from_tokens=0, samples=16)], linear=True), 0, 5) == [16, 16]
 
 
 @given(
@@ -52,8 +54,8 @@ def test_a_stage_may_start_at_once():
 )
 def test_linear_sizes_are_multiples_between_those_of_the_neighbours(starts, units, quantum, tokens):
     stages = [Stage(from_tokens=at, samples=n * quantum) for at, n in zip(starts, units[1:], strict=False)]
-    steps = Ramp(initial=units[0] * quantum, stages=stages)
-    ramp = Ramp(initial=units[0] * quantum, stages=stages, linear=True, quantum=quantum)
+    steps = Ramp(initial_size=units[0] * quantum, stages=stages)
+    ramp = Ramp(initial_size=units[0] * quantum, stages=stages, linear=True, multiple_of=quantum)
     size = ramp.next_batch_size(clock(tokens, 1000))
     here = steps.next_batch_size(clock(tokens, 1000))
     following = next((stage.samples for stage in stages if (stage.from_tokens or 0) > tokens), here)
@@ -61,7 +63,7 @@ def test_linear_sizes_are_multiples_between_those_of_the_neighbours(starts, unit
     assert min(here, following) <= size <= max(here, following)
 
 
-@pytest.mark.parametrize("keys", [{}, {"from_tokens": 1, "from_share": 0.5}])
+@pytest.mark.parametrize("keys", [{}, {"from_tokens": 1, "from_fraction": 0.5}])
 def test_a_stage_starts_at_one_place(keys):
     with pytest.raises(ValueError, match=r"^from_tokens: .* give one of the two"):
         Stage(samples=8, **keys)
@@ -70,12 +72,18 @@ def test_a_stage_starts_at_one_place(keys):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"stages": [Stage(from_tokens=5, samples=8), Stage(from_share=0.5, samples=8)]}, r"^stages: .* one way"),
-        ({"stages": [Stage(from_share=0.5, samples=8), Stage(from_share=0.5, samples=8)]}, r"^stages: .* 0.5 follows"),
-        ({"stages": [], "quantum": 8}, r"^quantum: .* linear = true"),
-        ({"stages": [Stage(from_tokens=5, samples=12)], "quantum": 8, "linear": True}, r"^quantum: 8 does not .* 12"),
+        ({"stages": [Stage(from_tokens=5, samples=8), Stage(from_fraction=0.5, samples=8)]}, r"^stages: .* one way"),
+        (
+            {"stages": [Stage(from_fraction=0.5, samples=8), Stage(from_fraction=0.5, samples=8)]},
+            r"^stages: .* 0.5 follows",
+        ),
+        ({"stages": [], "multiple_of": 8}, r"^multiple_of: .* linear = true"),
+        (
+            {"stages": [Stage(from_tokens=5, samples=12)], "multiple_of": 8, "linear": True},
+            r"^multiple_of: 8 does not .* 12",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(keys, said):
     with pytest.raises(ValueError, match=said):
-        Ramp(initial=8, **keys)
+        Ramp(initial_size=8, **keys)

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.quick
 LENGTH, TOTAL = 10, 100_000
 
 
-def schedule(kind=Cosine, initial: int = 8, **keys):
-    return kind(max_lr=1.0, batch_rule="sqrt", reference_batch_tokens=initial * LENGTH, **keys)
+def schedule(kind=Cosine, initial_size: int = 8, **keys):
+    return kind(max_lr=1.0, batch_scaling="sqrt", reference_batch_tokens=initial_size * LENGTH, **keys)
 
 
 def following(lr_schedule, **keys) -> BatchPolicy:
-    config = Seesaw(**{"initial": 8, "maximum": 64, **keys})
+    config = Seesaw(**{"initial_size": 8, "max_size": 64, **keys})
     return built(config, lr_schedule, sequence_length=LENGTH, total_tokens=TOTAL)
 
 
@@ -39,7 +39,7 @@ def course(policy: BatchPolicy, lr_schedule, total: int = TOTAL) -> list[tuple[i
 
 
 def test_on_a_cosine_the_batch_doubles_where_the_cosine_has_halved():
-    rate = schedule(end_ratio=0.0)
+    rate = schedule(min_lr_ratio=0.0)
     policy = following(rate)
     for j in range(1, 4):
         # (1 + cos(pi p)) / 2 = 2^-j
@@ -51,7 +51,7 @@ def test_on_a_cosine_the_batch_doubles_where_the_cosine_has_halved():
 
 def test_at_each_doubling_the_rate_is_cut_by_the_root_of_two():
     """Peak, peak / sqrt(2), peak / 2, ...: the paper's staircase, at the steps where the schedule passes 2^-j."""
-    rate = schedule(Linear, end_ratio=0.0)
+    rate = schedule(Linear, min_lr_ratio=0.0)
     policy = following(rate)
     firsts = {}
     for tokens, batch, lr in course(policy, rate):
@@ -62,14 +62,14 @@ def test_at_each_doubling_the_rate_is_cut_by_the_root_of_two():
         assert tokens / TOTAL == pytest.approx(1 - 2**-j, abs=64 * LENGTH / TOTAL)
 
 
-@pytest.mark.parametrize("end_ratio", [0.0, 0.1])
+@pytest.mark.parametrize("min_lr_ratio", [0.0, 0.1])
 @pytest.mark.parametrize("factor", [2.0, 1.1, 4.0])
 @pytest.mark.parametrize("kind", [Cosine, Linear, WSD])
-def test_rate_over_root_of_batch_is_that_of_the_schedule_alone_also_past_the_maximum(kind, factor, end_ratio):
+def test_rate_over_root_of_batch_is_that_of_the_schedule_alone_also_past_the_maximum(kind, factor, min_lr_ratio):
     """What the paper keeps equal (its alpha x sqrt(beta)); past the maximum the rate falls as the schedule does."""
-    rate = schedule(kind, end_ratio=end_ratio, warmup_tokens=5000)
-    alone = kind(max_lr=1.0, end_ratio=end_ratio, warmup_tokens=5000)
-    steps = course(following(rate, factor=factor, maximum=20), rate)
+    rate = schedule(kind, min_lr_ratio=min_lr_ratio, warmup_tokens=5000)
+    alone = kind(max_lr=1.0, min_lr_ratio=min_lr_ratio, warmup_tokens=5000)
+    steps = course(following(rate, factor=factor, max_size=20), rate)
     assert {batch for _, batch, _ in steps} >= {8, 20}
     for tokens, batch, lr in steps:
         # in the warm-up the rate counts the tokens of the step at hand, which is the initial batch
@@ -81,8 +81,8 @@ def test_rate_over_root_of_batch_is_that_of_the_schedule_alone_also_past_the_max
 
 
 def test_a_small_factor_has_a_rate_that_falls_like_the_root_of_the_schedule():
-    rate = schedule(Linear, initial=1000, end_ratio=0.0)
-    policy = following(rate, initial=1000, maximum=8000, factor=1.01)
+    rate = schedule(Linear, initial_size=1000, min_lr_ratio=0.0)
+    policy = following(rate, initial_size=1000, max_size=8000, factor=1.01)
     total = 10**9
     for share in (0.1, 0.5, 0.8):
         progress = clock(int(share * total / LENGTH), total, LENGTH)
@@ -93,8 +93,8 @@ def test_a_small_factor_has_a_rate_that_falls_like_the_root_of_the_schedule():
 
 def test_it_takes_about_the_steps_that_theory_says():
     """With small factors a step holds peak / rate times the samples: the steps left are the mean of rate / peak."""
-    rate = schedule(initial=8, end_ratio=0.0)
-    steps = course(following(rate, maximum=8000, factor=1.05), rate)
+    rate = schedule(initial_size=8, min_lr_ratio=0.0)
+    steps = course(following(rate, max_size=8000, factor=1.05), rate)
     assert len(steps) / (TOTAL / (8 * LENGTH)) == pytest.approx(1 / 2, rel=0.06)
 
 
@@ -109,7 +109,7 @@ def test_a_constant_rate_never_grows_the_batch():
 
 
 def test_a_run_that_is_extended_asks_the_longer_schedule():
-    policy = following(schedule(Linear, end_ratio=0.0))
+    policy = following(schedule(Linear, min_lr_ratio=0.0))
     assert policy.next_batch_size(clock(6000, TOTAL, LENGTH)) == 16
     assert policy.next_batch_size(clock(6000, 2 * TOTAL, LENGTH)) == 8
 
@@ -124,7 +124,11 @@ def test_a_run_that_is_extended_asks_the_longer_schedule():
 def test_sizes_are_multiples_of_the_quantum_within_the_bounds_and_grow(share, factor, quantum, initial, more):
     first, last = initial * quantum, (initial + more) * quantum
     policy = following(
-        schedule(initial=first, end_ratio=0.0), initial=first, maximum=last, factor=factor, quantum=quantum
+        schedule(initial_size=first, min_lr_ratio=0.0),
+        initial_size=first,
+        max_size=last,
+        factor=factor,
+        multiple_of=quantum,
     )
     now, later = (
         policy.next_batch_size(clock(int(part * TOTAL / LENGTH), TOTAL, LENGTH)) for part in (share, (1 + share) / 2)
@@ -137,25 +141,28 @@ def test_sizes_are_multiples_of_the_quantum_within_the_bounds_and_grow(share, fa
     "wrong",
     [
         Cosine(max_lr=1.0),
-        Cosine(max_lr=1.0, batch_rule="linear", reference_batch_tokens=80),
-        Cosine(max_lr=1.0, batch_rule="sqrt", reference_batch_tokens=8),
+        Cosine(max_lr=1.0, batch_scaling="linear", reference_batch_tokens=80),
+        Cosine(max_lr=1.0, batch_scaling="sqrt", reference_batch_tokens=8),
         Power(),
     ],
 )
 def test_a_schedule_whose_rate_would_not_follow_is_refused(wrong):
-    with pytest.raises(ValueError, match='batch_rule = "sqrt" with reference_batch_tokens = 80'):
+    with pytest.raises(ValueError, match='batch_scaling = "sqrt" with reference_batch_tokens = 80'):
         following(wrong)
 
 
 def test_a_schedule_that_has_no_rule_is_refused():
-    with pytest.raises(ValueError, match="needs a schedule with max_lr and batch_rule"):
+    with pytest.raises(ValueError, match="needs a schedule with max_lr and batch_scaling"):
         following(SimpleNamespace(lr=lambda *_: 1.0))
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
-    [({"maximum": 4}, r"^maximum: 4 is below"), ({"quantum": 3}, r"^quantum: 3 does not divide initial = 8")],
+    [
+        ({"max_size": 4}, r"^max_size: 4 is below"),
+        ({"multiple_of": 3}, r"^multiple_of: 3 does not divide initial_size = 8"),
+    ],
 )
 def test_keys_that_contradict_each_other_are_refused(keys, said):
     with pytest.raises(ValueError, match=said):
-        Seesaw(**{"initial": 8, "maximum": 64, **keys})
+        Seesaw(**{"initial_size": 8, "max_size": 64, **keys})

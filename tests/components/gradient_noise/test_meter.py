@@ -26,7 +26,7 @@ def test_the_meter_squares_every_backward_by_itself():
         for micro_batch in inputs:
             (model(micro_batch).square().mean() / len(inputs)).backward()
             meter.end_micro_batch()
-    told = GradientMoments.of_step(*finish(meter, model), groups=3, ranks=1, group_samples=4)
+    told = GradientMoments.of_step(*finish(meter, model), groups=3, ranks=1, micro_batch_size=4)
 
     alone = []
     for micro_batch in inputs.double():
@@ -35,9 +35,9 @@ def test_the_meter_squares_every_backward_by_itself():
         gradients = torch.autograd.grad(loss, [each for each in copy.parameters() if each.requires_grad])
         alone.append(torch.cat([each.flatten() for each in gradients]))
     groups = torch.stack(alone)
-    assert (told.groups, told.group_samples) == (3, 4)
-    assert told.sum_of_squares == pytest.approx(float(groups.square().sum()), rel=1e-5)
-    assert told.mean_square == pytest.approx(float(groups.mean(0).square().sum()), rel=1e-5)
+    assert (told.num_micro_batches, told.micro_batch_size) == (3, 4)
+    assert told.sum_micro_grad_sq_norms == pytest.approx(float(groups.square().sum()), rel=1e-5)
+    assert told.mean_grad_sq_norm == pytest.approx(float(groups.mean(0).square().sum()), rel=1e-5)
 
 
 def copy_in_float64(model: nn.Module) -> nn.Module:

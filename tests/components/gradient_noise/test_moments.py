@@ -25,8 +25,8 @@ def test_noise_and_signal_are_unbiased():
     draws = torch.randn(steps, groups, samples, dimension, generator=generator, dtype=torch.float64) * scale + true
     told = [moments(step, samples) for step in draws.mean(2)]
     for found, expected in (
-        ([each.noise for each in told], float(scale.square().sum())),
-        ([each.signal for each in told], float(true.square().sum())),
+        ([each.grad_cov_trace for each in told], float(scale.square().sum())),
+        ([each.grad_sq_norm for each in told], float(true.square().sum())),
     ):
         values = torch.tensor(found, dtype=torch.float64)
         assert abs(float(values.mean()) - expected) < 3 * float(values.std()) / math.sqrt(steps)
@@ -39,8 +39,10 @@ def test_groups_of_any_size_measure_the_noise_of_one_sample():
     for samples in (1, 2, 8):
         told = moments(each.view(-1, samples, 30).mean(1), samples)
         assert told.samples == 512
-        assert told.noise == pytest.approx(30, rel=0.2)
-        assert told.signal + told.noise / 512 == pytest.approx(float(each.mean(0).square().sum()), rel=1e-12)
+        assert told.grad_cov_trace == pytest.approx(30, rel=0.2)
+        assert told.grad_sq_norm + told.grad_cov_trace / 512 == pytest.approx(
+            float(each.mean(0).square().sum()), rel=1e-12
+        )
 
 
 def test_smoothing_depends_on_samples_and_not_on_steps():
@@ -49,20 +51,22 @@ def test_smoothing_depends_on_samples_and_not_on_steps():
     coarse, fine = NoiseEstimator(100), NoiseEstimator(100)
     for smoothed in (coarse, fine):
         first = smoothed.update(8, before)
-        assert (first.noise, first.signal) == pytest.approx((before.noise, before.signal))
+        assert (first.grad_cov_trace, first.grad_sq_norm) == pytest.approx((before.grad_cov_trace, before.grad_sq_norm))
     many = [fine.update(8 + 8 * number, after) for number in range(1, 9)][-1]
     once = coarse.update(8 + 64, large)
-    assert (once.noise, once.signal) == pytest.approx((many.noise, many.signal), rel=1e-12)
+    assert (once.grad_cov_trace, once.grad_sq_norm) == pytest.approx(
+        (many.grad_cov_trace, many.grad_sq_norm), rel=1e-12
+    )
     kept = math.exp(-64 / 100)
     weight = kept * (1 - math.exp(-0.08))
-    expected = (weight * before.noise + (1 - kept) * after.noise) / (weight + 1 - kept)
-    assert once.noise == pytest.approx(expected, rel=1e-12)
+    expected = (weight * before.grad_cov_trace + (1 - kept) * after.grad_cov_trace) / (weight + 1 - kept)
+    assert once.grad_cov_trace == pytest.approx(expected, rel=1e-12)
 
 
 def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
     """A step of two groups that tells these."""
-    mean_square = signal + noise / samples
-    return GradientMoments(2, samples // 2, noise / (samples // 2) + 2 * mean_square, mean_square)
+    mean_grad_sq_norm = signal + noise / samples
+    return GradientMoments(2, samples // 2, noise / (samples // 2) + 2 * mean_grad_sq_norm, mean_grad_sq_norm)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -71,17 +75,17 @@ def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(
     smoothed = NoiseEstimator(100)
     if earlier:
         smoothed.update(8, estimates(7.0, 1.0, 8))
-    assert smoothed.update(10_000, estimates(90.0, 1.0, 8)).noise == pytest.approx(90.0)
+    assert smoothed.update(10_000, estimates(90.0, 1.0, 8)).grad_cov_trace == pytest.approx(90.0)
     later = [smoothed.update(10_000 + 8 * number, estimates(2.0, 1.0, 8)) for number in range(1, 11)][-1]
     kept = math.exp(-0.08)
     weights = [kept**age for age in range(11)]
-    assert later.noise == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
+    assert later.grad_cov_trace == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
 
 
 def test_measuring_every_other_step_weighs_each_alike():
     smoothed, kept = NoiseEstimator(100), math.exp(-0.16)
     found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
-    assert found.noise == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
+    assert found.grad_cov_trace == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
 
 
 def test_what_tells_nothing_is_left_out():
@@ -107,12 +111,12 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened():
 
 def test_a_lost_signal_has_no_noise_scale():
     noise = NoiseEstimator(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
-    assert noise.signal < 0
-    assert noise.noise_scale is None and noise.norm_test is None
+    assert noise.grad_sq_norm < 0
+    assert noise.noise_scale is None and noise.noise_scale_over_batch is None
 
 
 def test_the_norm_test_is_the_noise_scale_in_batches():
     told = GradientMoments(4, 2, 10.0, 2.0)
     noise = NoiseEstimator(10).update(8, told)
-    assert noise.noise_scale == pytest.approx(told.noise / told.signal)
-    assert noise.norm_test == pytest.approx(told.noise / told.signal / 8)
+    assert noise.noise_scale == pytest.approx(told.grad_cov_trace / told.grad_sq_norm)
+    assert noise.noise_scale_over_batch == pytest.approx(told.grad_cov_trace / told.grad_sq_norm / 8)

@@ -54,7 +54,7 @@ def test_a_run_takes_the_estimate_of_the_dry_run_and_the_memory_of_its_device(ti
         0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6
     )  # a MB for each
     assert not decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
-    forced = config_of(tiny, "--training.accumulation=local")
+    forced = config_of(tiny, "--training.grad_sync=once_per_step")
     assert decide_grad_sync(forced.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
 
 

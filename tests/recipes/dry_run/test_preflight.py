@@ -17,9 +17,9 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize(
     ("keys", "foreseen"),
     [
-        (["initial=2"], {"batch.initial": "error"}),
-        (["initial=2", "shrink=true", "minimum=2"], {"batch.initial": "error"}),
-        (["initial=8", "shrink=true", "minimum=2"], {"batch.minimum": "warning"}),
+        (["initial=2"], {"batch.initial_size": "error"}),
+        (["initial=2", "shrink=true", "minimum=2"], {"batch.initial_size": "error"}),
+        (["initial=8", "shrink=true", "minimum=2"], {"batch.min_size": "warning"}),
         (["initial=8", "minimum=2"], {}),
         (["initial=4", "shrink=true"], {}),
     ],
@@ -29,7 +29,7 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
 
     A run that starts there is refused, so it is an error; one that may come there stays.
     """
-    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.maximum=64"]
+    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.max_size=64"]
     policy += [f"--batch.{each}" for each in keys]
     found = findings_of(tiny, *policy)
     assert {name: level for name, (level, message) in found.items() if "one micro-batch" in message} == foreseen
@@ -39,18 +39,23 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
 @pytest.mark.parametrize(
     ("keys", "key", "level", "said"),
     [
-        (["maximum=63"], "batch.maximum", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
-        (["maximum=64", "quantum=1"], "batch.quantum", "note", "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch"),
-        (["maximum=60", "quantum=4"], "batch.quantum", None, None),
-        (["maximum=50", "quantum=2"], "batch.maximum", None, None),
-        (["maximum=90", "quantum=2"], "batch.maximum", "warning", "a step of 90 would use some more than once"),
+        (["maximum=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
+        (
+            ["maximum=64", "quantum=1"],
+            "batch.multiple_of",
+            "note",
+            "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch",
+        ),
+        (["maximum=60", "quantum=4"], "batch.multiple_of", None, None),
+        (["maximum=50", "quantum=2"], "batch.max_size", None, None),
+        (["maximum=90", "quantum=2"], "batch.max_size", "warning", "a step of 90 would use some more than once"),
         (["maximum=75", "minimum=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
         (["maximum=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
     ],
 )
 def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, level, said):
     """150 samples: 2 steps of 76, or 19 of 8."""
-    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial=8"]
+    policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial_size=8"]
     found = findings_of(tiny, *policy, *(f"--batch.{each}" for each in keys))
     assert found.get(key, (None, None))[0] == level
     assert said is None or said in found[key][1]
@@ -59,8 +64,8 @@ def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, 
 @pytest.mark.parametrize(
     ("arguments", "key", "level", "said"),
     [
-        (["--batch.initial=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
-        (["--batch.initial=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would use some more"),
+        (["--batch.initial_size=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
+        (["--batch.initial_size=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would use some more"),
         (["--data.path=nowhere/*.txt"], "data.path", "warning", "nowhere"),
         (["--validation.data.path=nowhere.txt"], "validation.data.path", "warning", "nowhere"),
         (["--lr_schedule.warmup_tokens=1800"], "lr_schedule.warmup_tokens", "warning", "50% of the run"),
@@ -95,14 +100,14 @@ def test_too_large_for_a_node_says_that_nodes_can_share_it(tiny):
 
 
 def test_gradients_that_need_not_be_whole_are_named_as_the_remedy(tiny):
-    size = ["--model.dim=4096", "--model.head_dim=64", "--model.ffn_dim=16384", "--training.accumulation=local"]
+    size = ["--model.dim=4096", "--model.head_dim=64", "--model.ffn_dim=16384", "--training.grad_sync=once_per_step"]
     plan = make_plan(config_of(tiny, GPU, *size), 8, HardwareTarget.parse("RTX 3090"))
     assert isinstance(plan.memory, Memory)
     device = plan.target.device
     assert device is not None
     tight = replace(plan, target=HardwareTarget(replace(device, memory_bytes=plan.memory.local_peak - 1)))
     (message,) = [item.message for item in preflight_checks(tight) if item.key == "training.micro_batch_size"]
-    assert 'set training.accumulation = "auto"' in message
+    assert 'set training.grad_sync = "auto"' in message
 
 
 def test_a_schedule_that_ends_too_early(tiny):

@@ -16,7 +16,7 @@ def test_errors_come_together_and_end_with_status_2(tiny, capsys, monkeypatch):
 
 
 def test_problems_come_last_with_their_place(tiny, capsys):
-    assert tiny.launch("--dry-run=H100@45%", "--batch.initial=9") == 0
+    assert tiny.launch("--dry-run=H100@45%", "--batch.initial_size=9") == 0
     printed = capsys.readouterr().out
     assert "at 45% MFU" in printed
     assert "9 samples become 10" in printed.split("\nproblems\n")[1]

@@ -47,8 +47,8 @@ def test_a_node_alone_uses_no_infiniband_and_replicas_use_it_once_a_step(tiny):
 
 
 def test_reducing_after_every_micro_batch_multiplies_the_traffic_and_the_launching(tiny):
-    plan, local = step(tiny, 8, 8, "--training.accumulation=local")
-    _, reduced = step(tiny, 8, 8, "--training.accumulation=reduce")
+    plan, local = step(tiny, 8, 8, "--training.grad_sync=once_per_step")
+    _, reduced = step(tiny, 8, 8, "--training.grad_sync=every_micro_batch")
     # 2 + 4 bytes a parameter once, or 2 + 4 of all and 2 of the blocks four times
     total = sum(parameter.numel() for parameter in plan.model.parameters())
     blocks = sum(parameter.numel() for parameter in plan.model.layers.parameters())

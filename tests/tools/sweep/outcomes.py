@@ -16,7 +16,7 @@ def highest_rate(settings: Mapping[str, str]) -> float:
     """As WSD has it, with a linear rule for the batch where there is a reference."""
     rate = float(settings.get("lr_schedule.max_lr", 1.0))
     reference = int(settings.get("lr_schedule.reference_batch_tokens", 0))
-    return rate * int(settings.get("batch.initial", BATCH)) * LENGTH / reference if reference else rate
+    return rate * int(settings.get("batch.initial_size", BATCH)) * LENGTH / reference if reference else rate
 
 
 def pretend(
@@ -34,7 +34,7 @@ def pretend(
         launched.append(dict(settings))
         folder = Path(settings["run.dir"])
         folder.mkdir(parents=True)
-        batch = int(settings.get("batch.initial", BATCH))
+        batch = int(settings.get("batch.initial_size", BATCH))
         steps = -(-parse_count(settings.get("training.total_tokens", "1M")) // (batch * LENGTH))
         rows = [
             {"step": steps, "samples": steps * batch, "tokens": steps * batch * LENGTH, "loss": loss(settings) + 0.1,
