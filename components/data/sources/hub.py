@@ -72,7 +72,7 @@ class HuggingFaceDataset(TextSource):
         return Path(self._name).is_dir()
 
     def _rows(self) -> Any:
-        """An iterable of dictionaries. Raises ValueError or OSError for what cannot be had."""
+        """Return an iterable of dictionaries. Raises ValueError for what cannot be had."""
         try:
             import datasets
         except ModuleNotFoundError:

@@ -37,7 +37,7 @@ def test_without_a_network_the_cache_of_the_library_serves(tales, tmp_path):
     # as the library keeps a data set `me/tales` of the Hub
     shutil.copytree(tmp_path / "cache" / "tales", tmp_path / "cache" / "me___tales")
     assert texts("hf://me/tales/default/train") == ["one", "two\nlines", "three"]
-    with pytest.raises(OSError, match=r"hf://me/others/default/train cannot be reached .* nor is it in the cache"):
+    with pytest.raises(ValueError, match=r"hf://me/others/default/train cannot be reached .* nor is it in the cache"):
         texts("hf://me/others/default/train")
 
 
