@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ class ForkedPython(subprocess.Popen):
         }
         _send(self._server, request, [*streams, status])
         os.close(status)
-        (self.pid,) = _HEADER.unpack(os.read(self._status, _HEADER.size))
+        answer = os.read(self._status, _HEADER.size)
+        assert answer, "the fork server has ended; its error is in the captured output of the first test that used it"
+        (self.pid,) = _HEADER.unpack(answer)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -266,7 +269,9 @@ class _ForkedWorker(subprocess.Popen):
             return
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
+        with warnings.catch_warnings():  # of the agent's threads, which the child does not need
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         self._child_created = True
         if self.pid == 0:
             request = {

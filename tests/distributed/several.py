@@ -7,6 +7,7 @@ COMMANDS.json holds a list of argument lists for the launcher. The first that do
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -24,7 +25,12 @@ def main(commands: Path) -> int:
         "gloo", init_method=place, rank=rank, world_size=world_size
     )  # once: a mesh does not survive its process group, nor do DTensor's caches
     for arguments in json.loads(commands.read_text()):
+<<<<<<< HEAD
         status = cli.main(arguments)
+=======
+        gc.freeze()  # a run collects all garbage after its first step: none of it is among what was imported
+        status = launch.main(arguments)
+>>>>>>> ce6cc48 (Set the accumulation of distributed test runs and compare three steps of their variants, to save processor time)
         if status:
             print(f"rank {os.environ['RANK']}: status {status} of {arguments}", file=sys.stderr)
             return status
