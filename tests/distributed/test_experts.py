@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-STEPS, SAMPLES, MICRO_BATCH, SEQUENCE = 10, 8, 2, 24
+STEPS, SAMPLES, MICRO_BATCH, SEQUENCE = 20, 8, 2, 24
 EXPERTS, TOP_K = 6, 2
 MODEL = {
     "kv_heads": 2, "ffn_dim": 16, "experts": EXPERTS, "top_k": TOP_K, "tied_embeddings": "true", "init_std": 0.1,
@@ -33,7 +33,7 @@ RECIPE = [
     "--batch.use=tests.distributed.test_gradient_noise:Notes",
     f"--batch.initial_size={SAMPLES}",
     f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}",
-    "--validation.interval_steps=5",
+    "--validation.interval_steps=10",
     f"--checkpoint.interval_steps={STEPS}",
     "--data.use=tests.distributed.layouts:RecordedText",
 ]
