@@ -42,13 +42,8 @@ class Sabotaged(Llama):
 
 SABOTAGED = ["--model.use=sabotage:Sabotaged", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
 SABOTAGED += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32"]
-<<<<<<< HEAD
 SHORT = ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--training.total_tokens=1500"]
-SHORT += ["--validation.interval_steps=none"]
-=======
-SHORT = ["--batch.use=components.batch.constant:Constant", "--batch.initial=8", "--training.total_tokens=1500"]
-SHORT += ["--validation.interval_steps=none", "--training.accumulation=local"]
->>>>>>> ce6cc48 (Set the accumulation of distributed test runs and compare three steps of their variants, to save processor time)
+SHORT += ["--validation.interval_steps=none", "--training.grad_sync=once_per_step"]
 """Eight steps of eight samples: two micro-batches of two on each of two processes."""
 
 

@@ -25,12 +25,8 @@ def main(commands: Path) -> int:
         "gloo", init_method=place, rank=rank, world_size=world_size
     )  # once: a mesh does not survive its process group, nor do DTensor's caches
     for arguments in json.loads(commands.read_text()):
-<<<<<<< HEAD
-        status = cli.main(arguments)
-=======
         gc.freeze()  # a run collects all garbage after its first step: none of it is among what was imported
-        status = launch.main(arguments)
->>>>>>> ce6cc48 (Set the accumulation of distributed test runs and compare three steps of their variants, to save processor time)
+        status = cli.main(arguments)
         if status:
             print(f"rank {os.environ['RANK']}: status {status} of {arguments}", file=sys.stderr)
             return status

@@ -20,7 +20,7 @@ RECIPE = [
     "--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=24", "--batch.eta=0.8",
     "--batch.shrink=true", "--batch.multiple_of=8", "--gradient_noise.smoothing_samples=40",
     "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
-    "--validation=none", "--training.accumulation=local",
+    "--validation=none", "--training.grad_sync=once_per_step",
 ]  # fmt: skip
 """A multiple of 8 samples is whole micro-batches of two on four ranks, too."""
 UNSAVED = "--checkpoint.interval_steps=none"

@@ -46,7 +46,11 @@ def test_the_counts_are_those_of_the_text(tiny, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("--data.path=nowhere/*.txt", "nowhere"), ("--data.pathh=text", "did you mean path"), ("--nonsense", "unknown option --nonsense")],
+    [
+        ("--data.path=nowhere/*.txt", "nowhere"),
+        ("--data.pathh=text", "did you mean path"),
+        ("--nonsense", "unknown option --nonsense"),
+    ],
 )
 def test_what_the_user_can_put_right_is_told_without_a_traceback(tiny, capsys, argument, message):
     assert main([str(tiny.recipe), argument]) == 2
