@@ -52,7 +52,7 @@ def measure(
         config = load(config_path, [*overrides, Override("training.total_tokens", str(steps * batch * length))])
         run = Trainer(config, None, cleanup)
         stalls, next_steps = [], []
-        write = run.monitor.write
+        write = run.metric_logger.write
 
         def after_step(row: dict) -> None:
             write(row)
@@ -66,9 +66,9 @@ def measure(
                 run.checkpoints.save()
                 stalls.append(time.perf_counter() - start)
 
-        run.monitor.write = after_step  # type: ignore[method-assign]
+        run.metric_logger.write = after_step  # type: ignore[method-assign]
         run.train()
-        store = run.checkpoints.store
+        store = run.checkpoints.manager
         store.wait()
         newest = store.newest()
         size = sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0

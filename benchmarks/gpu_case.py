@@ -121,13 +121,13 @@ def ours(config: Config, report: Report) -> None:
     models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined]
     with ExitStack() as cleanup, suppress(Enough):
         run = Trainer(config, None, cleanup)
-        write = run.monitor.write
+        write = run.metric_logger.write
 
         def reported(row: Any) -> None:
             write(row)
             report.step(row["loss"])
 
-        run.monitor.write = reported  # type: ignore[method-assign]
+        run.metric_logger.write = reported  # type: ignore[method-assign]
         samples = config.recipe.batch.initial_size
         report.begin(
             flops_per_token=run.flops_per_token,

@@ -53,14 +53,14 @@ def measure(steps: int, save_every: int) -> list[tuple[int, int]]:
         }  # fmt: skip
         config = load(make_recipe(Path(folder)), [Override(key, value) for key, value in settings.items()])
         run = Trainer(config, None, cleanup)
-        write = run.monitor.write
+        write = run.metric_logger.write
 
         def after_step(row: dict[str, Any]) -> None:
             write(row)
             if row["step"] % (steps // 10) == 0:
                 points.append((row["step"], process.memory_info().rss))
 
-        run.monitor.write = after_step  # type: ignore[method-assign, assignment]
+        run.metric_logger.write = after_step  # type: ignore[method-assign, assignment]
         run.train()
     return points
 

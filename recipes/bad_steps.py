@@ -38,7 +38,7 @@ class Checkpoints(Protocol):
     @property
     def newest(self) -> str: ...
     def save_before_end(self) -> None: ...
-    def return_to_newest(self, what: str, then: str = "") -> bool: ...
+    def restore_newest(self, what: str, then: str = "") -> bool: ...
 
 
 def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: Checkpoints) -> None:
@@ -52,7 +52,7 @@ def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: Checkpoin
     if bad.action == "stop":
         _stop(bad, what, checkpoints)
     if bad.action == "roll_back":
-        if checkpoints.return_to_newest(what, ", and these samples are stepped over"):
+        if checkpoints.restore_newest(what, ", and these samples are stepped over"):
             return
         what = f"{what}; there is no checkpoint yet to return to"
     log.warning(f"{what}; its update is left out")
@@ -70,7 +70,7 @@ def _stop(bad: BadStep, what: str, checkpoints: Checkpoints) -> None:
     )
 
 
-def checked_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: Checkpoints) -> float:
+def compute_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: Checkpoints) -> float:
     """Return the learning rate of the step that starts now, on `step_tokens` tokens of all ranks.
 
     Raises BadStepError, after saving, for one that no step may be taken at: a schedule is a pure function, so no step

@@ -24,14 +24,14 @@ def build_batch_policy(recipe: Any) -> BatchPolicy:
     )
 
 
-def require_measurable_noise(policy: BatchPolicy, layout: BatchRounding, progress: Progress) -> None:
+def require_measurable_noise(policy: BatchPolicy, rounding: BatchRounding, progress: Progress) -> None:
     """Raise InputError if an adaptive policy could never change the batch, because its noise cannot be measured."""
     if not policy.is_adaptive:
         return
-    batch = layout.fit(policy.next_batch_size(progress))
-    if not layout.shows_noise(batch):
+    batch = rounding.fit(policy.next_batch_size(progress))
+    if not rounding.shows_noise(batch):
         raise InputError(
-            "initial",
+            "initial_size",
             f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-            f"gradient, so the batch could never change; take {2 * layout.unit} or a smaller training.micro_batch_size",
+            f"gradient, so the batch could never change; take {2 * rounding.unit} or a smaller training.micro_batch_size",
         )

@@ -59,7 +59,7 @@ class Environment:
 
     world: DistributedContext
     directory: RunDirectory
-    opened: RunStart
+    start: RunStart
     console: Console
     requests: StopRequests
 
@@ -74,13 +74,13 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     with config_errors_at(config, "training.num_workers"):
         check_workers(recipe.training.num_workers)
     directory = RunDirectory(recipe.run.directory)
-    opened = claim_run_directory(directory, config, resume, world, cleanup)
+    start = claim_run_directory(directory, config, resume, world, cleanup)
     with config_errors_at(config, "run"):
         console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
-    for warning in opened.warnings:
+    for warning in start.warnings:
         log.warning(warning)
-    if opened.checkpoint is not None:
-        log_config_diff(opened.checkpoint, config)
+    if start.checkpoint is not None:
+        log_config_diff(start.checkpoint, config)
     limit = recipe.run.max_minutes
     requests = StopRequests(
         signals,
@@ -89,7 +89,7 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     )
     torch.manual_seed(recipe.run.seed + world.rank)
     torch.use_deterministic_algorithms(recipe.run.deterministic)
-    return Environment(world, directory, opened, console, requests)
+    return Environment(world, directory, start, console, requests)
 
 
 def build_policy(config: Config) -> BatchPolicy:
@@ -131,7 +131,7 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
         vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
-    text: dict[str, Any] = {
+    data_kwargs: dict[str, Any] = {
         "tokenizer": tokenizer,
         "sequence_length": recipe.training.sequence_length,
         "cache_dir": recipe.run.cache_dir,
@@ -139,9 +139,9 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     }
     require_prepared_data(config, tokenizer, world)
     with config_errors_at(config, "data"):
-        dataset = world.main_first(lambda: recipe.data.build(**text))
-        content: str | None = getattr(dataset, "fingerprint", None)
-        if not world.agree(f"{len(dataset)} {content}"):
+        dataset = world.main_first(lambda: recipe.data.build(**data_kwargs))
+        data_fingerprint: str | None = getattr(dataset, "fingerprint", None)
+        if not world.agree(f"{len(dataset)} {data_fingerprint}"):
             raise ValueError(
                 f"the processes do not see the same data; this one has {len(dataset):,} sequences. Every node "
                 "needs the same files"
@@ -149,8 +149,8 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     validation = None
     if (held_out := recipe.validation) is not None:
         with config_errors_at(config, "validation"):
-            validation = world.main_first(lambda: held_out.open(**text))
-    identity = DataIdentity(vocab_size, fingerprint, len(dataset), content)
+            validation = world.main_first(lambda: held_out.open(**data_kwargs))
+    identity = DataIdentity(vocab_size, fingerprint, len(dataset), data_fingerprint)
     return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
 
 
@@ -231,14 +231,14 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
 
 
 def build_checkpoint_manager(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointManager:
-    """Build the store of checkpoints."""
-    directory, opened = environment.directory, environment.opened
+    """Build the manager of checkpoints."""
+    directory, start = environment.directory, environment.start
     with config_errors_at(config, "checkpoint"):
-        store: CheckpointManager = config.recipe.checkpoint.build(
-            directory.checkpoints, environment.world, run=opened.run
+        manager: CheckpointManager = config.recipe.checkpoint.build(
+            directory.checkpoints, environment.world, run=start.run
         )
-    cleanup.callback(store.close)
-    return store
+    cleanup.callback(manager.close)
+    return manager
 
 
 def build_state(
@@ -264,16 +264,16 @@ def build_state(
         data=data,
         hooks=hooks,
     )
-    if (checkpoint := environment.opened.checkpoint) is not None:
+    if (checkpoint := environment.start.checkpoint) is not None:
         with config_errors_at(config, "checkpoint"):
             state.restore(checkpoint)
     return state
 
 
-def check_initial_batch(config: Config, state: TrainingState, layout: BatchRounding) -> None:
+def check_initial_batch(config: Config, state: TrainingState, rounding: BatchRounding) -> None:
     """Refuse an adaptive batch that could never change."""
     with config_errors_at(config, "batch"):
-        require_measurable_noise(state.policy, layout, state.clock)
+        require_measurable_noise(state.policy, rounding, state.clock)
 
 
 def build_loader(
@@ -311,19 +311,19 @@ def build_metric_logger(
     config: Config, environment: Environment, clock: TrainingClock, cleanup: ExitStack
 ) -> MetricLogger:
     """Build the writers of metrics; only the main process has any."""
-    directory, monitor = environment.directory, MetricLogger([])
+    directory, metric_logger = environment.directory, MetricLogger([])
     if environment.world.is_main:
         with config_errors_at(config, "run"):
-            monitor = config.recipe.metrics.build(
+            metric_logger = config.recipe.metrics.build(
                 jsonl=directory.metrics,
                 tensorboard=directory.tensorboard,
                 console=environment.console,
                 after_step=clock.step,
                 total_tokens=clock.total_tokens,
-                run=environment.opened.run,
+                run=environment.start.run,
             )
-    cleanup.callback(monitor.close)
-    return monitor
+    cleanup.callback(metric_logger.close)
+    return metric_logger
 
 
 def flops_per_token(config: Config, model: nn.Module) -> float:

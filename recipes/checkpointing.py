@@ -22,9 +22,9 @@ class RunCheckpoints:
     """The checkpoints of a run. Every rank calls its methods at the same step."""
 
     state: TrainingState
-    store: CheckpointManager
+    manager: CheckpointManager
     world: DistributedContext
-    monitor: MetricLogger
+    metric_logger: MetricLogger
     config: Config
     discard_gradients: Callable[[], None]
     """Drops the gradients of a step that is not taken."""
@@ -34,7 +34,7 @@ class RunCheckpoints:
     """Leaves the time of a save out of that of the next step."""
 
     def __post_init__(self) -> None:
-        self.store.saved_step = self.started_at = self.state.clock.step
+        self.manager.saved_step = self.started_at = self.state.clock.step
 
     def save(self) -> None:
         """Write a checkpoint of everything the next step depends on. A failure is logged, and training goes on.
@@ -42,28 +42,28 @@ class RunCheckpoints:
         Raises NonFiniteStateError for a state that is not finite.
         """
         self.read_launched()
-        self.monitor.flush()  # no checkpoint is ahead of the metrics
+        self.metric_logger.flush()  # no checkpoint is ahead of the metrics
         self._require_finite()
         step = self.state.clock.step
-        saved = self.store.save(step, self.state.tensors.collect(), self.state.state_dict(), self.config.to_toml())
+        saved = self.manager.save(step, self.state.tensors.collect(), self.state.state_dict(), self.config.to_toml())
         if saved is not False:
-            log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.store.path(step)}")
+            log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.manager.path(step)}")
         self.restart_timer()
 
     def save_before_end(self) -> None:
         """Save what is not saved yet, if it is sound, because the run is about to end with an error."""
-        self.store.wait()
-        known = (self.started_at, self.store.saved_step, *self.store.failed_steps)
+        self.manager.wait()
+        known = (self.started_at, self.manager.saved_step, *self.manager.failed_steps)
         if self.state.is_sound and self.state.clock.step not in known:
             self.discard_gradients()
             self.save()
-            self.store.wait()
+            self.manager.wait()
 
-    def return_to_newest(self, what: str, then: str = "") -> bool:
+    def restore_newest(self, what: str, then: str = "") -> bool:
         """Restore the newest intact checkpoint and log `what` made it necessary; return False if there is none."""
-        self.store.wait()
+        self.manager.wait()
         damages: list[str] = []
-        checkpoint = newest_intact_checkpoint(self.store.complete(), self.world, damages)
+        checkpoint = newest_intact_checkpoint(self.manager.complete(), self.world, damages)
         for damage in damages:
             log.warning(f"{damage}; taking the checkpoint before it")
         if checkpoint is None:
@@ -77,7 +77,7 @@ class RunCheckpoints:
     @property
     def newest(self) -> str:
         """The path of the newest checkpoint, for messages, or "none"."""
-        return str(self.store.newest() or "none")
+        return str(self.manager.newest() or "none")
 
     def _require_finite(self) -> None:
         """Raise NonFiniteStateError if a parameter or a state of the optimizer is not finite on any rank.
@@ -88,7 +88,7 @@ class RunCheckpoints:
             return
         what = f"the state after step {self.state.clock.step} is not finite: {names}"
         on_nonfinite = self.state.guard.rules.on_nonfinite
-        if on_nonfinite == "roll_back" and self.return_to_newest(what) and not self._not_finite():
+        if on_nonfinite == "roll_back" and self.restore_newest(what) and not self._not_finite():
             return
         self.state.is_sound = False
         raise NonFiniteStateError(

@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse_arguments(arguments: Sequence[str]) -> Command:
     """Return the parsed command line. Raises UsageError."""
     overrides, rest = [], []
     remaining = iter(arguments)
@@ -143,7 +143,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def parse_recipe(arguments: Sequence[str]) -> Command:
     """Return the recipe and overrides that a tool is given. Raises UsageError, for options of the launcher, too."""
-    command = parse(arguments)
+    command = parse_arguments(arguments)
     if command.resume or command.print_config or command.dry_run is not None:
         raise UsageError("--resume, --print-config and --dry-run are for the launcher: ./run_train.sh")
     return command
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
 
         die_with_launcher()
     try:
-        status = run(arguments)
+        status = run_command(arguments)
     except (ConfigError, UsageError) as error:
         status, message = 2, str(error)
         if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same error
@@ -282,8 +282,8 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run(arguments: Sequence[str]) -> int:
-    command = parse(arguments)
+def run_command(arguments: Sequence[str]) -> int:
+    command = parse_arguments(arguments)
     if command.help:
         print(make_parser().format_help(), end="")
         return 0

@@ -106,42 +106,42 @@ class Evaluate:
             cleanup.push(world.stop_unless_failed)
             setup_logging(None, speak=world.is_main)
             with config_errors_at(config, "evaluation"):
-                trained, length, model = world.main_first(lambda: self.open(world.rank, world.size))
+                trained, length, model = world.main_first(lambda: self.prepare_model(world.rank, world.size))
             result, rows = self.measure(config, world, trained, length, model)
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
-                    self.report(result, rows)
+                    self.write_report(result, rows)
         return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
         """Check what can be checked without data, and say what would be evaluated."""
         with config_errors_at(config, "evaluation"):
-            trained, length, model = self.open()
+            trained, length, model = self.prepare_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{trained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
         return 0
 
-    def open(self, rank: int = 0, ranks: int = 1) -> tuple[PretrainedModel, int, nn.Module]:
+    def prepare_model(self, rank: int = 0, ranks: int = 1) -> tuple[PretrainedModel, int, nn.Module]:
         """What to evaluate, the tokens of a sequence, and the model on the meta device.
 
         Each of `ranks` looks for damage in its share of a checkpoint. Raises ValueError, OSError or ConfigError where
         it cannot be.
         """
-        keys = self.evaluation
+        cfg = self.evaluation
         try:
             trained = load_pretrained(
-                keys.checkpoint,
-                trust_code=keys.trust_code,
+                cfg.checkpoint,
+                trust_code=cfg.trust_code,
                 trust_option="--evaluation.trust_code=true",
                 rank=rank,
                 ranks=ranks,
             )
         except (ValueError, OSError) as error:
             raise InputError("checkpoint", str(error)) from None
-        length = keys.sequence_length or trained.sequence_length
+        length = cfg.sequence_length or trained.sequence_length
         tp = self.parallel.tp
-        if keys.stride is not None and keys.stride > length:
-            raise InputError("stride", f"{keys.stride} is more than the window's {length} tokens, and would skip some")
+        if cfg.stride is not None and cfg.stride > length:
+            raise InputError("stride", f"{cfg.stride} is more than the window's {length} tokens, and would skip some")
         if length % tp:
             raise InputError("sequence_length", f"{length} cannot be divided by parallel.tp = {tp}")
         if isinstance(trained.component, HasParallelPlan):
@@ -155,53 +155,53 @@ class Evaluate:
 
     def document_masking(self, trained: PretrainedModel) -> bool:
         """Return whether tokens of a sequence attend only to their document."""
-        keys = self.evaluation
-        if keys.method != "packed":
+        cfg = self.evaluation
+        if cfg.method != "packed":
             return False
-        return trained.document_masking if keys.document_masking is None else keys.document_masking
+        return trained.document_masking if cfg.document_masking is None else cfg.document_masking
 
     def measure(
         self, config: Config, world: DistributedContext, trained: PretrainedModel, length: int, model: nn.Module
     ) -> tuple[dict[str, Any], list[LossTotals]]:
         """The result, and that of each document where they are told apart."""
-        keys = self.evaluation
+        cfg = self.evaluation
         with config_errors_at(config, "parallel"):
-            layout = self.parallel.build(world)
+            mesh = self.parallel.build(world)
         with config_errors_at(config, "tokenizer"):
-            tokenizer = trained.encoder(self.tokenizer)
+            tokenizer = trained.load_tokenizer(self.tokenizer)
         with config_errors_at(config, "data"):
-            data = self.data_of(trained)
+            data = self.select_data(trained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.document_masking(trained):
                 enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
-        chosen = precision.resolve_precision(keys.precision, world.device)
+        chosen = precision.resolve_precision(cfg.precision, world.device)
         with config_errors_at(config, "evaluation"):
-            parallelize(model, trained.component, layout, precision.dtype_of(chosen), world.device)
+            parallelize(model, trained.component, mesh, precision.dtype_of(chosen), world.device)
             materialize(model, world.device)
-            trained.read(model, alone=world.size == 1)
+            trained.load_weights(model, single_process=world.size == 1)
         compute: Callable[[], AbstractContextManager[object]] = nullcontext
-        if chosen == "bf16" and layout.fsdp is None:
+        if chosen == "bf16" and mesh.fsdp is None:
             compute = WorkingWeights(model, torch.bfloat16)
         rows: list[LossTotals] = []
 
         def evaluate() -> Any:
-            if keys.method == "packed":
-                return evaluated.totals(model, layout.data, compute)
-            return evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
+            if cfg.method == "packed":
+                return evaluated.totals(model, mesh.data, compute)
+            return evaluated.evaluate(model, mesh.data, compute, multiple=mesh.sizes.tp)
 
         total = call_on_all_ranks(evaluate, config, "data", world)
-        if keys.method != "packed":
+        if cfg.method != "packed":
             rows = total
             total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
-        about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": keys.method}
+        about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": cfg.method}
         window: dict[str, Any] = {"sequence_length": length}
-        if keys.method == "documents":
+        if cfg.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
             window["document_masking"] = self.document_masking(trained)
         return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
 
-    def data_of(self, trained: PretrainedModel) -> DataConfig:
+    def select_data(self, trained: PretrainedModel) -> DataConfig:
         """Return what to evaluate on. Raises ValueError where neither the recipe nor the run names it."""
         validation = complete_recipe(trained.recipe).validation
         data: DataConfig | None = self.data or (validation and validation.data)
@@ -211,10 +211,10 @@ class Evaluate:
 
     def open_data(self, data: DataConfig, world: DistributedContext, tokenizer: Tokenizer, length: int) -> Any:
         """Return the `Validation` of packed sequences, or the `SlidingWindow` over documents, of `length` tokens."""
-        keys = self.evaluation
-        text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
-        if keys.method == "packed":
-            held_out = ValidationConfig(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
+        cfg = self.evaluation
+        text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
+        if cfg.method == "packed":
+            held_out = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
             return world.main_first(lambda: held_out.open(**text, sequence_length=length))
         documents = world.main_first(lambda: data.build(**text, sequence_length=1))
         if not isinstance(documents, Documents):
@@ -224,21 +224,21 @@ class Evaluate:
             tokenizer.vocab_size,
             tokenizer.end_of_document,
             length,
-            keys.stride or max(1, length // 2),
-            keys.micro_batch_size,
-            keys.limit,
+            cfg.stride or max(1, length // 2),
+            cfg.micro_batch_size,
+            cfg.limit,
         )
 
-    def report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
-        keys = self.evaluation
+    def write_report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
+        cfg = self.evaluation
         log.info(
             f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
             f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
             f"bits per byte {result['bits_per_byte']:.4f}"
         )
         written = {
-            keys.output: json_object(result, indent=1) + "\n",
-            keys.table: "".join(json_object({"document": i, **metrics_of(row)}) + "\n" for i, row in enumerate(rows)),
+            cfg.output: json_object(result, indent=1) + "\n",
+            cfg.table: "".join(json_object({"document": i, **metrics_of(row)}) + "\n" for i, row in enumerate(rows)),
         }
         for path, content in written.items():
             if path is not None:

@@ -58,9 +58,9 @@ class SaveCheckpoints(Hook):
             self.checkpoints.save()
 
     def on_run_end(self, context: HookContext) -> None:
-        store = self.checkpoints.store
-        store.wait()
-        if store.saved_step != context.clock.step:
+        manager = self.checkpoints.manager
+        manager.wait()
+        if manager.saved_step != context.clock.step:
             self.checkpoints.save()
 
 
@@ -99,7 +99,7 @@ class Validate(Hook):
         values = call_on_all_ranks(
             lambda: self.validation.evaluate(model, self.ranks, self.compute), run.config, "validation", run.world
         )
-        run.monitor.write({"step": clock.step, "tokens": clock.tokens, **values})
+        run.metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
         run.restart_timer()
 
     @property

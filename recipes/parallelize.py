@@ -16,7 +16,7 @@ from recipes.run_config import TrainingConfig
 def parallelize(
     model: nn.Module,
     component: ModelConfig,
-    layout: ParallelDims,
+    mesh: ParallelDims,
     compute_dtype: torch.dtype,
     device: torch.device,
     training: TrainingConfig | None = None,
@@ -27,15 +27,15 @@ def parallelize(
     """
     blocks = list(transformer_blocks(model).values())
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
-    plan = component.plan(tp=layout.sizes.tp) if isinstance(component, HasParallelPlan) else None
-    if layout.tp is not None and plan is not None:
+    plan = component.plan(tp=mesh.sizes.tp) if isinstance(component, HasParallelPlan) else None
+    if mesh.tp is not None and plan is not None:
         from components.distributed import tensor_parallel  # a process alone has no use for it
 
-        tensor_parallel.apply_tensor_parallel(model, plan.tensor_parallel, layout.tp)
+        tensor_parallel.apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp)
     if training is not None:
         apply_activation_checkpointing(blocks or [model], training.activation_checkpoint)
         if training.compiles(device):
             for module in [*blocks, *head] if blocks else [model]:
                 module.compile()
-    if layout.fsdp is not None:
-        fsdp.apply_fsdp(model, plan.units if plan is not None else [], layout.fsdp, compute_dtype)
+    if mesh.fsdp is not None:
+        fsdp.apply_fsdp(model, plan.units if plan is not None else [], mesh.fsdp, compute_dtype)

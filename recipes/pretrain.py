@@ -32,7 +32,7 @@ from components.train_step import TrainStep, not_finite
 from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
-from recipes.bad_steps import checked_lr, handle_bad_samples, handle_bad_step
+from recipes.bad_steps import compute_lr, handle_bad_samples, handle_bad_step
 from recipes.batch_policy import build_batch_policy
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
@@ -143,25 +143,25 @@ class Trainer:
         recipe: Pretrain = config.recipe
         self.config, self.recipe = config, recipe
         environment = build.build_environment(config, resume, cleanup)
-        self.world, self.requests, opened = environment.world, environment.requests, environment.opened
+        self.world, self.requests, start = environment.world, environment.requests, environment.start
         self.policy, hooks = build.build_policy(config), build.build_hooks(config)
-        self.mesh, self.layout = build.build_mesh(config, self.world)
+        self.mesh, self.batch_rounding = build.build_mesh(config, self.world)
         self.data = build.build_data(config, self.world)
         built = build.build_sharded_model(
-            config, self.world, self.mesh, self.data, is_resumed=opened.checkpoint is not None
+            config, self.world, self.mesh, self.data, is_resumed=start.checkpoint is not None
         )
         self.model = built.model
         self.step = build.build_train_step(config, self.world, self.mesh, built)
-        self.delay = metrics_delay(self.world.device, self.step, recipe.guard)
-        store = build.build_checkpoint_manager(config, environment, cleanup)
+        self.metrics_delay = metrics_delay(self.world.device, self.step, recipe.guard)
+        manager = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)
         self.clock = self.state.clock
-        build.check_initial_batch(config, self.state, self.layout)
+        build.check_initial_batch(config, self.state, self.batch_rounding)
         loader = build.build_loader(config, self.mesh, self.data.dataset, self.clock.samples, cleanup)
         self.reader = MicroBatchReader(loader, self.world, self.clock.sequence_length, self.data.identity.vocab_size)
         profiler = build.build_profiler(config, environment, cleanup)
         self.flops_per_token = build.flops_per_token(config, self.model)
-        opened.begin()
+        start.commit()
         garbage = GarbageCollection(recipe.training.gc_interval_steps)
         cleanup.callback(garbage.close)
         device = self.world.device
@@ -169,19 +169,19 @@ class Trainer:
         self.metrics = StepMetrics(
             self.model, self.data.dataset, device, self.flops_per_token, peak and peak * self.world.size
         )
-        self.monitor = build.build_metric_logger(config, environment, self.clock, cleanup)
+        self.metric_logger = build.build_metric_logger(config, environment, self.clock, cleanup)
         self.checkpoints = RunCheckpoints(
             self.state,
-            store,
+            manager,
             self.world,
-            self.monitor,
+            self.metric_logger,
             config,
             discard_gradients=self.step.discard,
             read_launched=self.read_launched,
             restart_timer=self.restart_timer,
         )
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
-        self.read_at, self.told_unmeasurable = 0.0, False
+        self.timer_started_at, self.warned_noise = 0.0, False
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, recipe.checkpoint.interval_steps)]
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
@@ -201,7 +201,7 @@ class Trainer:
         while not self.clock.done and not is_stop(self.requests.agreed):
             self.hooks.call("on_step_begin", self.context)
             self.launch(self.next_batch())
-            self.read_launched(self.delay)
+            self.read_launched(self.metrics_delay)
             self.observe()
             self.hooks.call("on_step_end", self.context)
         self.finish()
@@ -210,7 +210,7 @@ class Trainer:
     def launch(self, batch: StepBatch) -> None:
         """Give the device the next step, and advance the clock."""
         started, step_tokens = time.perf_counter(), batch.samples * self.clock.sequence_length
-        lr = checked_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
+        lr = compute_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
         micro_batches = self.reader.read(batch.micro_batches)
         data_seconds, measured, numbers, bad = time.perf_counter() - started, False, None, None
         if isinstance(micro_batches, BadSamples):
@@ -226,13 +226,13 @@ class Trainer:
         after.advance(batch.samples)
         launched = LaunchedStep(after, batch, lr, numbers, self.mesh.data.size, measured, data_seconds)
         if numbers is not None:
-            if not self.delay and (bad := self._judge(launched.read())) is not None:
+            if not self.metrics_delay and (bad := self._judge(launched.read())) is not None:
                 self.step.discard()
                 handle_bad_step(bad, launched, self.checkpoints)
             else:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_sound = False
-                self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.delay else None)
+                self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.metrics_delay else None)
         self.clock.advance(batch.samples)
         self.state.is_sound = True
         self.launched.append((launched, bad))
@@ -243,15 +243,15 @@ class Trainer:
         while len(self.launched) > unread:
             launched, bad = self.launched.popleft()
             result = launched.read()
-            if self.delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
+            if self.metrics_delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
                 bad_steps.append((bad, launched))
                 unread = 0  # nothing may be under way when it is handled
             noise = None
             if result.moments is not None and bad is None:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
             self.state.observations.append((launched.progress, noise))
-            step_seconds = time.perf_counter() - self.read_at
-            self.monitor.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
+            step_seconds = time.perf_counter() - self.timer_started_at
+            self.metric_logger.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
             self.restart_timer()
             # several processes agreed on it when the step was launched; one alone can look again
             request = result.request if self.world.size > 1 else self.requests.pending()
@@ -266,18 +266,18 @@ class Trainer:
         not depend on when the run was saved.
         """
         observations = self.state.observations
-        while observations and observations[0][0].step <= self.clock.step - self.delay:
+        while observations and observations[0][0].step <= self.clock.step - self.metrics_delay:
             with raised_in("batch"):
                 self.policy.observe(*observations.popleft())
 
     def restart_timer(self) -> None:
         """Start the time of a step now."""
-        self.read_at = time.perf_counter()
+        self.timer_started_at = time.perf_counter()
 
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for a size that is not one."""
         with config_errors_at(self.config, "batch", started=True), raised_in("batch"):
-            return self.layout.fit(self.policy.next_batch_size(self.clock))
+            return self.batch_rounding.fit(self.policy.next_batch_size(self.clock))
 
     def measures_noise(self, batch: StepBatch) -> bool:
         """Return whether the gradient noise of the step that starts now is measured."""
@@ -287,10 +287,10 @@ class Trainer:
         with raised_in("batch"):
             if not self.policy.measures_noise(self.clock):
                 return False
-        if self.layout.shows_noise(batch):
+        if self.batch_rounding.shows_noise(batch):
             return True
-        if not self.told_unmeasurable:
-            self.told_unmeasurable = True
+        if not self.warned_noise:
+            self.warned_noise = True
             log.info(
                 f"a step of one micro-batch of {batch.samples} samples does not show the noise of its gradient; "
                 "a smaller training.micro_batch_size or a larger batch would"
@@ -299,20 +299,20 @@ class Trainer:
 
     def finish(self) -> None:
         """Save what is not saved, validate at the end, and report again what went wrong on the way."""
-        store, request = self.checkpoints.store, self.requests.agreed
+        manager, request = self.checkpoints.manager, self.requests.agreed
         if self.clock.step == self.checkpoints.started_at:
             log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
             return
         self.read_launched()
         self.hooks.call("on_run_end", self.context)
-        store.wait()
-        self.monitor.flush()
+        manager.wait()
+        self.metric_logger.flush()
         self.requests.clear_file()
-        for failed in store.failed_steps:
+        for failed in manager.failed_steps:
             log.error(f"the checkpoint of step {failed} could not be saved")
-        for failure in self.monitor.failures():
+        for failure in self.metric_logger.failures():
             log.error(failure)
-        if store.saved_step != self.clock.step:
+        if manager.saved_step != self.clock.step:
             raise RunError(
                 f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "
                 f"{self.checkpoints.newest}. Make room, or mend the disk, and continue with --resume"
@@ -334,7 +334,7 @@ class Trainer:
 
     def _hook_context(self, environment: build.Environment) -> HookContext:
         def log_metrics(values: Mapping[str, float]) -> None:
-            self.monitor.write({"step": self.clock.step, "tokens": self.clock.tokens, **values})
+            self.metric_logger.write({"step": self.clock.step, "tokens": self.clock.tokens, **values})
 
         return HookContext(
             model=self.model,

@@ -52,7 +52,7 @@ class PretrainedModel:
     recipe: Any = None
     """The recipe that trained it, if that is known."""
 
-    def encoder(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
+    def load_tokenizer(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
         """`tokenizer`, or else its own, ready. Raises ValueError or OSError if there is none, or none that fits."""
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
@@ -72,13 +72,13 @@ class PretrainedModel:
         with torch.device("meta"):
             return self.component.build(vocab_size=self.vocab_size, sequence_length=sequence_length)
 
-    def read(self, model: nn.Module, *, alone: bool) -> None:
+    def load_weights(self, model: nn.Module, *, single_process: bool) -> None:
         """Fill every parameter; `alone` is one process, else each reads the shards it holds.
 
         Raises ValueError for what is damaged.
         """
         if self.recipe is not None:
-            load_tensors(self.path, {"model": model.state_dict()}, no_dist=alone)
+            load_tensors(self.path, {"model": model.state_dict()}, no_dist=single_process)
             return
         with Weights(self.path, ignore=[RECOMPUTED_BUFFERS]) as weights:
             for note in weights.notes:

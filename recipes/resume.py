@@ -18,35 +18,35 @@ from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
-Rule = Literal["free", "warned", "refused"]
+Rule = Literal["allow", "warn", "refuse"]
 
 RULES: dict[str, Rule] = {
     # What the saved tensors and counters mean: another value makes them another run's.
-    "recipe": "refused",
-    "model": "refused",
-    "tokenizer": "refused",
-    "optimizer.use": "refused",
-    "training.sequence_length": "refused",
+    "recipe": "refuse",
+    "model": "refuse",
+    "tokenizer": "refuse",
+    "optimizer.use": "refuse",
+    "training.sequence_length": "refuse",
     # What a resumed run may change, but not without being told that its curve now has a joint.
-    "data": "warned",
-    "optimizer": "warned",
-    "lr_schedule": "warned",
-    "batch": "warned",
-    "gradient_noise": "warned",
-    "run.seed": "warned",
-    "training.max_grad_norm": "warned",
-    "training.precision": "warned",
-    "training.document_masking": "warned",
+    "data": "warn",
+    "optimizer": "warn",
+    "lr_schedule": "warn",
+    "batch": "warn",
+    "gradient_noise": "warn",
+    "run.seed": "warn",
+    "training.max_grad_norm": "warn",
+    "training.precision": "warn",
+    "training.document_masking": "warn",
     # How, where and how long: extending total_tokens is what the schedules are anchored for.
-    "training": "free",
-    "run": "free",
-    "parallel": "free",
-    "validation": "free",
-    "checkpoint": "free",
-    "metrics": "free",
-    "guard": "free",
-    "profile": "free",
-    "import_paths": "free",
+    "training": "allow",
+    "run": "allow",
+    "parallel": "allow",
+    "validation": "allow",
+    "checkpoint": "allow",
+    "metrics": "allow",
+    "guard": "allow",
+    "profile": "allow",
+    "import_paths": "allow",
 }
 """The rule of a key is that of its longest prefix here; what nothing covers is warned about."""
 
@@ -72,7 +72,7 @@ def rule_of(key: str) -> Rule:
         prefix = ".".join(parts[:length])
         if prefix in RULES:
             return RULES[prefix]
-    return "warned"
+    return "warn"
 
 
 def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: bool = False) -> list[Path]:
@@ -161,11 +161,11 @@ def check_resumable(checkpoint: Path, config: Config) -> None:
     refused = [
         config.problem(
             key,
-            f"{_shown(before)} in the checkpoint, {_shown(now)} now: "
+            f"{_format_value(before)} in the checkpoint, {_format_value(now)} now: "
             "this would be another run's state; start a new run",
         )
         for key, before, now in diff_config(checkpoint / "config.toml", config)
-        if rule_of(key) == "refused"
+        if rule_of(key) == "refuse"
     ]
     if refused:
         raise ConfigError(refused)
@@ -176,10 +176,10 @@ def log_config_diff(checkpoint: Path, config: Config) -> None:
     reshapes = False
     for key, before, now in diff_config(checkpoint / "config.toml", config):
         reshapes |= key == "training.total_tokens" or key.startswith("lr_schedule.")
-        if rule_of(key) == "warned":
-            log.warning(f"resuming with a change: {key} was {_shown(before)}, is {_shown(now)}")
+        if rule_of(key) == "warn":
+            log.warning(f"resuming with a change: {key} was {_format_value(before)}, is {_format_value(now)}")
         else:
-            log.info(f"resuming with {key} = {_shown(now)} (was {_shown(before)})")
+            log.info(f"resuming with {key} = {_format_value(now)} (was {_format_value(before)})")
     if reshapes and (told := schedule_mismatch(checkpoint, config)):
         log.warning(told)
 
@@ -191,7 +191,7 @@ def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
     where the schedule is of another kind altogether, or cannot be made any more.
     """
     try:
-        old, clock = load_stored_config(checkpoint, like=config).recipe, read_run_state(checkpoint)["clock"]
+        old, clock = load_stored_config(checkpoint, trusted_config=config).recipe, read_run_state(checkpoint)["clock"]
     except (ConfigError, ValueError):  # what is damaged is told where it is needed
         return None
     new = config.recipe
@@ -221,5 +221,5 @@ def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
     )
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "unset" if value is None else repr(value)

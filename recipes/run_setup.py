@@ -28,16 +28,16 @@ class RunStart:
     """Identifier of the run whose directory this is."""
     warnings: list[str] = field(default_factory=list)
     """What there is to tell, once there is a log to tell it in."""
-    begin: Callable[[], None] = lambda: None
+    commit: Callable[[], None] = lambda: None
     """Every rank calls it when all is ready: only then what an old run left is removed, and the new one is stored."""
 
 
 def claim_run_directory(
     directory: RunDirectory, config: Config, resume: Resume | None, world: DistributedContext, cleanup: ExitStack
 ) -> RunStart:
-    """Take the directory until `cleanup`. Every rank calls it, and `begin` of what it returns.
+    """Take the directory until `cleanup`. Every rank calls it, and `commit` of what it returns.
 
-    Raises ConfigError where the run may not begin: another one is in it, or it holds one that is not to be continued.
+    Raises ConfigError where the run may not commit: another one is in it, or it holds one that is not to be continued.
     """
     launch, locked = os.environ.get(LAUNCH_ID), False
 
@@ -61,8 +61,10 @@ def claim_run_directory(
         world.main_first(take)
         # Processes that were started again after a failure find the directory as they left it, and may use it.
         restarted = bool(world.maximum(directory.belongs_to(launch)))
-        opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
-        checkpoint = opened.checkpoint
+        start = _choose_checkpoint(
+            find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
+        )
+        checkpoint = start.checkpoint
         continues = checkpoint is not None and (
             checkpoint.parent == directory.checkpoints or is_inside(checkpoint, directory.path)
         )
@@ -75,13 +77,15 @@ def claim_run_directory(
         if checkpoint is not None:
             check_resumable(checkpoint, config)
         world.main_first(claim)
-        opened.run = world.gather(directory.run or "")[0]
+        start.run = world.gather(directory.run or "")[0]
 
-    opened.begin = _begin(directory, config, world, replaces=replaces)
-    return opened
+    start.commit = _make_commit(directory, config, world, replaces=replaces)
+    return start
 
 
-def _begin(directory: RunDirectory, config: Config, world: DistributedContext, *, replaces: bool) -> Callable[[], None]:
+def _make_commit(
+    directory: RunDirectory, config: Config, world: DistributedContext, *, replaces: bool
+) -> Callable[[], None]:
     """Return the function that removes the run that is replaced, as it is now, and stores the configuration."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
     launch = os.environ.get(LAUNCH_ID)
@@ -95,11 +99,11 @@ def _begin(directory: RunDirectory, config: Config, world: DistributedContext, *
             if launch is not None:
                 directory.remember(launches)
 
-    def begin() -> None:
+    def commit() -> None:
         with config_errors_at(config, "run"):
             world.main_first(store)
 
-    return begin
+    return commit
 
 
 def remove_old_run(directory: RunDirectory, log_from: int | None = None) -> None:
@@ -144,7 +148,7 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
     return None
 
 
-def _choose(candidates: list[Path], directory: RunDirectory, world: DistributedContext) -> RunStart:
+def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: DistributedContext) -> RunStart:
     damages: list[str] = []
     checkpoint = newest_intact_checkpoint(candidates, world, damages)
     if not candidates:
@@ -153,11 +157,11 @@ def _choose(candidates: list[Path], directory: RunDirectory, world: DistributedC
         others = len(candidates) - 1
         raise ValueError(f"--resume: {damages[0]}" + (f"; so are the {others} before it" if others else ""))
 
-    def set_aside() -> None:
+    def rename_damaged() -> None:
         """Under its name a damaged one would be the newest, for which sound ones are removed in their turn."""
         if world.is_main and checkpoint.parent == directory.checkpoints:
             for damaged in candidates[candidates.index(checkpoint) + 1 :]:
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
-    world.main_first(set_aside)
+    world.main_first(rename_damaged)
     return RunStart(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])

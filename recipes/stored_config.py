@@ -17,7 +17,7 @@ def load_stored_config(
     overrides: Sequence[Override] = (),
     *,
     trust_code: bool = False,
-    like: Config | None = None,
+    trusted_config: Config | None = None,
     remedy: str = "say --trust-code",
 ) -> Config:
     """The configuration in `checkpoint`, under `overrides`.
@@ -28,14 +28,16 @@ def load_stored_config(
     """
     path = checkpoint / "config.toml"
     if not trust_code:
-        leaves = like.leaves if like is not None else {}
+        leaves = trusted_config.leaves if trusted_config is not None else {}
         known = [leaf.value for key, leaf in leaves.items() if _names_untrusted_code(key)]
         places = leaves["import_paths"].value if "import_paths" in leaves else []
-        _check(path, {override.path for override in overrides}, known, places, remedy)
+        _require_trusted(path, {override.path for override in overrides}, known, places, remedy)
     return load(path, overrides, own_code=trust_code)
 
 
-def _check(path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object], remedy: str) -> None:
+def _require_trusted(
+    path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object], remedy: str
+) -> None:
     try:
         if (size := path.stat().st_size) > _LARGEST_BYTES:
             raise ValueError(f"{size:,} bytes is no size for it")
@@ -43,7 +45,7 @@ def _check(path: Path, overridden: set[str], known: Sequence[object], places: Se
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():
-        if _names_untrusted_code(key) and key not in overridden and value not in known and not _is_ours(value):
+        if _names_untrusted_code(key) and key not in overridden and value not in known and not _is_project_class(value):
             raise ValueError(
                 f"{path} names code that is not of this project, {key} = {value!r}, and would run it; if you trust "
                 f"where it comes from, {remedy}"
@@ -57,7 +59,7 @@ def _names_untrusted_code(key: str) -> bool:
     return key == "recipe" or key.rpartition(".")[2] == "use"
 
 
-def _is_ours(use: object) -> bool:
+def _is_project_class(use: object) -> bool:
     """Whether a class of this project is named, and not one that a module of it has only imported."""
     try:
         return (

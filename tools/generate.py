@@ -81,12 +81,12 @@ class Generator:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine shows no CUDA device")
         trained = load_pretrained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
-        self.encoder = trained.encoder()
+        self.encoder = trained.load_tokenizer()
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a model of the user's may have none
             raise ValueError(f"a {type(model).__name__} has no new_cache(padding, capacity), which generating takes")
         materialize(model, torch.device("cpu"))
-        trained.read(model, alone=True)
+        trained.load_weights(model, single_process=True)
         model.to(self.device, precision.dtype_of(precision.resolve_precision(options.precision, self.device))).eval()
         if (pack := getattr(model, "pack", None)) is not None:
             pack()

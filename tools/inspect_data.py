@@ -29,7 +29,7 @@ from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
-from recipes.cli import UsageError, parse
+from recipes.cli import UsageError, parse_arguments
 from recipes.config import Config, ConfigError, load
 from recipes.errors import config_errors_at
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ids", action="store_true", help="show the ids as well")
     options, rest = parser.parse_known_args(arguments)
     try:
-        command = parse(rest)
+        command = parse_arguments(rest)
         for line in inspect(load(command.config, command.overrides), options):
             print(line)
     except (ConfigError, UsageError, ValueError, OSError) as error:

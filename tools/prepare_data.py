@@ -20,14 +20,14 @@ from components.data.sources.base import TextSource
 from components.data.tokenize import Preparation
 from components.interfaces import DataConfig, Tokenizer
 from components.standard_streams import run_command
-from recipes.cli import UsageError, parse
+from recipes.cli import UsageError, parse_arguments
 from recipes.config import Config, ConfigError, load
 from recipes.errors import config_errors_at
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        command = parse(arguments)
+        command = parse_arguments(arguments)
         if command.help:
             print(__doc__)
             return 0

@@ -66,24 +66,24 @@ class CriticalBatch(Pretrain):
             def take() -> None:
                 measurement.directory.check_links(measurement.folder)
                 if world.is_main and cleanup.enter_context(measurement.directory.held()):
-                    measurement.directory.sweep(measurement.report, measurement.begun)
+                    measurement.directory.sweep(measurement.report, measurement.start_file)
 
             with config_errors_at(config, "run"):
                 world.main_first(take)
-            measurement.open(world, resume)
-            log.info("\n".join(measurement.plan()))
-            for factor in self.branches.factors:
-                status = measurement.train(factor)
+            measurement.claim_directory(world, resume)
+            log.info("\n".join(measurement.describe()))
+            for multiplier in self.branches.batch_multipliers:
+                status = measurement.train_branch(multiplier)
                 if status:
                     return status
             if world.is_main:
                 setup_logging(measurement.directory.log, speak=True)
-                report(measurement)
+                write_report(measurement)
             return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
         """Check what can be checked, and show the branches."""
-        print("\n".join(CriticalBatchMeasurement(self, config, world_size).plan()))
+        print("\n".join(CriticalBatchMeasurement(self, config, world_size).describe()))
         return 0
 
 
@@ -94,15 +94,15 @@ class CriticalBatchMeasurement:
         self.recipe, self.config, self.branches = recipe, config, recipe.branches
         self.directory = RunDirectory(recipe.run.directory)
         self.folder = self.directory.path / "branches"
-        self.begun = self.folder / "start.json"
+        self.start_file = self.folder / "start.json"
         self.report = self.directory.path / "critical_batch.json"
         self.picture = self.report.with_suffix(".png")
         with config_errors_at(config, "parallel"):
             sizes = recipe.parallel.sizes(world_size)
-        layout = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
+        rounding = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
         with config_errors_at(config, "branches"):
-            self.start = find_branch_point(self.branches, layout, config)
+            self.start = find_branch_point(self.branches, rounding, config)
             own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
             if any(is_inside(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
                 raise InputError(
@@ -110,21 +110,21 @@ class CriticalBatchMeasurement:
                     f"{self.start.checkpoint} lies in the directory of this run; "
                     "give the measurement a --run.name of its own",
                 )
-            largest = self.branches.factors[-1] * self.start.batch * self.length
+            largest = self.branches.batch_multipliers[-1] * self.start.batch * self.length
             if self.branches.tokens < largest:
                 raise InputError(
                     "tokens",
-                    f"less than the {largest} of one step at factor {self.branches.factors[-1]}; "
-                    "take more tokens, or leave out the largest factors",
+                    f"less than the {largest} of one step at multiplier {self.branches.batch_multipliers[-1]}; "
+                    "take more tokens, or leave out the largest of batch_multipliers",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
-        check_resumable(Path(self.start.checkpoint), self.of(1))
+        check_resumable(Path(self.start.checkpoint), self.config_for(1))
 
     @cached_property
     def smoothing_tokens(self) -> int:
         return self.branches.smoothing_tokens or -(-self.tokens // 4)
 
-    def of(self, factor: int) -> Config:
+    def config_for(self, multiplier: int) -> Config:
         """The configuration of a branch: all of this one but where, how far, and with which batch and rate."""
         checkpoint, start = self.recipe.checkpoint, self.start
         interval = checkpoint.interval_steps
@@ -133,43 +133,43 @@ class CriticalBatchMeasurement:
             BRANCH,
             {
                 "run": {
-                    "name": f"{self.recipe.run.name}, k = {factor}",
-                    "dir": str(self.folder / f"k-{factor:03d}"),
+                    "name": f"{self.recipe.run.name}, k = {multiplier}",
+                    "dir": str(self.folder / f"k-{multiplier:03d}"),
                     "if_exists": "replace",  # what is there without a checkpoint is worth nothing
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
-                "batch": {"use": "components.batch:Constant", "initial": factor * start.batch},
+                "batch": {"use": "components.batch:Constant", "initial_size": multiplier * start.batch},
                 "lr_schedule": {
                     "use": "components.lr_schedules:Constant",
-                    "max_lr": start.lr * math.sqrt(factor),
+                    "max_lr": start.lr * math.sqrt(multiplier),
                     "warmup_tokens": 0,
                 },
                 # as often in tokens as the first branch, and no more than continuing it needs
                 "checkpoint": {
-                    "interval_steps": "none" if interval is None else max(1, interval // factor),
+                    "interval_steps": "none" if interval is None else max(1, interval // multiplier),
                     "keep_last": 1,
                     "keep_every": "none",
                 },
             },
-            why=f"branch k = {factor}",
+            why=f"branch k = {multiplier}",
         )
 
-    def plan(self) -> Iterator[str]:
+    def describe(self) -> Iterator[str]:
         """The branches in lines."""
         start = self.start
         yield f"branches of {start.checkpoint}: step {start.step}, {format_count(start.tokens)} tokens"
         yield f"{'k':>6} {'batch':>8} {'batch tokens':>13} {'steps':>8} {'lr':>10}"
-        for factor in self.branches.factors:
-            batch, rate = factor * start.batch, start.lr * math.sqrt(factor)
+        for multiplier in self.branches.batch_multipliers:
+            batch, rate = multiplier * start.batch, start.lr * math.sqrt(multiplier)
             tokens = format_count(batch * self.length)
-            yield f"{factor:>6} {batch:>8} {tokens:>13} {self.steps(factor):>8} {rate:>10.3g}"
-        in_all = format_count(len(self.branches.factors) * self.tokens)
+            yield f"{multiplier:>6} {batch:>8} {tokens:>13} {self.planned_steps(multiplier):>8} {rate:>10.3g}"
+        in_all = format_count(len(self.branches.batch_multipliers) * self.tokens)
         yield f"{format_count(self.tokens)} tokens each, {in_all} in all, in {self.folder}"
 
-    def steps(self, factor: int) -> int:
-        return -(-self.tokens // (factor * self.start.batch * self.length))
+    def planned_steps(self, multiplier: int) -> int:
+        return -(-self.tokens // (multiplier * self.start.batch * self.length))
 
-    def open(self, world: DistributedContext, resume: Resume | None) -> None:
+    def claim_directory(self, world: DistributedContext, resume: Resume | None) -> None:
         """Make the run directory ready, or find it so. The branches in it are kept only for the same measurement."""
 
         def claim() -> None:
@@ -177,17 +177,17 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         launch = os.environ.get(LAUNCH_ID)
-        again = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
-        begun = self.begun
+        is_restart = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
+        start_file = self.start_file
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
                 raise ValueError("--resume=PATH: what to branch from is branches.checkpoint; say --resume alone")
-            if resume is not None and not begun.exists():
+            if resume is not None and not start_file.exists():
                 raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
             world.main_first(claim)
-            if again and begun.exists():
-                self._compare(begun)
-            elif begun.exists() and self.recipe.run.if_exists == "refuse":
+            if is_restart and start_file.exists():
+                self._require_same_measurement(start_file)
+            elif start_file.exists() and self.recipe.run.if_exists == "refuse":
                 raise ValueError(
                     f"{self.directory.path} already holds a measurement; continue it with --resume, give this one "
                     "another --run.name, or say --run.if_exists=replace"
@@ -197,84 +197,88 @@ class CriticalBatchMeasurement:
         def store() -> None:
             if not world.is_main:
                 return
-            if not (again and begun.exists()):
-                self._remove()
+            if not (is_restart and start_file.exists()):
+                self._remove_old()
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
                 self.directory.remember(launches)
             atomic_write(self.directory.config, self.config.to_toml())
-            atomic_write(begun, json.dumps(asdict(self.start), indent=1) + "\n")
+            atomic_write(start_file, json.dumps(asdict(self.start), indent=1) + "\n")
 
         world.barrier()  # nobody may still be looking at what is deleted here
         with config_errors_at(self.config, "run"):
             world.main_first(store)
         setup_logging(self.directory.log if world.is_main else None, speak=world.is_main)
 
-    def _remove(self) -> None:
+    def _remove_old(self) -> None:
         """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""
         for branch in map(RunDirectory, sorted(self.folder.glob("k-*"))):
             remove_old_run(branch)
             branch.release()
         self.directory.clear()
         self.directory.stop.unlink(missing_ok=True)
-        for written in (self.begun, self.report, self.picture):
+        for written in (self.start_file, self.report, self.picture):
             written.unlink(missing_ok=True)
 
-    def train(self, factor: int) -> int:
+    def train_branch(self, multiplier: int) -> int:
         """Train a branch to its end, from its newest checkpoint if it has one; returns the exit status.
 
         One whose loss is not finite has ended, too: the batch was too large, or its rate.
         """
-        config = self.of(factor)
+        config = self.config_for(multiplier)
         own = list_checkpoints(config.recipe.run.directory / "checkpoints")
-        if own and self._is_finished(factor, own[-1]):
-            log.info(f"branch k = {factor} is finished")
+        if own and self._is_finished(multiplier, own[-1]):
+            log.info(f"branch k = {multiplier} is finished")
             return 0
         # a branch that ended between its last save and its validation is trained again
         unfinished = own and read_run_state(own[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
         try:
             status: int = config.recipe.main(config, Resume(None if unfinished else Path(self.start.checkpoint)))
         except NonFiniteError as error:
-            if factor == 1:
+            if multiplier == 1:
                 raise
-            log.error(f"branch k = {factor}: {error}")
+            log.error(f"branch k = {multiplier}: {error}")
             status = 0
         gc.collect()  # a model holds itself in cycles, and the next one needs its memory
         return status
 
-    def rows(self, factor: int) -> list[dict[str, Any]]:
+    def read_rows(self, multiplier: int) -> list[dict[str, Any]]:
         """What a branch wrote of the steps of this measurement."""
-        last = self.start.step + self.steps(factor)
-        return [row for row in read_rows(RunDirectory(self.folder / f"k-{factor:03d}").metrics) if row["step"] <= last]
+        last = self.start.step + self.planned_steps(multiplier)
+        return [
+            row for row in read_rows(RunDirectory(self.folder / f"k-{multiplier:03d}").metrics) if row["step"] <= last
+        ]
 
-    def branch(self, factor: int) -> Branch:
+    def read_branch(self, multiplier: int) -> Branch:
         """What a finished branch has shown."""
-        start, rows = self.start, self.rows(factor)
+        start, rows = self.start, self.read_rows(multiplier)
         validated = [row["val_loss"] for row in rows if "val_loss" in row]
         return Branch(
-            factor=factor,
-            batch=factor * start.batch,
-            batch_tokens=factor * start.batch * self.length,
-            lr=start.lr * math.sqrt(factor),
-            steps=self.steps(factor),
+            multiplier=multiplier,
+            batch=multiplier * start.batch,
+            batch_tokens=multiplier * start.batch * self.length,
+            lr=start.lr * math.sqrt(multiplier),
+            steps=self.planned_steps(multiplier),
             losses=tuple(math.nan if row["loss"] is None else row["loss"] for row in rows if "loss" in row),
-            val_loss=validated[-1] if validated and rows[-1]["step"] == start.step + self.steps(factor) else None,
+            val_loss=validated[-1]
+            if validated and rows[-1]["step"] == start.step + self.planned_steps(multiplier)
+            else None,
             noise_scales=tuple(row["noise_scale"] for row in rows if row.get("noise_scale") is not None),
         )
 
-    def _is_finished(self, factor: int, newest: Path) -> bool:
-        rows = self.rows(factor)
+    def _is_finished(self, multiplier: int, newest: Path) -> bool:
+        rows = self.read_rows(multiplier)
         reached = read_run_state(newest)["clock"]["tokens"] >= self.start.tokens + self.tokens
         return reached and (
             self.recipe.validation is None or any("val_loss" in row for row in rows if row["step"] == rows[-1]["step"])
         )
 
-    def _compare(self, begun: Path) -> None:
+    def _require_same_measurement(self, start_file: Path) -> None:
         """Raises ValueError if the branches that are there are not of this measurement."""
         try:
-            before = BranchPoint(**json.loads(begun.read_bytes()))
+            before = BranchPoint(**json.loads(start_file.read_bytes()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"--resume: {begun} is damaged: {error}") from None
+            raise ValueError(f"--resume: {start_file} is damaged: {error}") from None
         if before != self.start:
             raise ValueError(
                 f"--resume: {self.directory.path} began with {before}, this is {self.start}; "
@@ -284,17 +288,17 @@ class CriticalBatchMeasurement:
         problems = [
             self.config.problem(key, f"{old!r} in the finished branches, {now!r} now; give this one a --run.name")
             for key, old, now in diff_config(self.directory.config, self.config)
-            if rule_of(key) != "free" and not key.startswith(unused)
+            if rule_of(key) != "allow" and not key.startswith(unused)
         ]
         if problems:
             raise ConfigError(problems)
 
 
-def report(measurement: CriticalBatchMeasurement) -> None:
+def write_report(measurement: CriticalBatchMeasurement) -> None:
     """Table, critical_batch.json and picture."""
     branches, start = measurement.branches, measurement.start
     found = Report(
-        branches=tuple(measurement.branch(factor) for factor in branches.factors),
+        branches=tuple(measurement.read_branch(multiplier) for multiplier in branches.batch_multipliers),
         smoothing_tokens=measurement.smoothing_tokens,
         tolerance=branches.tolerance,
         sequence_length=measurement.length,

@@ -29,7 +29,7 @@ class Branches:
     """The checkpoint to branch from, or a run directory: its newest."""
     tokens: PositiveCount
     """Length of each branch; rounded up to whole steps of the largest batch."""
-    factors: tuple[PositiveCount, ...] = (1, 2, 4, 8, 16)
+    batch_multipliers: tuple[PositiveCount, ...] = (1, 2, 4, 8, 16)
     """The batch of each branch, as a multiple of B; the rate grows with the square root."""
     tolerance: Annotated[float, Field(ge=0)] = 0.01
     """How far above that of the first branch a loss may end, in nats a token."""
@@ -41,10 +41,15 @@ class Branches:
     """The rate of the first branch; unset: what the checkpoint's run would use next."""
 
     def __post_init__(self) -> None:
-        if self.factors[:1] != (1,):
-            raise InputError("factors", f"{list(self.factors)} do not start at 1, with which the others are compared")
-        if any(one >= next_one for one, next_one in zip(self.factors, self.factors[1:], strict=False)):
-            raise InputError("factors", f"{list(self.factors)} do not increase")
+        if self.batch_multipliers[:1] != (1,):
+            raise InputError(
+                "batch_multipliers",
+                f"{list(self.batch_multipliers)} do not start at 1, with which the others are compared",
+            )
+        if any(
+            one >= next_one for one, next_one in zip(self.batch_multipliers, self.batch_multipliers[1:], strict=False)
+        ):
+            raise InputError("batch_multipliers", f"{list(self.batch_multipliers)} do not increase")
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,14 @@ class BranchPoint:
     step: int
     tokens: int
     batch: int
-    """B, as the layout makes it."""
+    """B, as the rounding makes it."""
     lr: float
 
 
-def find_branch_point(branches: Branches, layout: BatchRounding, config: Config) -> BranchPoint:
+def find_branch_point(branches: Branches, rounding: BatchRounding, config: Config) -> BranchPoint:
     """Where those of the recipe in `config` begin. Raises ValueError, at the key it names, where nothing can."""
     try:
-        checkpoint = complete_checkpoint(branches.checkpoint)
+        checkpoint = find_complete_checkpoint(branches.checkpoint)
         verify(checkpoint)
         state = read_run_state(checkpoint)
     except ValueError as error:
@@ -70,7 +75,7 @@ def find_branch_point(branches: Branches, layout: BatchRounding, config: Config)
     batch, lr = branches.batch, branches.lr
     if batch is None or lr is None:
         try:
-            run = load_stored_config(checkpoint, like=config, remedy="set batch and lr instead").recipe
+            run = load_stored_config(checkpoint, trusted_config=config, remedy="set batch and lr instead").recipe
         except ValueError as error:
             raise InputError("checkpoint", str(error)) from None
         clock = TrainingClock(run.training.total_tokens, run.training.sequence_length)
@@ -80,7 +85,7 @@ def find_branch_point(branches: Branches, layout: BatchRounding, config: Config)
             policy.load_state_dict(state["batch"])
             batch = policy.next_batch_size(clock)
         if lr is None:
-            batch_tokens = layout.fit(batch).samples * clock.sequence_length
+            batch_tokens = rounding.fit(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
             raise InputError("lr", f"the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
@@ -88,12 +93,12 @@ def find_branch_point(branches: Branches, layout: BatchRounding, config: Config)
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],
         tokens=state["clock"]["tokens"],
-        batch=layout.fit(batch).samples,
+        batch=rounding.fit(batch).samples,
         lr=lr,
     )
 
 
-def complete_checkpoint(path: Path) -> Path:
+def find_complete_checkpoint(path: Path) -> Path:
     """As `checkpoint_at`, with every file it takes. Raises ValueError."""
     checkpoint = find_checkpoint_at(path)
     missing = [name for name in ("config.toml", ".metadata") if not (checkpoint / name).is_file()]

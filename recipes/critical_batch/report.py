@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from components.critical_batch import largest_factor, smoothed, within
+from components.critical_batch import is_within_tolerance, largest_factor, smoothed
 from components.plotting import import_pyplot, label_tokens, save_figure
 from components.units import format_count
 
@@ -19,7 +19,7 @@ from components.units import format_count
 class Branch:
     """One branch, trained."""
 
-    factor: int
+    multiplier: int
     batch: int
     """In samples."""
     batch_tokens: int
@@ -60,24 +60,24 @@ class Report:
         ]
 
     @property
-    def factor(self) -> int:
+    def multiplier(self) -> int:
         """k*"""
-        return largest_factor([branch.factor for branch in self.branches], self.losses, self.tolerance)
+        return largest_factor([branch.multiplier for branch in self.branches], self.losses, self.tolerance)
 
     @property
     def batch(self) -> int:
         """The critical batch, in samples."""
-        return self.factor * self.branches[0].batch
+        return self.multiplier * self.branches[0].batch
 
     @property
     def is_lower_bound(self) -> bool:
         """Whether no branch was too large: the critical batch lies beyond them."""
-        return self.factor == self.branches[-1].factor
+        return self.multiplier == self.branches[-1].multiplier
 
     @property
     def _too_large(self) -> int:
-        """The factor after k*, where there is one."""
-        return min(branch.factor for branch in self.branches if branch.factor > self.factor)
+        """The multiplier after k*, where there is one."""
+        return min(branch.multiplier for branch in self.branches if branch.multiplier > self.multiplier)
 
     @property
     def noise_scale(self) -> float | None:
@@ -89,13 +89,13 @@ class Report:
         """As JSON."""
         rows = [
             {
-                "k": branch.factor,
+                "k": branch.multiplier,
                 "batch": branch.batch,
                 "lr": branch.lr,
                 "steps": branch.steps,
                 "smoothed_loss": loss if math.isfinite(loss) else None,
                 "difference": loss - self.losses[0] if math.isfinite(loss) else None,
-                "within_tolerance": within(loss, self.losses[0], self.tolerance),
+                "within_tolerance": is_within_tolerance(loss, self.losses[0], self.tolerance),
                 "val_loss": branch.val_loss,
             }
             for branch, loss in zip(self.branches, self.losses, strict=True)
@@ -104,7 +104,7 @@ class Report:
             "smoothing_tokens": self.smoothing_tokens,
             "tolerance": self.tolerance,
             "branches": rows,
-            "k_star": self.factor,
+            "k_star": self.multiplier,
             "critical_batch": self.batch,
             "critical_batch_tokens": self.batch * self.sequence_length,
             "is_lower_bound": self.is_lower_bound,
@@ -126,7 +126,7 @@ class Report:
         least, beyond = "at least ", "no branch was too large"
         if not self.is_lower_bound:
             least, beyond = "", f"k = {self._too_large} is too large"
-        yield f"k* = {self.factor}: the critical batch is {least}{self.batch} samples, {tokens} tokens; {beyond}"
+        yield f"k* = {self.multiplier}: the critical batch is {least}{self.batch} samples, {tokens} tokens; {beyond}"
         noise = "not measured" if self.noise_scale is None else f"{self.noise_scale:.4g} samples"
         yield f"gradient noise scale of the branch k = 1: {noise}"
 
@@ -136,7 +136,7 @@ def draw_report(report: Report, output: Path) -> None:
     figure, (over_tokens, over_batch) = import_pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     for branch, curve in zip(report.branches, report.curves, strict=True):
         tokens = [branch.batch_tokens * (step + 1) for step in range(len(curve))]
-        over_tokens.plot(tokens, curve, label=f"k = {branch.factor}")
+        over_tokens.plot(tokens, curve, label=f"k = {branch.multiplier}")
     over_tokens.set_ylabel("smoothed loss, nats a token")
     label_tokens(over_tokens, "tokens since the checkpoint")
     over_tokens.legend()

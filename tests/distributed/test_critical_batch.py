@@ -8,7 +8,11 @@ import pytest
 
 from tests.distributed.launching import finish, start
 
-MEASURE = ["--recipe=recipes.critical_batch:CriticalBatch", "--branches.factors=[1,2]", "--branches.tokens=768"]
+MEASURE = [
+    "--recipe=recipes.critical_batch:CriticalBatch",
+    "--branches.batch_multipliers=[1,2]",
+    "--branches.tokens=768",
+]
 """Four steps of 8 samples of 24 tokens, two of 16."""
 
 

@@ -38,7 +38,7 @@ class Measured:
         self.tiny = tiny
         self.directory = tiny.folder / "measured"
         self.arguments = [RECIPE, f"--run.dir={self.directory}", f"--branches.checkpoint={tiny.checkpoint(FROM)}"]
-        self.arguments += [f"--branches.tokens={TOKENS}", "--branches.factors=[1,2]"]
+        self.arguments += [f"--branches.tokens={TOKENS}", "--branches.batch_multipliers=[1,2]"]
 
     def launch(self, *more: str) -> int:
         return self.tiny.launch(*self.arguments, *more)
@@ -46,8 +46,8 @@ class Measured:
     def json(self) -> dict:
         return json.loads((self.directory / "critical_batch.json").read_text())
 
-    def rows(self, factor: int) -> list[dict]:
-        metrics = self.directory / "branches" / f"k-{factor:03d}" / "metrics.jsonl"
+    def rows(self, multiplier: int) -> list[dict]:
+        metrics = self.directory / "branches" / f"k-{multiplier:03d}" / "metrics.jsonl"
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
@@ -64,34 +64,34 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
     said = capsys.readouterr().out
     assert tiny.rows() == before, "the run branched from is left alone"
     clock = json.loads((tiny.checkpoint(FROM) / "state.json").read_text())["clock"]
-    for factor, steps in ((1, 10), (2, 5)):
-        hand = tiny.folder / f"hand-{factor}"
+    for multiplier, steps in ((1, 10), (2, 5)):
+        hand = tiny.folder / f"hand-{multiplier}"
         status = tiny.launch(
             f"--resume={tiny.checkpoint(FROM)}",
             f"--run.dir={hand}",
             "--batch.use=components.batch:Constant",
-            f"--batch.initial_size={12 * factor}",
+            f"--batch.initial_size={12 * multiplier}",
             "--lr_schedule.use=components.lr_schedules:Constant",
-            f"--lr_schedule.max_lr={0.01 * math.sqrt(factor)}",
+            f"--lr_schedule.max_lr={0.01 * math.sqrt(multiplier)}",
             f"--training.total_tokens={clock['tokens'] + ROUNDED}",
         )
         assert status == 0
         rows = [json.loads(line) for line in (hand / "metrics.jsonl").read_text().splitlines()]
-        assert timeless(measured.rows(factor)) == timeless(rows)
+        assert timeless(measured.rows(multiplier)) == timeless(rows)
         assert len([row for row in rows if "loss" in row]) == steps
 
     found = measured.json()
     assert (found["batch"], found["lr"], found["tokens"]) == (12, 0.01, clock["tokens"])
     assert (found["branch_tokens"], found["smoothing_tokens"]) == (ROUNDED, ROUNDED // 4)
-    for row, factor, steps in zip(found["branches"], (1, 2), (10, 5), strict=True):
-        assert (row["k"], row["batch"], row["steps"]) == (factor, 12 * factor, steps)
-        assert row["lr"] == pytest.approx(0.01 * math.sqrt(factor))
-        losses = [step["loss"] for step in measured.rows(factor) if "loss" in step]
-        keep = math.exp(-12 * factor * 24 / (ROUNDED / 4))
+    for row, multiplier, steps in zip(found["branches"], (1, 2), (10, 5), strict=True):
+        assert (row["k"], row["batch"], row["steps"]) == (multiplier, 12 * multiplier, steps)
+        assert row["lr"] == pytest.approx(0.01 * math.sqrt(multiplier))
+        losses = [step["loss"] for step in measured.rows(multiplier) if "loss" in step]
+        keep = math.exp(-12 * multiplier * 24 / (ROUNDED / 4))
         weights = [keep ** (len(losses) - 1 - i) for i in range(len(losses))]
         wanted = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
         assert row["smoothed_loss"] == pytest.approx(wanted)
-        assert row["val_loss"] == measured.rows(factor)[-1]["val_loss"]
+        assert row["val_loss"] == measured.rows(multiplier)[-1]["val_loss"]
     first, second = found["branches"]
     assert second["difference"] == second["smoothed_loss"] - first["smoothed_loss"]
     assert first["within_tolerance"]
@@ -129,7 +129,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     saves = "--checkpoint.interval_steps=" + ("100" if moment == "before its first save" else "2")
     assert measured.launch(saves) == 0
     whole = measured.json()
-    rows = {factor: timeless(measured.rows(factor)) for factor in (1, 2)}
+    rows = {multiplier: timeless(measured.rows(multiplier)) for multiplier in (1, 2)}
     shutil.rmtree(measured.directory)
 
     validate = Validate.validate
@@ -156,7 +156,7 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     assert measured.launch("--resume", saves) == 0
     assert measured.json() == whole
     assert (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes() == finished
-    assert {factor: timeless(measured.rows(factor)) for factor in (1, 2)} == rows
+    assert {multiplier: timeless(measured.rows(multiplier)) for multiplier in (1, 2)} == rows
     assert len(taken) == (2 if moment == "after a save" else 5), "it continues from its newest checkpoint"
 
 
@@ -256,11 +256,11 @@ def test_mistakes_are_told_in_one_message(measured, capsys):
     for dry in ([], ["--dry-run"]):
         assert "is no directory" in refused(measured, capsys, "--branches.checkpoint=nowhere", *dry)
         assert "neither a checkpoint nor" in refused(measured, capsys, f"--branches.checkpoint={tiny.folder}", *dry)
-        assert "do not start at 1" in refused(measured, capsys, "--branches.factors=[2,4]", *dry)
-        assert "do not start at 1" in refused(measured, capsys, "--branches.factors=[]", *dry)
-        assert "do not increase" in refused(measured, capsys, "--branches.factors=[1,4,4]", *dry)
+        assert "do not start at 1" in refused(measured, capsys, "--branches.batch_multipliers=[2,4]", *dry)
+        assert "do not start at 1" in refused(measured, capsys, "--branches.batch_multipliers=[]", *dry)
+        assert "do not increase" in refused(measured, capsys, "--branches.batch_multipliers=[1,4,4]", *dry)
         assert "branches.tokens" in (said := refused(measured, capsys, "--branches.tokens=575", *dry))
-        assert "less than the 576 of one step at factor 2" in said
+        assert "less than the 576 of one step at multiplier 2" in said
         assert "model.dim" in (said := refused(measured, capsys, "--model.dim=32", *dry))
         assert "another run's state" in said
         assert "directory of this run" in refused(measured, capsys, f"--run.dir={tiny.directory}", *dry)
@@ -290,13 +290,13 @@ def test_a_training_run_is_never_replaced_by_a_measurement(measured, capsys):
 
 def test_a_measurement_behind_links_replaces_only_what_one_wrote(measured, capsys):
     others = Others(measured.tiny.folder)
-    assert measured.launch("--branches.factors=[1]") == 0
+    assert measured.launch("--branches.batch_multipliers=[1]") == 0
     branches = measured.directory / "branches"
     others.write(branches / "notes.md", branches / "k-001" / "notes.md", branches / "k-777" / "metrics.jsonl")
     others.write(measured.directory / "photograph.png")
     moved_and_linked(branches, measured.tiny.folder / "elsewhere")
     moved_and_linked(branches / "k-001" / "checkpoints", measured.tiny.folder / "elsewhere")
-    again = ["--run.if_exists=replace", "--branches.factors=[1]"]
+    again = ["--run.if_exists=replace", "--branches.batch_multipliers=[1]"]
     inside = f"--branches.checkpoint={measured.tiny.folder / 'elsewhere' / 'checkpoints'}"
     assert "lies in the directory of this run" in refused(measured, capsys, *again, inside)
     assert measured.launch(*again, "--branches.lr=0.02") == 0
@@ -310,7 +310,7 @@ def test_a_measurement_behind_links_replaces_only_what_one_wrote(measured, capsy
 def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measured, monkeypatch, capsys):
     assert "no branches in" in refused(measured, capsys, "--resume")
     assert "branches.checkpoint; say --resume alone" in refused(measured, capsys, f"--resume={measured.tiny.directory}")
-    assert measured.launch("--branches.factors=[1]") == 0
+    assert measured.launch("--branches.batch_multipliers=[1]") == 0
     assert "already holds a measurement" in refused(measured, capsys)
     assert "began with" in refused(measured, capsys, "--resume", "--branches.lr=0.02")
     assert "in the finished branches" in refused(measured, capsys, "--resume", "--optimizer.weight_decay=0.0")
@@ -319,7 +319,7 @@ def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measure
         with pytest.raises(Killed):
             measured.launch("--run.if_exists=replace", "--branches.lr=0.02")
     assert not (measured.directory / "critical_batch.json").exists(), "it was of another measurement"
-    assert measured.launch("--run.if_exists=replace", "--branches.lr=0.02", "--branches.factors=[1]") == 0
+    assert measured.launch("--run.if_exists=replace", "--branches.lr=0.02", "--branches.batch_multipliers=[1]") == 0
     assert measured.json()["lr"] == 0.02
     assert not (measured.directory / "branches" / "k-002").exists()
 
@@ -329,14 +329,14 @@ def test_a_branch_with_a_step_that_was_stepped_over_is_not_within():
     losses = {1: (3.0, 2.9), 2: (3.0, math.nan)}
     branches = [Branch(k, 8 * k, 64 * k, 0.1, 2, each, None, ()) for k, each in losses.items()]
     report = Report(tuple(branches), 100, 0.01, 8)
-    assert report.factor == 1
+    assert report.multiplier == 1
     assert report.summary()["branches"][1]["smoothed_loss"] is None
 
 
 @pytest.mark.quick
 def test_the_noise_scale_is_the_median_of_what_was_measured_in_the_first_branch():
-    def branch(factor: int, noise: tuple[float, ...]) -> Branch:
-        return Branch(factor, 8 * factor, 64 * factor, 0.1, 2, (3.0, 3.0), None, noise)
+    def branch(multiplier: int, noise: tuple[float, ...]) -> Branch:
+        return Branch(multiplier, 8 * multiplier, 64 * multiplier, 0.1, 2, (3.0, 3.0), None, noise)
 
     report = Report((branch(1, (40.0, 10.0, 90.0)), branch(2, (1.0,))), 100, 0.01, 8)
     assert report.summary()["noise_scale"] == 40.0

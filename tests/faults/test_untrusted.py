@@ -106,7 +106,7 @@ LOADERS: dict[str, Callable[[TinyRun], object]] = {
         "--recipe=recipes.critical_batch:CriticalBatch",
         f"--branches.checkpoint={newest(tiny)}",
         "--branches.tokens=400",
-        "--branches.factors=[1]",
+        "--branches.batch_multipliers=[1]",
         "--branches.lr=0.001",
         f"--run.dir={tiny.folder / 'branches'}",
     ),

@@ -16,7 +16,7 @@ from recipes.cli import (
     WorldShape,
     choose_allocator,
     launch_workers,
-    parse,
+    parse_arguments,
     resolve_world_shape,
 )
 from recipes.config import Override, load
@@ -25,13 +25,15 @@ pytestmark = pytest.mark.quick
 
 
 def test_without_a_recipe_it_is_the_debug_one():
-    command = parse([])
+    command = parse_arguments([])
     assert command.config == DEFAULT_CONFIG
     assert DEFAULT_CONFIG.is_file()
 
 
 def test_both_forms_of_an_override():
-    command = parse(["my.toml", "--training.total_tokens=4B", "--run.name", "x", "--batch.initial_size", "-3"])
+    command = parse_arguments(
+        ["my.toml", "--training.total_tokens=4B", "--run.name", "x", "--batch.initial_size", "-3"]
+    )
     assert command.config == Path("my.toml")
     assert command.overrides == (
         Override("training.total_tokens", "4B"),
@@ -41,7 +43,7 @@ def test_both_forms_of_an_override():
 
 
 def test_an_override_may_hold_an_equals_sign():
-    assert parse(["--run.name=a=b"]).overrides == (Override("run.name", "a=b"),)
+    assert parse_arguments(["--run.name=a=b"]).overrides == (Override("run.name", "a=b"),)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +51,13 @@ def test_an_override_may_hold_an_equals_sign():
     [([], False, None), (["--resume"], True, None), (["--resume=runs/x"], True, Path("runs/x"))],
 )
 def test_resume(arguments, resume, path):
-    command = parse(arguments)
+    command = parse_arguments(arguments)
     assert (command.resume, command.resume_path) == (resume, path)
 
 
 def test_options_and_the_recipe_may_come_in_any_order():
     for arguments in (["--resume", "my.toml", "--print-config"], ["--print-config", "--resume", "my.toml"]):
-        assert parse(arguments) == Command(Path("my.toml"), resume=True, print_config=True)
+        assert parse_arguments(arguments) == Command(Path("my.toml"), resume=True, print_config=True)
 
 
 def test_help_lists_options_and_exit_codes(capsys):
@@ -69,7 +71,7 @@ def test_help_lists_options_and_exit_codes(capsys):
     ("arguments", "claim"), [([], None), (["--dry-run"], ""), (["--dry-run=H100@45%"], "H100@45%")]
 )
 def test_dry_run(arguments, claim):
-    assert parse(arguments).dry_run == claim
+    assert parse_arguments(arguments).dry_run == claim
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_dry_run(arguments, claim):
 )
 def test_what_makes_no_sense_is_told(arguments, said):
     with pytest.raises(UsageError, match=said):
-        parse(arguments)
+        parse_arguments(arguments)
 
 
 @pytest.mark.parametrize(

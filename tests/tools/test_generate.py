@@ -68,7 +68,7 @@ def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(refer
     assert import_hf.main([str(reference("checkpoints/tiny-random-llama")), str(directory)]) == 0
     found = load_pretrained(directory)
     model = found.component.build(vocab_size=found.vocab_size, sequence_length=64)
-    found.read(model, alone=True)
+    found.load_weights(model, single_process=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     given = torch.randint(found.vocab_size, (9,), generator=torch.Generator().manual_seed(0))
     expected = theirs.generate(given[None], attention_mask=torch.ones(1, 9), max_new_tokens=40, do_sample=False)
@@ -80,7 +80,7 @@ def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(refer
     written = [ids[0] for ids in steps]
     assert written == [id for id in expected[0, 9:].tolist() if id != 2]
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
-        found.encoder()
+        found.load_tokenizer()
 
 
 @pytest.mark.parametrize("how", [["--greedy"], ["--temperature=1.3", "--top-k=40", "--top-p=0.95", "--seed=5"]])
