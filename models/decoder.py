@@ -105,7 +105,7 @@ class Decoder(nn.Module):
             self.layers
         )
 
-    def separate_documents(self, end_of_document: int) -> None:
+    def enable_document_masking(self, end_of_document: int) -> None:
         """From now on that token starts a document: none sees one of another, and positions count from the start."""
         self.end_of_document = end_of_document
 

@@ -1,4 +1,4 @@
-"""Start the launcher of this checkout, whatever the working directory holds: `python -m` would look there first."""
+"""Start the launcher of this checkout. `python -m` would first look in the working directory for its packages."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from components.standard_streams import run_command  # noqa: E402
 from recipes.cli import is_worker, main  # noqa: E402
 
-if __name__ == "__main__":  # processes that prepare data import this file again, by another name
+if __name__ == "__main__":  # worker processes that tokenize data import this file again, under another name
     status = run_command(lambda: main(sys.argv[1:]))
     if is_worker():
-        # All is saved and closed. What the interpreter would still take down, threads of process groups that something
-        # refers to, now and then aborts there, and a run that was done would count as failed.
+        # Everything is saved and closed. Interpreter shutdown sometimes aborts in a thread of a process group, and a
+        # finished run would then count as failed.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Handle a bad step: one whose loss, gradient, learning rate or samples are bad."""
+"""Handle a step whose loss, gradient norm, learning rate or samples are bad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("powertrain")
 
 
 class BadStepError(RunError):
-    """A step was bad, and the recipe says stop."""
+    """A step was bad and the guard stopped the run."""
 
 
 class NonFiniteError(BadStepError):
@@ -29,64 +29,64 @@ class NonFiniteError(BadStepError):
 
 
 class NonFiniteStateError(NonFiniteError):
-    """The parameters or the optimizer's state are not finite: there is nothing to save."""
+    """The parameters or the optimizer state are not finite, so they are not saved."""
 
 
 class Checkpoints(Protocol):
-    """What is asked of the checkpoints of a run; see `recipes.checkpointing`."""
+    """The methods of `recipes.checkpointing.RunCheckpoints` that are used here."""
 
     @property
     def newest(self) -> str: ...
     def save_before_end(self) -> None: ...
-    def restore_newest(self, what: str, then: str = "") -> bool: ...
+    def restore_newest(self, reason: str, then: str = "") -> bool: ...
 
 
 def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: Checkpoints) -> None:
-    """Do what the guard decided about a step whose update was skipped: go on, return to a checkpoint, or end.
+    """Carry out the guard's decision on a step whose update was skipped: continue, roll back to a checkpoint, or stop.
 
-    Raises BadStepError after saving the state without the step.
+    To stop, it saves the state without the step and raises BadStepError.
     """
-    what = (
+    reason = (
         f"step {launched.progress.step} (samples {launched.first_sample} to {launched.progress.samples - 1}): {bad.why}"
     )
     if bad.action == "stop":
-        _stop(bad, what, checkpoints)
+        _stop(bad, reason, checkpoints)
     if bad.action == "roll_back":
-        if checkpoints.restore_newest(what, ", and these samples are stepped over"):
+        if checkpoints.restore_newest(reason, "; these samples are skipped"):
             return
-        what = f"{what}; there is no checkpoint yet to return to"
-    log.warning(f"{what}; its update is left out")
+        reason = f"{reason}; there is no checkpoint to roll back to"
+    log.warning(f"{reason}; update skipped")
 
 
-def _stop(bad: BadStep, what: str, checkpoints: Checkpoints) -> None:
+def _stop(bad: BadStep, reason: str, checkpoints: Checkpoints) -> None:
     key = "on_spike" if bad.finite else "on_nonfinite"
     try:
         checkpoints.save_before_end()
-    except NonFiniteStateError as error:  # skipping the step would not help
-        raise NonFiniteStateError(f"{what}. The parameters were not updated, but {error}") from None
+    except NonFiniteStateError as error:  # continuing without the step would not help
+        raise NonFiniteStateError(f"{reason}. The parameters were not updated, but {error}") from None
     raise (BadStepError if bad.finite else NonFiniteError)(
-        f"{what}. The parameters were not updated; the last good checkpoint is {checkpoints.newest}. "
-        f"To leave such steps out, continue with --resume --guard.{key}=skip; roll_back returns to the checkpoint"
+        f"{reason}. The parameters were not updated; the last good checkpoint is {checkpoints.newest}. "
+        f"Continue with --resume --guard.{key}=skip to skip such steps, or =roll_back to also restore the checkpoint"
     )
 
 
 def compute_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: Checkpoints) -> float:
-    """Return the learning rate of the step that starts now, on `step_tokens` tokens of all ranks.
+    """Return the learning rate of the next step, which trains on `step_tokens` tokens over all ranks.
 
-    Raises BadStepError, after saving, for one that no step may be taken at: a schedule is a pure function, so no step
-    after this one would help. It needs only numbers of the host, and comes before anything is computed.
+    Saves a checkpoint and raises BadStepError if the schedule raises, or returns a value that is negative or not
+    finite. A schedule is a pure function, so retrying would not help. Uses only values on the host.
     """
     lr, error = try_call(lambda: float(schedule.lr(clock.tokens, step_tokens, clock.total_tokens)))
     if lr is not None and math.isfinite(lr) and lr >= 0:
         return lr
-    found = f"gives the learning rate {lr}" if error is None else f"raises {type(error).__name__}: {error}"
-    if error is not None:  # a mistake in its code: the message alone would not find it
-        log.critical("the run crashed in [lr_schedule]; the traceback is in log.txt, too", exc_info=error)
+    found = f"returns the learning rate {lr}" if error is None else f"raises {type(error).__name__}: {error}"
+    if error is not None:  # the traceback locates the mistake in its code
+        log.critical("the run crashed in [lr_schedule]; the traceback is also in log.txt", exc_info=error)
     checkpoints.save_before_end()
     raise BadStepError(
-        f"step {clock.step + 1}: [lr_schedule] {type(schedule).__name__} {found} after {clock.tokens} tokens; it has "
-        "to be finite, and 0 or more. The step was not taken; the last good checkpoint is "
-        f"{checkpoints.newest}. Correct the schedule and continue with --resume"
+        f"step {clock.step + 1}: [lr_schedule] {type(schedule).__name__} {found} after {clock.tokens} tokens; it must "
+        f"be finite and >= 0. The step was not taken; the last good checkpoint is {checkpoints.newest}. Fix the "
+        "schedule and continue with --resume"
     ) from error
 
 
@@ -99,21 +99,22 @@ def handle_bad_samples(
     config: Config,
     world: DistributedContext,
 ) -> None:
-    """Do what the guard decides about a step of which some rank could not read a sample: skip it, or end.
+    """Carry out the guard's decision on a step with a sample that some rank could not read: skip the step, or stop.
 
-    Raises ConfigError at [data], on all ranks and after saving, or the error itself if the dataset's code is at fault.
+    To stop, it saves a checkpoint and raises ConfigError at [data] on all ranks, or the original error if the dataset
+    raised an error that does not stand for bad input.
     """
     step = f"step {clock.step + 1} (samples {clock.samples} to {clock.samples + batch.samples - 1})"
     bad = guard.judge_samples(f"{step} has a bad sample: {samples.first}")
     if bad.action == "skip":
-        log.warning(f"{bad.why}. The step is skipped")
+        log.warning(f"{bad.why}; step skipped")
         return
     checkpoints.save_before_end()
     kept = f"the last good checkpoint is {checkpoints.newest}"
-    remedy = "correct the data and continue with --resume; to skip such steps, add --guard.on_bad_sample=skip"
+    remedy = "fix the data and continue with --resume; to skip such steps, add --guard.on_bad_sample=skip"
     failure = samples.failure
     if failure is not None and not isinstance(failure, BAD_INPUT_ERRORS):
-        log.error(f"{bad.why}; {kept}; {remedy}")  # an error in the dataset's code: its traceback follows
+        log.error(f"{bad.why}; {kept}; {remedy}")  # a bug in the dataset: its traceback follows
     elif failure is not None:
         failure = ValueError(f"{bad.why}; {kept}; {remedy}")
     with config_errors_at(config, "data", started=True):

@@ -1,4 +1,4 @@
-"""Build the batch policy of a recipe."""
+"""Build the batch policy of a recipe, and check that it can adapt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from recipes.interfaces import complete_schedule
 
 
 def build_batch_policy(recipe: Any) -> BatchPolicy:
-    """Return a new policy for one run of `recipe`, whose [batch] is not changed.
+    """Return a new policy for one run of `recipe`, without changing its [batch].
 
-    Raises ValueError where [batch] and [lr_schedule] do not go together.
+    Raises ValueError if [batch] and [lr_schedule] cannot be combined.
     """
     training = recipe.training
     return complete_policy(
@@ -24,14 +24,22 @@ def build_batch_policy(recipe: Any) -> BatchPolicy:
     )
 
 
+def uses_adaptive_batch(recipe: Any) -> bool:
+    """Return whether the batch policy adapts; False if no policy can be built, which is reported elsewhere."""
+    try:
+        return build_batch_policy(recipe).is_adaptive
+    except ValueError:
+        return False
+
+
 def require_measurable_noise(policy: BatchPolicy, rounding: BatchRounding, progress: Progress) -> None:
-    """Raise InputError if an adaptive policy could never change the batch, because its noise cannot be measured."""
+    """Raise InputError if an adaptive policy starts with one micro-batch per step, whose noise cannot be measured."""
     if not policy.is_adaptive:
         return
     batch = rounding.fit(policy.next_batch_size(progress))
     if not rounding.shows_noise(batch):
         raise InputError(
             "initial_size",
-            f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-            f"gradient, so the batch could never change; take {2 * rounding.unit} or a smaller training.micro_batch_size",
+            f"a step of {batch.samples} samples is one micro-batch, and gradient noise needs at least 2 per step, so "
+            f"the batch could never change; use {2 * rounding.unit} or lower training.micro_batch_size",
         )

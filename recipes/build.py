@@ -1,19 +1,19 @@
 """Build the parts of a training run from its recipe, in the order of these functions.
 
-Every rank calls them. Each raises ConfigError at the section of the recipe that is at fault.
+Call each function on every rank. It raises ConfigError at the section of the recipe that is at fault. The first part,
+the `Environment`, is built by `recipes.run_setup`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from components import precision
@@ -21,19 +21,14 @@ from components.batch import BatchPolicy, BatchRounding
 from components.checkpoint import CheckpointManager, StateTensors
 from components.clock import TrainingClock
 from components.data.loader import MicroBatchLoader
-from components.data.loader_workers import check_workers
 from components.distributed import fsdp
 from components.distributed.context import DistributedContext
-from components.distributed.launcher import launch_time
 from components.distributed.parallel_dims import ParallelDims
 from components.gradient_noise import GradientNoiseHooks, backward_parameters
 from components.interfaces import PackedDataset
-from components.interrupts import SignalCatcher, StopRequests
-from components.metrics.console import setup_logging
 from components.metrics.logger import MetricLogger
 from components.precision import WorkingWeights
 from components.profiler import Profiler
-from components.run_directory import RunDirectory
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
@@ -42,64 +37,24 @@ from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import config_errors_at
-from recipes.hooks import Hook, complete_hook
+from recipes.hooks import Hook, HookContext, complete_hook
 from recipes.model_setup import build_model, enable_document_masking
 from recipes.parallelize import parallelize
 from recipes.prepared_data import require_prepared_data
-from recipes.resume import Resume, log_config_diff
-from recipes.run_setup import RunStart, claim_run_directory
+from recipes.run_setup import Environment
 from recipes.training_state import DataIdentity, TrainingState
 
 log = logging.getLogger("powertrain")
 
 
-@dataclass(frozen=True)
-class Environment:
-    """The processes and the directory of a run."""
-
-    world: DistributedContext
-    directory: RunDirectory
-    start: RunStart
-    console: Console
-    requests: StopRequests
-
-
-def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack) -> Environment:
-    """Join the processes, take the run directory and start the log."""
-    recipe = config.recipe
-    signals = cleanup.enter_context(SignalCatcher())
-    with config_errors_at(config, "run.device"):
-        world = DistributedContext.start(recipe.run.device)
-    cleanup.push(world.stop_unless_failed)
-    with config_errors_at(config, "training.num_workers"):
-        check_workers(recipe.training.num_workers)
-    directory = RunDirectory(recipe.run.directory)
-    start = claim_run_directory(directory, config, resume, world, cleanup)
-    with config_errors_at(config, "run"):
-        console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
-    for warning in start.warnings:
-        log.warning(warning)
-    if start.checkpoint is not None:
-        log_config_diff(start.checkpoint, config)
-    limit = recipe.run.max_minutes
-    requests = StopRequests(
-        signals,
-        file=directory.stop if world.is_main else None,
-        ends_at=None if limit is None else launch_time() + 60 * limit,
-    )
-    torch.manual_seed(recipe.run.seed + world.rank)
-    torch.use_deterministic_algorithms(recipe.run.deterministic)
-    return Environment(world, directory, start, console, requests)
-
-
 def build_policy(config: Config) -> BatchPolicy:
-    """Build the batch policy under the schedule of the recipe."""
+    """Build the batch policy for the learning-rate schedule of the recipe."""
     with config_errors_at(config, "batch"):
         return build_batch_policy(config.recipe)
 
 
 def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims, BatchRounding]:
-    """Build the mesh of the processes, and what it makes of a batch."""
+    """Build the mesh of the processes, and the rule that rounds batches up to it."""
     recipe = config.recipe
     with config_errors_at(config, "parallel"):
         mesh = recipe.parallel.build(world)
@@ -117,7 +72,7 @@ def build_hooks(config: Config) -> dict[str, Hook]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained and validated on."""
+    """The data to train and validate on."""
 
     dataset: PackedDataset
     identity: DataIdentity
@@ -126,7 +81,7 @@ class TrainingData:
 
 
 def build_data(config: Config, world: DistributedContext) -> TrainingData:
-    """Build the tokenizer, and open the data and the held-out data, which the main process prepares first."""
+    """Build the tokenizer and open the training and validation data, which the main process prepares first."""
     recipe = config.recipe
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
@@ -143,8 +98,8 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
         data_fingerprint: str | None = getattr(dataset, "fingerprint", None)
         if not world.agree(f"{len(dataset)} {data_fingerprint}"):
             raise ValueError(
-                f"the processes do not see the same data; this one has {len(dataset):,} sequences. Every node "
-                "needs the same files"
+                f"the processes do not see the same data; this one has {len(dataset):,} sequences. Put the same "
+                "files on every node"
             )
     validation = None
     if (held_out := recipe.validation) is not None:
@@ -160,12 +115,12 @@ class ShardedModel:
 
     model: Any
     precision: Literal["bf16", "float32"]
-    """Of the matrix products."""
+    """The dtype of the matrix products."""
     reduction: fsdp.GradSync
     compute: Callable[[], AbstractContextManager[object]]
-    """The context of forward and backward."""
+    """Returns the context in which forward and backward run."""
     working_copies: list[Tensor] | None
-    """The bf16 weights that backward reaches, of a model that FSDP2 does not shard."""
+    """The bf16 copies of the weights in which backward accumulates, for a model that FSDP2 does not shard."""
 
 
 def build_sharded_model(
@@ -181,7 +136,7 @@ def build_sharded_model(
         with config_errors_at(config, "data"):
             enable_document_masking(model, data.dataset, data.end_of_document)
     if training.compiles(device):
-        # compiled kernels are found again by the next run; it is read when the compiler is first imported
+        # lets the next run reuse compiled kernels; read when the compiler is first imported
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
     elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
         log.warning(f'{why}: set training.compile = "auto"')
@@ -189,7 +144,7 @@ def build_sharded_model(
         parallelize(model, recipe.model, mesh, dtype, device, training)
     materialize(model, device)
     _initialize(model, config, is_resumed=is_resumed)
-    # FSDP2 hands out parameters in the precision wanted; a model that is not sharded gets copies in it
+    # FSDP2 already casts parameters to the compute dtype; a model that is not sharded computes with bf16 copies
     weights = WorkingWeights(model, torch.bfloat16) if mesh.fsdp is None and chosen == "bf16" else None
     return ShardedModel(
         model=model,
@@ -201,20 +156,20 @@ def build_sharded_model(
 
 
 def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
-    """Fill the parameters at random, or from the weights of [run] init_from; a checkpoint replaces either."""
+    """Initialize the parameters at random or from [run] init_from; a checkpoint that is resumed replaces them later."""
     run = config.recipe.run
     if run.init_from is None or is_resumed:
         with config_errors_at(config, "model"):
             model.init_weights(run.seed)
         return
-    from recipes.initial_weights import load_initial_weights  # brings every model along
+    from recipes.initial_weights import load_initial_weights  # not at the top: it imports every model
 
     with config_errors_at(config, "run"):
         load_initial_weights(model, run.init_from)
 
 
 def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDims, built: ShardedModel) -> TrainStep:
-    """Build the optimizer, and the step that accumulates gradients, measures and clips them, and updates."""
+    """Build the optimizer and the train step, which accumulates, measures and clips gradients, and updates."""
     recipe, model = config.recipe, built.model
     with config_errors_at(config, "optimizer"):
         optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
@@ -231,7 +186,7 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
 
 
 def build_checkpoint_manager(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointManager:
-    """Build the manager of checkpoints."""
+    """Build the checkpoint manager."""
     directory, start = environment.directory, environment.start
     with config_errors_at(config, "checkpoint"):
         manager: CheckpointManager = config.recipe.checkpoint.build(
@@ -249,7 +204,7 @@ def build_state(
     data: DataIdentity,
     hooks: dict[str, Hook],
 ) -> TrainingState:
-    """Build the state of a new run, or restore that of the checkpoint it continues."""
+    """Build the state of a new run, or restore that of the checkpoint that is resumed."""
     recipe, training = config.recipe, config.recipe.training
     with config_errors_at(config, "gradient_noise"):
         noise = recipe.gradient_noise.build()
@@ -271,7 +226,7 @@ def build_state(
 
 
 def check_initial_batch(config: Config, state: TrainingState, rounding: BatchRounding) -> None:
-    """Refuse an adaptive batch that could never change."""
+    """Raise ConfigError for an adaptive batch that could never change."""
     with config_errors_at(config, "batch"):
         require_measurable_noise(state.policy, rounding, state.clock)
 
@@ -279,18 +234,18 @@ def check_initial_batch(config: Config, state: TrainingState, rounding: BatchRou
 def build_loader(
     config: Config, mesh: ParallelDims, dataset: PackedDataset, start: int, cleanup: ExitStack
 ) -> MicroBatchLoader:
-    """Build the loader of this rank's micro-batches from global sample `start` on."""
-    recipe, ranks = config.recipe, mesh.data
+    """Build the loader of this rank's micro-batches, starting at global sample `start`."""
+    recipe, dp = config.recipe, mesh.data
     with config_errors_at(config, "data"):
         loader = MicroBatchLoader(
             dataset,
             seed=recipe.run.seed,
             micro_batch_size=recipe.training.micro_batch_size,
-            dp_rank=ranks.rank,
-            dp_size=ranks.size,
+            dp_rank=dp.rank,
+            dp_size=dp.size,
             start=start,
             num_workers=recipe.training.num_workers,
-            pin_memory=ranks.device.type == "cuda",
+            pin_memory=dp.device.type == "cuda",
         )
     cleanup.callback(loader.close)
     return loader
@@ -310,7 +265,7 @@ def build_profiler(config: Config, environment: Environment, cleanup: ExitStack)
 def build_metric_logger(
     config: Config, environment: Environment, clock: TrainingClock, cleanup: ExitStack
 ) -> MetricLogger:
-    """Build the writers of metrics; only the main process has any."""
+    """Build the metric logger; it has writers only on the main process."""
     directory, metric_logger = environment.directory, MetricLogger([])
     if environment.world.is_main:
         with config_errors_at(config, "run"):
@@ -326,8 +281,29 @@ def build_metric_logger(
     return metric_logger
 
 
+def build_hook_context(
+    environment: Environment, step: TrainStep, clock: TrainingClock, metric_logger: MetricLogger
+) -> HookContext:
+    """Build what hooks see of the run."""
+
+    def log_metrics(values: Mapping[str, float]) -> None:
+        metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
+
+    world = environment.world
+    return HookContext(
+        model=step.model,
+        optimizer=step.optimizer,
+        clock=clock,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        directory=environment.directory.path,
+        log_metrics=log_metrics,
+    )
+
+
 def flops_per_token(config: Config, model: nn.Module) -> float:
-    """Return the FLOPs of a trained token, as the model counts them."""
+    """Return the FLOPs per trained token, as the model counts them."""
     with config_errors_at(config, "model"):
         return float(model.flops_per_token(config.recipe.training.sequence_length))  # type: ignore[operator]
 
@@ -335,7 +311,7 @@ def flops_per_token(config: Config, model: nn.Module) -> float:
 def log_startup(
     config: Config, environment: Environment, mesh: ParallelDims, data: TrainingData, built: ShardedModel
 ) -> None:
-    """Log what is about to happen."""
+    """Log the size of the model, the processes and the length of the run."""
     training, world, sequences = config.recipe.training, environment.world, len(data.dataset)
     parameters = sum(parameter.numel() for parameter in built.model.parameters())
     log.info(
@@ -344,8 +320,8 @@ def log_startup(
     )
     if world.size > 1:
         replicas, shards, tp = mesh.sizes
-        mode = "local" if built.reduction.local else "reduce"
-        log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = {mode}")
+        mode = "once_per_step" if built.reduction.local else "every_micro_batch"
+        log.info(f'{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = "{mode}"')
     log.info(
         f"{format_count(training.total_tokens)} tokens, "
         f"{training.total_tokens / (sequences * training.sequence_length):.2f} epochs "

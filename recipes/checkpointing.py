@@ -1,4 +1,4 @@
-"""Saving the state of a run, and returning to what was saved."""
+"""Save the state of a run, and restore the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("powertrain")
 
 @dataclass
 class RunCheckpoints:
-    """The checkpoints of a run. Every rank calls its methods at the same step."""
+    """The checkpoints of a run. Every rank calls each method at the same step."""
 
     state: TrainingState
     manager: CheckpointManager
@@ -27,22 +27,22 @@ class RunCheckpoints:
     metric_logger: MetricLogger
     config: Config
     discard_gradients: Callable[[], None]
-    """Drops the gradients of a step that is not taken."""
+    """Zeroes the gradients of a step that is not taken."""
     read_launched: Callable[[], None]
-    """Reads the steps that are still on the device."""
+    """Reads the results of the steps that are still on the device."""
     restart_timer: Callable[[], None]
-    """Leaves the time of a save out of that of the next step."""
+    """Restarts the step timer, so that the time of a save does not count as step time."""
 
     def __post_init__(self) -> None:
         self.manager.saved_step = self.started_at = self.state.clock.step
 
     def save(self) -> None:
-        """Write a checkpoint of everything the next step depends on. A failure is logged, and training goes on.
+        """Write a checkpoint of everything the next step depends on. A failed write is logged and training continues.
 
-        Raises NonFiniteStateError for a state that is not finite.
+        Raises NonFiniteStateError if the state is not finite.
         """
         self.read_launched()
-        self.metric_logger.flush()  # no checkpoint is ahead of the metrics
+        self.metric_logger.flush()  # metrics reach the disk before the checkpoint does
         self._require_finite()
         step = self.state.clock.step
         saved = self.manager.save(step, self.state.tensors.collect(), self.state.state_dict(), self.config.to_toml())
@@ -51,27 +51,27 @@ class RunCheckpoints:
         self.restart_timer()
 
     def save_before_end(self) -> None:
-        """Save what is not saved yet, if it is sound, because the run is about to end with an error."""
+        """Save the current step, if it is consistent and not saved yet, before the run ends with an error."""
         self.manager.wait()
         known = (self.started_at, self.manager.saved_step, *self.manager.failed_steps)
-        if self.state.is_sound and self.state.clock.step not in known:
+        if self.state.is_consistent and self.state.clock.step not in known:
             self.discard_gradients()
             self.save()
             self.manager.wait()
 
-    def restore_newest(self, what: str, then: str = "") -> bool:
-        """Restore the newest intact checkpoint and log `what` made it necessary; return False if there is none."""
+    def restore_newest(self, reason: str, then: str = "") -> bool:
+        """Restore the newest intact checkpoint and log `reason`; return False if there is no checkpoint."""
         self.manager.wait()
         damages: list[str] = []
         checkpoint = newest_intact_checkpoint(self.manager.complete(), self.world, damages)
         for damage in damages:
-            log.warning(f"{damage}; taking the checkpoint before it")
+            log.warning(f"{damage}; using the checkpoint before it")
         if checkpoint is None:
             return False
-        self.state.is_sound = False  # until all of it is read
+        self.state.is_consistent = False  # until it is restored completely
         self.state.roll_back(checkpoint)
-        self.state.is_sound = True
-        log.warning(f"{what}; parameters and optimizer are those of {checkpoint.name} again{then}")
+        self.state.is_consistent = True
+        log.warning(f"{reason}; rolled back to {checkpoint.name}{then}")
         return True
 
     @property
@@ -80,9 +80,9 @@ class RunCheckpoints:
         return str(self.manager.newest() or "none")
 
     def _require_finite(self) -> None:
-        """Raise NonFiniteStateError if a parameter or a state of the optimizer is not finite on any rank.
+        """Raise NonFiniteStateError if a parameter or optimizer state is not finite on any rank.
 
-        So no such state is saved, nor takes the place of a sound checkpoint.
+        Such a state is never saved, so it cannot replace a good checkpoint.
         """
         if not (names := self._not_finite()):
             return
@@ -90,14 +90,14 @@ class RunCheckpoints:
         on_nonfinite = self.state.guard.rules.on_nonfinite
         if on_nonfinite == "roll_back" and self.restore_newest(what) and not self._not_finite():
             return
-        self.state.is_sound = False
+        self.state.is_consistent = False
         raise NonFiniteStateError(
             f"{what}. It is not saved; the last good checkpoint is {self.newest}. Lower the learning rate "
-            "(lr_schedule) and continue from there with --resume, or start again where there is none"
+            "(lr_schedule) and continue from it with --resume, or start again if there is none"
         )
 
     def _not_finite(self) -> str:
-        """Return the first names that a rank has found, the same on all; empty where all is finite."""
+        """Return the names of the first non-finite tensors, equal on all ranks; empty if all are finite."""
         names = self.state.tensors.not_finite()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return next(filter(None, self.world.gather(", ".join(names[:3]) + more)), "")

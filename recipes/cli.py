@@ -1,4 +1,4 @@
-"""The command line: one recipe, resolved once, then run in one process or in many.
+"""The command line: load one recipe, then run it in one process or start worker processes.
 
 `--help` lists the options, the environment variables and the exit codes.
 """
@@ -11,16 +11,16 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from components.run_directory import FLIGHT_RECORDER
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
-from recipes.errors import RunError, config_errors_at, failing_component, is_out_of_memory
+from recipes.errors import RunError, config_errors_at, failing_component, out_of_memory_remedy
+from recipes.process_environment import choose_allocator, enable_flight_recorder
 from recipes.recipe import complete_recipe
 
 log = logging.getLogger("powertrain")
@@ -29,22 +29,22 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
 
 ERROR_FILE = "POWERTRAIN_ERROR_FILE"
-"""Environment variable with the path of a file that the fields of a ConfigError are written to, for other programs."""
+"""Environment variable: path of a file to which the fields of a ConfigError are written, for other programs."""
 
 EMPTY_VALUES = {
-    "--resume": "needs a path; --resume alone takes the newest checkpoint of this run",
+    "--resume": "needs a path; --resume alone continues from the newest checkpoint of this run",
     "--dry-run": "needs a device, as in --dry-run=H100; --dry-run alone shows several",
 }
-"""The options whose value may be left out, and what is said of one that is empty."""
+"""Options with an optional value, and the error message for an empty one."""
 
 EPILOG = """\
 environment:
-  PYTHON                     interpreter to set up with
-  NPROC or NGPU              processes on this node (default: its GPUs, or 1); a dry run may claim any number
+  PYTHON                     interpreter used to create the environment
+  NPROC or NGPU              processes on this node (default: its GPUs, or 1); any number for --dry-run
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-                             several nodes
+                             a run on several nodes
   MAX_RESTARTS               restarts after a failure (default: 0)
-  PYTORCH_ALLOC_CONF         memory allocator of GPUs (default: expandable_segments:True)
+  PYTORCH_ALLOC_CONF         settings of the GPU memory allocator (default: expandable_segments:True)
 
 exit codes:
   0                          done
@@ -55,7 +55,7 @@ exit codes:
 
 
 class UsageError(Exception):
-    """The command line itself is wrong."""
+    """The command line is invalid."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of everything but the overrides, whose names only the recipe knows."""
+    """Return the parser of everything except the overrides, whose names only the recipe knows."""
     parser = _Parser(
         prog="run_train.sh",
         usage="run_train.sh [CONFIG.toml] [--section.key=value]... [--resume[=PATH]] [--print-config]\n"
@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     default = DEFAULT_CONFIG.relative_to(ROOT)
     option = partial(parser.add_argument, nargs="?")
     option("config", metavar="CONFIG.toml", type=Path, default=DEFAULT_CONFIG, help=f"the recipe (default: {default})")
-    text = "continue from this run's newest checkpoint, or from PATH, which may be one checkpoint or a run directory"
+    text = "continue from the newest checkpoint of this run, or from PATH: a checkpoint or a run directory"
     option("--resume", metavar="=PATH", help=text)
     text = "print parameters, memory, steps, learning rates, time and problems, and exit; with DEVICE[@MFU], such as "
     option("--dry-run", metavar="=DEVICE[@MFU]", help=text + "H100, A100@45%%, cpu or @0.5, for that device and MFU")
@@ -111,7 +111,7 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
         if name in EMPTY_VALUES:
             if equals and not value:
                 raise UsageError(f"{argument} {EMPTY_VALUES[name]}")
-            rest.append(f"{name}={value}")  # without one argparse would take the next argument for it
+            rest.append(f"{name}={value}")  # without `=` argparse would use the next argument as the value
         elif name.startswith("--") and ("." in name or (equals and name[2:].isidentifier())):
             value = value if equals else next(remaining, "--")
             if not equals and value.startswith("--"):
@@ -142,16 +142,16 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
 
 
 def parse_recipe(arguments: Sequence[str]) -> Command:
-    """Return the recipe and overrides that a tool is given. Raises UsageError, for options of the launcher, too."""
+    """Return the recipe and overrides on the command line of a tool. Raises UsageError, also for launcher options."""
     command = parse_arguments(arguments)
     if command.resume or command.print_config or command.dry_run is not None:
-        raise UsageError("--resume, --print-config and --dry-run are for the launcher: ./run_train.sh")
+        raise UsageError("--resume, --print-config and --dry-run are options of ./run_train.sh only")
     return command
 
 
 @dataclass(frozen=True)
 class WorldShape:
-    """How many processes this launch means."""
+    """The number of processes of a launch."""
 
     per_node: int
     nodes: int
@@ -162,9 +162,10 @@ class WorldShape:
 
 
 def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> WorldShape:
-    """From the environment; without NPROC or NGPU one for each GPU, or one for a `recipe` that wants none.
+    """Return the world shape that the environment asks for.
 
-    `gpus` are those that are visible, if not to this process. Raises UsageError.
+    Without NPROC or NGPU it is one process per GPU, or one process for a `recipe` on the CPU. `gpus` is the number of
+    GPUs; by default those visible to this process. Raises UsageError.
     """
     per_node = environment.get("NPROC") or environment.get("NGPU")
     if per_node is None:
@@ -183,14 +184,14 @@ def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, g
 
 
 def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
-    """Those of the run that this process is one of."""
+    """Return the world shape of the run to which this worker process belongs."""
     world_size = int(environment["WORLD_SIZE"])
     per_node = int(environment.get("LOCAL_WORLD_SIZE") or world_size)
     return WorldShape(per_node, world_size // per_node) if world_size % per_node == 0 else WorldShape(world_size, 1)
 
 
-def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
-    """Run this launcher in every process of this node; returns the exit status of the run. Raises UsageError."""
+def launch_workers(shape: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Start this command line in every worker process of this node. Returns the exit status. Raises UsageError."""
     from components.distributed.launcher import NodeSpec, run_workers
 
     numbers = {}
@@ -199,13 +200,15 @@ def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments:
         if not value.isdigit():
             raise UsageError(f"{name}={value}: expected a whole number >= 0")
         numbers[name] = int(value)
-    if numbers["NODE_RANK"] >= count.nodes:
-        raise UsageError(f"NODE_RANK={numbers['NODE_RANK']}: the {count.nodes} nodes of NNODES are counted from 0")
-    if count.nodes > 1 and not environment.get("MASTER_ADDR"):
-        raise UsageError(f"NNODES={count.nodes} needs MASTER_ADDR: the name of node 0, at which the others find it")
+    if numbers["NODE_RANK"] >= shape.nodes:
+        raise UsageError(
+            f"NODE_RANK={numbers['NODE_RANK']}: expected 0 to {shape.nodes - 1}, because NNODES={shape.nodes}"
+        )
+    if shape.nodes > 1 and not environment.get("MASTER_ADDR"):
+        raise UsageError(f"NNODES={shape.nodes} needs MASTER_ADDR: the host name of node 0")
     node = NodeSpec(
-        processes=count.per_node,
-        nodes=count.nodes,
+        processes=shape.per_node,
+        nodes=shape.nodes,
         rank=numbers["NODE_RANK"],
         address=environment.get("MASTER_ADDR") or "127.0.0.1",
         port=numbers["MASTER_PORT"],
@@ -214,39 +217,15 @@ def launch_workers(count: WorldShape, environment: Mapping[str, str], arguments:
     try:
         return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
     except OSError as error:
-        raise UsageError(f"the processes cannot be started: {error}") from error
-
-
-def enable_flight_recorder(environment: MutableMapping[str, str], directory: Path) -> None:
-    """Have NCCL write the latest collectives of every process to `directory` when one of them times out.
-
-    What the user has set stays, also under the older name that torch still reads.
-    """
-    settings = {
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "20000",  # collectives: a few steps of them
-        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(directory.absolute() / FLIGHT_RECORDER),
-    }
-    for names, value in settings.items():
-        if not any(name in environment for name in names):
-            environment[names[0]] = value
-
-
-def choose_allocator(environment: MutableMapping[str, str]) -> None:
-    """Let the memory of a GPU grow in segments that fragmentation does not waste, unless the user has chosen otherwise.
-
-    A run that fills a GPU frees and takes back gigabytes of gradients in every step. torch reads the variable, of which
-    there are an old and a new spelling, when it is imported.
-    """
-    if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}:
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        raise UsageError(f"cannot start the worker processes: {error}") from error
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the command line, report its errors, and return the exit status."""
     status, message = 0, ""
     choose_allocator(os.environ)
     if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a process that is not ready to save yet
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the default would kill a process that is not ready to save yet
     if is_worker():
         from components.distributed.launcher import die_with_launcher
 
@@ -255,7 +234,7 @@ def main(arguments: Sequence[str]) -> int:
         status = run_command(arguments)
     except (ConfigError, UsageError) as error:
         status, message = 2, str(error)
-        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same error
+        if os.environ.get("RANK", "0") == "0":  # all ranks hit the same error; print it once
             print(message, file=sys.stderr)
             if isinstance(error, ConfigError) and ERROR_FILE in os.environ:
                 Path(os.environ[ERROR_FILE]).write_text(json.dumps(error.fields()), encoding="utf-8")
@@ -278,11 +257,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def is_worker() -> bool:
-    """Whether this is one process of a run, not the launcher that starts them."""
+    """Return whether this process is a worker of a run, not the launcher."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run_command(arguments: Sequence[str]) -> int:
+    """Do what the command line asks for, and return the exit status."""
     command = parse_arguments(arguments)
     if command.help:
         print(make_parser().format_help(), end="")
@@ -292,27 +272,27 @@ def run_command(arguments: Sequence[str]) -> int:
         print(config.to_toml(), end="")
         return 0
     with config_errors_at(config, "recipe"):
-        count = worker_world_shape(os.environ) if is_worker() else resolve_world_shape(os.environ, config.recipe)
+        shape = worker_world_shape(os.environ) if is_worker() else resolve_world_shape(os.environ, config.recipe)
     if command.dry_run is not None:
-        return start_dry_run(config, count, command.dry_run)
+        return start_dry_run(config, shape, command.dry_run)
     with config_errors_at(config, "parallel"):
-        config.recipe.parallel.sizes(count.world_size, count.per_node)
+        config.recipe.parallel.sizes(shape.world_size, shape.per_node)
     if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
-            "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "
-            "to start a run, or set all three for each process"
+            "RANK and WORLD_SIZE are set, as by torchrun, but LOCAL_RANK is not; unset them to start a run, or set all "
+            "three in each process"
         )
-    if not is_worker() and (count.world_size > 1 or "MAX_RESTARTS" in os.environ):
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count.per_node)))
+    if not is_worker() and (shape.world_size > 1 or "MAX_RESTARTS" in os.environ):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shape.per_node)))
         recipe = complete_recipe(config.recipe)
         if recipe.device != "cpu" and recipe.run is not None:
             enable_flight_recorder(os.environ, recipe.run.directory)
-        return launch_workers(count, os.environ, arguments)
+        return launch_workers(shape, os.environ, arguments)
     return start_recipe(config, command)
 
 
-def start_dry_run(config: Config, count: WorldShape, text: str) -> int:
-    """In this process, whatever the number of processes claimed."""
+def start_dry_run(config: Config, shape: WorldShape, text: str) -> int:
+    """Print the dry run of `shape`, which may have any number of processes, from this process."""
     from recipes.dry_run.plan import HardwareTarget
     from recipes.dry_run.report import print_report
 
@@ -320,14 +300,14 @@ def start_dry_run(config: Config, count: WorldShape, text: str) -> int:
         target = HardwareTarget.parse(text)
     except ValueError as error:
         raise UsageError(f"--dry-run: {error}") from None
-    own = complete_recipe(config.recipe).dry_run
-    if own is not None:
-        return int(own(config, count.world_size))
-    return print_report(config, count.world_size, target, count.per_node)
+    custom = complete_recipe(config.recipe).dry_run
+    if custom is not None:
+        return int(custom(config, shape.world_size))
+    return print_report(config, shape.world_size, target, shape.per_node)
 
 
 def start_recipe(config: Config, command: Command) -> int:
-    """Run the recipe in this process; an error the run can name is one line, not a traceback."""
+    """Run the recipe in this process. An expected failure is reported in one line, without a traceback."""
     from recipes.resume import Resume
 
     resume = Resume(path=command.resume_path) if command.resume else None
@@ -339,8 +319,8 @@ def start_recipe(config: Config, command: Command) -> int:
     except ConfigError:
         raise
     except Exception as error:
-        if (remedy := is_out_of_memory(error)) is not None:
+        if (remedy := out_of_memory_remedy(error)) is not None:
             raise ConfigError([config.problem("training.micro_batch_size", remedy)], started=True) from error
         where = f" in [{section}]" if (section := failing_component(config, error)) else ""
-        log.critical(f"the run crashed{where}; the traceback is in log.txt, too", exc_info=True)
+        log.critical(f"the run crashed{where}; the traceback is also in log.txt", exc_info=True)
         raise

@@ -1,4 +1,4 @@
-"""Read the micro-batches of a step and check them on all ranks before the first of them is used."""
+"""Read the micro-batches of a step and check them on all ranks before the first one is used."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from components.token_ids import check_token_ids
 
 @dataclass(frozen=True)
 class BadSamples:
-    """Samples of a step that raised when they were read, or that are not sequences of token ids."""
+    """Samples of a step that could not be read, or that are not valid token ids."""
 
     first: str
-    """The samples and the error of the first rank that met some, the same on all ranks."""
+    """The samples and the error of the first rank that found some, equal on all ranks."""
     failure: Exception | None
-    """The error of this rank, if it met some."""
+    """The error of this rank, if it found some."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class MicroBatchReader:
     vocab_size: int
 
     def read(self, count: int) -> list[MicroBatch] | BadSamples:
-        """Return the next `count` micro-batches, or on all ranks what is wrong with those of any rank.
+        """Return the next `count` micro-batches, or `BadSamples` on all ranks if any rank found bad samples.
 
-        All ranks learn it before one of them computes: a rank that met a bad sample later would leave the others in a
-        collective. The step after this one starts behind it, whatever was read.
+        The ranks agree before any of them computes: a rank that raised later would leave the others waiting in a
+        collective. The next step starts after these micro-batches in either case.
         """
         micro_batches: list[MicroBatch] = []
         failure, where = None, ""
@@ -58,8 +58,8 @@ class MicroBatchReader:
         length = micro_batch.tokens.shape[-1]
         if length != self.sequence_length:
             raise ValueError(
-                f"the dataset gives {length + 1} token ids a sample; a sequence_length of {self.sequence_length} takes "
-                f"{self.sequence_length + 1}"
+                f"the dataset returns {length + 1} token ids per sample; sequence_length = {self.sequence_length} "
+                f"needs {self.sequence_length + 1}"
             )
         for part in (micro_batch.tokens, micro_batch.labels):
             check_token_ids(part, self.vocab_size)

@@ -1,4 +1,4 @@
-"""Errors a run can name: bad input, told where the recipe asked for it, and an end the run itself decided on."""
+"""Two kinds of expected failure: bad input, reported at its recipe line, and a run that stops itself."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunError(Exception):
-    """The run had to end, and the message says why and how to go on. Exit status 1, no traceback."""
+    """The run stopped itself; the message says why and how to continue. Exit status 1, no traceback."""
 
 
 @contextmanager
 def config_errors_at(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
-    """Turn a ValueError, OSError or ImportError of the block into a ConfigError at `path`.
+    """Turn a ValueError, OSError or ImportError raised in the block into a ConfigError at `path`.
 
-    `started`: the run has begun. An error that a component raised is reported at that component, and one about the
-    cache at its key. An InputError is about the key of the table that it names.
+    An error raised by a component is reported at that component, one about the cache at `cache_dir`, and an InputError
+    at the key that it names. `started` means that training had already started.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def config_errors_at(config: Config, path: str, *, started: bool = False) -> Ite
         message = str(error) or type(error).__name__
         path = failing_component(config, error) or path
         if (cache := _cache_at_fault(config, path, error)) is not None:
-            path, message = cache, f"{message}; name a folder that can be written, and has room"
+            path, message = cache, f"{message}; use a writable directory with free space"
         elif isinstance(error, InputError) and config.holds(f"{path}.{error.key}"):
             path, message = f"{path}.{error.key}", error.message
         raise ConfigError([config.problem(path, message)], started=started) from error
@@ -46,7 +46,7 @@ def config_errors_at(config: Config, path: str, *, started: bool = False) -> Ite
 
 @contextmanager
 def raised_in(section: str) -> Iterator[None]:
-    """Note on an exception of the block that what `section` built raised it, for `component_at_fault`."""
+    """Mark an exception raised in the block as raised by what `section` built, for `failing_component`."""
     try:
         yield
     except Exception as error:
@@ -56,7 +56,7 @@ def raised_in(section: str) -> Iterator[None]:
 
 
 def failing_component(config: Config, error: BaseException) -> str | None:
-    """The key of the innermost component in a method of which `error` was raised; None where there is none."""
+    """Return the path of the innermost component with a method on the traceback of `error`; None if there is none."""
     known = {id(component): path for path, component in config.components()}
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     found = [path for frame in frames if (path := known.get(id(frame.f_locals.get("self"))))]
@@ -64,12 +64,12 @@ def failing_component(config: Config, error: BaseException) -> str | None:
 
 
 def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:
-    """The key of the cache, where `error` is about a file in it, or about making it."""
+    """Return the key of the cache directory if `error` is about a file in it or about creating it, else None."""
     if not isinstance(error, OSError):
         return None
     for key, leaf in config.leaves.items():
         if key.endswith(".cache_dir") and isinstance(leaf.value, Path):
-            if not isinstance(error.filename, str):  # the cache is all that data writes to
+            if not isinstance(error.filename, str):  # data writes only to the cache
                 return key if error.errno in _DISK_FULL and path.startswith(("data", "validation")) else None
             file = Path(error.filename)
             is_above = leaf.value.is_relative_to(file) and not os.path.lexists(file)
@@ -78,13 +78,13 @@ def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:
 
 
 def call_on_all_ranks(evaluate: Callable[[], T], config: Config, path: str, world: DistributedContext) -> T:
-    """Return what `evaluate()` gives. Every rank calls this.
+    """Return the result of `evaluate()`. Call on every rank.
 
-    Raises ConfigError at `path`, on all ranks, if one of them could not read what it evaluates on. Any other error
-    stays where it is raised: the other ranks are in the middle of a forward pass then.
+    Raises ConfigError at `path` on all ranks if one of them could not read its data. Any other error is raised only on
+    its rank, because the other ranks are then inside a forward pass.
     """
     from components.distributed.collectives import (
-        raise_on_all_ranks,  # torch: a typo in a recipe is reported without it
+        raise_on_all_ranks,  # not at the top: it imports torch, which a typo in a recipe should not wait for
     )
     from components.validation import UnreadableError
 
@@ -98,14 +98,14 @@ def call_on_all_ranks(evaluate: Callable[[], T], config: Config, path: str, worl
     return result  # type: ignore[return-value]
 
 
-def is_out_of_memory(error: BaseException) -> str | None:
-    """What to turn down, if `error` says that memory has run out; None for any other."""
+def out_of_memory_remedy(error: BaseException) -> str | None:
+    """Return how to lower the memory use if `error` means that memory ran out, else None."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or isinstance(error, MemoryError):
         where = "the GPU" if "CUDA" in text else "this machine"
         return (
-            f"{where} has run out of memory; halve training.micro_batch_size (the batch stays as it is), set "
+            f"{where} ran out of memory; halve training.micro_batch_size (the batch size does not change), set "
             'training.activation_checkpoint = "full", shorten training.sequence_length, or shard over more processes. '
-            "--dry-run reckons what is needed. What was saved is not lost: --resume continues"
+            "--dry-run estimates memory. Checkpoints are intact; continue with --resume"
         )
     return None

@@ -41,34 +41,34 @@ log = logging.getLogger("powertrain")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """[evaluation]: of what, and how."""
+    """[evaluation]: what to evaluate, and how."""
 
     checkpoint: Path
     """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
     trust_code: bool = False
-    """Import code of its own that the checkpoint names; without this it may name none but this project's."""
+    """Allow the checkpoint to import custom code; without this it may name only code of this project."""
     method: Literal["packed", "documents"] = "packed"
-    """Sequences cut from all text end to end, as in training; or each document by itself, under a sliding window."""
+    """packed: sequences cut from the concatenated text, as in training; documents: each one, with a sliding window."""
     sequence_length: PositiveCount | None = None
-    """Tokens of a sequence, or of the window; unset: as in training (2048 at the most, where that is not known)."""
+    """Tokens of a sequence or of the window; unset: as in training (at most 2048 for a Hugging Face model)."""
     document_masking: bool | None = None
-    """Whether tokens attend only to their document; unset: as in training."""
+    """Whether tokens attend only to tokens of their document; unset: as in training."""
     stride: PositiveCount | None = None
-    """Tokens by which the window slides; unset: half of it. Smaller is slower, and gives more context."""
+    """Tokens by which the window moves; unset: half of it. Smaller values are slower and give more context."""
     micro_batch_size: PositiveCount = 8
-    """Sequences, or windows, of one forward pass on one rank."""
+    """Sequences or windows per forward pass of one rank."""
     limit: PositiveCount | None = None
-    """Use only so many sequences, spread over all of the text, or the first so many documents; unset: all."""
+    """Number of sequences, spread over the text, or of the first documents to evaluate; unset: all."""
     precision: Precision = "auto"
-    """Arithmetic of the matrix products; auto: bf16 where the hardware is faster with it."""
+    """Precision of the matrix products; auto: bf16 where the hardware is faster with it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: CUDA if there is a GPU."""
+    """The device; auto: CUDA if there is a GPU."""
     cache_dir: Path = field(default_factory=default_cache_dir)
-    """Where prepared data is kept, as [run] has it in training."""
+    """Cache directory of tokenized data, as `run.cache_dir` in training."""
     output: Path | None = None
-    """A file for the result, as JSON."""
+    """File to write the result to, as JSON."""
     table: Path | None = None
-    """A file for the result of each document, a JSON object a line."""
+    """File to write the result of each document to, one JSON object per line."""
 
     def __post_init__(self) -> None:
         if self.method == "packed":
@@ -76,31 +76,33 @@ class Evaluation:
                 if getattr(self, key) is not None:
                     raise InputError(key, 'only valid with method = "documents"')
         elif self.document_masking is not None:
-            raise InputError("document_masking", 'only valid with method = "packed": a window holds one document')
+            raise InputError("document_masking", 'only valid with method = "packed"; a window never spans documents')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """An evaluation. Its parameters are the sections of the recipe."""
+    """An evaluation. Its fields are the sections of the recipe."""
 
     evaluation: Evaluation
     data: DataConfig | None = None
-    """Unset: the held-out text of the run."""
+    """The text to evaluate on; unset: the validation data of the run."""
     tokenizer: TokenizerConfig | None = None
-    """Unset: that of the run, or of the directory."""
+    """The tokenizer; unset: that of the run or of the Hugging Face directory."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def device(self) -> str:
-        """Where it computes, for the launcher, which starts a process for each GPU."""
+        """The device. The launcher starts one process for each GPU unless it is "cpu"."""
         return self.evaluation.device
 
     def main(self, config: Config, resume: Resume | None) -> int:
-        """Evaluate, print and write; returns the exit status."""
+        """Evaluate, print and write the result. Returns the exit status."""
         with ExitStack() as cleanup:
             with config_errors_at(config, "evaluation"):
                 if resume is not None:
-                    raise InputError("checkpoint", "--resume is for training; this key names what to evaluate")
+                    raise InputError(
+                        "checkpoint", "--resume only applies to training; set this key to what to evaluate"
+                    )
             with config_errors_at(config, "evaluation.device"):
                 world = DistributedContext.start(self.evaluation.device)
             cleanup.push(world.stop_unless_failed)
@@ -114,7 +116,7 @@ class Evaluate:
         return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
-        """Check what can be checked without data, and say what would be evaluated."""
+        """Check what can be checked without data, and print what would be evaluated."""
         with config_errors_at(config, "evaluation"):
             trained, length, model = self.prepare_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -122,10 +124,10 @@ class Evaluate:
         return 0
 
     def prepare_model(self, rank: int = 0, ranks: int = 1) -> tuple[PretrainedModel, int, nn.Module]:
-        """What to evaluate, the tokens of a sequence, and the model on the meta device.
+        """Return the pretrained model, the tokens of a sequence, and the module on the meta device.
 
-        Each of `ranks` looks for damage in its share of a checkpoint. Raises ValueError, OSError or ConfigError where
-        it cannot be.
+        Each of `ranks` verifies a part of the checkpoint. Raises ValueError, OSError or ConfigError if it cannot be
+        evaluated.
         """
         cfg = self.evaluation
         try:
@@ -141,20 +143,24 @@ class Evaluate:
         length = cfg.sequence_length or trained.sequence_length
         tp = self.parallel.tp
         if cfg.stride is not None and cfg.stride > length:
-            raise InputError("stride", f"{cfg.stride} is more than the window's {length} tokens, and would skip some")
+            raise InputError(
+                "stride", f"{cfg.stride} is more than sequence_length = {length}, and would skip tokens; lower it"
+            )
         if length % tp:
-            raise InputError("sequence_length", f"{length} cannot be divided by parallel.tp = {tp}")
+            raise InputError("sequence_length", f"{length} is not divisible by parallel.tp = {tp}")
         if isinstance(trained.component, HasParallelPlan):
             trained.component.plan(tp=tp)
         elif tp > 1:
-            raise ValueError(f"{type(trained.component).__name__} has no plan(tp), and parallel.tp is {tp}")
+            raise ValueError(
+                f"{type(trained.component).__name__} has no plan(tp=...) for tensor parallelism; set parallel.tp = 1"
+            )
         model = trained.build(length)
         if self.document_masking(trained):
             require_document_masking(model)
         return trained, length, model
 
     def document_masking(self, trained: PretrainedModel) -> bool:
-        """Return whether tokens of a sequence attend only to their document."""
+        """Return whether tokens of a sequence attend only to tokens of their document."""
         cfg = self.evaluation
         if cfg.method != "packed":
             return False
@@ -163,7 +169,7 @@ class Evaluate:
     def measure(
         self, config: Config, world: DistributedContext, trained: PretrainedModel, length: int, model: nn.Module
     ) -> tuple[dict[str, Any], list[LossTotals]]:
-        """The result, and that of each document where they are told apart."""
+        """Return the result, and the totals of each document with `method = "documents"`."""
         cfg = self.evaluation
         with config_errors_at(config, "parallel"):
             mesh = self.parallel.build(world)
@@ -202,15 +208,15 @@ class Evaluate:
         return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
 
     def select_data(self, trained: PretrainedModel) -> DataConfig:
-        """Return what to evaluate on. Raises ValueError where neither the recipe nor the run names it."""
+        """Return the data to evaluate on. Raises ValueError if neither the recipe nor the run names any."""
         validation = complete_recipe(trained.recipe).validation
         data: DataConfig | None = self.data or (validation and validation.data)
         if data is None:
-            raise ValueError(f"{trained.path} says no held-out text; name a source in [data]")
+            raise ValueError(f"{trained.path} has no [validation] data; choose text in [data]")
         return data
 
     def open_data(self, data: DataConfig, world: DistributedContext, tokenizer: Tokenizer, length: int) -> Any:
-        """Return the `Validation` of packed sequences, or the `SlidingWindow` over documents, of `length` tokens."""
+        """Return a `Validator` of packed sequences or a `SlidingWindow` over documents, of `length` tokens."""
         cfg = self.evaluation
         text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
         if cfg.method == "packed":
@@ -218,7 +224,7 @@ class Evaluate:
             return world.main_first(lambda: held_out.open(**text, sequence_length=length))
         documents = world.main_first(lambda: data.build(**text, sequence_length=1))
         if not isinstance(documents, Documents):
-            raise InputError("use", f'{type(data).__name__} has no documents; evaluate with method = "packed"')
+            raise InputError("use", f'{type(data).__name__} does not give documents; use method = "packed"')
         return SlidingWindow(
             documents,
             tokenizer.vocab_size,
@@ -230,6 +236,7 @@ class Evaluate:
         )
 
     def write_report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
+        """Print the result and write the files that [evaluation] names."""
         cfg = self.evaluation
         log.info(
             f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
@@ -248,6 +255,6 @@ class Evaluate:
 
 
 def metrics_of(totals: LossTotals) -> dict[str, float]:
-    """By their names in the result."""
+    """Return the metrics of `totals` by their names in the result."""
     means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
     return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}

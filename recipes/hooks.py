@@ -19,75 +19,74 @@ from recipes.errors import raised_in
 
 @dataclass(frozen=True)
 class HookContext:
-    """What a hook may use of the run. Tensors are those of this rank."""
+    """The parts of a run that a hook may use. Tensors are those of this rank."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     clock: TrainingClock
-    """Steps, samples and tokens trained so far; not to be changed."""
+    """Steps, samples and tokens trained so far; read-only."""
     device: torch.device
     rank: int
     world_size: int
     directory: Path
     """The run directory."""
     log_metrics: Callable[[Mapping[str, float]], None]
-    """Write values, by name, to metrics.jsonl and TensorBoard at the current step. Has no effect but on rank 0."""
+    """Writes values by name to metrics.jsonl and TensorBoard at the current step. No-op on ranks other than 0."""
 
 
 class Hook:
     """The points of the training loop; each method does nothing by default.
 
-    A class of the user's need not derive from this one: it is called at the points that it defines, on every rank. An
-    exception ends the run and is reported with the name of the hook's section.
+    A custom hook need not derive from this class: it is called on every rank at the points that it defines. An
+    exception ends the run and is reported with the section of the hook.
     """
 
     def on_run_begin(self, context: HookContext) -> None:
         """Called before the first step, after a checkpoint was loaded."""
 
     def on_step_begin(self, context: HookContext) -> None:
-        """Called before a step: `context.clock.step` steps were trained."""
+        """Called before a step, when `context.clock.step` steps are done."""
 
     def on_gradients_ready(self, context: HookContext) -> None:
-        """Called when the gradients of a step are reduced and clipped, before the update that uses them.
+        """Called after the gradients of a step are reduced and clipped, before the optimizer update.
 
-        On a GPU they may still be being computed. Not called for a step that is skipped as bad.
+        On a GPU the work may still be queued. Not called for a step that is skipped as bad.
         """
 
     def on_step_end(self, context: HookContext) -> None:
-        """Called after a step, before the checkpoint and the validation that are due at it."""
+        """Called after a step, before a checkpoint or validation that is due at it."""
 
     def on_run_end(self, context: HookContext) -> None:
-        """Called at the end of the run, or when it was stopped, after the last checkpoint and validation."""
+        """Called when the run ends or is stopped, after the last checkpoint and validation."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what a resumed run needs, as JSON; it is saved in every checkpoint."""
+        """Return the state to save in every checkpoint, as JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
+        """Restore what `state_dict` returned."""
 
 
 POINTS = [name for name in vars(Hook) if name.startswith("on_")]
 
 
 def complete_hook(hook: Any) -> Hook:
-    """Return `hook` as a `Hook`: points that its class does not define do nothing. Raises InputError if it has none."""
+    """Return `hook` with no-ops for the points that its class lacks. Raises InputError if it defines no point."""
     if not any(callable(getattr(hook, point, None)) for point in POINTS):
         raise InputError("use", f"{type(hook).__name__} is not a hook: it has none of {', '.join(POINTS)}")
     return with_defaults(hook, Hook)
 
 
 class Hooks:
-    """Calls the hooks of a run: those of the loop itself before and after those of [hooks].
+    """Calls the hooks of a run in a fixed order.
 
-    On each step: the profiler, [hooks] in the order of the recipe, saving, validation, garbage collection. So a
-    checkpoint holds the state of [hooks] after its step. At the end of the run [hooks] come last.
+    On each step: the profiler, [hooks] in the order of the recipe, saving, validation, garbage collection. A checkpoint
+    therefore holds the state of [hooks] after its step. At the end of the run [hooks] come last.
     """
 
-    def __init__(self, before: Sequence[Hook], own: Mapping[str, Hook], after: Sequence[Hook]) -> None:
-        """`own` are those of [hooks] by name."""
-        self.own = own
-        named = [(f"hooks.{name}", hook) for name, hook in own.items()]
+    def __init__(self, before: Sequence[Hook], custom: Mapping[str, Hook], after: Sequence[Hook]) -> None:
+        """`before` and `after` are hooks of the loop itself; `custom` are those of [hooks] by name."""
+        named = [(f"hooks.{name}", hook) for name, hook in custom.items()]
         first, last = ([(None, hook) for hook in hooks] for hooks in (before, after))
         self._in_step: list[tuple[str | None, Hook]] = [*first, *named, *last]
         self._at_end: list[tuple[str | None, Hook]] = [*first, *last, *named]

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory as those a run starts from: `[run] init_from`."""
+"""Initialize a model from the weights of a Hugging Face directory: `[run] init_from`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from models.init import copy_sharded
 log = logging.getLogger("powertrain")
 
 COMPUTE_KEYS = ("norm_eps", "rope_theta", "rope_scaling", "mup", "top_k")
-"""Keys of [model] that fit any weights, and change what they compute."""
+"""Keys of [model] that do not change the shapes of weights, but what the model computes."""
 IGNORED_KEYS = ("size", "max_sequence_length")
+"""Keys of [model] that are not compared."""
 
 
 def load_initial_weights(model: nn.Module, directory: Path) -> None:
-    """Fill every parameter of `model`, sharded or not, from `directory`: each rank reads its own share.
+    """Fill every parameter of `model`, sharded or not, from `directory`. Each rank reads only its shards.
 
-    Raises ValueError or FileNotFoundError, beginning with `init_from: `, before anything was changed.
+    Raises InputError or MissingFileError at `init_from` before any parameter is changed.
     """
     try:
         for warning in check_initial_weights(model, directory):
@@ -38,78 +39,84 @@ def load_initial_weights(model: nn.Module, directory: Path) -> None:
         raise MissingFileError("init_from", str(error)) from None
     except ValueError as error:
         raise InputError("init_from", str(error)) from None
-    log.info(f"weights from {directory}")
+    log.info(f"initialized the weights from {directory}")
 
 
 def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
-    """What `model` will compute otherwise than the model in `directory`; no tensor is read.
+    """Return warnings about what `model` computes differently from the model in `directory`. Reads no tensor.
 
-    Raises ValueError where the weights do not fit, FileNotFoundError where there are none.
+    Raises ValueError if the weights do not fit, FileNotFoundError if there are none.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory")
+        raise FileNotFoundError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")
-    name, architecture = architecture_from_config(config)
-    mine, own = architecture_from_model(model)
-    if own is not architecture:
+    hf_name, architecture = architecture_from_config(config)
+    model_name, model_architecture = architecture_from_model(model)
+    if model_architecture is not architecture:
         raise ValueError(
-            f"{directory} holds a {name}, and [model] is a {mine}; tools.import_hf writes a model.toml with the keys "
-            f"it takes, of which use = {architecture.use!r} is one"
+            f"{directory} holds a {hf_name}, but [model] is a {model_name}; set use = {architecture.use!r}, with the "
+            "keys in the model.toml that tools.import_hf writes"
         )
-    theirs, ours = architecture.keys(config), architecture.keys(architecture.config(model))
-    _require_same_shape(directory, theirs, ours, architecture)
+    hf_keys, model_keys = architecture.keys(config), architecture.keys(architecture.config(model))
+    _require_same_shape(directory, hf_keys, model_keys, architecture)
     if only_pickles(directory):
-        raise ValueError(f"{directory} has no safetensors; python -m tools.import_hf {directory} OUTPUT writes them")
+        raise ValueError(
+            f"{directory} has no safetensors files; convert it with python -m tools.import_hf {directory} OUTPUT"
+        )
     with Weights(directory, ignore=[RECOMPUTED_BUFFERS]) as weights:
         match_tensors(model, {name: described.shape for name, described in weights.described.items()})
         notes = weights.notes
     return notes + [
-        f"{key} = {theirs.get(key)} there, {ours.get(key)} in [model]"
+        f"{key} = {hf_keys.get(key)} in config.json, {model_keys.get(key)} in [model]"
         for key in COMPUTE_KEYS
-        if theirs.get(key) != ours.get(key)
+        if hf_keys.get(key) != model_keys.get(key)
     ]
 
 
 def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:
-    """Read every parameter of `model` from `weights`, whose names and shapes must be those of its architecture.
+    """Copy `weights` into the parameters of `model`; names and shapes must be those of its architecture.
 
-    Raises ValueError for a second copy of a tied matrix that is no copy.
+    Raises ValueError if a tied matrix is stored twice with different values.
     """
     places = match_tensors(model, {name: described.shape for name, described in weights.described.items()})
     require_equal_copies(weights, places)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _copy(parameter, weights, places[name])
+            _copy_parameter(parameter, weights, places[name])
 
 
 def require_equal_copies(weights: Weights | PickledWeights, places: dict[str, str]) -> None:
-    """Raises ValueError if a tensor that is stored beside its tied twin is not equal to it."""
+    """Raise ValueError if a tied matrix is stored twice with different values."""
     for extra in sorted(weights.described.keys() - set(places.values())):
         twin = places["tok_embeddings.weight"]
         if weights.described[extra] != weights.described[twin] or not torch.equal(
             weights.read(extra), weights.read(twin)
         ):
-            raise ValueError(f"{extra} and {twin} are said to be tied, and differ; set tie_word_embeddings to false")
+            raise ValueError(f"{extra} and {twin} differ, but config.json ties them; set tie_word_embeddings to false")
 
 
-def _copy(parameter: Tensor, weights: Weights | PickledWeights, stored: str) -> None:
+def _copy_parameter(parameter: Tensor, weights: Weights | PickledWeights, stored: str) -> None:
     if isinstance(parameter, DTensor) and all(type(p) in (Shard, Replicate) for p in parameter.placements):
         shape, start = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         if 0 in shape:
-            return  # more ranks than rows: this one has nothing of it
-        slices = tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))
-        parameter.to_local().copy_(weights.read(stored, slices))
-    else:  # whole, or sharded over slices, where a rank's rows do not lie together
+            return  # more ranks than rows: this rank holds no part of it
+        local_slices = tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))
+        parameter.to_local().copy_(weights.read(stored, local_slices))
+    else:  # not sharded, or strided over TP and FSDP: a rank's rows are not contiguous
         copy_sharded(parameter, weights.read(stored).to(parameter.dtype))
 
 
 def _require_same_shape(
-    directory: Path, theirs: dict[str, Any], ours: dict[str, Any], architecture: Architecture
+    directory: Path, hf_keys: dict[str, Any], model_keys: dict[str, Any], architecture: Architecture
 ) -> None:
-    other = [key for key in theirs if key not in (*COMPUTE_KEYS, *IGNORED_KEYS) and theirs[key] != ours.get(key)]
+    other = [
+        key for key in hf_keys if key not in (*COMPUTE_KEYS, *IGNORED_KEYS) and hf_keys[key] != model_keys.get(key)
+    ]
     if other:
-        there = ", ".join(f"{key} = {theirs[key]}" for key in other)
-        here = ", ".join(f"{key} = {ours.get(key)}" for key in other)
-        raise ValueError(f"{directory} has {there}; [model] has {here}. Set these keys of {architecture.use} as there")
+        there = ", ".join(f"{key} = {hf_keys[key]}" for key in other)
+        here = ", ".join(f"{key} = {model_keys.get(key)}" for key in other)
+        raise ValueError(
+            f"{directory} has {there}; [model] has {here}. Set these keys of {architecture.use} to those values"
+        )

@@ -1,7 +1,7 @@
-"""What the recipes ask of a component: the protocols to satisfy when you bring your own.
+"""The protocols of the components of a recipe. A custom component implements one of them.
 
-A component is a class whose keyword-only constructor parameters are its TOML keys. What exists only at run time reaches
-it through `build(...)` or as an argument of the method. Any class with these methods fits, wherever it lives.
+A component is a class whose keyword-only constructor parameters are its TOML keys. Objects that exist only at run time
+are passed to `build(...)` or to the methods. Any class with these methods fits; it need not derive from the protocol.
 """
 
 from __future__ import annotations
@@ -25,68 +25,70 @@ class TokenizerConfig(Protocol):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What [model] builds: an `nn.Module` with these methods besides.
+    """What [model] builds: an `nn.Module` that also has these methods.
 
-    Its `forward(tokens (B, T))` gives logits (B, T, V), and `forward(tokens, labels (B, T))` the summed loss (). Blocks
-    in a container named `layers`, if it has one, are compiled and checkpointed one by one.
+    `forward(tokens (B, T))` returns logits (B, T, V), `forward(tokens, labels (B, T))` the summed loss (). Blocks in a
+    container named `layers`, if there is one, are compiled, checkpointed and sharded one by one.
     """
 
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from (seed, its name) alone."""
+        """Initialize every parameter; its values may depend only on `seed` and its name."""
         ...
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Floating-point operations per trained token, forward and backward."""
+        """Return the floating-point operations per trained token, forward and backward."""
         ...
 
     def lr_multiplier(self, name: str) -> float:
-        """Factor on the learning rate of the parameter `name`."""
+        """Return the factor on the learning rate of the parameter `name`."""
         ...
 
 
 @runtime_checkable
 class ReportsMetrics(Protocol):
-    """A model with metrics of its own."""
+    """A model that reports metrics."""
 
     def pop_metric_sums(self) -> Tensor | None:
-        """Sums over the micro-batches since the last call, (n,) on the device; None if there are none.
+        """Return the sums over the micro-batches since the last call, (n,) on the device; None if there are none.
 
-        They are added up over all processes of the run, tensor-parallel ones included, with the other numbers of the
-        step. Must not wait for the device.
+        They are summed over all processes of the run, including tensor-parallel ranks, together with the loss of the
+        step. Must not synchronize with the device.
         """
         ...
 
     def metrics_of(self, sums: Tensor) -> Mapping[str, float]:
-        """The metrics by their names in metrics.jsonl, from those sums, (n,) float64 on the CPU."""
+        """Return the metrics by their names in metrics.jsonl, given the total sums, (n,) float64 on the CPU."""
         ...
 
 
 @runtime_checkable
 class SupportsDocumentMasking(Protocol):
-    """A model that can keep the documents of a sequence apart, for training.document_masking = true."""
+    """A model that supports training.document_masking = true."""
 
-    def separate_documents(self, end_of_document: int) -> None:
-        """From now on every `end_of_document` among the tokens of a forward pass starts a document, and so does the
-        beginning of a sequence: no token sees one of another document, and positions count from the start of its own.
+    def enable_document_masking(self, end_of_document: int) -> None:
+        """Mask attention between documents in all later forward passes.
+
+        A document starts at the beginning of a sequence and at every `end_of_document` token. A token attends only to
+        tokens of its document, and positions count from the start of the document.
         """
         ...
 
 
 class ParallelPlan(Protocol):
-    """How a model is divided among processes, by the names of its modules."""
+    """How to shard a model over processes, by the names of its modules."""
 
     tensor_parallel: Mapping[str, str]
-    """Module name, with * for one part of it, to a style of components/distributed/tensor_parallel.py."""
+    """Module name, with * for one part of it -> a style of components/distributed/tensor_parallel.py."""
     units: Sequence[Sequence[str]]
-    """Groups of modules whose weights are gathered together, in the order of use. The rest is gathered for all."""
+    """Groups of modules whose weights are gathered together, in the order of use. All other weights stay gathered."""
 
 
 @runtime_checkable
 class HasParallelPlan(Protocol):
-    """A [model] that says how it is divided. One that does not is gathered whole, and cannot be tensor-parallel."""
+    """A [model] with a parallel plan. A model without one is gathered as a whole and cannot be tensor-parallel."""
 
     def plan(self, *, tp: int) -> ParallelPlan:
-        """Raises ValueError if it cannot be divided among `tp` tensor-parallel ranks."""
+        """Return the plan for `tp` tensor-parallel ranks. Raises ValueError if the model cannot be split among them."""
         ...
 
 
@@ -95,7 +97,7 @@ class ModelConfig(Protocol):
     """[model]"""
 
     def build(self, *, vocab_size: int, sequence_length: int) -> nn.Module:
-        """A `LanguageModel`, on whatever device is current: the recipe builds it on the meta device."""
+        """Return a `LanguageModel` on the current default device; a recipe builds it on the meta device."""
         ...
 
 
@@ -106,7 +108,7 @@ class OptimizerConfig(Protocol):
     def build(
         self, *, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
     ) -> torch.optim.Optimizer:
-        """Parameter groups by name; each group carries `lr_multiplier`, and `lr` is set before every step."""
+        """Return the optimizer. Each parameter group has a key `lr_multiplier`; `lr` is set before every step."""
         ...
 
 
@@ -115,12 +117,12 @@ class LRSchedule(Protocol):
     """[lr_schedule]: a pure function of tokens, never of steps."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        """Learning rate of a step of `batch_tokens` that starts after `tokens` of `total_tokens` were trained."""
+        """Return the learning rate of a step on `batch_tokens` that starts after `tokens` of `total_tokens`."""
         ...
 
 
 class ScheduleDefaults:
-    """What [lr_schedule] may define beside `lr`, and what holds for a class that does not. See `complete_schedule`."""
+    """The optional attributes of [lr_schedule], with their defaults. See `complete_schedule`."""
 
     max_lr: float | None = None
     """The learning rate after warm-up."""
@@ -129,9 +131,9 @@ class ScheduleDefaults:
     decay_tokens: int | None = None
     """Length of the decay that ends the run."""
     batch_scaling: str | None = None
-    """How the learning rate follows the batch: "none", "sqrt" or "linear"."""
+    """How the learning rate scales with the batch: "none", "sqrt" or "linear"."""
     reference_batch_tokens: int | None = None
-    """Tokens of the batch for which `batch_scaling` is a factor of 1."""
+    """Tokens of the batch at which `batch_scaling` is a factor of 1."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         """See `LRSchedule.lr`."""
@@ -139,13 +141,13 @@ class ScheduleDefaults:
 
 
 def complete_schedule(schedule: LRSchedule) -> ScheduleDefaults:
-    """Return `schedule` with the defaults of what its class does not define."""
+    """Return `schedule` with defaults for the attributes that its class does not define."""
     return with_defaults(schedule, ScheduleDefaults)
 
 
 class AnyHook(Protocol):
-    """A table for each hook, [hooks.NAME], whose `use` names a class of yours with any of the methods of
-    `recipes.hooks:Hook`. Its other keys are those of the class."""
+    """[hooks.NAME], one table for each hook. `use` names a custom class with any of the methods of
+    `recipes.hooks:Hook`; the other keys are those of the class."""
 
 
 @runtime_checkable
@@ -154,8 +156,8 @@ class BatchConfig(Protocol):
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> Any:
         """Return a new policy for a run of `total_tokens` under `schedule`: a `components.batch:BatchPolicy`, or an
-        object with at least `next_batch_size(progress)`. The keys of [batch] stay as they are.
+        object with at least `next_batch_size(progress)`. Must not change this object.
 
-        `schedule` has the attributes of `ScheduleDefaults`. Raises ValueError where the two do not go together.
+        `schedule` has the attributes of `ScheduleDefaults`. Raises ValueError if the two cannot be combined.
         """
         ...

@@ -1,4 +1,4 @@
-"""A step whose work the device was given, and what it told once the device had done it."""
+"""A step that was queued on the device, and its results on the host."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from torch import Tensor
 from components.batch import StepBatch
 from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
+from components.guard import GuardConfig
 from components.interrupts import NONE, REQUESTS
-from components.train_step import StepNumbers
+from components.train_step import StepNumbers, TrainStep
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of a step on the host, equal on all ranks."""
+    """The results of a step on the host, equal on all ranks."""
 
     loss: float
-    """Mean over the tokens of the step."""
+    """The mean loss over the tokens of the step."""
     grad_norm: float
-    """Before clipping."""
+    """The gradient norm before clipping."""
     moments: GradientMoments | None
-    """None where they were not measured."""
+    """The gradient moments; None if they were not measured."""
     model_sums: Tensor | None
-    """The model's own, see `recipes.interfaces.ReportsMetrics`."""
+    """The metric sums of the model, (n,); see `recipes.interfaces.ReportsMetrics`."""
     request: int
     """The largest request of all processes."""
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """What the host knows of a step when it has launched it."""
+    """What the host knows of a step after queueing it."""
 
     progress: TrainingClock
-    """As it is after the step."""
+    """The clock after the step."""
     batch: StepBatch
     lr: float
     numbers: StepNumbers | None
-    """None for a step that was skipped for a bad sample."""
+    """The results on the device; None for a step that was skipped because of a bad sample."""
     dp_size: int
     measured: bool
     data_seconds: float
@@ -50,7 +51,7 @@ class LaunchedStep:
         return self.progress.samples - self.batch.samples
 
     def read(self) -> StepResult:
-        """Waits until the device has computed the gradient of this step."""
+        """Wait until the device has computed the gradient of this step, and return its results."""
         if self.numbers is None:
             return StepResult(math.nan, math.nan, None, None, NONE)
         numbers = self.numbers.read()
@@ -76,7 +77,19 @@ class LaunchedStep:
 
 
 def request_counts(request: int, device: torch.device) -> Tensor:
-    """(n,) float64, 1 at the place of `request`. Added up over processes, the last that is not 0 is the largest."""
+    """Return (n,) float64 zeros with 1 at the index of `request`. Summed over processes, the last nonzero entry is the
+    largest request.
+    """
     counts = torch.zeros(len(REQUESTS), dtype=torch.float64, device=device)
     counts[REQUESTS.index(request)].fill_(1)
     return counts
+
+
+def metrics_delay(device: torch.device, step: TrainStep, guard: GuardConfig) -> int:
+    """Return the number of steps between launching a step and reading its results.
+
+    1 on a GPU: the host launches a step while the device computes the previous one, and the device itself skips a step
+    that is not finite. 0 if the host must check a step before its update: for `guard.on_spike`, and for an optimizer
+    that cannot skip a step on the device. 0 on a CPU, where there is nothing to overlap.
+    """
+    return int(device.type == "cuda" and step.skips_on_device and guard.on_spike is None)

@@ -1,4 +1,4 @@
-"""The hooks of the training loop itself: profiling, saving, validation, and what follows the first step."""
+"""The built-in hooks of the training loop: profiling, saving, validation, and what follows the first step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_due(interval_steps: int | None, clock: TrainingClock) -> bool:
 
 @dataclass
 class ProfileSteps(Hook):
-    """Brackets every step for the profiler."""
+    """Marks the start and end of every step for the profiler."""
 
     profiler: Profiler
 
@@ -45,7 +45,7 @@ class ProfileSteps(Hook):
 
 @dataclass
 class SaveCheckpoints(Hook):
-    """Saves at intervals, at the end, and when somebody asked for it."""
+    """Saves at intervals, at the end, and on request."""
 
     checkpoints: RunCheckpoints
     requests: StopRequests
@@ -53,7 +53,7 @@ class SaveCheckpoints(Hook):
 
     def on_step_end(self, context: HookContext) -> None:
         if self.requests.agreed == SAVE or is_due(self.interval_steps, context.clock):
-            self.checkpoints.read_launched()  # a request that the step under way brings is met by this save too
+            self.checkpoints.read_launched()  # this save also serves a request that arrives with the current step
             self.requests.saved()
             self.checkpoints.save()
 
@@ -66,16 +66,16 @@ class SaveCheckpoints(Hook):
 
 @dataclass
 class Validate(Hook):
-    """Writes a row of the loss on held-out text at intervals and at the end.
+    """Writes a row with the validation loss at intervals and at the end.
 
-    It comes after the save, which held-out data that cannot be read must not prevent. Raises ConfigError at
-    [validation] where that is so.
+    Runs after the save, so that unreadable validation data does not prevent it. Raises ConfigError at [validation] if
+    the data cannot be read.
     """
 
     validation: Validator
     checkpoints: RunCheckpoints
     requests: StopRequests
-    ranks: DataParallelGroup
+    dp: DataParallelGroup
     compute: Callable[[], AbstractContextManager[object]]
     metrics: Path
     """The file metrics.jsonl."""
@@ -97,7 +97,7 @@ class Validate(Hook):
         run = self.checkpoints
         run.read_launched()
         values = call_on_all_ranks(
-            lambda: self.validation.evaluate(model, self.ranks, self.compute), run.config, "validation", run.world
+            lambda: self.validation.evaluate(model, self.dp, self.compute), run.config, "validation", run.world
         )
         run.metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
         run.restart_timer()
@@ -108,7 +108,7 @@ class Validate(Hook):
         return interval
 
     def _is_missing(self, context: HookContext) -> bool:
-        """Return whether a killed run ended between the save of this step and the validation that was due at it."""
+        """Return whether the resumed run was killed after saving this step, before the validation due at it."""
         if context.rank or not (context.clock.done or is_due(self._interval_steps, context.clock)):
             return False
         rows = last_rows(self.metrics)
@@ -117,7 +117,7 @@ class Validate(Hook):
 
 @dataclass
 class AfterFirstStep(Hook):
-    """Shortens the timeouts of collectives once compiling is over, and logs how long it took."""
+    """Shortens the timeouts of collectives after the first step, which compiles, and logs the compile time."""
 
     world: DistributedContext
     compiles: bool
@@ -135,7 +135,7 @@ class AfterFirstStep(Hook):
 
 @dataclass
 class CollectGarbage(Hook):
-    """Runs Python's garbage collector at the same steps on every rank."""
+    """Runs the garbage collector of Python at the same steps on every rank."""
 
     garbage: GarbageCollection
 

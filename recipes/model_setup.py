@@ -1,4 +1,4 @@
-"""The model of a recipe, built and held against what the recipe asks of it."""
+"""Build the model of a recipe, and check that it supports what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from recipes.interfaces import LanguageModel, SupportsDocumentMasking
 log = logging.getLogger("powertrain")
 
 SEQUENCES_SAMPLED = 64
-"""Sequences in which an end of a document is looked for."""
+"""Number of sequences that are searched for the end-of-document id."""
 
 
 def build_model(config: Config, vocab_size: int) -> Any:
-    """The model of a training, on the meta device. Raises ConfigError for one that cannot do what is asked of it."""
+    """Return the model on the meta device. Raises ConfigError if it does not support what the recipe asks for."""
     recipe = config.recipe
     with config_errors_at(config, "model"), torch.device("meta"):
         model = recipe.model.build(vocab_size=vocab_size, sequence_length=recipe.training.sequence_length)
         if not isinstance(model, LanguageModel):
-            raise InputError("use", f"builds a {type(model).__name__}, which is no LanguageModel of recipes.interfaces")
+            raise InputError("use", f"builds a {type(model).__name__}, which is not a recipes.interfaces:LanguageModel")
     if recipe.training.document_masking:
         with config_errors_at(config, "training"):
             require_document_masking(model)
@@ -34,28 +34,27 @@ def build_model(config: Config, vocab_size: int) -> Any:
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the blocks that are sharded, compiled and checkpointed one by one, by name; none if it has no `layers`."""
+    """Return by name the blocks to shard, compile and checkpoint one by one; empty for a model without `layers`."""
     if not hasattr(model, "layers"):
         return {}
     return {f"layers.{name}": block for name, block in model.get_submodule("layers").named_children()}
 
 
 def require_document_masking(model: object) -> None:
-    """Raises ValueError for a model that cannot keep documents apart."""
+    """Raise InputError if the model does not support document masking."""
     if not isinstance(model, SupportsDocumentMasking):
         raise InputError(
             "document_masking",
-            f"{type(model).__name__} has no separate_documents(end_of_document), which keeps "
-            "documents apart; say document_masking = false",
+            f"{type(model).__name__} has no enable_document_masking(end_of_document); set document_masking = false",
         )
 
 
-def enable_document_masking(model: Any, samples: PackedDataset, end_of_document: int) -> None:
-    """Let `model` attend within documents, and warn where `samples` seem to have none: it would tell none apart."""
-    model.separate_documents(end_of_document)
-    looked_at = range(0, len(samples), -(-len(samples) // SEQUENCES_SAMPLED))
-    if not any(bool((samples[index] == end_of_document).any()) for index in looked_at):
+def enable_document_masking(model: Any, dataset: PackedDataset, end_of_document: int) -> None:
+    """Enable document masking in `model`, and warn if no document ends in a sample of the dataset."""
+    model.enable_document_masking(end_of_document)
+    sampled = range(0, len(dataset), -(-len(dataset) // SEQUENCES_SAMPLED))
+    if not any(bool((dataset[index] == end_of_document).any()) for index in sampled):
         log.warning(
-            f"document_masking = true: none of {len(looked_at)} sequences looked at holds the id "
-            f"{end_of_document}, which ends a document; where it ends none, whole sequences are attended to"
+            f"document_masking = true: none of {len(sampled)} sampled sequences contains the end-of-document id "
+            f"{end_of_document}; without it, document masking has no effect"
         )

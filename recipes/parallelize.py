@@ -1,4 +1,4 @@
-"""A model made ready for its processes, while it has no storage yet."""
+"""Parallelize a model that is still on the meta device."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def parallelize(
     device: torch.device,
     training: TrainingConfig | None = None,
 ) -> None:
-    """Slice, recompute, compile and shard `model`, built by `component`, in the order in which they wrap one another.
+    """Apply tensor parallelism, activation checkpointing, compile and FSDP2 to `model`, in that order.
 
-    What recomputing and compiling have to be is in `training`; without it there is neither.
+    `component` is the [model] that built it, which may have a parallel plan. Without `training` there is neither
+    activation checkpointing nor compile.
     """
     blocks = list(transformer_blocks(model).values())
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
     plan = component.plan(tp=mesh.sizes.tp) if isinstance(component, HasParallelPlan) else None
     if mesh.tp is not None and plan is not None:
-        from components.distributed import tensor_parallel  # a process alone has no use for it
+        from components.distributed import tensor_parallel  # not at the top: a single process does not need it
 
         tensor_parallel.apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp)
     if training is not None:

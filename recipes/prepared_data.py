@@ -1,4 +1,4 @@
-"""Text that is not tokenised yet, on several nodes: refused, since all of their GPUs would wait for one processor."""
+"""Refuse text that is not tokenized yet on several nodes, whose GPUs would wait for the CPU of one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.errors import config_errors_at
 
 
 def require_prepared_data(config: Config, tokenizer: Tokenizer, world: DistributedContext) -> None:
-    """Every process calls it. Raises ConfigError, with the command that prepares, on more than one node."""
+    """Raise ConfigError, on more than one node, for text that is not tokenized yet. Call on every rank."""
     if world.nodes == 1:
         return
     recipe = config.recipe
@@ -23,9 +23,9 @@ def require_prepared_data(config: Config, tokenizer: Tokenizer, world: Distribut
         def check(source: TextSource = source) -> None:
             if not source.cache_entry(tokenizer, recipe.run.cache_dir).is_prepared():
                 raise ValueError(
-                    f"this text is not tokenised yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
-                    "would wait for it; on one machine, run before: python -m tools.prepare_data RECIPE.toml "
-                    "[--section.key=value]..., with the recipe and the keys of this run"
+                    f"this text is not tokenized yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
+                    "would wait for it; first run, on one machine, python -m tools.prepare_data RECIPE.toml "
+                    "[--section.key=value]... with the recipe and the overrides of this run"
                 )
 
         with config_errors_at(config, section):

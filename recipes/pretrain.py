@@ -1,6 +1,6 @@
-"""The main job: pre-train a language model from scratch, or continue where a run stopped.
+"""Pre-train a language model from scratch, or resume a run.
 
-`Trainer.train` is the loop. What it calls is a component that the recipe named, or a hook of `recipes.hooks`.
+`Trainer.train` is the training loop. It calls the components that the recipe names, and hooks (`recipes.hooks`).
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from components import precision
@@ -28,17 +27,17 @@ from components.interfaces import DataConfig
 from components.interrupts import exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
-from components.train_step import TrainStep, not_finite
+from components.train_step import not_finite
 from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
 from recipes.bad_steps import compute_lr, handle_bad_samples, handle_bad_step
-from recipes.batch_policy import build_batch_policy
+from recipes.batch_policy import uses_adaptive_batch
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
 from recipes.data_checks import BadSamples, MicroBatchReader
 from recipes.errors import RunError, config_errors_at, raised_in
-from recipes.hooks import Hook, HookContext, Hooks
+from recipes.hooks import Hook, Hooks
 from recipes.interfaces import (
     AnyHook,
     BatchConfig,
@@ -50,10 +49,11 @@ from recipes.interfaces import (
     TokenizerConfig,
     complete_schedule,
 )
-from recipes.launched_step import LaunchedStep, StepResult, request_counts
+from recipes.launched_step import LaunchedStep, StepResult, metrics_delay, request_counts
 from recipes.loop_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.resume import Resume
 from recipes.run_config import RunConfig, TrainingConfig
+from recipes.run_setup import build_environment
 from recipes.step_metrics import StepMetrics
 
 log = logging.getLogger("powertrain")
@@ -61,7 +61,7 @@ log = logging.getLogger("powertrain")
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Pre-training. Its parameters are the sections of the recipe."""
+    """Pre-training. Its fields are the sections of the recipe."""
 
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -79,46 +79,49 @@ class Pretrain:
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfilerConfig = field(default_factory=ProfilerConfig)
     hooks: dict[str, AnyHook] = field(default_factory=dict)
-    """Code that is called at points of the training loop, by name; docs/hooks.md has the points."""
+    """Classes that are called at points of the training loop, by name; see docs/hooks.md."""
 
     @property
     def device(self) -> str:
-        """Where it computes, for the launcher, which starts a process for each GPU."""
+        """The device to train on. The launcher starts one process for each GPU unless it is "cpu"."""
         return self.run.device
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """Problems that only show across sections, as (dotted path, message)."""
+        """Yield problems between sections, as (dotted path, message)."""
         warmup = complete_schedule(self.lr_schedule).warmup_tokens
         if warmup > self.training.total_tokens:
             yield (
                 "lr_schedule.warmup_tokens",
-                f"{warmup} tokens of warm-up do not end within training.total_tokens = {self.training.total_tokens}",
+                f"{warmup} is more than training.total_tokens = {self.training.total_tokens}; lower it or train longer",
             )
-        if self.gradient_noise.interval_steps is None and _is_adaptive(self):
+        if self.gradient_noise.interval_steps is None and uses_adaptive_batch(self):
             yield (
                 "gradient_noise.interval_steps",
-                f"never measured, the gradient gives {type(self.batch).__name__} nothing to follow; leave it out, or "
-                "take components.batch:Constant",
+                f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
+                "or use components.batch:Constant",
             )
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
-            yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} cannot be divided by {tp}"
+            yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
         if isinstance(self.model, HasParallelPlan):
             try:
                 self.model.plan(tp=tp)
             except Exception as error:
                 yield "parallel.tp", error_message(error)
         elif tp > 1:
-            yield "parallel.tp", f"{type(self.model).__name__} has no plan(tp) to divide it by"
+            yield (
+                "parallel.tp",
+                f"{type(self.model).__name__} has no plan(tp=...), so it cannot be tensor-parallel; set 1",
+            )
 
     def main(self, config: Config, resume: Resume | None) -> int:
-        """Run to the end, or until it is asked to stop; returns the exit status."""
+        """Train to the end or until a request to stop. Returns the exit status."""
         with ExitStack() as cleanup:
             trainer = Trainer(config, resume, cleanup)
             try:
                 request = trainer.train()
             except Exception as error:
-                # All ranks raise these together. One that fails alone cannot save: the others wait for it elsewhere.
+                # All ranks raise these together. A rank that fails alone cannot save: the others wait in a collective.
                 if trainer.world.size == 1 or isinstance(error, (ConfigError, RunError)):
                     _, failure = try_call(trainer.checkpoints.save_before_end)
                     if failure is not None:
@@ -127,22 +130,14 @@ class Pretrain:
         return exit_status(request) if is_stop(request) else 0
 
 
-def _is_adaptive(recipe: Pretrain) -> bool:
-    """Whether the batch follows the gradient; False where no policy can be built, which is reported when one is."""
-    try:
-        return build_batch_policy(recipe).is_adaptive
-    except ValueError:
-        return False
-
-
 class Trainer:
-    """The parts of a run, built in order, and the loop over its steps."""
+    """Builds the parts of a run in order, and runs the training loop."""
 
     def __init__(self, config: Config, resume: Resume | None, cleanup: ExitStack) -> None:
-        """Raises ConfigError at the section of the recipe that is at fault; then nothing of an old run was removed."""
+        """Raises ConfigError at the section that is at fault, before anything of an old run is removed."""
         recipe: Pretrain = config.recipe
         self.config, self.recipe = config, recipe
-        environment = build.build_environment(config, resume, cleanup)
+        environment = build_environment(config, resume, cleanup)
         self.world, self.requests, start = environment.world, environment.requests, environment.start
         self.policy, hooks = build.build_policy(config), build.build_hooks(config)
         self.mesh, self.batch_rounding = build.build_mesh(config, self.world)
@@ -191,11 +186,11 @@ class Trainer:
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
         self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)
-        self.context = self._hook_context(environment)
+        self.context = build.build_hook_context(environment, self.step, self.clock, self.metric_logger)
         build.log_startup(config, environment, self.mesh, self.data, built)
 
     def train(self) -> int:
-        """The loop. Returns the request that ended it, or NONE when all tokens were trained."""
+        """Run the training loop. Returns the request that ended it, or NONE after all tokens are trained."""
         self.restart_timer()
         self.hooks.call("on_run_begin", self.context)
         while not self.clock.done and not is_stop(self.requests.agreed):
@@ -208,7 +203,7 @@ class Trainer:
         return self.requests.agreed
 
     def launch(self, batch: StepBatch) -> None:
-        """Give the device the next step, and advance the clock."""
+        """Queue the next step on the device, and advance the clock."""
         started, step_tokens = time.perf_counter(), batch.samples * self.clock.sequence_length
         lr = compute_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
         micro_batches = self.reader.read(batch.micro_batches)
@@ -231,21 +226,21 @@ class Trainer:
                 handle_bad_step(bad, launched, self.checkpoints)
             else:
                 self.hooks.call("on_gradients_ready", self.context)
-                self.state.is_sound = False
+                self.state.is_consistent = False
                 self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.metrics_delay else None)
         self.clock.advance(batch.samples)
-        self.state.is_sound = True
+        self.state.is_consistent = True
         self.launched.append((launched, bad))
 
     def read_launched(self, unread: int = 0) -> None:
-        """Read and log the numbers of the steps that were launched, except the last `unread`."""
+        """Read and log the results of the launched steps, except the last `unread`."""
         bad_steps: list[tuple[BadStep, LaunchedStep]] = []
         while len(self.launched) > unread:
             launched, bad = self.launched.popleft()
             result = launched.read()
             if self.metrics_delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
                 bad_steps.append((bad, launched))
-                unread = 0  # nothing may be under way when it is handled
+                unread = 0  # read all steps before it is handled
             noise = None
             if result.moments is not None and bad is None:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
@@ -253,17 +248,17 @@ class Trainer:
             step_seconds = time.perf_counter() - self.timer_started_at
             self.metric_logger.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
             self.restart_timer()
-            # several processes agreed on it when the step was launched; one alone can look again
+            # processes agree on a request in the reduction of the step; a single one can poll again
             request = result.request if self.world.size > 1 else self.requests.pending()
             self.requests.agreed = max(self.requests.agreed, request)
         for bad, launched in bad_steps:
             handle_bad_step(bad, launched, self.checkpoints)
 
     def observe(self) -> None:
-        """Let the batch policy observe the steps up to the one that was launched `delay` steps ago.
+        """Let the batch policy observe the steps up to the one launched `metrics_delay` steps ago.
 
-        A step that was read earlier, as for a checkpoint, waits here until then: when the policy hears of a step must
-        not depend on when the run was saved.
+        A checkpoint reads steps earlier. They wait in `state.observations`, so that the time at which the policy
+        observes a step does not depend on when the run was saved.
         """
         observations = self.state.observations
         while observations and observations[0][0].step <= self.clock.step - self.metrics_delay:
@@ -271,16 +266,16 @@ class Trainer:
                 self.policy.observe(*observations.popleft())
 
     def restart_timer(self) -> None:
-        """Start the time of a step now."""
+        """Start the step timer."""
         self.timer_started_at = time.perf_counter()
 
     def next_batch(self) -> StepBatch:
-        """Return the batch of the next step. Raises ConfigError at [batch] for a size that is not one."""
+        """Return the batch of the next step. Raises ConfigError at [batch] for an invalid size."""
         with config_errors_at(self.config, "batch", started=True), raised_in("batch"):
             return self.batch_rounding.fit(self.policy.next_batch_size(self.clock))
 
     def measures_noise(self, batch: StepBatch) -> bool:
-        """Return whether the gradient noise of the step that starts now is measured."""
+        """Return whether to measure the gradient noise of the next step."""
         interval = self.recipe.gradient_noise.interval_steps
         if interval is None or self.clock.step % interval:
             return False
@@ -292,13 +287,13 @@ class Trainer:
         if not self.warned_noise:
             self.warned_noise = True
             log.info(
-                f"a step of one micro-batch of {batch.samples} samples does not show the noise of its gradient; "
-                "a smaller training.micro_batch_size or a larger batch would"
+                f"gradient noise is not measured: it needs at least 2 micro-batches per step, and {batch.samples} "
+                "samples are one; lower training.micro_batch_size or raise the batch size"
             )
         return False
 
     def finish(self) -> None:
-        """Save what is not saved, validate at the end, and report again what went wrong on the way."""
+        """Save and validate at the end of the run, and report all failures again."""
         manager, request = self.checkpoints.manager, self.requests.agreed
         if self.clock.step == self.checkpoints.started_at:
             log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
@@ -315,7 +310,7 @@ class Trainer:
         if manager.saved_step != self.clock.step:
             raise RunError(
                 f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "
-                f"{self.checkpoints.newest}. Make room, or mend the disk, and continue with --resume"
+                f"{self.checkpoints.newest}. Free some disk space, then continue with --resume"
             )
         if is_stop(request) and not self.clock.done:
             log.info(f"stopped by {reason(request)} after step {self.clock.step}; continue with --resume")
@@ -326,33 +321,8 @@ class Trainer:
         return self.state.guard.judge(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:
-        """Return what else is added up over all processes with the numbers of a step."""
+        """Return further values to sum over all processes together with those of the step."""
         summands = {"requests": request_counts(self.requests.pending(), self.world.device)}
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums
         return summands
-
-    def _hook_context(self, environment: build.Environment) -> HookContext:
-        def log_metrics(values: Mapping[str, float]) -> None:
-            self.metric_logger.write({"step": self.clock.step, "tokens": self.clock.tokens, **values})
-
-        return HookContext(
-            model=self.model,
-            optimizer=self.step.optimizer,
-            clock=self.clock,
-            device=self.world.device,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            directory=environment.directory.path,
-            log_metrics=log_metrics,
-        )
-
-
-def metrics_delay(device: torch.device, step: TrainStep, guard: GuardConfig) -> int:
-    """Steps between the launch of a step and the reading of its numbers.
-
-    On a GPU 1: the host launches a step while the device computes the one before, and a step that is not finite is left
-    out on the device. 0 where the host has to judge a step before its update: for `guard.on_spike`, and for an
-    optimizer that cannot skip a step by itself. 0 on a CPU, which has nothing to wait for.
-    """
-    return int(device.type == "cuda" and step.skips_on_device and guard.on_spike is None)

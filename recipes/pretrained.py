@@ -1,4 +1,4 @@
-"""A trained model on disk, to be used and not trained on: a checkpoint of ours, or a Hugging Face directory."""
+"""Load a trained model for evaluation or generation: a checkpoint of this project or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
-MAX_UNTRAINED = 2048
-"""Tokens of a sequence where it is not known how long those of the training were."""
+MAX_HF_SEQUENCE_LENGTH = 2048
+"""Largest sequence length for a Hugging Face model, whose training length is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedModel:
-    """What is known of it before its weights are read."""
+    """A pretrained model whose weights are not read yet."""
 
     path: Path
-    """The checkpoint, or the directory."""
+    """The checkpoint or the Hugging Face directory."""
     component: ModelConfig
-    """[model]"""
+    """[model] of the recipe, or its equivalent for a Hugging Face model."""
     tokenizer: TokenizerConfig | None
-    """[tokenizer], if it has one."""
+    """[tokenizer] of the recipe, or the tokenizer of the directory, if there is one."""
     vocab_size: int
-    """Ids it was trained with."""
+    """Vocabulary size of the training."""
     sequence_length: int
-    """Tokens of a sequence of its training."""
+    """Sequence length of the training."""
     document_masking: bool = False
-    """As in its training."""
+    """Whether the training used document masking."""
     step: int | None = None
-    """Of its training."""
+    """The training step of the checkpoint."""
     recipe: Any = None
-    """The recipe that trained it, if that is known."""
+    """The recipe that trained the model; None for a Hugging Face model."""
 
     def load_tokenizer(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
-        """`tokenizer`, or else its own, ready. Raises ValueError or OSError if there is none, or none that fits."""
+        """Build `tokenizer`, by default that of the model. Raises ValueError or OSError if there is none that fits."""
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
-            raise ValueError(f"{self.path} has no tokenizer.json, or one that does not say which token ends a document")
-        encoder = tokenizer.build()
-        # a Hugging Face model may have more rows than its tokenizer ids
-        fits = encoder.vocab_size == self.vocab_size if self.recipe else encoder.vocab_size <= self.vocab_size
+            raise ValueError(f"{self.path} has no tokenizer.json with an end-of-document token; name a tokenizer")
+        built = tokenizer.build()
+        # the embedding of a Hugging Face model may have more rows than its tokenizer has ids
+        fits = built.vocab_size == self.vocab_size if self.recipe else built.vocab_size <= self.vocab_size
         if not fits:
             raise ValueError(
-                f"{self.path} was trained with a vocabulary of {self.vocab_size}, and the tokenizer has "
-                f"{encoder.vocab_size} ids; name the tokenizer it was trained with"
+                f"{self.path} was trained with a vocabulary of {self.vocab_size}, but the tokenizer has "
+                f"{built.vocab_size} ids; use the tokenizer of its training"
             )
-        return encoder
+        return built
 
     def build(self, sequence_length: int) -> nn.Module:
-        """The model on the meta device. Raises ValueError if its sequences cannot be so long."""
+        """Return the model on the meta device. Raises ValueError if it does not support that sequence length."""
         with torch.device("meta"):
             return self.component.build(vocab_size=self.vocab_size, sequence_length=sequence_length)
 
     def load_weights(self, model: nn.Module, *, single_process: bool) -> None:
-        """Fill every parameter; `alone` is one process, else each reads the shards it holds.
+        """Fill every parameter of `model`; with several processes each reads only its shards.
 
-        Raises ValueError for what is damaged.
+        Raises ValueError if a file is damaged.
         """
         if self.recipe is not None:
             load_tensors(self.path, {"model": model.state_dict()}, no_dist=single_process)
@@ -95,26 +95,28 @@ def load_pretrained(
     rank: int = 0,
     ranks: int = 1,
 ) -> PretrainedModel:
-    """What is at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
+    """Load the model at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    `tokenizer` is the file of its tokenizer, where that is not where it was. A checkpoint's configuration names no code
-    but this project's, unless that is trusted (`trust_option` is how the caller's user says so); each of `ranks`
-    processes looks for damage in its share of it. Raises ValueError, OSError or ConfigError.
+    `tokenizer` is the path of the tokenizer file if it has moved. The configuration of a checkpoint may name only code
+    of this project, unless `trust_code` is set (error messages name `trust_option`). Each of `ranks` processes
+    verifies a part of the checkpoint. Raises ValueError, OSError or ConfigError.
     """
     path = expand_home(path).absolute()
     if is_file(path / "config.json"):
         if list_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
-            raise ValueError(f"{path} holds a Hugging Face model and checkpoints; give one of them a folder of its own")
-        return _of_hugging_face(path, tokenizer)
+            raise ValueError(
+                f"{path} holds both a Hugging Face model and checkpoints; move one of them to another directory"
+            )
+        return _load_hugging_face(path, tokenizer)
     try:
         checkpoint = find_checkpoint_at(path)
     except ValueError as error:
-        here = "; nor is there a config.json, as a Hugging Face directory has" if path.is_dir() else ""
+        here = "; it is not a Hugging Face directory either: it has no config.json" if path.is_dir() else ""
         raise ValueError(f"{error}{here}") from None
     verify(checkpoint, rank=rank, ranks=ranks)
     state = read_run_state(checkpoint)
     moved = [Override("tokenizer.path", str(tokenizer.absolute()))] if tokenizer else []
-    recipe = load_stored_config(checkpoint, moved, trust_code=trust_code, remedy=f"say {trust_option}").recipe
+    recipe = load_stored_config(checkpoint, moved, trust_code=trust_code, remedy=f"use {trust_option}").recipe
     return PretrainedModel(
         path=checkpoint,
         component=recipe.model,
@@ -127,7 +129,7 @@ def load_pretrained(
     )
 
 
-def _of_hugging_face(directory: Path, tokenizer: Path | None) -> PretrainedModel:
+def _load_hugging_face(directory: Path, tokenizer: Path | None) -> PretrainedModel:
     config = read_json(directory / "config.json")
     try:
         _, architecture = architecture_from_config(config)
@@ -138,16 +140,16 @@ def _of_hugging_face(directory: Path, tokenizer: Path | None) -> PretrainedModel
     return PretrainedModel(
         path=directory,
         component=component,
-        tokenizer=_tokenizer(directory, tokenizer, config.get("eos_token_id")),
+        tokenizer=_find_tokenizer(directory, tokenizer, config.get("eos_token_id")),
         vocab_size=keys["vocab_size"],
-        sequence_length=min(keys["max_sequence_length"], MAX_UNTRAINED),
+        sequence_length=min(keys["max_sequence_length"], MAX_HF_SEQUENCE_LENGTH),
     )
 
 
-def _tokenizer(directory: Path, given: Path | None, end: Any) -> TokenizerConfig | None:
-    """The `given` tokenizer.json, or its own, if there is one.
+def _find_tokenizer(directory: Path, given: Path | None, end: Any) -> TokenizerConfig | None:
+    """Return the tokenizer in the file `given`, by default in that of the directory; None if there is none.
 
-    `end` is the id that ends a document, where no token is named for it.
+    `end` is the id that ends a document if tokenizer_config.json does not name a token.
     """
     file, settings = given or directory / "tokenizer.json", directory / "tokenizer_config.json"
     if given is None and not is_file(file):

@@ -1,4 +1,4 @@
-"""What the launcher and the tools ask of a recipe. It imports nothing large: a typo in a recipe is reported at once."""
+"""The optional attributes of a recipe. This module imports nothing large, so that typos are reported at once."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from components.defaults import with_defaults
 
 
 class RecipeDefaults:
-    """The optional attributes of a recipe, and what holds for a class that does not define them."""
+    """The optional attributes of a recipe, with their defaults."""
 
     device: str = "auto"
-    """Where it computes: "cpu" starts one process where there are GPUs, too."""
+    """The device. "cpu" starts one process even if there are GPUs."""
     run: Any = None
     """The section with the run directory."""
     validation: Any = None
-    """The section with the held-out data."""
+    """The section with the validation data."""
     dry_run: Callable[..., int] | None = None
-    """Called as `dry_run(config, world_size)` by --dry-run, in place of the dry run of pre-training."""
+    """Called as `dry_run(config, world_size)` by --dry-run, instead of the dry run of pre-training."""
 
 
 def complete_recipe(recipe: Any) -> RecipeDefaults:
-    """Return `recipe` with the defaults of what its class does not define."""
+    """Return `recipe` with defaults for the attributes that its class does not define."""
     return with_defaults(recipe, RecipeDefaults)

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint, and whether this configuration may continue it."""
+"""Find the checkpoint to resume from, and check that the configuration may continue it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = logging.getLogger("powertrain")
 Rule = Literal["allow", "warn", "refuse"]
 
 RULES: dict[str, Rule] = {
-    # What the saved tensors and counters mean: another value makes them another run's.
+    # These define the meaning of the saved tensors and counters: another value does not fit them.
     "recipe": "refuse",
     "model": "refuse",
     "tokenizer": "refuse",
     "optimizer.use": "refuse",
     "training.sequence_length": "refuse",
-    # What a resumed run may change, but not without being told that its curve now has a joint.
+    # Allowed, with a warning: the curve is no longer one experiment.
     "data": "warn",
     "optimizer": "warn",
     "lr_schedule": "warn",
@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     "training.max_grad_norm": "warn",
     "training.precision": "warn",
     "training.document_masking": "warn",
-    # How, where and how long: extending total_tokens is what the schedules are anchored for.
+    # How, where and how long to train: extending total_tokens is supported by the schedules.
     "training": "allow",
     "run": "allow",
     "parallel": "allow",
@@ -48,25 +48,25 @@ RULES: dict[str, Rule] = {
     "profile": "allow",
     "import_paths": "allow",
 }
-"""The rule of a key is that of its longest prefix here; what nothing covers is warned about."""
+"""Rules by prefix. The longest matching prefix of a key counts; a key without one is warned about."""
 
 LOCATION_KEYS = ("path", "cache_dir")
-"""Keys that say where something lies. Data and tokenizers that moved are recognised by content, not by path."""
+"""Keys that are locations. Data and tokenizers that moved are recognized by content, not by path."""
 
 LR_SAMPLES = 1000
-"""Steps of the past, at most, at which two schedules are compared."""
+"""Maximum number of past steps at which two schedules are compared."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """What --resume asked for."""
+    """A --resume on the command line."""
 
     path: Path | None = None
     """A checkpoint or a run directory; None: the newest checkpoint of this run."""
 
 
 def rule_of(key: str) -> Rule:
-    """The rule for a dotted key."""
+    """Return the rule for a dotted key."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])
@@ -76,10 +76,10 @@ def rule_of(key: str) -> Rule:
 
 
 def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: bool = False) -> list[Path]:
-    """Checkpoints that may be continued, the last of which ought to be: the others are for when it is damaged.
+    """Return the checkpoints that may be resumed, oldest first. The earlier ones are used if the last is damaged.
 
-    What was `restarted` after a failure continues with its own newest. Raises ValueError when there is not what was
-    asked for, or when it would be overtaken by newer ones.
+    A run that was `restarted` after a failure continues from its newest checkpoint. Raises ValueError if the requested
+    checkpoint does not exist, or if the run directory has newer ones, which the run would overwrite.
     """
     own = list_checkpoints(checkpoints)
     if restarted and own:
@@ -97,19 +97,21 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
     if chosen[-1] in own and chosen[-1] != own[-1]:
         raise ValueError(
             f"--resume: {own[-1].name} is newer than {chosen[-1].name} and would be overwritten; "
-            "give the continued run a --run.name of its own, or move the newer checkpoints away"
+            "give the resumed run another --run.name, or move the newer checkpoints away"
         )
     return chosen
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Also by another name: through a link, or `..`."""
+    """Return whether `path` lies in `folder`, also through links and `..`."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
 def _canonical(checkpoints: Path, path: Path) -> Path:
-    """`path` as a child of `checkpoints` where it is one by another name, through links or `..`, of the directory or of
-    its files: a new run removes those, and continues with this one only what it knows as its own."""
+    """Return `path` as a child of `checkpoints` if it is one under another name: through links, `..` or linked files.
+
+    The comparison with the run's own checkpoints decides what a new run removes, so it must not depend on spelling.
+    """
     files = _resolved(path)
     for own in list_checkpoints(checkpoints):
         if own.exists() and (own.samefile(path) or files & _resolved(own)):
@@ -118,15 +120,15 @@ def _canonical(checkpoints: Path, path: Path) -> Path:
 
 
 def _resolved(checkpoint: Path) -> set[Path]:
-    """The files of a checkpoint, wherever they really are."""
+    """Return the resolved paths of the files of a checkpoint."""
     return {path.resolve() for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
 
 
 def list_checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint that `path` is, or those of the run directory that it is, oldest first. Raises ValueError."""
+    """Return the checkpoint at `path`, or those of the run directory at `path`, oldest first. Raises ValueError."""
     path = expand_home(path).absolute()
     if not path.is_dir():
-        raise ValueError(f"{path} is no directory")
+        raise ValueError(f"{path} is not a directory")
     inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not ((inside[-1] if inside else path) / "state.json").exists():
         raise ValueError(f"{path} is neither a checkpoint nor a run directory with one")
@@ -134,20 +136,20 @@ def list_checkpoints_at(path: Path) -> list[Path]:
 
 
 def find_checkpoint_at(path: Path) -> Path:
-    """The checkpoint that `path` is, or the newest one of the run directory that it is. Raises ValueError."""
+    """Return the checkpoint at `path`, or the newest of the run directory at `path`. Raises ValueError."""
     return list_checkpoints_at(path)[-1]
 
 
-def diff_config(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, now) of what the configuration in the file `stored_in` has otherwise; None where a key is unset.
+def diff_config(config_file: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, stored value, current value) for each key that differs from `config_file`; None stands for unset.
 
-    A key that the file does not have, and nobody set since, is one that its component did not know yet: the default
-    is then what the component did without it. Raises ValueError if the file is damaged.
+    A key with its default value that is missing in the file is skipped: the component did not have it yet, and its
+    default keeps the old behavior. Raises ValueError if the file is damaged.
     """
     try:
-        stored = flatten(stored_in.read_text(encoding="utf-8"))
+        stored = flatten(config_file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{stored_in} is damaged: {error}") from None
+        raise ValueError(f"{config_file} is damaged: {error}") from None
     current = flatten(config.to_toml(provenance=False))
     defaults = {key for key, leaf in config.leaves.items() if leaf.origin.source == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):
@@ -157,12 +159,12 @@ def diff_config(stored_in: Path, config: Config) -> Iterator[tuple[str, Any, Any
 
 
 def check_resumable(checkpoint: Path, config: Config) -> None:
-    """Raises ConfigError with every change since `checkpoint` that would make it another run's."""
+    """Raise ConfigError with every change since `checkpoint` that its saved state does not fit."""
     refused = [
         config.problem(
             key,
             f"{_format_value(before)} in the checkpoint, {_format_value(now)} now: "
-            "this would be another run's state; start a new run",
+            "the checkpoint does not fit this setting; start a new run, or restore the old value",
         )
         for key, before, now in diff_config(checkpoint / "config.toml", config)
         if rule_of(key) == "refuse"
@@ -172,34 +174,34 @@ def check_resumable(checkpoint: Path, config: Config) -> None:
 
 
 def log_config_diff(checkpoint: Path, config: Config) -> None:
-    """Log what this configuration has otherwise than the one stored in `checkpoint`, after `refuse`."""
-    reshapes = False
+    """Log how the configuration differs from the one stored in `checkpoint`. Call after `check_resumable`."""
+    schedule_changed = False
     for key, before, now in diff_config(checkpoint / "config.toml", config):
-        reshapes |= key == "training.total_tokens" or key.startswith("lr_schedule.")
+        schedule_changed |= key == "training.total_tokens" or key.startswith("lr_schedule.")
         if rule_of(key) == "warn":
             log.warning(f"resuming with a change: {key} was {_format_value(before)}, is {_format_value(now)}")
         else:
             log.info(f"resuming with {key} = {_format_value(now)} (was {_format_value(before)})")
-    if reshapes and (told := schedule_mismatch(checkpoint, config)):
-        log.warning(told)
+    if schedule_changed and (message := schedule_mismatch(checkpoint, config)):
+        log.warning(message)
 
 
 def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
-    """What to say where the steps before `checkpoint` had another rate than this schedule would have given them.
+    """Return a warning if the steps before `checkpoint` used another learning rate than this schedule gives them.
 
-    So it is where the decay of a run had begun that is now given more tokens. None where the rates are the same, and
-    where the schedule is of another kind altogether, or cannot be made any more.
+    This happens when a run that had started its decay is extended. Returns None if the learning rates are equal, if
+    the schedule is of another class, or if the old one cannot be built. Assumes the mean batch of the past steps.
     """
     try:
         old, clock = load_stored_config(checkpoint, trusted_config=config).recipe, read_run_state(checkpoint)["clock"]
-    except (ConfigError, ValueError):  # what is damaged is told where it is needed
+    except (ConfigError, ValueError):  # damage is reported where the file is needed
         return None
     new = config.recipe
     if type(old.lr_schedule) is not type(new.lr_schedule) or not clock["step"]:
         return None
     batch = clock["tokens"] // clock["step"]
 
-    def rates(step: int) -> tuple[float, float]:
+    def old_and_new_lr(step: int) -> tuple[float, float]:
         before, now = (
             recipe.lr_schedule.lr(step * batch, batch, recipe.training.total_tokens) for recipe in (old, new)
         )
@@ -207,17 +209,18 @@ def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
 
     every = max(1, clock["step"] // LR_SAMPLES)
     coarse = [*range(0, clock["step"], every), clock["step"] - 1]
-    other = next((step for step in coarse if not math.isclose(*rates(step))), None)
-    if other is None:
+    mismatch = next((step for step in coarse if not math.isclose(*old_and_new_lr(step))), None)
+    if mismatch is None:
         return None
-    first = next(step for step in range(max(0, other - every), other + 1) if not math.isclose(*rates(step)))
-    last, now = rates(clock["step"] - 1)[0], rates(clock["step"])[1]
+    first = next(
+        step for step in range(max(0, mismatch - every), mismatch + 1) if not math.isclose(*old_and_new_lr(step))
+    )
+    last, now = old_and_new_lr(clock["step"] - 1)[0], old_and_new_lr(clock["step"])[1]
     before = [each for each in list_checkpoints(checkpoint.parent) if step_of(each) <= first]
-    remedy = f"resume from {before[-1]} or earlier" if before else "start anew: no checkpoint from before that is left"
+    remedy = f"resume from {before[-1]} or earlier" if before else "start again: no earlier checkpoint is left"
     return (
-        "the tokens trained so far had another rate than this schedule would have given them, from "
-        f"{format_count(first * batch)} tokens on; it goes from {last:.3g} to {now:.3g} now. "
-        f"For the run as if it had been so from its start, {remedy}"
+        f"the steps after {format_count(first * batch)} tokens used a different learning rate than this schedule; it "
+        f"jumps from {last:.3g} to {now:.3g} here. For a clean run, {remedy}"
     )
 
 

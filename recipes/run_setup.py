@@ -1,47 +1,56 @@
-"""Making the run directory ready: whose it is, what dead runs left in it, and which checkpoint is continued."""
+"""Set up a run: its processes, its directory, its log, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from rich.console import Console
+
 from components.atomic_files import atomic_write
 from components.checkpoint import DamagedError, list_checkpoints, remove_all, remove_partial_saves, run_of, verify
+from components.data.loader_workers import check_workers
 from components.distributed.context import DistributedContext
-from components.distributed.launcher import LAUNCH_ID
+from components.distributed.launcher import LAUNCH_ID, launch_time
+from components.interrupts import SignalCatcher, StopRequests
+from components.metrics.console import setup_logging
 from components.run_directory import RunDirectory
 from recipes.config import Config
 from recipes.errors import config_errors_at
-from recipes.resume import Resume, check_resumable, find_checkpoints, is_inside
+from recipes.resume import Resume, check_resumable, find_checkpoints, is_inside, log_config_diff
+
+log = logging.getLogger("powertrain")
 
 
 @dataclass
 class RunStart:
-    """A run directory that is ready."""
+    """A run directory that this process has claimed, and what to resume from."""
 
     checkpoint: Path | None
-    """The one to continue."""
+    """The checkpoint to resume from; None for a new run."""
     run: str = ""
-    """Identifier of the run whose directory this is."""
+    """The identifier of the run that owns the directory."""
     warnings: list[str] = field(default_factory=list)
-    """What there is to tell, once there is a log to tell it in."""
+    """Messages to log once logging is set up."""
     commit: Callable[[], None] = lambda: None
-    """Every rank calls it when all is ready: only then what an old run left is removed, and the new one is stored."""
+    """Call on every rank after setup succeeded: deletes the replaced run and writes config.toml."""
 
 
 def claim_run_directory(
     directory: RunDirectory, config: Config, resume: Resume | None, world: DistributedContext, cleanup: ExitStack
 ) -> RunStart:
-    """Take the directory until `cleanup`. Every rank calls it, and `commit` of what it returns.
+    """Lock the directory until `cleanup` and choose a checkpoint. Call on every rank, and then `commit` of the result.
 
-    Raises ConfigError where the run may not commit: another one is in it, or it holds one that is not to be continued.
+    Raises ConfigError if another run uses the directory, or if it holds a run that is neither resumed nor replaced.
     """
     launch, locked = os.environ.get(LAUNCH_ID), False
 
-    def take() -> None:
+    def lock() -> None:
         nonlocal locked
         directory.check_links()
         locked = world.is_main and cleanup.enter_context(directory.held())
@@ -55,11 +64,11 @@ def claim_run_directory(
             directory.claim()
             if locked:
                 directory.sweep()
-            directory.stop.unlink(missing_ok=True)  # it was meant for a run before
+            directory.stop.unlink(missing_ok=True)  # it was meant for an earlier run
 
     with config_errors_at(config, "run"):
-        world.main_first(take)
-        # Processes that were started again after a failure find the directory as they left it, and may use it.
+        world.main_first(lock)
+        # Processes that the launcher restarted after a failure may continue in the directory that they claimed before.
         restarted = bool(world.maximum(directory.belongs_to(launch)))
         start = _choose_checkpoint(
             find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
@@ -72,7 +81,7 @@ def claim_run_directory(
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
                 f"{directory.path} already holds a run; continue it with --resume, give this one another "
-                "--run.name, or say --run.if_exists=replace"
+                "--run.name, or set --run.if_exists=replace"
             )
         if checkpoint is not None:
             check_resumable(checkpoint, config)
@@ -86,7 +95,7 @@ def claim_run_directory(
 def _make_commit(
     directory: RunDirectory, config: Config, world: DistributedContext, *, replaces: bool
 ) -> Callable[[], None]:
-    """Return the function that removes the run that is replaced, as it is now, and stores the configuration."""
+    """Return the function that removes the replaced run, up to its current log, and writes config.toml."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
     launch = os.environ.get(LAUNCH_ID)
     launches = world.gather(launch or "")
@@ -107,33 +116,34 @@ def _make_commit(
 
 
 def remove_old_run(directory: RunDirectory, log_from: int | None = None) -> None:
-    """Remove what the run whose directory this is has written; as `RunDirectory.clear`, and its checkpoints."""
+    """Remove the checkpoints of the run that owns the directory, and what `RunDirectory.clear` removes."""
     if (run := directory.run) is not None:
         remove_all(directory.checkpoints, run)
         directory.clear(log_from)
 
 
 def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
-    """Raises ValueError for a checkpoint that a new run would not remove, and then take for its own newest."""
+    """Raise ValueError for a checkpoint of another run, which the new run would keep and mistake for its newest."""
     run = directory.run
     foreign = [path for path in list_checkpoints(directory.checkpoints) if run is None or run_of(path) != run]
     if foreign:
         raise ValueError(
-            f"{foreign[-1]} was not written by the run of this directory, and a new run would take it for its own; "
-            "move it away, give this run another --run.name, or continue it with --resume"
+            f"{foreign[-1]} was not written by the run that owns this directory, and a new run would mistake it for "
+            "its newest checkpoint; move it away, give this run another --run.name, or continue it with --resume"
         )
 
 
 def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, damages: list[str]) -> Path | None:
-    """The last of `candidates` whose content is what was saved; of each that is not, `damages` gets a line.
+    """Return the last of `candidates` that is intact, or None; add a line to `damages` for each damaged one.
 
-    All ranks read their share of it, and find the same. Raises ValueError where they have others to choose from.
+    Each rank verifies a part of the files, and all return the same. Raises ValueError if the ranks have different
+    candidates.
     """
     names = [checkpoint.name for checkpoint in candidates]
     if not world.agree(str(names)):
         raise ValueError(
-            f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. All need the "
-            "run directory, on a file system that shows what another node has written; try again"
+            f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. Put "
+            "the run directory on a file system that all nodes share, and try again"
         )
     for checkpoint in reversed(candidates):
         damage = ""
@@ -155,13 +165,52 @@ def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: D
         return RunStart(None)
     if checkpoint is None:
         others = len(candidates) - 1
-        raise ValueError(f"--resume: {damages[0]}" + (f"; so are the {others} before it" if others else ""))
+        raise ValueError(f"--resume: {damages[0]}" + (f"; the {others} before it are damaged, too" if others else ""))
 
     def rename_damaged() -> None:
-        """Under its name a damaged one would be the newest, for which sound ones are removed in their turn."""
+        """Rename damaged checkpoints: as the newest ones they would make `keep_last` remove intact ones."""
         if world.is_main and checkpoint.parent == directory.checkpoints:
             for damaged in candidates[candidates.index(checkpoint) + 1 :]:
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
     world.main_first(rename_damaged)
-    return RunStart(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])
+    return RunStart(checkpoint, warnings=[f"{damage}; using the checkpoint before it" for damage in damages])
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The processes, the directory and the log of a run."""
+
+    world: DistributedContext
+    directory: RunDirectory
+    start: RunStart
+    console: Console
+    requests: StopRequests
+
+
+def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack) -> Environment:
+    """Join the processes, lock the run directory and start the log."""
+    recipe = config.recipe
+    signals = cleanup.enter_context(SignalCatcher())
+    with config_errors_at(config, "run.device"):
+        world = DistributedContext.start(recipe.run.device)
+    cleanup.push(world.stop_unless_failed)
+    with config_errors_at(config, "training.num_workers"):
+        check_workers(recipe.training.num_workers)
+    directory = RunDirectory(recipe.run.directory)
+    start = claim_run_directory(directory, config, resume, world, cleanup)
+    with config_errors_at(config, "run"):
+        console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
+    for warning in start.warnings:
+        log.warning(warning)
+    if start.checkpoint is not None:
+        log_config_diff(start.checkpoint, config)
+    limit = recipe.run.max_minutes
+    requests = StopRequests(
+        signals,
+        file=directory.stop if world.is_main else None,
+        ends_at=None if limit is None else launch_time() + 60 * limit,
+    )
+    torch.manual_seed(recipe.run.seed + world.rank)
+    torch.use_deterministic_algorithms(recipe.run.deterministic)
+    return Environment(world, directory, start, console, requests)

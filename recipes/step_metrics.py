@@ -18,19 +18,19 @@ from recipes.launched_step import LaunchedStep, StepResult
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Turns the numbers of a step into its row."""
+    """Makes the row of a step from its results."""
 
     model: nn.Module
     dataset: PackedDataset
     device: torch.device
     flops_per_token: float
     peak_flops: float | None
-    """FLOP/s of all devices of the run; None for an unknown device."""
+    """Peak FLOP/s of all devices of the run; None for an unknown device."""
 
     def row(
         self, launched: LaunchedStep, result: StepResult, noise: GradientNoise | None, *, step_seconds: float
     ) -> dict[str, Any]:
-        """Return the row of a step that was read; None for a value that was not measured."""
+        """Return the row of a step; a value that was not measured is None."""
         progress, batch, sums = launched.progress, launched.batch, result.model_sums
         tokens_per_second = batch.samples * progress.sequence_length / step_seconds
         return {

@@ -1,4 +1,4 @@
-"""The configuration in a checkpoint, which may be a stranger's: it names code, and may run none but this project's."""
+"""Load the configuration in a checkpoint, which may be untrusted: it may name only code of this project."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def load_stored_config(
     *,
     trust_code: bool = False,
     trusted_config: Config | None = None,
-    remedy: str = "say --trust-code",
+    remedy: str = "use --trust-code",
 ) -> Config:
-    """The configuration in `checkpoint`, under `overrides`.
+    """Return the configuration in `checkpoint`, under `overrides`.
 
-    Unless its code is trusted it may name none but this project's and that of `like`, the user's own recipe, which was
-    imported already; nothing is searched for beside it. Raises ValueError for one that does, ConfigError for one that
-    is no configuration. `remedy` is what its message tells a user to do who trusts the code.
+    Unless `trust_code` is set, it may name only code of this project and of `trusted_config`, the recipe of the user,
+    and no modules are searched for next to it. Raises ValueError if it names other code, with `remedy` for a user who
+    trusts it, and ConfigError if it is not a valid configuration.
     """
     path = checkpoint / "config.toml"
     if not trust_code:
@@ -40,19 +40,21 @@ def _require_trusted(
 ) -> None:
     try:
         if (size := path.stat().st_size) > _LARGEST_BYTES:
-            raise ValueError(f"{size:,} bytes is no size for it")
+            raise ValueError(f"{size:,} bytes; at most {_LARGEST_BYTES:,} are accepted")
         leaves = flatten(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():
         if _names_untrusted_code(key) and key not in overridden and value not in known and not _is_project_class(value):
             raise ValueError(
-                f"{path} names code that is not of this project, {key} = {value!r}, and would run it; if you trust "
-                f"where it comes from, {remedy}"
+                f"{path} names code that is not part of this project, {key} = {value!r}, which would be run; if you "
+                f"trust its source, {remedy}"
             )
         elsewhere = key == "import_paths" and not (isinstance(value, list) and all(place in places for place in value))
         if elsewhere or key == "extends":
-            raise ValueError(f"{path} names other places to read from, {key}; if you trust it, {remedy}")
+            raise ValueError(
+                f"{path} names other directories or files to read, {key}; if you trust its source, {remedy}"
+            )
 
 
 def _names_untrusted_code(key: str) -> bool:
@@ -60,7 +62,7 @@ def _names_untrusted_code(key: str) -> bool:
 
 
 def _is_project_class(use: object) -> bool:
-    """Whether a class of this project is named, and not one that a module of it has only imported."""
+    """Return whether `use` names a class that is defined in this project, not one that a module of it imports."""
     try:
         return (
             isinstance(use, str)

@@ -1,4 +1,4 @@
-"""The state of a training run: what a checkpoint saves, and what a resumed run continues from."""
+"""The state of a training run: what a checkpoint saves and a resumed run restores."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class _Loader(BaseModel):
 
     epoch_length: Annotated[int, Field(ge=1, lt=2**62)]
     content: str | None = None
-    """Fingerprint of the data; unknown for a dataset without one."""
+    """Fingerprint of the data; None for a dataset without one."""
 
 
 class _State(BaseModel):
-    """The part of state.json that is read outside the component that wrote it."""
+    """The part of state.json that other code than the component that wrote it reads."""
 
     model_config = ConfigDict(strict=True)
 
@@ -53,7 +53,7 @@ class _State(BaseModel):
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """Return `state.json` of the checkpoint of a run. Raises ValueError if it is not one, or damaged or too new."""
+    """Return `state.json` of a checkpoint. Raises ValueError if it is missing, damaged or too new."""
     state = read_state(checkpoint)
     try:
         _State.model_validate(state)
@@ -66,7 +66,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What a run trains on: a resumed run is compared with it."""
+    """Identifies the data and tokenizer of a run, to compare with those of a resumed run."""
 
     vocab_size: int
     tokenizer: str
@@ -88,14 +88,14 @@ class TrainingState:
     guard: StepGuard
     data: DataIdentity
     hooks: Mapping[str, Hook] = field(default_factory=dict)
-    """Those of [hooks], by name."""
+    """The hooks of [hooks], by name."""
     observations: deque[tuple[TrainingClock, GradientNoise | None]] = field(default_factory=deque)
-    """Steps that were read and that the batch policy has not observed yet."""
-    is_sound: bool = True
-    """Whether tensors and clock belong together, as they do except during an update: only then may they be saved."""
+    """Steps that were read but not yet observed by the batch policy: (clock after the step, gradient noise)."""
+    is_consistent: bool = True
+    """Whether tensors and clock are consistent, as they are except during an update. Only then may they be saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything but the tensors, as JSON."""
+        """Return everything except the tensors, as JSON values."""
         data = self.data
         return {
             "clock": self.clock.state_dict(),
@@ -110,7 +110,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, clock: bool = True) -> None:
-        """Continue from what `state_dict` returned; without `clock` from the step where this run is."""
+        """Restore what `state_dict` returned; without `clock`, except the clock."""
         if clock:
             self.clock.load_state_dict(state["clock"])
         self.policy.load_state_dict(state["batch"])
@@ -127,7 +127,7 @@ class TrainingState:
             self.observations.append((after, noise and GradientNoise.from_state_dict(noise)))
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from `checkpoint`. Raises ValueError if it is damaged, or not of this model and tokenizer."""
+        """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer."""
         state, data = read_run_state(checkpoint), self.data
         if state["vocab_size"] != data.vocab_size:
             raise ValueError(
@@ -135,7 +135,7 @@ class TrainingState:
             )
         if state.get("tokenizer") not in (None, data.tokenizer):
             raise ValueError(
-                f"{checkpoint} was trained with another tokenizer of {data.vocab_size} ids: "
+                f"{checkpoint} was trained with a different tokenizer of {data.vocab_size} ids: "
                 f"{state['tokenizer']}, not {data.tokenizer}"
             )
         self.tensors.restore(checkpoint)
@@ -145,21 +145,21 @@ class TrainingState:
         if state["loader"]["epoch_length"] != data.epoch_length:
             log.warning(
                 f"the data has {data.epoch_length} sequences, it had {state['loader']['epoch_length']}: "
-                "the order of samples is another from here on"
+                "the sample order changes from here on"
             )
         elif None not in (before, data.content) and before != data.content:
-            log.warning(f"the data is not what it was: {data.content}, before {before}")
+            log.warning(f"the data has changed: its fingerprint is {data.content}, it was {before}")
         log.info(f"resumed from {checkpoint}: step {self.clock.step}, {self.clock.tokens} tokens")
 
     def roll_back(self, checkpoint: Path) -> None:
-        """Restore parameters, optimizer and batch from `checkpoint`; clock and data go on from where they are."""
+        """Restore `checkpoint` except the clock, so that training continues with the samples after the bad step."""
         consecutive = self.guard.consecutive
         self.tensors.restore(checkpoint)
         self._load(checkpoint, read_run_state(checkpoint))
         self.guard.consecutive = consecutive
 
     def _load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Load all but the clock. Raises ValueError that names `checkpoint`."""
+        """Load everything except tensors and clock. Raises ValueError that names `checkpoint`."""
         try:
             self.load_state_dict(state, clock=False)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Typed TOML: from recipe files and `--section.key=value` to constructed components, and back.
+"""Typed TOML: turn recipe files and `--section.key=value` into components, and back into TOML.
 
 The signature is the schema: the typed keyword-only parameters of a component's constructor are the keys of its table,
-those of a recipe's constructor are its sections. Nothing is registered and nothing is declared twice.
+those of a recipe's constructor are its sections. There is no registry and no second declaration.
 """
 
 from recipes.config.errors import ConfigError, Origin, Problem, error_message

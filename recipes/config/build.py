@@ -1,4 +1,4 @@
-"""From the merged tree to constructed components: import, decode, construct, and collect all that is wrong."""
+"""Build components from the merged tree: import, decode and construct them, and collect all problems."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from recipes.config.toml import KeyPath, brief_value, join_key, to_toml_value
 from recipes.config.tree import Array, Leaf, Node, Table, children, merge, problem_at, to_python, use_of
 
 FAILED: Any = object()
-"""Stands for a value that could not be built; a problem says why."""
+"""Stands for a value that could not be built; `problems` has the reason."""
 
 _RAISED = (Exception, SystemExit)
-"""What the code of a component may raise; it is reported at the key, without a traceback and without exiting."""
+"""Exceptions of component code that are reported at the key, without a traceback."""
 
 
 @dataclass(frozen=True)
 class _Unknown:
-    """A key that its table does not take; explained at the end, when the keys of all tables are known."""
+    """A key that its table does not have; it is explained at the end, when the keys of all tables are known."""
 
     path: KeyPath
     node: Node
@@ -41,7 +41,7 @@ class _Unknown:
 
 
 class ComponentBuilder:
-    """Builds components from tables. What it builds is valid only if `problems` is empty at the end."""
+    """Builds components from tables. The result is valid only if `problems` is empty at the end."""
 
     def __init__(self, folders: Sequence[Path], default: Origin) -> None:
         self.problems: list[Problem] = []
@@ -58,7 +58,7 @@ class ComponentBuilder:
         self.problems += map(self._explain_unknown, self._unknown)
         return recipe, tree
 
-    # Each of these returns the value and its node in the built tree; FAILED after noting a problem.
+    # Each of these returns the value and its node in the built tree, or FAILED after adding a problem.
 
     def _build(self, kind: FieldKind, node: Node, path: KeyPath) -> tuple[Any, Node]:
         if kind.form == "leaf":
@@ -80,8 +80,8 @@ class ComponentBuilder:
         except ValueError as error:
             value = self._fail(path, node, f"{error}, not a table" if isinstance(node, Table) else str(error))
         except SignatureError as error:
-            value = self._fail(path[:-1], None, f"the type of {path[-1]} is unfit for a key: {error}", node.origin)
-        except _RAISED as error:  # a validator of the user's
+            value = self._fail(path[:-1], None, f"the type of {path[-1]} cannot be a key: {error}", node.origin)
+        except _RAISED as error:  # a custom validator
             value = self._fail(path, node, describe_error(error))
         return value, Leaf(value, node.origin)
 
@@ -105,7 +105,7 @@ class ComponentBuilder:
             fields = fields_of(cls)
         except SignatureError as error:
             named = (*path, "use") if "use" in table.entries else path
-            message = f"{import_path(cls)} is no component: {error}"
+            message = f"{import_path(cls)} is not a component: {error}"
             return self._fail(named, None, message, table.origin), Table({}, table.origin)
         nodes: dict[str, Node] = {}
         if "use" in table.entries:
@@ -129,16 +129,16 @@ class ComponentBuilder:
         default: Node | None = None
         is_layer = kind.form in ("section", "slot") and isinstance(node, Table)
         if field.required and kind.form == "section" and not kind.optional:
-            default = Table({}, table.origin)  # its own keys say what is required
+            default = Table({}, table.origin)  # the keys below it report what is required
         elif not field.required and (node is None or is_layer):
-            # Only then: making it may fail, as for a path in a home directory where there is none.
+            # Only if it is used: creating it may fail, as for a path in a home directory that does not exist.
             try:
                 default = self._default_of(field)
             except SignatureError as error:
-                message = f"the default of {field.name} in {import_path(cls)} is unfit for a key: {error}"
+                message = f"the default of {field.name} in {import_path(cls)} cannot be a key: {error}"
                 return self._fail(parent, None, message, table.origin), nothing
             except _RAISED as error:
-                message = f"its default cannot be made: {error_message(error)}; set it"
+                message = f"its default cannot be created: {error_message(error)}; set it"
                 return self._fail(path, None, message, table.origin), nothing
         if node is None:
             node = default
@@ -154,8 +154,8 @@ class ComponentBuilder:
         return value, nothing if value is None and is_default_none else built
 
     def _default_of(self, field: Field) -> Node:
-        """Return the default of a key as if it had been written. Raises what making it raises, and SignatureError."""
-        if field.make_default is field.kind.annotation:  # a section: what its own keys have by default
+        """Return the default of a key as if it had been written. Raises what creating it raises, and SignatureError."""
+        if field.make_default is field.kind.annotation:  # a section: its keys have their defaults
             return Table({"use": Leaf(import_path(field.kind.annotation), self._default)}, self._default)
         default = field.make_default()
         try:
@@ -164,7 +164,7 @@ class ComponentBuilder:
             raise SignatureError(str(error)) from None
 
     def _tree_of(self, kind: FieldKind, value: Any) -> Node:
-        """Return a default as if it had been written: what the user writes is then one more layer over it."""
+        """Return a default as if it had been written, so that the keys of the user are merged over it."""
         if value is None or kind.form == "leaf":
             return Leaf(None if value is None else to_toml_value(value), self._default)
         if kind.form == "list":
@@ -177,13 +177,13 @@ class ComponentBuilder:
         cls: type = type(value)
         entries: dict[str, Node] = {"use": Leaf(import_path(cls), self._default)}
         for name, field in fields_of(cls).items():
-            # The class's own defaults are left to it, so that a table reads the same with this default and without.
+            # Defaults of the class are omitted, so that a table means the same with and without this default.
             if hasattr(value, name) and not _is_default(field, getattr(value, name)):
                 entries[name] = self._tree_of(field.kind, getattr(value, name))
         return Table(entries, self._default)
 
     def _class(self, kind: FieldKind, table: Table, path: KeyPath) -> type | None:
-        """Return the class that `use` names, or the section's own; None after noting a problem."""
+        """Return the class that `use` names, or else that of the section; None after adding a problem."""
         named, path = table.entries.get("use"), (*path, "use")
         if named is None:
             if kind.form == "section":
@@ -197,7 +197,7 @@ class ComponentBuilder:
                 raise UseError('expected an import path, "package.module:Name"')
             cls = import_class(use, self._folders)
             if mismatch := protocol_error(cls, kind.annotation):
-                raise UseError(f"{use} is no {describe_slot(kind.annotation)}: {mismatch}")
+                raise UseError(f"{use} is not a {describe_slot(kind.annotation)}: {mismatch}")
         except UseError as error:
             self._fail(path, named, str(error))
             return None
@@ -218,12 +218,12 @@ class ComponentBuilder:
             self.problems.append(replace(problem_at(tree, keys, message), path=join_key((*path, *keys))))
             return FAILED
         if mismatch:
-            message = f"{import_path(cls)} is no {describe_slot(kind.annotation)}: {mismatch}"
+            message = f"{import_path(cls)} is not a {describe_slot(kind.annotation)}: {mismatch}"
             return self._fail((*path, "use"), None, message, tree.origin)
         return component
 
     def _fail(self, path: KeyPath, node: Node | None, message: str, origin: Origin | None = None) -> Any:
-        """Note a problem with what is written at `node`, or else with something at `origin`."""
+        """Add a problem at `node`, or else at `origin`, and return FAILED."""
         value = None if node is None or to_python(node) is None else brief_value(to_python(node))
         origin = origin or (node.origin if node else self._default)
         self.problems.append(Problem(origin.source, join_key(path), message, value))
@@ -250,7 +250,7 @@ class ComponentBuilder:
 
 
 def _is_default(field: Field, value: Any) -> bool:
-    """Whether `value` is certainly what the key has by default."""
+    """Return whether `value` equals the default of the key."""
     try:
         return not field.required and bool(value == field.make_default())
     except _RAISED:
@@ -262,7 +262,7 @@ def _sequence(kind: FieldKind, items: list[Any]) -> Any:
 
 
 def _describe_table(kind: FieldKind, path: KeyPath) -> str:
-    """Return how to write a value that is made of tables."""
+    """Return how to write a value that consists of tables."""
     name = join_key(path)
     if kind.form == "slot":
         return f'a table [{name}] with use = "package.module:Name", naming the {describe_slot(kind.annotation)}'

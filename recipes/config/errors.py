@@ -54,13 +54,13 @@ class ConfigError(Exception):
     """The configuration cannot be used; `problems` holds everything that is wrong with it, in file order."""
 
     def __init__(self, problems: Iterable[Problem], *, started: bool = False) -> None:
-        """`started`: the problem appeared only after the run had begun."""
+        """`started`: the problem appeared only after training had started."""
         self.problems = sorted(problems, key=_reading_order)
         self.started = started
         super().__init__(self.problems)
 
     def fields(self) -> dict[str, Any]:
-        """Return what a program needs to know of the error, as JSON can hold it."""
+        """Return the fields of the error as JSON values, for other programs."""
         return {"started": self.started, "problems": [asdict(problem) for problem in self.problems]}
 
     def __str__(self) -> str:
@@ -70,31 +70,31 @@ class ConfigError(Exception):
 
 
 def error_message(error: BaseException) -> str:
-    """Return the text of an error that stands for bad input, and what `describe_error` says of any other."""
+    """Return the message of an error that stands for bad input, and `describe_error(error)` for any other."""
     return (isinstance(error, (ValueError, TypeError)) and str(error)) or describe_error(error)
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type, the message and the innermost line of code outside of libraries that an error came through."""
+    """Return the type and message of an error, and the innermost line on its traceback that is not in a library."""
     libraries = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     frames = [frame for frame in frames if not Path(frame.filename).is_relative_to(Path(__file__).parent)]
     outside = [frame for frame in frames if not frame.filename.startswith(libraries)]
     innermost = next(iter([*reversed(outside), *reversed(frames)]), None)
     place, message = f"\n{innermost.filename}:{innermost.lineno}" if innermost else "", str(error)
-    if isinstance(error, SyntaxError):  # names its own place
+    if isinstance(error, SyntaxError):  # it contains file and line
         place, message = f"\n{error.filename}:{error.lineno}", error.msg
     return f"{type(error).__name__}{message and ': '}{message}{place}"
 
 
 def _reading_order(problem: Problem) -> tuple[bool, str, int]:
-    """Files first, each from top to bottom, then the command line; equal places keep their order."""
+    """Return the sort key of a problem: files first, each from top to bottom, then the command line."""
     file, line = re.fullmatch(r"(.*?)((?::\d+)*)", problem.source, re.DOTALL).groups()  # type: ignore[union-attr]
     return file == COMMAND_LINE, file, int(line.split(":")[1]) if line else 0
 
 
 def display_path(path: Path, cwd: Path) -> str:
-    """Return `path` as the user would type it: relative where it lies under `cwd`."""
+    """Return `path` for display: relative to `cwd` if it is below it."""
     return str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
 
 
@@ -106,22 +106,22 @@ def absolute(path: str | Path, base_dir: Path) -> Path:
     """
     found = Path(os.path.abspath(base_dir / expand_home(path)))  # noqa: PTH100 (resolve() would follow links)
     if not is_utf8(str(found)):
-        raise ValueError(f"{found}: this name is not UTF-8, as a recipe has to be; rename the folder or the file")
+        raise ValueError(f"{found}: the name is not UTF-8, so a recipe cannot contain it; rename the directory or file")
     return found
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold `text`; it cannot hold all bytes of a file name or of the command line."""
+    """Return whether `text` can be encoded as UTF-8, which not all file names and arguments can."""
     return text.encode(errors="ignore").decode() == text
 
 
 def did_you_mean(name: str, candidates: Iterable[str], cutoff: float = 0.75) -> str | None:
-    """Return the candidate that `name` was probably meant to be; case and hyphens do not count."""
+    """Return the candidate most similar to `name`, ignoring case and hyphens, or None."""
     by_plain = {candidate.lower().replace("-", "_"): candidate for candidate in candidates}
     match = difflib.get_close_matches(name.lower().replace("-", "_"), by_plain, n=1, cutoff=cutoff)
     return by_plain[match[0]] if match else None
 
 
 def join_limited(names: Sequence[str], limit: int = 12) -> str:
-    """Return `a, b, c`, cut short when there are many."""
+    """Return `a, b, c`, cut after `limit` names."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

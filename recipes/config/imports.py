@@ -1,4 +1,4 @@
-"""From `use = "package.module:Name"` to a class that fits its slot, or to a sentence that says why not."""
+"""Import the class that `use = "package.module:Name"` names, and check that it fits its slot."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import tomli
 from recipes.config.errors import PROJECT, describe_error, did_you_mean, join_limited
 
 _SPECIAL_METHODS = ("__call__", "__len__", "__getitem__", "__iter__")
-"""Those that a protocol may ask for; the others every class has."""
+"""Special methods that a protocol may require; every class has the others."""
 _OURS = ("recipes", "components", "models", "tools")
 
 
 class UseError(Exception):
-    """Why a `use` names no class, in words for the user."""
+    """The `use` of a table does not name a suitable class; the message is for the user."""
 
 
 def make_importable(folders: Iterable[Path]) -> None:
-    """Add `folders` to the end of the module search path, where they cannot hide the project or the library."""
+    """Add `folders` to the end of the module search path, so that they cannot shadow the project or the standard library."""
     for folder in folders:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -35,14 +35,14 @@ def make_importable(folders: Iterable[Path]) -> None:
 
 
 def import_class(use: str, folders: Sequence[Path] = ()) -> type:
-    """Return the class that `use` names. `folders` are where the user's own modules may lie. Raises UseError."""
+    """Return the class that `use` names. Custom modules are searched for in `folders`. Raises UseError."""
     module_name, colon, name = use.partition(":")
     if not colon or not module_name or not name:
         raise UseError(_not_a_path(use))
     if module_name.endswith(".py") or "/" in module_name:
         raise UseError(
             f"write the module's name, not its file: {Path(module_name).stem}:{name}"
-            " (its directory goes into import_paths, unless it lies beside the recipe)"
+            " (add its directory to import_paths, unless it is next to the recipe)"
         )
     found: object = _import_module(module_name, folders)
     for part in name.split("."):
@@ -50,15 +50,15 @@ def import_class(use: str, folders: Sequence[Path] = ()) -> type:
             found = getattr(found, part)
         except AttributeError:
             raise UseError(_no_attribute(module_name, found, part, folders)) from None
-        except (Exception, SystemExit) as error:  # a module may answer for its names by itself
+        except (Exception, SystemExit) as error:  # a module may define __getattr__
             raise UseError(f"{use} cannot be read: {describe_error(error)}") from None
     if not isinstance(found, type):
-        raise UseError(f"{use} is no class but a {type(found).__name__}")
+        raise UseError(f"{use} is not a class but a {type(found).__name__}")
     return found
 
 
 def import_path(cls: type) -> str:
-    """Return what `use` would say to name `cls`."""
+    """Return the `use` that names `cls`."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
@@ -92,7 +92,7 @@ def _not_a_path(use: str) -> str:
 
 
 def _no_module(missing: str, folders: Sequence[Path]) -> str:
-    """`missing` is the first part of a dotted name that is not there; its parent, if any, was imported."""
+    """Return the message for `missing`, the first part of a dotted name that does not exist; its parent was imported."""
     parent, _, last = missing.rpartition(".")
     if parent and (hidden := _hidden(missing, folders)):
         return hidden
@@ -125,16 +125,16 @@ def _no_attribute(module: str, found: object, name: str, folders: Sequence[Path]
 
 
 def _hidden(module: str, folders: Sequence[Path]) -> str | None:
-    """What to say where the user has a file of the name of `module`, but Python finds another one before it."""
+    """Return a message if a custom file is named like `module` but shadowed by another module, else None."""
     taken = getattr(sys.modules.get(module) or sys.modules.get(module.partition(".")[0]), "__file__", None)
     files = [f"{module.replace('.', '/')}{ending}" for ending in (".py", "/__init__.py")]
     found = (folder / file for folder in folders if folder != PROJECT for file in files)
     own = next((path for path in found if path.is_file() and str(path) != taken), None)
-    return f"{own} cannot be imported, for {taken} has the same name: rename it, in `use` too" if own else None
+    return f"{own} cannot be imported because {taken} has the same name; rename it, also in `use`" if own else None
 
 
 def _install(package: str) -> str:
-    """The command that installs a missing third-party package: one of the project's extras, where it is in one."""
+    """Return the command that installs a missing package: an extra of the project if it contains it."""
     pyproject = PROJECT / "pyproject.toml"
     if pyproject.is_file():
         extras = tomli.loads(pyproject.read_text(encoding="utf-8"))["project"].get("optional-dependencies", {})
@@ -145,12 +145,12 @@ def _install(package: str) -> str:
 
 
 def _distribution(requirement: str) -> str:
-    """`transformers` of `transformers>=5.0`."""
+    """Return the name in a requirement: `transformers` for `transformers>=5.0`."""
     return requirement[: next((at for at, char in enumerate(requirement) if char in "<>=!~[; "), None)].lower()
 
 
 def protocol_error(cls: type, slot: type) -> str | None:
-    """Return what keeps instances of `cls` from being a `slot`, or None; data attributes are not looked at."""
+    """Return why instances of `cls` do not implement `slot`, or None; data attributes are not checked."""
     if not getattr(slot, "_is_protocol", False) and inspect.isabstract(slot) and not issubclass(cls, slot):
         return f"it does not derive from {import_path(slot)}"
     if inspect.isabstract(cls):
@@ -166,7 +166,7 @@ def protocol_error(cls: type, slot: type) -> str | None:
 
 
 def missing_attributes(instance: Any, slot: type) -> str | None:
-    """Return which attributes of the protocol `instance` does not have, or None."""
+    """Return which attributes of the protocol `instance` lacks, or None."""
     names = (name for base in _protocols(slot) for name in vars(base).get("__annotations__", {}))
     absent = [name for name in names if not hasattr(instance, name)]
     return "it lacks " + ", ".join(absent) if absent else None
@@ -188,12 +188,12 @@ def _methods(slot: type) -> Iterator[tuple[str, Any]]:
 
 
 def _protocols(slot: type) -> list[type]:
-    """Return `slot` and the bases that add to it, without what every protocol inherits."""
+    """Return `slot` and its bases, except those that every protocol inherits."""
     return [base for base in slot.__mro__ if base.__module__ not in ("typing", "builtins", "abc")]
 
 
 def _call_error(cls: type, name: str, asked: Any) -> str | None:
-    """Return what is wrong with calling the method of `cls` the way the slot's method is called, or None."""
+    """Return why the method of `cls` cannot be called like that of the slot, or None."""
     own = getattr(cls, name)
     is_bound = not inspect.isfunction(own) or isinstance(inspect.getattr_static(cls, name), staticmethod)
     try:

@@ -1,4 +1,4 @@
-"""Load a recipe: read its files, merge them with the overrides, build the components, check; strictly in this order."""
+"""Load a recipe: read its files, merge them with the overrides, build the components, and check, in this order."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from recipes.config.tree import (
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration that is complete and valid."""
+    """A complete and valid configuration."""
 
     recipe: Any
-    """The recipe, its components constructed."""
+    """The recipe object with its components."""
     root: Table
     """All keys with their typed values."""
 
@@ -56,22 +56,22 @@ class Config:
         return MappingProxyType(dict(leaves(self.root)))
 
     def components(self) -> Iterator[tuple[str, Any]]:
-        """Yield (dotted path, object) of every component of the recipe, but not of the recipe itself."""
+        """Yield (dotted path, object) of every component of the recipe, except the recipe itself."""
         return ((join_key(path), component) for path, component in components(self.recipe, self.root) if path)
 
     def to_toml(self, provenance: bool = True) -> str:
-        """Return launchable TOML with every key, defaults too; `provenance` adds where each value comes from.
+        """Return a complete recipe in TOML, defaults included; `provenance` adds where each value comes from.
 
         Loading it gives the same configuration, from any directory.
         """
         return dump(self.root, provenance)
 
     def holds(self, path: str) -> bool:
-        """Whether `path` is a key or table of this configuration."""
+        """Return whether `path` is a key or table of this configuration."""
         return any(f"{leaf}.".startswith(f"{path}.") for leaf in self.leaves)
 
     def problem(self, path: str, message: str) -> Problem:
-        """Return a problem with the key or table at `path`, at the place where that was written."""
+        """Return a problem with the key or table at `path`, with the place where it was written."""
         return problem_at(self.root, split_key(path) if path else (), message)
 
 
@@ -85,8 +85,8 @@ def load(
 ) -> Config:
     """Return the configuration in the file at `path`, under `overrides`. Raises ConfigError with all that is wrong.
 
-    Relative paths on the command line, and in defaults, are relative to `cwd`; those in a file, to that file.
-    The user's modules are found beside the file and in `cwd`, unless `own_code` is false.
+    Paths on the command line and in defaults are relative to `cwd`; those in a file, to the directory of the file.
+    Custom modules are searched for next to the file and in `cwd`, unless `own_code` is false.
     """
     try:
         cwd = absolute(".", cwd or Path.cwd())
@@ -105,9 +105,9 @@ def load(
 
 
 def derive(config: Config, recipe: str, changes: Mapping[str, Any], *, why: str) -> Config:
-    """Return `config` as one of `recipe`, with `changes` as the last layer. Its components are constructed again.
+    """Return `config` as a configuration of `recipe`, with `changes` as the last layer and components built again.
 
-    Sections that `recipe` does not take are left out. Where a value comes from is kept; for the changes it is `why`.
+    Sections that `recipe` does not have are dropped. Origins of values are kept; `why` is the origin of the changes.
     """
     stored = config.leaves.get("import_paths")
     import_paths = [Path(folder) for folder in stored.value] if stored else []
@@ -128,7 +128,7 @@ def _build(
     default_recipe: str,
     problems: Sequence[Problem],
 ) -> Config:
-    """Build what a merged tree spells, and check it. `problems` are those that reading it had."""
+    """Build and check the configuration of a merged tree. `problems` are those found while reading it."""
     make_importable(folders)
     named = table.entries.get("recipe", Leaf(default_recipe, default))
     use = to_python(named)
@@ -154,10 +154,10 @@ def _build(
 
 
 def _check(config: Config) -> None:
-    """Raise ConfigError with what the recipe's own `check()` finds: (dotted path, message) of each mistake."""
+    """Raise ConfigError with the problems that the `check()` of the recipe yields, as (dotted path, message)."""
     try:
         mistakes = list(config.recipe.check()) if hasattr(config.recipe, "check") else []
-    except (Exception, SystemExit) as error:  # of the recipe, or of a component that it asks
+    except (Exception, SystemExit) as error:  # a bug in the recipe or in a component that it calls
         mistakes = [("recipe", f"its check() fails: {describe_error(error)}")]
     if mistakes:
         raise ConfigError([config.problem(path, message) for path, message in mistakes])
@@ -170,12 +170,12 @@ class RecipeReader:
         self.cwd = cwd
         self.problems: list[Problem] = []
         self.folders: list[Path] = []
-        """The directories of the files: a recipe's own modules may lie beside it."""
+        """The directories of the files, where custom modules may be."""
         self.import_paths: list[Path] = []
         """The directories that the files list under `import_paths`."""
 
     def read(self, path: Path) -> Table:
-        """Return the recipe at `path`, an absolute one, merged over everything it extends."""
+        """Return the recipe at the absolute `path`, merged over everything that it extends."""
         return self._read(path, (), Problem(display_path(path, self.cwd), "", ""))
 
     def read_overrides(self, overrides: Sequence[Override]) -> Table:
@@ -183,12 +183,12 @@ class RecipeReader:
         layer = self._take_import_paths(read_command_line(overrides, self.cwd, self.problems))
         if "extends" in layer.entries:
             node = layer.entries["extends"]
-            message = "only a file can extend others; write a file that extends them"
+            message = "only valid in a file; write a recipe that extends the others"
             self.problems.append(Problem(node.origin.source, "extends", message, brief_value(to_python(node))))
         return layer.without("extends")
 
     def _read(self, file: Path, chain: tuple[Path, ...], named: Problem) -> Table:
-        """`chain` holds the files being read, outermost first; `named` is where this one is named."""
+        """Read `file`. `chain` holds the files being read, outermost first; `named` is a problem at the place of its name."""
         nothing = Table({}, Origin(named.source, file.parent))
         if file in chain:
             cycle = " -> ".join(display_path(link, self.cwd) for link in (*chain[chain.index(file) :], file))
@@ -240,7 +240,7 @@ class RecipeReader:
             message = "no such file" + _suggest_file(file, self.cwd)
         except OSError as error:
             message = f"cannot be read: {error.strerror}"
-        # If another file names it, the user must learn which one is meant.
+        # a file that another one names is reported with both names
         raise ConfigError([replace(named, message=f"{name}: {message}" if named.path else message)])
 
     def _take_import_paths(self, table: Table) -> Table:
@@ -253,7 +253,7 @@ class RecipeReader:
         return table.without("import_paths")
 
     def _paths(self, table: Table, key: str) -> list[tuple[Path, Problem]]:
-        """Return the paths that a top-level list names, each with the head of a problem about it."""
+        """Return the paths in a top-level list, each with a problem about it that lacks its message."""
         node = table.entries.get(key)
         if node is None:
             return []
@@ -269,7 +269,7 @@ class RecipeReader:
 
 
 def _suggest_file(file: Path, cwd: Path) -> str:
-    """Return what to add to "no such file"."""
+    """Return the hint that follows "no such file"."""
     if not file.parent.is_dir():
         return f": there is no directory {display_path(file.parent, cwd)}"
     try:
@@ -282,7 +282,7 @@ def _suggest_file(file: Path, cwd: Path) -> str:
 
 
 def _syntax_problem(name: str, text: str, error: tomli.TOMLDecodeError) -> Problem:
-    """Return a syntax error with the line it is in and a mark below its column."""
+    """Return the problem for a syntax error: its line of text, with a mark below the column."""
     lines = text.split("\n")
     line, column = error.lineno, error.colno
     if line > 1 and not lines[line - 1].strip():  # an unfinished value is noticed only on the line after it

@@ -44,11 +44,11 @@ _LIMITS = {
     "less_than": ("<", "lt"),
     "less_than_equal": ("<=", "le"),
 }
-"""pydantic's names for limits, the sign, and where it keeps the number."""
+"""Error type of pydantic -> (sign, key of the limit in its context)."""
 
 
 class SignatureError(Exception):
-    """Why a class cannot be a component, in words for whoever wrote it."""
+    """A class cannot be a component; the message is for its author."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class FieldKind:
     annotation: Any
     """The type, without its `| None`."""
     optional: bool = False
-    """Whether `| None` was there: the text "none" then stands for None."""
+    """Whether the type includes `| None`; the text "none" then stands for None."""
     item: FieldKind | None = None
-    """What a list or dict holds."""
+    """The kind of the items of a list or dict."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Field:
     name: str
     kind: FieldKind
     make_default: Any = None
-    """Called for the default, where there is one."""
+    """Returns the default; None for a required key."""
 
     @property
     def required(self) -> bool:
@@ -89,7 +89,7 @@ def fields_of(cls: type) -> dict[str, Field]:
     }
     try:
         parameters = inspect.signature(cls).parameters.values()
-    except Exception:  # a class of the user's may compute its signature
+    except Exception:  # a custom class may compute its signature
         raise SignatureError("its constructor has no signature to read") from None
     fields = {}
     for parameter in parameters:
@@ -109,7 +109,7 @@ def kind_of(annotation: Any) -> FieldKind:
     if origin in (Union, types.UnionType):
         rest = tuple(argument for argument in arguments if argument is not types.NoneType)
         if len(rest) > 1 and any(kind_of(argument).form in ("section", "slot") for argument in rest):
-            raise SignatureError("a table of one type or another: make it a slot, for a protocol")
+            raise SignatureError("a union of tables; use a protocol instead, which makes it a slot with `use`")
         inner = FieldKind("leaf", Union[rest]) if len(rest) > 1 else kind_of(rest[0])  # noqa: UP007
         return dataclasses.replace(inner, optional=inner.optional or len(rest) < len(arguments))
     if origin is Annotated and (inner := kind_of(arguments[0])).form != "leaf":
@@ -129,16 +129,16 @@ def kind_of(annotation: Any) -> FieldKind:
 
 
 def _is_plain_component(cls: type) -> bool:
-    """Whether `cls` has a constructor written in Python and is not one of the classes that stand for values."""
+    """Return whether `cls` has a constructor written in Python and is neither an enum nor a path."""
     return inspect.isfunction(cls.__init__) and not issubclass(cls, (enum.Enum, PurePath))  # type: ignore[misc]
 
 
 def _annotation(cls: type, parameter: inspect.Parameter) -> Any:
-    """Return the parameter's type; a string is evaluated where it was written."""
+    """Return the type of a parameter; a string is evaluated in the module that contains it."""
     annotation = parameter.annotation
     if annotation is parameter.empty:
         raise SignatureError(f"its parameter {parameter.name} has no type")
-    # A dataclass's __init__ is made in the class where it was decorated, but a field belongs to the base that names it.
+    # The __init__ of a dataclass belongs to the decorated class, but a field to the base that declares it.
     owner = next((base for base in cls.__mro__ if parameter.name in vars(base).get("__annotations__", {})), None)
     if owner is None or not dataclasses.is_dataclass(owner):
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base) or "__new__" in vars(base))
@@ -170,7 +170,7 @@ def describe(cls: type) -> dict[str, str]:
 
 
 def describe_type(annotation: Any) -> str:
-    """Return what a value of this type looks like, in words for a message."""
+    """Return a description of the values of a type, for messages."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         extras = (getattr(extra, "json_schema", None) for extra in arguments[1:] if isinstance(extra, WithJsonSchema))
@@ -195,39 +195,42 @@ def describe_type(annotation: Any) -> str:
 
 
 def describe_kind(kind: FieldKind) -> str:
-    """Return `describe_type` of a key, with the "none" that an optional one takes."""
+    """Return `describe_type` of a key, followed by "none" if it is optional."""
     return describe_type(kind.annotation) + (', or "none"' if kind.optional else "")
 
 
 def type_adapter(annotation: Any) -> TypeAdapter[Any]:
-    """Return pydantic's reader of a type. Raises SignatureError for a type that TOML cannot write."""
+    """Return the pydantic adapter of a type. Raises SignatureError for a type that TOML cannot express."""
     try:
         return _strict_adapter(annotation)
-    except TypeError:  # a type that cannot be hashed
+    except TypeError:  # the annotation is not hashable
         return TypeAdapter(annotation)
     except PydanticUserError:
-        raise SignatureError(f"TOML cannot write a {getattr(annotation, '__name__', annotation)}") from None
+        raise SignatureError(f"TOML cannot express a {getattr(annotation, '__name__', annotation)}") from None
 
 
 @cache
 def _strict_adapter(annotation: Any) -> TypeAdapter[Any]:
-    """Return a reader that takes finite numbers only, unless the key says `Field(allow_inf_nan=True)`.
+    """Return an adapter that accepts only finite numbers, unless the key has `Field(allow_inf_nan=True)`.
 
-    NaN passes many a limit, and TOML's 1e400 is infinite.
+    NaN passes limits such as `gt`, and 1e400 in TOML is infinite.
     """
     try:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
     except PydanticUserError as error:
-        if error.code != "type-adapter-config-unused":  # a type with a configuration of its own, such as a TypedDict
+        if (
+            error.code != "type-adapter-config-unused"
+        ):  # a type with its own pydantic configuration, such as a TypedDict
             raise
         return TypeAdapter(annotation)
 
 
 def decode_value(kind: FieldKind, node: Node) -> Any:
-    """Return the typed value of a leaf. Raises ValueError that says what was expected.
+    """Return the typed value of a leaf. Raises ValueError with what was expected.
 
-    Types are strict: "3" is not a number, 3.0 not a whole number and 1 not a boolean, but 3 is a number, and a list a
-    tuple. Text from the command line is read as TOML if that fits the type, else as it was typed.
+    Types are strict: "3" is not a number, 3.0 is not a whole number and 1 is not a boolean; but 3 is accepted as a
+    float, and a list as a tuple. Text from the command line is parsed as TOML if the result fits the type, and used as
+    typed otherwise.
     """
     value = to_python(node)
     try:
@@ -246,19 +249,19 @@ def _decode(kind: FieldKind, value: Any, base_dir: Path) -> Any:
     if value is None or (kind.optional and value == "none"):
         return None
     if isinstance(value, (datetime.date, datetime.time)):
-        raise ValueError(f"expected {describe_kind(kind)}; a date or time has to be written in quotes")
+        raise ValueError(f"expected {describe_kind(kind)}; write a date or time in quotes")
     if not is_utf8(json.dumps(value, default=str, ensure_ascii=False)):
-        raise ValueError(f"expected {describe_kind(kind)}, in UTF-8 as a recipe is; rename what it names")
+        raise ValueError(f"expected {describe_kind(kind)}, in UTF-8; rename the file or directory")
     adapter = type_adapter(kind.annotation)
     try:
-        # Through JSON, which has no tuples or paths either: its strict reading is the one that TOML needs.
+        # Through JSON, which lacks tuples and paths like TOML, so that strict mode accepts what TOML can express.
         decoded = adapter.validate_json(json.dumps(value), strict=True)
     except TypeError:  # a date deep inside
         raise ValueError(f"expected {describe_kind(kind)}") from None
     except ValidationError as error:
         raise ValueError("; ".join(_explain(kind, error))) from None
     if value == "" and isinstance(decoded, PurePath):
-        raise ValueError('expected a path, as text; the directory you stand in is written "."')
+        raise ValueError('expected a path, as text; the current directory is written "."')
     return _absolute_paths(decoded, base_dir)
 
 
@@ -274,10 +277,13 @@ def _absolute_paths(value: Any, base_dir: Path) -> Any:
 
 
 def _explain(kind: FieldKind, error: ValidationError) -> Iterator[str]:
-    """Yield pydantic's errors about one leaf in our words, the first three of them."""
+    """Yield the first three errors of pydantic about one leaf, reworded."""
     details: list[ErrorDetails] = error.errors(include_url=False)
     annotation = kind.annotation
-    if typing.get_origin(annotation) in (Union, types.UnionType):  # one error for each type it might have been
+    if typing.get_origin(annotation) in (
+        Union,
+        types.UnionType,
+    ):  # pydantic reports one error for each type of the union
         yield f"expected {describe_kind(kind)}"
         return
     bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation

@@ -1,7 +1,7 @@
-"""TOML beyond what tomli does: keys and values as text, and the line of every key.
+"""What tomli lacks: write keys and values as TOML, and find the line of every key.
 
-The parser keeps no positions, so `line_index` scans the text a second time, only to find where things begin. It may
-assume that the text is valid TOML: what it does not understand cannot occur.
+tomli does not report positions, so `line_index` scans the text a second time to find where keys begin. It assumes valid
+TOML.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def quote_key(key: str) -> str:
 
 
 def join_key(keys: Iterable[str | int]) -> str:
-    """`training.total_tokens`; a key that is not bare is quoted, an index is a number."""
+    """Return a dotted key such as `training.total_tokens`; keys are quoted where TOML needs it."""
     return ".".join(quote_key(str(key)) for key in keys)
 
 
@@ -51,7 +51,7 @@ def split_key(dotted: str) -> tuple[str, ...]:
 
 
 def write_value(value: Any) -> str:
-    """Return `value` as TOML on one line; tables are written inline. Raises TypeError for what TOML cannot hold."""
+    """Return `value` as TOML on one line; tables are written inline. Raises TypeError for a value that TOML cannot express."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -67,11 +67,11 @@ def write_value(value: Any) -> str:
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
-    raise TypeError(f"TOML cannot hold {type(value).__name__}")
+    raise TypeError(f"TOML cannot express {type(value).__name__}")
 
 
 def to_toml_value(value: Any) -> Any:
-    """Return the TOML value of a Python one. Raises TypeError where TOML has none."""
+    """Return the TOML value of a Python value. Raises TypeError if TOML cannot express it."""
     if isinstance(value, enum.Enum):
         return to_toml_value(value.value)
     if isinstance(value, PurePath):
@@ -87,7 +87,7 @@ def to_toml_value(value: Any) -> Any:
 
 
 def brief_value(value: Any) -> str:
-    """`write_value` for a message: cut where it is long."""
+    """Return `write_value(value)` for a message, cut if it is long."""
     return brief(write_value(value))
 
 
@@ -129,7 +129,7 @@ class _Scanner:
         self.at = 0
         self.lines: dict[KeyPath, int] = {(): 1}
         self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
-        self._tables_in: dict[KeyPath, int] = {}  # array of tables -> how many of its tables began so far
+        self._tables_in: dict[KeyPath, int] = {}  # array of tables -> number of its tables so far
 
     def document(self) -> None:
         table: KeyPath = ()
@@ -140,7 +140,7 @@ class _Scanner:
                 self._assignment(table)
 
     def _header(self) -> KeyPath:
-        """`[a.b]` or `[[a.b]]`: the path of the table that it opens."""
+        """Scan a header, `[a.b]` or `[[a.b]]`, and return the path of its table."""
         is_array = self.text.startswith("[[", self.at)
         start = self.at
         self.at += 2 if is_array else 1
@@ -154,7 +154,7 @@ class _Scanner:
             index = self._tables_in.get(path, 0)
             self._tables_in[path] = index + 1
             path = (*path, index)
-        self.lines[path] = self._line(start)  # a header says more than a sub-table's mention of it before
+        self.lines[path] = self._line(start)  # the header replaces an earlier mention in the header of a sub-table
         return path
 
     def _assignment(self, table: KeyPath) -> None:
@@ -183,7 +183,7 @@ class _Scanner:
         self.at += 1
 
     def _enter(self, path: KeyPath, keys: tuple[str, ...], start: int) -> KeyPath:
-        """The path below `path`, through the latest table of every array of tables on the way."""
+        """Return the path of `keys` below `path`, through the latest table of every array of tables."""
         for key in keys:
             path = (*path, key)
             self.lines.setdefault(path, self._line(start))

@@ -1,7 +1,7 @@
-"""The tree of a configuration: tables, arrays of tables and values that know where they were written.
+"""The tree of a configuration: tables, arrays of tables and values, each with the place where it was written.
 
-Reading gives a tree of TOML values for each file and one for the command line, `merge` lays them over each other, and
-building gives the same tree with typed values, defaults included.
+Each file and the command line become a tree of TOML values. `merge` combines them, and building returns the same tree
+with typed values, defaults included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Override:
     path: str
     """`training.total_tokens`"""
     text: str
-    """`4B`, as typed. What it means depends on the type of the key, which is known only later."""
+    """`4B`, as typed; it is parsed later, when the type of the key is known."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Leaf:
     """A value that holds no tables."""
 
     value: Any
-    """What TOML says or, once built, what the key's type makes of it. None is a default that TOML cannot write."""
+    """The TOML value or, once built, the typed value. None is a default that TOML cannot express."""
     origin: Origin
     text: str | None = None
     """The value as typed on the command line."""
     unset: bool = False
-    """The key was left out, and its default is None."""
+    """Whether the key is missing and its default is None."""
 
     @property
     def toml(self) -> str:
@@ -57,7 +57,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Table:
-    """Keys and what they hold."""
+    """A table: keys with their nodes."""
 
     entries: dict[str, Node]
     origin: Origin
@@ -97,24 +97,24 @@ def to_python(node: Node) -> Any:
 
 
 def children(node: Node) -> list[tuple[Any, Node]]:
-    """Return the keys or indices of a node with what they hold, in the order written."""
+    """Return (key or index, node) for each child, in the order written."""
     if isinstance(node, Leaf):
         return []
     return list(node.entries.items()) if isinstance(node, Table) else list(enumerate(node.items))
 
 
 def use_of(table: Table) -> str | None:
-    """Return what the table's `use` names, where it names anything."""
+    """Return the `use` of a table, or None if it has none that is text."""
     node = table.entries.get("use")
     value = to_python(node) if node else None
     return value.strip() if isinstance(value, str) else None
 
 
 def merge(base: Node, over: Node, problems: list[Problem], path: KeyPath = (), *, same_layer: bool = False) -> Node:
-    """Return `over`, with the keys of `base` that it leaves alone. Arrays and values are replaced as a whole.
+    """Return `over` with the keys of `base` that it does not set. Arrays and values are replaced as a whole.
 
-    A table of a later layer with another `use` starts empty, since the keys below it were meant for another component.
-    The command line may also name items of an array by number.
+    A table of a later layer with another `use` starts empty, since the keys of `base` are those of another component.
+    The command line may also set items of an array by number.
     """
     if not isinstance(over, Table):
         return over
@@ -140,7 +140,7 @@ def merge(base: Node, over: Node, problems: list[Problem], path: KeyPath = (), *
         if key.isdecimal() and int(key) < len(items):
             items[int(key)] = merge(items[int(key)], node, problems, (*path, key), same_layer=same_layer)
         else:
-            hint = f"name one by its number, {name}.0 to {name}.{len(items) - 1}"
+            hint = f"write the number of an item, {name}.0 to {name}.{len(items) - 1}"
             problems.append(_problem_in(over, path, f"{name} is an array of tables{place}: {hint}", key))
     return replace(base, items=tuple(items))
 
@@ -155,7 +155,7 @@ def _problem_in(over: Table, path: KeyPath, message: str, key: str | None = None
 
 
 def read_command_line(overrides: Sequence[Override], cwd: Path, problems: list[Problem]) -> Table:
-    """Return all overrides as one layer. Their order matters only where a key is given twice: the last one counts."""
+    """Return all overrides as one layer. Of a key that is given twice the last value counts."""
     origin = Origin(COMMAND_LINE, cwd)
     layer: Node = Table({}, origin)
     for override in overrides:
@@ -173,7 +173,7 @@ def read_command_line(overrides: Sequence[Override], cwd: Path, problems: list[P
 
 
 def _parse_value(text: str) -> Any:
-    """Return the TOML value that `text` spells, or else `text` itself: quotes around text are not needed."""
+    """Return `text` parsed as TOML, or `text` itself if it is not a TOML value, so that text needs no quotes."""
     try:
         document = tomli.loads(f"value = {text}")
     except (tomli.TOMLDecodeError, RecursionError):
@@ -181,7 +181,7 @@ def _parse_value(text: str) -> Any:
     return document["value"] if len(document) == 1 else text
 
 
-# A tree that is built
+# Functions of a built tree
 
 
 def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
@@ -207,13 +207,13 @@ def components(made: Any, node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyP
         yield path, made
     for key, item in _values_first(node):
         if not isinstance(item, Leaf):
-            with suppress(Exception):  # a user's class may keep what it was given under another name
+            with suppress(Exception):  # a custom class may store an argument under another name
                 below = made[key] if isinstance(made, (dict, list, tuple)) else getattr(made, key)
                 yield from components(below, item, (*path, key))
 
 
 def problem_at(root: Table, path: KeyPath, message: str) -> Problem:
-    """Return a problem with what `path` names, at the place where that, or else the nearest table, was written."""
+    """Return a problem with the node at `path`, with the place where it, or else the nearest table, was written."""
     node: Node = root
     for key in path:
         below = dict(children(node)).get(int(key) if isinstance(node, Array) and str(key).isdecimal() else key)
@@ -225,7 +225,7 @@ def problem_at(root: Table, path: KeyPath, message: str) -> Problem:
 
 
 def written(node: Node) -> Node:
-    """Return a built tree as it would be read: values are TOML's, and keys that are unset are left out."""
+    """Return a built tree as it would be read from a file: with TOML values, and without unset keys."""
     if isinstance(node, Leaf):
         return Leaf("none" if node.value is None else to_toml_value(node.value), node.origin)
     if isinstance(node, Array):
@@ -235,12 +235,12 @@ def written(node: Node) -> Node:
 
 
 def dump(root: Table, provenance: bool) -> str:
-    """Return launchable TOML with every key, defaults too; `provenance` adds where each value comes from."""
+    """Return a complete recipe in TOML, defaults included; `provenance` adds where each value comes from."""
     return "\n".join(_dump_table(root, (), provenance)).strip("\n") + "\n"
 
 
 def _dump_table(table: Table, path: KeyPath, provenance: bool) -> Iterator[str]:
-    """Yield the lines of a table's own keys, then those of its sub-tables."""
+    """Yield the lines of the values of a table, then those of its sub-tables."""
     for key, node in _values_first(table):
         if isinstance(node, Leaf):
             source = "".join(char if char.isprintable() else "?" for char in node.origin.source)  # a file name
@@ -257,5 +257,5 @@ def _dump_table(table: Table, path: KeyPath, provenance: bool) -> Iterator[str]:
 
 
 def _values_first(node: Node) -> list[tuple[Any, Node]]:
-    """Return `children` as TOML wants them: a table's own keys before its sub-tables."""
+    """Return `children` in the order of TOML: values before sub-tables."""
     return sorted(children(node), key=lambda pair: not isinstance(pair[1], Leaf))

@@ -2,8 +2,8 @@
 
     ./run_train.sh train_configs/critical_batch.toml --branches.checkpoint=runs/debug/checkpoints/step-00000100
 
-From a checkpoint of a run at batch B and rate lr, branch k trains on the same tokens at batch k B and the constant rate
-lr sqrt(k). Each branch is a pre-training run like any other, in branches/k-004/ of this run's directory.
+From a checkpoint of a run with batch B and learning rate lr, branch k trains on the same tokens with batch k B and the
+constant learning rate lr sqrt(k). Each branch is an ordinary pre-training run, in branches/k-004/ of the run directory.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
-BRANCH = "recipes.pretrain:Pretrain"
+BRANCH_RECIPE = "recipes.pretrain:Pretrain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalBatch(Pretrain):
-    """The sections of pre-training, and [branches]. [batch] and [lr_schedule] give way to what is measured."""
+    """The sections of pre-training, and [branches]. The branches replace [batch] and [lr_schedule]."""
 
     branches: Branches
 
     def check(self) -> Iterator[tuple[str, str]]:
-        """As of pre-training, but that the batch of a branch is constant: it need not be measured."""
+        """Yield the problems of pre-training, except about gradient noise: the batch of a branch is constant."""
         yield from (problem for problem in super().check() if problem[0] != "gradient_noise.interval_steps")
 
     def main(self, config: Config, resume: Resume | None) -> int:
-        """Train the branches that are missing, then compare all; returns the exit status."""
+        """Train the branches that are not finished, then compare all. Returns the exit status."""
         with ExitStack() as cleanup:
             with config_errors_at(config, "run.device"):
-                world = DistributedContext.start(self.run.device)  # the branches join what is joined here
+                world = DistributedContext.start(self.run.device)  # the branches use the same process group
             cleanup.push(world.stop_unless_failed)
             measurement = CriticalBatchMeasurement(self, config, world.size)
 
-            def take() -> None:
+            def lock() -> None:
                 measurement.directory.check_links(measurement.folder)
                 if world.is_main and cleanup.enter_context(measurement.directory.held()):
                     measurement.directory.sweep(measurement.report, measurement.start_file)
 
             with config_errors_at(config, "run"):
-                world.main_first(take)
+                world.main_first(lock)
             measurement.claim_directory(world, resume)
             log.info("\n".join(measurement.describe()))
             for multiplier in self.branches.batch_multipliers:
@@ -82,13 +82,13 @@ class CriticalBatch(Pretrain):
             return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
-        """Check what can be checked, and show the branches."""
+        """Check the measurement and print the branches."""
         print("\n".join(CriticalBatchMeasurement(self, config, world_size).describe()))
         return 0
 
 
 class CriticalBatchMeasurement:
-    """The branches of one checkpoint. Raises ConfigError where they cannot be trained."""
+    """The branches of one checkpoint. Raises ConfigError if they cannot be trained."""
 
     def __init__(self, recipe: CriticalBatch, config: Config, world_size: int) -> None:
         self.recipe, self.config, self.branches = recipe, config, recipe.branches
@@ -104,38 +104,38 @@ class CriticalBatchMeasurement:
         with config_errors_at(config, "branches"):
             self.start = find_branch_point(self.branches, rounding, config)
             own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
-            if any(is_inside(Path(self.start.checkpoint), place) for place in own):  # any of them may be a link
+            if any(is_inside(Path(self.start.checkpoint), place) for place in own):  # each of them may be a link
                 raise InputError(
                     "checkpoint",
-                    f"{self.start.checkpoint} lies in the directory of this run; "
-                    "give the measurement a --run.name of its own",
+                    f"{self.start.checkpoint} is in the directory of this run; use another --run.name",
                 )
             largest = self.branches.batch_multipliers[-1] * self.start.batch * self.length
             if self.branches.tokens < largest:
                 raise InputError(
                     "tokens",
-                    f"less than the {largest} of one step at multiplier {self.branches.batch_multipliers[-1]}; "
-                    "take more tokens, or leave out the largest of batch_multipliers",
+                    f"less than one step of {largest} tokens at k = {self.branches.batch_multipliers[-1]}; raise it, or "
+                    "remove the largest of batch_multipliers",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
         check_resumable(Path(self.start.checkpoint), self.config_for(1))
 
     @cached_property
     def smoothing_tokens(self) -> int:
+        """Tokens over which the moving average of the training loss decays by 1/e."""
         return self.branches.smoothing_tokens or -(-self.tokens // 4)
 
     def config_for(self, multiplier: int) -> Config:
-        """The configuration of a branch: all of this one but where, how far, and with which batch and rate."""
+        """Return this config with the directory, length, batch size and learning rate of branch k = `multiplier`."""
         checkpoint, start = self.recipe.checkpoint, self.start
         interval = checkpoint.interval_steps
         return derive(
             self.config,
-            BRANCH,
+            BRANCH_RECIPE,
             {
                 "run": {
                     "name": f"{self.recipe.run.name}, k = {multiplier}",
                     "dir": str(self.folder / f"k-{multiplier:03d}"),
-                    "if_exists": "replace",  # what is there without a checkpoint is worth nothing
+                    "if_exists": "replace",  # a run without a checkpoint has nothing to keep
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
                 "batch": {"use": "components.batch:Constant", "initial_size": multiplier * start.batch},
@@ -144,7 +144,7 @@ class CriticalBatchMeasurement:
                     "max_lr": start.lr * math.sqrt(multiplier),
                     "warmup_tokens": 0,
                 },
-                # as often in tokens as the first branch, and no more than continuing it needs
+                # the same interval in tokens for all branches; only the last checkpoint is needed to resume
                 "checkpoint": {
                     "interval_steps": "none" if interval is None else max(1, interval // multiplier),
                     "keep_last": 1,
@@ -155,22 +155,23 @@ class CriticalBatchMeasurement:
         )
 
     def describe(self) -> Iterator[str]:
-        """The branches in lines."""
+        """Yield the lines of a table of the branches."""
         start = self.start
         yield f"branches of {start.checkpoint}: step {start.step}, {format_count(start.tokens)} tokens"
         yield f"{'k':>6} {'batch':>8} {'batch tokens':>13} {'steps':>8} {'lr':>10}"
         for multiplier in self.branches.batch_multipliers:
-            batch, rate = multiplier * start.batch, start.lr * math.sqrt(multiplier)
+            batch, lr = multiplier * start.batch, start.lr * math.sqrt(multiplier)
             tokens = format_count(batch * self.length)
-            yield f"{multiplier:>6} {batch:>8} {tokens:>13} {self.planned_steps(multiplier):>8} {rate:>10.3g}"
-        in_all = format_count(len(self.branches.batch_multipliers) * self.tokens)
-        yield f"{format_count(self.tokens)} tokens each, {in_all} in all, in {self.folder}"
+            yield f"{multiplier:>6} {batch:>8} {tokens:>13} {self.planned_steps(multiplier):>8} {lr:>10.3g}"
+        total = format_count(len(self.branches.batch_multipliers) * self.tokens)
+        yield f"{format_count(self.tokens)} tokens each, {total} in total, in {self.folder}"
 
     def planned_steps(self, multiplier: int) -> int:
+        """Return the number of steps of a branch."""
         return -(-self.tokens // (multiplier * self.start.batch * self.length))
 
     def claim_directory(self, world: DistributedContext, resume: Resume | None) -> None:
-        """Make the run directory ready, or find it so. The branches in it are kept only for the same measurement."""
+        """Claim the run directory and set up logging. Existing branches are kept only if they are resumed."""
 
         def claim() -> None:
             if world.is_main:
@@ -181,7 +182,7 @@ class CriticalBatchMeasurement:
         start_file = self.start_file
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
-                raise ValueError("--resume=PATH: what to branch from is branches.checkpoint; say --resume alone")
+                raise ValueError("--resume takes no path here: branches.checkpoint names the checkpoint to branch from")
             if resume is not None and not start_file.exists():
                 raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
             world.main_first(claim)
@@ -190,7 +191,7 @@ class CriticalBatchMeasurement:
             elif start_file.exists() and self.recipe.run.if_exists == "refuse":
                 raise ValueError(
                     f"{self.directory.path} already holds a measurement; continue it with --resume, give this one "
-                    "another --run.name, or say --run.if_exists=replace"
+                    "another --run.name, or set --run.if_exists=replace"
                 )
         launches = world.gather(launch or "")
 
@@ -205,13 +206,13 @@ class CriticalBatchMeasurement:
             atomic_write(self.directory.config, self.config.to_toml())
             atomic_write(start_file, json.dumps(asdict(self.start), indent=1) + "\n")
 
-        world.barrier()  # nobody may still be looking at what is deleted here
+        world.barrier()  # the other ranks are done with the files that are deleted here
         with config_errors_at(self.config, "run"):
             world.main_first(store)
         setup_logging(self.directory.log if world.is_main else None, speak=world.is_main)
 
     def _remove_old(self) -> None:
-        """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""
+        """Remove the files of an earlier measurement; only directories that a branch has marked are removed."""
         for branch in map(RunDirectory, sorted(self.folder.glob("k-*"))):
             remove_old_run(branch)
             branch.release()
@@ -221,16 +222,16 @@ class CriticalBatchMeasurement:
             written.unlink(missing_ok=True)
 
     def train_branch(self, multiplier: int) -> int:
-        """Train a branch to its end, from its newest checkpoint if it has one; returns the exit status.
+        """Train a branch to its end, from its newest checkpoint if there is one. Returns the exit status.
 
-        One whose loss is not finite has ended, too: the batch was too large, or its rate.
+        A branch whose loss is not finite has also ended: its batch or learning rate was too large.
         """
         config = self.config_for(multiplier)
         own = list_checkpoints(config.recipe.run.directory / "checkpoints")
         if own and self._is_finished(multiplier, own[-1]):
             log.info(f"branch k = {multiplier} is finished")
             return 0
-        # a branch that ended between its last save and its validation is trained again
+        # a branch that was killed between its last save and its validation is trained again from the start
         unfinished = own and read_run_state(own[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
         try:
             status: int = config.recipe.main(config, Resume(None if unfinished else Path(self.start.checkpoint)))
@@ -239,18 +240,18 @@ class CriticalBatchMeasurement:
                 raise
             log.error(f"branch k = {multiplier}: {error}")
             status = 0
-        gc.collect()  # a model holds itself in cycles, and the next one needs its memory
+        gc.collect()  # a model is part of reference cycles, and the next one needs its memory
         return status
 
     def read_rows(self, multiplier: int) -> list[dict[str, Any]]:
-        """What a branch wrote of the steps of this measurement."""
+        """Return the metrics of a branch, up to the last step of this measurement."""
         last = self.start.step + self.planned_steps(multiplier)
         return [
             row for row in read_rows(RunDirectory(self.folder / f"k-{multiplier:03d}").metrics) if row["step"] <= last
         ]
 
     def read_branch(self, multiplier: int) -> Branch:
-        """What a finished branch has shown."""
+        """Return the results of a finished branch."""
         start, rows = self.start, self.read_rows(multiplier)
         validated = [row["val_loss"] for row in rows if "val_loss" in row]
         return Branch(
@@ -274,19 +275,19 @@ class CriticalBatchMeasurement:
         )
 
     def _require_same_measurement(self, start_file: Path) -> None:
-        """Raises ValueError if the branches that are there are not of this measurement."""
+        """Raise ValueError or ConfigError if the existing branches are of another measurement."""
         try:
             before = BranchPoint(**json.loads(start_file.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"--resume: {start_file} is damaged: {error}") from None
         if before != self.start:
             raise ValueError(
-                f"--resume: {self.directory.path} began with {before}, this is {self.start}; "
-                "give this measurement a --run.name of its own, or the old one its branches.checkpoint, batch and lr"
+                f"--resume: {self.directory.path} started from {before}, this is {self.start}; give this measurement "
+                "another --run.name, or set branches.checkpoint, batch and lr to the old values"
             )
         unused = ("branches.", "batch.", "lr_schedule.")
         problems = [
-            self.config.problem(key, f"{old!r} in the finished branches, {now!r} now; give this one a --run.name")
+            self.config.problem(key, f"{old!r} in the finished branches, {now!r} now; use another --run.name")
             for key, old, now in diff_config(self.directory.config, self.config)
             if rule_of(key) != "allow" and not key.startswith(unused)
         ]
@@ -295,7 +296,7 @@ class CriticalBatchMeasurement:
 
 
 def write_report(measurement: CriticalBatchMeasurement) -> None:
-    """Table, critical_batch.json and picture."""
+    """Log the table, and write critical_batch.json and the plot."""
     branches, start = measurement.branches, measurement.start
     found = Report(
         branches=tuple(measurement.read_branch(multiplier) for multiplier in branches.batch_multipliers),
@@ -304,7 +305,7 @@ def write_report(measurement: CriticalBatchMeasurement) -> None:
         sequence_length=measurement.length,
     )
     if not math.isfinite(found.losses[0]):
-        raise RunError("the branch k = 1 has a loss that is not finite: there is nothing to compare with")
+        raise RunError("the loss of branch k = 1 is not finite, so the other branches cannot be compared with it")
     log.info("\n".join(found.lines()))
     written = {**asdict(start), "branch_tokens": measurement.tokens, **found.summary()}
     path = measurement.report
@@ -313,4 +314,4 @@ def write_report(measurement: CriticalBatchMeasurement) -> None:
     try:
         draw_report(found, measurement.picture)
     except ValueError as error:
-        log.warning(f"{error}; then --resume draws {measurement.picture.name}")
+        log.warning(f"{error}; --resume then draws {measurement.picture.name}")

@@ -1,4 +1,4 @@
-"""[branches], and where they begin: the batch and the rate with which the run of a checkpoint would go on."""
+"""[branches], and the batch and learning rate with which the run of a checkpoint would continue."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from recipes.training_state import read_run_state
 
 @dataclass(frozen=True, kw_only=True)
 class Branches:
-    """[branches]: where to start, how far to go, and how to compare."""
+    """[branches]: the checkpoint to branch from, the length of branches, and how to compare them."""
 
     checkpoint: Path
-    """The checkpoint to branch from, or a run directory: its newest."""
+    """The checkpoint to branch from, or a run directory (its newest checkpoint)."""
     tokens: PositiveCount
     """Length of each branch; rounded up to whole steps of the largest batch."""
     batch_multipliers: tuple[PositiveCount, ...] = (1, 2, 4, 8, 16)
-    """The batch of each branch, as a multiple of B; the rate grows with the square root."""
+    """The batch of each branch, as a multiple of B; the learning rate grows with its square root."""
     tolerance: Annotated[float, Field(ge=0)] = 0.01
-    """How far above that of the first branch a loss may end, in nats a token."""
+    """Allowed increase of the final loss over that of the first branch, in nats per token."""
     smoothing_tokens: PositiveCount | None = None
     """Tokens over which the moving average of the training loss decays by 1/e; unset: a quarter of `tokens`."""
     batch: PositiveCount | None = None
-    """B, in samples; unset: what the checkpoint's run would take next."""
+    """B, in samples; unset: the batch of the next step of the checkpoint's run."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """The rate of the first branch; unset: what the checkpoint's run would use next."""
+    """Learning rate of the first branch; unset: that of the next step of the checkpoint's run."""
 
     def __post_init__(self) -> None:
         if self.batch_multipliers[:1] != (1,):
             raise InputError(
                 "batch_multipliers",
-                f"{list(self.batch_multipliers)} do not start at 1, with which the others are compared",
+                f"{list(self.batch_multipliers)} do not start at 1, the branch that the others are compared with",
             )
         if any(
             one >= next_one for one, next_one in zip(self.batch_multipliers, self.batch_multipliers[1:], strict=False)
@@ -54,18 +54,18 @@ class Branches:
 
 @dataclass(frozen=True)
 class BranchPoint:
-    """Where the branches begin."""
+    """The checkpoint, batch and learning rate of the first branch."""
 
     checkpoint: str
     step: int
     tokens: int
     batch: int
-    """B, as the rounding makes it."""
+    """B in samples, rounded to the mesh."""
     lr: float
 
 
 def find_branch_point(branches: Branches, rounding: BatchRounding, config: Config) -> BranchPoint:
-    """Where those of the recipe in `config` begin. Raises ValueError, at the key it names, where nothing can."""
+    """Return where `branches` start. Raises InputError at the key that is at fault."""
     try:
         checkpoint = find_complete_checkpoint(branches.checkpoint)
         verify(checkpoint)
@@ -88,7 +88,10 @@ def find_branch_point(branches: Branches, rounding: BatchRounding, config: Confi
             batch_tokens = rounding.fit(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
-            raise InputError("lr", f"the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
+            raise InputError(
+                "lr",
+                f"the learning rate of the next step after {checkpoint} is {lr}; set branches.lr or branch earlier",
+            )
     return BranchPoint(
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],
@@ -99,10 +102,10 @@ def find_branch_point(branches: Branches, rounding: BatchRounding, config: Confi
 
 
 def find_complete_checkpoint(path: Path) -> Path:
-    """As `checkpoint_at`, with every file it takes. Raises ValueError."""
+    """Return `find_checkpoint_at(path)`. Raises ValueError if a file of the checkpoint is missing."""
     checkpoint = find_checkpoint_at(path)
     missing = [name for name in ("config.toml", ".metadata") if not (checkpoint / name).is_file()]
     if missing or checkpoint.name.startswith(".") or not any(checkpoint.glob("*.distcp")):
         what = missing[0] if missing else "tensors" if not any(checkpoint.glob("*.distcp")) else "final name"
-        raise ValueError(f"{checkpoint} is incomplete: it has no {what}; take another one")
+        raise ValueError(f"{checkpoint} is incomplete: it has no {what}; use another one")
     return checkpoint

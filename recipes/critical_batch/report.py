@@ -1,4 +1,4 @@
-"""What the branches of a critical-batch measurement show: a table, numbers and a picture."""
+"""The result of a critical-batch measurement: a table, JSON values and a plot."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from components.units import format_count
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch, trained."""
+    """The results of one branch."""
 
     multiplier: int
     batch: int
-    """In samples."""
+    """Samples per step."""
     batch_tokens: int
     lr: float
     steps: int
-    """That it was to take."""
+    """The planned number of steps."""
     losses: tuple[float, ...]
-    """Of the steps it took, nan where one was not finite: fewer where it did not come to its end."""
+    """The loss of each step that was taken; nan if not finite. Shorter than `steps` if the branch ended early."""
     val_loss: float | None
-    """At the end, where something is held out."""
+    """The final validation loss; None without validation data."""
     noise_scales: tuple[float, ...]
-    """Of the steps where it was measured."""
+    """The gradient noise scale of the steps at which it was measured, in samples."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All branches, compared."""
+    """Compares all branches."""
 
     branches: tuple[Branch, ...]
     smoothing_tokens: int
@@ -53,7 +53,7 @@ class Report:
 
     @cached_property
     def losses(self) -> list[float]:
-        """The last smoothed loss of each branch; nan where it did not come to its end, or a step was stepped over."""
+        """The final smoothed loss of each branch; nan if it ended early or skipped a step."""
         return [
             curve[-1] if len(curve) == branch.steps and all(map(math.isfinite, branch.losses)) else math.nan
             for branch, curve in zip(self.branches, self.curves, strict=True)
@@ -61,7 +61,7 @@ class Report:
 
     @property
     def multiplier(self) -> int:
-        """k*"""
+        """k*: the largest multiplier within the tolerance."""
         return largest_factor([branch.multiplier for branch in self.branches], self.losses, self.tolerance)
 
     @property
@@ -71,12 +71,12 @@ class Report:
 
     @property
     def is_lower_bound(self) -> bool:
-        """Whether no branch was too large: the critical batch lies beyond them."""
+        """Whether no branch was too large, so that the critical batch may be larger than all of them."""
         return self.multiplier == self.branches[-1].multiplier
 
     @property
     def _too_large(self) -> int:
-        """The multiplier after k*, where there is one."""
+        """The multiplier after k*, if there is one."""
         return min(branch.multiplier for branch in self.branches if branch.multiplier > self.multiplier)
 
     @property
@@ -86,7 +86,7 @@ class Report:
         return median(measured) if measured else None
 
     def summary(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the result as JSON values."""
         rows = [
             {
                 "k": branch.multiplier,
@@ -112,7 +112,7 @@ class Report:
         }
 
     def lines(self) -> Iterator[str]:
-        """As a table."""
+        """Yield the lines of a table."""
         yield f"{'k':>6} {'batch':>8} {'lr':>10} {'steps':>8} {'loss':>9} {'difference':>11} {'validation':>11}  within"
         for row in self.summary()["branches"]:
             loss = "not finite" if row["smoothed_loss"] is None else f"{row['smoothed_loss']:.4f}"
@@ -137,7 +137,7 @@ def draw_report(report: Report, output: Path) -> None:
     for branch, curve in zip(report.branches, report.curves, strict=True):
         tokens = [branch.batch_tokens * (step + 1) for step in range(len(curve))]
         over_tokens.plot(tokens, curve, label=f"k = {branch.multiplier}")
-    over_tokens.set_ylabel("smoothed loss, nats a token")
+    over_tokens.set_ylabel("smoothed loss, nats per token")
     label_tokens(over_tokens, "tokens since the checkpoint")
     over_tokens.legend()
 
@@ -149,6 +149,6 @@ def draw_report(report: Report, output: Path) -> None:
     if report.noise_scale is not None:
         over_batch.axvline(report.noise_scale, color="C2", label="gradient noise scale")
     over_batch.set_xscale("log", base=2)
-    over_batch.set(xlabel="batch, samples", ylabel="difference to k = 1")
+    over_batch.set(xlabel="batch, samples", ylabel="difference from k = 1")
     over_batch.legend()
     save_figure(figure, output)

@@ -1,7 +1,7 @@
-"""The memory of one rank, estimated from shapes, and the decision that rests on it: how often gradients are synced.
+"""Estimate the memory of one rank from shapes, and decide from it how often gradients are synchronized.
 
-Exact: parameters, their gradients and the optimizer state of the rank that holds most, and what autograd keeps of the
-blocks. Estimated: the moment of the highest use, and what CUDA and NCCL reserve.
+Exact: parameters, gradients and optimizer state of the rank that holds most, and what autograd saves in the blocks.
+Estimated: the moment of the highest use, and what CUDA and NCCL reserve.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Memory:
     peak: int
     """The highest use with grad_sync = "every_micro_batch"."""
     local_peak: int
-    """The highest use with grad_sync = "once_per_step": all weights stay gathered, and the gradient is whole, in float32."""
+    """The highest use with grad_sync = "once_per_step": weights stay gathered, gradients unsharded in float32."""
     block_inputs: int
     """The sum of all block inputs in one micro-batch: what tensor-parallel ranks exchange."""
     parameters: int
@@ -169,7 +169,7 @@ def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, f
 
 
 def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:
-    """Return the memory of head and loss: what the model says, or else float32 logits, log-probabilities, gradients."""
+    """Return the bytes of head and loss: from the model, or else of float32 logits, log-probabilities and gradients."""
     of_model: Any = getattr(model, "loss_bytes", None)
     if of_model is not None:
         return int(of_model(tokens, element_bytes=element_bytes, device_type=device_type, compiled=compiled))

@@ -1,4 +1,4 @@
-"""The plan of a run: all that can be known of it before it starts, without weights, data or a GPU."""
+"""The plan of a run: everything that is known before it starts, without weights, data or a GPU."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         except FileNotFoundError as error:
             vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, message_of(error)
             if not vocab_size:
-                message = f"{missing}; a dry run does without it if model.vocab_size is set"
+                message = f"{missing}; set model.vocab_size for a dry run without it"
                 raise InputError(getattr(error, "key", ""), message) from error
     if vocab_size:
         with _collect_problems(config, "model", problems):

@@ -1,7 +1,7 @@
-"""Checks before a run starts: what would fail, and what would not go as intended.
+"""Checks before a run starts: what would fail, and what may not be intended.
 
-An *error* makes the run impossible on any machine with that many processes, or on the device that was named. What only
-this machine lacks is a warning: the run may start on another.
+An *error* makes the run impossible on any machine with that many processes, or on the device that was named. A file
+that is missing on this machine is a warning, since the run may start on another one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _memory(plan: RunPlan) -> Iterator[Finding]:
 
 
 def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
-    """Return what would save most, judging by what takes most."""
+    """Return the setting that would save most memory, judging by the largest part."""
     device = plan.target.device
     if device is not None and plan.peak_on(memory, device) > memory.peak <= PLANNED_FRACTION * device.memory_bytes:
         return 'set training.grad_sync = "auto"'
@@ -101,7 +101,7 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
             yield Finding("error", "run.init_from", message_of(error))
     directory = RunDirectory(recipe.run.directory)
     if foreign := directory.foreign():
-        message = f"{directory.path} holds {', '.join(foreign)}, which were not written by a run; move them away"
+        message = f"{directory.path} holds {', '.join(foreign)}, which no run has written; move them away"
         yield Finding("warning", "run.name", message)
     if directory.used:
         if recipe.run.if_exists == "replace":
@@ -112,7 +112,7 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
 
 
 def _missing_here(key: str, message: str) -> Finding:
-    return Finding("warning", key, f"not on this machine, and needed to train: {message}")
+    return Finding("warning", key, f"not on this machine, but needed for training: {message}")
 
 
 def _eager(plan: RunPlan) -> Iterator[Finding]:
@@ -132,7 +132,9 @@ def _batch(plan: RunPlan) -> Iterator[Finding]:
     largest = plan.schedule.largest_batch if policy.max_size is None else rounding.fit(policy.max_size).samples
     epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
     if epoch and largest > epoch:
-        message = f"the data has about {epoch:,} sequences, so a step of {largest:,} would use some more than once"
+        message = (
+            f"the data has about {epoch:,} sequences, so a step of {largest:,} would use some of them more than once"
+        )
         yield Finding("warning", "batch.max_size" if policy.is_adaptive else "batch", message)
 
 
@@ -144,15 +146,19 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     measurable = {size: rounding.shows_noise(rounding.fit(size)) for size in (initial, smallest)}
     remedy = f"use {2 * rounding.unit} or a smaller micro-batch"
     if not measurable[initial]:  # the run refuses it
-        message = "the gradient noise of a step of one micro-batch cannot be measured: the batch could never change"
+        message = "gradient noise needs at least 2 micro-batches per step, so the batch could never change"
         yield Finding("error", "batch.initial_size", f"{message}; {remedy}")
     elif not measurable[smallest]:
-        message = "the gradient noise of a step of one micro-batch cannot be measured: the batch would never leave it"
+        message = (
+            "gradient noise needs at least 2 micro-batches per step, so the batch could never grow again from here"
+        )
         yield Finding("warning", "batch.min_size", f"{message}; {remedy}")
     name = type(plan.recipe.batch).__name__
     most = -(-training.total_tokens // (rounding.fit(smallest).samples * training.sequence_length))
     if (maximum := policy.max_size) is None:
-        yield Finding("note", "batch", f"what {name} will measure is not known: up to {most:,} steps, by its batch")
+        yield Finding(
+            "note", "batch", f"the measurements of {name} are not known: up to {most:,} steps, depending on its batch"
+        )
         return
     unit = f"{rounding.unit} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
     largest = rounding.fit(maximum).samples
@@ -162,7 +168,7 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
         message = f"{policy.multiple_of} is not a multiple of {unit}, to which sizes will be rounded up"
         yield Finding("note", "batch.multiple_of", message)
     fewest = -(-training.total_tokens // (largest * training.sequence_length))
-    message = f"what {name} will measure is not known: {fewest:,} to {most:,} steps, by its batch"
+    message = f"the measurements of {name} are not known: {fewest:,} to {most:,} steps, depending on its batch"
     yield Finding("note", "batch", message)
 
 
@@ -176,9 +182,9 @@ def _schedule(plan: RunPlan) -> Iterator[Finding]:
         yield Finding("error", "lr_schedule", f"the learning rate of step {step} is {lr}; it must be finite and >= 0")
     if schedule.zero_lr_from is not None and schedule.zero_lr_from < 0.99 * total:
         rest = format_count(total - schedule.zero_lr_from)
-        yield Finding("warning", "lr_schedule", f"the last {rest} tokens would have a learning rate of zero")
+        yield Finding("warning", "lr_schedule", f"the learning rate of the last {rest} tokens is zero")
     if warmup and schedule.warmup_steps < MIN_WARMUP_STEPS:
-        yield Finding("warning", "lr_schedule.warmup_tokens", f"the warm-up is over in {schedule.warmup_steps} steps")
+        yield Finding("warning", "lr_schedule.warmup_tokens", f"the warm-up takes only {schedule.warmup_steps} steps")
     decay = lr_schedule.decay_tokens or 0
     if warmup + decay > total:
         message = f"warm-up and decay, {format_count(warmup + decay)} tokens, overlap in a run of {format_count(total)}"
@@ -206,5 +212,5 @@ def _intervals(plan: RunPlan) -> Iterator[Finding]:
 def _vocabulary(plan: RunPlan) -> Iterator[Finding]:
     rows = getattr(plan.model, "vocab_size", plan.vocab_size)
     if not plan.tokenizer_missing and rows > plan.vocab_size:
-        message = f"{rows - plan.vocab_size} of {rows} rows belong to no id of the tokenizer"
+        message = f"{rows - plan.vocab_size} of {rows} rows have no id in the tokenizer"
         yield Finding("note", "model.vocab_size", message)

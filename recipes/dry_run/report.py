@@ -91,8 +91,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
     if memory.local_peak > memory.peak:
         where = {
             "auto": f"on a device of {_format_bytes(int(memory.local_peak / PLANNED_FRACTION))} or more",
-            "local": "as here",
-            "reduce": "not here",
+            "once_per_step": "as here",
+            "every_micro_batch": "not here",
         }[plan.recipe.training.grad_sync]
         yield f'  {"or at most":<17}{_format_bytes(memory.local_peak):>10}  with grad_sync = "once_per_step", {where}'
 

@@ -1,6 +1,6 @@
-"""The time of one optimizer step: compute, communication and kernel launches. The largest of them bounds the step.
+"""Estimate the time of one optimizer step: compute, communication and kernel launches. The largest one bounds it.
 
-All are lower bounds that overlap at best. Bytes are exact for FSDP2; the rest rests on the constants below.
+Each is a lower bound, and at best all overlap. Bytes are exact for FSDP2; the rest depends on the constants below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OTHER_KERNELS = {"dense": 0.27, "experts": 0.75}
 NVLINK_UTILIZATION = 0.73
 """The fraction of one direction of a node's links that is reached: 330 of the 450 GB/s of an H100."""
 INFINIBAND = 45e9
-"""Bytes per second of the 400 Gbit/s adapter of each GPU: 46 to 48 GB/s are the most (NVIDIA/nccl-tests issue 290)."""
+"""Bytes per second of the 400 Gbit/s adapter of each GPU: 46 to 48 GB/s at most (NVIDIA/nccl-tests issue 290)."""
 LAUNCH_SECONDS = {
     "dense": {"none": 1.5e-3, "full": 3.7e-3, "selective": 8.7e-3, "compiled": 0.85e-3},
     "experts": {"none": 4.0e-3, "full": 9.8e-3, "selective": 18e-3, "compiled": 2.1e-3},
@@ -34,7 +34,7 @@ LAUNCH_SECONDS = {
 """CPU seconds to launch forward and backward of a block, measured on a small two-core machine. Those of "tp" include
 FSDP2; those of "fsdp" are added to a block's own."""
 HOST_SPEEDUP = 1.5
-"""How much faster the CPU of a GPU server is than that machine: a guess, at the careful end of 1.5 to 2."""
+"""How much faster the CPU of a GPU server is than that machine: a guess, the lower end of 1.5 to 2."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Collective:
     """2 for an all-reduce, which is a reduce-scatter and an all-gather."""
 
     def seconds(self, local_size: int, link_bytes: float) -> tuple[float, float]:
-        """Return the seconds over NVLink (`link_bytes` per second) and InfiniBand, with `local_size` ranks on a node.
+        """Return the seconds over NVLink (`link_bytes` per second) and InfiniBand, with `local_size` ranks per node.
 
         A rank sends and receives (n - 1) / n of the bytes in every round (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
-        Between nodes only what is not there yet must enter, through the adapters of all members on the node.
+        Between nodes only the part that the node does not hold is received, through the adapters of all its ranks.
         """
         here = max(1, min(self.ranks, local_size // self.stride))
         size = self.rounds * self.size
