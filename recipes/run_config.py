@@ -93,7 +93,7 @@ class TrainingConfig:
     num_workers: Count = 0
     """Worker processes of the data loader; 0: read in the training process, enough for tokenized data."""
     gc_interval_steps: PositiveCount | None = 50
-    """Steps between runs of Python's garbage collector, at the same step on every rank; "none": automatic, as in Python."""
+    """Steps between runs of Python's garbage collector, at the same step on every rank; "none": automatic."""
 
     def compiles(self, device: torch.device) -> bool:
         """Return whether to use torch.compile on `device`."""

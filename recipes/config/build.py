@@ -197,7 +197,7 @@ class ComponentBuilder:
                 raise UseError('expected an import path, "package.module:Name"')
             cls = import_class(use, self._folders)
             if mismatch := protocol_error(cls, kind.annotation):
-                raise UseError(f"{use} is not a {describe_slot(kind.annotation)}: {mismatch}")
+                raise UseError(f"{use} cannot be used as {describe_slot(kind.annotation)}: {mismatch}")
         except UseError as error:
             self._fail(path, named, str(error))
             return None
@@ -218,7 +218,7 @@ class ComponentBuilder:
             self.problems.append(replace(problem_at(tree, keys, message), path=join_key((*path, *keys))))
             return FAILED
         if mismatch:
-            message = f"{import_path(cls)} is not a {describe_slot(kind.annotation)}: {mismatch}"
+            message = f"{import_path(cls)} cannot be used as {describe_slot(kind.annotation)}: {mismatch}"
             return self._fail((*path, "use"), None, message, tree.origin)
         return component
 

@@ -27,7 +27,7 @@ class UseError(Exception):
 
 
 def make_importable(folders: Iterable[Path]) -> None:
-    """Add `folders` to the end of the module search path, so that they cannot shadow the project or the standard library."""
+    """Add `folders` to the end of the module search path, where they cannot shadow the project or its libraries."""
     for folder in folders:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -92,7 +92,7 @@ def _not_a_path(use: str) -> str:
 
 
 def _no_module(missing: str, folders: Sequence[Path]) -> str:
-    """Return the message for `missing`, the first part of a dotted name that does not exist; its parent was imported."""
+    """Return the message for `missing`: the first part of a dotted name that does not exist; its parent does."""
     parent, _, last = missing.rpartition(".")
     if parent and (hidden := _hidden(missing, folders)):
         return hidden

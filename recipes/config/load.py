@@ -188,7 +188,7 @@ class RecipeReader:
         return layer.without("extends")
 
     def _read(self, file: Path, chain: tuple[Path, ...], named: Problem) -> Table:
-        """Read `file`. `chain` holds the files being read, outermost first; `named` is a problem at the place of its name."""
+        """Read `file`. `chain`: the files being read, outermost first; `named`: a problem at its name."""
         nothing = Table({}, Origin(named.source, file.parent))
         if file in chain:
             cycle = " -> ".join(display_path(link, self.cwd) for link in (*chain[chain.index(file) :], file))

@@ -51,7 +51,7 @@ def split_key(dotted: str) -> tuple[str, ...]:
 
 
 def write_value(value: Any) -> str:
-    """Return `value` as TOML on one line; tables are written inline. Raises TypeError for a value that TOML cannot express."""
+    """Return `value` as TOML on one line; tables are written inline. Raises TypeError if TOML cannot express it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -113,8 +113,8 @@ class CriticalBatchMeasurement:
             if self.branches.tokens < largest:
                 raise InputError(
                     "tokens",
-                    f"less than one step of {largest} tokens at k = {self.branches.batch_multipliers[-1]}; raise it, or "
-                    "remove the largest of batch_multipliers",
+                    f"less than one step of {largest} tokens at k = {self.branches.batch_multipliers[-1]}; raise it, "
+                    "or remove the largest of batch_multipliers",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
         check_resumable(Path(self.start.checkpoint), self.config_for(1))

@@ -62,7 +62,7 @@ def test_a_skipped_step_leaves_the_parameters_as_they_were(tiny, train, factor: 
     status, said = train(f"6:{factor}", "--guard.on_nonfinite=skip", "--guard.on_spike=skip", *SPIKE)
     assert status == 0, said
     assert "step 6 (samples 40 to 47): loss" in said
-    assert "its update is left out" in said
+    assert "update skipped" in said
     before, after = tensors(tiny.checkpoint(5)), tensors(tiny.checkpoint(6))
     assert all(
         torch.equal(before[name], after[name]) for name in before if name.startswith(("model.", "optimizer.state"))
@@ -77,7 +77,7 @@ def test_rolling_back_returns_to_the_checkpoint_and_steps_over_the_samples(tiny,
     status, said = train(f"7:{factor}", *rules)
     assert status == 0, said
     assert "step 7 (samples 48 to 55): loss" in said
-    assert "are those of step-00000004 again, and these samples are stepped over" in said
+    assert "rolled back to step-00000004; these samples are skipped" in said
     assert samples(tiny) == list(range(8, 81, 8)), "no sample is trained twice"
     losses = [row["loss"] for row in tiny.rows() if "loss" in row]
 
@@ -100,7 +100,7 @@ def test_rolling_back_returns_to_the_checkpoint_and_steps_over_the_samples(tiny,
 def test_without_a_checkpoint_there_is_nothing_to_return_to(tiny, train) -> None:
     status, said = train("2:nan", "--guard.on_nonfinite=roll_back", "--checkpoint.interval_steps=none")
     assert status == 0, said
-    assert "there is no checkpoint yet to return to; its update is left out" in said
+    assert "there is no checkpoint to roll back to; update skipped" in said
 
 
 def test_a_spike_can_stop_the_run_before_it_does_harm(tiny, train) -> None:
@@ -115,6 +115,6 @@ def test_bad_steps_without_end_end_the_run(tiny, train) -> None:
     bad = ",".join(f"{step}:nan" for step in range(3, 10))
     status, said = train(bad, "--guard.on_nonfinite=skip", "--guard.max_bad_steps=4")
     assert status == 1
-    assert said.count("its update is left out") == 3
+    assert said.count("update skipped") == 3
     assert "step 6 (samples 40 to 47)" in said
     assert "bad steps in a row: 4, which is guard.max_bad_steps" in said

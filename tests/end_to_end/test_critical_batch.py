@@ -254,18 +254,18 @@ def test_mistakes_are_told_in_one_message(measured, capsys):
     tiny = measured.tiny
     source = tiny.checkpoint(FROM)
     for dry in ([], ["--dry-run"]):
-        assert "is no directory" in refused(measured, capsys, "--branches.checkpoint=nowhere", *dry)
+        assert "is not a directory" in refused(measured, capsys, "--branches.checkpoint=nowhere", *dry)
         assert "neither a checkpoint nor" in refused(measured, capsys, f"--branches.checkpoint={tiny.folder}", *dry)
         assert "do not start at 1" in refused(measured, capsys, "--branches.batch_multipliers=[2,4]", *dry)
         assert "do not start at 1" in refused(measured, capsys, "--branches.batch_multipliers=[]", *dry)
         assert "do not increase" in refused(measured, capsys, "--branches.batch_multipliers=[1,4,4]", *dry)
         assert "branches.tokens" in (said := refused(measured, capsys, "--branches.tokens=575", *dry))
-        assert "less than the 576 of one step at multiplier 2" in said
+        assert "less than one step of 576 tokens at k = 2" in said
         assert "model.dim" in (said := refused(measured, capsys, "--model.dim=32", *dry))
-        assert "another run's state" in said
+        assert "does not fit this setting" in said
         assert "directory of this run" in refused(measured, capsys, f"--run.dir={tiny.directory}", *dry)
         end = f"--branches.checkpoint={tiny.directory}"
-        assert "has come to 0.0; give a rate" in refused(measured, capsys, end, *dry)
+        assert "is 0.0; set branches.lr" in refused(measured, capsys, end, *dry)
     for name in (".metadata", "config.toml"):
         partial = tiny.folder / f"without-{name}"
         shutil.copytree(source, partial)
@@ -298,7 +298,7 @@ def test_a_measurement_behind_links_replaces_only_what_one_wrote(measured, capsy
     moved_and_linked(branches / "k-001" / "checkpoints", measured.tiny.folder / "elsewhere")
     again = ["--run.if_exists=replace", "--branches.batch_multipliers=[1]"]
     inside = f"--branches.checkpoint={measured.tiny.folder / 'elsewhere' / 'checkpoints'}"
-    assert "lies in the directory of this run" in refused(measured, capsys, *again, inside)
+    assert "is in the directory of this run" in refused(measured, capsys, *again, inside)
     assert measured.launch(*again, "--branches.lr=0.02") == 0
     assert measured.json()["lr"] == 0.02 and branches.is_symlink()
     assert others.are_all_there()
@@ -309,10 +309,12 @@ def test_a_measurement_behind_links_replaces_only_what_one_wrote(measured, capsy
 
 def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measured, monkeypatch, capsys):
     assert "no branches in" in refused(measured, capsys, "--resume")
-    assert "branches.checkpoint; say --resume alone" in refused(measured, capsys, f"--resume={measured.tiny.directory}")
+    assert "branches.checkpoint names the checkpoint" in refused(
+        measured, capsys, f"--resume={measured.tiny.directory}"
+    )
     assert measured.launch("--branches.batch_multipliers=[1]") == 0
     assert "already holds a measurement" in refused(measured, capsys)
-    assert "began with" in refused(measured, capsys, "--resume", "--branches.lr=0.02")
+    assert "started from" in refused(measured, capsys, "--resume", "--branches.lr=0.02")
     assert "in the finished branches" in refused(measured, capsys, "--resume", "--optimizer.weight_decay=0.0")
     with monkeypatch.context() as patch:
         patch.setattr(Pretrain, "main", kill)

@@ -27,18 +27,18 @@ ENDINGS = {
     "data: a bug": (None, "KeyError: 'text'"),
     "validation: cannot be read": (2, "[Errno 5] Input/output error: '/data/shard-7.bin'"),
     "validation: no such id": (2, "token id 70000 is outside the vocabulary of 257"),
-    "validation: another length": (2, "24 token ids a sample"),
+    "validation: another length": (2, "24 token ids per sample"),
     "validation: a bug": (2, "KeyError: 'text'"),
-    "schedule: nan": (1, "step 4: [lr_schedule] Schedule gives the learning rate nan after 576 tokens"),
-    "schedule: inf": (1, "[lr_schedule] Schedule gives the learning rate inf"),
-    "schedule: -0.01": (1, "[lr_schedule] Schedule gives the learning rate -0.01"),
+    "schedule: nan": (1, "step 4: [lr_schedule] Schedule returns the learning rate nan after 576 tokens"),
+    "schedule: inf": (1, "[lr_schedule] Schedule returns the learning rate inf"),
+    "schedule: -0.01": (1, "[lr_schedule] Schedule returns the learning rate -0.01"),
     "schedule: none": (1, "[lr_schedule] Schedule raises TypeError"),
     "schedule: raises": (1, "[lr_schedule] Schedule raises KeyError: 'x'"),
     "policy: no batch": (2, "batch"),
     "policy: raises": (None, "division by zero"),
     "policy: observe": (None, "division by zero"),
     "model: crash": (None, "in the fourth step"),
-    "model: memory": (2, "has run out of memory"),
+    "model: memory": (2, "ran out of memory"),
     "model: nan": (1, "step 4 (samples 24 to 31): loss nan"),
 }
 """None: the error goes through the launcher, as a traceback with status 1."""
@@ -131,7 +131,7 @@ def test_bad_samples_are_skipped_within_the_limit_and_alike_on_resume(run, monke
     said = capsys.readouterr().out
     rows = [row for row in run.rows() if "loss" in row]
     assert [row["step"] for row in rows if row["loss"] is None] == [2, 4, 5]
-    assert said.count("The step is skipped") == 3
+    assert said.count("step skipped") == 3
     assert "step 2 (samples 8 to 15) has a bad sample: samples 8 to 9: [Errno 5]" in said
 
     run.directory = run.folder / f"skips-resumed-{workers}"

@@ -144,13 +144,13 @@ def test_mistakes_are_told_in_one_message(evaluated, capsys):
         return said
 
     for dry in ([], ["--dry-run"]):
-        assert "is no directory" in refused("--evaluation.checkpoint=nowhere", *dry)
+        assert "is not a directory" in refused("--evaluation.checkpoint=nowhere", *dry)
         assert 'takes method = "documents"' in refused("--evaluation.stride=3", *dry)
         long = refused("--evaluation.method=documents", "--evaluation.stride=25", *dry)
-        assert "evaluation.stride" in long and "more than the window's 24" in long
+        assert "evaluation.stride" in long and "more than sequence_length = 24" in long
         assert "max_sequence_length: 2048 is below" in refused("--evaluation.sequence_length=4096", *dry)
-    assert "--resume is for training" in refused("--resume")
-    assert "no held-out text" in refused(f"--evaluation.checkpoint={evaluated.exported}")
+    assert "--resume only applies to training" in refused("--resume")
+    assert "has no [validation] data" in refused(f"--evaluation.checkpoint={evaluated.exported}")
     assert "trained with a vocabulary of 257" in refused(
         "--tokenizer.use=components.tokenizers:TiktokenFile", "--tokenizer.pattern=cl100k",
         f"--tokenizer.path={CONFIG.parent.parent / 'assets' / 'tokenizers' / 'stdlib-4096.tiktoken'}",

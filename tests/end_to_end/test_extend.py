@@ -35,7 +35,7 @@ def test_extended_before_its_decay_a_run_is_bitwise_the_one_that_was_that_long_f
     assert rates(short)[:DECAYS_AT] == rates(long)[:DECAYS_AT]
     capsys.readouterr()
     assert extended.launch(*schedule, LONG, f"--resume={short.checkpoint(DECAYS_AT)}") == 0
-    assert "another rate" not in capsys.readouterr().out
+    assert "different learning rate" not in capsys.readouterr().out
     last = long.rows()[-1]["step"]
     assert_same_state(extended.checkpoint(last), long.checkpoint(last))
     after = [row for row in timeless(long.rows()) if row["step"] > DECAYS_AT]
@@ -49,8 +49,8 @@ def test_extended_from_within_its_decay_a_run_is_told_so_and_where_to_go_back_to
     capsys.readouterr()
     assert short.launch(*SCHEDULES["wsd"], LONG, "--resume") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "had another rate than this schedule would have given them, from 1.728K tokens on" in said
-    assert f"it goes from {before:.3g} to {after:.3g} now" in said
+    assert "the steps after 1.728K tokens used a different learning rate than this schedule" in said
+    assert f"it jumps from {before:.3g} to {after:.3g} here" in said
     assert f"resume from {short.checkpoint(DECAYS_AT)} or earlier" in said
     assert rates(short)[13] == after
 
@@ -77,7 +77,7 @@ def test_one_stable_phase_is_decayed_at_three_lengths_and_trained_once(new_tiny,
         branch.directory = tmp_path / f"branch-{length}" / "run"
         places = [f"--run.dir={branch.directory}", f"--run.name=decay-{length}"]
         assert branch.launch(*end, *places, f"--resume={stable.checkpoint(DECAYS_AT)}") == 0
-        assert "another rate" not in capsys.readouterr().out
+        assert "different learning rate" not in capsys.readouterr().out
         assert min(row["step"] for row in branch.rows()) == DECAYS_AT + 1
         assert whole.launch(*SCHEDULES["wsd"], *end) == 0
         last = whole.rows()[-1]["step"]

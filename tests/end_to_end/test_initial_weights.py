@@ -38,7 +38,7 @@ def test_a_run_starts_at_the_loss_of_the_imported_model_with_a_fresh_clock(tiny,
     assert validations(tiny.folder / "continued") == [validations(tiny.directory)[-1]]
     row = json.loads((tiny.folder / "continued" / "metrics.jsonl").read_text().splitlines()[0])
     assert (row["step"], row["tokens"]) == (1, 192)
-    assert f"weights from {exported}" in (tiny.folder / "continued" / "log.txt").read_text()
+    assert f"initialized the weights from {exported}" in (tiny.folder / "continued" / "log.txt").read_text()
 
 
 def test_a_recipe_that_extends_the_imported_layer_needs_no_more(tiny, exported):
@@ -71,7 +71,7 @@ def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
     assert "rope_theta = 10000.0 there, 500000.0 in [model]" in out
     assert "model.safetensors.index.json beside it" in out
     (tiny.directory / "config.json").write_bytes((exported / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="holds a Hugging Face model and checkpoints"):
+    with pytest.raises(ValueError, match="holds both a Hugging Face model and checkpoints"):
         load_pretrained(tiny.directory)
 
 
@@ -100,7 +100,7 @@ def test_a_dry_run_and_the_printed_configuration_know_of_them(tiny, exported, ca
     assert again(tiny, "planned", exported, "--dry-run") == 0
     assert "init_from" not in capsys.readouterr().out
     assert again(tiny, "planned", tiny.folder / "nowhere", "--dry-run") == 0
-    assert "nowhere is no directory" in capsys.readouterr().out
+    assert "nowhere is not a directory" in capsys.readouterr().out
     assert again(tiny, "planned", exported, "--print-config") == 0
     assert f'init_from = "{exported}"' in capsys.readouterr().out
 
@@ -114,7 +114,7 @@ def test_damaged_and_missing_weights_are_told_without_a_traceback(tiny, exported
         assert "run.init_from = " in error
         return error
 
-    assert "is no directory" in refused(tiny.folder / "nowhere")
+    assert "is not a directory" in refused(tiny.folder / "nowhere")
     file = exported / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "is damaged, or no safetensors file" in refused(exported)

@@ -84,7 +84,7 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     other.mkdir()
     (other / "checkpoints").symlink_to(elsewhere)
     assert tiny.launch(*ONE_STEP, f"--run.dir={other}", "--run.if_exists=replace") == 2
-    assert "was not written by the run of this directory" in capsys.readouterr().err
+    assert "was not written by the run that owns this directory" in capsys.readouterr().err
     assert saved(elsewhere) == [1]
 
 
@@ -107,6 +107,6 @@ def test_a_directory_of_somebodys_keeps_every_file_whatever_it_is_called(tiny, c
         monkeypatch.chdir(work)
         assert tiny.launch(*here) == 2, name
         said = capsys.readouterr().err
-        assert "no run.json" in said or "was not written by the run of this directory" in said
+        assert "no run.json" in said or "was not written by the run that owns this directory" in said
         assert [path.name for path in work.iterdir()] == [name.partition("/")[0]], "nothing was added"
         assert (work / name).read_text().startswith("foreign")

@@ -197,7 +197,7 @@ FRESH: dict[str, tuple[Spoil, str]] = {
     "a dataset of fractions": (dataset("9", "torch.ones(25)"), "not token ids"),
     "a dataset of short samples": (
         dataset("9", "torch.ones(9, dtype=torch.int64)"),
-        "9 token ids a sample; a sequence_length of 24 takes 25",
+        "9 token ids per sample; sequence_length = 24 needs 25",
     ),
     "a dataset that cannot be read": (dataset("9", "open('nowhere')"), "nowhere"),
 }

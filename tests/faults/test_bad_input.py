@@ -92,7 +92,7 @@ def test_out_of_memory_says_what_to_turn_down(tiny: TinyRun, capsys, monkeypatch
         raise error
 
     monkeypatch.setattr(TrainStep, "accumulate", accumulate)
-    refused(capsys, tiny.folder, [str(tiny.recipe)], "has run out of memory; halve training.micro_batch_size")
+    refused(capsys, tiny.folder, [str(tiny.recipe)], "ran out of memory; halve training.micro_batch_size")
 
 
 def test_sockets_that_loader_workers_could_not_open_are_told_at_their_key(tiny: TinyRun, capsys, monkeypatch) -> None:

@@ -99,7 +99,7 @@ def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFi
             with pytest.raises(ArithmeticError, match="by hand"):
                 cli.main(arguments)
         said = capsys.readouterr().out
-        assert f"the run crashed in [{section}]; the traceback is in log.txt, too" in said, f"{method}: {said}"
+        assert f"the run crashed in [{section}]; the traceback is also in log.txt" in said, f"{method}: {said}"
         assert "ArithmeticError: by hand" in (tiny.directory / "log.txt").read_text()
 
 
@@ -108,4 +108,4 @@ def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(tiny: TinyRun,
     assert cli.main([str(tiny.recipe), f"--run.cache_dir={tiny.folder / cache}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith('command line  run.cache_dir = "') and "\n    [Errno" in said
-    assert "; name a folder that can be written, and has room\n1 problem; nothing was started." in said
+    assert "; use a writable directory with free space\n1 problem; nothing was started." in said

@@ -46,7 +46,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_continues_to_the_same_end(
     assert copy.launch("--resume", SHORT) == 0
     said = capsys.readouterr().out
     assert f"{copy.checkpoint(step)} is damaged: " in said
-    assert "taking the checkpoint before it" in said
+    assert "using the checkpoint before it" in said
     assert f"resumed from {copy.checkpoint(step - 1)}" in said
     assert_same_state(copy.checkpoint(step), finished.checkpoint(step))
     assert timeless(copy.rows()) == timeless(finished.rows())

@@ -60,5 +60,5 @@ def test_both_scripts_start_alike(script: str) -> None:
 def test_processes_without_a_folder_for_temporary_files_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    with pytest.raises(UsageError, match=r"the processes cannot be started: .*No such file or directory: '/nowhere"):
+    with pytest.raises(UsageError, match=r"cannot start the worker processes: .*No such file or directory: '/nowhere"):
         launch_workers(WorldShape(2, 1), {}, [])

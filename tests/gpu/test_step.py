@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.end_to_end.test_read_delay import assert_same_tensors
+from tests.end_to_end.test_metrics_delay import assert_same_tensors
 from tests.end_to_end.test_resume import timeless
 
 pytestmark = [

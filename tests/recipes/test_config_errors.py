@@ -124,7 +124,7 @@ CASES = {
     ),
     "a date": (
         MINIMAL + "run.name = 2026-01-01",
-        "mine.toml:3  run.name = 2026-01-01\n    expected text; a date or time has to be written in quotes",
+        "mine.toml:3  run.name = 2026-01-01\n    expected text; write a date or time in quotes",
     ),
     "an optional value": (
         MINIMAL + 'training.max_grad_norm = "x"',
@@ -176,7 +176,7 @@ CASES = {
     "a file in place of a module": (
         MINIMAL.replace(f"{parts.HERE}:Ramp", "./my_batch.py:Mine"),
         'mine.toml:2  batch.use = "./my_batch.py:Mine"\n    write the module\'s name, not its file: my_batch:Mine'
-        " (its directory goes into import_paths, unless it lies beside the recipe)",
+        " (add its directory to import_paths, unless it is next to the recipe)",
     ),
     "a misspelt module": (
         MINIMAL.replace("config_parts:", "config_part:"),
@@ -194,32 +194,34 @@ CASES = {
     ),
     "no class": (
         MINIMAL.replace(":Ramp", ":HERE"),
-        f'mine.toml:2  batch.use = "{parts.HERE}:HERE"\n    {parts.HERE}:HERE is no class but a str',
+        f'mine.toml:2  batch.use = "{parts.HERE}:HERE"\n    {parts.HERE}:HERE is not a class but a str',
     ),
     "a misfit that lacks a method": (
         MINIMAL.replace(":Ramp", ":WithoutObserve"),
-        f'mine.toml:2  batch.use = "{parts.HERE}:WithoutObserve"\n    {parts.HERE}:WithoutObserve is no batch policy '
+        f'mine.toml:2  batch.use = "{parts.HERE}:WithoutObserve"\n    {parts.HERE}:WithoutObserve cannot be used as '
+        "batch policy "
         f"({parts.HERE}:BatchPolicy): it lacks observe()",
     ),
     "a misfit whose method takes other arguments": (
         MINIMAL.replace(":Ramp", ":OtherObserve"),
-        f'mine.toml:2  batch.use = "{parts.HERE}:OtherObserve"\n    {parts.HERE}:OtherObserve is no batch policy '
+        f'mine.toml:2  batch.use = "{parts.HERE}:OtherObserve"\n    {parts.HERE}:OtherObserve cannot be used as '
+        "batch policy "
         f"({parts.HERE}:BatchPolicy): its observe() cannot be called as observe(step, moments=...): "
         "got an unexpected keyword argument 'moments'",
     ),
     "a misfit that lacks an attribute": (
         MINIMAL.replace(":Ramp", ":Nameless"),
-        f"mine.toml:2  batch.use\n    {parts.HERE}:Nameless is no batch policy "
+        f"mine.toml:2  batch.use\n    {parts.HERE}:Nameless cannot be used as batch policy "
         f"({parts.HERE}:BatchPolicy): it lacks name",
     ),
     "a misfit of a base class": (
         MINIMAL + f'schedule.use = "{parts.HERE}:Constant"',
-        f'mine.toml:3  schedule.use = "{parts.HERE}:Constant"\n    {parts.HERE}:Constant is no schedule '
+        f'mine.toml:3  schedule.use = "{parts.HERE}:Constant"\n    {parts.HERE}:Constant cannot be used as schedule '
         f"({parts.HERE}:Schedule): it does not derive from {parts.HERE}:Schedule",
     ),
     "an abstract class": (
         MINIMAL + f'schedule.use = "{parts.HERE}:Schedule"',
-        f'mine.toml:3  schedule.use = "{parts.HERE}:Schedule"\n    {parts.HERE}:Schedule is no schedule '
+        f'mine.toml:3  schedule.use = "{parts.HERE}:Schedule"\n    {parts.HERE}:Schedule cannot be used as schedule '
         f"({parts.HERE}:Schedule): it lacks lr()",
     ),
     "a recipe that is not there": (
@@ -299,10 +301,10 @@ OVERRIDES = {
     "training.total_tokens is 1 (mine.toml:1): it has no keys",
     "run.name.x=3": "run.name = { x = 3 }\n    expected text, not a table",
     "sources.3.weight=3": "sources.3.weight = 3\n    "
-    "sources is an array of tables (mine.toml:3): name one by its number, sources.0 to sources.1",
+    "sources is an array of tables (mine.toml:3): write the number of an item, sources.0 to sources.1",
     "sources.weight=3": "sources.weight = 3\n    "
-    "sources is an array of tables (mine.toml:3): name one by its number, sources.0 to sources.1",
-    "extends=[]": "extends = []\n    only a file can extend others; write a file that extends them",
+    "sources is an array of tables (mine.toml:3): write the number of an item, sources.0 to sources.1",
+    "extends=[]": "extends = []\n    only valid in a file; write a recipe that extends the others",
     "run.dir=~nobody-here/x": 'run.dir = "~nobody-here/x"\n    ~nobody-here/x: there is no such home directory',
     "batch.use=tests.recipes.config_parts:Plain": "batch.initial_size\n    required, but not set: a whole number",
 }
@@ -362,12 +364,12 @@ USERS_MODULES = {
     "raise ModuleNotFoundError(name='matplotlib.pyplot')": "not installed: pip install -e '.[plot]'",
     "class Mien: ...": "my_module ({file}) has no Mine; did you mean Mien?",
     "class Other: ...": "my_module ({file}) has no Mine; its classes are Other",
-    "def Mine(): ...": "my_module:Mine is no class but a function",
-    "class Mine:\n  def __init__(self, *, a): ...": "my_module:Mine is no component: its parameter a has no type",
+    "def Mine(): ...": "my_module:Mine is not a class but a function",
+    "class Mine:\n  def __init__(self, *, a): ...": "my_module:Mine is not a component: its parameter a has no type",
     "class Mine:\n  def __init__(self, *, a: 'Nope'): ...": "the type of its parameter a cannot be read: name 'Nope'",
     "class Mine:\n  def __init__(self, a: int, /): ...": "its parameter a cannot be a key",
-    "class Mine:\n  def __init__(self, *, a: 'type' = int): ...": "the default of a in my_module:Mine is unfit",
-    "import io\nclass Mine:\n  def __init__(self, *, a: io.BytesIO): ...": "TOML cannot write a BytesIO",
+    "class Mine:\n  def __init__(self, *, a: 'type' = int): ...": "the default of a in my_module:Mine cannot be a key",
+    "import io\nclass Mine:\n  def __init__(self, *, a: io.BytesIO): ...": "TOML cannot express a BytesIO",
     "class Mine:\n  def __init__(self): raise OSError('disk')": "batch\n    OSError: disk",
 }
 

@@ -145,7 +145,7 @@ def test_a_hook_that_raises_is_named_with_its_section(hooked, monkeypatch, capsy
     monkeypatch.chdir(hooked.folder)
     with pytest.raises(ArithmeticError, match="by hand"):
         hooked.launch(SHORT, "--hooks.record.fail_at=2")
-    assert "the run crashed in [hooks.record]; the traceback is in log.txt, too" in capsys.readouterr().out
+    assert "the run crashed in [hooks.record]; the traceback is also in log.txt" in capsys.readouterr().out
     assert hooked.checkpoint(2).is_dir(), "the step before the error is saved"
 
 

@@ -30,5 +30,5 @@ def test_text_that_is_not_tokenised_is_refused_on_two_nodes(tiny: TinyRun) -> No
     assert prepare_data.main([str(tiny.recipe)]) == 0
     require_prepared_data(config, tokenizer, two)
     held_out = load(tiny.recipe, [Override("data.validation_fraction", "0.5")])
-    with pytest.raises(ConfigError, match="not tokenised yet"):
+    with pytest.raises(ConfigError, match="not tokenized yet"):
         require_prepared_data(held_out, tokenizer, two)

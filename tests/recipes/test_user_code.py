@@ -153,8 +153,8 @@ def test_a_file_whose_name_is_taken_is_named(tiny, file, use):
     own.parent.mkdir(exist_ok=True)
     own.write_text("from components.batch import Constant as Mine")
     (problem,) = told(tiny, f'batch = {{use = "{use}"}}').problems
-    assert problem.message.startswith(f"{own} cannot be imported, for ")
-    assert problem.message.endswith("has the same name: rename it, in `use` too")
+    assert problem.message.startswith(f"{own} cannot be imported because ")
+    assert problem.message.endswith("has the same name; rename it, also in `use`")
 
 
 def test_a_value_of_a_module_that_has_no_names_is_no_traceback(tiny):
@@ -169,7 +169,7 @@ def test_names_that_are_not_utf8_are_one_clear_problem(tiny):
         with pytest.raises(ConfigError) as error:
             load(path, cwd=cwd)
         (problem,) = error.value.problems
-        assert "this name is not UTF-8, as a recipe has to be; rename the folder or the file" in problem.message
+        assert "the name is not UTF-8, so a recipe cannot contain it" in problem.message
     for override in ("run.dir=b\udcfc", "run.name=b\udcfc", "data.path=['b\udcfc/*.txt']"):
         (problem,) = told(tiny, "", override).problems
-        assert "in UTF-8 as a recipe is" in problem.message
+        assert "in UTF-8; rename the file" in problem.message

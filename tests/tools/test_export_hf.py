@@ -164,7 +164,7 @@ def test_what_cannot_be_exported_is_told_with_status_2(tiny, capsys):
         return capsys.readouterr().err
 
     output = tiny.folder / "exported"
-    assert "is no directory" in refused(tiny.folder / "nowhere", output)
+    assert "is not a directory" in refused(tiny.folder / "nowhere", output)
     assert "neither a checkpoint nor a run directory" in refused(tiny.folder, output)
     trained(tiny, "--model.heads=3", "--model.kv_heads=3")
     assert "dim = 16 is no multiple of heads = 3" in refused(tiny.directory, output)

@@ -168,7 +168,7 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
         assert "Traceback" not in err
         return err
 
-    assert "is no directory" in refused(tiny.folder / "nowhere", "x")
+    assert "is not a directory" in refused(tiny.folder / "nowhere", "x")
     said = refused(tiny.folder, "x")
     assert "neither a checkpoint nor a run directory with one; nor is there a config.json" in said
     trained(tiny, *TOKENIZER, "--model.max_sequence_length=50", "--run.seed=3")  # greedy texts that differ

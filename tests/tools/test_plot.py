@@ -156,7 +156,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
     [
         (["--lr_schedule.max_lrr=1"], "did you mean max_lr?"),
         (["--ouput=x.svg"], "ouput"),
-        (["--resume"], "for the launcher"),
+        (["--resume"], "options of ./run_train.sh"),
         (["--output", "x.xyz"], "svg"),
         (["--metrics", "nowhere"], "give a run directory"),
         (["--batch.use=components.batch:Seesaw", "--batch.initial_size=4", "--batch.max_size=8"], "Seesaw needs"),

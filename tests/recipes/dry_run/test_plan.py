@@ -71,7 +71,7 @@ def test_a_tokenizer_that_is_elsewhere_is_no_obstacle_given_the_vocabulary(tiny,
     assert "vocabulary 1,000" in printed
     assert "absent does not exist" in printed
     assert tiny.launch("--dry-run", *TIKTOKEN) == 2
-    assert "a dry run does without it if model.vocab_size is set" in capsys.readouterr().out
+    assert "set model.vocab_size for a dry run without it" in capsys.readouterr().out
 
 
 def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
@@ -96,7 +96,7 @@ def test_processes_of_a_node_share_its_processor():
     [
         (
             ["--model.kv_heads=2", "--training.sequence_length=25"],
-            "training.sequence_length = 25 cannot be divided by 2",
+            "training.sequence_length = 25 is not divisible by 2",
         ),
         ([], "kv_heads: 1 cannot be divided among parallel.tp = 2"),
         (["--model.kv_heads=2", "--model.ffn_dim=33"], "ffn_dim: 33 cannot be divided"),

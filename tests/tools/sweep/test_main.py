@@ -42,7 +42,7 @@ def test_the_table_has_the_mean_over_seeds_of_each_setting_and_nothing_is_run_tw
     [
         (["--grid", "lr_schedule.max_lrr=1,2"], "did you mean max_lr?"),
         (["--grid", "lr_schedule.max_lr=1,2", "--jobs", "0"], "--jobs 0: expected at least 1"),
-        (["--grid", "lr_schedule.max_lr=1,2", "--resume"], "for the launcher"),
+        (["--grid", "lr_schedule.max_lr=1,2", "--resume"], "options of ./run_train.sh"),
     ],
 )
 def test_mistakes_are_told_and_nothing_is_started(tiny, tmp_path, monkeypatch, capsys, arguments, said):

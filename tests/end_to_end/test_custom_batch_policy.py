@@ -63,8 +63,8 @@ def test_it_trains_and_resumes_with_its_state(own):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--gradient_noise.interval_steps=none"], "never measured, the gradient gives Doubling nothing to follow"),
-        (["--batch.first=2"], "a step of 2 samples is one micro-batch and does not show the noise of its gradient"),
+        (["--gradient_noise.interval_steps=none"], "Doubling needs the gradient noise"),
+        (["--batch.first=2"], "a step of 2 samples is one micro-batch, and gradient noise needs at least 2"),
     ],
 )
 def test_what_it_could_never_follow_is_refused(own, capsys, arguments, said):
@@ -75,9 +75,9 @@ def test_what_it_could_never_follow_is_refused(own, capsys, arguments, said):
 @pytest.mark.quick
 def test_the_dry_run_shows_what_is_not_known(own, capsys):
     assert own.launch("--dry-run") == 0
-    assert "what Doubling will measure is not known:" in capsys.readouterr().out
+    assert "the measurements of Doubling are not known:" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.first=2") == 2
-    assert "does not show its noise, so the batch could never change" in capsys.readouterr().out
+    assert "needs at least 2 micro-batches per step, so the batch could never change" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.most=15") == 0
     assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 a micro-batch" in capsys.readouterr().out
 
@@ -107,4 +107,4 @@ def test_a_run_leaves_its_recipe_as_it_is(own):
 def test_an_error_of_what_it_built_is_named_with_its_section(own, capsys):
     with pytest.raises(ArithmeticError, match="by hand"):
         own.launch("--batch.most=17")
-    assert "the run crashed in [batch]; the traceback is in log.txt, too" in capsys.readouterr().out
+    assert "the run crashed in [batch]; the traceback is also in log.txt" in capsys.readouterr().out

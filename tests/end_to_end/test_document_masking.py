@@ -177,4 +177,4 @@ def test_data_without_ends_is_warned_about(tiny, capsys):
     data = ["--data.use=components.data:TokenFiles", f"--data.path={tiny.folder / 'unmarked.bin'}"]
     short = ["--training.total_tokens=384", "--validation=none", "--checkpoint.interval_steps=none"]
     assert tiny.launch(*data, *short, WITHIN) == 0
-    assert "none of 56 sequences looked at holds the id 256" in capsys.readouterr().out
+    assert "none of 56 sampled sequences contains the end-of-document id 256" in capsys.readouterr().out

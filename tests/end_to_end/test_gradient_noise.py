@@ -44,12 +44,12 @@ def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(t
     assert tiny.launch(*CONSTANT, "--training.micro_batch_size=8") == 0
     assert all(row["noise_scale"] is None for row in steps(tiny))
     log = (tiny.directory / "log.txt").read_text()
-    assert log.count("does not show the noise") == 1
-    assert "smaller training.micro_batch_size" in log
+    assert log.count("gradient noise is not measured") == 1
+    assert "lower training.micro_batch_size" in log
 
 
 def test_a_batch_that_could_never_follow_its_noise_is_refused(tiny, capsys):
     adaptive = ["--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=64"]
     assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
     assert "batch" in (said := capsys.readouterr().err)
-    assert "take 16 or a smaller training.micro_batch_size" in said
+    assert "use 16 or lower training.micro_batch_size" in said

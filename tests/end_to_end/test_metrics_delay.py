@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.end_to_end.test_bad_steps import BAD, SMALL
-from tests.end_to_end.test_batch_and_rate import MEASURED, UNBIASED
+from tests.end_to_end.test_batch_and_lr import MEASURED, UNBIASED
 from tests.end_to_end.test_resume import assert_same_state, tensors, timeless
 
 
