@@ -10,7 +10,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "an option without its value": ("--run.name", "--run.name needs a value"),
     "an empty path to resume from": ("--resume=", "--resume= needs a path"),
     "an empty device": ("--dry-run=", "--dry-run= needs a device"),
-    "an unknown device": ("--dry-run=H1000", "H1000 is no device we know"),
+    "an unknown device": ("--dry-run=H1000", "H1000 is not a known device"),
     "a utilisation above one": ("--dry-run=H100@145%", "--dry-run"),
     "a path to resume from that is not there": ("--resume=nowhere", "nowhere is not a directory"),
     "a file to resume from": ("--resume=tiny.toml", "is not a directory"),
@@ -25,7 +25,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "a misspelt key": ("--training.total_token=5", "did you mean total_tokens"),
     "hyphens in a key": ("--training.max-grad-norm=1", "did you mean max_grad_norm"),
     "a key of another section": ("--run.compile=true", "compile is a key of [training]"),
-    "a misspelt key of a component": ("--batch.initail=4", "did you mean initial"),
+    "a misspelt key of a component": ("--batch.initail_size=4", "did you mean initial_size"),
     "a key of another component": ("--batch.eta=1", "unknown key in [batch]"),
     "a misspelt key of the guard": ("--guard.on_nonfinit=skip", "did you mean on_nonfinite"),
     # values of the wrong type or beyond their limits
@@ -90,7 +90,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     # the parts
     "a misspelt class": ("--tokenizer.use=components.tokenizers:Byte", "did you mean Bytes"),
     "a function in place of a class": ("--batch.use=components.units:parse_count", "is not a class but a function"),
-    "a class of the wrong shape": ("--batch.use=components.clock:TrainingClock", "cannot be used as batch"),
+    "a class of the wrong shape": ("--batch.use=components.clock:TrainingClock", "it lacks build()"),
     "a dot in place of the colon": ("--batch.use=components.batch.constant.Constant", "did you mean components.batch"),
     "a file in place of a module": ("--batch.use=my_batch.py:Mine", "write the module's name"),
     "a module that is not there": ("--data.use=my_data:Mine", "no module named my_data"),

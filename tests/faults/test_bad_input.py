@@ -22,8 +22,7 @@ MODULES = {
     "exits.py": "raise SystemExit(0)",
     "broken.py": "def f(:",
     "untyped.py": "class Mine:\n  def __init__(self, *, a): ...\n"
-    "  samples = measures = observe = lambda self, x, y=0: 0\n"
-    "  state_dict = load_state_dict = lambda self, x=0: 0\n",
+    "  def build(self, *, schedule, sequence_length, total_tokens): ...\n",
 }
 SHORT = "--training.total_tokens=400"
 

@@ -139,8 +139,8 @@ CASES = {
         'mine.toml:1  training.total_tokens = "4 gigs"\n    expected a count such as 20_000_000, "20M" or "1.5B"',
     ),
     "a count below its limit": (
-        MINIMAL + "batch.initial_size = 0",
-        "mine.toml:3  batch.initial_size = 0\n    expected a whole number > 0",
+        MINIMAL + "batch.initial = 0",
+        "mine.toml:3  batch.initial = 0\n    expected a whole number > 0",
     ),
     "a number beyond its limit": (
         MINIMAL + 'validation = {path = "x", weight = -1.5}',
@@ -306,7 +306,7 @@ OVERRIDES = {
     "sources is an array of tables (mine.toml:3): write the number of an item, sources.0 to sources.1",
     "extends=[]": "extends = []\n    only valid in a file; write a recipe that extends the others",
     "run.dir=~nobody-here/x": 'run.dir = "~nobody-here/x"\n    ~nobody-here/x: there is no such home directory',
-    "batch.use=tests.recipes.config_parts:Plain": "batch.initial_size\n    required, but not set: a whole number",
+    "batch.use=tests.recipes.config_parts:Plain": "batch.initial\n    required, but not set: a whole number",
 }
 
 
