@@ -108,8 +108,8 @@ class Evaluate:
             cleanup.push(world.stop_unless_failed)
             setup_logging(None, speak=world.is_main)
             with config_errors_at(config, "evaluation"):
-                trained, length, model = world.main_first(lambda: self.prepare_model(world.rank, world.size))
-            result, rows = self.measure(config, world, trained, length, model)
+                pretrained, length, model = world.main_first(lambda: self.prepare_model(world.rank, world.size))
+            result, rows = self.measure(config, world, pretrained, length, model)
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
                     self.write_report(result, rows)
@@ -118,9 +118,9 @@ class Evaluate:
     def dry_run(self, config: Config, world_size: int) -> int:
         """Check what can be checked without data, and print what would be evaluated."""
         with config_errors_at(config, "evaluation"):
-            trained, length, model = self.prepare_model()
+            pretrained, length, model = self.prepare_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{trained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
+        print(f"{pretrained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
         return 0
 
     def prepare_model(self, rank: int = 0, ranks: int = 1) -> tuple[PretrainedModel, int, nn.Module]:
@@ -131,7 +131,7 @@ class Evaluate:
         """
         cfg = self.evaluation
         try:
-            trained = load_pretrained(
+            pretrained = load_pretrained(
                 cfg.checkpoint,
                 trust_code=cfg.trust_code,
                 trust_option="--evaluation.trust_code=true",
@@ -140,7 +140,7 @@ class Evaluate:
             )
         except (ValueError, OSError) as error:
             raise InputError("checkpoint", str(error)) from None
-        length = cfg.sequence_length or trained.sequence_length
+        length = cfg.sequence_length or pretrained.sequence_length
         tp = self.parallel.tp
         if cfg.stride is not None and cfg.stride > length:
             raise InputError(
@@ -148,43 +148,43 @@ class Evaluate:
             )
         if length % tp:
             raise InputError("sequence_length", f"{length} is not divisible by parallel.tp = {tp}")
-        if isinstance(trained.component, HasParallelPlan):
-            trained.component.plan(tp=tp)
+        if isinstance(pretrained.component, HasParallelPlan):
+            pretrained.component.plan(tp=tp)
         elif tp > 1:
             raise ValueError(
-                f"{type(trained.component).__name__} has no plan(tp=...) for tensor parallelism; set parallel.tp = 1"
+                f"{type(pretrained.component).__name__} has no plan(tp=...) for tensor parallelism; set parallel.tp = 1"
             )
-        model = trained.build(length)
-        if self.document_masking(trained):
+        model = pretrained.build(length)
+        if self.uses_document_masking(pretrained):
             require_document_masking(model)
-        return trained, length, model
+        return pretrained, length, model
 
-    def document_masking(self, trained: PretrainedModel) -> bool:
+    def uses_document_masking(self, pretrained: PretrainedModel) -> bool:
         """Return whether tokens of a sequence attend only to tokens of their document."""
         cfg = self.evaluation
         if cfg.method != "packed":
             return False
-        return trained.document_masking if cfg.document_masking is None else cfg.document_masking
+        return pretrained.document_masking if cfg.document_masking is None else cfg.document_masking
 
     def measure(
-        self, config: Config, world: DistributedContext, trained: PretrainedModel, length: int, model: nn.Module
+        self, config: Config, world: DistributedContext, pretrained: PretrainedModel, length: int, model: nn.Module
     ) -> tuple[dict[str, Any], list[LossTotals]]:
         """Return the result, and the totals of each document with `method = "documents"`."""
         cfg = self.evaluation
         with config_errors_at(config, "parallel"):
             mesh = self.parallel.build(world)
         with config_errors_at(config, "tokenizer"):
-            tokenizer = trained.load_tokenizer(self.tokenizer)
+            tokenizer = pretrained.load_tokenizer(self.tokenizer)
         with config_errors_at(config, "data"):
-            data = self.select_data(trained)
+            data = self.select_data(pretrained)
             evaluated = self.open_data(data, world, tokenizer, length)
-            if self.document_masking(trained):
+            if self.uses_document_masking(pretrained):
                 enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
         chosen = precision.resolve_precision(cfg.precision, world.device)
         with config_errors_at(config, "evaluation"):
-            parallelize(model, trained.component, mesh, precision.dtype_of(chosen), world.device)
+            parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
             materialize(model, world.device)
-            trained.load_weights(model, single_process=world.size == 1)
+            pretrained.load_weights(model, single_process=world.size == 1)
         compute: Callable[[], AbstractContextManager[object]] = nullcontext
         if chosen == "bf16" and mesh.fsdp is None:
             compute = WorkingWeights(model, torch.bfloat16)
@@ -199,30 +199,30 @@ class Evaluate:
         if cfg.method != "packed":
             rows = total
             total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
-        about = {"checkpoint": str(trained.path), "step": trained.step, "data": str(data), "method": cfg.method}
+        about = {"checkpoint": str(pretrained.path), "step": pretrained.step, "data": str(data), "method": cfg.method}
         window: dict[str, Any] = {"sequence_length": length}
         if cfg.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
-            window["document_masking"] = self.document_masking(trained)
+            window["document_masking"] = self.uses_document_masking(pretrained)
         return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
 
-    def select_data(self, trained: PretrainedModel) -> DataConfig:
+    def select_data(self, pretrained: PretrainedModel) -> DataConfig:
         """Return the data to evaluate on. Raises ValueError if neither the recipe nor the run names any."""
-        validation = complete_recipe(trained.recipe).validation
+        validation = complete_recipe(pretrained.recipe).validation
         data: DataConfig | None = self.data or (validation and validation.data)
         if data is None:
-            raise ValueError(f"{trained.path} has no [validation] data; choose text in [data]")
+            raise ValueError(f"{pretrained.path} has no [validation] data; choose text in [data]")
         return data
 
     def open_data(self, data: DataConfig, world: DistributedContext, tokenizer: Tokenizer, length: int) -> Any:
         """Return a `Validator` of packed sequences or a `SlidingWindow` over documents, of `length` tokens."""
         cfg = self.evaluation
-        text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
+        data_kwargs: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
         if cfg.method == "packed":
-            held_out = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
-            return world.main_first(lambda: held_out.open(**text, sequence_length=length))
-        documents = world.main_first(lambda: data.build(**text, sequence_length=1))
+            validation = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
+            return world.main_first(lambda: validation.open(**data_kwargs, sequence_length=length))
+        documents = world.main_first(lambda: data.build(**data_kwargs, sequence_length=1))
         if not isinstance(documents, Documents):
             raise InputError("use", f'{type(data).__name__} does not give documents; use method = "packed"')
         return SlidingWindow(

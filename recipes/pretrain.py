@@ -221,6 +221,7 @@ class Trainer:
         after.advance(batch.samples)
         launched = LaunchedStep(after, batch, lr, numbers, self.mesh.data.size, measured, data_seconds)
         if numbers is not None:
+            # with a delay the device skips a non-finite update, and read_launched checks the step
             if not self.metrics_delay and (bad := self._judge(launched.read())) is not None:
                 self.step.discard()
                 handle_bad_step(bad, launched, self.checkpoints)
@@ -240,7 +241,7 @@ class Trainer:
             result = launched.read()
             if self.metrics_delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
                 bad_steps.append((bad, launched))
-                unread = 0  # read all steps before it is handled
+                unread = 0  # read all launched steps before it is handled
             noise = None
             if result.moments is not None and bad is None:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
@@ -318,6 +319,7 @@ class Trainer:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
 
     def _judge(self, result: StepResult) -> BadStep | None:
+        """Return what the guard says about a step; None if the step is good."""
         return self.state.guard.judge(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:

@@ -81,22 +81,22 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
     A run that was `restarted` after a failure continues from its newest checkpoint. Raises ValueError if the requested
     checkpoint does not exist, or if the run directory has newer ones, which the run would overwrite.
     """
-    own = list_checkpoints(checkpoints)
-    if restarted and own:
-        return own
+    existing = list_checkpoints(checkpoints)
+    if restarted and existing:
+        return existing
     if resume is None:
         return []
     if resume.path is None:
-        if not own:
+        if not existing:
             raise ValueError(f"--resume: no complete checkpoint in {checkpoints}; leave --resume out to start the run")
-        return own
+        return existing
     try:
         chosen = [_canonical(checkpoints, each) for each in list_checkpoints_at(resume.path)]
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from None
-    if chosen[-1] in own and chosen[-1] != own[-1]:
+    if chosen[-1] in existing and chosen[-1] != existing[-1]:
         raise ValueError(
-            f"--resume: {own[-1].name} is newer than {chosen[-1].name} and would be overwritten; "
+            f"--resume: {existing[-1].name} is newer than {chosen[-1].name} and would be overwritten; "
             "give the resumed run another --run.name, or move the newer checkpoints away"
         )
     return chosen
@@ -113,9 +113,9 @@ def _canonical(checkpoints: Path, path: Path) -> Path:
     The comparison with the run's own checkpoints decides what a new run removes, so it must not depend on spelling.
     """
     files = _resolved(path)
-    for own in list_checkpoints(checkpoints):
-        if own.exists() and (own.samefile(path) or files & _resolved(own)):
-            return own
+    for existing in list_checkpoints(checkpoints):
+        if existing.exists() and (existing.samefile(path) or files & _resolved(existing)):
+            return existing
     return checkpoints / path.name if checkpoints.exists() and path.parent.samefile(checkpoints) else path
 
 

@@ -218,9 +218,8 @@ def _strict_adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
     except PydanticUserError as error:
-        if (
-            error.code != "type-adapter-config-unused"
-        ):  # a type with its own pydantic configuration, such as a TypedDict
+        # raised for a type with its own pydantic configuration, such as a TypedDict
+        if error.code != "type-adapter-config-unused":
             raise
         return TypeAdapter(annotation)
 
@@ -280,10 +279,8 @@ def _explain(kind: FieldKind, error: ValidationError) -> Iterator[str]:
     """Yield the first three errors of pydantic about one leaf, reworded."""
     details: list[ErrorDetails] = error.errors(include_url=False)
     annotation = kind.annotation
-    if typing.get_origin(annotation) in (
-        Union,
-        types.UnionType,
-    ):  # pydantic reports one error for each type of the union
+    # for a union pydantic reports one error for each type
+    if typing.get_origin(annotation) in (Union, types.UnionType):
         yield f"expected {describe_kind(kind)}"
         return
     bare = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation

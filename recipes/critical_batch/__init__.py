@@ -103,8 +103,8 @@ class CriticalBatchMeasurement:
         self.length = recipe.training.sequence_length
         with config_errors_at(config, "branches"):
             self.start = find_branch_point(self.branches, rounding, config)
-            own = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
-            if any(is_inside(Path(self.start.checkpoint), place) for place in own):  # each of them may be a link
+            places = [self.directory.path, self.folder, *self.folder.glob("k-*"), *self.folder.glob("k-*/checkpoints")]
+            if any(is_inside(Path(self.start.checkpoint), place) for place in places):  # each of them may be a link
                 raise InputError(
                     "checkpoint",
                     f"{self.start.checkpoint} is in the directory of this run; use another --run.name",
@@ -227,12 +227,12 @@ class CriticalBatchMeasurement:
         A branch whose loss is not finite has also ended: its batch or learning rate was too large.
         """
         config = self.config_for(multiplier)
-        own = list_checkpoints(config.recipe.run.directory / "checkpoints")
-        if own and self._is_finished(multiplier, own[-1]):
+        saved = list_checkpoints(config.recipe.run.directory / "checkpoints")
+        if saved and self._is_finished(multiplier, saved[-1]):
             log.info(f"branch k = {multiplier} is finished")
             return 0
         # a branch that was killed between its last save and its validation is trained again from the start
-        unfinished = own and read_run_state(own[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
+        unfinished = saved and read_run_state(saved[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
         try:
             status: int = config.recipe.main(config, Resume(None if unfinished else Path(self.start.checkpoint)))
         except NonFiniteError as error:
