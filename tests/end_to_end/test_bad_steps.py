@@ -1,4 +1,4 @@
-"""Losses that are not finite, or leap: the step is left out, taken back, or the last, and told with its samples."""
+"""Losses that are not finite or spike: the step is skipped, rolled back or ends the run, and its samples are logged."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_skipped_step_leaves_the_parameters_as_they_were(tiny, train, factor: 
     assert all(
         torch.equal(before[name], after[name]) for name in before if name.startswith(("model.", "optimizer.state"))
     )
-    assert samples(tiny) == list(range(8, 81, 8)), "the data goes on"
+    assert samples(tiny) == list(range(8, 81, 8)), "the data continues"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -1,4 +1,4 @@
-"""Runs whose batch, rate and optimizer depend on one another: as foreseen, and the same after a resume."""
+"""Runs whose batch, learning rate and optimizer depend on each other: as in the dry run, and equal after a resume."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_before_noise_was_measured_is_continued(tiny):
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
-def test_a_batch_that_follows_what_is_never_measured_is_refused(tiny, capsys, how):
+def test_a_batch_that_needs_noise_that_is_never_measured_is_refused(tiny, capsys, how):
     assert tiny.launch(*POLICIES["unbiased"], "--gradient_noise.interval_steps=none", *how) == 2
     said = "".join(capsys.readouterr())
     assert "gradient_noise.interval_steps" in said
@@ -101,7 +101,7 @@ def test_the_dry_run_shows_the_course_of_seesaw(tiny, capsys):
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
-def test_seesaw_without_the_rule_is_told_at_its_section(tiny, capsys, how):
+def test_seesaw_without_batch_scaling_is_reported_at_its_section(tiny, capsys, how):
     without = [argument for argument in SEESAW if argument not in RULE]
     assert tiny.launch(*without, *how) == 2
     said = "".join(capsys.readouterr())
@@ -109,7 +109,7 @@ def test_seesaw_without_the_rule_is_told_at_its_section(tiny, capsys, how):
     assert not (tiny.directory / "metrics.jsonl").exists()
 
 
-def test_power_with_a_second_rule_is_told_at_its_key(tiny, capsys):
+def test_power_with_batch_scaling_is_reported_at_its_key(tiny, capsys):
     assert tiny.launch("--lr_schedule.use=components.lr_schedules:Power", *RULE) == 2
     assert "lr_schedule.batch_scaling" in (said := capsys.readouterr().err)
     assert "Power follows the batch linearly by itself" in said

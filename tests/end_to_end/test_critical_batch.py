@@ -173,7 +173,7 @@ def test_a_stopped_branch_stops_the_measurement_and_is_continued(measured, monke
     assert measured.json() == whole
 
 
-def test_a_finished_measurement_is_compared_anew_and_made_longer(measured):
+def test_a_finished_measurement_is_compared_again_and_made_longer(measured):
     longer = f"--branches.tokens={ROUNDED + 576}"
     assert measured.launch(longer) == 0
     whole = measured.json()
@@ -185,7 +185,7 @@ def test_a_finished_measurement_is_compared_anew_and_made_longer(measured):
     assert measured.json()["k_star"] == 2
 
 
-def test_a_branch_that_diverges_is_told_and_does_not_count(measured, monkeypatch):
+def test_a_branch_that_diverges_is_reported_and_does_not_count(measured, monkeypatch):
     train = Pretrain.main
 
     def diverging(self, config, resume):
@@ -201,7 +201,7 @@ def test_a_branch_that_diverges_is_told_and_does_not_count(measured, monkeypatch
     assert (found["k_star"], found["critical_batch"], found["is_lower_bound"]) == (1, 12, False)
 
 
-def test_batch_and_rate_are_those_the_run_would_go_on_with_or_what_one_says(measured, capsys):
+def test_batch_and_lr_are_those_of_the_next_step_or_of_the_keys(measured, capsys):
     """After step 4, of 8 samples, the ramp goes to 12; the last step but two is in the decay."""
     tiny = measured.tiny
 
@@ -250,7 +250,7 @@ def refused(measured, capsys, *arguments: str) -> str:
     return error
 
 
-def test_mistakes_are_told_in_one_message(measured, capsys):
+def test_mistakes_are_reported_in_one_message(measured, capsys):
     tiny = measured.tiny
     source = tiny.checkpoint(FROM)
     for dry in ([], ["--dry-run"]):
@@ -273,9 +273,9 @@ def test_mistakes_are_told_in_one_message(measured, capsys):
         said = refused(measured, capsys, f"--branches.checkpoint={partial}")
         assert f"is incomplete: it has no {name}" in said
         assert "branches.checkpoint" in said
-    aside = tiny.directory / "checkpoints" / ".writing-step-00000099"
-    shutil.copytree(source, aside)
-    assert "is incomplete" in refused(measured, capsys, f"--branches.checkpoint={aside}")
+    temporary = tiny.directory / "checkpoints" / ".writing-step-00000099"
+    shutil.copytree(source, temporary)
+    assert "is incomplete" in refused(measured, capsys, f"--branches.checkpoint={temporary}")
     assert not measured.directory.exists()
 
 

@@ -67,7 +67,7 @@ def test_it_trains_and_resumes_with_its_state(own):
         (["--batch.first=2"], "a step of 2 samples is one micro-batch, and gradient noise needs at least 2"),
     ],
 )
-def test_what_it_could_never_follow_is_refused(own, capsys, arguments, said):
+def test_a_policy_that_could_never_adapt_is_refused(own, capsys, arguments, said):
     assert own.launch(*arguments) == 2
     assert said in capsys.readouterr().err
 

@@ -107,7 +107,7 @@ def test_the_loss_is_that_of_every_document_alone(run):
     assert any(END in row[1:-1] for row in rows)
 
 
-def test_validation_and_evaluation_follow_the_rule_of_the_training(run):
+def test_validation_and_evaluation_mask_documents_as_the_training_does(run):
     last = [row for row in run.rows() if "val_loss" in row][-1]
     trained = model_of(run, run.checkpoint(last["step"]))
     count = (len(run.ids) - 1) // LENGTH
@@ -149,7 +149,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, run):
     assert_same_state(again.checkpoint(last), run.checkpoint(last))
 
 
-def test_a_resumed_run_may_change_the_rule_and_is_told(tmp_path, run, capsys):
+def test_a_resumed_run_may_change_document_masking_with_a_warning(tmp_path, run, capsys):
     again = Short(tmp_path)
     shutil.copytree(run.directory, again.directory)
     assert again.launch("--resume", "--training.total_tokens=1600") == 0

@@ -100,7 +100,7 @@ def test_an_evaluation_of_text_that_cannot_be_used_is_one_message(run, undisturb
 
 @pytest.mark.parametrize("remedy", ["--guard.on_bad_sample=skip", "--guard.on_nonfinite=skip"])
 def test_the_remedy_that_is_named_works(run, undisturbed, monkeypatch, capsys, remedy: str) -> None:
-    """The same start again, with nothing mended."""
+    """The same start again, without a fix."""
     sample = "sample" in remedy
     run.directory = run.folder / remedy.strip("-")
     arguments = [*ARGUMENTS, f"--run.dir={run.directory}", "--checkpoint.interval_steps=1"]

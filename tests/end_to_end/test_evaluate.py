@@ -21,7 +21,7 @@ TEXTS = ["Ça: it was the best of times, 鯨 and 🐋 it was the worst of times.
 
 
 class Evaluated:
-    """A trained run, and evaluations of it on text of its own."""
+    """A trained run, and evaluations of it on other text."""
 
     def __init__(self, folder: Path) -> None:
         self.tiny = TinyRun(folder)
@@ -135,7 +135,7 @@ def test_without_data_it_is_the_validation_of_the_run(evaluated):
     assert found["step"] == logged["step"]
 
 
-def test_mistakes_are_told_in_one_message(evaluated, capsys):
+def test_mistakes_are_reported_in_one_message(evaluated, capsys):
     def refused(*arguments: str) -> str:
         capsys.readouterr()
         assert evaluated.launch(*arguments) == 2

@@ -21,7 +21,7 @@ DECAYS_AT = 9
 """The first step of the short run that is in the decay: steps of 192 tokens, the decay from 1,600 on."""
 
 
-def rates(tiny):
+def learning_rates(tiny):
     return [row["lr"] for row in tiny.rows() if "loss" in row]
 
 
@@ -31,8 +31,10 @@ def test_extended_before_its_decay_a_run_is_bitwise_the_one_that_was_that_long_f
     short, extended, long = new_tiny("short"), new_tiny("extended"), new_tiny("long")
     assert short.launch(*schedule, SHORT) == 0
     assert long.launch(*schedule, LONG) == 0
-    assert rates(short)[: DECAYS_AT + 1] != rates(long)[: DECAYS_AT + 1], "the short run must have decayed"
-    assert rates(short)[:DECAYS_AT] == rates(long)[:DECAYS_AT]
+    assert learning_rates(short)[: DECAYS_AT + 1] != learning_rates(long)[: DECAYS_AT + 1], (
+        "the short run must have decayed"
+    )
+    assert learning_rates(short)[:DECAYS_AT] == learning_rates(long)[:DECAYS_AT]
     capsys.readouterr()
     assert extended.launch(*schedule, LONG, f"--resume={short.checkpoint(DECAYS_AT)}") == 0
     assert "different learning rate" not in capsys.readouterr().out
@@ -42,20 +44,20 @@ def test_extended_before_its_decay_a_run_is_bitwise_the_one_that_was_that_long_f
     assert timeless(extended.rows()) == after
 
 
-def test_extended_from_within_its_decay_a_run_is_told_so_and_where_to_go_back_to(new_tiny, capsys):
+def test_extended_from_within_its_decay_a_run_is_warned_with_the_checkpoint_to_resume_from(new_tiny, capsys):
     short = new_tiny("short")
     assert short.launch(*SCHEDULES["wsd"], SHORT) == 0
-    before, after = rates(short)[-1], 0.01
+    before, after = learning_rates(short)[-1], 0.01
     capsys.readouterr()
     assert short.launch(*SCHEDULES["wsd"], LONG, "--resume") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the steps after 1.728K tokens used a different learning rate than this schedule" in said
     assert f"it jumps from {before:.3g} to {after:.3g} here" in said
     assert f"resume from {short.checkpoint(DECAYS_AT)} or earlier" in said
-    assert rates(short)[13] == after
+    assert learning_rates(short)[13] == after
 
 
-def test_a_cosine_that_is_extended_had_another_rate_from_its_warm_up_on(new_tiny, capsys):
+def test_a_cosine_that_is_extended_had_another_learning_rate_from_its_warm_up_on(new_tiny, capsys):
     cosine = [*CONSTANT, "--lr_schedule.use=components.lr_schedules:Cosine", "--lr_schedule.max_lr=1e-2"]
     short = new_tiny("short")
     assert short.launch(*cosine, SHORT) == 0
@@ -68,7 +70,7 @@ def test_one_stable_phase_is_decayed_at_three_lengths_and_trained_once(new_tiny,
     """Each branch is bitwise the whole run with that decay, and begins with the first step of its decay."""
     stable = new_tiny("stable")
     assert stable.launch(*SCHEDULES["wsd"], "--training.total_tokens=2000", "--lr_schedule.decay_tokens=0") == 0
-    assert set(rates(stable)[2:]) == {0.01}
+    assert set(learning_rates(stable)[2:]) == {0.01}
     capsys.readouterr()
     for length in (200, 600, 1200):
         end = [f"--training.total_tokens={1728 + length}", f"--lr_schedule.decay_tokens={length}"]

@@ -24,12 +24,12 @@ def test_a_constant_batch_shows_what_the_norm_test_would_have_said(tiny):
 
 
 def test_measuring_less_often_or_never_changes_nothing_else(tiny):
-    told = {}
+    rows_of = {}
     for interval in ("1", "3", "none"):
         settings = [f"--gradient_noise.interval_steps={interval}", "--run.if_exists=replace"]
         assert tiny.launch(*CONSTANT, *settings) == 0
-        told[interval] = steps(tiny)
-    for always, sometimes, never in zip(*told.values(), strict=True):
+        rows_of[interval] = steps(tiny)
+    for always, sometimes, never in zip(*rows_of.values(), strict=True):
         assert always["loss"] == sometimes["loss"] == never["loss"]
         assert always["grad_norm"] == sometimes["grad_norm"] == never["grad_norm"]
         assert all(always[key] is not None for key in KEYS)
@@ -48,7 +48,7 @@ def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(t
     assert "lower training.micro_batch_size" in log
 
 
-def test_a_batch_that_could_never_follow_its_noise_is_refused(tiny, capsys):
+def test_a_batch_that_could_never_adapt_is_refused(tiny, capsys):
     adaptive = ["--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=64"]
     assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
     assert "batch" in (said := capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""`[run] init_from`: a run starts from the weights of a Hugging Face directory, with everything else anew."""
+"""`[run] init_from`: a run starts from the weights of a Hugging Face directory; all other state is new."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
     ],
     ids=["layers", "vocabulary", "tied"],
 )  # fmt: skip
-def test_another_shape_is_refused_before_training_and_foreseen(tiny, exported, capsys, arguments, message):
+def test_another_shape_is_refused_before_training_and_in_the_dry_run(tiny, exported, capsys, arguments, message):
     capsys.readouterr()
     assert again(tiny, "continued", exported, *arguments) == 2
     error = capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_a_dry_run_and_the_printed_configuration_know_of_them(tiny, exported, ca
     assert f'init_from = "{exported}"' in capsys.readouterr().out
 
 
-def test_damaged_and_missing_weights_are_told_without_a_traceback(tiny, exported, capsys):
+def test_damaged_and_missing_weights_are_reported_without_a_traceback(tiny, exported, capsys):
     def refused(weights) -> str:
         capsys.readouterr()
         assert again(tiny, "continued", weights) == 2

@@ -1,4 +1,4 @@
-"""The main job on a small scale: what it writes, what it says, and that a user's own components fit."""
+"""Small pre-training runs: what they write and log, and that custom components work."""
 
 from __future__ import annotations
 
@@ -203,10 +203,10 @@ def test_a_loss_that_is_not_finite_can_be_stepped_over(tiny, capsys):
 
 
 @pytest.mark.parametrize(("samples", "times"), [(100, 1), (60, 0)])
-def test_a_batch_larger_than_the_data_is_told_once(tiny, samples, times):
+def test_a_batch_larger_than_the_data_is_reported_once(tiny, samples, times):
     assert tiny.launch(f"--batch.stages=[{{from_tokens = 700, samples = {samples}}}]") == 0
-    told = f"a step of {samples} samples sees the 67 sequences of the data again"
-    assert (tiny.directory / "log.txt").read_text().count(told) == times
+    message = f"a step of {samples} samples sees the 67 sequences of the data again"
+    assert (tiny.directory / "log.txt").read_text().count(message) == times
 
 
 def test_print_config_can_be_launched_and_says_where_values_come_from(tiny, capsys):

@@ -57,7 +57,7 @@ def test_a_run_that_resumes_inside_the_window_or_ends_there_records_what_it_take
     assert break_down(read_trace(tiny.directory / "profile" / "steps-13-to-14-rank-0.trace.json.gz")).steps == 2
 
 
-def test_a_window_that_the_run_never_reaches_is_told(tiny):
+def test_a_window_that_the_run_never_reaches_is_reported(tiny):
     assert tiny.launch(*PLAIN, "--profile.steps=2", "--profile.start_step=20") == 0
     assert not (tiny.directory / "profile").exists()
     assert (

@@ -1,4 +1,4 @@
-"""A stop file, a time limit, and SIGUSR1, which saves and goes on."""
+"""A stop file, a time limit, and SIGUSR1, which saves and continues."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_change_that_makes_it_another_run_is_refused(tiny, capsys, change, sai
     assert "Traceback" not in error
 
 
-def test_a_change_with_consequences_is_told_and_one_without_is_applied(tiny, capsys):
+def test_a_change_with_consequences_is_reported_and_one_without_is_applied(tiny, capsys):
     assert tiny.launch("--training.total_tokens=400") == 0
     status = tiny.launch("--resume", "--training.total_tokens=800", "--lr_schedule.max_lr=0.02")
     output = capsys.readouterr().out
@@ -189,7 +189,7 @@ def test_a_run_that_cannot_begin_replaces_nothing(tiny, capsys, wrong):
     assert not tiny.checkpoint(3).exists()
 
 
-def test_other_text_of_the_same_length_is_told(tiny, capsys):
+def test_other_text_of_the_same_length_is_reported(tiny, capsys):
     assert tiny.launch("--training.total_tokens=400") == 0
     text = tiny.folder / "text" / "0.txt"
     text.write_text(text.read_text().replace("best", "rest"))

@@ -89,7 +89,7 @@ def test_dry_run(arguments, claim):
         (["a.toml", "--print-config", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
     ],
 )
-def test_what_makes_no_sense_is_told(arguments, said):
+def test_what_makes_no_sense_is_reported(arguments, said):
     with pytest.raises(UsageError, match=said):
         parse_arguments(arguments)
 
@@ -162,12 +162,12 @@ def test_processes_that_are_no_number(environment):
         ({"MASTER_ADDR": "node0", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
     ],
 )
-def test_nodes_that_cannot_meet_are_told_why(environment, said):
+def test_nodes_that_cannot_meet_are_reported_with_the_reason(environment, said):
     with pytest.raises(UsageError, match=said):
         launch_workers(WorldShape(8, 2), environment, ["my.toml"])
 
 
-def test_a_rank_that_nobody_has_started_is_told(tiny, monkeypatch, capsys):
+def test_a_rank_that_nobody_has_started_is_reported(tiny, monkeypatch, capsys):
     """As some schedulers set it for each machine."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

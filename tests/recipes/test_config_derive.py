@@ -53,6 +53,6 @@ def test_sections_the_other_recipe_does_not_take_are_left_out_and_the_users_modu
     assert not any(key.startswith("more") for key in derived.leaves)
 
 
-def test_a_change_that_does_not_decode_is_told(tiny):
+def test_a_change_that_does_not_decode_is_reported(tiny):
     with pytest.raises(ConfigError, match=r"training\.total_tokens = -1"):
         derive(load(tiny.recipe), PRETRAIN, {"training": {"total_tokens": -1}}, why="branch")

@@ -318,7 +318,7 @@ def test_message_about_the_command_line(tmp_path: Path, override: str) -> None:
     )
 
 
-def test_all_problems_are_told_at_once_in_reading_order(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once_in_reading_order(tmp_path: Path) -> None:
     text = """
 [training]
 total_token = "4B"
@@ -347,7 +347,7 @@ use = "tests.recipes.nowhere:X"
     ]
 
 
-def test_checks_across_sections_are_told_at_their_key(tmp_path: Path) -> None:
+def test_checks_across_sections_are_reported_at_their_key(tmp_path: Path) -> None:
     text = MINIMAL + 'training.compile = true\ntraining.precision = "float32"'
     assert complaint(tmp_path, text).startswith('mine.toml:4  training.precision = "float32"\n    compile wants bf16\n')
 
@@ -396,7 +396,7 @@ def test_a_missing_recipe_names_a_similar_one(tmp_path: Path) -> None:
         )
 
 
-def test_problems_of_several_files_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_several_files_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "one.toml").write_text("a = ")
     (tmp_path / "two.toml").write_text("b")
     said = complaint(tmp_path, 'extends = ["one.toml", "two.toml", "three.toml"]')

@@ -83,7 +83,7 @@ def test_arrays_are_replaced_whole(load_text: Load) -> None:
     assert [source.path.name for source in config.recipe.sources] == ["c"]
 
 
-def test_another_use_starts_its_table_anew(load_text: Load) -> None:
+def test_another_use_starts_with_an_empty_table(load_text: Load) -> None:
     base = f'training.total_tokens = 1\nbatch = {{use = "{parts.HERE}:Ramp", eta = 3, initial = 5}}'
     changed = load_text(f'extends = ["base.toml"]\nbatch.use = "{parts.HERE}:Constant"', base=base)
     assert changed.recipe.batch == parts.Constant()
@@ -253,7 +253,7 @@ def test_import_paths_are_relative_to_their_file(load_text: Load, tmp_path: Path
     assert load(dumped, cwd=Path("/")).to_toml(provenance=False) == config.to_toml(provenance=False)
 
 
-def test_a_problem_found_later_is_told_where_the_key_was_written(load_text: Load) -> None:
+def test_a_problem_found_later_is_reported_where_the_key_was_written(load_text: Load) -> None:
     config = load_text(MINIMAL + '[[sources]]\npath = "x"', "training.seed=3")
     assert str(config.problem("training.seed", "odd")) == "command line  training.seed = 3\n    odd"
     assert str(config.problem("batch", "too big")) == "mine.toml:3  batch\n    too big"

@@ -1,4 +1,4 @@
-"""Every numeric key of every section and component, held against numbers that are none, infinite, negative or huge."""
+"""Every numeric key of every section and component, with NaN, infinite, negative and huge values."""
 
 from __future__ import annotations
 

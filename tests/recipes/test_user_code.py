@@ -66,7 +66,7 @@ ERRORS = {
 }
 
 
-def told(tiny, changes: str, *overrides: str) -> ConfigError:
+def load_error(tiny, changes: str, *overrides: str) -> ConfigError:
     (tiny.folder / "mine.toml").write_text(f'extends = ["tiny.toml"]\n{changes}')
     pairs = (override.split("=", 1) for override in overrides)
     with pytest.raises(ConfigError) as error:
@@ -79,17 +79,17 @@ def test_everything_that_loading_calls_may_fail(tiny, error):
     for number, (place, (source, keys, key)) in enumerate(PLACES.items()):
         file = tiny.folder / f"mine_{number}.py"
         file.write_text(BATCH.format(error=error) + source)
-        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
+        (problem,) = load_error(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
         assert problem.path == key, place
         assert ERRORS[error].format(file=file) in problem.message, place
         assert problem.source == "default" if key == "batch.a.b" else problem.source.startswith("mine.toml:"), place
 
 
-def test_a_message_for_the_user_is_told_as_it_is(tiny):
+def test_a_message_for_the_user_is_reported_unchanged(tiny):
     """A ValueError says what is wrong with the input; where the code said so does not matter."""
     for number, (source, keys, key) in enumerate(PLACES.values()):
         (tiny.folder / f"mine_{number}.py").write_text(BATCH.format(error="ValueError('too odd')") + source)
-        (problem,) = told(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
+        (problem,) = load_error(tiny, f'[batch]\nuse = "mine_{number}:Mine"\ninitial_size = 4\n{keys}').problems
         assert problem.path == key and "too odd" in problem.message
         assert key == "batch.use" or ".py" not in problem.message
 
@@ -103,9 +103,9 @@ def test_what_a_check_across_sections_asks_may_fail(tiny):
     )
     recipe = tiny.recipe.read_text()
     tiny.recipe.write_text(recipe.replace("models.llama:Llama", "mine_a:Model"))
-    (problem,) = told(tiny, "").problems
+    (problem,) = load_error(tiny, "").problems
     assert (problem.path, problem.message) == ("parallel.tp", f"KeyError: 'plan'\n{tiny.folder / 'mine_a.py'}:4")
-    (problem,) = told(tiny, '[lr_schedule]\nuse = "mine_a:Schedule"').problems
+    (problem,) = load_error(tiny, '[lr_schedule]\nuse = "mine_a:Schedule"').problems
     assert problem.path == "recipe"
     assert problem.message == f"its check() fails: KeyError: 'warmup'\n{tiny.folder / 'mine_a.py'}:8"
 
@@ -131,13 +131,13 @@ def test_a_user_without_a_home_needs_none_where_all_places_are_named(tiny, homel
     evaluation = Path(__file__).parents[2] / "train_configs" / "evaluate.toml"
     load(evaluation, [Override("evaluation.checkpoint", "run"), Override("evaluation.cache_dir", "c")], cwd=tiny.folder)
     tiny.recipe.write_text(tiny.recipe.read_text().replace('cache_dir = "cache"', ""))
-    (problem,) = told(tiny, "").problems
+    (problem,) = load_error(tiny, "").problems
     assert problem.path == "run.cache_dir"
     assert "~/.cache/powertrain: there is no such home directory" in problem.message
     assert problem.message.endswith("; set it")
     load(tiny.recipe, [Override("run.cache_dir", "c")], cwd=tiny.folder)
     for key in ("run.cache_dir", "run.dir"):
-        (problem,) = [each for each in told(tiny, "", f"{key}=~/c", "data.path=~/x").problems if each.path == key]
+        (problem,) = [each for each in load_error(tiny, "", f"{key}=~/c", "data.path=~/x").problems if each.path == key]
         assert "~/c: there is no such home directory" in problem.message
     with pytest.raises(ConfigError, match=r"~nobody-here/x\.toml: there is no such home directory"):
         load(Path("~nobody-here/x.toml"), cwd=tiny.folder)
@@ -152,13 +152,13 @@ def test_a_file_whose_name_is_taken_is_named(tiny, file, use):
     own = tiny.folder / file
     own.parent.mkdir(exist_ok=True)
     own.write_text("from components.batch import Constant as Mine")
-    (problem,) = told(tiny, f'batch = {{use = "{use}"}}').problems
+    (problem,) = load_error(tiny, f'batch = {{use = "{use}"}}').problems
     assert problem.message.startswith(f"{own} cannot be imported because ")
     assert problem.message.endswith("has the same name; rename it, also in `use`")
 
 
 def test_a_value_of_a_module_that_has_no_names_is_no_traceback(tiny):
-    (problem,) = told(tiny, 'batch = {use = "math:pi.Mine"}').problems
+    (problem,) = load_error(tiny, 'batch = {use = "math:pi.Mine"}').problems
     assert problem.message.startswith("math (math) has no Mine")
 
 
@@ -171,5 +171,5 @@ def test_names_that_are_not_utf8_are_one_clear_problem(tiny):
         (problem,) = error.value.problems
         assert "the name is not UTF-8, so a recipe cannot contain it" in problem.message
     for override in ("run.dir=b\udcfc", "run.name=b\udcfc", "data.path=['b\udcfc/*.txt']"):
-        (problem,) = told(tiny, "", override).problems
+        (problem,) = load_error(tiny, "", override).problems
         assert "in UTF-8; rename the file" in problem.message

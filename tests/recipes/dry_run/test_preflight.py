@@ -24,7 +24,7 @@ pytestmark = pytest.mark.quick
         (["initial_size=4", "shrink=true"], {}),
     ],
 )
-def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, foreseen):
+def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny, keys, foreseen):
     """Micro-batches of 2 on one process: a batch of 2 is one group. On two processes it is one group each.
 
     A run that starts there is refused, so it is an error; one that may come there stays.
@@ -58,7 +58,7 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
         (["max_size=75"], "batch", "note", "the measurements of NoiseScale are not known: 2 to 19 steps"),
     ],
 )
-def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, level, said):
+def test_sizes_that_an_adaptive_batch_may_reach_are_findings_of_the_dry_run(tiny, keys, key, level, said):
     """150 samples: 2 steps of 76, or 19 of 8."""
     policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.initial_size=8"]
     found = findings_of(tiny, *policy, *(f"--batch.{each}" for each in keys))
@@ -83,7 +83,7 @@ def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, 
         ([], "training.total_tokens", "note", "epochs"),
     ],
 )
-def test_what_is_foreseen(tiny, arguments, key, level, said):
+def test_findings_of_the_dry_run(tiny, arguments, key, level, said):
     found = findings_of(tiny, *arguments)
     assert found[key][0] == level
     assert said in found[key][1]
