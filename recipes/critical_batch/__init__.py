@@ -138,7 +138,7 @@ class CriticalBatchMeasurement:
                     "if_exists": "replace",  # what is there without a checkpoint is worth nothing
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
-                "batch": {"use": "components.batch:Constant", "initial": factor * start.batch},
+                "batch": {"use": "components.batch:Constant", "initial_size": factor * start.batch},
                 "lr_schedule": {
                     "use": "components.lr_schedules:Constant",
                     "max_lr": start.lr * math.sqrt(factor),

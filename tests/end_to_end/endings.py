@@ -108,7 +108,7 @@ class Model(Llama):
 ARGUMENTS = ["--model.use=endings:Model", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
 ARGUMENTS += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32"]
 ARGUMENTS += ["--data.use=endings:Numbers", "--validation.data.use=endings:Numbers"]
-ARGUMENTS += ["--validation.data.split=validation", "--validation.interval_steps=3"]
+ARGUMENTS += ["--validation.data.held_out=true", "--validation.interval_steps=3"]
 ARGUMENTS += ["--lr_schedule.use=endings:Schedule", "--lr_schedule.max_lr=1e-2", "--lr_schedule.warmup_tokens=300"]
 ARGUMENTS += ["--batch.use=endings:Policy", "--batch.initial_size=8", "--training.total_tokens=1152"]
 """Six steps of eight samples: four micro-batches of two on one process."""

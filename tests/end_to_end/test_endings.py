@@ -92,7 +92,7 @@ def test_an_evaluation_of_text_that_cannot_be_used_is_one_message(run, undisturb
     recipe.write_text(f'extends = ["{ROOT / "train_configs" / "evaluate.toml"}"]')
     monkeypatch.setenv("FAULT", fault)
     keys = [f"--evaluation.checkpoint={undisturbed}", "--evaluation.trust_code=true", "--evaluation.limit=3"]
-    assert cli.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.split=validation"]) == 2
+    assert cli.main([str(recipe), *keys, "--data.use=endings:Numbers", "--data.held_out=true"]) == 2
     said = capsys.readouterr().err
     assert re.search(r"^(command line|.*evaluate\.toml:?\d*)  data", said, re.MULTILINE), said
     assert ENDINGS[fault][1] in said and "the run has ended" in said

@@ -46,7 +46,7 @@ def test_claims_that_make_no_sense(tiny, capsys, text, said):
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("h100", 80), ("A100-40GB", 40), ("a100", 80), ("RTX_4090", 24)])
 def test_devices_by_name(name, gigabytes):
-    assert device_spec(name).peak_memory_bytes == gigabytes * 10**9
+    assert device_spec(name).memory_bytes == gigabytes * 10**9
 
 
 def test_the_tokens_of_data_are_estimated_of_any_kind_and_unknown_of_the_network(tiny):

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.quick
 @pytest.mark.parametrize(
     ("keys", "foreseen"),
     [
-        (["initial=2"], {"batch.initial_size": "error"}),
-        (["initial=2", "shrink=true", "minimum=2"], {"batch.initial_size": "error"}),
-        (["initial=8", "shrink=true", "minimum=2"], {"batch.min_size": "warning"}),
-        (["initial=8", "minimum=2"], {}),
-        (["initial=4", "shrink=true"], {}),
+        (["initial_size=2"], {"batch.initial_size": "error"}),
+        (["initial_size=2", "shrink=true", "min_size=2"], {"batch.initial_size": "error"}),
+        (["initial_size=8", "shrink=true", "min_size=2"], {"batch.min_size": "warning"}),
+        (["initial_size=8", "min_size=2"], {}),
+        (["initial_size=4", "shrink=true"], {}),
     ],
 )
 def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, foreseen):
@@ -39,18 +39,18 @@ def test_a_batch_whose_noise_could_not_be_measured_is_foreseen(tiny, keys, fores
 @pytest.mark.parametrize(
     ("keys", "key", "level", "said"),
     [
-        (["maximum=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
+        (["max_size=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
         (
-            ["maximum=64", "quantum=1"],
+            ["max_size=64", "multiple_of=1"],
             "batch.multiple_of",
             "note",
             "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch",
         ),
-        (["maximum=60", "quantum=4"], "batch.multiple_of", None, None),
-        (["maximum=50", "quantum=2"], "batch.max_size", None, None),
-        (["maximum=90", "quantum=2"], "batch.max_size", "warning", "a step of 90 would use some more than once"),
-        (["maximum=75", "minimum=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
-        (["maximum=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
+        (["max_size=60", "multiple_of=4"], "batch.multiple_of", None, None),
+        (["max_size=50", "multiple_of=2"], "batch.max_size", None, None),
+        (["max_size=90", "multiple_of=2"], "batch.max_size", "warning", "a step of 90 would use some more than once"),
+        (["max_size=75", "min_size=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
+        (["max_size=75"], "batch", "note", "what NoiseScale will measure is not known: 2 to 19 steps"),
     ],
 )
 def test_sizes_that_an_adaptive_batch_may_come_to_are_foreseen(tiny, keys, key, level, said):
