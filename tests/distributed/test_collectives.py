@@ -101,7 +101,10 @@ def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False)
     expected = {}
     if sizes.dp_shard > 1:
         again = layers - 1 if tied else layers
-        expected |= {"gather": units if mode == "once_per_step" else passes * (units + again), "scatter": passes * units}
+        expected |= {
+            "gather": units if mode == "once_per_step" else passes * (units + again),
+            "scatter": passes * units,
+        }
     if sizes.dp_replicate > 1:
         expected["reduce"] = units
     if sizes.tp > 1:  # two each way in a block, one around the embedding, one around the head
@@ -162,7 +165,9 @@ def test_a_dry_run_foresees_the_bytes(runs, name):
     kinds = ("gather", "scatter", "reduce")
     expected = {
         kind: exchange.size
-        for kind, exchange in zip(kinds, fsdp_collectives(plan, MICRO_BATCHES, local=mode == "once_per_step"), strict=True)
+        for kind, exchange in zip(
+            kinds, fsdp_collectives(plan, MICRO_BATCHES, local=mode == "once_per_step"), strict=True
+        )
         if exchange.ranks > 1
     }
     (activations,) = tp_collectives(plan, MICRO_BATCHES, 0)

@@ -118,9 +118,9 @@ def test_validation_and_evaluation_follow_the_rule_of_the_training(run):
     )
     found = run.evaluate()
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
-    assert (found["tokens"], found["attention_within"]) == (SEQUENCES * LENGTH, "document")
+    assert (found["tokens"], found["document_masking"]) == (SEQUENCES * LENGTH, True)
     across = run.evaluate("--evaluation.document_masking=false")
-    assert across["attention_within"] == "sequence"
+    assert across["document_masking"] is False
     assert across["loss"] != pytest.approx(found["loss"], rel=1e-4), "a test that can fail"
     assert (across["tokens"], across["bytes"]) == (found["tokens"], found["bytes"])
 
@@ -153,15 +153,15 @@ def test_a_resumed_run_may_change_the_rule_and_is_told(tmp_path, run, capsys):
     again = Short(tmp_path)
     shutil.copytree(run.directory, again.directory)
     assert again.launch("--resume", "--training.total_tokens=1600") == 0
-    assert "training.attention_within was 'document', is 'sequence'" in capsys.readouterr().out
+    assert "training.document_masking was True, is False" in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
     (tiny.folder / "of_mine.py").write_text(MODEL)
     for arguments, message in {
         ("--model.use=of_mine:Model", WITHIN): "Tagger has no separate_documents(end_of_document)",
-        ("--model.use=of_mine:Model", WITHIN, "--dry-run"): "training.attention_within",
-        ("--training.attention_within=documents",): 'expected one of "sequence", "document"',
+        ("--model.use=of_mine:Model", WITHIN, "--dry-run"): "training.document_masking",
+        ("--training.document_masking=documents",): "expected true or false",
     }.items():
         assert tiny.launch(*arguments) == 2
         captured = capsys.readouterr()
@@ -169,7 +169,7 @@ def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
         assert "Traceback" not in captured.err
     both = ["--evaluation.method=documents", "--evaluation.document_masking=true"]
     assert cli.main([str(EVALUATE), f"--evaluation.checkpoint={run.directory}", *both]) == 2
-    assert "evaluation.attention_within" in capsys.readouterr().err
+    assert "evaluation.document_masking" in capsys.readouterr().err
 
 
 def test_data_without_ends_is_warned_about(tiny, capsys):
