@@ -93,7 +93,7 @@ class GradientNoise:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> GradientNoise:
-        return cls(GradientMoments(**state["moments"]), state["noise"], state["signal"])
+        return cls(GradientMoments(**state["moments"]), state["grad_cov_trace"], state["grad_sq_norm"])
 
     @property
     def noise_scale_over_batch(self) -> float | None:

@@ -173,7 +173,7 @@ def missing_attributes(instance: Any, slot: type) -> str | None:
 
 
 def describe_slot(slot: type) -> str:
-    """Return the name of a slot for a message: `batch policy (recipes.interfaces:BatchPolicy)`."""
+    """Return the name of a slot for a message: `batch config (recipes.interfaces:BatchConfig)`."""
     words = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z0-9]+|[A-Z]+", slot.__name__)
     spoken = " ".join(word if word.isupper() and len(word) > 1 else word.lower() for word in words)
     return f"{spoken} ({import_path(slot)})"

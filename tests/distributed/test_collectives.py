@@ -31,7 +31,7 @@ MESHES = {
     "two replicas of two shards": MeshShape(2, 2, 1),
     "two shards of two slices": MeshShape(1, 2, 2),
 }
-MODES = ("reduce", "local")
+MODES = ("every_micro_batch", "once_per_step")
 SIX = ["--model.layers=6"]
 CASES: dict[str, tuple[str, str, list[str]]] = {
     f"{layout}, {mode}": (layout, mode, []) for layout in MESHES for mode in MODES
@@ -96,12 +96,15 @@ def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False)
     Untied there is a unit for each block, one for the embedding and one for norm and head. For backward all blocks are
     gathered again. Tied, what is outside of the blocks is gathered once and the last block is kept.
     """
-    sizes, passes = MESHES[layout], 1 if mode == "local" else MICRO_BATCHES
+    sizes, passes = MESHES[layout], 1 if mode == "once_per_step" else MICRO_BATCHES
     units = layers + (1 if tied else 2)
     expected = {}
     if sizes.dp_shard > 1:
         again = layers - 1 if tied else layers
-        expected |= {"gather": units if mode == "local" else passes * (units + again), "scatter": passes * units}
+        expected |= {
+            "gather": units if mode == "once_per_step" else passes * (units + again),
+            "scatter": passes * units,
+        }
     if sizes.dp_replicate > 1:
         expected["reduce"] = units
     if sizes.tp > 1:  # two each way in a block, one around the embedding, one around the head
@@ -121,7 +124,7 @@ def test_every_layout_exchanges_what_it_must_and_measuring_the_noise_adds_nothin
         # the gradient of a norm: a sum over the slices, to be taken when it is reduced, or before it is squared
         norms = 2 * LAYERS + 1
         assert found.pop("tp reduce", 0) == tp * norms * (
-            1 if found is unmeasured and mode == "local" else MICRO_BATCHES
+            1 if found is unmeasured and mode == "once_per_step" else MICRO_BATCHES
         )
         found.pop("_wrap_tensor_autograd", None)  # exchanges nothing
         assert found == counted(layout, mode)
@@ -162,7 +165,9 @@ def test_a_dry_run_foresees_the_bytes(runs, name):
     kinds = ("gather", "scatter", "reduce")
     expected = {
         kind: exchange.size
-        for kind, exchange in zip(kinds, fsdp_collectives(plan, MICRO_BATCHES, local=mode == "local"), strict=True)
+        for kind, exchange in zip(
+            kinds, fsdp_collectives(plan, MICRO_BATCHES, local=mode == "once_per_step"), strict=True
+        )
         if exchange.ranks > 1
     }
     (activations,) = tp_collectives(plan, MICRO_BATCHES, 0)

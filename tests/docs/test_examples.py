@@ -150,9 +150,11 @@ def shrink(arguments: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if read_fences(page)], ids=lambda page: page.name)
 def test_the_examples_of_a_page_work(page: Path, folder: Path, tmp_path: Path) -> None:
-    for fence in read_fences(page):
-        if fence.file:
+    fences = list(read_fences(page))
+    for fence in fences:
+        if fence.file:  # first of all: a recipe may come before the component it names
             Path(fence.file).write_text(fence.text)
+    for fence in fences:
         if fence.language == "python":
             example = Path(fence.file or f"example_{fence.line}.py")
             example.write_text(fence.text)

@@ -175,7 +175,10 @@ FOLDERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("what", FOLDERS)
 def test_a_folder_that_may_not_be_listed_is_an_error_that_names_it(folder, monkeypatch, what):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(folder)})
-    with to_whom_permissions_apply(), pytest.raises((InputError, PermissionError), match="shut cannot be listed: Permission denied"):
+    with (
+        to_whom_permissions_apply(),
+        pytest.raises((InputError, PermissionError), match="shut cannot be listed: Permission denied"),
+    ):
         FOLDERS[what](folder)
 
 

@@ -142,7 +142,7 @@ def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
     monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
-    monkeypatch.setattr(mkldnn_linear, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(mkldnn_linear, "has_bf16_kernels", lambda: False)
     model = decoder(SMALL).bfloat16()
     model.pack()
     assert not any(isinstance(module, mkldnn_linear.MkldnnLinear) for module in model.modules())

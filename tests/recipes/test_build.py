@@ -15,6 +15,7 @@ from components.gradient_noise import GradientMoments, GradientNoise
 from recipes import build
 from recipes.config import ConfigError, Override, load
 from recipes.data_checks import BadSamples, MicroBatchReader
+from recipes.run_setup import build_environment
 from recipes.training_state import TrainingState
 
 pytestmark = pytest.mark.quick
@@ -69,7 +70,7 @@ def test_a_state_survives_json(tiny):
 
     def new() -> TrainingState:
         with ExitStack() as cleanup:
-            environment = build.build_environment(config, None, cleanup)
+            environment = build_environment(config, None, cleanup)
             return build.build_state(config, environment, step, build.build_policy(config), data.identity, {})
 
     state = new()

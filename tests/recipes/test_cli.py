@@ -157,7 +157,7 @@ def test_processes_that_are_no_number(environment):
     ("environment", "said"),
     [
         ({}, "NNODES=2 needs MASTER_ADDR"),
-        ({"MASTER_ADDR": "node0", "NODE_RANK": "2"}, "NODE_RANK=2: the 2 nodes"),
+        ({"MASTER_ADDR": "node0", "NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
         ({"MASTER_ADDR": "node0", "MASTER_PORT": "high"}, "MASTER_PORT=high"),
         ({"MASTER_ADDR": "node0", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
     ],
@@ -173,7 +173,7 @@ def test_a_rank_that_nobody_has_started_is_reported(tiny, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UsageError, match=r"RANK and WORLD_SIZE are set, .* LOCAL_RANK is not; unset them"):
-        cli.run([str(tiny.recipe)])
+        cli.run_command([str(tiny.recipe)])
 
 
 def test_several_nodes_meet_at_node_0():

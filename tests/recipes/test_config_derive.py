@@ -14,20 +14,20 @@ CONSTANT = "components.batch:Constant"
 
 def test_the_changes_are_the_last_layer_and_the_rest_is_as_it_was(tiny, tmp_path):
     config = load(tiny.recipe)
-    changes = {"batch": {"use": CONSTANT, "initial": 32}, "checkpoint": {"interval_steps": "none"}}
+    changes = {"batch": {"use": CONSTANT, "initial_size": 32}, "checkpoint": {"interval_steps": "none"}}
     derived = derive(config, PRETRAIN, changes, why="branch")
     before, after = flatten(config.to_toml()), flatten(derived.to_toml())
     changed = {key: after.get(key) for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == {
         "batch.use": CONSTANT,
-        "batch.initial": 32,
+        "batch.initial_size": 32,
         "batch.stages.0.from_tokens": None,
         "batch.stages.0.samples": None,
         "batch.linear": None,
-        "batch.quantum": None,
+        "batch.multiple_of": None,
         "checkpoint.interval_steps": "none",
     }
-    assert derived.leaves["batch.initial"].origin.source == "branch"
+    assert derived.leaves["batch.initial_size"].origin.source == "branch"
     assert derived.leaves["model.dim"].origin == config.leaves["model.dim"].origin
     assert derived.recipe.batch is not config.recipe.batch
     printed = tmp_path / "printed.toml"
@@ -45,7 +45,7 @@ def test_sections_the_other_recipe_does_not_take_are_left_out_and_the_users_modu
     mine = tmp_path / "mine.toml"
     mine.write_text(
         'recipe = "my_derived:More"\nextends = ["tiny.toml"]\nmore.key = 3\n[batch]\nuse = "my_derived:Mine"\n'
-        "initial = 4\n"
+        "initial_size = 4\n"
     )
     derived = derive(load(mine), PRETRAIN, {}, why="test")
     assert type(derived.recipe).__name__ == "Pretrain"

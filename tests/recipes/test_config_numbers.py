@@ -71,13 +71,18 @@ def test_what_is_no_number_for_it_is_refused() -> None:
     keys = {f"{cls.__name__}.{key.name}": (cls, key) for cls, key in numeric_keys()}
     assert len(keys) > 80
     assert keys.keys() >= {
-        "Training.max_grad_norm",
+        "TrainingConfig.max_grad_norm",
         "AdamW.betas",
         "Power.b",
         "Stage.from_fraction",
         "RopeScaling.factor",
     }
-    assert keys.keys() >= {"Guard.spike_std", "HeldOut.max_sequences", "NormTest.eta", "Branches.tolerance"}
+    assert keys.keys() >= {
+        "GuardConfig.spike_std",
+        "ValidationConfig.max_sequences",
+        "NormTest.eta",
+        "Branches.tolerance",
+    }
     taken = {
         (name, number): said
         for name, (cls, key) in keys.items()

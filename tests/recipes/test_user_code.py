@@ -26,7 +26,7 @@ class Odd:
 """
 PLACES = {
     # where it fails: (source of a batch policy, what is written, the key it is told at)
-    "a constructor": ("class Mine(Constant):\n  def __init__(self, *, initial: int): fail()", "", "batch"),
+    "a constructor": ("class Mine(Constant):\n  def __init__(self, *, initial_size: int): fail()", "", "batch"),
     "what comes after it": (
         "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  def __post_init__(self): fail()",
         "",
@@ -115,7 +115,9 @@ def test_a_default_is_not_made_where_it_is_not_used(tiny):
         BATCH.format(error="AssertionError")
         + "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  a: int = field(default_factory=fail)"
     )
-    (tiny.folder / "mine.toml").write_text('extends = ["tiny.toml"]\nbatch = {use = "mine_b:Mine", initial = 4, a = 1}')
+    (tiny.folder / "mine.toml").write_text(
+        'extends = ["tiny.toml"]\nbatch = {use = "mine_b:Mine", initial_size = 4, a = 1}'
+    )
     assert load(tiny.folder / "mine.toml", cwd=tiny.folder).recipe.batch.a == 1
 
 

@@ -14,7 +14,7 @@ from tests.recipes.dry_run.plans import config_of, plan_of
 pytestmark = pytest.mark.quick
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("local", (True, True)), ("reduce", (False, False))])
+@pytest.mark.parametrize(("mode", "expected"), [("once_per_step", (True, True)), ("every_micro_batch", (False, False))])
 def test_what_is_asked_for_is_done_on_any_device(mode, expected):
     assert (syncs_once_per_step(mode, 10, 1), syncs_once_per_step(mode, 1, 10)) == expected
 

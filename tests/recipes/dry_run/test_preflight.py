@@ -70,11 +70,16 @@ def test_sizes_that_an_adaptive_batch_may_reach_are_findings_of_the_dry_run(tiny
     ("arguments", "key", "level", "said"),
     [
         (["--batch.initial_size=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
-        (["--batch.initial_size=1000", "--batch.stages=[]"], "batch", "warning", "step of 1,000 would use some more"),
+        (
+            ["--batch.initial_size=1000", "--batch.stages=[]"],
+            "batch",
+            "warning",
+            "step of 1,000 would use some of them more",
+        ),
         (["--data.path=nowhere/*.txt"], "data.path", "warning", "nowhere"),
         (["--validation.data.path=nowhere.txt"], "validation.data.path", "warning", "nowhere"),
         (["--lr_schedule.warmup_tokens=1800"], "lr_schedule.warmup_tokens", "warning", "50% of the run"),
-        (["--lr_schedule.warmup_tokens=24"], "lr_schedule.warmup_tokens", "warning", "over in 1 steps"),
+        (["--lr_schedule.warmup_tokens=24"], "lr_schedule.warmup_tokens", "warning", "takes only 1 steps"),
         (["--lr_schedule.decay_tokens=3500"], "lr_schedule.decay_tokens", "warning", "overlap"),
         (["--checkpoint.interval_steps=500"], "checkpoint.interval_steps", "warning", "not below the 14 steps"),
         (["--checkpoint.interval_steps=none"], "checkpoint.interval_steps", "warning", "nothing is saved"),
