@@ -20,7 +20,7 @@ from recipes.config.schema import Field, FieldKind, decode_value, fields_of, kin
 from recipes.config.tree import Array, Leaf, Node
 from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
 
-MAY_BE_NEGATIVE = {("Parallel.dp_replicate", -1), ("Parallel.dp_shard", -1), ("Power.b", -1)}
+MAY_BE_NEGATIVE = {("ParallelConfig.dp_replicate", -1), ("ParallelConfig.dp_shard", -1), ("Power.b", -1)}
 """-1: the rest of the processes; an exponent."""
 HERE = Origin("a test", Path("/"))
 
@@ -89,7 +89,7 @@ def test_what_is_no_number_for_it_is_refused() -> None:
         for number in (math.nan, math.inf, -math.inf, 10**400, -1)
         if not re.match(r"(item \d: )?expected |\w+: ", said := complaint(cls, key, number))
     }
-    assert set(taken) - {("Run.seed", 10**400)} == MAY_BE_NEGATIVE, taken
+    assert set(taken) - {("RunConfig.seed", 10**400)} == MAY_BE_NEGATIVE, taken
 
 
 @dataclass(kw_only=True)
