@@ -38,9 +38,9 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.profile = path / "profile"
-        self.mark = path / "run.json"
+        self.owner_file = path / "run.json"
         """Makes the directory that of a run: what is in it belongs to the run only if this file says so."""
-        self.stop = path / "stop"
+        self.stop_file = path / "stop"
         """Once there is a file of this name, the run saves and stops."""
 
     @property
@@ -48,7 +48,7 @@ class RunDirectory:
         """Identifier of the run whose directory this is; None while it is no run's."""
         return self._read_mark().get("run")
 
-    def belongs_to(self, launch: str | None) -> bool:
+    def owned_by(self, launch: str | None) -> bool:
         """Whether `launch`, the name of a start of processes, has made this directory its own before."""
         return launch is not None and launch in self._read_mark().get("launches", ())
 
@@ -65,7 +65,7 @@ class RunDirectory:
             return
         if found := self.foreign(also):
             raise ValueError(
-                f"{self.path} holds {', '.join(found)}, and no {self.mark.name} that says that a run wrote them; this "
+                f"{self.path} holds {', '.join(found)}, and no {self.owner_file.name} that says that a run wrote them; this "
                 "run would overwrite or remove them. Move them away, or give it another --run.name. A checkpoint in "
                 f"there is continued with --resume={self.path} and another --run.name"
             )
@@ -75,26 +75,28 @@ class RunDirectory:
         """Names of what a run would overwrite in a directory that is no run's. Empty files and folders do not count."""
         if self.run is not None:
             return []
-        files = (self.mark, self.config, self.metrics, self.log, *also)
-        return [path.name for path in files if _has_content(path)] + (["stop"] if os.path.lexists(self.stop) else [])
+        files = (self.owner_file, self.config, self.metrics, self.log, *also)
+        return [path.name for path in files if _has_content(path)] + (
+            ["stop"] if os.path.lexists(self.stop_file) else []
+        )
 
-    def remember(self, launches: Iterable[str]) -> None:
+    def record_owner(self, launches: Iterable[str]) -> None:
         """Make the directory that of `launches`: each node has its own, and any may be the one that is left."""
         self._write_mark({**self._read_mark(), "launches": list(dict.fromkeys(launches))})
 
     def _read_mark(self) -> dict[str, Any]:
         try:
-            mark = json.loads(self.mark.read_text(encoding="utf-8"))
+            mark = json.loads(self.owner_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         known = isinstance(mark, dict) and isinstance(mark.get("kind"), str) and isinstance(mark.get("launches"), list)
         return mark if known and _RUN.fullmatch(str(mark.get("run"))) else {}
 
     def _write_mark(self, mark: Mapping[str, Any]) -> None:
-        atomic_write(self.mark, json.dumps(mark, indent=1) + "\n")
+        atomic_write(self.owner_file, json.dumps(mark, indent=1) + "\n")
 
     @property
-    def used(self) -> bool:
+    def has_run(self) -> bool:
         """Whether a run has left something here: it has made a step, or has a checkpoint."""
         return self.run is not None and (self.metrics.exists() or any(self.checkpoints.glob("step-*")))
 
@@ -108,7 +110,7 @@ class RunDirectory:
                 )
 
     @contextmanager
-    def held(self) -> Iterator[bool]:
+    def lock(self) -> Iterator[bool]:
         """Make the directory, and keep every other run out of it.
 
         Yields whether others are kept out: some network file systems cannot. The kernel lets go of it with the process,
@@ -125,7 +127,9 @@ class RunDirectory:
     def sweep(self, *also: Path) -> None:
         """Remove what killed processes of the run left half written. Nobody else may be writing here."""
         if self.run is not None:
-            for leftover in (each for file in (self.mark, self.config, *also) for each in temporary_files_of(file)):
+            for leftover in (
+                each for file in (self.owner_file, self.config, *also) for each in temporary_files_of(file)
+            ):
                 leftover.unlink(missing_ok=True)
 
     def clear(self, log_from: int | None = None) -> None:
@@ -156,7 +160,7 @@ class RunDirectory:
 
     def release(self) -> None:
         """Make the directory nobody's, after `clear`; it goes, too, if nothing else is in it."""
-        self.mark.unlink(missing_ok=True)
+        self.owner_file.unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
 

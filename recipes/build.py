@@ -84,7 +84,7 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     limit = recipe.run.max_minutes
     requests = StopRequests(
         signals,
-        file=directory.stop if world.is_main else None,
+        file=directory.stop_file if world.is_main else None,
         ends_at=None if limit is None else launch_time() + 60 * limit,
     )
     torch.manual_seed(recipe.run.seed + world.rank)

@@ -63,7 +63,7 @@ class RunCheckpoints:
         """Restore the newest intact checkpoint and log `what` made it necessary; return False if there is none."""
         self.store.wait()
         damages: list[str] = []
-        checkpoint = newest_intact_checkpoint(self.store.complete(), self.world, damages)
+        checkpoint = newest_intact_checkpoint(self.store.list_checkpoints(), self.world, damages)
         for damage in damages:
             log.warning(f"{damage}; taking the checkpoint before it")
         if checkpoint is None:
@@ -77,7 +77,7 @@ class RunCheckpoints:
     @property
     def newest(self) -> str:
         """The path of the newest checkpoint, for messages, or "none"."""
-        return str(self.store.newest() or "none")
+        return str(self.store.latest() or "none")
 
     def _require_finite(self) -> None:
         """Raise NonFiniteStateError if a parameter or a state of the optimizer is not finite on any rank.

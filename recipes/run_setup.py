@@ -44,7 +44,7 @@ def claim_run_directory(
     def take() -> None:
         nonlocal locked
         directory.check_links()
-        locked = world.is_main and cleanup.enter_context(directory.held())
+        locked = world.is_main and cleanup.enter_context(directory.lock())
         if locked and (run := directory.run) is not None:
             remove_partial_saves(directory.checkpoints, run)
 
@@ -55,18 +55,18 @@ def claim_run_directory(
             directory.claim()
             if locked:
                 directory.sweep()
-            directory.stop.unlink(missing_ok=True)  # it was meant for a run before
+            directory.stop_file.unlink(missing_ok=True)  # it was meant for a run before
 
     with config_errors_at(config, "run"):
         world.main_first(take)
         # Processes that were started again after a failure find the directory as they left it, and may use it.
-        restarted = bool(world.maximum(directory.belongs_to(launch)))
+        restarted = bool(world.maximum(directory.owned_by(launch)))
         opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
         checkpoint = opened.checkpoint
         continues = checkpoint is not None and (
             checkpoint.parent == directory.checkpoints or is_inside(checkpoint, directory.path)
         )
-        replaces = directory.used and not continues
+        replaces = directory.has_run and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
                 f"{directory.path} already holds a run; continue it with --resume, give this one another "
@@ -93,7 +93,7 @@ def _begin(directory: RunDirectory, config: Config, world: DistributedContext, *
                 remove_old_run(directory, log_from)
             atomic_write(directory.config, config.to_toml())
             if launch is not None:
-                directory.remember(launches)
+                directory.record_owner(launches)
 
     def begin() -> None:
         with config_errors_at(config, "run"):

@@ -36,7 +36,7 @@ log = logging.getLogger("powertrain")
 ORDER_CHUNK = 4096
 
 
-def order_of(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
+def build_order(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
     """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
     if isinstance(samples, HasOrder):
         return samples.order(seed=seed, shuffle=shuffle)
@@ -81,12 +81,12 @@ class MicroBatchLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 4,
-        patience_seconds: float = 600.0,
+        timeout_seconds: float = 600.0,
     ):
         """`start` is the first global sample not yet trained on: any number, whatever layout trained those before it.
 
         `prefetch_factor` is how many micro-batches each of `num_workers` processes reads ahead; with no workers they
-        are read as they are asked for. A worker that has given nothing for `patience_seconds` is given up.
+        are read as they are asked for. A worker that has given nothing for `timeout_seconds` is given up.
         """
         if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
@@ -103,7 +103,7 @@ class MicroBatchLoader:
         self._given = 0  # micro-batches handed out by this rank
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
+            "dataset": _OrderedSamples(samples, build_order(samples, seed=seed, shuffle=shuffle)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _identity_collate,
             "num_workers": num_workers,
@@ -114,7 +114,7 @@ class MicroBatchLoader:
         if num_workers:
             self._last_words, writer = multiprocessing.Pipe(duplex=False)
             self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(start_worker, writer)}
-            self._settings |= {"timeout": patience_seconds}
+            self._settings |= {"timeout": timeout_seconds}
         self._stream: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 

@@ -92,9 +92,9 @@ def sources_in(section: str, data: object) -> dict[str, object]:
 class MixedDataset:
     """Sequences of all sources, one source after the other; `order` says in which order they are trained on."""
 
-    def __init__(self, sources: Mapping[str, PackedDataset], interleaving: StagedMixingSchedule):
+    def __init__(self, sources: Mapping[str, PackedDataset], schedule: StagedMixingSchedule):
         self.sources = dict(sources)
-        self.interleaving = interleaving
+        self.schedule = schedule
         self._starts = [0, *accumulate(map(len, self.sources.values()))]
 
     @property
@@ -129,11 +129,11 @@ class MixedDataset:
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
         """The order that a loader follows."""
         lengths = [len(source) for source in self.sources.values()]
-        return MixedOrder(self.interleaving, lengths, seed=seed, shuffle=shuffle)
+        return MixedOrder(self.schedule, lengths, seed=seed, shuffle=shuffle)
 
     def source_epochs(self, samples: int) -> dict[str, float]:
         """Epochs of each source among the first `samples` of the global order."""
-        counts = self.interleaving.counts(samples).tolist()
+        counts = self.schedule.counts(samples).tolist()
         return {name: count / len(source) for (name, source), count in zip(self.sources.items(), counts, strict=True)}
 
     def describe(self, index: int) -> str:
@@ -147,14 +147,14 @@ class MixedDataset:
 class MixedOrder:
     """Global sample number -> (epoch of its source, index among all sequences): as pure a function as `SampleOrder`."""
 
-    def __init__(self, interleaving: StagedMixingSchedule, lengths: Sequence[int], *, seed: int, shuffle: bool):
-        self._interleaving = interleaving
+    def __init__(self, schedule: StagedMixingSchedule, lengths: Sequence[int], *, seed: int, shuffle: bool):
+        self._schedule = schedule
         self._orders = [SampleOrder(length, seed=seed, shuffle=shuffle) for length in lengths]
         self._starts = [0, *accumulate(lengths)]
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) global sample numbers from 0 -> (n,) epochs, (n,) indices; both int64."""
-        sources, numbers = self._interleaving(np.asarray(samples, dtype=np.int64))
+        sources, numbers = self._schedule(np.asarray(samples, dtype=np.int64))
         epochs, indices = np.empty_like(numbers), np.empty_like(numbers)
         for source, order in enumerate(self._orders):
             here = sources == source

@@ -1,7 +1,7 @@
 """Token ids in files, read where they lie: nothing is held in memory but what was asked for.
 
 Files of ids are read, not mapped: pages of a map would count as memory of the process, and a disk that fails or a file
-that is cut short would end the process by a signal, where a read says what happened. The table of segments, which is
+that is cut short would end the process by a signal, where a read says what happened. The table of spans, which is
 looked up at random, may be mapped.
 """
 
@@ -108,16 +108,16 @@ class _Mapped:
 class TokenReader:
     """Runs of ids from several files, end to end. Pickling carries paths, never tokens or open files."""
 
-    def __init__(self, files: Sequence[Path], dtype: np.dtype, segments: np.ndarray):
-        """`segments` (n, 3 or more) int64: number of the file, first id in it, ids.
+    def __init__(self, files: Sequence[Path], dtype: np.dtype, spans: np.ndarray):
+        """`spans` (n, 3 or more) int64: number of the file, first id in it, ids.
 
         Raises OSError where the process may open no more files.
         """
         self._files = list(files)
         self._dtype = dtype
-        self.segments = np.asanyarray(segments, dtype=np.int64)
-        # Of every _STRIDE-th segment where it starts in the whole; then the end.
-        sums = [int(segments[at : at + _STRIDE, 2].sum()) for at in range(0, len(segments), _STRIDE)]
+        self.spans = np.asanyarray(spans, dtype=np.int64)
+        # Of every _STRIDE-th span where it starts in the whole; then the end.
+        sums = [int(spans[at : at + _STRIDE, 2].sum()) for at in range(0, len(spans), _STRIDE)]
         self._starts = list(accumulate(sums, initial=0))
         self._number = next(_source_numbers)
         _files.check_limit()
@@ -130,20 +130,20 @@ class TokenReader:
 
         Raises OSError, naming the file, where it cannot be read or is shorter than it was.
         """
-        segment, skipped = self.segment_at(start)
-        segments = self.segments.data  # a memory view gives Python's numbers, quickly
+        span, skipped = self.span_at(start)
+        spans = self.spans.data  # a memory view gives Python's numbers, quickly
         done = 0
         while done < len(out):
-            file, first, count = segments[segment, 0], segments[segment, 1], segments[segment, 2]
+            file, first, count = spans[span, 0], spans[span, 1], spans[span, 2]
             part = self._read(file, first + skipped, min(count - skipped, len(out) - done))
             out[done : done + len(part)] = part
             done += len(part)
-            segment, skipped = segment + 1, 0
+            span, skipped = span + 1, 0
 
-    def segment_at(self, position: int) -> tuple[int, int]:
-        """(segment, position within it) of the id at `position`."""
+    def span_at(self, position: int) -> tuple[int, int]:
+        """(span, position within it) of the id at `position`."""
         block = bisect_right(self._starts, position) - 1
-        ends = self.segments[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
+        ends = self.spans[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
         within = position - self._starts[block]
         number = int(ends.searchsorted(within, side="right"))
         return block * _STRIDE + number, within - (int(ends[number - 1]) if number else 0)
@@ -168,13 +168,13 @@ class TokenReader:
         return np.frombuffer(data, dtype=self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"segments": _Mapped.of(self.segments)}
+        return self.__dict__ | {"spans": _Mapped.of(self.spans)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._number = next(_source_numbers)  # that of another process may be taken in this one
-        if isinstance(self.segments, _Mapped):
-            self.segments = self.segments.open()
+        if isinstance(self.spans, _Mapped):
+            self.spans = self.spans.open()
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):

@@ -83,7 +83,7 @@ class _ProgressReporter:
 
 
 def tokenize_missing(
-    pieces: Sequence[SourceFile],
+    source_files: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -94,22 +94,22 @@ def tokenize_missing(
     group_bytes: int = _GROUP_BYTES,
     processes: int | None = None,
 ) -> dict[str, EncodedFile]:
-    """Tokenize the pieces that `store` does not hold; return where every piece lies, by content.
+    """Tokenize the source_files that `store` does not hold; return where every source_file lies, by content.
 
     If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is a name to
     display; `report` is called at most every `report_seconds`; `processes` is by default chosen by processors and work.
     Raises ValueError or OSError for what cannot be read or encoded; what was tokenized until then stays.
     """
     existing = list_encoded(store)
-    wanted = list({piece.content: piece for piece in pieces}.values())
+    wanted = list({source_file.content: source_file for source_file in source_files}.values())
     groups = [
         missing
         for group in group_neighbours(wanted, group_bytes)
-        if (missing := [piece for piece in group if piece.content not in existing])
+        if (missing := [source_file for source_file in group if source_file.content not in existing])
     ]
     if not groups:
         return existing
-    total = sum(piece.size_bytes for group in groups for piece in group)
+    total = sum(source_file.size_bytes for group in groups for source_file in group)
     reporter = _ProgressReporter(source, total, report, report_seconds)
     work = partial(tokenize_group, store=store, shard_tokens=shard_tokens)
     if processes is None:
@@ -122,22 +122,22 @@ def tokenize_missing(
     return list_encoded(store)
 
 
-def group_neighbours(pieces: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
-    """Yield neighbouring pieces together until they are large enough."""
+def group_neighbours(source_files: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
+    """Yield neighbouring source_files together until they are large enough."""
     group: list[SourceFile] = []
     size = 0
-    for piece in pieces:
-        if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
+    for source_file in source_files:
+        if group and (size + source_file.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
             yield group
             group, size = [], 0
-        group.append(piece)
-        size += piece.size_bytes
+        group.append(source_file)
+        size += source_file.size_bytes
     if group:
         yield group
 
 
 def tokenize_group(
-    pieces: Sequence[SourceFile],
+    source_files: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -145,25 +145,27 @@ def tokenize_group(
     shard_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write the shards of `pieces` that do not exist yet. Another process may do the same at the same time.
+    """Write the shards of `source_files` that do not exist yet. Another process may do the same at the same time.
 
     `encode` is the tokenizer's, on as many threads as are to work. `on_progress` receives the bytes read and the tokens
     written since its last call; what existed already counts.
     """
-    group = group_name(pieces)
+    group = group_name(source_files)
     existing = list(shards_of(store, group))
     if existing and existing[-1].last:
-        on_progress(sum(piece.size_bytes for piece in pieces), sum(shard.tokens for shard in existing))
+        on_progress(
+            sum(source_file.size_bytes for source_file in source_files), sum(shard.tokens for shard in existing)
+        )
         return
-    records = [record for shard in existing for record in shard.pieces]
+    records = [record for shard in existing for record in shard.source_files]
     ended = {record.content for record in records if record.ended}
-    skip_documents = 0  # of the first piece that has not ended
+    skip_documents = 0  # of the first source_file that has not ended
     for record in records:
         skip_documents = 0 if record.ended else skip_documents + record.read
     if existing:
-        done = sum(piece.size_bytes for piece in pieces if piece.content in ended)
+        done = sum(source_file.size_bytes for source_file in source_files if source_file.content in ended)
         on_progress(done, sum(shard.tokens for shard in existing))
-    remaining = [piece for piece in pieces if piece.content not in ended]
+    remaining = [source_file for source_file in source_files if source_file.content not in ended]
     with ShardWriter(store, group, len(existing), tokenizer, shard_tokens) as writer:
         for batch, read_bytes in _batches(_read_chunks(remaining, skip_documents)):
             tokens_before = writer.tokens
@@ -173,18 +175,18 @@ def tokenize_group(
         writer.finish()
 
 
-def _read_chunks(pieces: Sequence[SourceFile], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
+def _read_chunks(source_files: Sequence[SourceFile], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
     """Yield the chunks of all documents but the first `skip_documents`, each with the bytes of source read for it."""
-    for piece in pieces:
+    for source_file in source_files:
         log, before = ReadStats(), 0
-        for document in piece.read(log):
+        for document in source_file.read(log):
             text, data = to_utf8(document.text, log)
             if skip_documents:
                 skip_documents -= document.complete
                 continue
-            yield Chunk(piece, text, data, document.complete), log.source_bytes - before
+            yield Chunk(source_file, text, data, document.complete), log.source_bytes - before
             before = log.source_bytes
-        yield Chunk(piece, None, repairs=log.repairs), log.source_bytes - before
+        yield Chunk(source_file, None, fixups=log.fixups), log.source_bytes - before
         skip_documents = 0
 
 

@@ -9,7 +9,7 @@ Knows files, names and shapes; which name means what is the models' business.
 """
 
 from components.safetensors.directory import new_directory, read_json, write_json
-from components.safetensors.pytorch_bin import PickledWeights, only_pickles
+from components.safetensors.pytorch_bin import PickledWeights, has_only_pickles
 from components.safetensors.reader import TensorSpec, Weights
 from components.safetensors.writer import parse_bytes, write_weights
 
@@ -17,8 +17,8 @@ __all__ = [
     "PickledWeights",
     "TensorSpec",
     "Weights",
+    "has_only_pickles",
     "new_directory",
-    "only_pickles",
     "parse_bytes",
     "read_json",
     "write_json",

@@ -18,7 +18,7 @@ from components.safetensors.reader import DTYPES, INDEX, SINGLE, TensorSpec
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def only_pickles(directory: Path) -> bool:
+def has_only_pickles(directory: Path) -> bool:
     """Return whether the weights of `directory` are pickled, and not, or not also, safetensors."""
     if is_file(directory / SINGLE) or is_file(directory / INDEX):
         return False
@@ -50,7 +50,7 @@ class PickledWeights:
                 raise ValueError(
                     f"{directory}: {name} is stored as {tensor.dtype}; it can only be a floating-point one"
                 )
-        self.described = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         return self._tensors[name][slices]

@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, one file or many with an index: described first, read slice by slice."""
+"""The tensors of safetensors files, one file or many with an index: specs first, read slice by slice."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Weights:
     """
 
     def __init__(self, directory: Path, *, ignore: Iterable[str] = ()) -> None:
-        """Tensors whose names end with one of `ignore` may have any dtype, and are left out of `described`."""
+        """Tensors whose names end with one of `ignore` may have any dtype, and are left out of `specs`."""
         self._open = ExitStack()
         self._home: dict[str, Any] = {}
-        self.described: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         ignored = tuple(ignore)
         table, self.notes = choose_files(directory / SINGLE, directory / INDEX)
         """`notes`: what there is to tell of the choice of files."""
@@ -59,12 +59,12 @@ class Weights:
         for name, handle in self._home.items():
             view = handle.get_slice(name)
             if (stored := view.get_dtype()) in DTYPES:
-                self.described[name] = TensorSpec(tuple(view.get_shape()), DTYPES[stored])
+                self.specs[name] = TensorSpec(tuple(view.get_shape()), DTYPES[stored])
             elif not name.endswith(ignored or ("\0",)):
                 raise ValueError(f"{directory}: {name} is stored as {stored}; only {', '.join(DTYPES)} can be read")
         self.dropped = [name for name in self._home if ignored and name.endswith(ignored)]
         for name in self.dropped:
-            self.described.pop(name, None)
+            self.specs.pop(name, None)
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         """The tensor, or the part of it that `slices` cut out, one for each dimension."""

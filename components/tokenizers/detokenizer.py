@@ -23,7 +23,7 @@ class IncrementalDetokenizer:
         self._new = 0
         """How many of them came since the text was last certain to its end."""
 
-    def push(self, id: int) -> str:
+    def add(self, id: int) -> str:
         """The text that became certain with `id`."""
         self._ids.append(id)
         self._new += 1

@@ -65,7 +65,7 @@ class CriticalBatch(Pretrain):
 
             def take() -> None:
                 measurement.directory.check_links(measurement.folder)
-                if world.is_main and cleanup.enter_context(measurement.directory.held()):
+                if world.is_main and cleanup.enter_context(measurement.directory.lock()):
                     measurement.directory.sweep(measurement.report, measurement.begun)
 
             with config_errors_at(config, "run"):
@@ -177,7 +177,7 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         launch = os.environ.get(LAUNCH_ID)
-        again = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
+        again = resume is not None or bool(world.maximum(self.directory.owned_by(launch)))
         begun = self.begun
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
@@ -201,7 +201,7 @@ class CriticalBatchMeasurement:
                 self._remove()
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
-                self.directory.remember(launches)
+                self.directory.record_owner(launches)
             atomic_write(self.directory.config, self.config.to_toml())
             atomic_write(begun, json.dumps(asdict(self.start), indent=1) + "\n")
 
@@ -216,7 +216,7 @@ class CriticalBatchMeasurement:
             remove_old_run(branch)
             branch.release()
         self.directory.clear()
-        self.directory.stop.unlink(missing_ok=True)
+        self.directory.stop_file.unlink(missing_ok=True)
         for written in (self.begun, self.report, self.picture):
             written.unlink(missing_ok=True)
 

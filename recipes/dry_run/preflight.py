@@ -103,7 +103,7 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
     if foreign := directory.foreign():
         message = f"{directory.path} holds {', '.join(foreign)}, which were not written by a run; move them away"
         yield Finding("warning", "run.name", message)
-    if directory.used:
+    if directory.has_run:
         if recipe.run.if_exists == "replace":
             yield Finding("note", "run.name", f"{directory.path} already holds a run, which will be replaced")
         else:

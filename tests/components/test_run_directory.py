@@ -15,21 +15,21 @@ pytestmark = pytest.mark.quick
 def test_one_run_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    with first.held(), pytest.raises(ValueError, match="another run is writing"), second.held():
+    with first.lock(), pytest.raises(ValueError, match="another run is writing"), second.lock():
         pass
-    with second.held():
+    with second.lock():
         pass
 
 
 def test_whoever_holds_it_is_named_and_what_the_dead_held_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
     directory = RunDirectory(tmp_path / "run")
-    with directory.held(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.held():
+    with directory.lock(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.lock():
         pass
     assert not directory.path.exists(), "left empty it is gone"
     directory.path.mkdir()
     (directory.path / run_directory.LOCK).write_text("process 1 on a node that lost its power")
-    with directory.held() as kept_out:
+    with directory.lock() as kept_out:
         assert kept_out
 
 
@@ -38,17 +38,17 @@ def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(run_directory.fcntl, "flock", cannot)
-    with RunDirectory(tmp_path).held() as kept_out:
+    with RunDirectory(tmp_path).lock() as kept_out:
         assert not kept_out
 
 
 def test_each_node_that_took_part_in_a_launch_knows_the_directory_again(tmp_path):
     directory = RunDirectory(tmp_path)
-    assert not directory.belongs_to("one")
+    assert not directory.owned_by("one")
     directory.claim()
-    directory.remember(["one", "two", "two"])
-    assert directory.belongs_to("one") and directory.belongs_to("two")
-    assert not any(directory.belongs_to(launch) for launch in ("on", "one\ntwo", None))
+    directory.record_owner(["one", "two", "two"])
+    assert directory.owned_by("one") and directory.owned_by("two")
+    assert not any(directory.owned_by(launch) for launch in ("on", "one\ntwo", None))
 
 
 def test_what_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
@@ -76,13 +76,13 @@ def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
     directory, elsewhere = RunDirectory(tmp_path), tmp_path / "elsewhere"
     lock = directory.path / run_directory.LOCK
     lock.write_text("of another program")
-    with pytest.raises(ValueError, match="not a lock that a run made"), directory.held():
+    with pytest.raises(ValueError, match="not a lock that a run made"), directory.lock():
         pass
     assert lock.read_text() == "of another program"
     elsewhere.write_text("mine")
     lock.unlink()
     lock.symlink_to(elsewhere)
-    with pytest.raises(OSError), directory.held():
+    with pytest.raises(OSError), directory.lock():
         pass
     assert elsewhere.read_text() == "mine"
 
@@ -95,7 +95,7 @@ def test_a_directory_with_a_file_that_no_run_wrote_is_not_claimed(tmp_path, name
         directory.claim()
     directory.clear()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-    assert not directory.used and directory.run is None
+    assert not directory.has_run and directory.run is None
 
 
 def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
@@ -122,7 +122,7 @@ def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path
         patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
         atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
-    with directory.held():
+    with directory.lock():
         directory.sweep()
         names = sorted(file.name for file in tmp_path.iterdir())
         assert names == [".config.toml.new.part", ".run.lock", "config.toml", "run.json"]

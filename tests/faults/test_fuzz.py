@@ -119,7 +119,7 @@ def test_tokenizer_files(tmp_path_factory, edits, special: list[str], pattern: s
 @FUZZ
 @given(
     edits=mutations(),
-    name=st.sampled_from(["index.json", "segments.npy", "pieces.json", "shard.json", "tokens.bin", "documents.bin"]),
+    name=st.sampled_from(["index.json", "spans.npy", "source_files.json", "shard.json", "tokens.bin", "documents.bin"]),
 )
 def test_token_shards(trained: Path, tmp_path_factory, edits, name: str) -> None:
     original = min((trained / "cache").rglob(name))

@@ -106,7 +106,7 @@ def test_bytes_that_are_not_utf_8_are_replaced_and_counted_in_every_format_of_te
     log = ReadStats()
     documents = [document.text for document in TextFiles(path=tmp_path).documents(log)]
     assert documents == 4 * ["fine", "caf\ufffd", "fine too"]
-    assert log.repairs == {"replaced characters": 4}
+    assert log.fixups == {"replaced characters": 4}
 
 
 def test_a_bad_row_of_metrics_does_not_cost_the_rows_behind_it(tmp_path, caplog):

@@ -20,7 +20,7 @@ from components.cpu import num_cpus
 from components.data.cache import CacheEntry
 from components.data.dataset import TextDataset
 from components.data.document import Document, ReadStats, SourceFile
-from components.data.file_hash_cache import MEMORY, FileHashCache, stat_signature
+from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache, stat_signature
 from components.data.index import DocumentFilter
 from components.errors import InputError
 from components.interfaces import Tokenizer
@@ -55,7 +55,7 @@ class TextSource(ABC):
         """Bytes that `log.source_bytes` will have reached at the end, for the time left; 0 if unknown."""
         return 0
 
-    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
+    def source_files(self, hashes: FileHashCache) -> list[SourceFile]:
         """The source in parts that can be prepared one without the other, in order; here it is one part."""
         return [SourceFile(str(self), self.fingerprint(hashes), self.size_bytes(), self.documents)]
 
@@ -76,9 +76,9 @@ class TextSource(ABC):
 
     def cache_entry(self, tokenizer: Tokenizer, cache_dir: Path) -> CacheEntry:
         """Return where in `cache_dir` this source is prepared or will be."""
-        with FileHashCache(cache_dir / MEMORY) as hashes:
-            pieces = self.pieces(hashes)
-        return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), pieces, self.document_filter())
+        with FileHashCache(cache_dir / HASH_CACHE_FILE) as hashes:
+            source_files = self.source_files(hashes)
+        return CacheEntry(cache_dir, tokenizer, type(self).__name__, str(self), source_files, self.document_filter())
 
     def document_filter(self) -> DocumentFilter:
         """Return which documents are used. Raises InputError for keys that contradict each other."""
@@ -104,7 +104,7 @@ class FileSource(TextSource):
         """The documents of one file; as `documents`."""
 
     @abstractmethod
-    def manner(self, path: Path) -> str:
+    def reader_version(self, path: Path) -> str:
         """Text that changes whenever `read` would make other documents of the same bytes: kind, settings, version."""
 
     def documents(self, log: ReadStats) -> Iterator[Document]:
@@ -112,19 +112,22 @@ class FileSource(TextSource):
             yield from self.read(path, log)
 
     def fingerprint(self, hashes: FileHashCache) -> str:
-        return repr([piece.content for piece in self.pieces(hashes)])
+        return repr([source_file.content for source_file in self.source_files(hashes)])
 
     def size_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files().values())
 
-    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
+    def source_files(self, hashes: FileHashCache) -> list[SourceFile]:
         files = self.files()
         stamps = list(map(stat_signature, files.values()))
         with ThreadPoolExecutor(min(8, num_cpus())) as pool:  # hashing leaves the interpreter's lock
             digests = list(pool.map(hashes.sha256, files.values()))
         return [
             SourceFile(
-                name, f"{self.manner(path)} {digest}", stamp[0], partial(_read_as_hashed, self.read, path, stamp)
+                name,
+                f"{self.reader_version(path)} {digest}",
+                stamp[0],
+                partial(_read_as_hashed, self.read, path, stamp),
             )
             for (name, path), digest, stamp in zip(files.items(), digests, stamps, strict=True)
         ]

@@ -18,8 +18,8 @@ BLOCK = 2**16
 class Decompressed(io.RawIOBase):
     """The content of a compressed file. A kind of it says how the next block of content is found."""
 
-    def __init__(self, stored: BufferedReader) -> None:
-        self._stored = stored
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
         self._packed = b""
         """What was read from the file and not decompressed yet."""
         self._content = memoryview(b"")
@@ -33,7 +33,7 @@ class Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            self._packed = self._packed or self._stored.read(BLOCK)
+            self._packed = self._packed or self._file.read(BLOCK)
             content = self.next_content()
             if content is None:
                 return 0
@@ -55,8 +55,8 @@ class Gzip(Decompressed):
     Downloads and tapes leave such bytes. Python's own reader loses the last block of text over them.
     """
 
-    def __init__(self, stored: BufferedReader, log: ReadStats):
-        super().__init__(stored)
+    def __init__(self, file: BufferedReader, log: ReadStats):
+        super().__init__(file)
         self._log = log
         self._member: Any = zlib.decompressobj(_MEMBER_WITH_HEADER)
 
@@ -72,17 +72,15 @@ class Gzip(Decompressed):
 
     def _starts_member(self) -> bool:
         """Whether another member follows the one that has ended; zeros may stand between them."""
-        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._stored.read(BLOCK)):
+        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._file.read(BLOCK)):
             self._packed = self._packed.lstrip(b"\0") + more
         self._packed = self._packed.lstrip(b"\0")
         if self._packed.startswith(_MAGIC):
             self._member = zlib.decompressobj(_MEMBER_WITH_HEADER)
             return True
         if self._packed:
-            at = self._stored.tell()
-            self._log.repairs["bytes after the end of a .gz"] += (
-                len(self._packed) + self._stored.seek(0, os.SEEK_END) - at
-            )
+            at = self._file.tell()
+            self._log.fixups["bytes after the end of a .gz"] += len(self._packed) + self._file.seek(0, os.SEEK_END) - at
             self._packed = b""
         return False
 
@@ -90,9 +88,9 @@ class Gzip(Decompressed):
 class Zstandard(Decompressed):
     """The content of all frames of a file. The library's own reader takes a file that was cut for one that ends."""
 
-    def __init__(self, stored: BufferedReader, path: Path):
+    def __init__(self, file: BufferedReader, path: Path):
         """Raises ValueError if the `zstandard` library is missing."""
-        super().__init__(stored)
+        super().__init__(file)
         try:
             import zstandard
         except ModuleNotFoundError:

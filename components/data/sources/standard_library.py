@@ -42,7 +42,7 @@ class StandardLibrary(FileSource):
         log.source_bytes += len(data)
         yield Document(normalize_newlines(decode(data, log, _encoding(data)), log))
 
-    def manner(self, path: Path) -> str:
+    def reader_version(self, path: Path) -> str:
         return "StandardLibrary-1"
 
     def __str__(self) -> str:

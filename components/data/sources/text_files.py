@@ -64,7 +64,7 @@ class TextFiles(FileSource):
             return read_text(path, log, self.document_separator)
         return _READERS[kind](path, log, self.text_key)
 
-    def manner(self, path: Path) -> str:
+    def reader_version(self, path: Path) -> str:
         kind = format_of(path)
         return f"{kind}-1 {json.dumps(self.document_separator if kind == '.txt' else self.text_key)}"
 

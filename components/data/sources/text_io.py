@@ -79,14 +79,14 @@ def decode(data: bytes, log: ReadStats, encoding: str = "utf-8") -> str:
         return data.decode(encoding)
     except UnicodeDecodeError:
         text = data.decode(encoding, errors="replace")
-        log.repairs["replaced characters"] += text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
+        log.fixups["replaced characters"] += text.count(_REPLACEMENT) - data.count(_REPLACEMENT.encode())
         return text
 
 
 def normalize_newlines(text: str, log: ReadStats) -> str:
     """`text` with CRLF and lone CR turned into LF, counted."""
     if "\r" in text:
-        log.repairs["line ends"] += text.count("\r")
+        log.fixups["line ends"] += text.count("\r")
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text
 
@@ -98,17 +98,17 @@ def open_text(path: Path, log: ReadStats) -> Iterator[tuple[BufferedReader, Call
     Raises ValueError for a damaged compressed file, and for UTF-16 and what is no text, which would decode to rubbish.
     """
     before = log.source_bytes
-    with path.open("rb") as stored:
-        stream = stored
-        if path.suffix.lower() in COMPRESSED and not os.fstat(stored.fileno()).st_size:
+    with path.open("rb") as file:
+        stream = file
+        if path.suffix.lower() in COMPRESSED and not os.fstat(file.fileno()).st_size:
             raise ValueError(f"{path} is damaged, or no {path.suffix} file: it holds no bytes")
         if path.suffix.lower() == ".gz":
-            stream = BufferedReader(Gzip(stored, log), BLOCK_BYTES)
+            stream = BufferedReader(Gzip(file, log), BLOCK_BYTES)
         elif path.suffix.lower() == ".zst":
-            stream = BufferedReader(Zstandard(stored, path), BLOCK_BYTES)
+            stream = BufferedReader(Zstandard(file, path), BLOCK_BYTES)
 
         def count_read() -> None:
-            log.source_bytes = before + stored.tell()
+            log.source_bytes = before + file.tell()
 
         try:
             start = stream.peek(_LOOKED_AT)[:_LOOKED_AT]
@@ -117,7 +117,7 @@ def open_text(path: Path, log: ReadStats) -> Iterator[tuple[BufferedReader, Call
                 raise ValueError(f"{path} is a {other} file by its content, not text; {remedy}")
             if start.startswith(codecs.BOM_UTF8):
                 stream.read(3)
-                log.repairs["byte-order marks"] += 1
+                log.fixups["byte-order marks"] += 1
             elif start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise ValueError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv -f utf-16 -t utf-8")
             elif start.count(0) > _LOOKED_AT // 4:  # UTF-16 without a mark, and binary files of any kind

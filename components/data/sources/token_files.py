@@ -30,9 +30,9 @@ _LLMC_BYTES = 1024  # 256 int32: magic, version, ids; the rest is not used
 _LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 """By magic and version, those of write_datafile in llm.c's dev/data/data_common.py."""
 
-_LOOKS, _LOOK_IDS = 512, 4096
+_MAX_PROBES, _PROBE_IDS = 512, 4096
 """Stretches of ids looked at when files are opened, in all of them together, and ids of one."""
-_MOST_LOOKS_A_FILE = 16
+_MAX_PROBES_PER_FILE = 16
 _REMEDIES = {
     "<u2": "its ids look like uint16: set it to that",
     "<u4": "its ids look like uint32: set it to that",
@@ -40,7 +40,7 @@ _REMEDIES = {
     ">u2": "its ids look like big-endian uint16: convert the file with numpy's byteswap",
     ">u4": "its ids look like big-endian uint32: convert the file with numpy's byteswap",
 }
-_FEWEST_IDS = 64
+_MIN_IDS = 64
 """Of so many ids every other one may well be 0."""
 
 
@@ -48,11 +48,11 @@ class _Tokens(NamedTuple):
     """A file's ids, and where its documents end, if it says so."""
 
     dtype: np.dtype
-    segments: np.ndarray
+    spans: np.ndarray
     """(n, 2) int64: first id in the file, ids."""
     ends: np.ndarray | None
-    """Positions of the last id of each document, in the whole of the segments; int64."""
-    says_type: bool = True
+    """Positions of the last id of each document, in the whole of the spans; int64."""
+    has_dtype: bool = True
     """Whether the type is the file's own word, or that of the key `dtype`."""
 
 
@@ -75,29 +75,31 @@ class TokenFiles:
     ) -> TokenDataset:
         """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
         paths = self.path if isinstance(self.path, list) else [self.path]
-        found = [self._open(path, tokenizer.vocab_size) for path in paths]
+        found = [self._read_tokens(path, tokenizer.vocab_size) for path in paths]
         for path, tokens in zip(paths, found, strict=True):
-            _check_ids(path, tokens, tokenizer.vocab_size, min(_MOST_LOOKS_A_FILE, max(1, _LOOKS // len(paths))))
+            _check_ids(path, tokens, tokenizer.vocab_size, min(_MAX_PROBES_PER_FILE, max(1, _MAX_PROBES // len(paths))))
         if not found:
             raise MissingFileError("path", "[] names no file")
         if len({tokens.dtype for tokens in found}) > 1:
             types = ", ".join(f"{path} {tokens.dtype}" for path, tokens in zip(paths, found, strict=True))
             raise InputError("path", f"files of different types cannot be one source: {types}")
         numbered = [
-            np.concatenate([np.full((len(tokens.segments), 1), number), tokens.segments], axis=1)
+            np.concatenate([np.full((len(tokens.spans), 1), number), tokens.spans], axis=1)
             for number, tokens in enumerate(found)
         ]
         source = ", ".join(map(str, paths))
-        stored = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
-        samples = TokenDataset(stored, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
+        reader = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
+        samples = TokenDataset(reader, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
         start = 0
         for path, tokens in zip(paths, found, strict=True):
-            if tokens.ends is not None and not _ends_are(tokenizer.end_of_document, stored, start + tokens.ends):
+            if tokens.ends is not None and not _documents_end_with(
+                tokenizer.end_of_document, reader, start + tokens.ends
+            ):
                 progress(
                     f"{path}: its documents do not end with id {tokenizer.end_of_document}, the end of a document of "
                     "this tokenizer; they follow one another without a mark (Megatron-LM writes one with --append-eod)"
                 )
-            start += int(tokens.segments[:, 1].sum())
+            start += int(tokens.spans[:, 1].sum())
         return samples
 
     def fingerprint(self, hashes: FileHashCache) -> str:
@@ -106,7 +108,7 @@ class TokenFiles:
         read = [file for path in paths for file in (path, _index_of(path)) if file is not None]
         return f"TokenFiles-2 {json.dumps([self.dtype, [hashes.sha256(file) for file in read]])}"
 
-    def _open(self, path: Path, vocab_size: int) -> _Tokens:
+    def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
         if not is_file(path):
             raise MissingFileError("path", f"{path} does not exist")
         index = _index_of(path)
@@ -131,7 +133,7 @@ class TokenFiles:
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest:
             raise ValueError(f"{path} holds {path.stat().st_size:,} bytes, which are no whole {self.dtype} ids")
-        return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None, says_type=False)
+        return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None, has_dtype=False)
 
 
 def _index_of(path: Path) -> Path | None:
@@ -139,43 +141,43 @@ def _index_of(path: Path) -> Path | None:
     return index if path.suffix == ".bin" and is_file(index) else None
 
 
-def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, looks: int) -> None:
-    """Raise ValueError where ids of up to `looks` stretches, spread over the file, cannot be of the vocabulary."""
-    ids = _look_at(path, tokens, looks)
-    if (problem := _misfit(ids, vocab_size, says_type=tokens.says_type)) is None:
+def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, probes: int) -> None:
+    """Raise ValueError where ids of up to `probes` stretches, spread over the file, cannot be of the vocabulary."""
+    ids = _probe_ids(path, tokens, probes)
+    if (problem := _id_problem(ids, vocab_size, has_dtype=tokens.has_dtype)) is None:
         return
-    for name, remedy in () if tokens.says_type else _REMEDIES.items():
+    for name, remedy in () if tokens.has_dtype else _REMEDIES.items():
         dtype = np.dtype(name)
-        if len(ids) * ids.itemsize % dtype.itemsize == 0 and _misfit(ids.view(dtype), vocab_size) is None:
+        if len(ids) * ids.itemsize % dtype.itemsize == 0 and _id_problem(ids.view(dtype), vocab_size) is None:
             raise InputError("dtype", f"read as {tokens.dtype.name}, {problem} in {path}; {remedy}")
     raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or is in another format")
 
 
-def _look_at(path: Path, tokens: _Tokens, looks: int) -> np.ndarray:
-    """Return (n,) ids: stretches of whole fours, each from a multiple of four in its segment on, so that the halves of
+def _probe_ids(path: Path, tokens: _Tokens, probes: int) -> np.ndarray:
+    """Return (n,) ids: stretches of whole fours, each from a multiple of four in its span on, so that the halves of
     wider ids keep their places."""
-    lengths = tokens.segments[:, 1]
+    lengths = tokens.spans[:, 1]
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    positions = np.unique(np.linspace(0, max(total - 1, 0), looks, dtype=np.int64) // 4 * 4)
+    positions = np.unique(np.linspace(0, max(total - 1, 0), probes, dtype=np.int64) // 4 * 4)
     stretches = [np.empty(0, tokens.dtype)]
     for position in positions[positions < total].tolist():
-        segment = int(np.searchsorted(ends, position, side="right"))
-        skipped = (position - int(ends[segment] - lengths[segment])) // 4 * 4
-        count = min(_LOOK_IDS, max(total // looks, 4), int(lengths[segment]) - skipped)
-        offset = (int(tokens.segments[segment, 0]) + skipped) * tokens.dtype.itemsize
+        span = int(np.searchsorted(ends, position, side="right"))
+        skipped = (position - int(ends[span] - lengths[span])) // 4 * 4
+        count = min(_PROBE_IDS, max(total // probes, 4), int(lengths[span]) - skipped)
+        offset = (int(tokens.spans[span, 0]) + skipped) * tokens.dtype.itemsize
         stretches.append(np.fromfile(path, tokens.dtype, count // 4 * 4, offset=offset))
     return np.concatenate(stretches)
 
 
-def _misfit(ids: np.ndarray, vocab_size: int, *, says_type: bool = False) -> str | None:
+def _id_problem(ids: np.ndarray, vocab_size: int, *, has_dtype: bool = False) -> str | None:
     """Return what shows that (n,) `ids` are not ids of the vocabulary, if anything does."""
     if not len(ids):
         return None
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
-    if not says_type and len(ids) >= _FEWEST_IDS and ids[0::2].any() and not ids[1::2].any():  # wider ids, cut in two
+    if not has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any():  # wider ids, cut in two
         return "every other id is 0"
     return None
 
@@ -241,10 +243,10 @@ def _joined(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.stack([firsts[starts], np.add.reduceat(lengths, starts)], axis=1)
 
 
-def _ends_are(token: int, stored: TokenReader, ends: np.ndarray) -> bool:
+def _documents_end_with(token: int, reader: TokenReader, ends: np.ndarray) -> bool:
     last = np.empty(1, dtype=np.int64)
     for position in ends[:_CHECKED_DOCUMENTS].tolist():
-        stored.read(position, last)
+        reader.read(position, last)
         if last[0] != token:
             return False
     return True

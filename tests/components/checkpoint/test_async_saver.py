@@ -89,7 +89,7 @@ def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named
     later.start()
     store.save(2, {"x": torch.ones(3)}, {}, "")
     assert store.path(1).is_dir()
-    assert store.newest() == store.path(2)
+    assert store.latest() == store.path(2)
 
 
 @pytest.mark.quick
@@ -97,9 +97,11 @@ def test_pruning_comes_after(tmp_path):
     store = CheckpointConfig(keep_last=2, async_save=True).build(tmp_path, Alone())
     for number in (1, 2, 3):
         store.save(number, {"x": torch.ones(1)}, {}, "")
-        assert len(store.complete()) >= min(number - 1, 2), "the last good ones stay until the new one is complete"
+        assert len(store.list_checkpoints()) >= min(number - 1, 2), (
+            "the last good ones stay until the new one is complete"
+        )
     store.close()
-    assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]
+    assert [path.name for path in store.list_checkpoints()] == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.quick
@@ -118,7 +120,7 @@ def test_an_error_in_the_background_is_told_when_it_happens_and_known_afterwards
     assert (store.saved_step, store.failed_steps) == (1, [2])
     assert [path.name for path in store.directory.iterdir()] == ["step-00000001"]
     store.save(3, {"x": torch.ones(3)}, {}, "")
-    assert store.newest() == store.path(3)
+    assert store.latest() == store.path(3)
     assert store.saved_step == 3
 
 

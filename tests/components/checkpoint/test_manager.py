@@ -129,14 +129,14 @@ def test_the_last_n_and_every_m_are_kept(tmp_path):
     store = CheckpointConfig(keep_last=2, keep_every=30).build(tmp_path, Alone())
     for number in range(10, 110, 10):
         store.save(number, {"x": torch.ones(1)}, {}, "")
-    assert [path.name for path in store.complete()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
-    assert store.newest() == tmp_path / "step-00000100"
+    assert [path.name for path in store.list_checkpoints()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
+    assert store.latest() == tmp_path / "step-00000100"
 
 
 def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
     for number in (99_999_999, 100_000_000):
         (tmp_path / f"step-{number:08d}").mkdir()
-    assert CheckpointManager(tmp_path, Alone()).newest() == tmp_path / "step-100000000"
+    assert CheckpointManager(tmp_path, Alone()).latest() == tmp_path / "step-100000000"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.loader import MicroBatchLoader, order_of
+from components.data.loader import MicroBatchLoader, build_order
 from components.data.loader_workers import check_workers
 from components.data.mixing_schedule import StagedMixingSchedule
 from components.data.mixture import MixedOrder
@@ -196,7 +196,7 @@ class Stuck(Numbers):
 
 
 def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
-    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, patience_seconds=0.5)
+    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, timeout_seconds=0.5)
     with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not answer"):
         next(loader.next_step(1))
 
@@ -237,8 +237,8 @@ class Mixed(Numbers):
     """Two of them, in an order of their own."""
 
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
-        interleaving = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
-        return MixedOrder(interleaving, [10, 13], seed=seed, shuffle=shuffle)
+        schedule = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
+        return MixedOrder(schedule, [10, 13], seed=seed, shuffle=shuffle)
 
 
 @settings(max_examples=12, deadline=None)
@@ -265,7 +265,7 @@ def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(part
     for steps, layout in parts:  # each goes on where the last one stopped
         stream, cursor = global_stream(steps, **layout, start=cursor, samples=samples)
         seen += chain.from_iterable(stream)
-    _, indices = order_of(samples, seed=5)(np.arange(start, cursor))
+    _, indices = build_order(samples, seed=5)(np.arange(start, cursor))
     first_tokens = (indices * samples.sequence_length).tolist()
     assert seen == list(zip(range(start, cursor), first_tokens, strict=True))
 

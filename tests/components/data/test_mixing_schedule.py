@@ -12,18 +12,18 @@ pytestmark = pytest.mark.quick
 WEIGHTS = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(any)
 
 
-def brute_counts(interleaving, samples: int, sources: int) -> np.ndarray:
+def brute_counts(schedule, samples: int, sources: int) -> np.ndarray:
     """(samples + 1, sources): how many of each source the first n samples hold, counted one by one."""
-    taken, _ = interleaving(np.arange(samples))
+    taken, _ = schedule(np.arange(samples))
     return np.concatenate([np.zeros((1, sources)), np.cumsum(np.eye(sources)[taken], axis=0)])
 
 
 @settings(max_examples=300, deadline=None)
 @given(weights=WEIGHTS)
 def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
-    interleaving = MixingSchedule(weights)
+    schedule = MixingSchedule(weights)
     samples = 2 * sum(weights) + 3
-    counts = brute_counts(interleaving, samples, len(weights))
+    counts = brute_counts(schedule, samples, len(weights))
     # In whole numbers: |count - n W / P| < 1 is |P count - n W| < P.
     period = sum(weights)
     assert (np.abs(period * counts - np.arange(samples + 1)[:, None] * np.array(weights)) < period).all()
@@ -34,12 +34,12 @@ def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
 @settings(max_examples=200, deadline=None)
 @given(weights=WEIGHTS, sample=st.integers(0, 10**12))
 def test_a_sample_is_the_same_asked_alone_from_afar(weights, sample):
-    interleaving = MixingSchedule(weights)
-    (source,), (number,) = interleaving(np.array([sample]))
-    counts = interleaving.counts(sample)
+    schedule = MixingSchedule(weights)
+    (source,), (number,) = schedule(np.array([sample]))
+    counts = schedule.counts(sample)
     assert counts.sum() == sample
     assert number == counts[source]
-    assert interleaving.counts(sample + 1)[source] == number + 1
+    assert schedule.counts(sample + 1)[source] == number + 1
 
 
 @settings(max_examples=100, deadline=None)

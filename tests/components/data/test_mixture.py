@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import Mixture
-from components.data.loader import MicroBatchLoader, epochs, order_of
+from components.data.loader import MicroBatchLoader, build_order, epochs
 from components.data.mixture import Stage
 from components.errors import MissingFileError
 from components.tokenizers import Bytes
@@ -69,7 +69,7 @@ def test_each_source_keeps_its_own_order_and_epochs():
     seen = stream(samples, 200)
     for first, length in ((0, 7), (1000, 3), (2000, 11)):
         own = [number for number in seen if first <= number < first + 1000]
-        _, indices = order_of(Numbers(0, length), seed=3)(np.arange(len(own)))
+        _, indices = build_order(Numbers(0, length), seed=3)(np.arange(len(own)))
         assert own == (first + indices).tolist()
     # Stage one is 50 samples of 10 tokens: 25, 10 and 15; then 75 of a and c each.
     expected = {"a": (25 + 75) / 7, "b": 10 / 3, "c": (15 + 75) / 11}

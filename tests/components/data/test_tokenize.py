@@ -130,8 +130,8 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
 @pytest.mark.parametrize("damage", [truncate, lengthen, flip, Path.unlink])
 def test_damaged_segments_are_refused(tmp_path, damage):
     directory = build(tmp_path).directory
-    damage(directory / "segments.npy")
-    with pytest.raises(ValueError, match=rf"segments\.npy .* Delete the directory .*{directory.name}"):
+    damage(directory / "spans.npy")
+    with pytest.raises(ValueError, match=rf"spans\.npy .* Delete the directory .*{directory.name}"):
         build(tmp_path)
     shutil.rmtree(directory)
     build(tmp_path)
@@ -159,10 +159,10 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
         ("index.json", {"vocab_size": -1}),
         ("index.json", {"vocab_size": "257"}),
         ("index.json", {"surprise": 1}),
-        ("index.json", {"repairs": {"x": "y"}}),
+        ("index.json", {"fixups": {"x": "y"}}),
         ("shard.json", {"format": 1}),
         ("shard.json", {"tokens": -1}),
-        ("shard.json", {"pieces": []}),
+        ("shard.json", {"source_files": []}),
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
 def test_lone_surrogates_become_text(tmp_path):
     samples = build(tmp_path, Given(text=("cut \ud83d in two",)))
     assert Bytes().build().decode(samples[0][:7]) == "cut \ufffd"
-    assert samples.index.repairs == {"replaced characters": 1}
+    assert samples.index.fixups == {"replaced characters": 1}
 
 
 class Parts(Given):

@@ -48,7 +48,7 @@ Many(kill_at=int(sys.argv[3]), by=getattr(signal, number) if number else 0).buil
 
 @dataclass(kw_only=True)
 class Many(TextSource):
-    """Two pieces, one of 20 documents of half a megabyte, one of five."""
+    """Two source_files, one of 20 documents of half a megabyte, one of five."""
 
     kill_at: int
     by: int
@@ -58,13 +58,13 @@ class Many(TextSource):
             if number == self.kill_at and self.by:
                 print("half way", flush=True)
                 os.kill(os.getpid(), self.by)
-            log.repairs["line ends"] += 1
+            log.fixups["line ends"] += 1
             yield Document(f"{number} " * 200_000 if number % 7 else "  ", complete=number != 9)
 
     def fingerprint(self, hashes: FileHashCache) -> str:
         return "many"
 
-    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
+    def source_files(self, hashes: FileHashCache) -> list[SourceFile]:
         def read(start: int | None, stop: int | None, log: ReadStats) -> Iterator[Document]:
             return islice(self.documents(log), start, stop)
 
@@ -146,7 +146,7 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert all(output.endswith(f"{list(b'the s')}\n") for output in outputs)
     (directory,) = (tmp_path / "cache").glob("Racing-*")
-    assert sorted(path.name for path in directory.iterdir()) == ["index.json", "pieces.json", "segments.npy"]
+    assert sorted(path.name for path in directory.iterdir()) == ["index.json", "source_files.json", "spans.npy"]
     (shard,) = shards(tmp_path / "cache")
     assert sorted(path.name for path in shard.iterdir()) == ["documents.bin", "shard.json", "tokens.bin"]
 

@@ -28,9 +28,9 @@ def sharded(folder: Path, **places: str) -> Path:
 
 def test_tensors_are_described_and_read_whole_or_in_part(tmp_path):
     with Weights(sharded(tmp_path)) as weights:
-        assert weights.described["a"].shape == (3, 4)
-        assert weights.described["b"].dtype == torch.bfloat16
-        assert weights.described["b"].bytes == 10
+        assert weights.specs["a"].shape == (3, 4)
+        assert weights.specs["b"].dtype == torch.bfloat16
+        assert weights.specs["b"].bytes == 10
         assert weights.read("a").equal(A)
         assert weights.read("a", (slice(1, 3), slice(2, 3))).equal(A[1:3, 2:3])
 
@@ -93,7 +93,7 @@ def test_quantised_weights_are_refused_and_what_is_ignored_may_be_anything(tmp_p
         Weights(tmp_path, ignore=["inv_freq"])
     save_file({"w": A, "x.inv_freq": torch.ones(2, dtype=torch.int64)}, tmp_path / "model.safetensors")
     with Weights(tmp_path, ignore=["inv_freq"]) as weights:
-        assert weights.described.keys() == {"w"}
+        assert weights.specs.keys() == {"w"}
         assert weights.dropped == ["x.inv_freq"]
 
 
@@ -142,7 +142,7 @@ def test_old_pickles_of_tensors_are_read_in_shards_too(tmp_path):
     weights = PickledWeights(tmp_path, ignore=["inv_freq"])
     assert weights.read("a").equal(A)
     assert weights.read("b").equal(B)
-    assert (weights.described.keys(), weights.dropped) == ({"a", "b"}, ["x.inv_freq"])
+    assert (weights.specs.keys(), weights.dropped) == ({"a", "b"}, ["x.inv_freq"])
     table["b"] = "../two.bin"
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
     with pytest.raises(ValueError, match="no name of a file"):

@@ -18,7 +18,7 @@ encoders = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 
 def pieces(encoder, ids, before=()) -> list[str]:
     stream = IncrementalDetokenizer(encoder.decode, before)
-    return [*(stream.push(id) for id in ids), stream.finish()]
+    return [*(stream.add(id) for id in ids), stream.finish()]
 
 
 @encoders
@@ -46,7 +46,7 @@ def byte_fallback(ids):
 @pytest.mark.parametrize("before", ["", "so ", "🐋"])
 def test_a_decoder_that_breaks_every_byte_of_an_unfinished_run(before):
     stream = IncrementalDetokenizer(byte_fallback, before.encode())
-    found = [stream.push(id) for id in "🐋鯨aé🐋".encode()]
+    found = [stream.add(id) for id in "🐋鯨aé🐋".encode()]
     assert found == ["", "", "", "🐋", "", "", "鯨", "a", "", "é", "", "", "", "🐋"]
     assert stream.finish() == ""
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_that_drops_the_space_of_a_first_token_does_not_drop_it_here
         return "".join(f" {id}" for id in ids)[1:]
 
     stream = IncrementalDetokenizer(decode, [1, 2])
-    assert [stream.push(3), stream.push(4), stream.finish()] == [" 3", " 4", ""]
+    assert [stream.add(3), stream.add(4), stream.finish()] == [" 3", " 4", ""]
 
 
 def test_an_id_that_stands_for_nothing_is_a_broken_character():
@@ -80,4 +80,4 @@ def test_an_id_that_stands_for_nothing_is_a_broken_character():
         return bytes(ids).decode()
 
     stream = IncrementalDetokenizer(decode)
-    assert "".join([stream.push(65), stream.push(9), stream.push(66), stream.finish()]) == "A\ufffdB"
+    assert "".join([stream.add(65), stream.add(9), stream.add(66), stream.finish()]) == "A\ufffdB"

@@ -73,4 +73,4 @@ def test_files_are_decoded_as_their_coding_comment_says(tmp_path, monkeypatch):
     log = ReadStats()
     texts = [document.text for document in StandardLibrary().documents(log)]
     assert texts == ["# -*- coding: latin-1 -*-\ns = 'é'\n", "s = '\ufffd'\n"]
-    assert log.repairs == {"line ends": 2, "replaced characters": 1}
+    assert log.fixups == {"line ends": 2, "replaced characters": 1}

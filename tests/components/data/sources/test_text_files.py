@@ -25,7 +25,7 @@ def read(source: TextFiles) -> tuple[list[str], Counter[str]]:
             parts = []
     assert not parts
     assert log.source_bytes == source.size_bytes()
-    return documents, log.repairs
+    return documents, log.fixups
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -79,9 +79,9 @@ def test_marks_line_ends_and_bad_bytes_are_put_right_and_counted(tmp_path):
     write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     write(tmp_path / "b.txt", b"bad \xff\xfe, cut \xe4\xbd, kept \xef\xbf\xbd")
     write(tmp_path / "c.jsonl", b'\xef\xbb\xbf{"text": "x\\r\\ny \xff"}\r\n')
-    documents, repairs = read(TextFiles(path=tmp_path))
+    documents, fixups = read(TextFiles(path=tmp_path))
     assert documents == ["one\ntwo\nthree\n", "bad \ufffd\ufffd, cut \ufffd, kept \ufffd", "x\ny \ufffd"]
-    assert repairs == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
+    assert fixups == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,7 +103,7 @@ def test_blocks_split_no_character_and_no_line_end(tmp_path_factory, data, block
     whole = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
     assert text == whole.replace("\r\n", "\n").replace("\r", "\n")
     genuine = data.removeprefix(b"\xef\xbb\xbf").count("\ufffd".encode())
-    assert log.repairs["replaced characters"] == whole.count("\ufffd") - genuine
+    assert log.fixups["replaced characters"] == whole.count("\ufffd") - genuine
 
 
 def test_a_separator_cuts_a_file_into_documents(tmp_path):
@@ -147,9 +147,9 @@ def test_bytes_after_the_end_of_a_gz_are_left_out_and_counted(tmp_path, between)
     members = gzip.compress(text[:99].encode()) + between + gzip.compress(text[99:].encode(), 1)
     for rest, counted in ((b"", 0), (b"\0" * 600, 0), (b"\x1f", 1), (b"<html>" * 30_000, 180_000)):
         path = write(tmp_path / "a.txt.packed", members + rest).rename(tmp_path / "a.txt.gz")
-        documents, repairs = read(TextFiles(path=path))
+        documents, fixups = read(TextFiles(path=path))
         assert documents == [text]
-        assert repairs == Counter({"bytes after the end of a .gz": counted} if counted else {})
+        assert fixups == Counter({"bytes after the end of a .gz": counted} if counted else {})
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
@@ -205,16 +205,16 @@ def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(t
 
 
 def test_the_messy_file_is_read_as_its_clean_text(texts):
-    (document,), repairs = read(TextFiles(path=texts / "messy"))
+    (document,), fixups = read(TextFiles(path=texts / "messy"))
     verbatim = next((texts / "messy").iterdir()).read_bytes()
     assert document == verbatim.decode("utf-8-sig").replace("\r\n", "\n")
-    assert repairs == {"byte-order marks": 1, "line ends": verbatim.count(b"\r\n")}
+    assert fixups == {"byte-order marks": 1, "line ends": verbatim.count(b"\r\n")}
 
 
 def test_c4_and_peps_are_read_as_json_lines(texts):
-    documents, repairs = read(TextFiles(path=texts / "c4"))
+    documents, fixups = read(TextFiles(path=texts / "c4"))
     assert len(documents) == 20
-    assert not repairs
+    assert not fixups
     valid = [
         json.loads(line)["text"] for line in gzip.decompress((texts / "peps/valid.jsonl.gz").read_bytes()).splitlines()
     ]

@@ -45,7 +45,7 @@ def build(path, tokenizer=None, sequence_length=2, progress=None, **settings):
 
 
 def all_tokens(samples) -> list[int]:
-    return samples.tokens(0, len(samples.stored)).tolist()
+    return samples.tokens(0, len(samples.reader)).tolist()
 
 
 @pytest.mark.parametrize("dtype", MEGATRON)
