@@ -1,8 +1,8 @@
 """The global order of samples: a pure function of (seed, epoch, index), in constant memory.
 
 Global sample s is sample s mod n of epoch s div n; each epoch has another pseudo-random order of the n sequences. The
-order does not depend on ranks, workers, micro-batches or batch sizes. It is computed, not stored, so the sequence at any
-position of a run of any length is available in constant time.
+order does not depend on ranks, workers, micro-batches or batch sizes. It is computed, not stored, so the sequence at
+any position of a run of any length is available in constant time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SampleOrder:
         return permuted
 
     def _permute_rectangle(self, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Apply a Feistel network to x = b*i + j: i and j are shifted in turn by a hash of the other, which is invertible."""
+        """Apply a Feistel network to x = b*i + j: i and j are shifted in turn by a hash of the other."""
         a, b = self._sides
         i, j = numbers // b, numbers % b
         for turn in range(_ROUNDS):
