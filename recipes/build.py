@@ -149,7 +149,10 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     validation = None
     if (held_out := recipe.validation) is not None:
         with config_errors_at(config, "validation"):
-            validation = world.main_first(lambda: held_out.open(**text))
+            held_out_data = world.main_first(lambda: held_out.data.build(**text))
+            validation = held_out.build(
+                held_out_data, tokenizer=tokenizer, sequence_length=recipe.training.sequence_length
+            )
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), content)
     return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
 

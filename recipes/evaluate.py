@@ -173,7 +173,7 @@ class Evaluate:
             data = self.data_of(trained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.document_masking(trained):
-                enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
+                enable_document_masking(model, evaluated.dataset, tokenizer.end_of_document)
         chosen = precision.resolve_precision(keys.precision, world.device)
         with config_errors_at(config, "evaluation"):
             parallelize(model, trained.component, layout, precision.dtype_of(chosen), world.device)
@@ -215,7 +215,8 @@ class Evaluate:
         text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
         if keys.method == "packed":
             held_out = ValidationConfig(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
-            return world.main_first(lambda: held_out.open(**text, sequence_length=length))
+            dataset = world.main_first(lambda: data.build(**text, sequence_length=length))
+            return held_out.build(dataset, tokenizer=tokenizer, sequence_length=length)
         documents = world.main_first(lambda: data.build(**text, sequence_length=1))
         if not isinstance(documents, Documents):
             raise InputError("use", f'{type(data).__name__} has no documents; evaluate with method = "packed"')

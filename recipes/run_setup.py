@@ -54,7 +54,7 @@ def claim_run_directory(
                 _refuse_foreign_checkpoints(directory)
             directory.claim()
             if locked:
-                directory.sweep()
+                directory.remove_temporary_files()
             directory.stop_file.unlink(missing_ok=True)  # it was meant for a run before
 
     with config_errors_at(config, "run"):

@@ -252,7 +252,7 @@ class _OrderedDataset:
             sequences = [self.dataset[index] for index in indices]
             if len(lengths := {len(sequence) for sequence in sequences}) > 1:
                 raise ValueError(
-                    f"the dataset returns samples of {min(lengths)} and of {max(lengths)} token ids; expected one length"
+                    f"the dataset returns samples of {min(lengths)} and of {max(lengths)} token ids; all must be equal"
                 )
         return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
 

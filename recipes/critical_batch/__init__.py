@@ -66,7 +66,7 @@ class CriticalBatch(Pretrain):
             def take() -> None:
                 measurement.directory.check_links(measurement.folder)
                 if world.is_main and cleanup.enter_context(measurement.directory.lock()):
-                    measurement.directory.sweep(measurement.report, measurement.begun)
+                    measurement.directory.remove_temporary_files(measurement.report, measurement.begun)
 
             with config_errors_at(config, "run"):
                 world.main_first(take)

@@ -100,7 +100,7 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
         except ValueError as error:
             yield Finding("error", "run.init_from", message_of(error))
     directory = RunDirectory(recipe.run.directory)
-    if foreign := directory.foreign():
+    if foreign := directory.unowned_files():
         message = f"{directory.path} holds {', '.join(foreign)}, which were not written by a run; move them away"
         yield Finding("warning", "run.name", message)
     if directory.has_run:

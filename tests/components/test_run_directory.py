@@ -123,7 +123,7 @@ def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path
         atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
     with directory.lock():
-        directory.sweep()
+        directory.remove_temporary_files()
         names = sorted(file.name for file in tmp_path.iterdir())
         assert names == [".config.toml.new.part", ".run.lock", "config.toml", "run.json"]
         assert directory.config.read_text() == "the old one"

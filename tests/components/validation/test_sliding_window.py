@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from components.validation import SlidingWindow, UnreadableError
-from components.validation.sliding_window import windows
+from components.validation.sliding_window import sliding_windows
 
 pytestmark = pytest.mark.quick
 
@@ -77,8 +77,8 @@ def test_each_token_is_predicted_once_with_the_context_of_its_window(size, strid
 
 
 def test_a_stride_of_one_gives_every_token_a_full_window():
-    assert all(window.end - window.start == 6 for window in windows([30], 6, 1))
-    assert sum(window.counted for window in windows([30], 6, 1)) == 30
+    assert all(window.end - window.start == 6 for window in sliding_windows([30], 6, 1))
+    assert sum(window.counted for window in sliding_windows([30], 6, 1)) == 30
 
 
 def test_the_shares_of_ranks_add_up():
