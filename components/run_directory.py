@@ -66,8 +66,8 @@ class RunDirectory:
         if found := self.unowned_files(also):
             raise ValueError(
                 f"{self.path} holds {', '.join(found)}, which this run would overwrite or remove, and no "
-                f"{self.owner_file.name}, which every run writes. Move them away, or use another --run.name. To continue "
-                f"from a checkpoint in there, use --resume={self.path} with another --run.name"
+                f"{self.owner_file.name}, which every run writes. Move them away, or use another --run.name. To "
+                f"continue from a checkpoint in there, use --resume={self.path} with another --run.name"
             )
         self._write_owner({"kind": kind, "run": uuid.uuid4().hex[:16], "launches": []})
 

@@ -1,4 +1,4 @@
-"""Who may write to a run directory, and what the dead leave in one."""
+"""The lock and the owner of a run directory, and what killed runs leave in it."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
         pass
 
 
-def test_whoever_holds_it_is_named_and_what_the_dead_held_is_free(tmp_path, monkeypatch):
+def test_the_owner_of_the_lock_is_named_and_a_dead_owner_has_none(tmp_path, monkeypatch):
     monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
     directory = RunDirectory(tmp_path / "run")
     with directory.lock(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.lock():
@@ -33,7 +33,7 @@ def test_whoever_holds_it_is_named_and_what_the_dead_held_is_free(tmp_path, monk
         assert kept_out
 
 
-def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     def cannot(handle, how):
         raise OSError(errno.ENOLCK, "no locks available")
 
@@ -76,7 +76,7 @@ def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
     directory, elsewhere = RunDirectory(tmp_path), tmp_path / "elsewhere"
     lock = directory.path / run_directory.LOCK
     lock.write_text("of another program")
-    with pytest.raises(ValueError, match="not a lock that a run made"), directory.lock():
+    with pytest.raises(ValueError, match="not the lock file of a run"), directory.lock():
         pass
     assert lock.read_text() == "of another program"
     elsewhere.write_text("mine")
@@ -91,7 +91,7 @@ def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
 def test_a_directory_with_a_file_that_no_run_wrote_is_not_claimed(tmp_path, name):
     directory = RunDirectory(tmp_path)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=rf"holds {name}, and no run.json"):
+    with pytest.raises(ValueError, match=rf"holds {name}, which this run would overwrite"):
         directory.claim()
     directory.clear()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
@@ -108,7 +108,7 @@ def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
     assert directory.run == run is not None
 
 
-def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path, monkeypatch):
+def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.claim()
     (tmp_path / ".config.toml.new.part").write_text("of another program")

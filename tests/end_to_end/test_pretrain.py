@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_can_be_stepped_over(tiny, capsys):
 @pytest.mark.parametrize(("samples", "times"), [(100, 1), (60, 0)])
 def test_a_batch_larger_than_the_data_is_told_once(tiny, samples, times):
     assert tiny.launch(f"--batch.stages=[{{from_tokens = 700, samples = {samples}}}]") == 0
-    told = f"a step of {samples} samples sees the 67 sequences of the data again"
+    told = f"a step of {samples} samples repeats some of the 67 sequences of the data"
     assert (tiny.directory / "log.txt").read_text().count(told) == times
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it is not there; what comes back is bitwise what went in."""
+"""A checkpoint is complete or does not exist; the restored state equals the saved one bitwise."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_training_continues_bitwise(tmp_path, tied):
 
 
 def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_way_round(tmp_path, monkeypatch):
-    """The random state of what the checkpoint does not know stays as it is, and that of what is not here is left."""
+    """A random state that the checkpoint does not have is unchanged, and one of a missing device is ignored."""
     on_cpu, store = StateTensors._random_state, CheckpointManager(tmp_path, Alone())
     restored = []
     monkeypatch.setattr("torch.cuda.set_rng_state", restored.append)
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_w
         assert len(restored) == (number == 3)
 
 
-def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+def test_a_save_that_fails_is_logged_and_leaves_nothing(tmp_path, monkeypatch, caplog):
     store = CheckpointManager(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
@@ -142,9 +142,9 @@ def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no checkpoint"),
+        (None, "is not a checkpoint"),
         ("{", "damaged"),
-        ("[]", "names no format"),
+        ("[]", "has no format number"),
         (json.dumps({"format": 99}), "format 99; this version reads up to 2"),
     ],
 )

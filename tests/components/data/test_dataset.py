@@ -113,7 +113,7 @@ def test_outside_is_an_error(packed):
 
 
 def test_too_little_text_is_an_error_with_numbers(packed):
-    with pytest.raises(ValueError, match=r"holds 4 tokens, which is not one sequence of sequence_length \+ 1 = 101"):
+    with pytest.raises(ValueError, match=r"holds 4 tokens; one sequence needs sequence_length \+ 1 = 101"):
         packed(["abc"], 100)
     with pytest.raises(ValueError, match="sequence_length = 0"):
         packed(["abc"], 0)

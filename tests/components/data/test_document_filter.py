@@ -1,4 +1,4 @@
-"""What is prepared of a source: new files only, no text twice, a part held out; and the same on several processes."""
+"""Which documents of a source are prepared: only new files, without duplicates, by split; equal on several processes."""
 
 import hashlib
 from functools import partial
@@ -155,7 +155,7 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
     assert len(one) >= 3 * 8
     assert one == contents(tmp_path / "2")
     assert seen[-1].done_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in folder.iterdir())
-    # What a process cannot read is told as if there were one.
+    # An error in a process is raised as with a single one.
     (folder / "5.jsonl").write_text("no json\n")
     with pytest.raises(ValueError, match=r"5\.jsonl:1: expected a JSON object"):
         build(TextFiles(path=folder), tmp_path / "2")
@@ -163,7 +163,7 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 
 @pytest.mark.quick
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
-def test_groups_are_all_pieces_in_order_and_no_larger_than_they_must_be(sizes):
+def test_groups_are_all_source_files_in_order_and_not_too_large(sizes):
     source_files = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
     groups = list(group_neighbours(source_files, 60))
     assert [source_file for group in groups for source_file in group] == source_files

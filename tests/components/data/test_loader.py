@@ -197,24 +197,22 @@ class Stuck(Numbers):
 
 def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
     loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, timeout_seconds=0.5)
-    with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not answer"):
+    with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not respond"):
         next(loader.next_step(1))
 
 
-def test_a_worker_that_is_killed_is_told_where_a_micro_batch_is_waited_for_and_nowhere_else():
+def test_a_killed_worker_raises_only_while_a_micro_batch_is_awaited():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1, prefetch_factor=1) as loader:
         next(loader.next_step(1))
         (worker,) = loader._stream._workers
         worker.kill()
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         sum(range(1000))  # where torch's handler would raise
-        with pytest.raises(OSError, match=r"a loader worker has ended: .* killed by signal: Killed"):
+        with pytest.raises(OSError, match=r"a loader worker died: .* killed by signal: Killed"):
             list(loader.next_step(20))
 
 
-def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_words_of_a_worker(
-    tmp_path, monkeypatch, capfd
-):
+def test_sockets_that_cannot_be_opened_are_reported_before_the_start_and_by_a_worker(tmp_path, monkeypatch, capfd):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     # where TMPDIR leads to; processes that have asked for it remember it
@@ -224,7 +222,7 @@ def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_word
     check_workers(0)
     with (
         MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1) as loader,
-        pytest.raises(OSError, match=r"^a loader worker cannot go on: OSError: AF_UNIX path too long$"),
+        pytest.raises(OSError, match=r"^a loader worker failed: OSError: AF_UNIX path too long$"),
     ):
         next(loader.next_step(1))
     assert "Traceback" not in capfd.readouterr().err
@@ -234,7 +232,7 @@ WORKERS = st.sampled_from([0, 1, 3])
 
 
 class Mixed(Numbers):
-    """Two of them, in an order of their own."""
+    """Two of them, in a custom order."""
 
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
         schedule = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
@@ -262,7 +260,7 @@ class Mixed(Numbers):
 )
 def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(parts, start, samples):
     seen, cursor = [], start
-    for steps, layout in parts:  # each goes on where the last one stopped
+    for steps, layout in parts:  # each continues where the last one stopped
         stream, cursor = global_stream(steps, **layout, start=cursor, samples=samples)
         seen += chain.from_iterable(stream)
     _, indices = build_order(samples, seed=5)(np.arange(start, cursor))

@@ -64,9 +64,9 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
     assert token_reader._descriptors_in_use() < before
 
 
-def test_a_limit_that_cannot_be_met_is_told_when_data_is_opened(tmp_path, files):
+def test_a_limit_of_open_files_that_is_too_low_is_reported_when_data_is_opened(tmp_path, files):
     files(10)
-    with pytest.raises(OSError, match=r"this process may have \d+ files open .* ulimit -n"):
+    with pytest.raises(OSError, match=r"this process may open \d+ files .* ulimit -n"):
         build_reader(tmp_path, 3)
 
 
@@ -103,7 +103,7 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
 
 
 @pytest.mark.quick
-def test_thousands_of_segments_that_are_mapped_read_as_they_would_in_memory(tmp_path):
+def test_thousands_of_memory_mapped_spans_are_read_as_those_in_memory(tmp_path):
     chance = np.random.default_rng(0)
     ids = np.arange(20_000, dtype="<u4")
     (tmp_path / "ids").write_bytes(ids.tobytes())

@@ -48,7 +48,7 @@ Many(kill_at=int(sys.argv[3]), by=getattr(signal, number) if number else 0).buil
 
 @dataclass(kw_only=True)
 class Many(TextSource):
-    """Two source_files, one of 20 documents of half a megabyte, one of five."""
+    """Two source files, one of 20 documents of half a megabyte, one of five."""
 
     kill_at: int
     by: int
@@ -72,7 +72,7 @@ class Many(TextSource):
 
 
 @pytest.mark.parametrize("kill_at", [3, 15, 24])
-def test_a_killed_preparation_goes_on_and_gives_the_same_shards_byte_by_byte(tmp_path, monkeypatch, kill_at):
+def test_a_killed_preparation_continues_and_gives_identical_shards(tmp_path, monkeypatch, kill_at):
     with run(KILLED, tmp_path / "killed", "SIGKILL", kill_at) as process:
         assert process.wait() == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("Many-*"))
@@ -99,7 +99,7 @@ def closing_by(end: Callable[[], None]) -> Iterator[None]:
         end()
 
 
-def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path, monkeypatch):
+def test_leftovers_of_dead_processes_are_removed_and_not_those_of_living_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("components.atomic_files._ABANDONED_SECONDS", -1.0)
     with run(KILLED, tmp_path, "SIGSTOP", 24) as process, closing_by(process.kill):
         assert process.stdout is not None
@@ -111,9 +111,9 @@ def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path
             raise InterruptedError
         process.kill()
         process.wait()
-        with atomic_directory(target) as aside:
+        with atomic_directory(target) as temporary:
             assert not leftover.exists()
-            (aside / "file").write_text("whole")
+            (temporary / "file").write_text("whole")
     assert target.name in {path.name for path in leftover.parent.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Text that streams out is whole characters, and all of it is what decoding at the end gives."""
+"""Streamed text consists of whole characters, and joined it equals the decoded ids."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_character_comes_with_its_last_byte():
 
 
 def byte_fallback(ids):
-    """As SentencePiece's decoder in `tokenizers` does it: a run of bytes that is no text is broken byte by byte."""
+    """Decodes as SentencePiece in `tokenizers`: each byte of a run that is not valid text becomes U+FFFD."""
     try:
         return bytes(ids).decode()
     except UnicodeDecodeError:
@@ -73,7 +73,7 @@ def test_a_tokenizer_that_drops_the_space_of_a_first_token_does_not_drop_it_here
     assert [stream.add(3), stream.add(4), stream.finish()] == [" 3", " 4", ""]
 
 
-def test_an_id_that_stands_for_nothing_is_a_broken_character():
+def test_an_id_without_a_token_is_a_replacement_character():
     def decode(ids):
         if 9 in ids:
             raise ValueError("a hole")

@@ -1,4 +1,4 @@
-"""Every token of every document once, with the context the definition gives it: against one token at a time."""
+"""Every token of every document is counted once, with the context of its window: checked one token at a time."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_stride_that_would_skip_or_stand_still_is_refused(stride):
         SlidingWindow(Texts(), VOCAB, END, 6, stride, 2)
 
 
-def test_a_document_that_cannot_be_used_is_told_after_the_last_forward_pass():
+def test_an_invalid_document_is_reported_after_the_last_forward_pass():
     class Bad(Texts):
         def tokens(self, start, count):
             if start >= 12:

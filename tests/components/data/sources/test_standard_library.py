@@ -38,7 +38,7 @@ def test_the_split_of_a_file_is_fixed():
     assert {name: split_of(name) for name in GOLDEN} == GOLDEN
 
 
-def test_what_is_no_library_text_is_left_out():
+def test_other_files_of_the_library_are_skipped():
     everything = names("train") | names("validation") | names("test")
     parts = {part for name in everything for part in name.split("/")}
     assert not parts & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__", "tkinter"}
