@@ -47,14 +47,14 @@ class AsyncSaver:
         if _COPIES_ONCE:
             self._stager.close()
             self._stager = _new_stager()
-        staged = self._stager.stage(tensors)
+        staged = self._stager.stage(tensors)  # blocks until every tensor is copied to main memory: the snapshot
         self._running = self._thread.submit(write, staged)
 
     def wait(self) -> bool | None:
         """Wait for the running save. Return the result of `write`, or None if none was started since the last call."""
         if self._running is None:
             return None
-        future, self._running = self._running, None
+        future, self._running = self._running, None  # so that each result is returned once
         waited_from = time.monotonic()
         saved = future.result()
         if (seconds := time.monotonic() - waited_from) > _NOTEWORTHY_SECONDS:

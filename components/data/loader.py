@@ -169,9 +169,8 @@ class MicroBatchLoader:
                 raise OSError(
                     f"no micro-batch in {self._settings['timeout']:g} s: the disk with the data does not respond"
                 ) from error
-            if "DataLoader worker" in str(error) and "Caught" not in str(
-                error
-            ):  # it was killed, or ran out of shared memory
+            # The worker was killed, or ran out of shared memory.
+            if "DataLoader worker" in str(error) and "Caught" not in str(error):
                 raise OSError(f"a loader worker died: {error}") from None
             raise
         if isinstance(block, Exception):

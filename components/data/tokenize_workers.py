@@ -58,9 +58,8 @@ def run_in_processes(
             "finished shards are kept"
         ) from None
     finally:
-        for process in list(
-            (pool._processes or {}).values()
-        ):  # shutdown alone would wait until their groups are finished
+        # Without the kill, shutdown would wait until the processes have finished their groups.
+        for process in list((pool._processes or {}).values()):
             process.kill()
         pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or broken: training continues, the error is logged at once and at the end, nothing is lost."""
+"""A full, read-only or broken disk: training continues, the error is logged at once and at the end, nothing is lost."""
 
 from __future__ import annotations
 

@@ -176,9 +176,8 @@ def _id_problem(ids: np.ndarray, vocab_size: int, *, has_dtype: bool = False) ->
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
-    if (
-        not has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any()
-    ):  # the upper halves of ids of twice the size
+    # In ids of twice the size, every other id is an upper half, which is 0 in a small vocabulary.
+    if not has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any():
         return "every other id is 0"
     return None
 

@@ -1,4 +1,4 @@
-"""Which documents of a source are prepared: only new files, without duplicates, by split; equal on several processes."""
+"""Which documents of a source are prepared: only new files, no duplicates, by split; with any number of processes."""
 
 import hashlib
 from functools import partial
