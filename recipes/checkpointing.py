@@ -98,6 +98,6 @@ class RunCheckpoints:
 
     def _not_finite(self) -> str:
         """Return the first names that a rank has found, the same on all; empty where all is finite."""
-        names = self.state.tensors.not_finite()
+        names = self.state.tensors.find_nonfinite()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return next(filter(None, self.world.gather(", ".join(names[:3]) + more)), "")

@@ -33,7 +33,7 @@ class StateTensors:
             "random": {str(self.world.rank): self._random_state()},
         }
 
-    def not_finite(self) -> list[str]:
+    def find_nonfinite(self) -> list[str]:
         """Return the names of parameters and optimizer states with a NaN or infinite element in the shard of this rank.
 
         Buffers are not checked, because minus infinity may be intended there (a mask), nor are scalars of the

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.quick
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.0)
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
     with first.lock(), pytest.raises(ValueError, match="another run is writing"), second.lock():
         pass
@@ -22,7 +22,7 @@ def test_one_run_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_owner_of_the_lock_is_named_and_a_dead_owner_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.0)
     directory = RunDirectory(tmp_path / "run")
     with directory.lock(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.lock():
         pass

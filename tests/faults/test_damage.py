@@ -100,10 +100,10 @@ def test_every_file_of_a_checkpoint_is_checked_against_the_manifest(finished, tm
 def test_a_second_run_in_one_directory_is_refused_and_waits_for_one_that_leaves(copy, capsys, monkeypatch) -> None:
     handle = os.open(copy.directory / run_directory.LOCK, os.O_RDWR | os.O_CREAT)  # as another process would hold it
     fcntl.flock(handle, fcntl.LOCK_EX)
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.2)
     assert copy.launch("--resume", SHORT) == 2
     assert "another run is writing to" in capsys.readouterr().err
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 30.0)
     monkeypatch.setattr(run_directory.time, "sleep", lambda seconds: os.close(handle))
     assert copy.launch("--resume", SHORT) == 0
 

@@ -170,7 +170,7 @@ def prepared_data(folder: Path, others: Others) -> None:
     os.utime(folder / "data.txt", (0, 0))
     others.write(folder / "file-hashes.json")
     with FileHashCache(folder / "file-hashes.json") as hashes:
-        hashes._learnt = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be remembered
+        hashes._changed = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be stored
 
 
 def an_exported_model(folder: Path, others: Others) -> None:

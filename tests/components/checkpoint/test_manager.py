@@ -159,9 +159,9 @@ def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):
 def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
     model, optimizer = training(0)
     tensors = StateTensors(model, optimizer, Alone())
-    assert tensors.not_finite() == [], "before the first step there is no state of the optimizer"
+    assert tensors.find_nonfinite() == [], "before the first step there is no state of the optimizer"
     step(model, optimizer, 0)
-    assert tensors.not_finite() == []
+    assert tensors.find_nonfinite() == []
     places = {name: parameter.data for name, parameter in model.named_parameters()}
     places |= {
         f"{name} ({key})": optimizer.state[parameter][key]
@@ -173,8 +173,8 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
         for position in (0, tensor.numel() - 1):
             before = tensor.flatten()[position].clone()
             tensor.view(-1)[position] = bad
-            assert tensors.not_finite() == [name]
+            assert tensors.find_nonfinite() == [name]
             tensor.view(-1)[position] = before
     model.register_buffer("mask", torch.full((2, 2), -float("inf")))
     model.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
-    assert tensors.not_finite() == [], "a mask may well be infinite, and nothing is finite"
+    assert tensors.find_nonfinite() == [], "a mask may well be infinite, and nothing is finite"

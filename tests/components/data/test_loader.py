@@ -204,7 +204,7 @@ def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
 def test_a_killed_worker_raises_only_while_a_micro_batch_is_awaited():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1, prefetch_factor=1) as loader:
         next(loader.next_step(1))
-        (worker,) = loader._stream._workers
+        (worker,) = loader._iterator._workers
         worker.kill()
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         sum(range(1000))  # where torch's handler would raise
@@ -271,7 +271,7 @@ def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(part
 def test_workers_live_through_signals_and_end_with_the_loader():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=2, prefetch_factor=1) as loader:
         list(loader.next_step(2))
-        workers = list(loader._stream._workers)
+        workers = list(loader._iterator._workers)
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)
