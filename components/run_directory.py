@@ -61,7 +61,7 @@ class RunDirectory:
         owner = self._read_owner()
         if owner:
             if owner["kind"] != kind:
-                raise InputError("name", f"{self.path} belongs to {owner['kind']}; use another --run.name")
+                raise InputError("name", f"{self.path} holds {owner['kind']}; use another --run.name")
             return
         if found := self.unowned_files(also):
             raise ValueError(

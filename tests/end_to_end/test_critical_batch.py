@@ -284,7 +284,7 @@ def test_a_training_run_is_never_replaced_by_a_measurement(measured, capsys):
     other = measured.tiny.folder / "other"
     shutil.copytree(measured.tiny.directory, other)
     said = refused(measured, capsys, f"--run.dir={other}", "--run.if_exists=replace")
-    assert "belongs to a training run" in said
+    assert "holds a training run" in said
     assert (other / "checkpoints").is_dir()
 
 

@@ -183,10 +183,10 @@ def an_exported_model(folder: Path, others: Others) -> None:
     export()
     assert (folder / "model").is_symlink() and (folder / "model" / "config.json").read_text() == "{}"
     others.write(folder / "model" / "thesis.tex")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which no export wrote"):
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is not listed"):
         export()
     (folder / "model" / "powertrain.json").unlink()
-    with pytest.raises(ValueError, match=r"holds config\.json, which no export wrote"):
+    with pytest.raises(ValueError, match=r"holds config\.json, which is not listed"):
         export()
 
 

@@ -176,7 +176,7 @@ def test_what_cannot_be_exported_is_told_with_status_2(tiny, capsys):
     output.mkdir()
     (output / "thesis.tex").write_text("")
     assert "is not empty" in refused(tiny.directory, output)
-    assert "thesis.tex, which no export wrote" in refused(tiny.directory, output, "--force")
+    assert "thesis.tex, which is not listed" in refused(tiny.directory, output, "--force")
     checkpoint = max((tiny.directory / "checkpoints").iterdir())
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])

@@ -129,10 +129,10 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
-from components.checkpoint import CheckpointStore
+from components.checkpoint import CheckpointManager
 from tests.components.checkpoint.test_manager import Alone
 
-store = CheckpointStore(Path(sys.argv[1]), Alone(), async_save=True)
+store = CheckpointManager(Path(sys.argv[1]), Alone(), async_save=True)
 store.save(1, {"x": torch.ones(3)}, {}, "")
 store.wait()
 write = dcp.save

@@ -122,7 +122,7 @@ def test_sequences_of_all_sources_can_be_read_in_any_order(tmp_path):
     ("settings", "message"),
     [
         ({"weights": {"a": 1, "x": 1}}, "^weights: x is not a source; expected a, b"),
-        ({"weights": {"a": 1}}, "^weights: b has no weight in any stage"),
+        ({"weights": {"a": 1}}, "^weights: b has weight 0 in all stages"),
         ({"weights": {"a": 0, "b": 0}}, "^weights: no weight is above 0"),
         ({"stages": [Stage(from_tokens=0, weights={"a": 1})]}, "^stages: .* expected increasing"),
         ({"stages": [Stage(from_tokens=9, weights={"a": 1}), Stage(from_tokens=9, weights={"b": 1})]}, "^stages: "),

@@ -45,7 +45,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path, place):
 
 
 def test_an_index_that_promises_too_much_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"one.safetensors has no b, which"):
+    with pytest.raises(ValueError, match=r"one.safetensors has no tensor b, which"):
         Weights(sharded(tmp_path, b="one.safetensors"))
     with pytest.raises(ValueError, match=r"three.safetensors is missing"):
         Weights(sharded(tmp_path, b="three.safetensors"))
