@@ -70,7 +70,7 @@ def measure(
         run.train()
         store = run.checkpoints.manager
         store.wait()
-        newest = store.newest()
+        newest = store.latest()
         size = sum(file.stat().st_size for file in newest.rglob("*")) if newest else 0
         return Measured(stalls[1:], next_steps[2:], size)
 

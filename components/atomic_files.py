@@ -1,7 +1,7 @@
-"""Files and directories that are complete or not there, whenever the process, the machine or the disk fails.
+"""Atomic writing: files and directories are complete or do not exist, even if the process, machine or disk fails.
 
-The content of a file is on the disk after an fsync of the file, its name after an fsync of its directory. Imports
-nothing of the project, so that every component may import it.
+The content of a file is on the disk after an fsync of the file, its name after an fsync of its directory. This module
+imports nothing of the project, so that every component may import it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ABANDONED_SECONDS = 60.0
 
 
 def write_fsync(path: Path, content: str | bytes) -> None:
-    """Write `content` and return when it is on the disk; the name of a new file needs `fsync_directory` too."""
+    """Write `content` and return when it is on the disk; a new file also needs `fsync_directory` for its name."""
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -28,7 +28,7 @@ def write_fsync(path: Path, content: str | bytes) -> None:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replace the content of `path` by `text`. Readers find all of it or the old one, whatever fails."""
+    """Replace the content of `path` by `text`. Readers see the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write_fsync(temporary, text)
@@ -40,7 +40,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def temporary_files_of(path: Path) -> list[Path]:
-    """Return the temporary files of `path` that processes killed in `atomic_write` have left."""
+    """Return the temporary files that processes killed in `atomic_write(path, ...)` have left."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.part")
     return [each for each in path.parent.iterdir() if name.fullmatch(each.name)] if path.parent.is_dir() else []
 
@@ -49,9 +49,9 @@ def temporary_files_of(path: Path) -> list[Path]:
 def atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `directory` after the block, or removed if the block raises.
 
-    The caller syncs the files it writes there. Several processes may write the same directory at once: the first to
-    finish gives it its content, the others discard theirs, and the caller cannot tell which it was. The temporary
-    directory is locked while it is written, so that one left by a killed process is recognized and removed.
+    The caller must fsync the files it writes there. Several processes may write the same directory at once: the content
+    of the first to finish is kept, that of the others is discarded silently. The temporary directory is locked while it
+    is written, so that one of a killed process can be recognized and removed.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     for leftover in directory.parent.glob(f".{directory.name}.*.part"):
@@ -60,7 +60,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
     lock = _lock_of(temporary)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with suppress(OSError):  # some network file systems cannot lock: then nothing is removed there
+        with suppress(OSError):  # without locks, as on some network file systems, leftovers are never removed
             fcntl.flock(handle, fcntl.LOCK_EX)
         temporary.mkdir()
         yield temporary
@@ -79,21 +79,21 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_atomic(directory: Path, files: Collection[str]) -> None:
-    """Remove `files` and their `directory` in one step for readers. Other files stay, in a directory of another name.
+    """Remove `files` and their `directory`, atomically for readers. Other files are kept, in a renamed directory.
 
-    Of a symbolic link only the link is removed.
+    Of a symbolic link, only the link is removed.
     """
     temporary = _temporary_name(directory)
-    with suppress(FileNotFoundError):  # another process did
+    with suppress(FileNotFoundError):  # another process has removed it
         directory.rename(temporary)
     with suppress(OSError):
         remove_files(temporary, files.__contains__)
 
 
 def remove_files(directory: Path, is_ours: Callable[[str], object]) -> bool:
-    """Remove the files in `directory` whose name `is_ours` accepts, then the directory; return whether it is gone.
+    """Remove the files in `directory` whose name `is_ours` accepts; return whether the directory could be removed too.
 
-    The directory stays if it holds anything else. Links are removed and never followed: what they lead to stays.
+    The directory is kept if it contains other files. Links are removed, not followed.
     """
     if directory.is_symlink():
         directory.unlink()
@@ -108,13 +108,13 @@ def remove_files(directory: Path, is_ours: Callable[[str], object]) -> bool:
 
 
 def fsync_file(path: Path) -> None:
-    """Make what others wrote to `path` durable."""
+    """Flush the content of `path` to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable."""
+    """Flush the file names in `directory` to the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,17 +127,17 @@ def _temporary_name(directory: Path) -> Path:
 
 
 def _lock_of(temporary: Path) -> Path:
-    """Return the lock file beside `temporary`. NFS would not share the lock of a directory with other machines."""
+    """Return the lock file of `temporary`. On NFS, the lock of a directory would only hold on this machine."""
     return temporary.with_name(f"{temporary.name}.lock")
 
 
 def _remove_abandoned(leftover: Path) -> None:
-    """Remove `leftover` unless its writer lives: the kernel drops a lock with the process that held it."""
+    """Remove `leftover` unless its writer is alive: the kernel releases the lock of a dead process."""
     with suppress(OSError):
         if time.time() - leftover.stat().st_mtime < _ABANDONED_SECONDS:
-            return  # may have been made a moment ago, and not be locked yet
+            return  # it may be new, and not locked yet
         lock = _lock_of(leftover)
-        handle = os.open(lock, os.O_RDWR)  # without its lock it is not known to be one of ours
+        handle = os.open(lock, os.O_RDWR)  # raises without a lock file: another program may have written it
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover)

@@ -1,4 +1,4 @@
-"""Generation: continue several token sequences at once, and choose each next token from its logits.
+"""Generation: extends a batch of token sequences, sampling each next token from its logits.
 
 B rows, T tokens, N new tokens, V vocabulary
 """
@@ -16,20 +16,20 @@ from components.errors import InputError
 
 
 class HasKVCache(Protocol):
-    """A model that can keep what it computed of earlier tokens."""
+    """A model with a key-value cache."""
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> Any:
-        """Room for `capacity` tokens of each row; `padding`: how many slots to leave before the first of each."""
+        """Return an empty cache of `capacity` tokens per row; `padding` is the number of unused slots before each."""
         ...
 
     def __call__(self, tokens_BT: Tensor, *, cache: Any) -> Tensor:
-        """Logits (B, 1, V) of the last of `tokens_BT`, which follow what `cache` holds and join it."""
+        """Append `tokens_BT` to `cache`; return the logits (B, 1, V) after the last of them."""
         ...
 
 
 class Sampler(Protocol):
     def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        """(B,) ids."""
+        """Return (B,) ids sampled from `logits_BV` with the numbers `uniform_B`."""
         ...
 
 
@@ -44,10 +44,10 @@ def generate_tokens(
     vocab_size: int,
     device: torch.device,
 ) -> Iterator[list[int | None]]:
-    """The next id of each prompt, step by step; None for those that have ended, by `end`, which is not given out.
+    """Yield the next id of each prompt, step by step; None for prompts that have ended with the id `end`.
 
-    At most as many steps as `uniform_BN` (B, N), float64 in [0, 1), has numbers; row b is chosen by row b of it alone.
-    Ids from `vocab_size` on, which pad an embedding, are never chosen. No prompt may be empty.
+    There are at most N steps; row b is sampled with row b of `uniform_BN`, float64 in [0, 1), and does not depend on
+    the other rows. Ids from `vocab_size` on, which pad an embedding, are never sampled. No prompt may be empty.
     """
     longest, steps = max(map(len, prompts)), uniform_BN.shape[1]
     padding = [longest - len(prompt) for prompt in prompts]
@@ -69,39 +69,39 @@ def generate_tokens(
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Temperature first, then the `top_k` most probable, then the fewest of those that make up `top_p`.
+    """Applies the temperature, then `top_k`, then `top_p`, in the order of `transformers`.
 
-    The order is that of `transformers`. `temperature` 0 takes the most probable token.
+    With `temperature` 0 the most probable token is chosen.
     """
 
     temperature: float = 1.0
     """Divides the logits."""
     top_k: int | None = None
-    """Choose among this many."""
+    """Sample from this many most probable tokens."""
     top_p: float | None = None
-    """Choose among the most probable that together have at least this probability (arXiv 1904.09751)."""
+    """Sample from the most probable tokens with at least this total probability (arXiv 1904.09751)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise InputError("temperature", f"{self.temperature} is no number from 0 on")
+            raise InputError("temperature", f"{self.temperature}; expected a number >= 0")
         if self.top_k is not None and self.top_k < 1:
-            raise InputError("top_k", f"{self.top_k} leaves nothing to choose from; use 1 or more")
+            raise InputError("top_k", f"{self.top_k}; expected an integer >= 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError("top_p", f"{self.top_p} is no probability above 0")
+            raise InputError("top_p", f"{self.top_p}; expected 0 < top_p <= 1")
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
 
     def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        """(B,) ids, by inverting the distribution function at `uniform_B`, float64 in [0, 1).
+        """Return (B,) ids: the inverse of the cumulative distribution at `uniform_B`, float64 in [0, 1).
 
-        The same numbers choose the same tokens on any device, in any batch. Greedy, they are not looked at.
+        The same numbers give the same tokens on any device and in any batch. Greedy sampling does not use them.
         """
         if self.is_greedy:
             return logits_BV.argmax(-1)
         exact = logits_BV.double()
-        # from the largest on: a quotient by next to nothing may be - infinity, and not + infinity
+        # relative to the maximum: with a tiny temperature, quotients may be -inf, but never +inf
         exact = (exact - exact.amax(-1, keepdim=True)) / self.temperature
         ids_BV: Tensor | None = None
         if self.top_k is not None and self.top_k < exact.shape[-1]:
@@ -113,12 +113,12 @@ class Sampling:
         if self.top_p is not None:
             last_B1 = (summed_BV < self.top_p).sum(-1, keepdim=True).clamp(max=summed_BV.shape[-1] - 1)
             total_B1 = summed_BV.gather(-1, last_B1)
-        # The first whose sum is above the point: never one of probability zero.
+        # The first token whose cumulative probability exceeds the point; it has a probability above zero.
         place_B1 = torch.searchsorted(summed_BV, uniform_B.unsqueeze(-1) * total_B1, right=True)
         place_B1 = place_B1.clamp(max=summed_BV.shape[-1] - 1)
         return (place_B1 if ids_BV is None else ids_BV.gather(-1, place_B1)).squeeze(-1)
 
 
 def uniform_numbers(seed: int, count: int) -> Tensor:
-    """(count,) float64 in [0, 1): what one text draws from."""
+    """Return (count,) float64 in [0, 1) for sampling one text."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

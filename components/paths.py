@@ -1,6 +1,6 @@
-"""Files and folders as they are: what cannot be listed or reached is an error that names it, never an absent file.
+"""File lookups that raise an error for files and directories that cannot be accessed, instead of skipping them.
 
-Imports nothing of the project, so that every component may import it.
+This module imports nothing of the project, so that every component may import it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import NoReturn
 
 _BLOCK_BYTES = 2**20
 _SYSTEM = {"lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}
-"""What file systems and archives put beside the files of a user."""
+"""Directories created by file systems, operating systems and archive tools."""
 
 
 def is_file(path: Path) -> bool:
     """Return whether there is a regular file at `path`.
 
-    Raises OSError where that cannot be seen, and for a link to nothing: `Path.is_file` says False to both.
+    Raises OSError if `path` cannot be accessed, and for a broken link, where `Path.is_file` returns False.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -41,14 +41,14 @@ def hash_file(path: Path) -> str:
 
 
 def walk_files(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
-    """Yield all files below `folder`, also in folders that are links; none twice, however the links lead.
+    """Yield all files below `folder`, also in linked directories, each directory once even if links form a cycle.
 
-    Names that begin with a dot, and what the system keeps (`lost+found`, `__MACOSX`), are left out unless `hidden`.
-    Raises OSError for a folder that cannot be listed and for a link to nothing.
+    Names that start with a dot and system directories (`lost+found`, `__MACOSX`) are skipped unless `hidden`. Raises
+    OSError for a directory that cannot be listed and for a broken link.
     """
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=raise_error):
-        # sorted, so that of two ways to a folder it is always the same one
+        # sorted, so that the path of a directory with several links is deterministic
         folders[:] = sorted(name for name in folders if hidden or not _is_hidden(name))
         status = Path(place).stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -56,28 +56,28 @@ def walk_files(folder: Path, *, hidden: bool = False) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for name in files:
-            # a hidden link to nothing is how editors lock a file
+            # hidden broken links are lock files of editors
             if not _is_hidden(name) or (hidden and Path(place, name).exists()):
                 is_file(Path(place, name))
                 yield Path(place, name)
 
 
 def glob_files(pattern: str) -> list[Path]:
-    """Return the files that match the glob `pattern`. Raises OSError as `walk_files`, where `glob` is silent."""
+    """Return the files that match the glob `pattern`. Raises OSError as `walk_files` does, where `glob` skips them."""
     parts = Path(pattern).parts
     for number, part in enumerate(parts):
-        if glob.has_magic(part):  # all folders in which names are looked for: those of the parts so far
+        if glob.has_magic(part):  # check all directories that match the pattern up to here
             above = str(Path(*parts[: number + (part == "**")]))
             for folder in map(Path, glob.glob(above, recursive=True)):  # noqa: PTH207
                 if folder.is_dir() and folder.name not in _SYSTEM:
                     _check_listable(folder)
     found = map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207
-    # `glob` leaves out hidden names, but knows nothing of the system's
+    # `glob` skips hidden names, but not system directories
     return [path for path in found if (_SYSTEM & {*path.parts}) <= {*parts} and is_file(path)]
 
 
 def raise_error(error: OSError) -> NoReturn:
-    """The `onerror` of `os.walk`, which leaves out without a word what it cannot list."""
+    """Raise `error` for a directory that cannot be listed; as `onerror` of `os.walk`, which ignores it by default."""
     raise type(error)(f"{error.filename} cannot be listed: {error.strerror}") from None
 
 

@@ -1,4 +1,4 @@
-"""The run directory: where everything a run leaves behind is."""
+"""RunDirectory: the directory of a run, its files, owner and lock."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from components.errors import InputError
 
 LOCK = ".run.lock"
 FLIGHT_RECORDER = "nccl_trace_rank_"
-"""Beginning of the names, before the rank, of what NCCL's flight recorder writes when a collective times out."""
-_NOTE = "process"
+"""Prefix, before the rank, of the files that NCCL's flight recorder writes when a collective times out."""
+_LOCK_PREFIX = "process"
 _RUN = re.compile(r"[0-9a-f]{16}")
-_PATIENCE_SECONDS = 10.0
-"""How long one waits for another run to leave: what was just killed may have processes that have yet to notice."""
+_LOCK_TIMEOUT_SECONDS = 10.0
+"""How long to wait for the lock: the workers of a killed run may take a moment to exit."""
 
 
 class RunDirectory:
-    """The directory of one run, and the places in it."""
+    """The directory of one run, and the paths of the files in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,81 +38,85 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.profile = path / "profile"
-        self.mark = path / "run.json"
-        """Makes the directory that of a run: what is in it belongs to the run only if this file says so."""
-        self.stop = path / "stop"
-        """Once there is a file of this name, the run saves and stops."""
+        self.owner_file = path / "run.json"
+        """Identifies the run that owns the directory; without it, no file in it is overwritten or removed."""
+        self.stop_file = path / "stop"
+        """If this file exists, the run saves a checkpoint and stops."""
 
     @property
     def run(self) -> str | None:
-        """Identifier of the run whose directory this is; None while it is no run's."""
-        return self._read_mark().get("run")
+        """Identifier of the run that owns the directory; None without an owner."""
+        return self._read_owner().get("run")
 
-    def belongs_to(self, launch: str | None) -> bool:
-        """Whether `launch`, the name of a start of processes, has made this directory its own before."""
-        return launch is not None and launch in self._read_mark().get("launches", ())
+    def owned_by(self, launch: str | None) -> bool:
+        """Return whether `launch`, the name of a launch of processes, was recorded as an owner before."""
+        return launch is not None and launch in self._read_owner().get("launches", ())
 
     def claim(self, kind: str = "a training run", also: Iterable[Path] = ()) -> None:
-        """Make the directory that of a run of this kind, unless it is so already.
+        """Make a run of this kind the owner of the directory, unless it is already owned by one.
 
-        `also` is what a run of this kind writes in addition to what every run does. Raises ValueError for the directory
-        of a run of another kind, and where something is in the way that no run has written: it would be overwritten.
+        `also` lists files that a run of this kind writes in addition to those of every run. Raises ValueError for the
+        directory of a run of another kind, and for files that no run has written and this run would overwrite.
         """
-        mark = self._read_mark()
-        if mark:
-            if mark["kind"] != kind:
-                raise InputError("name", f"{self.path} holds {mark['kind']}; give this one a --run.name of its own")
+        owner = self._read_owner()
+        if owner:
+            if owner["kind"] != kind:
+                raise InputError("name", f"{self.path} holds {owner['kind']}; use another --run.name")
             return
-        if found := self.foreign(also):
+        if found := self.unowned_files(also):
             raise ValueError(
-                f"{self.path} holds {', '.join(found)}, and no {self.mark.name} that says that a run wrote them; this "
-                "run would overwrite or remove them. Move them away, or give it another --run.name. A checkpoint in "
-                f"there is continued with --resume={self.path} and another --run.name"
+                f"{self.path} holds {', '.join(found)}, which this run would overwrite or remove, and no "
+                f"{self.owner_file.name}, which every run writes. Move them away, or use another --run.name. To "
+                f"continue from a checkpoint in there, use --resume={self.path} with another --run.name"
             )
-        self._write_mark({"kind": kind, "run": uuid.uuid4().hex[:16], "launches": []})
+        self._write_owner({"kind": kind, "run": uuid.uuid4().hex[:16], "launches": []})
 
-    def foreign(self, also: Iterable[Path] = ()) -> list[str]:
-        """Names of what a run would overwrite in a directory that is no run's. Empty files and folders do not count."""
+    def unowned_files(self, also: Iterable[Path] = ()) -> list[str]:
+        """Return the names of files that a run would overwrite in a directory without owner, except empty ones."""
         if self.run is not None:
             return []
-        files = (self.mark, self.config, self.metrics, self.log, *also)
-        return [path.name for path in files if _has_content(path)] + (["stop"] if os.path.lexists(self.stop) else [])
+        files = (self.owner_file, self.config, self.metrics, self.log, *also)
+        names = [path.name for path in files if _has_content(path)]
+        return [*names, self.stop_file.name] if os.path.lexists(self.stop_file) else names
 
-    def remember(self, launches: Iterable[str]) -> None:
-        """Make the directory that of `launches`: each node has its own, and any may be the one that is left."""
-        self._write_mark({**self._read_mark(), "launches": list(dict.fromkeys(launches))})
+    def record_owner(self, launches: Iterable[str]) -> None:
+        """Record `launches`, the names of the launch on each node, as owners: any of them may restart the run."""
+        self._write_owner({**self._read_owner(), "launches": list(dict.fromkeys(launches))})
 
-    def _read_mark(self) -> dict[str, Any]:
+    def _read_owner(self) -> dict[str, Any]:
         try:
-            mark = json.loads(self.mark.read_text(encoding="utf-8"))
+            owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        known = isinstance(mark, dict) and isinstance(mark.get("kind"), str) and isinstance(mark.get("launches"), list)
-        return mark if known and _RUN.fullmatch(str(mark.get("run"))) else {}
+        known = (
+            isinstance(owner, dict) and isinstance(owner.get("kind"), str) and isinstance(owner.get("launches"), list)
+        )
+        return owner if known and _RUN.fullmatch(str(owner.get("run"))) else {}
 
-    def _write_mark(self, mark: Mapping[str, Any]) -> None:
-        atomic_write(self.mark, json.dumps(mark, indent=1) + "\n")
+    def _write_owner(self, owner: Mapping[str, Any]) -> None:
+        atomic_write(self.owner_file, json.dumps(owner, indent=1) + "\n")
 
     @property
-    def used(self) -> bool:
-        """Whether a run has left something here: it has made a step, or has a checkpoint."""
+    def has_run(self) -> bool:
+        """Whether the owner has made a step or saved a checkpoint."""
         return self.run is not None and (self.metrics.exists() or any(self.checkpoints.glob("step-*")))
 
     def check_links(self, *also: Path) -> None:
-        """Raises ValueError for a folder of the run that is a link to nowhere: nothing could be saved there."""
+        """Raise ValueError if a directory of the run is a broken link, where nothing can be saved."""
         for folder in (self.path, self.checkpoints, self.tensorboard, *also):
             if folder.is_symlink() and not folder.is_dir():
                 raise ValueError(
-                    f"{folder} is a link to {folder.readlink()}, where no directory is; mount or make it, or remove "
-                    "the link"
+                    f"{folder} is a link to {folder.readlink()}, which is not a directory; mount or create it, or "
+                    "remove the link"
                 )
 
     @contextmanager
-    def held(self) -> Iterator[bool]:
-        """Make the directory, and keep every other run out of it.
+    def lock(self) -> Iterator[bool]:
+        """Create the directory and lock it for this process.
 
-        Yields whether others are kept out: some network file systems cannot. The kernel lets go of it with the process,
-        however that ends; a directory left empty is gone afterwards. Raises ValueError while another run has it.
+        Yields False if the file system does not support locks, as some network file systems. The kernel releases the
+        lock when the process ends. An empty directory is removed afterwards. Raises ValueError while another run has
+        the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -122,41 +126,42 @@ class RunDirectory:
             with suppress(OSError):
                 self.path.rmdir()
 
-    def sweep(self, *also: Path) -> None:
-        """Remove what killed processes of the run left half written. Nobody else may be writing here."""
+    def remove_temporary_files(self, *also: Path) -> None:
+        """Remove temporary files of killed processes of the run. The caller must have the lock."""
         if self.run is not None:
-            for leftover in (each for file in (self.mark, self.config, *also) for each in temporary_files_of(file)):
+            for leftover in (
+                each for file in (self.owner_file, self.config, *also) for each in temporary_files_of(file)
+            ):
                 leftover.unlink(missing_ok=True)
 
     def clear(self, log_from: int | None = None) -> None:
-        """Remove what the run whose directory this is has written, but for its checkpoints and the mark.
+        """Remove the files that the owner has written, except its checkpoints and `owner_file`.
 
-        Nothing else that may lie in the directory goes, and of a link only the link. Where `log_from` is given, the log
-        loses only what is before that byte. Raises OSError for what cannot be removed: what is left of an old run would
-        be taken for the new one's.
+        Other files are kept; of a link, only the link is removed. With `log_from`, only the part of the log before that
+        byte is removed. Raises OSError for files that cannot be removed, because they would be mixed with the new run.
         """
         run = self.run
         if run is None:
             return
         traces = [*self.profile.glob("steps-*-rank-*"), *self.path.glob(f"{FLIGHT_RECORDER}*")]
-        # The metrics last: while they are there, a start that finds the rest half removed knows that there was a run.
+        # The metrics last: `has_run` must stay true until all other files are removed.
         for file in (*self.tensorboard.glob(f"events.*.{run}"), *traces, self.config, self.metrics):
             file.unlink(missing_ok=True)
         for folder in (self.tensorboard, self.profile):
             if not folder.is_symlink():
-                with suppress(OSError):  # it is not empty, or not there
+                with suppress(OSError):  # not empty, or missing
                     folder.rmdir()
         if log_from is None:
             self.log.unlink(missing_ok=True)
         elif self.log.exists() and not self.log.is_symlink():
             rest = self.log.read_bytes()[log_from:]
-            with self.log.open("r+b") as file_of_log:  # in place: it is open, to be appended to
+            with self.log.open("r+b") as file_of_log:  # in place: the log is open for appending
                 file_of_log.truncate(0)
                 file_of_log.write(rest)
 
     def release(self) -> None:
-        """Make the directory nobody's, after `clear`; it goes, too, if nothing else is in it."""
-        self.mark.unlink(missing_ok=True)
+        """Remove the owner of the directory, after `clear`, and the directory if it is empty."""
+        self.owner_file.unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
 
@@ -168,15 +173,15 @@ def _has_content(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(file: Path, what: Path) -> Iterator[bool]:
-    """Hold `file`, which is gone afterwards. A file, not its directory, whose lock NFS would keep to this machine."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+def _locked(file: Path, directory: Path) -> Iterator[bool]:
+    """Lock `file`, and remove it afterwards. On NFS, the lock of a directory would only hold on this machine."""
+    deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        noted = os.pread(handle, 1000, 0).decode(errors="replace").strip()
-        if noted and not noted.startswith(_NOTE):  # what a lock says is overwritten, and the file removed
+        holder = os.pread(handle, 1000, 0).decode(errors="replace").strip()
+        if holder and not holder.startswith(_LOCK_PREFIX):  # the file would be overwritten and removed
             os.close(handle)
-            raise ValueError(f"{file} is not a lock that a run made; move it away, or give this run another --run.name")
+            raise ValueError(f"{file} is not the lock file of a run; move it away, or use another --run.name")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -188,26 +193,26 @@ def _locked(file: Path, what: Path) -> Iterator[bool]:
             if time.monotonic() > deadline:
                 raise InputError(
                     "name",
-                    f"another run is writing to {what} ({noted or 'which one is not known'}); stop it, wait for "
-                    "it, or give this one another --run.name",
+                    f"another run is writing to {directory} ({holder or 'unknown process'}); stop it, wait for it, "
+                    "or use another --run.name",
                 ) from None
             time.sleep(0.1)
             continue
-        if _is_still(file, handle):
+        if _is_same_file(file, handle):
             break
-        os.close(handle)  # whoever had it has removed it meanwhile
+        os.close(handle)  # its owner has removed the file meanwhile
     try:
-        with suppress(OSError):  # a full disk keeps no note, but the lock
+        with suppress(OSError):  # the lock also works on a full disk, without the text
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"{_NOTE} {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            os.pwrite(handle, f"{_LOCK_PREFIX} {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield True
     finally:
         file.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _is_still(file: Path, handle: int) -> bool:
-    """Whether the file of `handle` is the one that has this name."""
+def _is_same_file(file: Path, handle: int) -> bool:
+    """Return whether `file` is still the file of `handle`."""
     try:
         return os.path.samestat(file.stat(), os.fstat(handle))
     except FileNotFoundError:

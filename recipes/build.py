@@ -104,7 +104,10 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     validation = None
     if (held_out := recipe.validation) is not None:
         with config_errors_at(config, "validation"):
-            validation = world.main_first(lambda: held_out.open(**data_kwargs))
+            validation_data = world.main_first(lambda: held_out.data.build(**data_kwargs))
+            validation = held_out.build(
+                validation_data, tokenizer=tokenizer, sequence_length=recipe.training.sequence_length
+            )
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), data_fingerprint)
     return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
 

@@ -63,7 +63,7 @@ class RunCheckpoints:
         """Restore the newest intact checkpoint and log `reason`; return False if there is no checkpoint."""
         self.manager.wait()
         damages: list[str] = []
-        checkpoint = newest_intact_checkpoint(self.manager.complete(), self.world, damages)
+        checkpoint = newest_intact_checkpoint(self.manager.list_checkpoints(), self.world, damages)
         for damage in damages:
             log.warning(f"{damage}; using the checkpoint before it")
         if checkpoint is None:
@@ -77,7 +77,7 @@ class RunCheckpoints:
     @property
     def newest(self) -> str:
         """The path of the newest checkpoint, for messages, or "none"."""
-        return str(self.manager.newest() or "none")
+        return str(self.manager.latest() or "none")
 
     def _require_finite(self) -> None:
         """Raise NonFiniteStateError if a parameter or optimizer state is not finite on any rank.
@@ -98,6 +98,6 @@ class RunCheckpoints:
 
     def _not_finite(self) -> str:
         """Return the names of the first non-finite tensors, equal on all ranks; empty if all are finite."""
-        names = self.state.tensors.not_finite()
+        names = self.state.tensors.find_nonfinite()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return next(filter(None, self.world.gather(", ".join(names[:3]) + more)), "")

@@ -179,7 +179,7 @@ class Evaluate:
             data = self.select_data(pretrained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.uses_document_masking(pretrained):
-                enable_document_masking(model, evaluated.samples, tokenizer.end_of_document)
+                enable_document_masking(model, evaluated.dataset, tokenizer.end_of_document)
         chosen = precision.resolve_precision(cfg.precision, world.device)
         with config_errors_at(config, "evaluation"):
             parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
@@ -221,7 +221,8 @@ class Evaluate:
         data_kwargs: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
         if cfg.method == "packed":
             validation = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
-            return world.main_first(lambda: validation.open(**data_kwargs, sequence_length=length))
+            dataset = world.main_first(lambda: data.build(**data_kwargs, sequence_length=length))
+            return validation.build(dataset, tokenizer=tokenizer, sequence_length=length)
         documents = world.main_first(lambda: data.build(**data_kwargs, sequence_length=1))
         if not isinstance(documents, Documents):
             raise InputError("use", f'{type(data).__name__} does not give documents; use method = "packed"')

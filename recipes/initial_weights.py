@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from components.errors import InputError, MissingFileError
-from components.safetensors import PickledWeights, Weights, only_pickles, read_json
+from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
 from models.init import copy_sharded
@@ -59,12 +59,12 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
         )
     hf_keys, model_keys = architecture.keys(config), architecture.keys(architecture.config(model))
     _require_same_shape(directory, hf_keys, model_keys, architecture)
-    if only_pickles(directory):
+    if has_only_pickles(directory):
         raise ValueError(
             f"{directory} has no safetensors files; convert it with python -m tools.import_hf {directory} OUTPUT"
         )
     with Weights(directory, ignore=[RECOMPUTED_BUFFERS]) as weights:
-        match_tensors(model, {name: described.shape for name, described in weights.described.items()})
+        match_tensors(model, {name: described.shape for name, described in weights.specs.items()})
         notes = weights.notes
     return notes + [
         f"{key} = {hf_keys.get(key)} in config.json, {model_keys.get(key)} in [model]"
@@ -78,7 +78,7 @@ def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:
 
     Raises ValueError if a tied matrix is stored twice with different values.
     """
-    places = match_tensors(model, {name: described.shape for name, described in weights.described.items()})
+    places = match_tensors(model, {name: described.shape for name, described in weights.specs.items()})
     require_equal_copies(weights, places)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -87,11 +87,9 @@ def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:
 
 def require_equal_copies(weights: Weights | PickledWeights, places: dict[str, str]) -> None:
     """Raise ValueError if a tied matrix is stored twice with different values."""
-    for extra in sorted(weights.described.keys() - set(places.values())):
+    for extra in sorted(weights.specs.keys() - set(places.values())):
         twin = places["tok_embeddings.weight"]
-        if weights.described[extra] != weights.described[twin] or not torch.equal(
-            weights.read(extra), weights.read(twin)
-        ):
+        if weights.specs[extra] != weights.specs[twin] or not torch.equal(weights.read(extra), weights.read(twin)):
             raise ValueError(f"{extra} and {twin} differ, but config.json ties them; set tie_word_embeddings to false")
 
 

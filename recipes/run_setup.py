@@ -53,7 +53,7 @@ def claim_run_directory(
     def lock() -> None:
         nonlocal locked
         directory.check_links()
-        locked = world.is_main and cleanup.enter_context(directory.held())
+        locked = world.is_main and cleanup.enter_context(directory.lock())
         if locked and (run := directory.run) is not None:
             remove_partial_saves(directory.checkpoints, run)
 
@@ -63,13 +63,13 @@ def claim_run_directory(
                 _refuse_foreign_checkpoints(directory)
             directory.claim()
             if locked:
-                directory.sweep()
-            directory.stop.unlink(missing_ok=True)  # it was meant for an earlier run
+                directory.remove_temporary_files()
+            directory.stop_file.unlink(missing_ok=True)  # it was meant for an earlier run
 
     with config_errors_at(config, "run"):
         world.main_first(lock)
         # Processes that the launcher restarted after a failure may continue in the directory that they claimed before.
-        restarted = bool(world.maximum(directory.belongs_to(launch)))
+        restarted = bool(world.maximum(directory.owned_by(launch)))
         start = _choose_checkpoint(
             find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
         )
@@ -77,7 +77,7 @@ def claim_run_directory(
         continues = checkpoint is not None and (
             checkpoint.parent == directory.checkpoints or is_inside(checkpoint, directory.path)
         )
-        replaces = directory.used and not continues
+        replaces = directory.has_run and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
                 f"{directory.path} already holds a run; continue it with --resume, give this one another "
@@ -106,7 +106,7 @@ def _make_commit(
                 remove_old_run(directory, log_from)
             atomic_write(directory.config, config.to_toml())
             if launch is not None:
-                directory.remember(launches)
+                directory.record_owner(launches)
 
     def commit() -> None:
         with config_errors_at(config, "run"):
@@ -208,7 +208,7 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     limit = recipe.run.max_minutes
     requests = StopRequests(
         signals,
-        file=directory.stop if world.is_main else None,
+        file=directory.stop_file if world.is_main else None,
         ends_at=None if limit is None else launch_time() + 60 * limit,
     )
     torch.manual_seed(recipe.run.seed + world.rank)

@@ -52,7 +52,7 @@ class Completion:
             self.ended = True
             return self.finish()
         self.tokens += 1
-        return self._gained(self.stream.push(id) + (self.stream.finish() if self.tokens == self.room else ""))
+        return self._gained(self.stream.add(id) + (self.stream.finish() if self.tokens == self.room else ""))
 
     def finish(self) -> str:
         """What was held back, as what it is so far."""

@@ -22,8 +22,8 @@ from components.safetensors import (
     PickledWeights,
     TensorSpec,
     Weights,
+    has_only_pickles,
     new_directory,
-    only_pickles,
     parse_bytes,
     read_json,
     write_json,
@@ -89,19 +89,19 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     # pickles only where there is nothing better
-    pickled = only_pickles(directory)
+    pickled = has_only_pickles(directory)
     weights = (
         PickledWeights(directory, ignore=[RECOMPUTED_BUFFERS])
         if pickled
         else Weights(directory, ignore=[RECOMPUTED_BUFFERS])
     )
     try:
-        places = match_tensors(model, {stored: described.shape for stored, described in weights.described.items()})
+        places = match_tensors(model, {stored: described.shape for stored, described in weights.specs.items()})
         require_equal_copies(weights, places)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     source = {theirs: places[ours] for ours, theirs in architecture.names(model).items()}
-    tensors = {theirs: weights.described[stored] for theirs, stored in source.items()}
+    tensors = {theirs: weights.specs[stored] for theirs, stored in source.items()}
 
     with new_directory(output, force=force) as aside:
         files = write_weights(

@@ -22,7 +22,7 @@ import numpy as np
 
 from components.batch import BatchRounding
 from components.clock import TrainingClock
-from components.data.loader import MicroBatch, MicroBatchLoader, order_of
+from components.data.loader import MicroBatch, MicroBatchLoader, build_order
 from components.interfaces import PackedDataset, Tokenizer
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
@@ -137,7 +137,7 @@ def shown(
 
     `apart`: documents are.
     """
-    epochs, indices = order_of(samples, seed=seed)(seen.sample_ids.numpy())
+    epochs, indices = build_order(samples, seed=seed)(seen.sample_ids.numpy())
     describe = getattr(samples, "describe", "sequence {}".format)
     for row in range(len(seen.sample_ids))[:count]:
         tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])

@@ -1,17 +1,17 @@
 """Checkpoints: a complete directory or nothing, written by torch.distributed.checkpoint.
 
     checkpoints/step-00000123/
-        *.distcp, .metadata     tensors, resharded on load to whatever the new run looks like
-        state.json              clock, batch policy: everything that is no tensor
-        config.toml             the configuration that made it
+        *.distcp, .metadata     tensors, resharded on load to the layout of the new run
+        state.json              clock, batch policy and all other state that is not a tensor
+        config.toml             the configuration of the run
         manifest.json           size and SHA-256 of all of these, and the identifier of the run
 
-A checkpoint is written aside (`.writing-RUN-step-00000123`), synced to the disk and renamed. A directory that bears its
-final name is therefore complete, and an interrupted save leaves only a name that no one reads. Saved asynchronously,
-the same happens in a thread, on a copy of the tensors.
+A checkpoint is written to a temporary directory (`.writing-RUN-step-00000123`), synced to the disk and renamed. A
+directory with the final name is therefore complete, and an interrupted save leaves only a directory that is never read.
+An asynchronous save does the same in a thread, on a copy of the tensors.
 
 torch.distributed.checkpoint takes most of a second to import, so it is imported where it is used: a typo in a recipe is
-told before.
+reported before that.
 """
 
 from components.checkpoint.load import (

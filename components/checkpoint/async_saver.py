@@ -1,4 +1,4 @@
-"""Saving while training goes on."""
+"""Saving checkpoints in a background thread while training continues."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ log = logging.getLogger("powertrain")
 
 _NOTEWORTHY_SECONDS = 10.0
 _COPIES_ONCE = TorchVersion(torch.__version__) < "2.13"
-"""Up to torch 2.12 a stager takes itself apart after a copy, and fails at the next."""
+"""Up to torch 2.12, a stager can be used for one copy only."""
 
 
 class AsyncSaver:
     """Writes one checkpoint at a time in a thread.
 
-    Its collectives need a process group that training does not use, where there is more than one process: on the
-    training loop's they would meet that loop's, in an order that differs from rank to rank.
+    With more than one process, its collectives need a process group that training does not use: in the group of the
+    training loop, the order of the collectives of both would differ from rank to rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
         if group is None:
-            warnings.filterwarnings("ignore", message=NO_DIST_WARNING)  # for good: a thread must not change and restore
+            warnings.filterwarnings("ignore", message=NO_DIST_WARNING)  # no restore: not thread-safe
         self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._under_way: Future[bool] | None = None
+        self._running: Future[bool] | None = None
 
     def start(self, tensors: dict[str, Any], write: Callable[[Any], bool]) -> None:
-        """Copy `tensors`, then return; in the thread `write` the copy, which tells whether it could.
+        """Copy `tensors`, start `write(copy)` in the thread, and return. `write` returns whether the save succeeded.
 
-        The copy is a snapshot also on the CPU, whose tensors training goes on to change in place.
+        Tensors on the CPU are copied too, because training changes them in place.
         """
         if _COPIES_ONCE:
             self._stager.close()
             self._stager = _new_stager()
-        staged = self._stager.stage(tensors)
-        self._under_way = self._thread.submit(write, staged)
+        staged = self._stager.stage(tensors)  # blocks until every tensor is copied to main memory: the snapshot
+        self._running = self._thread.submit(write, staged)
 
     def wait(self) -> bool | None:
-        """Until no save is under way; what the last `write` told, None if there was none since the last call."""
-        if self._under_way is None:
+        """Wait for the running save. Return the result of `write`, or None if none was started since the last call."""
+        if self._running is None:
             return None
-        future, self._under_way = self._under_way, None
+        future, self._running = self._running, None  # so that each result is returned once
         waited_from = time.monotonic()
         saved = future.result()
         if (seconds := time.monotonic() - waited_from) > _NOTEWORTHY_SECONDS:
             log.warning(
-                f"training waited {seconds:.0f} s for the checkpoint before: the disk is slower than "
-                "checkpoint.interval_steps asks for"
+                f"training waited {seconds:.0f} s for the previous checkpoint to be written: the disk is too slow "
+                "for this checkpoint.interval_steps; raise it"
             )
         return saved
 
     def gather(self, text: str) -> list[str]:
-        """`text` of every process, by rank, over a group that the training loop does not use."""
+        """Return the `text` of every process, by rank, gathered in the process group of this saver."""
         return [text] if self.group is None else all_gather_str(text, self.group)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class AsyncSaver:
 
 
 def _new_stager() -> DefaultStager:
-    """It keeps its buffers, pinned where that speeds up the copy, for as long as the tensors they mirror live."""
+    """Return a stager. It reuses its buffers, pinned with CUDA, as long as the tensors that they copy exist."""
     cuda = torch.cuda.is_available()
     return DefaultStager(
         StagingOptions(

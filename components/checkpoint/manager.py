@@ -1,4 +1,4 @@
-"""Where checkpoints are saved, and which are kept."""
+"""CheckpointManager: saves checkpoints, lists them and deletes old ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("powertrain")
 
-# With the identifier of the run that made them, so that nobody takes another's for its own.
+# {} is the identifier of the run, so that a run never removes the directories of another.
 _TMP_PREFIX = ".writing-{}-"
 _REPLACED = ".replaced-{}-"
 _REMOVED = "removed-"
@@ -41,16 +41,16 @@ _SAVED = re.compile(r"(damaged-)?step-\d{8,}")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """[checkpoint]: when to save, and what to keep. A run always saves when it ends or is stopped."""
+    """[checkpoint]: when to save, and which checkpoints to keep. A run also saves when it ends or is stopped."""
 
     interval_steps: PositiveCount | None = 1000
     """Optimizer steps between saves; "none": only at the end."""
     keep_last: PositiveCount | None = 3
-    """How many of the newest to keep; "none": all."""
+    """How many of the latest checkpoints to keep; "none": all."""
     keep_every: PositiveCount | None = None
-    """Checkpoints whose step is a multiple of this are kept for good."""
+    """Checkpoints whose step is a multiple of this are never deleted."""
     async_save: bool = False
-    """Write in the background: training waits only for a copy of its state, which takes that much more memory."""
+    """Write in the background: training waits only until the state is copied; the copy takes as much memory again."""
 
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
         return CheckpointManager(
@@ -59,10 +59,10 @@ class CheckpointConfig:
 
 
 class CheckpointManager:
-    """Saves to, lists and loads from one directory of checkpoints. Every rank makes one, at the same time.
+    """Saves checkpoints to a directory, lists them and deletes old ones. Every rank constructs one at the same time.
 
-    A save that fails, because the disk is full or gone, is told at once and leaves nothing behind; what was saved
-    before stays, and training can go on.
+    A save that fails, because the disk is full or gone, is logged and its files are removed. Earlier checkpoints stay,
+    and training can continue.
     """
 
     def __init__(
@@ -75,73 +75,76 @@ class CheckpointManager:
         keep_every: int | None = None,
         async_save: bool = False,
     ) -> None:
-        """`run` is the identifier of the run, which it writes into its checkpoints and by which it knows them."""
+        """`run` identifies the run in its checkpoints; the manager deletes only those with this identifier."""
         self.directory = directory
         self.world = world
         self.run = run
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.saved_step: int | None = None
-        """Step of the newest save that is known to be complete, equal on all ranks; `wait` brings it up to date."""
+        """Step of the last save that is known to be complete, equal on all ranks; `wait` updates it."""
         self.failed_steps: list[int] = []
-        """Steps whose save failed, as far as is known."""
-        self._background: AsyncSaver | None = None
+        """Steps whose save failed; `wait` updates them."""
+        self._saver: AsyncSaver | None = None
         self._plans: SavePlans | None = None
         self._saving = 0
         if async_save:
             from components.checkpoint.async_saver import AsyncSaver
 
-            self._background = AsyncSaver(world.waiting)
+            self._saver = AsyncSaver(world.waiting)
 
-    def complete(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+    def list_checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
         return list_checkpoints(self.directory)
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, once an unfinished save is over."""
+    def latest(self) -> Path | None:
+        """Return the complete checkpoint of the largest step, or None, after waiting for a running save."""
         self.wait()
-        return max(self.complete(), default=None, key=step_of)
+        return max(self.list_checkpoints(), default=None, key=step_of)
 
     def save(self, step: int, tensors: dict[str, Any], state: Mapping[str, Any], config: str) -> bool | None:
-        """Write the checkpoint of `step` and remove those no longer wanted. Every rank calls it.
+        """Write the checkpoint of `step` and delete those that are no longer to be kept. Every rank must call it.
 
-        `tensors` is a nested dict of tensors and DTensors, `state` is JSON. A checkpoint of this step that is already
-        there is replaced. Tells whether it was saved; asynchronously None, as soon as `tensors` are copied, and then
-        `wait` brings `saved_step` or `failed_steps` up to date. A save that is still under way is waited for first.
+        `tensors` is a nested dict of tensors and DTensors; `state` must be serializable as JSON. A checkpoint of the
+        same step is replaced. A running save is waited for first.
+
+        Returns whether the checkpoint was saved. An asynchronous save returns None as soon as `tensors` are copied;
+        `wait` then updates `saved_step` or `failed_steps`.
         """
         self.wait()
         self._saving = step
         final = self.path(step)
-        background = self._background
-        gather = self.world.gather if background is None else background.gather
+        saver = self._saver
+        gather = self.world.gather if saver is None else saver.gather
 
-        def write(held: dict[str, Any]) -> bool:
-            return self._write(final, held, state, config, gather)
+        def write(tensors: dict[str, Any]) -> bool:
+            return self._write(final, tensors, state, config, gather)
 
-        if background is not None:
-            background.start(tensors, write)
+        if saver is not None:
+            saver.start(tensors, write)
             return None
         with silence_no_dist_warning():
-            self._note(write(tensors))
+            self._record(write(tensors))
         return self.saved_step == step
 
     def path(self, step: int) -> Path:
+        """Return the directory of the checkpoint of `step`."""
         return self.directory / f"step-{step:08d}"
 
     def wait(self) -> None:
-        """Until no save is under way."""
-        if self._background is not None and (saved := self._background.wait()) is not None:
-            self._note(saved)
+        """Wait for a running asynchronous save."""
+        if self._saver is not None and (saved := self._saver.wait()) is not None:
+            self._record(saved)
 
     def close(self) -> None:
-        """Let an unfinished save end."""
+        """Wait for a running save and end the thread."""
         self.wait()
-        if self._background is not None:
-            self._background.close()
+        if self._saver is not None:
+            self._saver.close()
         if self._plans is not None:
-            self._plans.forget()
+            self._plans.clear()
 
-    def _note(self, saved: bool) -> None:
+    def _record(self, saved: bool) -> None:
         if saved:
             self.saved_step = self._saving
         else:
@@ -155,24 +158,24 @@ class CheckpointManager:
         config: str,
         gather: Callable[[str], list[str]],
     ) -> bool:
-        """Write `final`; whether it could be done is the same on every rank, and was told."""
+        """Write `final`; return whether that succeeded, equal on every rank. A failure is logged."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
 
         from components.checkpoint.tensor_writer import SavePlans, TensorWriter
 
         plans = self._plans = self._plans or SavePlans()
-        aside = self.directory / f"{_TMP_PREFIX.format(self.run)}{final.name}"
-        writer = TensorWriter(aside)
-        if self._background is not None:
-            # A copy that is in main memory already needs no stream to bring it there: that of the thread is GPU 0's.
+        temporary = self.directory / f"{_TMP_PREFIX.format(self.run)}{final.name}"
+        writer = TensorWriter(temporary)
+        if self._saver is not None:
+            # The copy is in main memory already; in this thread, the copy stream of torch would be one of GPU 0.
             writer.per_thread_copy_ahead = 0
-        group = self._background.group if self._background is not None else None
+        group = self._saver.group if self._saver is not None else None
 
         def prepare() -> None:
             if self.world.is_main:
-                _remove_partial(aside)
-                aside.mkdir(parents=True)
+                _remove_partial(temporary)
+                temporary.mkdir(parents=True)
 
         def write() -> None:
             try:
@@ -185,39 +188,39 @@ class CheckpointManager:
                 )
             except CheckpointException as error:
                 raise OSError(str(root_cause(error))) from error
-            write_part(aside, self.world.rank)
+            write_part(temporary, self.world.rank)
 
-        def complete() -> None:
+        def commit() -> None:
             if self.world.is_main:
-                self._complete(aside, final, state, config)
+                self._commit(temporary, final, state, config)
 
         try:
-            for part in (prepare, write, complete):
-                run_on_all_ranks(part, gather)
+            for stage in (prepare, write, commit):
+                run_on_all_ranks(stage, gather)
         except Exception as error:
-            log.error(f"{final} could not be saved: {error}. The checkpoints before it stay")
-            plans.forget()
+            log.error(f"{final} could not be saved: {error}. Earlier checkpoints are intact")
+            plans.clear()
             if self.world.is_main:
                 with suppress(OSError):
-                    _remove_partial(aside)  # on a full disk it is in the way of the next one
+                    _remove_partial(temporary)  # it would take the space that the next save needs
             return False
-        if self._background is not None:
+        if self._saver is not None:
             log.info(f"saved {final}")
         return True
 
-    def _complete(self, aside: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
-        """Every rank's files are in `aside`: add the rest, give it its name, remove what is no longer wanted."""
-        write_fsync(aside / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
-        write_fsync(aside / "config.toml", config)
-        write_manifest(aside, self.world.size, self.run)
-        fsync_directory(aside)
+    def _commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
+        """Complete `temporary`, which holds the files of all ranks, rename it to `final`, delete old checkpoints."""
+        write_fsync(temporary / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
+        write_fsync(temporary / "config.toml", config)
+        write_manifest(temporary, self.world.size, self.run)
+        fsync_directory(temporary)
         replaced = self.directory / f"{_REPLACED.format(self.run)}{final.name}"
         if os.path.lexists(final):
             if run_of(final) != self.run:
-                raise OSError("there is a checkpoint of this name that this run did not write")
+                raise OSError("a checkpoint of this name exists that this run did not write")
             final.rename(replaced)
         try:
-            aside.rename(final)
+            temporary.rename(final)
         except OSError:
             if replaced.exists():
                 replaced.rename(final)
@@ -230,18 +233,18 @@ class CheckpointManager:
     def _prune(self) -> None:
         if self.keep_last is None:
             return
-        for old in self.complete()[: -self.keep_last]:
+        for old in self.list_checkpoints()[: -self.keep_last]:
             if (self.keep_every is None or step_of(old) % self.keep_every) and run_of(old) == self.run:
                 try:
                     remove(old, self.run)
-                except OSError as error:  # what is too much is no harm
+                except OSError as error:  # one checkpoint too many does no harm
                     log.warning(f"{old} could not be removed: {error}")
 
 
 def remove(checkpoint: Path, run: str) -> None:
-    """Delete a checkpoint of `run`: whatever interrupts that, half of it never bears its name.
+    """Delete a checkpoint of `run`. It is renamed first, so that an interruption never leaves half a checkpoint.
 
-    Of a link only the link goes. Files in it that no save writes stay, in a directory `not-removed-...`.
+    Of a link, only the link is removed. Files that no save writes are kept, in a directory `not-removed-...`.
     """
     leaving = checkpoint.with_name(f"{_TMP_PREFIX.format(run)}{_REMOVED}{checkpoint.name}")
     checkpoint.rename(leaving)
@@ -249,9 +252,9 @@ def remove(checkpoint: Path, run: str) -> None:
 
 
 def remove_all(directory: Path, run: str) -> None:
-    """Delete every checkpoint that `run` wrote to `directory`, damaged ones too, and the directory if it is empty.
+    """Delete every checkpoint that `run` wrote to `directory`, also damaged ones, and the directory if it is empty.
 
-    A directory that is behind a link stays. Raises OSError for what cannot be removed.
+    A directory that is a link is not deleted. Raises OSError for files that cannot be removed.
     """
     if not directory.is_dir():
         return
@@ -264,24 +267,24 @@ def remove_all(directory: Path, run: str) -> None:
 
 
 def remove_partial_saves(directory: Path, run: str) -> None:
-    """Remove what dead saves of `run` have left in a directory of checkpoints. It may not be saving there now."""
+    """Remove what interrupted saves of `run` have left in `directory`. No save of `run` may be in progress."""
     if not directory.is_dir():
         return
-    replaced, aside = _REPLACED.format(run), _TMP_PREFIX.format(run)
+    replaced, partial = _REPLACED.format(run), _TMP_PREFIX.format(run)
     leftovers = sorted(directory.iterdir())
     for leftover in leftovers:
         if leftover.name.startswith(replaced):
             final = directory / leftover.name.removeprefix(replaced)
             if os.path.lexists(final):
                 _remove_partial(leftover)
-            else:  # killed between two renames: the one to be replaced is the one there is
+            else:  # killed between the two renames: restore the checkpoint that was to be replaced
                 leftover.rename(final)
-        elif leftover.name.startswith(aside):
+        elif leftover.name.startswith(partial):
             _remove_partial(leftover)
 
 
 def _remove_partial(leftover: Path) -> None:
-    """Remove what saves have written to `leftover`. Anything else in it stays, under a name that can be seen."""
+    """Remove the files of a save in `leftover`. Other files are kept, in a directory that is not hidden."""
     if os.path.lexists(leftover) and not remove_files(leftover, WRITTEN.fullmatch):
         step = leftover.name.rpartition("step-")[2]
         leftover.rename(leftover.with_name(f"not-removed-step-{step}-{uuid.uuid4().hex[:6]}"))

@@ -1,4 +1,4 @@
-"""manifest.json: size and SHA-256 of every file of a checkpoint, by which damage is found before anything is loaded."""
+"""manifest.json: size and SHA-256 of every file of a checkpoint, to find damage before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from components.paths import hash_file
 
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
-"""Names of all files that a save writes: nothing else in a checkpoint is ever removed."""
+"""Names of all files that a save writes. Other files in a checkpoint are never removed."""
 _LARGEST_BYTES = 2**26
 
 
@@ -34,16 +34,16 @@ class _Manifest(BaseModel):
 
 
 def write_part(directory: Path, rank: int) -> None:
-    """Note what `rank` wrote into `directory`, for `write_manifest`. The tensor files of a rank begin with its number.
+    """Record the tensor files of `rank` in `directory`, `__RANK_*`, for `write_manifest`.
 
-    Each process reads what it wrote itself: that is in its machine's memory still, and the work is divided.
+    Each process hashes the files it wrote itself: they are still in its page cache, and the work is divided.
     """
     files = {path.name: _describe(path) for path in directory.glob(f"__{rank}_*")}
     write_fsync(_part(directory, rank), _Manifest(files=files).model_dump_json())
 
 
 def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
-    """Put together what the ranks of `run` have noted, and add the files that are nobody's. Call when all is there."""
+    """Merge the records of all ranks of `run`, and add the remaining files. Call it after all files are written."""
     files: dict[str, _File] = {}
     for rank in range(ranks):
         part = _part(directory, rank)
@@ -56,7 +56,7 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
 
 
 def run_of(checkpoint: Path) -> str | None:
-    """The identifier of the run that wrote `checkpoint`; None if no readable manifest tells it."""
+    """Return the identifier of the run that wrote `checkpoint`; None without a readable manifest."""
     try:
         if (checkpoint / MANIFEST).stat().st_size > _LARGEST_BYTES:
             return None
@@ -66,10 +66,10 @@ def run_of(checkpoint: Path) -> str | None:
 
 
 def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
-    """Hold every file of `checkpoint` against its manifest; of several `ranks` each reads its share.
+    """Check every file of `checkpoint` against its manifest; each of several `ranks` hashes a part of the files.
 
-    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; that they can be
-    read is all that is known of them.
+    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; only their
+    state.json is checked.
     """
     state = read_state(checkpoint)
     path = checkpoint / MANIFEST
@@ -77,7 +77,7 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
         return
     try:
         if path.stat().st_size > _LARGEST_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
+            raise ValueError(f"{path.stat().st_size:,} bytes; at most {_LARGEST_BYTES:,} are accepted")
         files = _Manifest.model_validate_json(path.read_bytes()).files
     except FileNotFoundError:
         raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
@@ -88,24 +88,24 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     except (ValueError, OSError) as error:
         raise _damaged(checkpoint, f"{MANIFEST}: {error}") from None
     if missing := {"state.json", "config.toml", ".metadata"} - files.keys():
-        raise _damaged(checkpoint, f"{MANIFEST} does not name {min(missing)}")
+        raise _damaged(checkpoint, f"{MANIFEST} does not list {min(missing)}")
     for name, described in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise _damaged(checkpoint, f"{name} is missing")
         if (size := file.stat().st_size) != described.bytes:
-            raise _damaged(checkpoint, f"{name} has {size:,} bytes where {described.bytes:,} were written")
+            raise _damaged(checkpoint, f"{name} has {size:,} bytes, {described.bytes:,} were written")
     for name in sorted(files)[rank::ranks]:
         try:
             found = _describe(checkpoint / name)
         except OSError as error:
             raise _damaged(checkpoint, f"{name} cannot be read: {error.strerror or error}") from None
         if found != files[name]:
-            raise _damaged(checkpoint, f"{name} is not what was written: its SHA-256 is another")
+            raise _damaged(checkpoint, f"{name} was altered: its SHA-256 differs from the one in {MANIFEST}")
 
 
-def _damaged(checkpoint: Path, why: str) -> DamagedError:
-    return DamagedError(f"{checkpoint} is damaged: {why}")
+def _damaged(checkpoint: Path, problem: str) -> DamagedError:
+    return DamagedError(f"{checkpoint} is damaged: {problem}")
 
 
 def _describe(path: Path) -> _File:

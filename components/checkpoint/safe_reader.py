@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, also of a stranger's: nothing in it is executed, nothing it claims is believed."""
+"""Reads the tensors of a checkpoint from an untrusted source: stored code is never executed, sizes are checked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch.futures import Future
 
 
 class UntrustedReader(FileSystemReader):
-    """torch's reader unpickles the metadata, and what is no tensor, as they come; this one does neither."""
+    """A FileSystemReader that, unlike torch's, unpickles neither the metadata nor objects other than tensors."""
 
     def __init__(self, checkpoint: Path, metadata: Metadata) -> None:
-        """`metadata` has been checked."""
+        """`metadata` must have been checked (see metadata.py)."""
         super().__init__(checkpoint)
         self.metadata = metadata
 
@@ -39,12 +39,12 @@ class UntrustedReader(FileSystemReader):
                 planner.load_bytes(item, _resaved(loaded, what))
                 continue
             if not isinstance(loaded, Tensor):
-                raise ValueError(f"{what} is no tensor")
+                raise ValueError(f"{what} is not a tensor")
             for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 loaded = loaded.narrow(dimension, start, length)
             target = planner.resolve_tensor(item).detach()
             if target.size() != loaded.size():
-                raise ValueError(f"{what} has the size {tuple(loaded.size())}, not {tuple(target.size())}")
+                raise ValueError(f"{what} has shape {tuple(loaded.size())}, expected {tuple(target.size())}")
             target.copy_(loaded)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -53,31 +53,31 @@ class UntrustedReader(FileSystemReader):
 
 
 def _load(content: bytes, what: str) -> Any:
-    """What `torch.save` made `content` of. Raises ValueError if it asks for code, or for more than is there."""
+    """Return the object that `torch.save` wrote. Raises ValueError if loading it needs code or its size is false."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it would unpack to more than its size")
-            orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
-        if any(order != sys.byteorder.encode() for order in orders):
-            raise ValueError("it was written on a machine of another byte order")
+                raise ValueError("it is compressed, and may unpack to any size")
+            byte_orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
+        if any(order != sys.byteorder.encode() for order in byte_orders):
+            raise ValueError("it was written on a machine with another byte order")
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         stored = sum(entry.file_size for entry in entries if "/data/" in entry.filename)
         if isinstance(loaded, Tensor):
-            # torch believes the length that the pickle claims
+            # torch does not check the length in the pickle
             if loaded.layout != torch.strided or loaded.untyped_storage().nbytes() > stored:
-                raise ValueError("it claims to be longer than it is")
+                raise ValueError("it claims more bytes than it has")
         elif stored:
-            raise ValueError("it holds tensors where there should be none")
+            raise ValueError("it holds tensors where only settings are expected")
         return loaded
-    except Exception as error:  # a damaged archive can raise anything at all
+    except Exception as error:  # a damaged archive may raise any exception
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{what} is damaged, or holds more than numbers, which is never loaded: {reason}") from None
+        raise ValueError(f"{what} is damaged, or holds more than tensors, which is never loaded: {reason}") from None
 
 
 def _resaved(value: Any, what: str) -> io.BytesIO:
-    """`value`, a plain one, as torch's planner wants it: it unpickles without asking."""
+    """Return `value`, a plain one, pickled again: the planner of torch unpickles it unchecked."""
     if not isinstance(value, (bool, int, float, str, type(None), list, tuple, dict)):
         raise ValueError(f"{what} is a {type(value).__name__}, not a setting")
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The tensors of a run, as a checkpoint holds them."""
+"""StateTensors: the tensors of a run, as a checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from components.checkpoint.load import load_tensors, tensor_index
 from components.interfaces import WorldComm
 
-_CHECKED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class StateTensors:
-    """The tensors of a run as one nested dict: model and optimizer by parameter name, and this rank's random state."""
+    """Collects and restores model and optimizer state by parameter name, and the random state of this rank."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: WorldComm) -> None:
         self.model = model
@@ -24,6 +24,7 @@ class StateTensors:
         self.world = world
 
     def collect(self) -> dict[str, Any]:
+        """Return the tensors as a nested dict, to save with `CheckpointManager.save`."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         return {
@@ -32,34 +33,34 @@ class StateTensors:
             "random": {str(self.world.rank): self._random_state()},
         }
 
-    def not_finite(self) -> list[str]:
-        """Names of parameters and optimizer states of which this rank holds a number that is NaN or infinite.
+    def find_nonfinite(self) -> list[str]:
+        """Return the names of parameters and optimizer states with a NaN or infinite element in the shard of this rank.
 
-        Only its own shards are looked at, once each and without a copy. Buffers are left out, where minus infinity may
-        well be meant (a mask), and so are the scalars of an optimizer, such as its count of steps.
+        Buffers are not checked, because minus infinity may be intended there (a mask), nor are scalars of the
+        optimizer, such as its step count. No tensor is copied.
         """
         named = {
             f"{name}{suffix}": tensor.to_local() if hasattr(tensor, "to_local") else tensor
             for name, parameter in self.model.named_parameters()
             for suffix, tensor in [("", parameter.detach()), *_states(self.optimizer.state.get(parameter, {}))]
         }
-        named = {name: tensor for name, tensor in named.items() if tensor.dtype in _CHECKED and tensor.numel()}
+        named = {name: tensor for name, tensor in named.items() if tensor.dtype in _FLOAT_DTYPES and tensor.numel()}
         if not named:
             return []
-        # Both pass NaN on, so a tensor is finite if and only if they are: ten times as fast as isfinite on a CPU. One
-        # stack for all, and so one wait for the device.
+        # aminmax propagates NaN, so a tensor is finite if and only if its minimum and maximum are: ten times as fast
+        # as isfinite on a CPU. bounds is (tensors, 2); one stack means one synchronization with the device.
         bounds = torch.stack([torch.stack(tensor.aminmax()).double() for tensor in named.values()])
         finite = bounds.isfinite().all(dim=1).tolist()
         return [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
 
     def restore(self, checkpoint: Path) -> None:
-        """Load model, the optimizer's state and, as far as the checkpoint has this rank's, the random state.
+        """Load the model, the optimizer state and the random state of this rank from `checkpoint`.
 
-        The options of the parameter groups, which a checkpoint holds as well, stay those of the recipe: it may have
-        changed, and an optimizer may have set them for one step's batch.
+        Options of the parameter groups are not restored: those of the recipe may have changed, and an optimizer may
+        set them for the batch of one step.
 
-        On more ranks than the checkpoint was written by, or on GPUs if it was on none, what is new keeps the random
-        state that the seed gave it.
+        A random state that the checkpoint does not have (it was saved by fewer ranks, or without GPUs) stays as the
+        seed has set it.
         """
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
@@ -71,21 +72,21 @@ class StateTensors:
         random = {name: tensor for name, tensor in random.items() if f"random.{rank}.{name}" in stored}
         if random:
             tensors["random"] = {rank: random}
-        # torch invents a state for every parameter, and one that has had no gradient yet has none
+        # torch creates a state for every parameter; one without a gradient so far has none in the checkpoint
         state = tensors["optimizer"]["state"]
-        idle = {
+        stateless = {
             name: state.pop(name)
             for name in list(state)
             if not any(f"optimizer.state.{name}.{key}" in stored for key in state[name])
         }
         load_tensors(checkpoint, tensors, no_dist=self.world.size == 1, index=index)
-        state.update(idle)
+        state.update(stateless)
         options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         set_model_state_dict(self.model, tensors["model"])
         set_optimizer_state_dict(self.model, self.optimizer, tensors["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)
-        for name in idle:
+        for group, group_options in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(group_options)
+        for name in stateless:
             self.optimizer.state.pop(self.model.get_parameter(name), None)
         _restore_random_state(random)
 
@@ -97,7 +98,7 @@ class StateTensors:
 
 
 def _states(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an optimizer's state of one parameter, scalars left out, each with what its name ends in."""
+    """Yield (name suffix, tensor) of the optimizer state of one parameter, without scalars."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.ndim:
             yield f" ({key})", value

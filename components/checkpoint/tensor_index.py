@@ -1,7 +1,7 @@
-"""Which tensors a checkpoint holds and where their chunks lie, in arrays.
+"""TensorIndex: the tensors of a checkpoint and the places of their chunks, stored in arrays.
 
 A 70B model saved by 1,024 ranks has two million chunks. As objects of torch.distributed.checkpoint they take gigabytes
-on every rank; here a rank makes objects of those chunks alone that it reads.
+on every rank; with arrays, a rank creates objects only for the chunks it reads.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 
 
 class Entry(NamedTuple):
-    """One tensor, or one setting of the optimizer."""
+    """One tensor, or one setting of the optimizer, of a checkpoint."""
 
     dtype: torch.dtype | None
     """None: not a tensor."""
     shape: tuple[int, ...]
     first: int
-    """Its chunks are `first` to `first + chunks` of all, in the order of `TensorIndex.places`."""
+    """Its chunks are rows `first` to `first + chunks` of `TensorIndex.places`."""
     chunks: int
     box: int
-    """Where the offsets and sizes of its chunks begin in `TensorIndex.boxes`."""
+    """Position of the offsets and sizes of its chunks in `TensorIndex.boxes`."""
 
 
 class TensorIndex(NamedTuple):
-    """What is in a checkpoint, by name. It has been checked; it travels between processes of one run by pickle."""
+    """The checked content of a checkpoint, by name. It is pickled only between processes of one run."""
 
     entries: dict[str, Entry]
     files: list[str]
     places: np.ndarray
-    """(chunks, 3) int64: number of the file, first byte, bytes."""
+    """(chunks, 3) int64: index into `files`, first byte, number of bytes."""
     boxes: np.ndarray
-    """int64: of each tensor in turn (chunks, 2, dimensions), the offsets and the sizes of its chunks."""
+    """(n,) int64: the flattened (chunks, 2, dimensions) offsets and sizes of the chunks of one tensor after another."""
 
     def boxes_of(self, entry: Entry) -> np.ndarray:
-        """(chunks, 2, dimensions) int64: offsets and sizes."""
+        """Return (chunks, 2, dimensions) int64: offsets and sizes of the chunks of `entry`."""
         dimensions = len(entry.shape)
         end = entry.box + entry.chunks * 2 * dimensions
         return self.boxes[entry.box : end].reshape(entry.chunks, 2, dimensions)
 
     def metadata(self, wanted: Mapping[str, Any]) -> Metadata:
-        """What torch.distributed.checkpoint needs to fill `wanted`, a flat state dict of this rank: of each tensor the
-        chunks that overlap the local part, and nothing of what is not wanted.
+        """Return the metadata that torch.distributed.checkpoint needs to fill `wanted`, a flat state dict of this rank:
+        only the tensors in `wanted`, and of each only the chunks that overlap the local shard.
         """
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
@@ -82,9 +82,9 @@ class TensorIndex(NamedTuple):
 
 
 def _overlapping(boxes: np.ndarray, value: Any) -> list[int]:
-    """Numbers of the chunks (chunks, 2, dimensions) that hold something of the local part of `value`.
+    """Return the indices of the chunks, `boxes` (chunks, 2, dimensions), that overlap the local shard of `value`.
 
-    All of them where `value` is not a tensor of these dimensions: torch then says what is wrong with it.
+    Returns all where `value` is not a tensor with as many dimensions: torch then reports the mismatch.
     """
     count, _, dimensions = boxes.shape
     if not isinstance(value, Tensor) or value.dim() != dimensions:

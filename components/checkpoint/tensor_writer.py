@@ -1,4 +1,4 @@
-"""Writing tensors with torch.distributed.checkpoint: cached save plans, and errors that say what the disk said."""
+"""Writing tensors with torch.distributed.checkpoint: cached save plans, and the system's own error messages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _keys = count()
 
 
 class SavePlans:
-    """Makes the planner of each save. A rank whose part has not changed sends no plan, and none is made of all."""
+    """Creates the planner of each save. Plans are cached: a rank sends one only if its shards have changed."""
 
     def __init__(self) -> None:
-        # torch keeps plans by the name of the planner's class, for all stores of a process
+        # torch caches plans by this key, by default the class name: shared by all managers of a process
         self._key = f"powertrain-{next(_keys)}"
 
     def planner(self) -> DefaultSavePlanner:
@@ -23,20 +23,20 @@ class SavePlans:
         planner._cached_plans_key = self._key
         return planner
 
-    def forget(self) -> None:
-        """Plan again in the next save. Every rank calls it after a save that failed: they may not have gone as far."""
+    def clear(self) -> None:
+        """Drop the cached plans. Every rank calls it after a failed save: not all may have reached the same point."""
         for kept in ("save_plan", "final_save_plan", "all_plans", "global_plan", "metadata"):
             getattr(SavePlanner, f"_cached_{kept}", {}).pop(self._key, None)
 
 
 class TensorWriter(FileSystemWriter):
-    """A FileSystemWriter that raises what the disk has said."""
+    """A FileSystemWriter that raises the error of the system for a file that cannot be written."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """Raises OSError for a file that cannot be written.
+        """Write the tensors of `plan`. Raises OSError for a file that cannot be written.
 
-        torch's writer of archives, when a file takes no more, fails while it cleans up: "enforce fail at ...".
-        The reason is the context of that error, and a context is lost on the way from one rank to another.
+        When the disk is full, torch's archive writer fails in its cleanup with "enforce fail at ...". The cause is the
+        context of that error, which is lost when the error is sent to another rank.
         """
         try:
             return super().write_data(plan, planner)

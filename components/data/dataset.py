@@ -1,4 +1,4 @@
-"""From shards to sequences: token ids end to end, packed into sequences of a fixed length."""
+"""Datasets: the token ids of all documents, concatenated and cut into sequences of a fixed length."""
 
 from __future__ import annotations
 
@@ -12,117 +12,119 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.index import PIECES, Index, Pieces
+from components.data.index import SOURCE_FILES, FileCounts, Index
 from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, rebuild_error
 from components.data.token_reader import TokenReader
 
 
 class TokenDataset:
-    """Sequence i is tokens [i*T, i*T + T + 1) of all documents end to end, T being `sequence_length`.
+    """Sequence i is tokens [i*T, i*T + T + 1) of the concatenated documents, where T is `sequence_length`.
 
-    Neighbours share one token, the last target of one and the first input of the next, so every token but the very
-    first is a target exactly once; what is left over at the end, fewer than T tokens, is not used.
+    Neighbouring sequences share one token, the last target of one and the first input of the next, so every token but
+    the first is a target exactly once. Fewer than T tokens at the end are dropped.
     """
 
-    def __init__(self, stored: TokenReader, *, sequence_length: int, vocab_size: int, source: str):
-        """`source` names it for people. Raises ValueError if there is not one whole sequence."""
+    def __init__(self, reader: TokenReader, *, sequence_length: int, vocab_size: int, source: str):
+        """`source` is a name for display. Raises ValueError if there is not a single whole sequence."""
         if sequence_length < 1:
-            raise ValueError(f"sequence_length = {sequence_length}: expected at least 1")
-        self.stored = stored
+            raise ValueError(f"sequence_length = {sequence_length}: expected an integer >= 1")
+        self.reader = reader
         self.sequence_length = sequence_length
         self.vocab_size = vocab_size
         self.source = source
-        self._length = (len(stored) - 1) // sequence_length
+        self._length = (len(reader) - 1) // sequence_length
         if self._length < 1:
             raise ValueError(
-                f"{source} holds {len(stored):,} tokens, which is not one sequence of sequence_length + 1 = "
-                f"{sequence_length + 1:,}; use a shorter sequence_length or more text"
+                f"{source} holds {len(reader):,} tokens; one sequence needs sequence_length + 1 = "
+                f"{sequence_length + 1:,}. Use a shorter sequence_length or more text"
             )
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Tensor:
-        """(T+1,) int64"""
+        """Return (T+1,) int64 token ids."""
         return self.__getitems__((index,))[0]
 
     def __getitems__(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """(n, T+1) int64: the sequences of `indices`, in their order."""
+        """Return (n, T+1) int64 token ids: the sequences of `indices`, in their order."""
         width = self.sequence_length + 1
         rows = np.empty((len(indices), width), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             if not 0 <= index < self._length:
-                raise IndexError(f"sequence {index} of {self._length}")
-            self.stored.read(int(index) * self.sequence_length, row)
-        if rows.size and int(rows.view(np.uint64).max()) >= self.vocab_size:  # a negative one is the largest of all
+                raise IndexError(f"index {index} is out of range for {self._length} sequences")
+            self.reader.read(int(index) * self.sequence_length, row)
+        if rows.size and int(rows.view(np.uint64).max()) >= self.vocab_size:  # as uint64, negative ids are the largest
             wrong = rows.flat[rows.view(np.uint64).argmax()]
             raise ValueError(
-                f"{self.source}: token id {wrong} is outside the vocabulary of {self.vocab_size}; the files are not "
-                "what they were, or were made with another tokenizer"
+                f"{self.source}: token id {wrong} is outside the vocabulary of {self.vocab_size}; the files have "
+                "changed, or were made with another tokenizer"
             )
         return torch.from_numpy(rows)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) int64: the ids from number `start` of all documents end to end on."""
+        """Return (count,) int64: `count` token ids of the concatenated documents from position `start`."""
         ids = np.empty(count, dtype=np.int64)
-        self.stored.read(start, ids)
+        self.reader.read(start, ids)
         return ids
 
     def describe(self, index: int) -> str:
-        """Where sequence `index` comes from, for people."""
+        """Return where sequence `index` comes from, for display."""
         return f"{self.source}, sequence {index}"
 
 
 class SequencePosition(NamedTuple):
-    """A token in its document."""
+    """The position of a token in the source."""
 
-    piece: str
-    """Name of the file, or of the source."""
+    source_file: str
+    """Name of the source file, or of the source if it has no files."""
     document: int
-    """Number among the documents of the piece that are used."""
+    """Index among the documents of the file that are used."""
     token: int
+    """Index in the document."""
 
 
 class TextDataset(TokenDataset):
-    """The sequences of a prepared data set, which knows its documents."""
+    """The sequences of a prepared data set, with access to its documents."""
 
-    def __init__(self, directory: Path, index: Index, segments: np.ndarray, sequence_length: int):
-        """What `open_index` gave, so everything is verified already."""
+    def __init__(self, directory: Path, index: Index, spans: np.ndarray, sequence_length: int):
+        """`index` and `spans` are the verified result of `open_index`."""
         self.directory = directory
         self.index = index
         self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
-        """Of the text, wherever it lies."""
+        """Hash of the text, independent of its location."""
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
-        stored = TokenReader([shard / TOKENS for shard in self._shards], index.token_dtype, segments)
-        super().__init__(stored, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
+        reader = TokenReader([shard / TOKENS for shard in self._shards], index.token_dtype, spans)
+        super().__init__(reader, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
-        """(documents, 2) int64: tokens with the end token, and bytes of text, of each document in order."""
-        rows = [self._documents(segment) for segment in range(len(self.stored.segments))]
+        """Return (documents, 2) int64: tokens, including the end token, and bytes of text of each document."""
+        rows = [self._documents(span) for span in range(len(self.reader.spans))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 
-    def place(self, position: int) -> SequencePosition:
-        """Where the token at `position`, counted through all documents end to end, comes from."""
-        segment, offset = self.stored.segment_at(position)
-        ends = np.cumsum(self._documents(segment)["tokens"])
+    def locate(self, position: int) -> SequencePosition:
+        """Return where the token at `position` of the concatenated documents comes from."""
+        span, offset = self.reader.span_at(position)
+        ends = np.cumsum(self._documents(span)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
-        number = int(self.stored.segments[:segment, 4].sum()) + within
-        pieces = read_record(self.directory / PIECES, Pieces).root
-        starts = [0, *accumulate(count for _, count in pieces)]
+        number = int(self.reader.spans[:span, 4].sum()) + within
+        source_files = read_record(self.directory / SOURCE_FILES, FileCounts).root
+        starts = [0, *accumulate(count for _, count in source_files)]
         if starts[-1] != self.index.documents:
-            raise ValueError(rebuild_error(self.directory / PIECES, "does not belong to its index"))
-        piece = int(np.searchsorted(starts, number, side="right")) - 1
+            raise ValueError(rebuild_error(self.directory / SOURCE_FILES, "does not belong to its index"))
+        source_file = int(np.searchsorted(starts, number, side="right")) - 1
         token = offset - (int(ends[within - 1]) if within else 0)
-        return SequencePosition(pieces[piece][0], number - starts[piece], token)
+        return SequencePosition(source_files[source_file][0], number - starts[source_file], token)
 
     def describe(self, index: int) -> str:
+        """Return the first and last token of sequence `index` with their documents, for display."""
         start = index * self.sequence_length
-        first, last = self.place(start), self.place(start + self.sequence_length)
-        begin = f"{first.piece} document {first.document} token {first.token}"
-        return f"{begin} to {last.piece} document {last.document} token {last.token}"
+        first, last = self.locate(start), self.locate(start + self.sequence_length)
+        begin = f"{first.source_file} document {first.document} token {first.token}"
+        return f"{begin} to {last.source_file} document {last.document} token {last.token}"
 
-    def _documents(self, segment: int) -> np.ndarray:
-        shard, _, _, first, count = self.stored.segments[segment].tolist()
+    def _documents(self, span: int) -> np.ndarray:
+        shard, _, _, first, count = self.reader.spans[span].tolist()
         return np.fromfile(
             self._shards[shard] / DOCUMENTS, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
         )

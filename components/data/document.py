@@ -1,4 +1,4 @@
-"""What a source of text yields: documents, and notes of what was read and fixed."""
+"""Documents, the files they come from, and statistics of reading them."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """A document, or a part of one that is too large to hold whole."""
+    """A document, or a part of one that is too large to hold in memory at once."""
 
     text: str
     complete: bool = True
-    """False if the next one continues this document."""
+    """False if the next item continues this document."""
 
 
 @dataclass
 class ReadStats:
-    """What a source came across while its documents were read."""
+    """Statistics that a source updates while its documents are read."""
 
     source_bytes: int = 0
-    """Bytes of the source read so far, as stored (compressed where it is); drives the progress bar."""
-    repairs: Counter[str] = field(default_factory=Counter)
-    """What was found and put right, by name: "replaced characters", "line ends", ..."""
+    """Bytes of the source read so far, compressed bytes for compressed files; used to report progress."""
+    fixups: Counter[str] = field(default_factory=Counter)
+    """Number of fixes of the text by kind: "replaced characters", "line ends", ..."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A part of a source that is prepared by itself, once: a file, or all of a source that has no files."""
+    """A part of a source that is tokenized independently: a file, or the whole of a source without files."""
 
     name: str
-    """For people: the path within the source."""
+    """The path within the source, for display."""
     content: str
-    """Text that changes whenever `read` could yield anything else."""
+    """A fingerprint that changes whenever `read` could yield other documents."""
     size_bytes: int
-    """Bytes that `log.source_bytes` will have grown by; 0 if unknown."""
+    """Bytes by which `read` increases `ReadStats.source_bytes`; 0 if unknown."""
     read: Callable[[ReadStats], Iterator[Document]]
-    """The documents, in an order that does not change. Can be pickled if other processes are to share the work."""
+    """Yields the documents in a fixed order. It must be picklable to be run in other processes."""
 
 
 def to_utf8(text: str, log: ReadStats) -> tuple[str, bytes]:
-    """Text that UTF-8 can hold, and its bytes: a lone surrogate (JSON can spell one) becomes U+FFFD, counted."""
+    """Return `text` and its UTF-8 bytes. Lone surrogates, which JSON can contain, become U+FFFD and are counted."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:
         repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        log.repairs["replaced characters"] += repaired.count("\ufffd") - text.count("\ufffd")
+        log.fixups["replaced characters"] += repaired.count("\ufffd") - text.count("\ufffd")
         return repaired, repaired.encode()

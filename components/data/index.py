@@ -1,9 +1,9 @@
-"""A prepared data set: which documents of which shards, in which order. It holds no tokens of its own.
+"""The index of a prepared data set: its documents in the shards of the cache, in order. It contains no tokens.
 
 TextFiles-<content>/
-    index.json       counts, what was dropped and why, and the shards it refers to, beside it in the cache
-    segments.npy     (n, 5) int64, a run of documents a row: shard, first token, tokens, first document, documents
-    pieces.json      [name, documents] of each piece of the source, in order
+    index.json          counts, dropped documents by reason, and the shards it refers to, beside it in the cache
+    spans.npy           (n, 5) int64; a row is a run of documents: shard, first token, tokens, first document, documents
+    source_files.json   [name, documents] of each source file, in order
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from components.data.shards import (
 )
 from components.interfaces import Tokenizer
 
-INDEX, SEGMENTS, PIECES = "index.json", "segments.npy", "pieces.json"
+INDEX, SPANS, SOURCE_FILES = "index.json", "spans.npy", "source_files.json"
 
 
 class Index(StrictModel):
-    """index.json"""
+    """The content of index.json."""
 
-    format: Literal[2]
+    format: Literal[3]
     source: str
-    """Where the text came from, for people."""
+    """The source, for display."""
     content: str
-    """Fingerprint of that text and of the selection."""
+    """Fingerprint of the text and of the document filter."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
@@ -58,47 +58,47 @@ class Index(StrictModel):
     text_bytes: Size
     tokens: Size
     dropped: dict[str, int]
-    """Documents that were left out, by reason: "empty", "duplicate", "held out", "not held out"."""
-    repairs: dict[str, int]
-    """What was found and put right while reading, by name."""
+    """Documents that are not used, by reason: "empty", "duplicate", "not in the train split", ..."""
+    fixups: dict[str, int]
+    """Number of fixes of the text by kind, as in `ReadStats`."""
     store: Annotated[str, Field(pattern=r"^encoded-[0-9a-f]{20}$")]
-    """The directory of the shards, beside this one."""
+    """Name of the directory of the shards, beside this one."""
     shards: Annotated[list[Annotated[str, Field(pattern=r"^shard-[0-9a-f]{20}-\d{5}$")]], Field(min_length=1)]
-    segments: Size
-    segments_sha256: Digest
+    spans: Size
+    spans_sha256: Digest
 
     @property
     def token_dtype(self) -> np.dtype:
-        """Of the ids in a shard: little-endian on every machine."""
+        """The dtype of the ids in a shard: little-endian on every machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def __str__(self) -> str:
         text = f"{self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens"
         if self.tokens:
-            text += f", {self.text_bytes / self.tokens:.2f} bytes a token"
-        for what, counts in (("dropped", self.dropped), ("put right", self.repairs)):
+            text += f", {self.text_bytes / self.tokens:.2f} bytes per token"
+        for what, counts in (("dropped", self.dropped), ("fixed", self.fixups)):
             if listed := ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items()) if count):
                 text += f"; {what}: {listed}"
         return text
 
 
 class DocumentFilter(StrictModel):
-    """Which documents of a source are wanted."""
+    """Selects the documents of a source that are used."""
 
     deduplicate: bool
     validation_fraction: float
     split: Literal["train", "validation"]
 
     def keep(self, hashes: np.ndarray, dropped: Counter[str]) -> np.ndarray:
-        """(n,) bool, from the (n, 2) uint64 hashes of all documents in their order. Counts what it leaves out."""
+        """Return (n,) bool from the (n, 2) uint64 hashes of all documents in order. Counts the others in `dropped`."""
         kept = np.ones(len(hashes), dtype=bool)
         if self.deduplicate:
-            order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: the first of equals stays first
-            again = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-            kept[order[1:][again]] = False
-            dropped["duplicate"] = int(again.sum())
+            order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal documents, the first is kept
+            is_duplicate = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+            kept[order[1:][is_duplicate]] = False
+            dropped["duplicate"] = int(is_duplicate.sum())
         if self.validation_fraction:
-            # The first half of the hash is a number below 2**64; compared as 53 bits, so that a float holds it.
+            # The first half of the hash is uniform below 2**64; its upper 53 bits are compared, exact as a float.
             in_validation = (hashes[:, 0] >> np.uint64(11)) < np.uint64(round(self.validation_fraction * 2**53))
             wanted = in_validation == (self.split == "validation")
             dropped[f"not in the {self.split} split"] = int((kept & ~wanted).sum())
@@ -106,45 +106,47 @@ class DocumentFilter(StrictModel):
         return kept
 
 
-class Pieces(RootModel[list[tuple[str, Size]]]):
-    """pieces.json: of each piece of text its name, and how many of its documents are used."""
+class FileCounts(RootModel[list[tuple[str, Size]]]):
+    """The content of source_files.json: (name, number of used documents) of each source file."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
 def write_index(
     directory: Path,
-    pieces: Sequence[tuple[str, EncodedFile]],
+    source_files: Sequence[tuple[str, EncodedFile]],
     *,
     source: str,
     content: str,
     tokenizer: Tokenizer,
     store: str,
-    selection: DocumentFilter,
+    document_filter: DocumentFilter,
 ) -> None:
-    """Write the data set `directory` of encoded pieces, each with its name, in their order.
+    """Write the data set `directory` from the (name, encoded file) pairs `source_files`, in their order.
 
-    Raises ValueError if nothing is left of the text.
+    Raises ValueError if no document is left.
     """
-    fragments = [fragment for _, piece in pieces for fragment in piece.fragments if fragment.documents]
-    documents = _documents(directory.parent / store, fragments)
+    file_spans = [span for _, source_file in source_files for span in source_file.spans if span.documents]
+    documents = _documents(directory.parent / store, file_spans)
     dropped: Counter[str] = Counter()
-    read = sum(piece.read for _, piece in pieces)
+    read = sum(source_file.read for _, source_file in source_files)
     dropped["empty"] = read - len(documents)
-    kept = selection.keep(documents["hash"], dropped)
-    shards = list(dict.fromkeys(fragment.shard for fragment in fragments))
-    segments = _segments(fragments, {shard: number for number, shard in enumerate(shards)}, documents["tokens"], kept)
-    if not len(segments):
+    kept = document_filter.keep(documents["hash"], dropped)
+    shards = list(dict.fromkeys(span.shard for span in file_spans))
+    spans = _select_spans(file_spans, {shard: number for number, shard in enumerate(shards)}, documents["tokens"], kept)
+    if not len(spans):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
         raise ValueError(f"{source} holds no text: of {read:,} documents, {reasons or 'none'} were dropped")
-    repairs: Counter[str] = Counter()
-    ends = np.cumsum([sum(fragment.documents for fragment in piece.fragments) for _, piece in pieces])
+    fixups: Counter[str] = Counter()
+    ends = np.cumsum([sum(span.documents for span in source_file.spans) for _, source_file in source_files])
     kept_before = np.concatenate([[0], np.cumsum(kept)])[np.concatenate([[0], ends])]
-    for _, piece in pieces:
-        repairs.update(piece.repairs)
-    names = [[_printable(name), int(count)] for (name, _), count in zip(pieces, np.diff(kept_before), strict=True)]
-    stored = io.BytesIO()
-    np.save(stored, segments, allow_pickle=False)
+    for _, source_file in source_files:
+        fixups.update(source_file.fixups)
+    names = [
+        [_printable(name), int(count)] for (name, _), count in zip(source_files, np.diff(kept_before), strict=True)
+    ]
+    buffer = io.BytesIO()
+    np.save(buffer, spans, allow_pickle=False)
     index = Index(
         format=FORMAT,
         source=source,
@@ -155,44 +157,44 @@ def write_index(
         dtype=token_dtype(tokenizer.vocab_size),
         documents=int(kept.sum()),
         text_bytes=int(documents["bytes"][kept].sum()),
-        tokens=int(segments[:, 2].sum()),
+        tokens=int(spans[:, 2].sum()),
         dropped=dict(sorted(dropped.items())),
-        repairs=dict(sorted(repairs.items())),
+        fixups=dict(sorted(fixups.items())),
         store=store,
         shards=shards,
-        segments=len(segments),
-        segments_sha256=hashlib.sha256(stored.getvalue()).hexdigest(),
+        spans=len(spans),
+        spans_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
-    with atomic_directory(directory) as aside:
-        files = {SEGMENTS: stored.getvalue(), PIECES: json.dumps(names).encode(), INDEX: _json(index)}
+    with atomic_directory(directory) as temporary:
+        files = {SPANS: buffer.getvalue(), SOURCE_FILES: json.dumps(names).encode(), INDEX: _json(index)}
         for name, data in files.items():
-            write_fsync(aside / name, data)
+            write_fsync(temporary / name, data)
 
 
 def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) -> tuple[Index, np.ndarray]:
-    """The index of `directory` and its segments, once they and all shards are known to be right.
+    """Return the index of `directory` and its (n, 5) spans, after verifying them and all shards.
 
-    Raises ValueError naming the file that is wrong and the remedy.
+    Raises ValueError, naming the damaged file and the remedy.
     """
     index = read_record(directory / INDEX, Index)
     found = {
         check_shard(directory.parent / index.store / shard, tokenizer=tokenizer, hashes=hashes).dtype
         for shard in index.shards
     }
-    path = directory / SEGMENTS
+    path = directory / SPANS
     if not path.is_file():
         raise ValueError(rebuild_error(path, "is missing"))
-    check_file(path, path.stat().st_size, index.segments_sha256, hashes)
-    # Mapped: with documents left out there is a row for each run of them, 4 GB of a trillion tokens, and every process
-    # of a machine would hold its own.
-    segments: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
-    if segments.shape != (index.segments, 5) or int(segments[:, 2].sum()) != index.tokens or found != {index.dtype}:
+    check_file(path, path.stat().st_size, index.spans_sha256, hashes)
+    # Memory-mapped: where documents are dropped there is a row for each run between them, 4 GB for a trillion tokens,
+    # and every process of a machine would have a copy.
+    spans: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
+    if spans.shape != (index.spans, 5) or int(spans[:, 2].sum()) != index.tokens or found != {index.dtype}:
         raise ValueError(rebuild_error(path, "does not belong to its index"))
-    return index, segments
+    return index, spans
 
 
 def _printable(name: str) -> str:
-    """A file name that is no UTF-8 as one that is."""
+    """Return a file name with bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -200,10 +202,10 @@ def _json(index: Index) -> bytes:
     return index.model_dump_json(indent=1).encode()
 
 
-def _documents(store: Path, fragments: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:
-    """The DOCUMENT_DTYPE rows of all fragments in order."""
+def _documents(store: Path, file_spans: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:
+    """Return the (documents,) rows of DOCUMENT_DTYPE of all spans, in order."""
     rows = []
-    for shard, _, _, first, count in fragments:
+    for shard, _, _, first, count in file_spans:
         path = store / shard / DOCUMENTS
         rows.append(np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize))
         if len(rows[-1]) < count:
@@ -211,34 +213,38 @@ def _documents(store: Path, fragments: Sequence[tuple[str, int, int, int, int]])
     return np.concatenate(rows) if rows else np.empty(0, dtype=DOCUMENT_DTYPE)
 
 
-def _segments(
-    fragments: Sequence[tuple[str, int, int, int, int]],
+def _select_spans(
+    file_spans: Sequence[tuple[str, int, int, int, int]],
     numbers: dict[str, int],
     lengths: np.ndarray,
     kept: np.ndarray,
 ) -> np.ndarray:
-    """(n, 5) int64: runs of kept documents that lie one after the other in a shard, as long as they can be."""
+    """Return (n, 5) int64: the longest runs of kept documents that are contiguous in a shard.
+
+    `numbers` maps shard names to indices; `lengths` and `kept`, (documents,), cover the documents of `file_spans`.
+    """
     if not len(lengths):
         return np.empty((0, 5), dtype=np.int64)
-    counts = [count for *_, count in fragments]
-    if kept.all():  # the fragments say it all, without an array of numbers for each document
-        rows = [(numbers[name], token, tokens, first, count) for name, token, tokens, first, count in fragments]
-        return _joined(np.array(rows, dtype=np.int64))
-    shard = np.repeat([numbers[name] for name, *_ in fragments], counts)
-    in_fragment = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
-    document = np.repeat([first for *_, first, _ in fragments], counts) + in_fragment
+    counts = [count for *_, count in file_spans]
+    if kept.all():  # no arrays with an entry per document are needed
+        rows = [(numbers[name], token, tokens, first, count) for name, token, tokens, first, count in file_spans]
+        return _merge_rows(np.array(rows, dtype=np.int64))
+    # (documents,) arrays: shard, index in the shard, and first token in the shard of each document.
+    shard = np.repeat([numbers[name] for name, *_ in file_spans], counts)
+    in_span = np.arange(len(lengths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    document = np.repeat([first for *_, first, _ in file_spans], counts) + in_span
     ends = np.cumsum(lengths)
-    before_fragment = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
-    token = np.repeat([first for _, first, *_ in fragments], counts) + (ends - lengths) - before_fragment
+    before_span = np.repeat((ends - lengths)[np.cumsum(counts) - counts], counts)
+    token = np.repeat([first for _, first, *_ in file_spans], counts) + (ends - lengths) - before_span
     rows = np.stack([shard, token, lengths, document, np.ones_like(document)], axis=1)[kept].astype(np.int64)
-    return _joined(rows) if len(rows) else rows
+    return _merge_rows(rows) if len(rows) else rows
 
 
-def _joined(rows: np.ndarray) -> np.ndarray:
-    """Rows as those of `_segments`, of which those that follow one another in a shard become one."""
+def _merge_rows(rows: np.ndarray) -> np.ndarray:
+    """Merge rows that are contiguous in a shard."""
     joined = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 3] == rows[:-1, 3] + rows[:-1, 4])
     starts = np.flatnonzero(np.concatenate([[True], ~joined]))
-    segments: np.ndarray = rows[starts]
+    spans: np.ndarray = rows[starts]
     for column in (2, 4):
-        segments[:, column] = np.add.reduceat(rows[:, column], starts)
-    return segments
+        spans[:, column] = np.add.reduceat(rows[:, column], starts)
+    return spans

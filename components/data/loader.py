@@ -1,8 +1,8 @@
 """Micro-batches of fixed shape from one global order of samples, through torchdata's StatefulDataLoader.
 
-A step takes whole multiples of (data-parallel size x micro-batch) samples, so micro-batch t of rank r always holds the
-same samples, however many micro-batches the steps before it took: a batch that grows or shrinks discards nothing that
-was prefetched, and the only state is a number of samples.
+A step takes a multiple of (data-parallel size x micro-batch size) samples, so micro-batch t of rank r always holds the
+same samples, however many micro-batches the previous steps took: when the batch size changes, nothing prefetched is
+discarded, and the number of samples is the only state.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ log = logging.getLogger("powertrain")
 ORDER_CHUNK = 4096
 
 
-def order_of(samples: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
-    """The global order of `samples`: their own, where they have an `order(seed=, shuffle=)` as mixtures do."""
-    if isinstance(samples, HasOrder):
-        return samples.order(seed=seed, shuffle=shuffle)
-    return SampleOrder(len(samples), seed=seed, shuffle=shuffle)
+def build_order(dataset: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
+    """Return the global order of the samples of `dataset`: `dataset.order(seed=, shuffle=)` if it has one."""
+    if isinstance(dataset, HasOrder):
+        return dataset.order(seed=seed, shuffle=shuffle)
+    return SampleOrder(len(dataset), seed=seed, shuffle=shuffle)
 
 
-def epochs(samples: PackedDataset, consumed: int) -> dict[str, Any]:
-    """How often the data was gone through in the first `consumed` samples: in all, and each source of a mixture."""
-    whole: dict[str, Any] = {"epoch": consumed / len(samples)}
-    return whole | ({"source_epochs": samples.source_epochs(consumed)} if hasattr(samples, "source_epochs") else {})
+def epochs(dataset: PackedDataset, consumed: int) -> dict[str, Any]:
+    """Return the epochs in the first `consumed` samples, of the dataset and of each source of a mixture."""
+    whole: dict[str, Any] = {"epoch": consumed / len(dataset)}
+    return whole | ({"source_epochs": dataset.source_epochs(consumed)} if hasattr(dataset, "source_epochs") else {})
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass takes."""
+    """The input of one forward and backward pass."""
 
     tokens: Tensor
     """(m, T) int64, contiguous."""
     labels: Tensor
-    """(m, T) int64, contiguous: the token after each of `tokens`."""
+    """(m, T) int64, contiguous: the next token of each of `tokens`."""
     sample_ids: Tensor
-    """(m,) int64 global sample numbers: what each is follows from the order alone."""
+    """(m,) int64 global sample numbers."""
 
 
 class MicroBatchLoader:
-    """The micro-batches of one rank: number t holds global samples start + (t*dp_size + dp_rank)*m and the m - 1 after.
+    """Reads the micro-batches of one rank: number t is the m global samples from start + (t*dp_size + dp_rank)*m.
 
-    Never ends: epochs follow one another, each in its own order. Close it, or use it as a context manager, to end the
-    workers at once.
+    It never ends: epochs follow one another, each in another order. Close it, or use it as a context manager, to stop
+    the workers.
     """
 
     def __init__(
         self,
-        samples: PackedDataset,
+        dataset: PackedDataset,
         *,
         seed: int,
         micro_batch_size: int,
@@ -81,68 +81,68 @@ class MicroBatchLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 4,
-        patience_seconds: float = 600.0,
+        timeout_seconds: float = 600.0,
     ):
-        """`start` is the first global sample not yet trained on: any number, whatever layout trained those before it.
+        """`start` is the first global sample not trained on yet; it may be any number, also of a run on other ranks.
 
-        `prefetch_factor` is how many micro-batches each of `num_workers` processes reads ahead; with no workers they
-        are read as they are asked for. A worker that has given nothing for `patience_seconds` is given up.
+        `prefetch_factor` is the number of micro-batches that each of `num_workers` processes reads ahead; without
+        workers, a micro-batch is read when it is requested. If workers give none for `timeout_seconds`, reading raises
+        OSError.
         """
         if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
-                f"micro_batch_size = {micro_batch_size} (at least 1), start = {start} (at least 0), "
-                f"dp_rank = {dp_rank} (below dp_size = {dp_size})"
+                f"micro_batch_size = {micro_batch_size} (expected >= 1), start = {start} (expected >= 0), "
+                f"dp_rank = {dp_rank} (expected 0 <= dp_rank < dp_size = {dp_size})"
             )
         if num_workers < 0 or prefetch_factor < 1:
             raise ValueError(
-                f"num_workers = {num_workers} (at least 0), prefetch_factor = {prefetch_factor} (at least 1)"
+                f"num_workers = {num_workers} (expected >= 0), prefetch_factor = {prefetch_factor} (expected >= 1)"
             )
-        self._epoch = len(samples)
-        self._told_of_repeats = False
+        self._epoch_size = len(dataset)
+        self._warned_repeats = False
         self._stride = dp_size * micro_batch_size
-        self._given = 0  # micro-batches handed out by this rank
+        self._num_read = 0  # micro-batches requested on this rank
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedSamples(samples, order_of(samples, seed=seed, shuffle=shuffle)),
+            "dataset": _OrderedDataset(dataset, build_order(dataset, seed=seed, shuffle=shuffle)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _identity_collate,
             "num_workers": num_workers,
             "pin_memory": pin_memory,
-            "generator": torch.Generator(),  # its own, or starting workers would draw from the global one
-            "snapshot_every_n_steps": 2**62,  # the clock of the run is all the state there is
+            "generator": torch.Generator(),  # or starting workers would draw from the global one
+            "snapshot_every_n_steps": 2**62,  # never: the sample number of the training clock is the state
         }
         if num_workers:
-            self._last_words, writer = multiprocessing.Pipe(duplex=False)
+            self._worker_errors, writer = multiprocessing.Pipe(duplex=False)
             self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(start_worker, writer)}
-            self._settings |= {"timeout": patience_seconds}
-        self._stream: Iterator[_Block | Exception] | None = None
+            self._settings |= {"timeout": timeout_seconds}
+        self._iterator: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 
     def next_step(self, micro_batches: int) -> Iterator[MicroBatch]:
-        """The next `micro_batches` of this rank, each read when it is asked for.
+        """Return an iterator over the next `micro_batches` of this rank, each read when it is requested.
 
-        Leaving early is allowed, if every rank leaves after the same one: the next call goes on from there. `next` on
-        it raises what reading raised, also when it was raised in a worker; called again, it goes on with the next
-        micro-batch.
+        It may be left early if every rank leaves it after the same micro-batch; the next call continues from there.
+        `next` raises the error of reading, also one of a worker; called again, it continues with the next micro-batch.
         """
         if micro_batches < 1:
-            raise ValueError(f"a step of {micro_batches} micro-batches: expected at least 1")
-        if (step := micro_batches * self._stride) > self._epoch and not self._told_of_repeats:
-            self._told_of_repeats = True
-            log.warning(f"a step of {step:,} samples sees the {self._epoch:,} sequences of the data again")
-        return map(self._next, range(micro_batches))  # unlike a generator it goes on after an error
+            raise ValueError(f"micro_batches = {micro_batches}: expected an integer >= 1")
+        if (step := micro_batches * self._stride) > self._epoch_size and not self._warned_repeats:
+            self._warned_repeats = True
+            log.warning(f"a step of {step:,} samples repeats some of the {self._epoch_size:,} sequences of the data")
+        return map(self._next, range(micro_batches))  # unlike a generator, it can continue after an error
 
     @property
     def last_samples(self) -> range:
-        """Global numbers of the samples of the micro-batch asked for last, also if they could not be read."""
-        first = self._settings["batch_sampler"].first + (self._given - 1) * self._stride
+        """Global sample numbers of the last requested micro-batch, even if it could not be read."""
+        first = self._settings["batch_sampler"].first + (self._num_read - 1) * self._stride
         return range(first, first + self._settings["batch_sampler"].size)
 
     def close(self) -> None:
-        """End the workers. The loader goes on from where it was if it is asked for more."""
-        stream, self._stream = self._stream, None
+        """Stop the workers. The next request starts them again at the current position."""
+        iterator, self._iterator = self._iterator, None
         atexit.unregister(self._at_exit)
-        end_workers(stream)
+        end_workers(iterator)
 
     def __enter__(self) -> MicroBatchLoader:
         return self
@@ -151,50 +151,51 @@ class MicroBatchLoader:
         self.close()
 
     def _next(self, _: int) -> MicroBatch:
-        asked = time.monotonic()
+        requested = time.monotonic()
         try:
-            if self._stream is None:
+            if self._iterator is None:
                 self._start_reading()
-            self._given += 1  # also of one that cannot be read: the next call goes on after it
-            assert self._stream is not None
+            self._num_read += 1  # also if reading fails: the next call continues after it
+            assert self._iterator is not None
             with raise_worker_deaths():
-                block = next(self._stream)
+                block = next(self._iterator)
         except Exception as error:
-            self.close()  # a stream that has raised gives nothing more; the next call starts another
+            self.close()  # an iterator that has raised cannot continue; the next call starts another
             if not isinstance(error, RuntimeError) or not self._settings["num_workers"]:
                 raise
-            if self._last_words.poll():
-                raise OSError(f"a loader worker cannot go on: {self._last_words.recv()}") from None
-            if time.monotonic() - asked >= self._settings["timeout"]:
+            if self._worker_errors.poll():
+                raise OSError(f"a loader worker failed: {self._worker_errors.recv()}") from None
+            if time.monotonic() - requested >= self._settings["timeout"]:
                 raise OSError(
-                    f"no micro-batch in {self._settings['timeout']:g} s: the disk that holds the data does not answer"
+                    f"no micro-batch in {self._settings['timeout']:g} s: the disk with the data does not respond"
                 ) from error
-            if "DataLoader worker" in str(error) and "Caught" not in str(error):  # killed, or out of shared memory
-                raise OSError(f"a loader worker has ended: {error}") from None
+            # The worker was killed, or ran out of shared memory.
+            if "DataLoader worker" in str(error) and "Caught" not in str(error):
+                raise OSError(f"a loader worker died: {error}") from None
             raise
         if isinstance(block, Exception):
             raise block
         return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
 
     def _start_reading(self) -> None:
-        self._settings["batch_sampler"].skip = self._given
-        with warnings.catch_warnings():  # torchdata 0.11 calls what torch 2.13 is about to drop
+        self._settings["batch_sampler"].skip = self._num_read
+        with warnings.catch_warnings():  # torchdata 0.11 uses what torch 2.13 deprecates
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             try:
-                self._stream = iter(StatefulDataLoader(**self._settings))
+                self._iterator = iter(StatefulDataLoader(**self._settings))
             except OSError as error:
                 raise OSError(f"cannot start {self._settings['num_workers']} loader workers: {error}") from error
-        # After multiprocessing's own exit hook, hence run before it: that one would wait for our workers for ever.
+        # Registered after the exit hook of multiprocessing, so it runs before that one, which would wait forever.
         atexit.register(self._at_exit)
         defer_worker_deaths()
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A micro-batch on its way: one tensor for inputs and labels, to cross processes and be pinned in one go."""
+    """A micro-batch in one tensor, to be sent between processes and pinned in one operation."""
 
     pair: Tensor
-    """(2, m, T) int64"""
+    """(2, m, T) int64: inputs and labels."""
     sample_ids: Tensor
     """(m,) int64"""
 
@@ -204,29 +205,29 @@ class _Block:
 
 @dataclass
 class _SampleNumbers:
-    """Global sample numbers of each micro-batch of one rank, without end."""
+    """Batch sampler: the global sample numbers of each micro-batch of one rank, infinitely."""
 
     first: int
     stride: int
     size: int
     skip: int = 0
-    """Micro-batches to leave out at the start."""
+    """Micro-batches to skip at the start."""
 
     def __iter__(self) -> Iterator[range]:
         return (range(start, start + self.size) for start in count(self.first + self.skip * self.stride, self.stride))
 
 
-class _OrderedSamples:
-    """The data by global sample number. Lives in the workers, so ordering and reading both happen there."""
+class _OrderedDataset:
+    """The dataset by global sample number. Both ordering and reading happen in the workers."""
 
-    def __init__(self, samples: PackedDataset, order: Order):
-        self.samples = samples
+    def __init__(self, dataset: PackedDataset, order: Order):
+        self.dataset = dataset
         self.order = order
         self._first = 0
-        self._indices: list[int] = []  # of the samples from `_first` on: the order is quick in bulk only
+        self._indices: list[int] = []  # of the samples from `_first` on: computing the order is fast only in bulk
 
     def __getitems__(self, sample_ids: range) -> _Block | Exception:
-        """Errors of reading are returned, to arrive as they were raised and not wrapped in a worker's trace."""
+        """Errors of reading are returned, not raised, so that torch does not wrap them in a worker's traceback."""
         if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
             self._first = sample_ids.start
             bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + ORDER_CHUNK))
@@ -243,13 +244,15 @@ class _OrderedSamples:
         )
 
     def _read(self, indices: Sequence[int]) -> Tensor:
-        """(m, T+1)"""
-        if hasattr(self.samples, "__getitems__"):
-            sequences = self.samples.__getitems__(indices)
+        """Return (m, T+1) int64 token ids."""
+        if hasattr(self.dataset, "__getitems__"):
+            sequences = self.dataset.__getitems__(indices)
         else:
-            sequences = [self.samples[index] for index in indices]
+            sequences = [self.dataset[index] for index in indices]
             if len(lengths := {len(sequence) for sequence in sequences}) > 1:
-                raise ValueError(f"the dataset gives samples of {min(lengths)} and of {max(lengths)} token ids")
+                raise ValueError(
+                    f"the dataset returns samples of {min(lengths)} and of {max(lengths)} token ids; all must be equal"
+                )
         return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
 
 

@@ -1,4 +1,4 @@
-"""Worker processes of the loader: their signals, their deaths, and the sockets through which they hand over data."""
+"""Worker processes of the loader: signals, detection of their death, and the sockets that transfer data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _waiting = False
 
 @contextmanager
 def raise_worker_deaths() -> Iterator[None]:
-    """Let a worker that dies, or has died, raise RuntimeError within the block."""
+    """Raise RuntimeError in the block if a worker dies or has died."""
     global _waiting
     _waiting = True
     try:
@@ -31,22 +31,22 @@ def raise_worker_deaths() -> Iterator[None]:
 
 
 def defer_worker_deaths() -> None:
-    """Keep the death of a worker from raising anywhere else, such as halfway through an update of the optimizer.
+    """Raise for the death of a worker only within `raise_worker_deaths`.
 
-    torch raises it from its handler of SIGCHLD, wherever the process is.
+    torch raises it from its SIGCHLD handler, anywhere in the program, such as in the middle of an optimizer step.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    in_main = threading.current_thread() is threading.main_thread()  # elsewhere torch sets no handler either
-    if in_main and callable(handler) and not hasattr(handler, "when_waiting"):
+    in_main = threading.current_thread() is threading.main_thread()  # in other threads, torch sets no handler
+    if in_main and callable(handler) and not hasattr(handler, "is_deferred"):
         deferred: Any = lambda number, frame: handler(number, frame) if _waiting else None  # noqa: E731
-        deferred.when_waiting = True
+        deferred.is_deferred = True
         signal.signal(signal.SIGCHLD, deferred)
 
 
 def check_workers(num_workers: int) -> None:
-    """Raise OSError where worker processes could not hand over what they read.
+    """Raise OSError if worker processes cannot send data to this process.
 
-    They do so through Unix sockets in the directory of temporary files, whose names have a limit of some 100 bytes.
+    They use Unix sockets in the directory of temporary files, and the path of a socket is limited to about 100 bytes.
     """
     if not num_workers:
         return
@@ -57,32 +57,33 @@ def check_workers(num_workers: int) -> None:
             probe.bind(name)
         except OSError as error:
             raise OSError(
-                f"worker processes cannot open the sockets through which they hand over data, with names such as "
-                f"{name} of {len(os.fsencode(name))} bytes ({error}); set TMPDIR to a shorter path, such as /tmp"
+                f"worker processes cannot open their sockets, with paths such as {name} of "
+                f"{len(os.fsencode(name))} bytes ({error}); set TMPDIR to a shorter path, such as /tmp"
             ) from None
         os.unlink(name)  # noqa: PTH108
 
 
-def start_worker(last_words: Any, worker: int) -> None:
-    """Let signals pass, and end where the queue to the run cannot be filled, saying why.
+def start_worker(errors: Any, worker: int) -> None:
+    """Ignore signals, and exit with the reason in `errors` when data cannot be sent to the main process.
 
-    A Ctrl-C, a scheduler's SIGTERM or a closing terminal reaches the workers too; the run must be fed until it has
-    saved.
+    Ctrl-C, the SIGTERM of a scheduler or a closing terminal reach the workers too, but the run needs data until it has
+    saved a checkpoint.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
     def end(error: Exception, block: object) -> None:
-        last_words.send(f"{type(error).__name__}: {error}")
+        errors.send(f"{type(error).__name__}: {error}")
         os._exit(1)
 
-    # By default the thread that fills the queue prints a trace, drops the block, and the run waits for it in vain.
+    # By default the feeder thread prints a traceback and drops the batch, for which the run would wait forever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore[attr-defined]
 
 
-def end_workers(stream: Any) -> None:
-    if hasattr(stream, "_shutdown_workers"):
-        stream._shutdown_workers()
-        for worker in stream._workers:
-            if worker.is_alive():  # stuck in a read, and deaf to SIGTERM
+def end_workers(iterator: Any) -> None:
+    """Stop the workers of a data loader iterator; those that do not respond are killed."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # stuck in a read, and SIGTERM is ignored
                 worker.kill()

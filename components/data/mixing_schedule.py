@@ -1,10 +1,10 @@
-"""Which source each sample of a mixture comes from: a pure function of its number, exact at every prefix.
+"""The source of each sample of a mixture: a pure function of its number, with exact proportions at every prefix.
 
-With integer weights W_i of sum P, the first n samples hold n W_i / P of source i, up to less than one sample, for every
-n and i at once. That is the chairman assignment problem (Tijdeman 1980, Discrete Mathematics 32); it is solved here as
-what it also is, a fair schedule of one processor (Baruah et al. 1996, "Proportionate progress"): the j-th sample of
-source i lies in the slots [floor((j-1) P / W_i), ceil(j P / W_i)), and the earliest deadline goes first. After P
-samples every count is exact, so the pattern repeats, and a table of one period answers for any sample.
+With integer weights W_i of sum P, the first n samples contain n W_i / P samples of source i, with an error below one
+sample, for every n and i. This is the chairman assignment problem (Tijdeman 1980, Discrete Mathematics 32), solved as
+proportionate scheduling of one processor (Baruah et al. 1996, "Proportionate progress"): sample j of source i is
+scheduled in the slots [floor((j-1) P / W_i), ceil(j P / W_i)), earliest deadline first. After P samples all counts are
+exact, so the schedule repeats, and a table of one period determines the source of every sample.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import numpy as np
 from components.errors import InputError
 
 MAX_PERIOD = 100_000
-"""Weights of five decimals fit; the table of a period takes 12 bytes a sample."""
+"""Enough for weights with five decimals; the table of a period takes 12 bytes per sample."""
 
 
 def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """The smallest whole numbers in the proportion of `weights`, taken as the decimals that were written.
+    """Return the smallest integers in the proportion of `weights`, whose decimal notation is taken as exact.
 
-    Raises ValueError for weights that are negative, not finite, all zero, or whose proportion needs larger numbers.
+    Raises InputError for weights that are negative, not finite or all zero, and for a sum above MAX_PERIOD.
     """
     if wrong := [name for name, weight in weights.items() if not 0 <= weight < float("inf")]:
-        raise InputError("weights", f"{wrong[0]} = {weights[wrong[0]]}; expected a number of at least 0")
+        raise InputError("weights", f"{wrong[0]} = {weights[wrong[0]]}; expected a number >= 0")
     exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
     total = sum(exact.values())
     if not total:
-        raise InputError("weights", "all are zero, or there are none")
+        raise InputError("weights", "no weight is above 0; expected at least one")
     scale = lcm(*(weight.denominator for weight in exact.values()))
     whole = {name: int(weight * scale) for name, weight in exact.items()}
     divisor = gcd(*whole.values())
@@ -42,17 +42,17 @@ def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
         rounded = ", ".join(f"{name} = {round(float(weight / total), 4)}" for name, weight in exact.items())
         raise InputError(
             "weights",
-            f"their proportion repeats only after {period:,} samples, at most {MAX_PERIOD:,} can be; "
+            f"as integers they sum to {period:,}, at most {MAX_PERIOD:,} is supported; "
             f"round them, for example to {rounded}",
         )
     return whole
 
 
 class MixingSchedule:
-    """Sample number -> (source, how many samples of that source came before), for one set of weights."""
+    """Maps sample numbers to (source, index within the samples of that source), for fixed weights."""
 
     def __init__(self, weights: Sequence[int]):
-        """`weights` are whole, at least 0, and not all 0."""
+        """`weights` are integers >= 0, and not all 0."""
         self.weights = np.array(weights, dtype=np.int64)
         self.period = int(self.weights.sum())
         self._sources = np.array(_schedule(weights), dtype=np.int32)
@@ -62,31 +62,31 @@ class MixingSchedule:
             self._before[places] = np.arange(len(places))
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) sample numbers from 0 -> (n,) sources, (n,) numbers within the source; int32 and int64."""
+        """Map (n,) sample numbers from 0 to (n,) int32 sources and (n,) int64 indices within the source."""
         rounds, places = np.divmod(samples, self.period)
         sources = self._sources[places]
         return sources, rounds * self.weights[sources] + self._before[places]
 
     def counts(self, samples: int) -> np.ndarray:
-        """(sources,) int64: samples of each source among the first `samples`."""
+        """Return (sources,) int64: the samples of each source among the first `samples`."""
         rounds, rest = divmod(samples, self.period)
         return rounds * self.weights + np.bincount(self._sources[:rest], minlength=len(self.weights))
 
 
 class StagedMixingSchedule:
-    """Interleavings that follow one another at given samples; each source goes on where the stage before left it."""
+    """Mixing schedules of successive stages; each source continues where the previous stage ended."""
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[int]]]):
-        """(first sample, weights) of each stage; the first starts at 0, and starts increase."""
+        """`stages` are (first sample, weights) in increasing order of the first sample, from 0."""
         self._starts = np.array([start for start, _ in stages], dtype=np.int64)
         self._stages = [MixingSchedule(weights) for _, weights in stages]
         lengths = [later - earlier for earlier, later in pairwise(self._starts.tolist())]
         nothing = np.zeros(len(stages[0][1]), dtype=np.int64)
-        gained = (stage.counts(length) for stage, length in zip(self._stages, lengths, strict=False))
-        self._before = list(accumulate(gained, initial=nothing))  # samples of each source before each stage
+        added = (stage.counts(length) for stage, length in zip(self._stages, lengths, strict=False))
+        self._before = list(accumulate(added, initial=nothing))  # samples of each source before each stage
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Interleaving`, for the whole course of stages."""
+        """Return the same as `MixingSchedule`, over all stages."""
         stages = np.searchsorted(self._starts, samples, side="right") - 1
         sources, numbers = np.empty(len(samples), dtype=np.int32), np.empty(len(samples), dtype=np.int64)
         for stage in np.unique(stages):
@@ -96,22 +96,22 @@ class StagedMixingSchedule:
         return sources, numbers
 
     def counts(self, samples: int) -> np.ndarray:
-        """As `Interleaving.counts`."""
+        """Return the same as `MixingSchedule.counts`, over all stages."""
         stage = int(np.searchsorted(self._starts, samples, side="right")) - 1
         return self._before[stage] + self._stages[stage].counts(samples - int(self._starts[stage]))
 
 
 def _schedule(weights: Sequence[int]) -> list[int]:
-    """The source of each slot of one period."""
+    """Return the source of each slot of one period."""
     period = sum(weights)
-    waiting = [(0, source, 1) for source, weight in enumerate(weights) if weight]  # (release, source, j)
+    unreleased = [(0, source, 1) for source, weight in enumerate(weights) if weight]  # (release, source, j)
     ready: list[tuple[int, int, int]] = []  # (deadline, source, j)
     order = []
     for slot in range(period):
-        while waiting and waiting[0][0] <= slot:
-            _, source, j = heapq.heappop(waiting)
+        while unreleased and unreleased[0][0] <= slot:  # the window of sample j of the source starts
+            _, source, j = heapq.heappop(unreleased)
             heapq.heappush(ready, (-(-j * period // weights[source]), source, j))
-        _, source, j = heapq.heappop(ready)
+        _, source, j = heapq.heappop(ready)  # earliest deadline first
         order.append(source)
-        heapq.heappush(waiting, (j * period // weights[source], source, j + 1))
+        heapq.heappush(unreleased, (j * period // weights[source], source, j + 1))
     return order

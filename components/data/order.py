@@ -1,8 +1,8 @@
 """The global order of samples: a pure function of (seed, epoch, index), in constant memory.
 
-Global sample s is sample s mod n of epoch s div n; within an epoch the n sequences of the data come in a pseudo-random
-order of their own. Nothing else enters: not ranks, workers, micro-batches, nor how large the batches were. The order is
-computed, never stored, so that the sequence at any position of a run of any length is known at once.
+Global sample s is sample s mod n of epoch s div n; each epoch has another pseudo-random order of the n sequences. The
+order does not depend on ranks, workers, micro-batches or batch sizes. It is computed, not stored, so the sequence at
+any position of a run of any length is available in constant time.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from math import isqrt
 import numpy as np
 
 _ROUNDS = 10
-"""Fewer leave a trace in orders of a handful of samples: neighbours stay neighbours too often."""
+"""With fewer rounds, orders of a few samples are visibly biased: neighbours stay neighbours too often."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 2**64 - 1
 
 
 class SampleOrder:
-    """Maps global sample numbers to (epoch, index into the data), the same on every machine: 64-bit integers only."""
+    """Maps global sample numbers to (epoch, index), identical on every machine: it uses only 64-bit integers."""
 
     def __init__(self, length: int, *, seed: int, shuffle: bool = True):
         """`length` is the number of sequences in the data, at least 1."""
         if length < 1:
-            raise ValueError(f"an order over {length} samples: expected at least 1")
+            raise ValueError(f"length = {length}: expected an integer >= 1")
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
-        # The smallest rectangle a x b, nearly square, that holds every index.
+        # Indices are cells of a nearly square rectangle a x b, the smallest with a*b >= length.
         a = isqrt(length - 1) + 1
         self._sides = np.uint64(a), np.uint64(-(-length // a))
         self._key = _mix(np.array([seed & _MASK], dtype=np.uint64))
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) global sample numbers from 0 -> (n,) epochs, (n,) indices below `length`; both int64."""
+        """Map (n,) global sample numbers from 0 to (n,) epochs and (n,) indices below `length`, both int64."""
         samples = np.asarray(samples, dtype=np.int64)
         epochs, indices = np.divmod(samples, self.length)
         if self.shuffle:
@@ -41,10 +41,10 @@ class SampleOrder:
         return epochs, indices
 
     def _permute(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """A permutation of [0, length) for each epoch, at `indices`: (n,) uint64.
+        """Return the images (n,) uint64 of `indices` under a permutation of [0, length) for each epoch.
 
-        A permutation of the rectangle, walked along until it comes back into [0, length): what remains is a
-        permutation of that (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
+        A permutation of the rectangle is applied until the result is below `length`, which gives a permutation of
+        [0, length) (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
         """
         keys = _mix(self._key + epochs)
         permuted = self._permute_rectangle(indices, keys)
@@ -53,7 +53,7 @@ class SampleOrder:
         return permuted
 
     def _permute_rectangle(self, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """A Feistel network on x = b*i + j: i and j in turn are shifted by a hash of the other, which can be undone."""
+        """Apply a Feistel network to x = b*i + j: i and j are shifted in turn by a hash of the other."""
         a, b = self._sides
         i, j = numbers // b, numbers % b
         for turn in range(_ROUNDS):
@@ -66,7 +66,7 @@ class SampleOrder:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014): every bit of (n,) uint64 depends on every other."""
+    """Apply the output function of SplitMix64 (Steele, Lea & Flood 2014) to (n,) uint64."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

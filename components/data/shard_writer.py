@@ -1,4 +1,4 @@
-"""Writes the shards of a group: ids of documents go in, complete directories come out (shards.py has the layout)."""
+"""ShardWriter: writes the token ids of documents to the shards of a group (layout: shards.py)."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import numpy as np
 
 from components.atomic_files import atomic_directory, write_fsync
 from components.data.document import SourceFile
-from components.data.shards import DOCUMENTS, FORMAT, RECORD, TOKENS, PieceRecord, Shard, shard_name, token_dtype
+from components.data.shards import DOCUMENTS, FORMAT, RECORD, TOKENS, FileRecord, Shard, shard_name, token_dtype
 from components.interfaces import Tokenizer
 
 _DOCUMENT = struct.Struct("<qq16s")
-"""DOCUMENT_DTYPE of one document."""
+"""One row of DOCUMENT_DTYPE."""
 
 
 class Chunk(NamedTuple):
-    """A document or a part of a long one; or, without text, the end of its piece."""
+    """A document or a part of a long one; without text, it marks the end of the source file."""
 
-    piece: SourceFile
+    source_file: SourceFile
     text: str | None
     data: bytes = b""
     """The text in UTF-8."""
     complete: bool = True
     """Whether the document ends with this chunk."""
-    repairs: Mapping[str, int] = MappingProxyType({})
-    """What was fixed in the whole piece, where it ends."""
+    fixups: Mapping[str, int] = MappingProxyType({})
+    """Number of fixes in the whole source file by kind; only at its end."""
 
 
 class ShardWriter:
-    """Appends documents to one shard after another. Use as a context manager: an error removes the unfinished shard."""
+    """Appends documents to a series of shards. A context manager; an error removes the unfinished shard."""
 
     def __init__(self, store: Path, group: str, number: int, tokenizer: Tokenizer, shard_tokens: int):
-        """`number` is that of the first shard to write; a shard is closed once it has `shard_tokens`."""
+        """`number` is the index of the first shard to write; a shard is closed once it has `shard_tokens` tokens."""
         self._store, self._group, self._number = store, group, number
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
@@ -58,14 +58,14 @@ class ShardWriter:
             self._open.discard()
 
     def add(self, chunk: Chunk, ids: np.ndarray | None) -> None:
-        """Append a chunk; `ids` (n,) are those of its text, None where it has none."""
+        """Append a chunk and the ids (n,) of its text; `ids` is None for the end of a source file."""
         shard = self._shard()
         if chunk.text is None or ids is None:
-            if self._bytes:  # the source never said that its last document is complete
+            if self._bytes:  # the last document was not marked complete
                 self._end_document(shard)
-            shard.end_piece(chunk.piece, ended=True, repairs=chunk.repairs)
+            shard.end_file(chunk.source_file, ended=True, fixups=chunk.fixups)
             return
-        shard.piece = chunk.piece
+        shard.source_file = chunk.source_file
         self._hash.update(chunk.data)
         self._bytes += len(chunk.data)
         self._add_text(shard, ids, blank=not chunk.text.strip())
@@ -79,11 +79,11 @@ class ShardWriter:
 
     def _new_document(self) -> None:
         self._tokens = self._bytes = 0
-        self._blank: list[np.ndarray] | None = []  # ids of a document as long as it has only white space
+        self._blank: list[np.ndarray] | None = []  # ids held back while the document is only white space
         self._hash = hashlib.blake2b(digest_size=16)
 
     def _shard(self) -> _OpenShard:
-        """Return the shard for what comes next. A full one is closed only here, so the last is known to be last."""
+        """Return the open shard. A full shard is closed only when more follows, so the last one is known."""
         if self._open is not None and not self._bytes and self._open.tokens.count >= self._shard_tokens:
             self._open.close(last=False)
             self._open, self._number = None, self._number + 1
@@ -115,7 +115,7 @@ class ShardWriter:
 
 
 class _OpenShard:
-    """A shard under its temporary name."""
+    """A shard being written in a temporary directory."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -124,32 +124,32 @@ class _OpenShard:
         self.tokens, self.documents = _HashedFile(self._folder / TOKENS), _HashedFile(self._folder / DOCUMENTS)
         self._stack.callback(self.tokens.file.close)
         self._stack.callback(self.documents.file.close)
-        self._pieces: list[PieceRecord] = []
-        self._before = (0, 0)  # tokens and documents before the open piece
-        self.piece: SourceFile | None = None
+        self._records: list[FileRecord] = []
+        self._before = (0, 0)  # tokens and documents before the current source file
+        self.source_file: SourceFile | None = None
         self.read = 0
-        """Documents read of the open piece, those without text included."""
+        """Documents read of the current source file, including those without text."""
 
-    def end_piece(self, piece: SourceFile, *, ended: bool, repairs: Mapping[str, int]) -> None:
-        """Record what this shard holds of `piece`; `ended` says whether it holds its end."""
+    def end_file(self, source_file: SourceFile, *, ended: bool, fixups: Mapping[str, int]) -> None:
+        """Record the part of `source_file` in this shard; `ended` is whether it ends here."""
         tokens, documents = self.tokens.count - self._before[0], self.documents.count - self._before[1]
         self._before = self.tokens.count, self.documents.count
-        self._pieces.append(
-            PieceRecord(
-                content=piece.content,
+        self._records.append(
+            FileRecord(
+                content=source_file.content,
                 read=self.read,
                 documents=documents,
                 tokens=tokens,
                 ended=ended,
-                repairs={name: count for name, count in sorted(repairs.items()) if count},
+                fixups={name: count for name, count in sorted(fixups.items()) if count},
             )
         )
-        self.piece, self.read = None, 0
+        self.source_file, self.read = None, 0
 
     def close(self, *, last: bool) -> None:
-        """Give the shard its name."""
-        if self.piece is not None:
-            self.end_piece(self.piece, ended=False, repairs={})
+        """Write shard.json and rename the directory to its final name."""
+        if self.source_file is not None:
+            self.end_file(self.source_file, ended=False, fixups={})
         shard = Shard(
             format=FORMAT,
             tokenizer=self._tokenizer.fingerprint,
@@ -158,7 +158,7 @@ class _OpenShard:
             documents=self.documents.count,
             tokens_sha256=self.tokens.fsync(),
             documents_sha256=self.documents.fsync(),
-            pieces=self._pieces,
+            source_files=self._records,
             last=last,
         )
         write_fsync(self._folder / RECORD, shard.model_dump_json(indent=1))
@@ -166,12 +166,12 @@ class _OpenShard:
 
     def discard(self) -> None:
         """Remove the unfinished shard."""
-        error = InterruptedError("a shard that was not finished")
+        error = InterruptedError("unfinished shard")
         self._stack.__exit__(type(error), error, None)
 
 
 class _HashedFile:
-    """A file of numbers that knows how many it has, and its SHA-256."""
+    """A file with the number of items and the SHA-256 of what was written."""
 
     def __init__(self, path: Path):
         self.file = path.open("wb", buffering=2**20)
@@ -184,7 +184,7 @@ class _HashedFile:
         self.count += count
 
     def fsync(self) -> str:
-        """Bring everything to the disk; return the SHA-256 in hex."""
+        """Flush to the disk and return the SHA-256 in hex."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return self._digest.hexdigest()

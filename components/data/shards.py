@@ -1,13 +1,13 @@
-"""Encoded text on disk: a shard is a directory that holds some pieces of text, encoded by one tokenizer.
+"""Shards: directories that hold the token ids of several source files, encoded by one tokenizer.
 
     encoded-<tokenizer>/shard-<group>-00000/
-        shard.json       which pieces, how many documents of each, and the size and SHA-256 of the files below
+        shard.json       the source files, their documents and tokens, and the SHA-256 of the files below
         tokens.bin       token ids, little-endian uint16 or uint32, each document followed by end_of_document
-        documents.bin    of each document: tokens with the end token, bytes of text, BLAKE2b-128 of the text
+        documents.bin    of each document: tokens including the end token, bytes of text, BLAKE2b-128 of the text
 
-Pieces that are encoded together make a group; one that grows large is several shards, of which the last says so. A
-document never crosses shards. Shards know nothing of the order of files, nor of which documents are wanted: a data set
-(components/data/index.py) refers to them. Nothing here is unpickled, and no size is believed before the file has it.
+Source files that are encoded together form a group; a large group has several shards, and the
+last one is marked. A document never crosses shards. The order of files and the selection of documents are stored in the
+index of a data set (index.py), which refers to shards. Nothing is unpickled, and all sizes are checked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from components.data.document import SourceFile
 from components.data.file_hash_cache import FileHashCache
 from components.interfaces import Tokenizer
 
-FORMAT: Literal[2] = 2
-"""Raised whenever the same text and tokenizer would give other files. It enters the names: others lie elsewhere."""
+FORMAT: Literal[3] = 3
+"""Increased whenever the same text and tokenizer give other files. Directory names depend on it."""
 
 RECORD, TOKENS, DOCUMENTS = "shard.json", "tokens.bin", "documents.bin"
 DOCUMENT_DTYPE = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,))])
@@ -39,29 +39,30 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 class StrictModel(BaseModel):
-    """A file of ours: what is not in the model, or of another type, is refused."""
+    """A JSON file that must match the model exactly: unknown fields and other types are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class PieceRecord(StrictModel):
-    """A piece of text, or as much of it as lies in this shard."""
+class FileRecord(StrictModel):
+    """A source file, or the part of it in this shard."""
 
     content: str
+    """`SourceFile.content`."""
     read: Size
-    """Documents that were read; more than `documents` where some had no text."""
+    """Documents that were read, including those without text, which `documents` excludes."""
     documents: Size
     tokens: Size
     ended: bool
-    """Whether this is the end of the piece."""
-    repairs: dict[str, int]
-    """What was put right while the whole piece was read, by name; told where it ends."""
+    """Whether the source file ends in this shard."""
+    fixups: dict[str, int]
+    """Number of fixes in the whole source file by kind; stored where it ends."""
 
 
 class Shard(StrictModel):
-    """shard.json"""
+    """The content of shard.json."""
 
-    format: Literal[2]
+    format: Literal[3]
     tokenizer: str
     """Fingerprint of the tokenizer."""
     dtype: Literal["uint16", "uint32"]
@@ -69,18 +70,18 @@ class Shard(StrictModel):
     documents: Size
     tokens_sha256: Digest
     documents_sha256: Digest
-    pieces: Annotated[list[PieceRecord], Field(min_length=1)]
+    source_files: Annotated[list[FileRecord], Field(min_length=1)]
     last: bool
     """Whether this is the last shard of its group."""
 
     @property
     def token_dtype(self) -> np.dtype:
-        """Of the ids in a shard: little-endian on every machine."""
+        """The dtype of the ids: little-endian on every machine."""
         return np.dtype(self.dtype).newbyteorder("<")
 
 
 class ShardSpan(NamedTuple):
-    """Where (a part of) a piece lies."""
+    """The place of a source file, or a part of it, in a shard."""
 
     shard: str
     """Name of the shard's directory."""
@@ -92,26 +93,28 @@ class ShardSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedFile:
-    """A piece that is encoded."""
+    """The result of encoding a source file."""
 
-    fragments: tuple[ShardSpan, ...]
+    spans: tuple[ShardSpan, ...]
     read: int
-    repairs: dict[str, int]
+    fixups: dict[str, int]
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The smallest type that holds every id."""
+    """Return the smallest type that holds every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def store_name(tokenizer: Tokenizer) -> str:
-    """The directory, in the cache, of all shards of a tokenizer."""
+    """Return the name of the directory in the cache for all shards of `tokenizer`."""
     return f"encoded-{hashlib.sha256(f'{FORMAT} {tokenizer.fingerprint}'.encode()).hexdigest()[:20]}"
 
 
-def group_name(pieces: Sequence[SourceFile]) -> str:
-    """What the shards of these pieces, encoded together, are called."""
-    return f"shard-{hashlib.sha256(repr([piece.content for piece in pieces]).encode()).hexdigest()[:20]}"
+def group_name(source_files: Sequence[SourceFile]) -> str:
+    """Return the name prefix of the shards of `source_files`, encoded together."""
+    return (
+        f"shard-{hashlib.sha256(repr([source_file.content for source_file in source_files]).encode()).hexdigest()[:20]}"
+    )
 
 
 def shard_name(group: str, part: int) -> str:
@@ -119,7 +122,7 @@ def shard_name(group: str, part: int) -> str:
 
 
 def shards_of(store: Path, group: str) -> Iterator[Shard]:
-    """The shards of a group that are there, up to the first that is not."""
+    """Yield the existing shards of a group, up to the first missing one."""
     part = 0
     while (directory := store / shard_name(group, part)).is_dir():
         yield read_record(directory / RECORD, Shard)
@@ -127,35 +130,41 @@ def shards_of(store: Path, group: str) -> Iterator[Shard]:
 
 
 def list_encoded(store: Path) -> dict[str, EncodedFile]:
-    """Content -> the piece as it is encoded, for every group that is complete."""
+    """Return content -> encoded file for the source files of all complete groups."""
     found: dict[str, EncodedFile] = {}
-    # not glob, which takes a folder that may not be listed for an empty one
+    # glob would return nothing for a directory that cannot be listed
     names = [path.name for path in store.iterdir()] if store.is_dir() else []
     for group in sorted(name.removesuffix("-00000") for name in names if re.fullmatch(r"shard-.*-00000", name)):
         parts = list(shards_of(store, group))
         if parts[-1].last:
-            found |= _pieces_of(group, parts)
+            found |= _encoded_files(group, parts)
     return found
 
 
-def _pieces_of(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, EncodedFile]]:
-    fragments: list[ShardSpan] = []
+def _encoded_files(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, EncodedFile]]:
+    spans: list[ShardSpan] = []
     read = 0
     for number, shard in enumerate(parts):
         token = document = 0
-        for piece in shard.pieces:
-            fragments.append(ShardSpan(shard_name(group, number), token, piece.tokens, document, piece.documents))
-            token, document, read = token + piece.tokens, document + piece.documents, read + piece.read
-            if piece.ended:
-                yield piece.content, EncodedFile(tuple(fragments), read, piece.repairs)
-                fragments, read = [], 0
+        for source_file in shard.source_files:
+            spans.append(
+                ShardSpan(shard_name(group, number), token, source_file.tokens, document, source_file.documents)
+            )
+            token, document, read = (
+                token + source_file.tokens,
+                document + source_file.documents,
+                read + source_file.read,
+            )
+            if source_file.ended:
+                yield source_file.content, EncodedFile(tuple(spans), read, source_file.fixups)
+                spans, read = [], 0
 
 
 def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
-    """The file `path` as `model`. Raises ValueError, naming file and remedy, for anything but a sound one."""
+    """Return the file `path` as `model`. Raises ValueError, naming file and remedy, for a missing or damaged file."""
     try:
         if path.stat().st_size > _LARGEST_RECORD:
-            raise ValueError(f"{path.stat().st_size:,} bytes is no size for it")
+            raise ValueError(f"{path.stat().st_size:,} bytes; at most {_LARGEST_RECORD:,} are accepted")
         return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(rebuild_error(path, "is missing")) from None
@@ -168,16 +177,16 @@ def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
 
 
 def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) -> Shard:
-    """The record of a shard once its tokenizer and the size and content of its files are known to be right.
+    """Return the record of a shard after verifying its tokenizer and the size and content of its files.
 
-    Contents are hashed in full the first time and whenever a file's size or times changed since (see FileHashes).
-    Raises ValueError naming the file that is wrong and the remedy.
+    A file is hashed the first time and whenever its size or times have changed (see FileHashCache). Raises ValueError,
+    naming the damaged file and the remedy.
     """
     shard = read_record(directory / RECORD, Shard)
     if shard.tokenizer != tokenizer.fingerprint:
-        theirs, ours = _short(shard.tokenizer), _short(tokenizer.fingerprint)
+        made, wanted = _short(shard.tokenizer), _short(tokenizer.fingerprint)
         raise ValueError(
-            rebuild_error(directory / RECORD, f"was made with another tokenizer ({theirs}, this run has {ours})")
+            rebuild_error(directory / RECORD, f"was made with another tokenizer ({made}, this run has {wanted})")
         )
     check_file(directory / TOKENS, shard.tokens * shard.token_dtype.itemsize, shard.tokens_sha256, hashes)
     check_file(directory / DOCUMENTS, shard.documents * DOCUMENT_DTYPE.itemsize, shard.documents_sha256, hashes)
@@ -185,19 +194,20 @@ def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache)
 
 
 def check_file(path: Path, size: int, sha256: str, hashes: FileHashCache) -> None:
-    """Raises ValueError if the file is not what its record says."""
+    """Raise ValueError if size or hash of a file differ from its record."""
     if not path.is_file():
         raise ValueError(rebuild_error(path, "is missing"))
     found = path.stat().st_size
     if found != size:
         kind = "truncated" if found < size else "altered"
-        raise ValueError(rebuild_error(path, f"is {kind}: {found:,} bytes where its record says {size:,}"))
+        raise ValueError(rebuild_error(path, f"is {kind}: it has {found:,} bytes, its record says {size:,}"))
     if hashes.sha256(path) != sha256:
-        raise ValueError(rebuild_error(path, "was altered: its SHA-256 is not the one in its record"))
+        raise ValueError(rebuild_error(path, "was altered: its SHA-256 differs from the one in its record"))
 
 
 def rebuild_error(path: Path, problem: str) -> str:
-    return f"{path} {problem}. Delete the directory {path.parent}; it is prepared anew at the next start."
+    """Return an error message with the remedy for damaged prepared data."""
+    return f"{path} {problem}. Delete the directory {path.parent}; the next start prepares it again."
 
 
 def _short(fingerprint: str) -> str:

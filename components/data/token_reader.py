@@ -1,8 +1,8 @@
-"""Token ids in files, read where they lie: nothing is held in memory but what was asked for.
+"""TokenReader: reads ranges of token ids from files; only the requested ids are in memory.
 
-Files of ids are read, not mapped: pages of a map would count as memory of the process, and a disk that fails or a file
-that is cut short would end the process by a signal, where a read says what happened. The table of segments, which is
-looked up at random, may be mapped.
+The files are read, not memory-mapped: mapped pages would count as memory of the process, and a failing disk or a
+truncated file would kill the process with a signal, where a read raises an error. The table of spans, which is accessed
+at random, may be memory-mapped.
 """
 
 from __future__ import annotations
@@ -21,55 +21,57 @@ from typing import Any
 
 import numpy as np
 
-_MOST_OPEN = 512
-_FEWEST_FREE = 32
-"""Half of what is free is left to the rest of the process: a checkpoint, batches of workers, connections of ranks."""
+_MAX_OPEN = 512
+_MIN_FREE = 32
+"""The reader uses at most half of the free descriptors: checkpoints, loader workers and connections need others."""
 
 
 class _OpenFiles:
-    """The descriptors of all sources of this process, of which those used last are kept.
+    """A cache of the most recently used file descriptors of all token readers of this process.
 
-    The limit is the system's for the process, not for a source: a mixture has many.
+    It is shared because the limit of the system is per process, and a mixture has many readers.
     """
 
     def __init__(self) -> None:
-        # (source, file) -> descriptor, the one used last at the end
+        # (reader, file) -> descriptor, the most recently used last
         self._open: OrderedDict[tuple[int, int], int] = OrderedDict()
-        self._most: int | None = None
+        self._max_open: int | None = None
 
     def check_limit(self) -> None:
-        """Raise OSError where the process may not open one more file; nothing is opened for it."""
-        if self._most is None:
+        """Raise OSError if the process cannot open enough files."""
+        if self._max_open is None:
             allowed, in_use = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _descriptors_in_use()
-            free = 2 * _MOST_OPEN if allowed == resource.RLIM_INFINITY else allowed - in_use
-            if free < _FEWEST_FREE:
+            free = 2 * _MAX_OPEN if allowed == resource.RLIM_INFINITY else allowed - in_use
+            if free < _MIN_FREE:
                 raise OSError(
-                    f"this process may have {allowed} files open and has {in_use} already; to train it takes "
-                    f"{_FEWEST_FREE} more. Raise the limit: ulimit -n 1024"
+                    f"this process may open {allowed} files and has opened {in_use}; training needs at least "
+                    f"{_MIN_FREE} more. Raise the limit: ulimit -n 1024"
                 )
-            self._most = min(free // 2, _MOST_OPEN)
+            self._max_open = min(free // 2, _MAX_OPEN)
 
-    def descriptor(self, source: int, file: int, path: Path) -> int:
-        key = source, file
+    def descriptor(self, reader: int, file: int, path: Path) -> int:
+        """Return a descriptor of `path`, which is file number `file` of the reader; it may be closed by later calls."""
+        key = reader, file
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
         self.check_limit()
-        while len(self._open) >= (self._most or 1):
+        while len(self._open) >= (self._max_open or 1):
             self._close_oldest()
         while True:
             try:
                 self._open[key] = os.open(path, os.O_RDONLY)
                 return self._open[key]
             except OSError as error:
-                # others have opened files since the limit was taken: give back what is held, before anything fails
+                # others have opened files since the limit was computed: close cached ones
                 if error.errno != errno.EMFILE or not self._open:
                     raise
                 self._close_oldest()
-                self._most = max(1, len(self._open))
+                self._max_open = max(1, len(self._open))
 
-    def close(self, source: int) -> None:
-        for key in [key for key in self._open if key[0] == source]:
+    def close(self, reader: int) -> None:
+        """Close all files of the reader."""
+        for key in [key for key in self._open if key[0] == reader]:
             os.close(self._open.pop(key))
 
     def _close_oldest(self) -> None:
@@ -84,15 +86,15 @@ def _descriptors_in_use() -> int:
 
 
 _files = _OpenFiles()
-_source_numbers = count()
+_reader_numbers = count()
 
 _STRIDE = 256
-"""Segments of which one start is held in memory; the others are added up where they are asked for."""
+"""The start of every `_STRIDE`-th span is in memory; those between are computed when they are needed."""
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A mapped .npy file, to pickle in place of its content."""
+    """The path of a memory-mapped .npy file, pickled instead of its content."""
 
     path: str
 
@@ -106,44 +108,44 @@ class _Mapped:
 
 
 class TokenReader:
-    """Runs of ids from several files, end to end. Pickling carries paths, never tokens or open files."""
+    """Concatenates spans of ids from several files. When pickled, it contains paths, not tokens or open files."""
 
-    def __init__(self, files: Sequence[Path], dtype: np.dtype, segments: np.ndarray):
-        """`segments` (n, 3 or more) int64: number of the file, first id in it, ids.
+    def __init__(self, files: Sequence[Path], dtype: np.dtype, spans: np.ndarray):
+        """`spans` is (n, 3 or more) int64: index into `files`, first id in the file, number of ids.
 
-        Raises OSError where the process may open no more files.
+        Raises OSError if the process cannot open enough files.
         """
         self._files = list(files)
         self._dtype = dtype
-        self.segments = np.asanyarray(segments, dtype=np.int64)
-        # Of every _STRIDE-th segment where it starts in the whole; then the end.
-        sums = [int(segments[at : at + _STRIDE, 2].sum()) for at in range(0, len(segments), _STRIDE)]
+        self.spans = np.asanyarray(spans, dtype=np.int64)
+        # Start of every _STRIDE-th span in the concatenation, then its end.
+        sums = [int(spans[at : at + _STRIDE, 2].sum()) for at in range(0, len(spans), _STRIDE)]
         self._starts = list(accumulate(sums, initial=0))
-        self._number = next(_source_numbers)
+        self._number = next(_reader_numbers)
         _files.check_limit()
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (n,) with the ids from `start` on.
+        """Fill `out` (n,) with the ids from position `start`.
 
-        Raises OSError, naming the file, where it cannot be read or is shorter than it was.
+        Raises OSError, naming the file, if it cannot be read or was truncated.
         """
-        segment, skipped = self.segment_at(start)
-        segments = self.segments.data  # a memory view gives Python's numbers, quickly
+        span, skipped = self.span_at(start)
+        spans = self.spans.data  # indexing a memoryview is faster, and returns Python integers
         done = 0
         while done < len(out):
-            file, first, count = segments[segment, 0], segments[segment, 1], segments[segment, 2]
+            file, first, count = spans[span, 0], spans[span, 1], spans[span, 2]
             part = self._read(file, first + skipped, min(count - skipped, len(out) - done))
             out[done : done + len(part)] = part
             done += len(part)
-            segment, skipped = segment + 1, 0
+            span, skipped = span + 1, 0
 
-    def segment_at(self, position: int) -> tuple[int, int]:
-        """(segment, position within it) of the id at `position`."""
+    def span_at(self, position: int) -> tuple[int, int]:
+        """Return (index of the span, offset within it) of the id at `position`."""
         block = bisect_right(self._starts, position) - 1
-        ends = self.segments[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
+        ends = self.spans[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
         within = position - self._starts[block]
         number = int(ends.searchsorted(within, side="right"))
         return block * _STRIDE + number, within - (int(ends[number - 1]) if number else 0)
@@ -153,7 +155,7 @@ class TokenReader:
         try:
             descriptor = _files.descriptor(self._number, file, self._files[file])
             data = os.pread(descriptor, count * size, first * size)
-            while data and len(data) < count * size:  # cut short by a signal
+            while data and len(data) < count * size:  # interrupted by a signal
                 more = os.pread(descriptor, count * size - len(data), first * size + len(data))
                 if not more:
                     break
@@ -163,18 +165,18 @@ class TokenReader:
         if len(data) < count * size:
             raise OSError(
                 f"{self._files[file]} was truncated while it was in use: it has {os.fstat(descriptor).st_size:,} "
-                f"bytes, and the data goes on to byte {(first + count) * size:,}"
+                f"bytes, the data needs {(first + count) * size:,}"
             )
         return np.frombuffer(data, dtype=self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"segments": _Mapped.of(self.segments)}
+        return self.__dict__ | {"spans": _Mapped.of(self.spans)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._number = next(_source_numbers)  # that of another process may be taken in this one
-        if isinstance(self.segments, _Mapped):
-            self.segments = self.segments.open()
+        self._number = next(_reader_numbers)  # the number from another process may be used here
+        if isinstance(self.spans, _Mapped):
+            self.spans = self.spans.open()
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):

@@ -1,13 +1,13 @@
-"""From documents to shards: the slow part of preparing a data set. `tokenize_missing` takes these steps:
+"""Tokenizing documents into shards, the slow part of preparing a data set. The steps of `tokenize_missing`:
 
-1. leave out the files that the store holds already, and put neighbouring files together into groups;
-2. `tokenize_group`, on all processors (tokenize_workers.py): find the shards of the group that exist already,
+1. group neighbouring files, and skip those that are in the store already;
+2. `tokenize_group`, on all processors (tokenize_workers.py): find the existing shards of the group,
 3. read the documents after those (`_read_chunks`),
 4. encode them in batches (`_batches`, `_encode`),
-5. append the ids to shards, each under a temporary name until it is complete (shard_writer.py).
+5. append the ids to shards, each in a temporary directory until it is complete (shard_writer.py).
 
-Complete shards of a killed process stay. The cuts depend on the text alone, so the next process writes the same shards,
-byte by byte, as an uninterrupted one.
+Complete shards of a killed process are kept. Shard boundaries depend only on the text, so the next process writes
+exactly the same shards as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,45 +28,43 @@ from components.data.tokenize_workers import is_picklable, run_in_processes
 from components.interfaces import Tokenizer
 
 SHARD_TOKENS = 2**26
-"""A shard is closed after the document that takes it past this many tokens: 128 MiB of uint16."""
+"""A shard is closed after the document with which it exceeds this number of tokens: 128 MiB of uint16."""
 
 _GROUP_BYTES = 2**25
 _GROUP_FILES = 2**12
-"""Neighbouring files are tokenized together up to this size and number; a larger file is a group by itself."""
+"""Neighbouring files form a group up to this size and number; a larger file is a group by itself."""
 
 _BATCH_CHARACTERS = 2**22
 _BATCH_CHUNKS = 2**12
 
 _PARALLEL_THRESHOLD_BYTES = 2**26
-"""Bytes of source below which starting processes takes longer than it saves."""
+"""Source bytes from which starting processes saves time."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How far the preparation has come; `str` makes a line to display."""
+    """Progress of tokenization; `str` returns a line for display."""
 
     source: str
     done_bytes: int
     total_bytes: int
-    """0 where the source does not know."""
+    """0 if unknown."""
     tokens: int
     seconds: float
 
     def __str__(self) -> str:
-        rate = self.done_bytes / max(self.seconds, 1e-9)
+        bytes_per_second = self.done_bytes / max(self.seconds, 1e-9)
         line = f"preparing {self.source}: {self.done_bytes / 1e6:,.1f}"
         if self.total_bytes:
-            left = max(0, self.total_bytes - self.done_bytes) / max(rate, 1e-9)
-            line += (
-                f" of {self.total_bytes / 1e6:,.1f} MB ({self.done_bytes / self.total_bytes:.0%}), {left:,.0f} s left"
-            )
+            eta = max(0, self.total_bytes - self.done_bytes) / max(bytes_per_second, 1e-9)
+            line += f" of {self.total_bytes / 1e6:,.1f} MB ({self.done_bytes / self.total_bytes:.0%}), eta {eta:,.0f} s"
         else:
             line += " MB"
-        return f"{line}; {self.tokens:,} tokens, {rate / 1e6:.1f} MB/s"
+        return f"{line}; {self.tokens:,} tokens, {bytes_per_second / 1e6:.1f} MB/s"
 
 
 class _ProgressReporter:
-    """Adds up what was done, and reports it every `report_seconds`."""
+    """Accumulates the progress, and reports it every `report_seconds`."""
 
     def __init__(self, source: str, total_bytes: int, report: Callable[[Preparation], None], report_seconds: float):
         self._source, self._total = source, total_bytes
@@ -83,7 +81,7 @@ class _ProgressReporter:
 
 
 def tokenize_missing(
-    pieces: Sequence[SourceFile],
+    source_files: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -94,22 +92,22 @@ def tokenize_missing(
     group_bytes: int = _GROUP_BYTES,
     processes: int | None = None,
 ) -> dict[str, EncodedFile]:
-    """Tokenize the pieces that `store` does not hold; return where every piece lies, by content.
+    """Tokenize the source files that are not in `store`. Returns content -> encoded file of all files in `store`.
 
-    If another process does the same meanwhile, the first to finish a shard wins and both succeed. `source` is a name to
-    display; `report` is called at most every `report_seconds`; `processes` is by default chosen by processors and work.
-    Raises ValueError or OSError for what cannot be read or encoded; what was tokenized until then stays.
+    Several processes may do the same at once: the first to finish a shard wins, and all succeed. `source` is a name for
+    display; `report` is called at most every `report_seconds`; by default, `processes` depends on the processors and
+    the amount of text. Raises ValueError or OSError for a file that cannot be read or encoded; finished shards stay.
     """
     existing = list_encoded(store)
-    wanted = list({piece.content: piece for piece in pieces}.values())
+    wanted = list({source_file.content: source_file for source_file in source_files}.values())
     groups = [
         missing
         for group in group_neighbours(wanted, group_bytes)
-        if (missing := [piece for piece in group if piece.content not in existing])
+        if (missing := [source_file for source_file in group if source_file.content not in existing])
     ]
     if not groups:
         return existing
-    total = sum(piece.size_bytes for group in groups for piece in group)
+    total = sum(source_file.size_bytes for group in groups for source_file in group)
     reporter = _ProgressReporter(source, total, report, report_seconds)
     work = partial(tokenize_group, store=store, shard_tokens=shard_tokens)
     if processes is None:
@@ -122,22 +120,22 @@ def tokenize_missing(
     return list_encoded(store)
 
 
-def group_neighbours(pieces: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
-    """Yield neighbouring pieces together until they are large enough."""
+def group_neighbours(source_files: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
+    """Yield groups of neighbouring source files of at most `group_bytes`."""
     group: list[SourceFile] = []
     size = 0
-    for piece in pieces:
-        if group and (size + piece.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
+    for source_file in source_files:
+        if group and (size + source_file.size_bytes > group_bytes or len(group) >= _GROUP_FILES):
             yield group
             group, size = [], 0
-        group.append(piece)
-        size += piece.size_bytes
+        group.append(source_file)
+        size += source_file.size_bytes
     if group:
         yield group
 
 
 def tokenize_group(
-    pieces: Sequence[SourceFile],
+    source_files: Sequence[SourceFile],
     store: Path,
     *,
     tokenizer: Tokenizer,
@@ -145,25 +143,27 @@ def tokenize_group(
     shard_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write the shards of `pieces` that do not exist yet. Another process may do the same at the same time.
+    """Write the shards of `source_files` that do not exist yet. Other processes may do the same at the same time.
 
-    `encode` is the tokenizer's, on as many threads as are to work. `on_progress` receives the bytes read and the tokens
-    written since its last call; what existed already counts.
+    `encode` is `encode_batch` of the tokenizer, on the wanted number of threads. `on_progress` receives the bytes read
+    and the tokens written since its last call, including those of existing shards.
     """
-    group = group_name(pieces)
+    group = group_name(source_files)
     existing = list(shards_of(store, group))
     if existing and existing[-1].last:
-        on_progress(sum(piece.size_bytes for piece in pieces), sum(shard.tokens for shard in existing))
+        on_progress(
+            sum(source_file.size_bytes for source_file in source_files), sum(shard.tokens for shard in existing)
+        )
         return
-    records = [record for shard in existing for record in shard.pieces]
+    records = [record for shard in existing for record in shard.source_files]
     ended = {record.content for record in records if record.ended}
-    skip_documents = 0  # of the first piece that has not ended
+    skip_documents = 0  # documents in existing shards of the first unfinished file
     for record in records:
         skip_documents = 0 if record.ended else skip_documents + record.read
     if existing:
-        done = sum(piece.size_bytes for piece in pieces if piece.content in ended)
+        done = sum(source_file.size_bytes for source_file in source_files if source_file.content in ended)
         on_progress(done, sum(shard.tokens for shard in existing))
-    remaining = [piece for piece in pieces if piece.content not in ended]
+    remaining = [source_file for source_file in source_files if source_file.content not in ended]
     with ShardWriter(store, group, len(existing), tokenizer, shard_tokens) as writer:
         for batch, read_bytes in _batches(_read_chunks(remaining, skip_documents)):
             tokens_before = writer.tokens
@@ -173,23 +173,23 @@ def tokenize_group(
         writer.finish()
 
 
-def _read_chunks(pieces: Sequence[SourceFile], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
-    """Yield the chunks of all documents but the first `skip_documents`, each with the bytes of source read for it."""
-    for piece in pieces:
+def _read_chunks(source_files: Sequence[SourceFile], skip_documents: int) -> Iterator[tuple[Chunk, int]]:
+    """Yield (chunk, source bytes read for it) of all documents after the first `skip_documents`."""
+    for source_file in source_files:
         log, before = ReadStats(), 0
-        for document in piece.read(log):
+        for document in source_file.read(log):
             text, data = to_utf8(document.text, log)
             if skip_documents:
                 skip_documents -= document.complete
                 continue
-            yield Chunk(piece, text, data, document.complete), log.source_bytes - before
+            yield Chunk(source_file, text, data, document.complete), log.source_bytes - before
             before = log.source_bytes
-        yield Chunk(piece, None, repairs=log.repairs), log.source_bytes - before
+        yield Chunk(source_file, None, fixups=log.fixups), log.source_bytes - before
         skip_documents = 0
 
 
 def _batches(chunks: Iterable[tuple[Chunk, int]]) -> Iterator[tuple[list[Chunk], int]]:
-    """Yield batches and their bytes of source: enough text to keep a tokenizer's threads busy, not more."""
+    """Yield (batch, source bytes read for it), with enough text to keep the threads of a tokenizer busy."""
     batch: list[Chunk] = []
     characters = read_bytes = 0
     for chunk, chunk_bytes in chunks:
@@ -205,10 +205,12 @@ def _batches(chunks: Iterable[tuple[Chunk, int]]) -> Iterator[tuple[list[Chunk],
 def _encode(
     batch: Sequence[Chunk], encode: Callable[[Sequence[str]], list[np.ndarray]], vocab_size: int
 ) -> Iterator[np.ndarray | None]:
-    """Yield the ids of each chunk, None for one without text. Raises ValueError for ids outside the vocabulary."""
+    """Yield the (n,) ids of each chunk, None without text. Raises ValueError for ids outside the vocabulary."""
     encoded = iter(encode([chunk.text for chunk in batch if chunk.text is not None]))
     for chunk in batch:
         ids = None if chunk.text is None else next(encoded)
         if ids is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(f"the tokenizer gave ids from {ids.min()} to {ids.max()}; its vocabulary is {vocab_size}")
+            raise ValueError(
+                f"the tokenizer returned ids from {ids.min()} to {ids.max()}; its vocab_size is {vocab_size}"
+            )
         yield ids

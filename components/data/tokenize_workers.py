@@ -1,4 +1,4 @@
-"""Processes that tokenize groups of files, one processor each."""
+"""A pool of processes that tokenize groups of files, one thread each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_picklable(*values: object) -> bool:
     """Return whether `values` can be sent to another process."""
     try:
         pickle.dumps(values)
-    except Exception:  # a user's class may raise anything
+    except Exception:  # a custom class may raise any exception
         return False
     return True
 
@@ -38,9 +38,9 @@ def run_in_processes(
 ) -> None:
     """Call `work(group, tokenizer=, encode=, on_progress=)` for every group in a pool of `processes`.
 
-    Raises what `work` raises, and OSError where a process was killed.
+    Raises the first error of `work`, and OSError if a process was killed.
     """
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
     progress: Any = context.Queue()
     pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, progress))
     try:
@@ -54,17 +54,18 @@ def run_in_processes(
                     on_progress(*progress.get_nowait())
     except BrokenProcessPool:
         raise OSError(
-            "a process that prepared data was killed, perhaps for want of memory; start again to go on: what is "
-            "encoded so far is kept"
+            "a process that prepared data was killed, possibly because memory ran out; start again to continue: "
+            "finished shards are kept"
         ) from None
     finally:
-        for process in list((pool._processes or {}).values()):  # an interrupted one would finish its group first
+        # Without the kill, shutdown would wait until the processes have finished their groups.
+        for process in list((pool._processes or {}).values()):
             process.kill()
         pool.shutdown(cancel_futures=True)
 
 
 class _Worker:
-    """What a process of the pool keeps between two groups."""
+    """State and entry points of a process of the pool."""
 
     tokenizer: Tokenizer
     progress: Any
@@ -72,7 +73,7 @@ class _Worker:
     @classmethod
     def start(cls, tokenizer: Tokenizer, progress: Any) -> None:
         cls.tokenizer, cls.progress = tokenizer, progress
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends the pool
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and stops the pool
         threading.Thread(target=_die_with_parent, daemon=True).start()
 
     @classmethod
@@ -86,7 +87,7 @@ class _Worker:
 
     @classmethod
     def encode(cls, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode one text at a time: a tokenizer starts threads for several, and the other processors are taken."""
+        """Encode one text at a time: for several, a tokenizer would start threads, and all processors are busy."""
         return [cls.tokenizer.encode_batch([text])[0] for text in texts]
 
 

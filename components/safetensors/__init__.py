@@ -1,15 +1,15 @@
-"""Directories of Hugging Face models on disk: read without trust, written aside and whole.
+"""Directories of Hugging Face models: reading them from untrusted sources, and writing them atomically.
 
-    config.json                                     the architecture and its numbers
+    config.json                                     the architecture and its sizes
     model.safetensors                               or model-00001-of-00003.safetensors ... and
-    model.safetensors.index.json                    which tensor is in which of them
+    model.safetensors.index.json                    the file of each tensor
     generation_config.json, tokenizer.json, ...
 
-Knows files, names and shapes; which name means what is the models' business.
+This package handles files, names and shapes; models/hf/ maps names to parameters.
 """
 
 from components.safetensors.directory import new_directory, read_json, write_json
-from components.safetensors.pytorch_bin import PickledWeights, only_pickles
+from components.safetensors.pytorch_bin import PickledWeights, has_only_pickles
 from components.safetensors.reader import TensorSpec, Weights
 from components.safetensors.writer import parse_bytes, write_weights
 
@@ -17,8 +17,8 @@ __all__ = [
     "PickledWeights",
     "TensorSpec",
     "Weights",
+    "has_only_pickles",
     "new_directory",
-    "only_pickles",
     "parse_bytes",
     "read_json",
     "write_json",

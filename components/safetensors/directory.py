@@ -1,4 +1,4 @@
-"""A directory of small JSON files and large ones: read within bounds, written aside and renamed."""
+"""Reading JSON files with a size limit, and writing a directory atomically."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from components.paths import is_file
 from components.units import expand_home
 
 MARK = "powertrain.json"
-"""Lists the files that were written to a directory: only those are replaced later."""
+"""Lists the files that were written to a directory: `new_directory` replaces only those."""
 _LARGEST_JSON = 2**26
-"""Bytes. The index of a model of a hundred thousand tensors takes a tenth of it."""
+"""Bytes. The index of a model with a hundred thousand tensors takes a tenth of it."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file. Raises ValueError for anything else, FileNotFoundError if there is no such file."""
+    """Return the JSON object in `path`. Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist")
     if (size := path.stat().st_size) > _LARGEST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes; at most {_LARGEST_JSON:,} are read")
+        raise ValueError(f"{path} has {size:,} bytes; at most {_LARGEST_JSON:,} are accepted")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
     return content
 
 
@@ -42,24 +42,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_index(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, of an index beside its files. Raises ValueError for a name that leads elsewhere."""
+    """Return tensor name -> file of an index. Raises ValueError for a file outside the directory of the index."""
     table = read_json(path).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{path} has no weight_map")
     for name, file in table.items():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            raise ValueError(f"{path}: {name} is said to be in {file!r}, which is no name of a file in this directory")
+            raise ValueError(f"{path}: the file of {name} is {file!r}, which is not a file name in this directory")
     return {name: path.parent / file for name, file in table.items()}
 
 
 def choose_files(whole: Path, index: Path) -> tuple[dict[str, Path] | None, list[str]]:
-    """Return tensor name -> file of an index, None for the one file `whole`, and what is contradictory about the two.
+    """Return tensor name -> file of `index`, or None for the single file `whole`, and warnings if both exist.
 
-    As in transformers the whole file comes first: an index beside it is what an earlier save has left. Raises
-    FileNotFoundError where there is neither.
+    As in transformers, `whole` has precedence: an index beside it remains from an earlier save. Raises
+    FileNotFoundError if neither exists.
     """
     if is_file(whole):
-        note = f"{whole} is read, and {index.name} beside it, with the files it names, is not; remove one of the two"
+        note = f"both {whole} and {index.name} exist, and only the first is read; remove one of them"
         return None, [note] if is_file(index) else []
     if is_file(index):
         return read_index(index), []
@@ -68,47 +68,47 @@ def choose_files(whole: Path, index: Path) -> tuple[dict[str, Path] | None, list
 
 @contextmanager
 def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory beside `path` that takes its name once the block ends well, and is gone otherwise.
+    """Yield a temporary directory that is renamed to `path` after the block, or removed if the block raises.
 
-    What is at `path` must be an empty directory. With `force` it may also be an earlier one of this function, which is
-    then replaced, if nothing was added to it. Raises ValueError for all else, before the block.
+    `path` must not exist, or be an empty directory. With `force` it may also be a directory that this function wrote,
+    without other files; it is replaced. Raises ValueError otherwise, before the block.
     """
     path = expand_home(path).resolve()
     _check_free(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    aside.mkdir()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    temporary.mkdir()
     try:
-        yield aside
-        files = [MARK, *sorted(entry.name for entry in aside.iterdir())]
-        write_json(aside / MARK, {"files": files})
-        fsync_directory(aside)
-        written = _check_free(path, force)  # writing may have taken an hour
-        replaced = path.with_name(f"{aside.name}.replaced")
+        yield temporary
+        files = [MARK, *sorted(entry.name for entry in temporary.iterdir())]
+        write_json(temporary / MARK, {"files": files})
+        fsync_directory(temporary)
+        written = _check_free(path, force)  # checked again: writing may have taken an hour
+        replaced = path.with_name(f"{temporary.name}.replaced")
         if path.exists():
             path.rename(replaced)
-        aside.rename(path)
+        temporary.rename(path)
         fsync_directory(path.parent)
         if replaced.exists():
             remove_files(replaced, written.__contains__)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_free(path: Path, force: bool) -> set[str]:
-    """Names of the files at `path` that an earlier call wrote. Raises ValueError where others are in the way."""
+    """Return the names of the files at `path` of an earlier call. Raises ValueError if there are others."""
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is no directory; name another")
+        raise ValueError(f"{path} is not a directory; use another path")
     content = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if not content:
         return set()
     if not force:
-        raise ValueError(f"{path} is not empty; name another directory, or replace this one with --force")
+        raise ValueError(f"{path} is not empty; use another directory, or replace it with --force")
     files = read_json(path / MARK).get("files") if MARK in content else None
     written = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
     if foreign := sorted(content - written):
         raise ValueError(
-            f"{path} holds {foreign[0]}, which no export wrote according to {MARK}, and --force removes only what one "
-            "wrote; name another directory, or move it away"
+            f"{path} holds {foreign[0]}, which is not listed in {MARK}, and --force removes only files of an earlier "
+            "export; use another directory, or move the file away"
         )
     return written

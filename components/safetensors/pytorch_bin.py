@@ -1,4 +1,4 @@
-"""Weights of before safetensors: pytorch_model.bin, one or many with an index; nothing in them is ever executed."""
+"""PickledWeights: safe reading of pytorch_model.bin, a single file or several with an index."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from components.safetensors.reader import DTYPES, INDEX, SINGLE, TensorSpec
 _SINGLE, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def only_pickles(directory: Path) -> bool:
-    """Return whether the weights of `directory` are pickled, and not, or not also, safetensors."""
+def has_only_pickles(directory: Path) -> bool:
+    """Return whether `directory` has pickled weights and no safetensors."""
     if is_file(directory / SINGLE) or is_file(directory / INDEX):
         return False
     return is_file(directory / _SINGLE) or is_file(directory / _INDEX)
 
 
 class PickledWeights:
-    """What `Weights` is for safetensors; but files are mapped whole, and `torch.load` builds only tensors from them.
+    """The same interface as `Weights`, for pickled files, which are memory-mapped and loaded with `weights_only`.
 
-    Raises ValueError for a file that asks for anything else, and for one that would unpack to more than its own size.
+    Raises ValueError for files that contain anything but tensors, and for compressed ones.
     """
 
     def __init__(self, directory: Path, *, ignore: Iterable[str] = ()) -> None:
@@ -40,19 +40,18 @@ class PickledWeights:
                 if table is None or table.get(name) == file:
                     self._tensors[name] = tensor
         if table is not None and (missing := sorted(table.keys() - self._tensors.keys())):
-            raise ValueError(f"{table[missing[0]]} has no {missing[0]}, which {_INDEX} says it has")
+            raise ValueError(f"{table[missing[0]]} has no tensor {missing[0]}, which {_INDEX} lists")
         ignored = tuple(ignore)
         self.dropped = [name for name in self._tensors if ignored and name.endswith(ignored)]
         for name in self.dropped:
             del self._tensors[name]
         for name, tensor in self._tensors.items():
             if tensor.dtype not in DTYPES.values():
-                raise ValueError(
-                    f"{directory}: {name} is stored as {tensor.dtype}; it can only be a floating-point one"
-                )
-        self.described = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+                raise ValueError(f"{directory}: {name} is stored as {tensor.dtype}; expected a floating-point dtype")
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
+        """Return a tensor, or the part of it selected by `slices`, one per dimension."""
         return self._tensors[name][slices]
 
 
@@ -63,26 +62,25 @@ def _load(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors, which is never loaded: {reason}; "
-            "ask for a safetensors file"
+            f"{path} is damaged, or holds more than tensors, which is never loaded: {reason}; convert it to safetensors"
         ) from None
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise ValueError(f"{path} is no table of tensors by name")
+        raise ValueError(f"{path} is not a dict of tensors by name")
     for name, tensor in content.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} is no plain tensor of its own size")
+            raise ValueError(f"{path}: {name} is not a dense tensor, or claims more bytes than it has")
     return dict(content)
 
 
 def _check_size(path: Path) -> None:
-    """Raises ValueError unless the file is a zip archive of stored, not compressed, entries no larger than itself."""
+    """Raise ValueError unless the file is a zip archive of uncompressed entries no larger than the file."""
     if not is_file(path):
-        raise ValueError(f"{path} is missing, or no file")
-    path.open("rb").close()  # what may not be read is no archive to `is_zipfile`
+        raise ValueError(f"{path} is missing, or is not a file")
+    path.open("rb").close()  # raises the error of the system, where `is_zipfile` would return False
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no archive that torch has written since 1.6; ask for a safetensors file")
+        raise ValueError(f"{path} is not a zip archive as written since torch 1.6; convert it to safetensors")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -91,4 +89,4 @@ def _check_size(path: Path) -> None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
         sum(entry.file_size for entry in entries) > path.stat().st_size
     ):
-        raise ValueError(f"{path} would unpack to more than its size, which no file that torch wrote does")
+        raise ValueError(f"{path} would unpack to more than its size, so torch has not written it")

@@ -1,4 +1,4 @@
-"""Tokenizers: `use = "components.tokenizers:TiktokenFile"`. Each builds an object that encodes text to ids and back."""
+"""Tokenizers: `use = "components.tokenizers:TiktokenFile"`. Each builds an object that encodes and decodes text."""
 
 from components.tokenizers.bytes import Bytes
 from components.tokenizers.tiktoken_file import TiktokenEncoding, TiktokenFile

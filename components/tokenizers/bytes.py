@@ -1,4 +1,4 @@
-"""Byte-level tokenizer: an id is a byte, and nothing has to be trained."""
+"""Byte-level tokenizer: an id is a byte, so no training is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Bytes:
 
 
 class ByteEncoder:
-    """Encodes text to its UTF-8 bytes; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+    """Encodes text to its UTF-8 bytes; lone surrogates, which UTF-8 cannot represent, become U+FFFD."""
 
     vocab_size = 257
     end_of_document = _END
@@ -28,17 +28,17 @@ class ByteEncoder:
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """(257,) int64: one byte for every id but the end of a document."""
+        """(257,) int64: 1 for every id except the end of a document, which is 0."""
         lengths = np.ones(self.vocab_size, dtype=np.int64)
         lengths[_END] = 0
         return lengths
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """(bytes,) uint16 ids of each text, without the end of document."""
+        """Return the (bytes,) uint16 ids of each text, without the end of document."""
         return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; the end of a document reads `<|endoftext|>`.
+        """Return the text of `ids`; the end of a document becomes `<|endoftext|>`.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -50,7 +50,7 @@ class ByteEncoder:
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def hugging_face(self) -> Any:
-        """The same encoding as a `tokenizers.Tokenizer`: no merges. Raises ValueError if the library is missing."""
+        """Return the same encoding as a `tokenizers.Tokenizer`. Raises ValueError if the library is missing."""
         from components.tokenizers.hf_conversion import to_hugging_face
 
         return to_hugging_face({bytes((byte,)): byte for byte in range(256)}, None, {"<|endoftext|>": _END})

@@ -1,67 +1,67 @@
-"""Ids to text while they come in, a character at a time: bytes of an unfinished one are held back."""
+"""IncrementalDetokenizer: decodes ids as they are generated, holding back the bytes of incomplete characters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_BROKEN = "\ufffd"
-"""What a decoder makes of bytes that are no character, or not yet."""
-_MOST_BYTES = 4
-"""Of a character in UTF-8, and so the most ids that one takes."""
+_REPLACEMENT = "\ufffd"
+"""A decoder returns it for bytes that are not, or not yet, a character."""
+_MAX_BYTES = 4
+"""Bytes of a character in UTF-8, and so the most ids of one."""
 
 
 class IncrementalDetokenizer:
-    """The text of one growing sequence of ids; what `push` and `finish` return, joined, is what decoding all gives."""
+    """Decodes a growing sequence of ids: the results of `add` and `finish`, joined, are the text of all ids."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
-        """`before` are the ids of the text that is continued: some tokenizers drop the space of a first token."""
+        """`before` are the ids of the preceding text, because some tokenizers drop the space of the first token."""
         self._decode = decode
         self._ids = self._last_character(before)
-        """Those that may still matter to the text of the next."""
-        self._shown = len(self._text(self._ids))
-        """Characters of their text that were returned."""
-        self._new = 0
-        """How many of them came since the text was last certain to its end."""
+        """The last ids, which may affect the text of the next one."""
+        self._num_returned = len(self._text(self._ids))
+        """Number of characters of their text that were returned or precede the text."""
+        self._num_new = 0
+        """Number of ids added since the text was last complete."""
 
-    def push(self, id: int) -> str:
-        """The text that became certain with `id`."""
+    def add(self, id: int) -> str:
+        """Add `id` and return the text that cannot change any more."""
         self._ids.append(id)
-        self._new += 1
+        self._num_new += 1
         text = self._text(self._ids)
-        # Of bytes that more bytes may complete, decoders make one broken character, and those of SentencePiece one for
-        # each byte of the run of them, also of those that were whole characters without the last.
-        certain = text.rstrip(_BROKEN)
-        new = self._since(certain)
-        if certain == text:
-            self._ids = self._ids[-self._new :]
-            self._shown = len(self._text(self._ids))
-            self._new = 0
+        # Decoders return one replacement character for the bytes of an incomplete character. Those of SentencePiece
+        # return one for each byte of the run of byte tokens, also for complete characters before the incomplete one.
+        stable = text.rstrip(_REPLACEMENT)
+        new = self._unreturned(stable)
+        if stable == text:
+            self._ids = self._ids[-self._num_new :]
+            self._num_returned = len(self._text(self._ids))
+            self._num_new = 0
         return new
 
     def finish(self) -> str:
-        """What was held back."""
-        return self._since(self._text(self._ids))
+        """Return the text that was held back."""
+        return self._unreturned(self._text(self._ids))
 
-    def _since(self, text: str) -> str:
-        new = text[self._shown :]
-        self._shown = max(self._shown, len(text))
+    def _unreturned(self, text: str) -> str:
+        new = text[self._num_returned :]
+        self._num_returned = max(self._num_returned, len(text))
         return new
 
     def _last_character(self, before: Sequence[int]) -> list[int]:
-        """The fewest ids at the end that begin with a whole character; of bytes that are none, the last."""
-        for count in range(1, _MOST_BYTES + 1):
-            if not self._text(before[-count:]).startswith(_BROKEN):
+        """Return the fewest ids at the end whose text starts with a whole character; if there are none, the last id."""
+        for count in range(1, _MAX_BYTES + 1):
+            if not self._text(before[-count:]).startswith(_REPLACEMENT):
                 return list(before[-count:])
         return list(before[-1:])
 
     def _text(self, ids: Sequence[int]) -> str:
         try:
             return self._decode(ids)
-        except ValueError:  # an id that stands for nothing: a hole between ranks
+        except ValueError:  # an id without a token, in a gap between ranks
             return "".join(self._one(id) for id in ids)
 
     def _one(self, id: int) -> str:
         try:
             return self._decode([id])
         except ValueError:
-            return _BROKEN
+            return _REPLACEMENT

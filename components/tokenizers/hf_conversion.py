@@ -1,4 +1,4 @@
-"""Byte-level encodings as a `tokenizers.Tokenizer`, which Hugging Face stores as tokenizer.json."""
+"""Conversion of byte-level encodings to a `tokenizers.Tokenizer`, which Hugging Face stores as tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PROBE = (
 
 
 class ConvertibleTokenizer(Protocol):
-    """A tokenizer that has a counterpart."""
+    """A tokenizer that can be converted to a Hugging Face tokenizer."""
 
     @property
     def end_of_document(self) -> int: ...
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Any]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def hugging_face(self) -> Any:
-        """The same encoding as a `tokenizers.Tokenizer`. Raises ValueError where there is none."""
+        """Return the same encoding as a `tokenizers.Tokenizer`. Raises ValueError if it cannot be converted."""
         ...
 
 
 def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> list[str]:
-    """Write what `AutoTokenizer` opens; returns the names of the files.
+    """Write the tokenizer files for `AutoTokenizer`; return their names.
 
-    Raises ValueError, before writing, if the counterpart encodes a probing text or the text of a token otherwise.
+    Raises ValueError, before writing, if the converted tokenizer encodes a test text or a token differently.
     """
     tokenizer = encoder.hugging_face()
     _verify_roundtrip(encoder, tokenizer)
@@ -50,10 +50,10 @@ def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> 
 
 
 def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mapping[str, int] | None = None) -> Any:
-    """The encoding of a rank file as a `tokenizers.Tokenizer`; without a pattern, text is not cut before merging.
+    """Return the encoding of a rank file as a `tokenizers.Tokenizer`; without a pattern, text is not split first.
 
-    tiktoken joins any two neighbours whose joint bytes are a token, lowest rank first; so the merges are *all* the ways
-    to cut each token in two tokens, in the order of the ranks, and not only those that training happened to take.
+    tiktoken merges any two neighbours whose joined bytes are a token, lowest rank first. The merges are therefore *all*
+    ways to split each token into two tokens, in the order of the ranks, not only the merges found in training.
     """
     library = import_tokenizers()
     character = byte_characters()
@@ -66,10 +66,10 @@ def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mappi
         )
         if token[:cut] in ranks and token[cut:] in ranks
     ]
-    # A special token that is in the vocabulary keeps its id; otherwise it gets the next free one, and ranks have holes.
+    # In the vocabulary, special tokens keep their ids; otherwise they would get the next free ids after gaps of ranks.
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     if taken := sorted(vocabulary.keys() & (special or {}).keys()):
-        raise InputError("special_tokens", f"{taken[0]!r} is an ordinary token of the file too")
+        raise InputError("special_tokens", f"{taken[0]!r} is also an ordinary token of the file; use another name")
     tokenizer = library.Tokenizer(library.models.BPE({**vocabulary, **(special or {})}, merges, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -78,35 +78,36 @@ def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mappi
 
 
 def pre_tokenizer(pattern: str | None) -> Any:
-    """Cuts text by `pattern`, then spells its bytes as characters. Raises ValueError for no regular expression."""
+    """Return a pre-tokenizer that splits text by `pattern` and maps bytes to characters."""
     library = import_tokenizers()
     byte_level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pattern is None:
         return byte_level
     try:
         regex = library.Regex(pattern)
-    except Exception as error:  # the library has no class of its own for it
-        raise ValueError(f"pattern {pattern!r}: {error}; the names are {', '.join(PATTERNS)}") from None
+    except Exception as error:  # the library raises a plain Exception
+        raise ValueError(f"pattern {pattern!r}: {error}; known names: {', '.join(PATTERNS)}") from None
     return library.pre_tokenizers.Sequence([library.pre_tokenizers.Split(regex, behavior="isolated"), byte_level])
 
 
 def byte_characters() -> dict[int, str]:
-    """byte -> the printable character that stands for it in GPT-2's and Hugging Face's byte-level vocabularies."""
+    """Return byte -> the character that represents it in the byte-level vocabularies of GPT-2 and Hugging Face."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def import_tokenizers() -> Any:
+    """Return the `tokenizers` library. Raises ValueError if it is missing."""
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise ValueError("this needs the `tokenizers` library: pip install -e '.[hf]'") from None
+        raise ValueError("this tokenizer needs the `tokenizers` library: pip install -e '.[hf]'") from None
     return tokenizers
 
 
 def _verify_roundtrip(encoder: ConvertibleTokenizer, tokenizer: Any) -> None:
-    """Raises ValueError at the first text that the two encode otherwise: a probe, and the text of every token."""
+    """Raise ValueError for the first text that the two encode differently: a test text, or the text of a token."""
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
     texts = [_PROBE]
     for token in sorted(set(tokenizer.get_vocab(with_added_tokens=True).values())):
@@ -114,6 +115,8 @@ def _verify_roundtrip(encoder: ConvertibleTokenizer, tokenizer: Any) -> None:
         if text not in special and "\ufffd" not in text:
             texts.append(text)
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    for text, ours, theirs in zip(texts, encoder.encode_batch(texts), encoded, strict=True):
-        if list(ours) != theirs.ids:
-            raise ValueError(f"the `tokenizers` library would encode {text[:60]!r} as {theirs.ids[:9]}, not {ours[:9]}")
+    for text, expected, found in zip(texts, encoder.encode_batch(texts), encoded, strict=True):
+        if list(expected) != found.ids:
+            raise ValueError(
+                f"the `tokenizers` library encodes {text[:60]!r} as {found.ids[:9]}, expected {expected[:9]}"
+            )

@@ -1,7 +1,7 @@
-r"""The regular expressions that cut text into pieces before byte-pair encoding merges inside each piece.
+r"""The regular expressions that split text into pieces before byte-pair encoding, which merges within a piece.
 
 Written without possessive quantifiers, so that tiktoken and the `tokenizers` library (Oniguruma, where `{1,3}+` means
-something else) read them alike; tiktoken runs this form faster than its own, and gives the same ids.
+something else) read them in the same way; tiktoken runs this form faster than its own, with the same ids.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PATTERNS = {
     # "Language models are unsupervised multitask learners" (Radford et al. 2019): GPT-2, r50k, p50k.
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # GPT-4: at most three digits a piece; punctuation takes the line ends after it; runs of spaces stay whole,
-    # which keeps an indentation in one piece.
+    # GPT-4: at most three digits per piece; punctuation includes the line ends after it; runs of spaces stay whole,
+    # so that an indentation is one piece.
     "cl100k": (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-    # Llama 3 writes the contractions out; the language is that of cl100k.
+    # Llama 3 lists the contractions; it matches the same texts as cl100k.
     "llama3": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-    # GPT-4o: a word ends where lower case turns to upper, contractions stay with their word, and a slash may follow.
+    # GPT-4o: a word ends where lower case changes to upper; contractions belong to their word; a slash may follow.
     "o200k": (
         rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTION}"
         rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTION}"
@@ -35,12 +35,12 @@ PATTERNS = {
 
 
 def resolve_pattern(pattern: str) -> str:
-    """The regular expression behind a name, or `pattern` itself when it is one already.
+    """Return the regular expression of a name, or `pattern` itself if it is one.
 
-    Raises ValueError for what looks like a misspelt name: a lone word would match almost nothing of any text.
+    Raises InputError for a single word, probably a misspelt name: as a pattern it would match almost no text.
     """
     if pattern in PATTERNS:
         return PATTERNS[pattern]
     if pattern.isidentifier() or not pattern:
-        raise InputError("pattern", f"{pattern!r} is none of {', '.join(PATTERNS)}, and no regular expression for text")
+        raise InputError("pattern", f"{pattern!r} is not one of {', '.join(PATTERNS)} or a regular expression")
     return pattern

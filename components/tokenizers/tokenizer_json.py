@@ -1,4 +1,4 @@
-"""A tokenizer.json of Hugging Face, read by their `tokenizers` library."""
+"""TokenizerJson: a tokenizer.json of Hugging Face, read by their `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ from components.tokenizers.hf_conversion import byte_characters, import_tokenize
 _LARGEST_FILE = 2**28
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
-"""How SentencePiece spells a space."""
+"""The character for a space in SentencePiece."""
 
 
 @dataclass(kw_only=True)
 class TokenizerJson:
-    """A tokenizer.json, such as the one beside the weights of a Hugging Face model. Needs the `hf` extra."""
+    """A tokenizer.json, such as that of a Hugging Face model. It needs the `hf` extra."""
 
     path: Path
-    """The file."""
+    """The tokenizer.json file."""
     end_of_document: str = "<|endoftext|>"
-    """The token of it that is written after every document."""
+    """The token that is appended to every document."""
     parse_special: bool = False
-    """Make the special tokens that text spells those tokens; else they are ordinary text."""
+    """Encode special tokens that occur in text as such; otherwise they are encoded as ordinary text."""
 
     def build(self) -> JsonEncoder:
-        """Raises FileNotFoundError, or ValueError for a file that is no tokenizer or lacks the token."""
+        """Return the tokenizer. Raises FileNotFoundError, or ValueError for an invalid file or a missing token."""
         if not self.path.is_file():
             raise MissingFileError("path", f"{self.path} does not exist")
         if self.path.stat().st_size > _LARGEST_FILE:
-            raise InputError("path", f"{self.path} holds {self.path.stat().st_size:,} bytes, far more than a tokenizer")
+            raise InputError(
+                "path", f"{self.path} has {self.path.stat().st_size:,} bytes; at most {_LARGEST_FILE:,} are accepted"
+            )
         library = import_tokenizers()
         try:
             text = self.path.read_text(encoding="utf-8")
             tokenizer = library.Tokenizer.from_str(text)
         except OSError:
             raise
-        except Exception as error:  # the library has no class of its own for it
-            raise InputError("path", f"{self.path} is no tokenizer.json: {str(error)[:200]}") from None
+        except Exception as error:  # the library raises a plain Exception
+            raise InputError("path", f"{self.path} is not a tokenizer.json: {str(error)[:200]}") from None
         end = tokenizer.token_to_id(self.end_of_document)
         if end is None:
             raise InputError("end_of_document", f"{self.path} has no token {self.end_of_document!r}")
@@ -53,7 +55,7 @@ class TokenizerJson:
 
 
 class JsonEncoder:
-    """Encodes as the library does, but adds no special token, and finds none in text unless asked to. Picklable."""
+    """Encodes with the library, without adding special tokens. It can be pickled."""
 
     def __init__(self, tokenizer: Any, end_of_document: int, digest: str, *, parse_special: bool = False) -> None:
         tokenizer.encode_special_tokens = not parse_special
@@ -61,40 +63,40 @@ class JsonEncoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        spelled = tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(spelled.values()) + 1
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
         self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}" + "-special" * parse_special
         self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
         """(vocab_size,) int64 bytes of each id; 0 for special tokens."""
         special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
-        bytes_of = set(byte_characters().values())
+        byte_chars = set(byte_characters().values())
         byte_level = "ByteLevel" in repr(tokenizer.decoder)
-        for token, id in spelled.items():
+        for token, id in vocabulary.items():
             if id not in special:
-                self.byte_lengths[id] = len(token) if byte_level and bytes_of.issuperset(token) else _bytes(token)
+                self.byte_lengths[id] = len(token) if byte_level and byte_chars.issuperset(token) else _num_bytes(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """(tokens,) uint32 ids of each text."""
+        """Return the (tokens,) uint32 ids of each text."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(each.ids, dtype=np.uint32) for each in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens as they are spelled. Raises ValueError for an id outside the vocabulary."""
+        """Return the text of `ids`, including special tokens. Raises ValueError for an id outside the vocabulary."""
         if not all(0 <= id < self.vocab_size for id in ids):
             raise ValueError(f"an id is outside the vocabulary of {self.vocab_size}")
         text: str = self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
         return text
 
     def hugging_face(self) -> Any:
-        """The library's tokenizer."""
+        """Return the tokenizer of the library."""
         return self._tokenizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = not self._parse_special  # which pickling forgets
+        self._tokenizer.encode_special_tokens = not self._parse_special  # pickling loses this setting
 
 
-def _bytes(token: str) -> int:
-    """UTF-8 bytes that a token of SentencePiece, or an added one, stands for."""
+def _num_bytes(token: str) -> int:
+    """Return the number of UTF-8 bytes of a SentencePiece or added token."""
     return 1 if _ONE_BYTE.fullmatch(token) else len(token.replace(_SPACE, " ").encode("utf-8", "replace"))

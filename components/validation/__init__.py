@@ -1,6 +1,6 @@
-"""How well a model predicts text it has not seen: loss, perplexity and bits per byte.
+"""Validation: loss, perplexity and bits per byte of a model on text that it was not trained on.
 
-Over packed sequences, as in training, or over whole documents with a window that slides.
+`Validator` evaluates packed sequences, as in training; `SlidingWindow` evaluates whole documents.
 """
 
 from components.validation.sliding_window import Documents, SlidingWindow

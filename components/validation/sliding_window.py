@@ -1,4 +1,4 @@
-"""Whole documents, each token predicted once, with as much of its document before it as a window holds."""
+"""SlidingWindow: the loss of whole documents, each token predicted once from the part of a window before it."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from components.interfaces import Comm
 from components.token_ids import IGNORE_INDEX, check_token_ids
 from components.validation.totals import LossTotals, UnreadableError
 
-# D documents, W windows of a micro-batch, T inputs of the longest of them, V vocabulary
+# D documents, W windows of a micro-batch, T inputs of the longest window, V vocabulary
 
 
 @runtime_checkable
 class Documents(Protocol):
-    """Documents one after the other, each with its end-of-document token."""
+    """A dataset with access to its documents, each followed by the end-of-document token."""
 
     def document_lengths(self) -> np.ndarray:
-        """(D, 2) int64: tokens with the end token, and bytes of text."""
+        """Return (D, 2) int64: tokens, including the end token, and bytes of text of each document."""
         ...
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """(count,) int64 ids, `start` being counted over all documents."""
+        """Return (count,) int64 ids from position `start` of the concatenated documents."""
         ...
 
 
 class Window(NamedTuple):
-    """One forward pass over a part of a document. Input 0 of a document is the separator, input i its token i - 1."""
+    """A part of a document in one forward pass. Input 0 of a document is the separator, input i its token i - 1."""
 
     document: int
     start: int
-    """The first input."""
+    """Its first input."""
     end: int
-    """After the last."""
+    """The input after its last one."""
     counted: int
-    """Targets at its end that no window before had."""
+    """The number of targets, at its end, that no earlier window has counted."""
 
 
-def windows(lengths: Sequence[int], size: int, stride: int) -> Iterator[Window]:
-    """Those of all documents; `lengths` are their tokens.
+def sliding_windows(lengths: Sequence[int], size: int, stride: int) -> Iterator[Window]:
+    """Yield the windows of documents with `lengths` tokens.
 
-    The first window of a document counts all its targets. Each further one ends up to `stride` tokens later, is as
-    long as `size` allows, and counts the targets that are new: a token that is not in the first window is predicted
-    from at least size - stride tokens.
+    The first window of a document counts all its targets. Each next one ends up to `stride` tokens later, has up to
+    `size` tokens, and counts only new targets, so a token after the first window is predicted from at least
+    size - stride tokens.
     """
     for document, length in enumerate(lengths):
         end = min(size, length)
@@ -64,7 +64,7 @@ def windows(lengths: Sequence[int], size: int, stride: int) -> Iterator[Window]:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """The first `limit` documents (None: all) under windows of `size` tokens, `stride` apart."""
+    """Evaluates the first `limit` documents (None: all) with windows of `size` tokens, `stride` apart."""
 
     documents: Documents
     vocab_size: int
@@ -76,7 +76,7 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.size:
-            raise InputError("stride", f"{self.stride} must be from 1 to the window of {self.size} tokens")
+            raise InputError("stride", f"{self.stride}; expected 1 to {self.size}, the tokens of a window")
 
     @torch.no_grad()
     def evaluate(
@@ -87,28 +87,29 @@ class SlidingWindow:
         *,
         multiple: int = 1,
     ) -> list[LossTotals]:
-        """Of each document, equal on all ranks. `multiple` divides the tokens of every forward pass.
+        """Return the totals of each document, equal on all ranks.
 
-        Raises UnreadableError, on the rank that meets it, for a document that cannot be used.
+        The inputs of every forward pass are padded to a multiple of `multiple` tokens. Raises UnreadableError, only on
+        the rank with an invalid document.
         """
         failure: Exception | None = None
         model.eval()
         sizes = self.documents.document_lengths()[: self.limit].tolist()
         starts = [0, *accumulate(tokens for tokens, _ in sizes)]
         nats_D = torch.zeros(len(sizes), dtype=torch.float64)
-        waiting = windows([tokens for tokens, _ in sizes], self.size, self.stride)
+        windows = sliding_windows([tokens for tokens, _ in sizes], self.size, self.stride)
         with compute():
-            while unit := list(islice(waiting, self.micro_batch_size * world.size)):
-                mine = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
-                # Sharded models need equally many forward passes on all ranks: one without windows takes one too.
-                given = mine or [unit[0]._replace(counted=0)]
-                batch, error = try_call(lambda given=given: self._batch(given, starts, multiple))  # type: ignore[misc]
-                if batch is None:  # a rank that left now would leave the others in a forward pass
+            while unit := list(islice(windows, self.micro_batch_size * world.size)):
+                local = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
+                # Sharded models need equally many forward passes on all ranks, also on a rank without a window.
+                batch = local or [unit[0]._replace(counted=0)]
+                pair, error = try_call(lambda batch=batch: self._read(batch, starts, multiple))  # type: ignore[misc]
+                if pair is None:  # continue: without this rank, the others would wait in the forward pass
                     failure = failure or error
-                    batch = self._padding(given, multiple)
-                inputs_WT, labels_WT = batch
+                    pair = self._padding(batch, multiple)
+                inputs_WT, labels_WT = pair
                 logits_WTV = model(inputs_WT.to(world.device))
-                for window, logits_TV, labels_T in zip(given, logits_WTV, labels_WT.to(world.device), strict=True):
+                for window, logits_TV, labels_T in zip(batch, logits_WTV, labels_WT.to(world.device), strict=True):
                     loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORE_INDEX)
                     nats_D[window.document] += float(loss)
         model.train()
@@ -117,11 +118,11 @@ class SlidingWindow:
             raise UnreadableError(describe_error(failure)) from failure
         return [LossTotals(each, *size) for each, size in zip(nats, sizes, strict=True)]
 
-    def _batch(self, given: Sequence[Window], starts: Sequence[int], multiple: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels (W, T) of windows, padded on the right, where no counted position sees it."""
-        inputs_WT, labels_WT = self._padding(given, multiple)
-        for row, (document, start, end, counted) in enumerate(given):
-            # the separator is not read: it is the last token of the document before, and the first has none
+    def _read(self, batch: Sequence[Window], starts: Sequence[int], multiple: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels (W, T) of `batch`, padded on the right, after all counted positions."""
+        inputs_WT, labels_WT = self._padding(batch, multiple)
+        for row, (document, start, end, counted) in enumerate(batch):
+            # The separator is the padding id, not read: the first document has no end token before it.
             text = self.documents.tokens(starts[document] + max(start - 1, 0), end - max(start - 1, 0))
             ids = torch.from_numpy(text)
             check_token_ids(ids, self.vocab_size)
@@ -129,8 +130,8 @@ class SlidingWindow:
             labels_WT[row, end - start - counted : end - start] = ids[len(ids) - counted :]
         return inputs_WT, labels_WT
 
-    def _padding(self, given: Sequence[Window], multiple: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels (W, T) that hold no text yet."""
-        longest = max(window.end - window.start for window in given)
-        shape = (len(given), -(-longest // multiple) * multiple)
+    def _padding(self, batch: Sequence[Window], multiple: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels (W, T) without text."""
+        longest = max(window.end - window.start for window in batch)
+        shape = (len(batch), -(-longest // multiple) * multiple)
         return torch.full(shape, self.end_of_document), torch.full(shape, IGNORE_INDEX)

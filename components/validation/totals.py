@@ -1,4 +1,4 @@
-"""What an evaluation adds up, and who adds it up."""
+"""LossTotals: the sums of an evaluation, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from dataclasses import dataclass
 
 
 class UnreadableError(ValueError):
-    """A sequence cannot be read, or holds no token ids.
+    """A sequence cannot be read, or contains invalid token ids.
 
-    It is raised after the last forward pass, because other ranks take part in each.
+    It is raised after the last forward pass, because all ranks must take part in each.
     """
 
 
 @dataclass(frozen=True)
 class LossTotals:
-    """Of the predicted tokens, end-of-document ones included."""
+    """Sums over the predicted tokens, including end-of-document tokens."""
 
     nats: float
     tokens: int
     bytes: int
-    """UTF-8 bytes those tokens stand for."""
+    """UTF-8 bytes of the text of these tokens."""
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss in nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
+        """exp(loss); infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte of text, comparable between tokenizers; infinity without text."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.inf

@@ -65,8 +65,8 @@ class CriticalBatch(Pretrain):
 
             def lock() -> None:
                 measurement.directory.check_links(measurement.folder)
-                if world.is_main and cleanup.enter_context(measurement.directory.held()):
-                    measurement.directory.sweep(measurement.report, measurement.start_file)
+                if world.is_main and cleanup.enter_context(measurement.directory.lock()):
+                    measurement.directory.remove_temporary_files(measurement.report, measurement.start_file)
 
             with config_errors_at(config, "run"):
                 world.main_first(lock)
@@ -178,7 +178,7 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         launch = os.environ.get(LAUNCH_ID)
-        is_restart = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
+        is_restart = resume is not None or bool(world.maximum(self.directory.owned_by(launch)))
         start_file = self.start_file
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
@@ -202,7 +202,7 @@ class CriticalBatchMeasurement:
                 self._remove_old()
             self.folder.mkdir(parents=True, exist_ok=True)
             if launch is not None:
-                self.directory.remember(launches)
+                self.directory.record_owner(launches)
             atomic_write(self.directory.config, self.config.to_toml())
             atomic_write(start_file, json.dumps(asdict(self.start), indent=1) + "\n")
 
@@ -217,7 +217,7 @@ class CriticalBatchMeasurement:
             remove_old_run(branch)
             branch.release()
         self.directory.clear()
-        self.directory.stop.unlink(missing_ok=True)
+        self.directory.stop_file.unlink(missing_ok=True)
         for written in (self.start_file, self.report, self.picture):
             written.unlink(missing_ok=True)
 

@@ -100,10 +100,10 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
         except ValueError as error:
             yield Finding("error", "run.init_from", message_of(error))
     directory = RunDirectory(recipe.run.directory)
-    if foreign := directory.foreign():
+    if foreign := directory.unowned_files():
         message = f"{directory.path} holds {', '.join(foreign)}, which no run has written; move them away"
         yield Finding("warning", "run.name", message)
-    if directory.used:
+    if directory.has_run:
         if recipe.run.if_exists == "replace":
             yield Finding("note", "run.name", f"{directory.path} already holds a run, which will be replaced")
         else:

@@ -1,4 +1,4 @@
-"""The loop around a model: where texts end, which numbers choose, and what may be chosen at all."""
+"""The generation loop: where texts end, which random numbers are used, and which ids can be sampled."""
 
 from __future__ import annotations
 

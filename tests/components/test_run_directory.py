@@ -1,4 +1,4 @@
-"""Who may write to a run directory, and what the dead leave in one."""
+"""The lock and the owner of a run directory, and what killed runs leave in it."""
 
 import errno
 import os
@@ -13,42 +13,42 @@ pytestmark = pytest.mark.quick
 
 
 def test_one_run_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.0)
     first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
-    with first.held(), pytest.raises(ValueError, match="another run is writing"), second.held():
+    with first.lock(), pytest.raises(ValueError, match="another run is writing"), second.lock():
         pass
-    with second.held():
+    with second.lock():
         pass
 
 
-def test_whoever_holds_it_is_named_and_what_the_dead_held_is_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.0)
+def test_the_owner_of_the_lock_is_named_and_a_dead_owner_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.0)
     directory = RunDirectory(tmp_path / "run")
-    with directory.held(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.held():
+    with directory.lock(), pytest.raises(ValueError, match=rf"process {os.getpid()} on "), directory.lock():
         pass
     assert not directory.path.exists(), "left empty it is gone"
     directory.path.mkdir()
     (directory.path / run_directory.LOCK).write_text("process 1 on a node that lost its power")
-    with directory.held() as kept_out:
+    with directory.lock() as kept_out:
         assert kept_out
 
 
-def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     def cannot(handle, how):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(run_directory.fcntl, "flock", cannot)
-    with RunDirectory(tmp_path).held() as kept_out:
+    with RunDirectory(tmp_path).lock() as kept_out:
         assert not kept_out
 
 
 def test_each_node_that_took_part_in_a_launch_knows_the_directory_again(tmp_path):
     directory = RunDirectory(tmp_path)
-    assert not directory.belongs_to("one")
+    assert not directory.owned_by("one")
     directory.claim()
-    directory.remember(["one", "two", "two"])
-    assert directory.belongs_to("one") and directory.belongs_to("two")
-    assert not any(directory.belongs_to(launch) for launch in ("on", "one\ntwo", None))
+    directory.record_owner(["one", "two", "two"])
+    assert directory.owned_by("one") and directory.owned_by("two")
+    assert not any(directory.owned_by(launch) for launch in ("on", "one\ntwo", None))
 
 
 def test_what_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
@@ -76,13 +76,13 @@ def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
     directory, elsewhere = RunDirectory(tmp_path), tmp_path / "elsewhere"
     lock = directory.path / run_directory.LOCK
     lock.write_text("of another program")
-    with pytest.raises(ValueError, match="not a lock that a run made"), directory.held():
+    with pytest.raises(ValueError, match="not the lock file of a run"), directory.lock():
         pass
     assert lock.read_text() == "of another program"
     elsewhere.write_text("mine")
     lock.unlink()
     lock.symlink_to(elsewhere)
-    with pytest.raises(OSError), directory.held():
+    with pytest.raises(OSError), directory.lock():
         pass
     assert elsewhere.read_text() == "mine"
 
@@ -91,11 +91,11 @@ def test_a_lock_that_no_run_made_is_neither_overwritten_nor_removed(tmp_path):
 def test_a_directory_with_a_file_that_no_run_wrote_is_not_claimed(tmp_path, name):
     directory = RunDirectory(tmp_path)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match=rf"holds {name}, and no run.json"):
+    with pytest.raises(ValueError, match=rf"holds {name}, which this run would overwrite"):
         directory.claim()
     directory.clear()
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-    assert not directory.used and directory.run is None
+    assert not directory.has_run and directory.run is None
 
 
 def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
@@ -108,7 +108,7 @@ def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
     assert directory.run == run is not None
 
 
-def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path, monkeypatch):
+def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.claim()
     (tmp_path / ".config.toml.new.part").write_text("of another program")
@@ -122,8 +122,8 @@ def test_a_file_that_a_killed_run_was_writing_is_swept_away_by_the_next(tmp_path
         patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
         atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
-    with directory.held():
-        directory.sweep()
+    with directory.lock():
+        directory.remove_temporary_files()
         names = sorted(file.name for file in tmp_path.iterdir())
         assert names == [".config.toml.new.part", ".run.lock", "config.toml", "run.json"]
         assert directory.config.read_text() == "the old one"

@@ -65,5 +65,5 @@ def test_damage_in_the_share_of_either_process_is_told(tiny):
             [*command, "--evaluation.device=cpu"], env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2"}
         )
         assert ended.returncode == 2, ended.stderr
-        assert f"{name} is not what was written: its SHA-256 is another" in ended.stdout + ended.stderr
+        assert f"{name} was altered: its SHA-256 differs" in ended.stdout + ended.stderr
         file.write_bytes(whole)

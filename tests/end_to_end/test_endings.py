@@ -23,7 +23,7 @@ ENDINGS = {
     # fault: (exit status, what is said)
     "data: cannot be read": (2, "samples 24 to 25: [Errno 5] Input/output error: '/data/shard-7.bin'"),
     "data: no such id": (2, "samples 24 to 25: token id 70000 is outside the vocabulary of 257"),
-    "data: another length": (2, "samples 24 to 25: the dataset gives samples of 24 and of 25"),
+    "data: another length": (2, "samples 24 to 25: the dataset returns samples of 24 and of 25"),
     "data: a bug": (None, "KeyError: 'text'"),
     "validation: cannot be read": (2, "[Errno 5] Input/output error: '/data/shard-7.bin'"),
     "validation: no such id": (2, "token id 70000 is outside the vocabulary of 257"),

@@ -117,7 +117,7 @@ def test_damaged_and_missing_weights_are_reported_without_a_traceback(tiny, expo
     assert "is not a directory" in refused(tiny.folder / "nowhere")
     file = exported / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert "is damaged, or no safetensors file" in refused(exported)
+    assert "is damaged, or is not a safetensors file" in refused(exported)
     file.rename(exported / "pytorch_model.bin")
     assert "tools.import_hf" in refused(exported)
     (exported / "config.json").write_text('{"model_type": "gpt2"}')

@@ -75,7 +75,7 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     (tiny.directory / "checkpoints").symlink_to(elsewhere)
     for resume in ([], ["--resume"]):
         assert tiny.launch(*ONE_STEP, *resume) == 2
-        assert f"is a link to {elsewhere}, where no directory is" in capsys.readouterr().err
+        assert f"is a link to {elsewhere}, which is not a directory" in capsys.readouterr().err
     elsewhere.mkdir()
     assert tiny.launch(*ONE_STEP) == 0
     assert saved(elsewhere) == [1]

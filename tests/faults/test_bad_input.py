@@ -94,7 +94,9 @@ def test_out_of_memory_says_what_to_turn_down(tiny: TinyRun, capsys, monkeypatch
     refused(capsys, tiny.folder, [str(tiny.recipe)], "ran out of memory; halve training.micro_batch_size")
 
 
-def test_sockets_that_loader_workers_could_not_open_are_told_at_their_key(tiny: TinyRun, capsys, monkeypatch) -> None:
+def test_sockets_that_loader_workers_could_not_open_are_reported_at_their_key(
+    tiny: TinyRun, capsys, monkeypatch
+) -> None:
     long = tiny.folder / ("long" * 30)
     long.mkdir()
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", str(long))  # as TMPDIR does

@@ -90,7 +90,7 @@ def test_what_fails_before_the_first_step_is_reported_at_its_key(tiny: TinyRun, 
 
 
 def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFixture[str]):
-    """That is no bad input: the traceback shows the mistake."""
+    """It is not an input error: the traceback shows the mistake."""
     for number, (section, method) in enumerate(IN_THE_LOOP):
         arguments = breaking(tiny, 100 + number, section, METHOD, method, "ArithmeticError('by hand')")
         if section == "lr_schedule":  # the state is saved first, by all ranks together

@@ -1,4 +1,4 @@
-"""What is damaged on the disk is named, and the checkpoint before it is taken; what dead saves left is cleaned."""
+"""A damaged checkpoint is named and the one before it is used; leftovers of interrupted saves are removed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_leftovers_are_cleaned_and_what_was_being_replaced_comes_back(tmp_path) 
     }
 
 
-def test_every_file_of_a_checkpoint_is_held_against_the_manifest(finished, tmp_path) -> None:
+def test_every_file_of_a_checkpoint_is_checked_against_the_manifest(finished, tmp_path) -> None:
     whole = finished.checkpoint(last(finished))
     verify(whole)
     names = [path.name for path in whole.iterdir()]
@@ -100,10 +100,10 @@ def test_every_file_of_a_checkpoint_is_held_against_the_manifest(finished, tmp_p
 def test_a_second_run_in_one_directory_is_refused_and_waits_for_one_that_leaves(copy, capsys, monkeypatch) -> None:
     handle = os.open(copy.directory / run_directory.LOCK, os.O_RDWR | os.O_CREAT)  # as another process would hold it
     fcntl.flock(handle, fcntl.LOCK_EX)
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 0.2)
     assert copy.launch("--resume", SHORT) == 2
     assert "another run is writing to" in capsys.readouterr().err
-    monkeypatch.setattr(run_directory, "_PATIENCE_SECONDS", 30.0)
+    monkeypatch.setattr(run_directory, "_LOCK_TIMEOUT_SECONDS", 30.0)
     monkeypatch.setattr(run_directory.time, "sleep", lambda seconds: os.close(handle))
     assert copy.launch("--resume", SHORT) == 0
 
@@ -118,7 +118,7 @@ def test_tensorboard_shows_one_curve_after_five_interruptions(tiny) -> None:
 
     on = ["--metrics.tensorboard=true", "--checkpoint.interval_steps=2"]
     assert tiny.launch(*on, "--training.total_tokens=1000") == 0
-    for tokens in (1300, 1600, 1900, 2200, 2500):  # ends at a step that is no multiple of two, and is thrown away
+    for tokens in (1300, 1600, 1900, 2200, 2500):  # ends at a step that is not a multiple of two, and is dropped
         shutil.rmtree(tiny.checkpoint(last(tiny)))
         assert tiny.launch("--resume", *on, f"--training.total_tokens={tokens}") == 0
     events = EventAccumulator(str(tiny.directory / "tensorboard"))

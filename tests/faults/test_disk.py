@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or broken: training goes on, it is told at once and at the end, nothing is lost."""
+"""A full, read-only or broken disk: training continues, the error is logged at once and at the end, nothing is lost."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_write_may_fail_once(new_tiny, capsys, monkeypatch) -> None:
     assert len(operations) > 30
     tiny = new_tiny("tiny")
     assert tiny.launch(*RUN) == 0  # prepares the text
-    told = 0
+    failures = 0
     for at in range(len(operations)):
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -89,7 +89,7 @@ def test_every_write_may_fail_once(new_tiny, capsys, monkeypatch) -> None:
         sound(tiny.directory)
         if status == 0 and "could not be saved" in said:
             assert said.count("could not be saved") >= 2, f"{what}: at once and at the end: {said}"
-            told += 1
+            failures += 1
         if status == 1:
             assert "which is not saved; the newest checkpoint is" in said, what
         if status == 2:
@@ -97,7 +97,7 @@ def test_every_write_may_fail_once(new_tiny, capsys, monkeypatch) -> None:
         if status == 0:
             assert "done:" in said, what
             assert [row["step"] for row in tiny.rows() if "loss" in row] == [1, 2], what
-    assert told > 5
+    assert failures > 5
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_tokenizer_files(tmp_path_factory, edits, special: list[str], pattern: s
 @FUZZ
 @given(
     edits=mutations(),
-    name=st.sampled_from(["index.json", "segments.npy", "pieces.json", "shard.json", "tokens.bin", "documents.bin"]),
+    name=st.sampled_from(["index.json", "spans.npy", "source_files.json", "shard.json", "tokens.bin", "documents.bin"]),
 )
 def test_token_shards(trained: Path, tmp_path_factory, edits, name: str) -> None:
     original = min((trained / "cache").rglob(name))
@@ -155,7 +155,7 @@ def test_checkpoint_metadata(checkpoint: Path, tmp_path_factory, edits) -> None:
 def test_bytes_as_metadata(tmp_path_factory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("checkpoint")
     (folder / ".metadata").write_bytes(b"\x80\x04" + content)
-    with pytest.raises(ValueError, match="no metadata of a checkpoint"):
+    with pytest.raises(ValueError, match="is not the metadata of a checkpoint"):
         tensor_names(folder)
 
 

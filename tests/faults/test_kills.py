@@ -1,4 +1,4 @@
-"""SIGKILL at random instants: what `python -m benchmarks.torture` does for as long as one likes, a handful of times."""
+"""SIGKILL at random instants: a short form of `python -m benchmarks.torture`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ print(tally.kills.total(), "kills")
 
 
 @pytest.mark.parametrize(("ranks", "saves", "seed"), [("1", "async", "1"), ("2", "sync", "2")])
-def test_a_run_that_is_killed_again_and_again_ends_bitwise_as_one_left_in_peace(tmp_path, ranks, saves, seed) -> None:
+def test_a_run_that_is_killed_again_and_again_ends_bitwise_as_an_uninterrupted_one(
+    tmp_path, ranks, saves, seed
+) -> None:
     # whose first process has computed nothing, so that it can be forked
     done = run_process([sys.executable, "-c", HANDFUL, tmp_path, ranks, saves, seed], cwd=ROOT)
     said = "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))

@@ -1,4 +1,4 @@
-"""Whatever is removed, replaced or cut, only what a run wrote goes: also under links, and between files of others."""
+"""Only files that a run wrote are removed, replaced or truncated, also behind links and between other files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUN, OTHER_RUN = "a" * 16, "b" * 16
 
 
 class Others:
-    """Files of others: each has a text of its own, by which it is found again wherever it may have been moved."""
+    """Files of others, each with a unique text, so that it is found even if it was moved."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.texts = folder, set[bytes]()
@@ -118,7 +118,7 @@ def clearing_a_directory_that_is_no_runs(folder: Path, others: Others) -> None:
     directory = RunDirectory(folder)
     names = ("config.toml", "metrics.jsonl", "log.txt", "tensorboard/events.1", ".config.toml.7.part")
     others.write(*(folder / name for name in (*names, "checkpoints/step-00000001/state.json")))
-    directory.sweep()
+    directory.remove_temporary_files()
     directory.clear()
     remove_old_run(directory)
     remove_all(directory.checkpoints, RUN)
@@ -164,29 +164,29 @@ def prepared_data(folder: Path, others: Others) -> None:
     others.write(folder / ".set.draft.part" / "chapter", folder / ".set.000000000000.part" / "chapter")
     for leftover in (*folder.glob(".set.*.part"),):
         os.utime(leftover, (0, 0))
-    with atomic_files.atomic_directory(folder / "set") as aside:
-        (aside / "index.json").write_text("{}")
+    with atomic_files.atomic_directory(folder / "set") as temporary:
+        (temporary / "index.json").write_text("{}")
     others.write(folder / "data.txt", folder / "file-hashes.json.bak")
     os.utime(folder / "data.txt", (0, 0))
     others.write(folder / "file-hashes.json")
     with FileHashCache(folder / "file-hashes.json") as hashes:
-        hashes._learnt = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be remembered
+        hashes._changed = bool(hashes.sha256(folder / "data.txt"))  # a file of a moment ago would not be stored
 
 
 def an_exported_model(folder: Path, others: Others) -> None:
     def export() -> None:
-        with new_directory(folder / "model", force=True) as aside:
-            (aside / "config.json").write_text("{}")
+        with new_directory(folder / "model", force=True) as temporary:
+            (temporary / "config.json").write_text("{}")
 
     export()
     moved_and_linked(folder / "model", folder / "elsewhere")
     export()
     assert (folder / "model").is_symlink() and (folder / "model" / "config.json").read_text() == "{}"
     others.write(folder / "model" / "thesis.tex")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which no export wrote"):
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is not listed"):
         export()
     (folder / "model" / "powertrain.json").unlink()
-    with pytest.raises(ValueError, match=r"holds config\.json, which no export wrote"):
+    with pytest.raises(ValueError, match=r"holds config\.json, which is not listed"):
         export()
 
 

@@ -1,4 +1,4 @@
-"""A file from someone else never executes code: a pickle that would is refused by every loader of the project."""
+"""A file from someone else never executes code: a pickle with code is refused by every loader of the project."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stranger(trained: Path, tmp_path: Path) -> TinyRun:
+def untrusted(trained: Path, tmp_path: Path) -> TinyRun:
     """A run directory that someone else sent, of the format that had no manifest: they would have made one to match."""
-    folder = tmp_path / "stranger"
+    folder = tmp_path / "untrusted"
     shutil.copytree(trained, folder)
     tiny = TinyRun.__new__(TinyRun)
     tiny.folder, tiny.recipe, tiny.directory = folder, folder / "tiny.toml", folder / "run"
@@ -66,14 +66,14 @@ def in_metadata(checkpoint: Path, evil: Evil) -> None:
 
 
 def beside_metadata(checkpoint: Path, evil: Evil) -> None:
-    """What it should hold, and more."""
+    """Add code to the expected content."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.planner_data = evil
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def in_tensors(checkpoint: Path, evil: Evil) -> None:
-    """In place of every tensor and every setting that is large enough to hold it."""
+    """Replace every tensor and every setting that is large enough."""
     (file,) = checkpoint.glob("*.distcp")
     content = bytearray(file.read_bytes())
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -116,10 +116,10 @@ LOADERS: dict[str, Callable[[TinyRun], object]] = {
 
 @pytest.mark.parametrize("plant", PLANTED)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_checkpoint_with_code_in_it_is_refused(stranger: TinyRun, tmp_path, capsys, plant, loader: str) -> None:
+def test_a_checkpoint_with_code_in_it_is_refused(untrusted: TinyRun, tmp_path, capsys, plant, loader: str) -> None:
     mark = tmp_path / "executed"
-    plant(newest(stranger), Evil(mark))
-    assert LOADERS[loader](stranger) == 2
+    plant(newest(untrusted), Evil(mark))
+    assert LOADERS[loader](untrusted) == 2
     output = capsys.readouterr()
     assert not mark.exists()
     assert "damaged, or" in output.err
@@ -127,11 +127,11 @@ def test_a_checkpoint_with_code_in_it_is_refused(stranger: TinyRun, tmp_path, ca
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_the_test_would_notice(stranger: TinyRun, tmp_path, plant) -> None:
+def test_the_test_would_notice(untrusted: TinyRun, tmp_path, plant) -> None:
     """The same files do execute code where torch loads them."""
     import torch.distributed.checkpoint as dcp
 
-    mark, checkpoint = tmp_path / "executed", newest(stranger)
+    mark, checkpoint = tmp_path / "executed", newest(untrusted)
     plant(checkpoint, Evil(mark))
     state = {"optimizer": {"param_groups": [{"lr": 0.0}, {"lr": 0.0}]}}
     with pytest.raises((Exception, dcp.api.CheckpointException)):
@@ -141,10 +141,10 @@ def test_the_test_would_notice(stranger: TinyRun, tmp_path, plant) -> None:
         assert mark.exists()
 
 
-def test_every_reader_of_the_component_refuses(stranger: TinyRun, tmp_path) -> None:
-    mark, checkpoint = tmp_path / "executed", newest(stranger)
+def test_every_reader_of_the_component_refuses(untrusted: TinyRun, tmp_path) -> None:
+    mark, checkpoint = tmp_path / "executed", newest(untrusted)
     in_metadata(checkpoint, Evil(mark))
-    with pytest.raises(ValueError, match=r"it names builtins.exec, which has no place there"):
+    with pytest.raises(ValueError, match=r"it names builtins.exec, which is not allowed in metadata"):
         tensor_names(checkpoint)
     with pytest.raises(ValueError, match="damaged, or"):
         load_tensors(checkpoint, {"x": torch.zeros(1)}, no_dist=True)
@@ -154,14 +154,14 @@ def test_every_reader_of_the_component_refuses(stranger: TinyRun, tmp_path) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda place: setattr(place, "relative_path", "../../../text/0.txt"), "no file of this checkpoint"),
-        (lambda place: setattr(place, "relative_path", "/etc/passwd"), "no file of this checkpoint"),
+        (lambda place: setattr(place, "relative_path", "../../../text/0.txt"), "is not a file of this checkpoint"),
+        (lambda place: setattr(place, "relative_path", "/etc/passwd"), "is not a file of this checkpoint"),
         (lambda place: setattr(place, "length", 2**40), "beyond the end"),
-        (lambda place: setattr(place, "offset", -1), "a number is none"),
+        (lambda place: setattr(place, "offset", -1), "a number is negative or too large"),
     ],
 )
-def test_places_stay_within_the_checkpoint(stranger: TinyRun, change, said: str) -> None:
-    checkpoint = newest(stranger)
+def test_places_stay_within_the_checkpoint(untrusted: TinyRun, change, said: str) -> None:
+    checkpoint = newest(untrusted)
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     change(next(iter(metadata.storage_data.values())))
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -169,12 +169,12 @@ def test_places_stay_within_the_checkpoint(stranger: TinyRun, change, said: str)
         tensor_names(checkpoint)
 
 
-def test_a_link_out_of_the_checkpoint_is_not_followed(stranger: TinyRun) -> None:
-    checkpoint = newest(stranger)
+def test_a_link_out_of_the_checkpoint_is_not_followed(untrusted: TinyRun) -> None:
+    checkpoint = newest(untrusted)
     (file,) = checkpoint.glob("*.distcp")
-    file.rename(stranger.folder / "elsewhere")
-    file.symlink_to(stranger.folder / "elsewhere")
-    with pytest.raises(ValueError, match="no file of this checkpoint"):
+    file.rename(untrusted.folder / "elsewhere")
+    file.symlink_to(untrusted.folder / "elsewhere")
+    with pytest.raises(ValueError, match="is not a file of this checkpoint"):
         tensor_names(checkpoint)
 
 
@@ -188,12 +188,12 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(stranger: TinyRun) -> None
 )
 def test_a_pickle_that_asks_for_more_than_its_size_is_refused(tmp_path, bomb: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(bomb)
-    with pytest.raises(ValueError, match="no metadata of a checkpoint"):
+    with pytest.raises(ValueError, match="is not the metadata of a checkpoint"):
         tensor_names(tmp_path)
 
 
-def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(stranger: TinyRun) -> None:
-    checkpoint = newest(stranger)
+def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(untrusted: TinyRun) -> None:
+    checkpoint = newest(untrusted)
     content = (checkpoint / ".metadata").read_bytes()
     held = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
     (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20, b"\0"))  # what follows its end is not read
@@ -203,9 +203,9 @@ def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(stra
         tensor_names(checkpoint)
 
 
-def test_a_list_that_many_tensors_share_is_not_gone_through_for_each(stranger: TinyRun) -> None:
+def test_a_list_that_many_tensors_share_is_not_traversed_for_each(untrusted: TinyRun) -> None:
     """A thousand names of one list of a thousand chunks are a few kilobytes, and a million chunks."""
-    checkpoint = newest(stranger)
+    checkpoint = newest(untrusted)
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     name, tensor = next((name, entry) for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size"))
     tensor.chunks *= 1000
@@ -215,17 +215,17 @@ def test_a_list_that_many_tensors_share_is_not_gone_through_for_each(stranger: T
         tensor_names(checkpoint)
 
 
-def test_tensors_that_unpack_to_more_than_their_size_are_refused(stranger: TinyRun) -> None:
-    checkpoint = newest(stranger)
+def test_tensors_that_unpack_to_more_than_their_size_are_refused(untrusted: TinyRun) -> None:
+    checkpoint = newest(untrusted)
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     (file,) = checkpoint.glob("*.distcp")
-    torch.save(torch.zeros(10**6), stranger.folder / "zeros")
+    torch.save(torch.zeros(10**6), untrusted.folder / "zeros")
     start = file.stat().st_size
-    with file.open("ab") as end, zipfile.ZipFile(stranger.folder / "zeros") as plain:
-        with zipfile.ZipFile(stranger.folder / "bomb", "w", zipfile.ZIP_DEFLATED) as packed:
+    with file.open("ab") as end, zipfile.ZipFile(untrusted.folder / "zeros") as plain:
+        with zipfile.ZipFile(untrusted.folder / "bomb", "w", zipfile.ZIP_DEFLATED) as packed:
             for entry in plain.infolist():
                 packed.writestr(entry.filename, plain.read(entry))
-        end.write((stranger.folder / "bomb").read_bytes())
+        end.write((untrusted.folder / "bomb").read_bytes())
     length = file.stat().st_size - start
     name = next(name for name, entry in metadata.state_dict_metadata.items() if name.startswith("model."))
     for index, place in metadata.storage_data.items():
@@ -259,8 +259,8 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_the_configuration_in_a_checkpoint_may_not_name_code(stranger: TinyRun, tmp_path, capsys, name: str) -> None:
-    checkpoint, mark = newest(stranger), tmp_path / "executed"
+def test_the_configuration_in_a_checkpoint_may_not_name_code(untrusted: TinyRun, tmp_path, capsys, name: str) -> None:
+    checkpoint, mark = newest(untrusted), tmp_path / "executed"
     (checkpoint / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: ...\n")
     stored = (checkpoint / "config.toml").read_text()
     named = USES[name]
@@ -274,13 +274,13 @@ def test_the_configuration_in_a_checkpoint_may_not_name_code(stranger: TinyRun, 
     assert not mark.exists()
 
 
-def test_resuming_does_not_import_what_the_checkpoint_names(stranger: TinyRun, tmp_path) -> None:
+def test_resuming_does_not_import_what_the_checkpoint_names(untrusted: TinyRun, tmp_path) -> None:
     from recipes.config import Override, load
 
-    checkpoint, mark = newest(stranger), tmp_path / "executed"
+    checkpoint, mark = newest(untrusted), tmp_path / "executed"
     (checkpoint / "planted.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Evil: ...\n")
     stored = (checkpoint / "config.toml").read_text()
     assert 'use = "components.lr_schedules:WSD"' in stored
     (checkpoint / "config.toml").write_text(stored.replace("components.lr_schedules:WSD", "planted:Evil"))
-    assert schedule_mismatch(checkpoint, load(stranger.recipe, [Override("training.total_tokens", "9000")])) is None
+    assert schedule_mismatch(checkpoint, load(untrusted.recipe, [Override("training.total_tokens", "9000")])) is None
     assert not mark.exists()

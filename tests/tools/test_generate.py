@@ -194,7 +194,7 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     moved = shutil.move(exported / "tokenizer.json", tiny.folder)
     assert "has no tokenizer.json" in refused(exported, "x")
     assert told(exported, "x", "--tokenizer", moved, "--max-tokens=1")[0] == 0
-    assert "is no tokenizer.json" in refused(exported, "x", "--tokenizer", ranks)
+    assert "is not a tokenizer.json" in refused(exported, "x", "--tokenizer", ranks)
     assert "nowhere.json does not exist" in refused(exported, "x", "--tokenizer", tiny.folder / "nowhere.json")
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])

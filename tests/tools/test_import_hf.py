@@ -142,7 +142,7 @@ def pickled_code(directory: Path) -> None:
 REFUSED = {
     "truncated": (truncated, {}, "is damaged"),
     "oversized header": (oversized_header, {}, "is damaged"),
-    "an index that leads elsewhere": (leading_elsewhere, {}, "no name of a file in this directory"),
+    "an index that leads elsewhere": (leading_elsewhere, {}, "not a file name in this directory"),
     "code in a pickle": (pickled_code, {}, "holds more than tensors, which is never loaded"),
     "a missing tensor": (lambda d: change(d, model__norm__weight=None), {}, r"1 missing ['model.norm.weight']"),
     "an unexpected tensor": (lambda d: change(d, extra=torch.ones(1)), {}, r"1 unknown ['extra']"),

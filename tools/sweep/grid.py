@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.data.file_hash_cache import MEMORY, FileHashCache
+from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.data.sources.token_files import TokenFiles
@@ -155,7 +155,7 @@ def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints)
     keys = tuple((key, leaf.toml) for key, leaf in config.leaves.items() if key.startswith(f"{section}."))
     if keys not in known:
         if isinstance(source, TextSource | TokenFiles):
-            with FileHashCache(config.recipe.run.cache_dir / MEMORY) as hashes:
+            with FileHashCache(config.recipe.run.cache_dir / HASH_CACHE_FILE) as hashes:
                 known[keys] = source.fingerprint(hashes)
         else:
             known[keys] = str(source.build().fingerprint)

@@ -1,4 +1,4 @@
-"""Compressed files as streams that notice when they are cut short or damaged: gzip and Zstandard."""
+"""Streams that decompress gzip and Zstandard files and detect truncated or damaged ones."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ BLOCK = 2**16
 
 
 class Decompressed(io.RawIOBase):
-    """The content of a compressed file. A kind of it says how the next block of content is found."""
+    """Base class: a stream of the content of a compressed file. Subclasses define `next_content`."""
 
-    def __init__(self, stored: BufferedReader) -> None:
-        self._stored = stored
+    def __init__(self, file: BufferedReader) -> None:
+        self._file = file
         self._packed = b""
-        """What was read from the file and not decompressed yet."""
+        """Bytes read from the file and not decompressed yet."""
         self._content = memoryview(b"")
 
     def next_content(self) -> bytes | None:
-        """Some of the content, perhaps none yet; None at the end. Raises EOFError where it is cut short or damaged."""
+        """Return some content, possibly empty, or None at the end. Raises EOFError for a truncated or damaged file."""
         raise NotImplementedError
 
     def readable(self) -> bool:
@@ -33,7 +33,7 @@ class Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            self._packed = self._packed or self._stored.read(BLOCK)
+            self._packed = self._packed or self._file.read(BLOCK)
             content = self.next_content()
             if content is None:
                 return 0
@@ -46,65 +46,63 @@ class Decompressed(io.RawIOBase):
 
 _MAGIC = b"\x1f\x8b"
 _MEMBER_WITH_HEADER = 16 + zlib.MAX_WBITS
-"""For zlib: a gzip header before the data, a checksum after it, both checked."""
+"""zlib checks the gzip header before the data and the checksum after it."""
 
 
 class Gzip(Decompressed):
-    """The content of all members of a file. Bytes after the last one are left out, and counted in `log`.
+    """The content of all members of a gzip file. Bytes after the last member are ignored, and counted in `log`.
 
-    Downloads and tapes leave such bytes. Python's own reader loses the last block of text over them.
+    Such bytes come from downloads and tapes; gzip.GzipFile loses the last block of text because of them.
     """
 
-    def __init__(self, stored: BufferedReader, log: ReadStats):
-        super().__init__(stored)
+    def __init__(self, file: BufferedReader, log: ReadStats):
+        super().__init__(file)
         self._log = log
         self._member: Any = zlib.decompressobj(_MEMBER_WITH_HEADER)
 
     def next_content(self) -> bytes | None:
-        """Raises EOFError or zlib.error for a member that is cut short or damaged."""
+        """Return some content, or None at the end. Raises EOFError or zlib.error for a truncated or damaged member."""
         if self._member.eof and not self._starts_member():
             return None
         if not self._packed:
-            raise EOFError("it ends before the end of its data")
+            raise EOFError("it is truncated")
         content: bytes = self._member.decompress(self._packed)
         self._packed = self._member.unused_data
         return content
 
     def _starts_member(self) -> bool:
-        """Whether another member follows the one that has ended; zeros may stand between them."""
-        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._stored.read(BLOCK)):
+        """Start the next member if there is one, after optional zero bytes; return whether there is."""
+        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._file.read(BLOCK)):
             self._packed = self._packed.lstrip(b"\0") + more
         self._packed = self._packed.lstrip(b"\0")
         if self._packed.startswith(_MAGIC):
             self._member = zlib.decompressobj(_MEMBER_WITH_HEADER)
             return True
         if self._packed:
-            at = self._stored.tell()
-            self._log.repairs["bytes after the end of a .gz"] += (
-                len(self._packed) + self._stored.seek(0, os.SEEK_END) - at
-            )
+            at = self._file.tell()
+            self._log.fixups["bytes after the end of a .gz"] += len(self._packed) + self._file.seek(0, os.SEEK_END) - at
             self._packed = b""
         return False
 
 
 class Zstandard(Decompressed):
-    """The content of all frames of a file. The library's own reader takes a file that was cut for one that ends."""
+    """The content of all frames of a Zstandard file. The reader of the library does not detect truncated files."""
 
-    def __init__(self, stored: BufferedReader, path: Path):
-        """Raises ValueError if the `zstandard` library is missing."""
-        super().__init__(stored)
+    def __init__(self, file: BufferedReader, path: Path):
+        """Raise ValueError if the `zstandard` library is missing."""
+        super().__init__(file)
         try:
             import zstandard
         except ModuleNotFoundError:
-            raise ValueError(f"{path}: this needs the `zstandard` library: pip install -e '.[data]'") from None
+            raise ValueError(f"{path} needs the `zstandard` library: pip install -e '.[data]'") from None
         self._library: Any = zstandard
         self._frame: Any = None
 
     def next_content(self) -> bytes | None:
-        """Raises EOFError for a file that is cut short or holds something else."""
+        """Return some content, or None at the end. Raises EOFError for a truncated file or another format."""
         if not self._packed:
             if self._frame is not None:
-                raise EOFError("it ends in the middle of a frame")
+                raise EOFError("it is truncated in the middle of a frame")
             return None
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor().decompressobj()

@@ -1,4 +1,4 @@
-"""Kinds of files, each as documents: plain text, JSON, CSV and Parquet."""
+"""Readers of file formats: plain text, JSON, CSV and Parquet, each yielding documents."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from components.data.sources.text_io import (
 )
 
 _COMPRESSIBLE = (".txt", ".jsonl", ".json", ".csv")
-SUFFIXES = (*(kind + packed for kind in _COMPRESSIBLE for packed in ("", *COMPRESSED)), ".parquet")
+SUFFIXES = (*(kind + compression for kind in _COMPRESSIBLE for compression in ("", *COMPRESSED)), ".parquet")
 
 _PART_CHARACTERS = 2**22
-"""A document longer than this is handed on in parts, cut after a line where it has any."""
+"""A longer document is yielded in parts, split after a line end if possible."""
 
 _BLANK = re.compile(r"\s*")
 
@@ -32,18 +32,18 @@ _PARQUET_ROWS = 256
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says what is in the file, without that of its compression."""
+    """Return the suffix of the format, without that of the compression, in lower case."""
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 
 
 def is_known_format(path: Path) -> bool:
-    """Whether its name ends in one of SUFFIXES, and is more than that."""
+    """Return whether the file name has one of SUFFIXES, and a stem."""
     return path.name.lower().endswith(SUFFIXES) and bool(format_of(path))
 
 
 def read_text(path: Path, log: ReadStats, separator: str | None) -> Iterator[Document]:
-    """A `.txt` file: one document, or those between separators."""
+    """Yield the documents of a `.txt` file: the whole file, or the parts between separators."""
     pending = ""
     for block in read_blocks(path, log):
         pending += block
@@ -51,8 +51,8 @@ def read_text(path: Path, log: ReadStats, separator: str | None) -> Iterator[Doc
             *finished, pending = pending.split(separator)
             yield from map(Document, finished)
         if len(pending) > _PART_CHARACTERS:
-            # Not within the last characters: they may be the first half of a separator.
-            cut = _cut(pending, len(pending) - len(separator or ""))
+            # The last characters are kept back: they may be the start of a separator.
+            cut = _split_point(pending, len(pending) - len(separator or ""))
             yield Document(pending[:cut], complete=False)
             pending = pending[cut:]
     if pending or not separator:
@@ -60,20 +60,20 @@ def read_text(path: Path, log: ReadStats, separator: str | None) -> Iterator[Doc
 
 
 def read_json(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
-    """A `.jsonl` or `.json` file: an object on each line, or one array of objects. The text is under `text_key`."""
+    """Yield the text under `text_key` of each object in a `.jsonl` or `.json` file: one per line, or one array."""
     for where, value in _json_values(path, log):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected a JSON object, found {json.dumps(value)[:60]}")
         text = value.get(text_key)
         if not isinstance(text, str):
             if text_key in value:
-                raise ValueError(f"{where}: no text under text_key = {text_key!r}, but {json.dumps(text)[:60]}")
-            raise _no_text(where, text_key, "it", value)
+                raise ValueError(f"{where}: expected text under text_key = {text_key!r}, found {json.dumps(text)[:60]}")
+            raise _no_text(where, text_key, "the object", value)
         yield from documents_of(text, log)
 
 
 def read_csv(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
-    """A `.csv` file with a header line: the column `text_key` of every row."""
+    """Yield the column `text_key` of every row of a `.csv` file with a header line."""
     csv.field_size_limit(MAX_LINE_BYTES)
     rows = csv.reader((line for _, line in read_lines(path, log)), strict=True)
     header: list[str] | None = None
@@ -86,7 +86,7 @@ def read_csv(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
                 column = header.index(text_key)
             elif len(row) != len(header):
                 if row:
-                    raise ValueError(f"{path}:{rows.line_num}: {len(row)} fields where the header has {len(header)}")
+                    raise ValueError(f"{path}:{rows.line_num}: {len(row)} fields, but the header has {len(header)}")
             else:
                 yield from documents_of(row[column], log)
     except csv.Error as error:
@@ -94,12 +94,12 @@ def read_csv(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
 
 
 def read_parquet(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
-    """A `.parquet` file: the column `text_key` of every row."""
+    """Yield the column `text_key` of every row of a `.parquet` file."""
     try:
         import pyarrow as pa
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{path}: this needs the `pyarrow` library: pip install -e '.[data]'") from None
+        raise ValueError(f"{path} needs the `pyarrow` library: pip install -e '.[data]'") from None
     size, before, row = path.stat().st_size, log.source_bytes, 0
     try:
         with pa.parquet.ParquetFile(path) as file:
@@ -108,19 +108,21 @@ def read_parquet(path: Path, log: ReadStats, text_key: str) -> Iterator[Document
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key], use_threads=False):
                 for text in _column_values(batch.column(0), log):
                     if not isinstance(text, str):
-                        raise ValueError(f"{path} row {row}: no text under text_key = {text_key!r}, but {text!r:.60}")
+                        raise ValueError(
+                            f"{path} row {row}: expected text under text_key = {text_key!r}, found {text!r:.60}"
+                        )
                     yield from documents_of(text, log)
                     row += 1
                 log.source_bytes = before + size * row // file.metadata.num_rows
         log.source_bytes = before + size
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the system, which says what it is; pyarrow's own has none
+        if isinstance(error, OSError) and error.errno:  # an error of the system; those of pyarrow have no errno
             raise
-        raise ValueError(f"{path} is damaged, or no Parquet file: {error}") from error
+        raise ValueError(f"{path} is damaged, or is not a Parquet file: {error}") from error
 
 
 def _column_values(column: Any, log: ReadStats) -> Iterator[Any]:
-    """Yield the values of an Arrow array. Text is decoded here, as that of text files: its bytes may be of any kind."""
+    """Yield the values of an Arrow array. Text is decoded as in text files, because it may be invalid UTF-8."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -133,22 +135,22 @@ def _column_values(column: Any, log: ReadStats) -> Iterator[Any]:
 
 
 def documents_of(text: str, log: ReadStats) -> Iterator[Document]:
-    """A text that is in memory as a document, in parts if it is long."""
+    """Yield `text` as a document, in parts if it is long."""
     text, start = normalize_newlines(text, log), 0
     while len(text) - start > _PART_CHARACTERS:
-        cut = _cut(text, start + _PART_CHARACTERS, start)
+        cut = _split_point(text, start + _PART_CHARACTERS, start)
         yield Document(text[start:cut], complete=False)
         start = cut
     yield Document(text[start:])
 
 
-def _cut(text: str, end: int, start: int = 0) -> int:
-    """Where to cut a part of [start, end): after the last line, or at `end`."""
+def _split_point(text: str, end: int, start: int = 0) -> int:
+    """Return where to split [start, end): after its last line end, or at `end`."""
     return text.rfind("\n", start, end) + 1 or end
 
 
 def _json_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each."""
+    """Yield (place for messages, value) of each JSON value of the file."""
     if _is_array(path):
         yield from _array_values(path, log)
         return
@@ -170,7 +172,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _array_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
-    """The items of one array, read block by block."""
+    """Yield (place for messages, item) of one array, read block by block."""
     blocks, decoder = read_blocks(path, log), json.JSONDecoder()
     text, at, number, opening = "", 0, 0, "["
     while True:
@@ -193,7 +195,7 @@ def _array_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
                 yield f"{path} item {number}", value
                 at, number, opening = end, number + 1, ","
                 continue
-        # At least as much again, or a large item would be tried in vain very often.
+        # Double the text: with smaller steps, a large item would be parsed unsuccessfully many times.
         wanted, more = len(text) - at, [text[at:]]
         while (block := next(blocks, None)) is not None:
             more.append(block)
@@ -201,11 +203,13 @@ def _array_values(path: Path, log: ReadStats) -> Iterator[tuple[str, Any]]:
             if wanted <= 0:
                 break
         if len(more) == 1:
-            raise ValueError(f"{path} item {number}: expected a JSON object, found {text[at : at + 60]!r} at the end")
+            raise ValueError(
+                f"{path} item {number}: expected a JSON object, found {text[at : at + 60]!r} at the end of the file"
+            )
         text, at = "".join(more), 0
     for after in (text[at + 1 :], *blocks):
         if after.strip():
-            raise ValueError(f"{path}: after its array of {number} items comes {after.strip()[:60]!r}")
+            raise ValueError(f"{path}: expected the end after an array of {number} items, found {after.strip()[:60]!r}")
 
 
 def _blank_end(text: str, at: int) -> int:
@@ -214,6 +218,6 @@ def _blank_end(text: str, at: int) -> int:
     return match.end()
 
 
-def _no_text(where: str, text_key: str, what: str, keys: Any) -> ValueError:
+def _no_text(where: str, text_key: str, container: str, keys: Any) -> ValueError:
     listed = ", ".join(sorted(keys)[:10])
-    return ValueError(f"{where}: no text under text_key = {text_key!r}; {what} has {listed}")
+    return ValueError(f"{where}: no text under text_key = {text_key!r}; {container} has {listed}")

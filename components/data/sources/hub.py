@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, through the `datasets` library."""
+"""HuggingFaceDataset: data sets of the Hugging Face Hub, read by the `datasets` library."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _URL = re.compile(r"hf://(?P<name>.+)/(?P<config>[^/]+)/(?P<split>[^/]+)")
 
 @dataclass(kw_only=True)
 class HuggingFaceDataset(TextSource):
-    """A data set of the Hub, streamed while it is prepared; without a network, from the library's own cache.
+    """A data set of the Hub, streamed while it is tokenized; without a network, read from the cache of the library.
 
-    It is taken as it is when it is first prepared, and read from `cache_dir` ever after, without asking the network:
-    name a `revision` to say which state of it is meant.
+    The state at the first use is kept in `cache_dir` and used from then on, without network access; set `revision` for
+    a particular state.
     """
 
     path: str
@@ -33,12 +33,12 @@ class HuggingFaceDataset(TextSource):
     text_key: str = "text"
     """The column of the text."""
     revision: str | None = None
-    """A commit, tag or branch of the data set."""
+    """A commit, tag or branch of the data set; unset: the current default branch."""
 
     def __post_init__(self) -> None:
         match = _URL.fullmatch(self.path)
         if match is None:
-            raise ValueError(f'path: {self.path!r} is not of the form "hf://dataset/config/split"')
+            raise InputError("path", f'{self.path!r} is not of the form "hf://dataset/config/split"')
         self._name, self._config, self._split = match.group("name", "config", "split")
 
     def documents(self, log: ReadStats) -> Iterator[Document]:
@@ -48,13 +48,15 @@ class HuggingFaceDataset(TextSource):
                 row, number = next(rows), number + 1
             except StopIteration:
                 return
-            except Exception as error:  # of the library's readers, which name neither file nor row
+            except Exception as error:  # the readers of the library name neither file nor row
                 kind = OSError if isinstance(error, OSError) else ValueError
                 raise kind(f"{self.path} row {number + 1}: {type(error).__name__}: {error}") from error
             text = row.get(self.text_key)
             if not isinstance(text, str):
                 keys = ", ".join(sorted(row)[:10])
-                raise ValueError(f"{self.path} row {number}: no text under text_key = {self.text_key!r}; it has {keys}")
+                raise ValueError(
+                    f"{self.path} row {number}: no text under text_key = {self.text_key!r}; the row has {keys}"
+                )
             log.source_bytes += len(text.encode("utf-8", "surrogatepass"))
             yield from documents_of(text, log)
 
@@ -72,21 +74,21 @@ class HuggingFaceDataset(TextSource):
         return Path(self._name).is_dir()
 
     def _rows(self) -> Any:
-        """Return an iterable of dictionaries. Raises ValueError for what cannot be had."""
+        """Return an iterable of rows, as dicts. Raises InputError for a data set that cannot be loaded."""
         try:
             import datasets
         except ModuleNotFoundError:
-            raise ValueError("this needs the `datasets` library: pip install -e '.[data]'") from None
+            raise ValueError("HuggingFaceDataset needs the `datasets` library: pip install -e '.[data]'") from None
         wanted = {"path": self._name, "name": self._config, "split": self._split, "revision": self.revision}
         try:
             return datasets.load_dataset(**wanted, streaming=True)
         except (ConnectionError, OSError) as no_network:
             try:
-                return datasets.load_dataset(**wanted)  # what the library has kept of an earlier use
-            except Exception as error:  # it raises many kinds
+                return datasets.load_dataset(**wanted)  # from the cache of the library
+            except Exception as error:  # many types are possible
                 raise InputError(
                     "path",
-                    f"{self.path} cannot be reached ({no_network}), nor is it in the cache of the datasets "
+                    f"{self.path} cannot be reached ({no_network}) and is not in the cache of the datasets "
                     f"library ({error})",
                 ) from error
         except Exception as error:  # no such config or split, a script, ...

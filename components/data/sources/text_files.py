@@ -1,4 +1,4 @@
-"""Text files of one's own: plain text, JSON, CSV and Parquet, compressed or not."""
+"""TextFiles: local files of plain text, JSON, CSV and Parquet, compressed or not."""
 
 from __future__ import annotations
 
@@ -34,28 +34,27 @@ _READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet
 
 @dataclass(kw_only=True)
 class TextFiles(FileSource):
-    """`.txt`, `.jsonl`, `.json` (lines, or one array), `.csv`, each also `.gz` and `.zst`, and `.parquet`, by name.
+    """`.txt`, `.jsonl`, `.json` (lines, or one array), `.csv`, each also with `.gz` or `.zst`, and `.parquet` files.
 
-    A `.txt` file is one document, a JSON object or a row is one. Byte-order marks, CRLF and invalid UTF-8 are put right
-    and counted, documents without text are dropped and counted. A line that is no JSON object, or has no text where
-    `text_key` says, stops the preparation with its file and line: it may be one of very many, and silence would hide
-    that.
+    A document is a `.txt` file, a JSON object or a row. Byte-order marks, CRLF and invalid UTF-8 are fixed and counted;
+    documents without text are dropped and counted. A line that is not a JSON object, or has no text under `text_key`,
+    is an error with its file and line, because a wrong key would affect many lines.
     """
 
     path: Path | list[Path]
-    """A file, a directory (searched with all below it) or a glob pattern such as "corpus/**/*.jsonl.gz"; or several."""
+    """A file, a directory (searched recursively) or a glob pattern such as "corpus/**/*.jsonl.gz"; or several."""
     text_key: str = "text"
-    """The key of the text in a JSON object, the column in `.csv` and `.parquet`."""
+    """The key of the text in a JSON object, or its column in `.csv` and `.parquet`."""
     document_separator: str | None = None
-    """Cuts `.txt` files into documents, for example "<|endoftext|>\\n". Without it a file is one document."""
+    """Separates documents in `.txt` files, for example "<|endoftext|>\\n"; unset: a file is one document."""
 
     def __post_init__(self) -> None:
         if self.document_separator == "":
-            raise ValueError('document_separator: "" separates nothing; leave the key out')
+            raise InputError("document_separator", '"" is empty; set a text, or remove the key')
         if "\r" in (self.document_separator or ""):
             raise InputError(
                 "document_separator",
-                f"{self.document_separator!r} is nowhere, for line ends are put right to \\n first",
+                f"{self.document_separator!r} can never match: line ends are normalized to \\n; use \\n",
             )
 
     def read(self, path: Path, log: ReadStats) -> Iterator[Document]:
@@ -64,7 +63,7 @@ class TextFiles(FileSource):
             return read_text(path, log, self.document_separator)
         return _READERS[kind](path, log, self.text_key)
 
-    def manner(self, path: Path) -> str:
+    def reader_version(self, path: Path) -> str:
         kind = format_of(path)
         return f"{kind}-1 {json.dumps(self.document_separator if kind == '.txt' else self.text_key)}"
 
@@ -72,21 +71,23 @@ class TextFiles(FileSource):
         return ", ".join(map(str, self.path)) if isinstance(self.path, list) else str(self.path)
 
     def files(self) -> dict[str, Path]:
-        """Name, relative to the directory all have in common, -> file; sorted by name.
+        """Return name -> file, sorted by name, which is relative to the common directory of all files.
 
-        Raises OSError where a path matches nothing or cannot be seen in full, ValueError for a file of another kind.
+        Raises OSError if a path matches no file or cannot be searched completely, ValueError for another format.
         """
         found: set[Path] = set()
         try:
             for path in self.path if isinstance(self.path, list) else [self.path]:
-                # Links are not followed: those of the Hub's cache lead to files whose names say nothing of their kind.
+                # Links are not resolved: those in the cache of the Hub point to files without a suffix.
                 found.update(Path(os.path.abspath(file)) for file in _matches(path))  # noqa: PTH100
             if not found:
-                raise FileNotFoundError("[] names no file, directory or glob pattern")
+                raise FileNotFoundError("[] is empty; expected a file, directory or glob pattern")
         except (OSError, ValueError) as error:
             raise InputError.below("path", error) from None
-        if twice := sorted(file for file in found if file.suffix in COMPRESSED and file.with_suffix("") in found):
-            _warn_once(f"{len(twice)} files are read packed and unpacked, the first {twice[0]}; remove one of the two")
+        if duplicates := sorted(file for file in found if file.suffix in COMPRESSED and file.with_suffix("") in found):
+            _warn_once(
+                f"{len(duplicates)} files are read compressed and uncompressed, such as {duplicates[0]}; remove one"
+            )
         common = os.path.commonpath([file.parent for file in found])
         return {file.relative_to(common).as_posix(): file for file in sorted(found)}
 
@@ -99,7 +100,7 @@ def _matches(path: Path) -> Sequence[Path]:
     files = list(walk_files(path)) if path.is_dir() else glob_files(_pattern(path))
     found = [file for file in files if is_known_format(file)]
     if not found and files:
-        raise ValueError(f"{path} matches {len(files)} files, none of which ends in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{path} matches {len(files)} files, but none ends in {', '.join(SUFFIXES)}")
     if not found:
         raise FileNotFoundError(f"{path} matches no file that ends in {', '.join(SUFFIXES)}")
     for file in found:
@@ -108,17 +109,19 @@ def _matches(path: Path) -> Sequence[Path]:
     if len(found) < len(files):
         kinds = Counter(file.suffix or file.name for file in files if not is_known_format(file)).most_common(5)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        _warn_once(f"{path}: {len(files) - len(found)} of {len(files)} files are of other kinds and not read: {listed}")
+        _warn_once(
+            f"{path}: {len(files) - len(found)} of {len(files)} files have other formats and are not read: {listed}"
+        )
     return found
 
 
 @cache
 def _warn_once(message: str) -> None:
-    """A source is opened several times in a run."""
+    """Log a warning once, although a source is opened several times in a run."""
     log.warning(message)
 
 
 def _pattern(path: Path) -> str:
-    """`path` as a glob pattern, in which a folder that exists is meant literally, also one that is called `run[1]`."""
+    """Return `path` as a glob pattern, with existing directories escaped, such as one named `run[1]`."""
     folder = next(folder for folder in path.parents if folder.is_dir())
     return str(Path(glob.escape(str(folder)), path.relative_to(folder)))

@@ -1,4 +1,4 @@
-"""Token files that other tools wrote: of nanoGPT, llm.c and NumPy, and Megatron-LM's `.bin` with its `.idx`."""
+"""TokenFiles: token ids written by other tools: nanoGPT, llm.c, NumPy, and Megatron-LM (`.bin` and `.idx`)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from components.paths import is_file
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, code of the type, sequences, documents
 _TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""The whole-number types of Megatron-LM's megatron/core/datasets/indexed_dataset.py, by code."""
+"""Integer types by code, from Megatron-LM's megatron/core/datasets/indexed_dataset.py."""
 
 _CHECKED_DOCUMENTS = 1000
 
 _LLMC_BYTES = 1024  # 256 int32: magic, version, ids; the rest is not used
 _LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
-"""By magic and version, those of write_datafile in llm.c's dev/data/data_common.py."""
+"""Types by magic and version, from write_datafile in llm.c's dev/data/data_common.py."""
 
-_LOOKS, _LOOK_IDS = 512, 4096
-"""Stretches of ids looked at when files are opened, in all of them together, and ids of one."""
-_MOST_LOOKS_A_FILE = 16
+_MAX_PROBES, _PROBE_IDS = 512, 4096
+"""Number of probes of ids when files are opened, over all files, and ids per probe."""
+_MAX_PROBES_PER_FILE = 16
 _REMEDIES = {
     "<u2": "its ids look like uint16: set it to that",
     "<u4": "its ids look like uint32: set it to that",
@@ -40,73 +40,74 @@ _REMEDIES = {
     ">u2": "its ids look like big-endian uint16: convert the file with numpy's byteswap",
     ">u4": "its ids look like big-endian uint32: convert the file with numpy's byteswap",
 }
-_FEWEST_IDS = 64
-"""Of so many ids every other one may well be 0."""
+_MIN_IDS = 64
+"""With fewer ids, every other one may be 0 by chance."""
 
 
 class _Tokens(NamedTuple):
-    """A file's ids, and where its documents end, if it says so."""
+    """The ids of a file, and its document boundaries if the file has them."""
 
     dtype: np.dtype
-    segments: np.ndarray
-    """(n, 2) int64: first id in the file, ids."""
+    spans: np.ndarray
+    """(n, 2) int64: first id in the file, number of ids."""
     ends: np.ndarray | None
-    """Positions of the last id of each document, in the whole of the segments; int64."""
-    says_type: bool = True
-    """Whether the type is the file's own word, or that of the key `dtype`."""
+    """(documents,) int64: positions of the last id of each document in the concatenated spans."""
+    has_dtype: bool = True
+    """Whether the dtype is stored in the file; otherwise it is that of the key `dtype`."""
 
 
 @dataclass(kw_only=True)
 class TokenFiles:
-    """A [data] section: token ids as they lie, made with the tokenizer of the recipe. Nothing is prepared.
+    """A [data] section: files of token ids, made with the tokenizer of the recipe and read in place.
 
-    A `.bin` with an `.idx` of the same name beside it is Megatron-LM's; llm.c's and NumPy's (`.npy`) say what they are
-    in their first bytes; another is taken for nanoGPT's, ids without a header. Several files come one after the other.
-    When they are opened, ids from all over each file are held against the vocabulary.
+    A `.bin` file with an `.idx` file of the same name is read as Megatron-LM; llm.c and NumPy files are detected by
+    their first bytes; other files are read as nanoGPT, ids without a header. Several files are concatenated. Ids from
+    all parts of each file are checked against the vocabulary when they are opened.
     """
 
     path: Path | list[Path]
     """One file, or several."""
     dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
-    """Type of the ids, little-endian, of files that do not say it themselves: nanoGPT's are uint16."""
+    """Type of the ids, little-endian, in files without a header: uint16 for nanoGPT."""
 
     def build(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> TokenDataset:
-        """Raises FileNotFoundError, or ValueError naming the file and what is wrong with it."""
+        """Open the files. Raises FileNotFoundError, or ValueError with the file and the problem."""
         paths = self.path if isinstance(self.path, list) else [self.path]
-        found = [self._open(path, tokenizer.vocab_size) for path in paths]
+        found = [self._read_tokens(path, tokenizer.vocab_size) for path in paths]
         for path, tokens in zip(paths, found, strict=True):
-            _check_ids(path, tokens, tokenizer.vocab_size, min(_MOST_LOOKS_A_FILE, max(1, _LOOKS // len(paths))))
+            _check_ids(path, tokens, tokenizer.vocab_size, min(_MAX_PROBES_PER_FILE, max(1, _MAX_PROBES // len(paths))))
         if not found:
-            raise MissingFileError("path", "[] names no file")
+            raise MissingFileError("path", "[] is empty; expected at least one file")
         if len({tokens.dtype for tokens in found}) > 1:
             types = ", ".join(f"{path} {tokens.dtype}" for path, tokens in zip(paths, found, strict=True))
-            raise InputError("path", f"files of different types cannot be one source: {types}")
+            raise InputError("path", f"all files must have the same dtype: {types}")
         numbered = [
-            np.concatenate([np.full((len(tokens.segments), 1), number), tokens.segments], axis=1)
+            np.concatenate([np.full((len(tokens.spans), 1), number), tokens.spans], axis=1)
             for number, tokens in enumerate(found)
         ]
         source = ", ".join(map(str, paths))
-        stored = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
-        samples = TokenDataset(stored, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
+        reader = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
+        samples = TokenDataset(reader, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
         start = 0
         for path, tokens in zip(paths, found, strict=True):
-            if tokens.ends is not None and not _ends_are(tokenizer.end_of_document, stored, start + tokens.ends):
+            end = tokenizer.end_of_document
+            if tokens.ends is not None and not _documents_end_with(end, reader, start + tokens.ends):
                 progress(
-                    f"{path}: its documents do not end with id {tokenizer.end_of_document}, the end of a document of "
-                    "this tokenizer; they follow one another without a mark (Megatron-LM writes one with --append-eod)"
+                    f"{path}: its documents do not end with id {end}, the end_of_document of this "
+                    "tokenizer, so they are not separated (Megatron-LM writes the id with --append-eod)"
                 )
-            start += int(tokens.segments[:, 1].sum())
+            start += int(tokens.spans[:, 1].sum())
         return samples
 
     def fingerprint(self, hashes: FileHashCache) -> str:
-        """Text that changes whenever the ids could be others."""
+        """Return a string that changes whenever the ids could change."""
         paths = self.path if isinstance(self.path, list) else [self.path]
         read = [file for path in paths for file in (path, _index_of(path)) if file is not None]
         return f"TokenFiles-2 {json.dumps([self.dtype, [hashes.sha256(file) for file in read]])}"
 
-    def _open(self, path: Path, vocab_size: int) -> _Tokens:
+    def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
         if not is_file(path):
             raise MissingFileError("path", f"{path} does not exist")
         index = _index_of(path)
@@ -118,20 +119,20 @@ class TokenFiles:
         if other == "NumPy":
             return _read_numpy(path)
         if other is not None:
-            raise ValueError(f"{path} is a {other} file by its content; those of nanoGPT, llm.c and NumPy are read")
+            raise ValueError(f"{path} is a {other} file; expected one of nanoGPT, llm.c, NumPy or Megatron-LM")
         if len(start) == _LLMC_BYTES and (header := struct.unpack("<3i", start[:12]))[:2] in _LLMC_TYPES:
             return _read_llmc(path, np.dtype(_LLMC_TYPES[header[:2]]), header[2])
         if self.dtype == "uint16" and vocab_size > 2**16:
             raise InputError(
                 "dtype",
-                f"uint16 cannot hold the {vocab_size:,} ids of the tokenizer; set it to uint32, or name the "
+                f"uint16 cannot hold the {vocab_size:,} ids of the tokenizer; set it to uint32, or use the "
                 f"tokenizer that made {path}",
             )
         dtype = np.dtype(self.dtype).newbyteorder("<")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest:
-            raise ValueError(f"{path} holds {path.stat().st_size:,} bytes, which are no whole {self.dtype} ids")
-        return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None, says_type=False)
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, not a multiple of the size of {self.dtype}")
+        return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None, has_dtype=False)
 
 
 def _index_of(path: Path) -> Path | None:
@@ -139,43 +140,44 @@ def _index_of(path: Path) -> Path | None:
     return index if path.suffix == ".bin" and is_file(index) else None
 
 
-def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, looks: int) -> None:
-    """Raise ValueError where ids of up to `looks` stretches, spread over the file, cannot be of the vocabulary."""
-    ids = _look_at(path, tokens, looks)
-    if (problem := _misfit(ids, vocab_size, says_type=tokens.says_type)) is None:
+def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, probes: int) -> None:
+    """Raise ValueError if ids in `probes` places, spread over the file, cannot be of the vocabulary."""
+    ids = _probe_ids(path, tokens, probes)
+    if (problem := _id_problem(ids, vocab_size, has_dtype=tokens.has_dtype)) is None:
         return
-    for name, remedy in () if tokens.says_type else _REMEDIES.items():
+    for name, remedy in () if tokens.has_dtype else _REMEDIES.items():
         dtype = np.dtype(name)
-        if len(ids) * ids.itemsize % dtype.itemsize == 0 and _misfit(ids.view(dtype), vocab_size) is None:
+        if len(ids) * ids.itemsize % dtype.itemsize == 0 and _id_problem(ids.view(dtype), vocab_size) is None:
             raise InputError("dtype", f"read as {tokens.dtype.name}, {problem} in {path}; {remedy}")
-    raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or is in another format")
+    raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or has another format")
 
 
-def _look_at(path: Path, tokens: _Tokens, looks: int) -> np.ndarray:
-    """Return (n,) ids: stretches of whole fours, each from a multiple of four in its segment on, so that the halves of
-    wider ids keep their places."""
-    lengths = tokens.segments[:, 1]
+def _probe_ids(path: Path, tokens: _Tokens, probes: int) -> np.ndarray:
+    """Return (n,) ids from `probes` places. The start in the span and the number of ids are multiples of four, so that
+    ids of up to four times the size are not split."""
+    lengths = tokens.spans[:, 1]
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    positions = np.unique(np.linspace(0, max(total - 1, 0), looks, dtype=np.int64) // 4 * 4)
-    stretches = [np.empty(0, tokens.dtype)]
+    positions = np.unique(np.linspace(0, max(total - 1, 0), probes, dtype=np.int64) // 4 * 4)
+    parts = [np.empty(0, tokens.dtype)]
     for position in positions[positions < total].tolist():
-        segment = int(np.searchsorted(ends, position, side="right"))
-        skipped = (position - int(ends[segment] - lengths[segment])) // 4 * 4
-        count = min(_LOOK_IDS, max(total // looks, 4), int(lengths[segment]) - skipped)
-        offset = (int(tokens.segments[segment, 0]) + skipped) * tokens.dtype.itemsize
-        stretches.append(np.fromfile(path, tokens.dtype, count // 4 * 4, offset=offset))
-    return np.concatenate(stretches)
+        span = int(np.searchsorted(ends, position, side="right"))
+        skipped = (position - int(ends[span] - lengths[span])) // 4 * 4
+        count = min(_PROBE_IDS, max(total // probes, 4), int(lengths[span]) - skipped)
+        offset = (int(tokens.spans[span, 0]) + skipped) * tokens.dtype.itemsize
+        parts.append(np.fromfile(path, tokens.dtype, count // 4 * 4, offset=offset))
+    return np.concatenate(parts)
 
 
-def _misfit(ids: np.ndarray, vocab_size: int, *, says_type: bool = False) -> str | None:
-    """Return what shows that (n,) `ids` are not ids of the vocabulary, if anything does."""
+def _id_problem(ids: np.ndarray, vocab_size: int, *, has_dtype: bool = False) -> str | None:
+    """Return why (n,) `ids` cannot be ids of the vocabulary, or None."""
     if not len(ids):
         return None
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
-    if not says_type and len(ids) >= _FEWEST_IDS and ids[0::2].any() and not ids[1::2].any():  # wider ids, cut in two
+    # In ids of twice the size, every other id is an upper half, which is 0 in a small vocabulary.
+    if not has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any():
         return "every other id is 0"
     return None
 
@@ -183,7 +185,9 @@ def _misfit(ids: np.ndarray, vocab_size: int, *, says_type: bool = False) -> str
 def _read_llmc(path: Path, dtype: np.dtype, count: int) -> _Tokens:
     size, whole = path.stat().st_size, _LLMC_BYTES + count * dtype.itemsize
     if size != whole:
-        raise ValueError(f"{path} is damaged: {size:,} bytes, where the llm.c header of {count:,} ids makes {whole:,}")
+        raise ValueError(
+            f"{path} is damaged: {size:,} bytes, expected {whole:,} from the {count:,} ids in its llm.c header"
+        )
     return _Tokens(dtype, np.array([[_LLMC_BYTES // dtype.itemsize, count]], dtype=np.int64), None)
 
 
@@ -191,60 +195,65 @@ def _read_numpy(path: Path) -> _Tokens:
     try:
         array: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no NumPy file of numbers: {error}") from None
+        raise ValueError(f"{path} is damaged, or is not a NumPy file of numbers: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; token ids are whole numbers in one row")
+        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}; expected integers of one dimension")
     first, rest = divmod(array.offset, array.dtype.itemsize)
     if rest:
-        raise ValueError(f"{path}: its ids begin at byte {array.offset}; save it again with numpy.save")
+        raise ValueError(f"{path}: its ids start at byte {array.offset}, not aligned; save it again with numpy.save")
     return _Tokens(array.dtype, np.array([[first, len(array)]], dtype=np.int64), None)
 
 
 def _read_megatron(path: Path, bin_bytes: int) -> _Tokens:
-    """The index of `MMapIndexedDataset`, versions of 2019 to now. Raises ValueError for anything but a sound one."""
+    """Read the index of a Megatron-LM `MMapIndexedDataset`. Raises ValueError if it is damaged or of another format."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(len(_MAGIC) + _HEADER.size)
         if not header.startswith(_MAGIC) or len(header) < len(_MAGIC) + _HEADER.size:
-            raise ValueError(f"{path} is no index of Megatron-LM: it does not begin with MMIDIDX and a header")
+            raise ValueError(f"{path} is not an index of Megatron-LM: it does not start with MMIDIDX and a header")
         version, code, sequences, documents = _HEADER.unpack(header[len(_MAGIC) :])
         if version != 1 or code not in _TYPES:
-            raise ValueError(f"{path}: version {version} with ids of type {code}; version 1 and whole numbers are read")
-        # lengths int32, pointers int64, then for each document its first sequence, int64; modes may follow
+            raise ValueError(
+                f"{path}: version {version}, type code {code}; expected version 1 and one of {sorted(_TYPES)}"
+            )
+        # (sequences,) int32 lengths and int64 pointers, then (documents,) int64 first sequences; modes may follow
         if len(header) + 12 * sequences + 8 * documents > size:
-            raise ValueError(f"{path} is truncated: {size:,} bytes do not hold {sequences:,} sequences")
+            raise ValueError(f"{path} is truncated: {size:,} bytes are too few for {sequences:,} sequences")
         lengths = np.fromfile(file, "<i4", sequences).astype(np.int64)
         pointers = np.fromfile(file, "<i8", sequences)
         starts = np.fromfile(file, "<i8", documents)
     dtype = np.dtype(_TYPES[code])
     firsts, rest = np.divmod(pointers, dtype.itemsize)
     if rest.any() or (lengths < 0).any() or (firsts < 0).any():
-        raise ValueError(f"{path} is damaged: it points between ids")
+        raise ValueError(f"{path} is damaged: a sequence does not start at an id")
     end = int(((firsts + lengths) * dtype.itemsize).max()) if sequences else 0
     if end > bin_bytes:
-        raise ValueError(f"{path.with_suffix('.bin')} is truncated: its index points beyond its {bin_bytes:,} bytes")
+        raise ValueError(
+            f"{path.with_suffix('.bin')} is truncated: it has {bin_bytes:,} bytes, its index needs {end:,}"
+        )
     if end < bin_bytes:
-        raise ValueError(f"{path} is the index of another file: it ends at byte {end:,} of {bin_bytes:,}")
+        raise ValueError(f"{path} is the index of another file: it covers {end:,} of {bin_bytes:,} bytes")
     if (np.diff(starts) < 0).any() or (documents and not 0 <= starts[0] <= starts[-1] <= sequences):
-        raise ValueError(f"{path} is damaged: its documents are out of order")
+        raise ValueError(f"{path} is damaged: its documents are not in order")
     after = np.cumsum(lengths)
     last = np.unique(starts[1:][starts[1:] > 0]) - 1  # last sequence of each document
     ends = after[last][lengths[last] > 0] - 1
-    return _Tokens(dtype, _joined(firsts, lengths), ends)
+    return _Tokens(dtype, _merge_spans(firsts, lengths), ends)
 
 
-def _joined(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(n, 2): runs of ids, neighbours that touch made one."""
+def _merge_spans(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return (n, 2) int64 spans (first id, number of ids), with contiguous ones merged."""
     if not len(firsts):
         return np.empty((0, 2), dtype=np.int64)
     starts = np.flatnonzero(np.concatenate([[True], firsts[1:] != firsts[:-1] + lengths[:-1]]))
     return np.stack([firsts[starts], np.add.reduceat(lengths, starts)], axis=1)
 
 
-def _ends_are(token: int, stored: TokenReader, ends: np.ndarray) -> bool:
+def _documents_end_with(token: int, reader: TokenReader, ends: np.ndarray) -> bool:
+    """Return whether the first documents end with the id `token`."""
     last = np.empty(1, dtype=np.int64)
     for position in ends[:_CHECKED_DOCUMENTS].tolist():
-        stored.read(position, last)
+        reader.read(position, last)
         if last[0] != token:
             return False
     return True

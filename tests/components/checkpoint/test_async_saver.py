@@ -1,4 +1,4 @@
-"""A save in the background is the save of its moment, and never half of one."""
+"""A save in the background contains the state at its call, and is never incomplete."""
 
 import signal
 import sys
@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class HeldBack:
-    """Stands for `dcp.save` and begins to write only when `go` is set."""
+    """Replaces `dcp.save`; it starts to write when `go` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go, self.begun, self._write = threading.Event(), threading.Event(), dcp.save
+        self.go, self.started, self._write = threading.Event(), threading.Event(), dcp.save
         monkeypatch.setattr(dcp, "save", self)
 
     def __call__(self, *args, **kwargs):
-        self.begun.set()
+        self.started.set()
         assert self.go.wait(30)
         return self._write(*args, **kwargs)
 
@@ -72,7 +72,7 @@ def test_writing_a_copy_takes_no_stream_of_a_gpu(store, monkeypatch):
     """The thread's GPU is the first one, whatever the rank's: each rank would hold some of its memory."""
     held = HeldBack(monkeypatch)
     store.save(1, {"x": torch.ones(3)}, {}, "")
-    assert held.begun.wait(30)
+    assert held.started.wait(30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: pytest.fail("a stream was taken"))
     held.go.set()
@@ -84,12 +84,12 @@ def test_writing_a_copy_takes_no_stream_of_a_gpu(store, monkeypatch):
 def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named(store, monkeypatch):
     held = HeldBack(monkeypatch)
     store.save(1, {"x": torch.ones(3)}, {}, "")
-    assert held.begun.wait(30)
+    assert held.started.wait(30)
     later = threading.Timer(0.2, held.go.set)
     later.start()
     store.save(2, {"x": torch.ones(3)}, {}, "")
     assert store.path(1).is_dir()
-    assert store.newest() == store.path(2)
+    assert store.latest() == store.path(2)
 
 
 @pytest.mark.quick
@@ -97,13 +97,15 @@ def test_pruning_comes_after(tmp_path):
     store = CheckpointConfig(keep_last=2, async_save=True).build(tmp_path, Alone())
     for number in (1, 2, 3):
         store.save(number, {"x": torch.ones(1)}, {}, "")
-        assert len(store.complete()) >= min(number - 1, 2), "the last good ones stay until the new one is complete"
+        assert len(store.list_checkpoints()) >= min(number - 1, 2), (
+            "the last good ones stay until the new one is complete"
+        )
     store.close()
-    assert [path.name for path in store.complete()] == ["step-00000002", "step-00000003"]
+    assert [path.name for path in store.list_checkpoints()] == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.quick
-def test_an_error_in_the_background_is_told_when_it_happens_and_known_afterwards(store, monkeypatch, caplog):
+def test_an_error_in_the_background_is_logged_and_recorded(store, monkeypatch, caplog):
     store.save(1, {"x": torch.ones(3)}, {}, "")
     store.wait()
 
@@ -118,7 +120,7 @@ def test_an_error_in_the_background_is_told_when_it_happens_and_known_afterwards
     assert (store.saved_step, store.failed_steps) == (1, [2])
     assert [path.name for path in store.directory.iterdir()] == ["step-00000001"]
     store.save(3, {"x": torch.ones(3)}, {}, "")
-    assert store.newest() == store.path(3)
+    assert store.latest() == store.path(3)
     assert store.saved_step == 3
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or it is not there; what comes back is bitwise what went in."""
+"""A checkpoint is complete or does not exist; the restored state equals the saved one bitwise."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_training_continues_bitwise(tmp_path, tied):
 
 
 def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_way_round(tmp_path, monkeypatch):
-    """The random state of what the checkpoint does not know stays as it is, and that of what is not here is left."""
+    """A random state that the checkpoint does not have is unchanged, and one of a missing device is ignored."""
     on_cpu, store = StateTensors._random_state, CheckpointManager(tmp_path, Alone())
     restored = []
     monkeypatch.setattr("torch.cuda.set_rng_state", restored.append)
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_a_run_without_a_gpu_is_continued_on_one_and_the_other_w
         assert len(restored) == (number == 3)
 
 
-def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+def test_a_save_that_fails_is_logged_and_leaves_nothing(tmp_path, monkeypatch, caplog):
     store = CheckpointManager(tmp_path, Alone())
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
@@ -129,22 +129,22 @@ def test_the_last_n_and_every_m_are_kept(tmp_path):
     store = CheckpointConfig(keep_last=2, keep_every=30).build(tmp_path, Alone())
     for number in range(10, 110, 10):
         store.save(number, {"x": torch.ones(1)}, {}, "")
-    assert [path.name for path in store.complete()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
-    assert store.newest() == tmp_path / "step-00000100"
+    assert [path.name for path in store.list_checkpoints()] == [f"step-{n:08d}" for n in (30, 60, 90, 100)]
+    assert store.latest() == tmp_path / "step-00000100"
 
 
 def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
     for number in (99_999_999, 100_000_000):
         (tmp_path / f"step-{number:08d}").mkdir()
-    assert CheckpointManager(tmp_path, Alone()).newest() == tmp_path / "step-100000000"
+    assert CheckpointManager(tmp_path, Alone()).latest() == tmp_path / "step-100000000"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no checkpoint"),
+        (None, "is not a checkpoint"),
         ("{", "damaged"),
-        ("[]", "names no format"),
+        ("[]", "has no format number"),
         (json.dumps({"format": 99}), "format 99; this version reads up to 2"),
     ],
 )
@@ -159,9 +159,9 @@ def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):
 def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
     model, optimizer = training(0)
     tensors = StateTensors(model, optimizer, Alone())
-    assert tensors.not_finite() == [], "before the first step there is no state of the optimizer"
+    assert tensors.find_nonfinite() == [], "before the first step there is no state of the optimizer"
     step(model, optimizer, 0)
-    assert tensors.not_finite() == []
+    assert tensors.find_nonfinite() == []
     places = {name: parameter.data for name, parameter in model.named_parameters()}
     places |= {
         f"{name} ({key})": optimizer.state[parameter][key]
@@ -173,8 +173,8 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(bad):
         for position in (0, tensor.numel() - 1):
             before = tensor.flatten()[position].clone()
             tensor.view(-1)[position] = bad
-            assert tensors.not_finite() == [name]
+            assert tensors.find_nonfinite() == [name]
             tensor.view(-1)[position] = before
     model.register_buffer("mask", torch.full((2, 2), -float("inf")))
     model.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
-    assert tensors.not_finite() == [], "a mask may well be infinite, and nothing is finite"
+    assert tensors.find_nonfinite() == [], "a mask may well be infinite, and nothing is finite"

@@ -20,7 +20,7 @@ def texts(reference: Callable[[str], Path]) -> Path:
 
 @dataclass(kw_only=True)
 class Given(TextSource):
-    """A source that holds what a test gave it: also the smallest example of a source of one's own."""
+    """A source with the documents given by a test; also the smallest example of a custom source."""
 
     text: tuple[str, ...]
 
@@ -36,7 +36,7 @@ class Given(TextSource):
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Callable[[Iterable[str], int], TokenDataset]:
-    """Texts as bytes, prepared and opened."""
+    """A dataset of texts as bytes."""
 
     def build(text: Iterable[str], sequence_length: int) -> TokenDataset:
         return Given(text=tuple(text)).build(

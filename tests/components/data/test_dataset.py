@@ -113,7 +113,7 @@ def test_outside_is_an_error(packed):
 
 
 def test_too_little_text_is_an_error_with_numbers(packed):
-    with pytest.raises(ValueError, match=r"holds 4 tokens, which is not one sequence of sequence_length \+ 1 = 101"):
+    with pytest.raises(ValueError, match=r"holds 4 tokens; one sequence needs sequence_length \+ 1 = 101"):
         packed(["abc"], 100)
     with pytest.raises(ValueError, match="sequence_length = 0"):
         packed(["abc"], 0)
@@ -122,7 +122,7 @@ def test_too_little_text_is_an_error_with_numbers(packed):
 def test_ids_outside_the_vocabulary_never_reach_the_model(packed):
     samples = packed(["some text"], 4)
     with pytest.raises(ValueError, match=r"a test: token id \d+ is outside the vocabulary of 100"):
-        TokenDataset(samples.stored, sequence_length=4, vocab_size=100, source="a test")[0]
+        TokenDataset(samples.reader, sequence_length=4, vocab_size=100, source="a test")[0]
 
 
 def test_tinyshakespeare_has_the_reference_number_of_tokens(texts, tmp_path):

@@ -1,4 +1,4 @@
-"""What is prepared of a source: new files only, no text twice, a part held out; and the same on several processes."""
+"""Which documents of a source are prepared: only new files, no duplicates, by split; with any number of processes."""
 
 import hashlib
 from functools import partial
@@ -38,7 +38,7 @@ def build(source, cache: Path, tokenizer=None):
 
 def texts_of(samples) -> list[str]:
     """The documents of a data set, read back from its tokens."""
-    tokens = samples.tokens(0, len(samples.stored))
+    tokens = samples.tokens(0, len(samples.reader))
     parts = np.split(tokens, np.flatnonzero(tokens == 256) + 1)[:-1]
     return [bytes(part[:-1].tolist()).decode() for part in parts]
 
@@ -73,8 +73,8 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
         "file b", "file d", "file e", "file b", "file a"
     ]  # fmt: skip
     assert len(tokenizer.seen) == 5
-    assert grown.place(0) == ("a.txt", 0, 0)
-    assert grown.place(len("file a") + 3) == ("b.txt", 0, 2)
+    assert grown.locate(0) == ("a.txt", 0, 0)
+    assert grown.locate(len("file a") + 3) == ("b.txt", 0, 2)
     assert grown.describe(2) == "b.txt document 0 token 1 to b.txt document 0 token 5"
 
 
@@ -155,7 +155,7 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
     assert len(one) >= 3 * 8
     assert one == contents(tmp_path / "2")
     assert seen[-1].done_bytes == seen[-1].total_bytes == sum(path.stat().st_size for path in folder.iterdir())
-    # What a process cannot read is told as if there were one.
+    # An error in a process is raised as with a single one.
     (folder / "5.jsonl").write_text("no json\n")
     with pytest.raises(ValueError, match=r"5\.jsonl:1: expected a JSON object"):
         build(TextFiles(path=folder), tmp_path / "2")
@@ -163,8 +163,8 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 
 @pytest.mark.quick
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
-def test_groups_are_all_pieces_in_order_and_no_larger_than_they_must_be(sizes):
-    pieces = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
-    groups = list(group_neighbours(pieces, 60))
-    assert [piece for group in groups for piece in group] == pieces
-    assert all(len(group) == 1 or sum(piece.size_bytes for piece in group) <= 60 for group in groups)
+def test_groups_are_all_source_files_in_order_and_not_too_large(sizes):
+    source_files = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
+    groups = list(group_neighbours(source_files, 60))
+    assert [source_file for group in groups for source_file in group] == source_files
+    assert all(len(group) == 1 or sum(source_file.size_bytes for source_file in group) <= 60 for group in groups)

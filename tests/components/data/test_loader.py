@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.data.loader import MicroBatchLoader, order_of
+from components.data.loader import MicroBatchLoader, build_order
 from components.data.loader_workers import check_workers
 from components.data.mixing_schedule import StagedMixingSchedule
 from components.data.mixture import MixedOrder
@@ -196,25 +196,23 @@ class Stuck(Numbers):
 
 
 def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
-    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, patience_seconds=0.5)
-    with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not answer"):
+    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, timeout_seconds=0.5)
+    with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not respond"):
         next(loader.next_step(1))
 
 
-def test_a_worker_that_is_killed_is_told_where_a_micro_batch_is_waited_for_and_nowhere_else():
+def test_a_killed_worker_raises_only_while_a_micro_batch_is_awaited():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1, prefetch_factor=1) as loader:
         next(loader.next_step(1))
-        (worker,) = loader._stream._workers
+        (worker,) = loader._iterator._workers
         worker.kill()
         os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         sum(range(1000))  # where torch's handler would raise
-        with pytest.raises(OSError, match=r"a loader worker has ended: .* killed by signal: Killed"):
+        with pytest.raises(OSError, match=r"a loader worker died: .* killed by signal: Killed"):
             list(loader.next_step(20))
 
 
-def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_words_of_a_worker(
-    tmp_path, monkeypatch, capfd
-):
+def test_sockets_that_cannot_be_opened_are_reported_before_the_start_and_by_a_worker(tmp_path, monkeypatch, capfd):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()
     # where TMPDIR leads to; processes that have asked for it remember it
@@ -224,7 +222,7 @@ def test_sockets_that_cannot_be_opened_are_told_before_the_start_and_in_the_word
     check_workers(0)
     with (
         MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1) as loader,
-        pytest.raises(OSError, match=r"^a loader worker cannot go on: OSError: AF_UNIX path too long$"),
+        pytest.raises(OSError, match=r"^a loader worker failed: OSError: AF_UNIX path too long$"),
     ):
         next(loader.next_step(1))
     assert "Traceback" not in capfd.readouterr().err
@@ -234,11 +232,11 @@ WORKERS = st.sampled_from([0, 1, 3])
 
 
 class Mixed(Numbers):
-    """Two of them, in an order of their own."""
+    """Two of them, in a custom order."""
 
     def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
-        interleaving = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
-        return MixedOrder(interleaving, [10, 13], seed=seed, shuffle=shuffle)
+        schedule = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
+        return MixedOrder(schedule, [10, 13], seed=seed, shuffle=shuffle)
 
 
 @settings(max_examples=12, deadline=None)
@@ -262,10 +260,10 @@ class Mixed(Numbers):
 )
 def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(parts, start, samples):
     seen, cursor = [], start
-    for steps, layout in parts:  # each goes on where the last one stopped
+    for steps, layout in parts:  # each continues where the last one stopped
         stream, cursor = global_stream(steps, **layout, start=cursor, samples=samples)
         seen += chain.from_iterable(stream)
-    _, indices = order_of(samples, seed=5)(np.arange(start, cursor))
+    _, indices = build_order(samples, seed=5)(np.arange(start, cursor))
     first_tokens = (indices * samples.sequence_length).tolist()
     assert seen == list(zip(range(start, cursor), first_tokens, strict=True))
 
@@ -273,7 +271,7 @@ def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(part
 def test_workers_live_through_signals_and_end_with_the_loader():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=2, prefetch_factor=1) as loader:
         list(loader.next_step(2))
-        workers = list(loader._stream._workers)
+        workers = list(loader._iterator._workers)
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)

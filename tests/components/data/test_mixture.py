@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import Mixture
-from components.data.loader import MicroBatchLoader, epochs, order_of
+from components.data.loader import MicroBatchLoader, build_order, epochs
 from components.data.mixture import Stage
 from components.errors import MissingFileError
 from components.tokenizers import Bytes
@@ -69,7 +69,7 @@ def test_each_source_keeps_its_own_order_and_epochs():
     seen = stream(samples, 200)
     for first, length in ((0, 7), (1000, 3), (2000, 11)):
         own = [number for number in seen if first <= number < first + 1000]
-        _, indices = order_of(Numbers(0, length), seed=3)(np.arange(len(own)))
+        _, indices = build_order(Numbers(0, length), seed=3)(np.arange(len(own)))
         assert own == (first + indices).tolist()
     # Stage one is 50 samples of 10 tokens: 25, 10 and 15; then 75 of a and c each.
     expected = {"a": (25 + 75) / 7, "b": 10 / 3, "c": (15 + 75) / 11}
@@ -121,15 +121,15 @@ def test_sequences_of_all_sources_can_be_read_in_any_order(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": {"a": 1, "x": 1}}, "^weights: x is none of the sources: a, b"),
-        ({"weights": {"a": 1}}, "^weights: b has no weight in any stage"),
-        ({"weights": {"a": 0, "b": 0}}, "^weights: all are zero"),
-        ({"stages": [Stage(from_tokens=0, weights={"a": 1})]}, "^stages: .* do not increase"),
+        ({"weights": {"a": 1, "x": 1}}, "^weights: x is not a source; expected a, b"),
+        ({"weights": {"a": 1}}, "^weights: b has weight 0 in all stages"),
+        ({"weights": {"a": 0, "b": 0}}, "^weights: no weight is above 0"),
+        ({"stages": [Stage(from_tokens=0, weights={"a": 1})]}, "^stages: .* expected increasing"),
         ({"stages": [Stage(from_tokens=9, weights={"a": 1}), Stage(from_tokens=9, weights={"b": 1})]}, "^stages: "),
-        ({"stages": [Stage(from_tokens=9, weights={"y": 1})]}, "y is none of the sources"),
+        ({"stages": [Stage(from_tokens=9, weights={"y": 1})]}, "y is not a source"),
         (
             {"sources": {"a": Mixture(sources={"c": Numbers(0, 1)}, weights={"c": 1}), "b": Numbers(0, 1)}},
-            r"^sources\.a: a mixture of mixtures",
+            r"^sources\.a: a mixture cannot contain a mixture",
         ),
     ],
 )
@@ -138,7 +138,7 @@ def test_mistakes_name_their_key(settings, message):
         Mixture(**({"sources": {"a": Numbers(0, 1), "b": Numbers(0, 1)}, "weights": {"a": 1, "b": 1}} | settings))
 
 
-def test_what_a_source_complains_about_is_told_with_its_name():
+def test_an_error_of_a_source_has_its_name():
     mixture = Mixture(sources={"a": Broken(0, 1)}, weights={"a": 1})
     with pytest.raises(ValueError, match=r"^sources\.a\.path: nowhere matches no file"):
         mixture.build(tokenizer=None, sequence_length=1, cache_dir=None, progress=print)

@@ -13,7 +13,7 @@ from components.data.token_reader import TokenReader
 pytestmark = pytest.mark.quick
 
 
-def stored(folder, files: int, ids: int = 10) -> TokenReader:
+def build_reader(folder, files: int, ids: int = 10) -> TokenReader:
     """File n holds n * ids ... n * ids + ids - 1."""
     paths = [folder / str(number) for number in range(files)]
     for number, path in enumerate(paths):
@@ -45,7 +45,7 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
     sources = []
     for name in "abc":
         (tmp_path / name).mkdir()
-        sources.append(stored(tmp_path / name, 40))
+        sources.append(build_reader(tmp_path / name, 40))
     for tokens in sources:
         assert read(tokens, 0, 400) == list(range(400))
         assert read(tokens, 25, 40) == list(range(25, 65))
@@ -64,21 +64,21 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
     assert token_reader._descriptors_in_use() < before
 
 
-def test_a_limit_that_cannot_be_met_is_told_when_data_is_opened(tmp_path, files):
+def test_a_limit_of_open_files_that_is_too_low_is_reported_when_data_is_opened(tmp_path, files):
     files(10)
-    with pytest.raises(OSError, match=r"this process may have \d+ files open .* ulimit -n"):
-        stored(tmp_path, 3)
+    with pytest.raises(OSError, match=r"this process may open \d+ files .* ulimit -n"):
+        build_reader(tmp_path, 3)
 
 
 def test_reads_that_signals_cut_short_are_completed(tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, offset: pread(file, min(count, 7), offset))
-    assert read(stored(tmp_path, 2), 3, 14) == list(range(3, 17))
+    assert read(build_reader(tmp_path, 2), 3, 14) == list(range(3, 17))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path, workers):
-    tokens = stored(tmp_path, 3, ids=100)
+    tokens = build_reader(tmp_path, 3, ids=100)
     samples = TokenDataset(tokens, sequence_length=10, vocab_size=1000, source="a test")
     os.truncate(tmp_path / "1", 44)
     with (
@@ -94,7 +94,7 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fails)
-    samples = TokenDataset(stored(tmp_path, 3), sequence_length=5, vocab_size=1000, source="a test")
+    samples = TokenDataset(build_reader(tmp_path, 3), sequence_length=5, vocab_size=1000, source="a test")
     with (
         MicroBatchLoader(samples, seed=0, micro_batch_size=4, num_workers=workers) as loader,
         pytest.raises(OSError, match=r"cannot read the data \(Input/output error\): '.*/\d'"),
@@ -103,25 +103,25 @@ def test_a_disk_that_fails_is_an_error_with_the_name_of_the_file(tmp_path, monke
 
 
 @pytest.mark.quick
-def test_thousands_of_segments_that_are_mapped_read_as_they_would_in_memory(tmp_path):
+def test_thousands_of_memory_mapped_spans_are_read_as_those_in_memory(tmp_path):
     chance = np.random.default_rng(0)
     ids = np.arange(20_000, dtype="<u4")
     (tmp_path / "ids").write_bytes(ids.tobytes())
     counts = chance.integers(1, 9, 1_500)
     firsts = chance.integers(0, 19_000, 1_500)
     rows = np.stack([np.zeros_like(counts), firsts, counts, counts, counts], axis=1)
-    np.save(tmp_path / "segments.npy", rows)
-    mapped = np.load(tmp_path / "segments.npy", mmap_mode="r")
+    np.save(tmp_path / "spans.npy", rows)
+    mapped = np.load(tmp_path / "spans.npy", mmap_mode="r")
     expected = np.concatenate([ids[first : first + count] for first, count in zip(firsts, counts, strict=True)])
     stored = TokenReader([tmp_path / "ids"], np.dtype("<u4"), mapped)
     sent = pickle.dumps(stored)
     assert len(sent) < 8_000, "a worker maps the table itself"
     for reader in (stored, TokenReader([tmp_path / "ids"], np.dtype("<u4"), rows), pickle.loads(sent)):
-        assert isinstance(reader.segments, np.memmap) == (reader.segments is not rows)
+        assert isinstance(reader.spans, np.memmap) == (reader.spans is not rows)
         assert len(reader) == len(expected)
         for start in [0, 1, len(expected) - 1, len(expected) - 300, *chance.integers(0, len(expected), 200).tolist()]:
             out = np.empty(min(300, len(expected) - start), dtype=np.int64)
             reader.read(start, out)
             assert np.array_equal(out, expected[start : start + len(out)]), start
-            segment, within = reader.segment_at(start)
-            assert counts[:segment].sum() + within == start and within < counts[segment]
+            span, within = reader.span_at(start)
+            assert counts[:span].sum() + within == start and within < counts[span]

@@ -69,7 +69,7 @@ def test_other_text_or_another_tokenizer_is_other_data(tmp_path):
 
 
 @pytest.mark.quick
-def test_changed_files_are_prepared_anew(tmp_path):
+def test_changed_files_are_prepared_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one text of some length")
     before = build(tmp_path / "cache", TextFiles(path=path))
@@ -119,7 +119,9 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
     (shard,) = shards(tmp_path)
     whole = contents(tmp_path)
     damage(shard / file)
-    with pytest.raises(ValueError, match=rf"{file} {message}.* Delete the directory .*{shard.name}; it is prepared"):
+    with pytest.raises(
+        ValueError, match=rf"{file} {message}.* Delete the directory .*{shard.name}; the next start prepares it"
+    ):
         build(tmp_path)
     shutil.rmtree(shard)
     build(tmp_path)
@@ -128,10 +130,10 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
 
 @pytest.mark.quick
 @pytest.mark.parametrize("damage", [truncate, lengthen, flip, Path.unlink])
-def test_damaged_segments_are_refused(tmp_path, damage):
+def test_damaged_spans_are_refused(tmp_path, damage):
     directory = build(tmp_path).directory
-    damage(directory / "segments.npy")
-    with pytest.raises(ValueError, match=rf"segments\.npy .* Delete the directory .*{directory.name}"):
+    damage(directory / "spans.npy")
+    with pytest.raises(ValueError, match=rf"spans\.npy .* Delete the directory .*{directory.name}"):
         build(tmp_path)
     shutil.rmtree(directory)
     build(tmp_path)
@@ -159,10 +161,10 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path):
         ("index.json", {"vocab_size": -1}),
         ("index.json", {"vocab_size": "257"}),
         ("index.json", {"surprise": 1}),
-        ("index.json", {"repairs": {"x": "y"}}),
+        ("index.json", {"fixups": {"x": "y"}}),
         ("shard.json", {"format": 1}),
         ("shard.json", {"tokens": -1}),
-        ("shard.json", {"pieces": []}),
+        ("shard.json", {"source_files": []}),
     ],
     ids=str,
 )
@@ -201,13 +203,13 @@ def test_no_text_at_all_is_an_error_and_leaves_nothing(tmp_path):
 
 @pytest.mark.quick
 def test_a_tokenizer_that_gives_impossible_ids_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="its vocabulary is 258"):
+    with pytest.raises(ValueError, match="its vocab_size is 258"):
         build(tmp_path, tokenizer=Shifted(shift=1000))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.quick
-def test_a_file_that_changes_between_its_hash_and_its_end_is_told_and_not_kept_under_that_hash(tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_not_stored_under_its_old_hash(tmp_path):
     file, cache = tmp_path / "a.txt", tmp_path / "cache"
     file.write_text("what was hashed, long enough")
 
@@ -225,7 +227,7 @@ def test_a_file_that_changes_between_its_hash_and_its_end_is_told_and_not_kept_u
 
 
 @pytest.mark.quick
-def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
+def test_a_file_name_that_is_not_utf_8_can_be_displayed(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("enough text for one sequence")
@@ -239,7 +241,7 @@ def test_a_name_that_is_no_utf_8_can_be_told(tmp_path):
 def test_lone_surrogates_become_text(tmp_path):
     samples = build(tmp_path, Given(text=("cut \ud83d in two",)))
     assert Bytes().build().decode(samples[0][:7]) == "cut \ufffd"
-    assert samples.index.repairs == {"replaced characters": 1}
+    assert samples.index.fixups == {"replaced characters": 1}
 
 
 class Parts(Given):
@@ -267,7 +269,7 @@ class Slow(Given):
 
 
 @pytest.mark.quick
-def test_progress_tells_how_far_and_how_long(tmp_path):
+def test_progress_has_bytes_tokens_and_eta(tmp_path):
     seen = []
     Slow(text=()).cache_entry(Bytes().build(), tmp_path).prepare(seen.append, 0)
     assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in [*range(1, 11), 10]]  # last: the end
@@ -276,7 +278,7 @@ def test_progress_tells_how_far_and_how_long(tmp_path):
 
 
 @pytest.mark.quick
-def test_hashes_are_remembered_only_of_settled_files(tmp_path, monkeypatch):
+def test_only_hashes_of_settled_files_are_cached(tmp_path, monkeypatch):
     path, memory = tmp_path / "a", tmp_path / "memory"
     path.write_text("one")
     with FileHashCache(memory) as hashes:
@@ -296,7 +298,7 @@ def test_hashes_are_remembered_only_of_settled_files(tmp_path, monkeypatch):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"a": 1}', '{"a": [1, 2]}'])
-def test_a_damaged_memory_is_no_memory(tmp_path, content):
+def test_a_damaged_hash_cache_is_ignored(tmp_path, content):
     (tmp_path / "memory").write_text(content)
     (tmp_path / "a").write_text("one")
     assert FileHashCache(tmp_path / "memory").sha256(tmp_path / "a") == hash_file(tmp_path / "a")

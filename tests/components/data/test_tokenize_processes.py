@@ -48,7 +48,7 @@ Many(kill_at=int(sys.argv[3]), by=getattr(signal, number) if number else 0).buil
 
 @dataclass(kw_only=True)
 class Many(TextSource):
-    """Two pieces, one of 20 documents of half a megabyte, one of five."""
+    """Two source files, one of 20 documents of half a megabyte, one of five."""
 
     kill_at: int
     by: int
@@ -58,13 +58,13 @@ class Many(TextSource):
             if number == self.kill_at and self.by:
                 print("half way", flush=True)
                 os.kill(os.getpid(), self.by)
-            log.repairs["line ends"] += 1
+            log.fixups["line ends"] += 1
             yield Document(f"{number} " * 200_000 if number % 7 else "  ", complete=number != 9)
 
     def fingerprint(self, hashes: FileHashCache) -> str:
         return "many"
 
-    def pieces(self, hashes: FileHashCache) -> list[SourceFile]:
+    def source_files(self, hashes: FileHashCache) -> list[SourceFile]:
         def read(start: int | None, stop: int | None, log: ReadStats) -> Iterator[Document]:
             return islice(self.documents(log), start, stop)
 
@@ -72,7 +72,7 @@ class Many(TextSource):
 
 
 @pytest.mark.parametrize("kill_at", [3, 15, 24])
-def test_a_killed_preparation_goes_on_and_gives_the_same_shards_byte_by_byte(tmp_path, monkeypatch, kill_at):
+def test_a_killed_preparation_continues_and_gives_identical_shards(tmp_path, monkeypatch, kill_at):
     with run(KILLED, tmp_path / "killed", "SIGKILL", kill_at) as process:
         assert process.wait() == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("Many-*"))
@@ -99,7 +99,7 @@ def closing_by(end: Callable[[], None]) -> Iterator[None]:
         end()
 
 
-def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path, monkeypatch):
+def test_leftovers_of_dead_processes_are_removed_and_not_those_of_living_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("components.atomic_files._ABANDONED_SECONDS", -1.0)
     with run(KILLED, tmp_path, "SIGSTOP", 24) as process, closing_by(process.kill):
         assert process.stdout is not None
@@ -111,9 +111,9 @@ def test_the_leavings_of_the_dead_are_swept_and_not_those_of_the_living(tmp_path
             raise InterruptedError
         process.kill()
         process.wait()
-        with atomic_directory(target) as aside:
+        with atomic_directory(target) as temporary:
             assert not leftover.exists()
-            (aside / "file").write_text("whole")
+            (temporary / "file").write_text("whole")
     assert target.name in {path.name for path in leftover.parent.iterdir()}
 
 
@@ -146,7 +146,7 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert all(output.endswith(f"{list(b'the s')}\n") for output in outputs)
     (directory,) = (tmp_path / "cache").glob("Racing-*")
-    assert sorted(path.name for path in directory.iterdir()) == ["index.json", "pieces.json", "segments.npy"]
+    assert sorted(path.name for path in directory.iterdir()) == ["index.json", "source_files.json", "spans.npy"]
     (shard,) = shards(tmp_path / "cache")
     assert sorted(path.name for path in shard.iterdir()) == ["documents.bin", "shard.json", "tokens.bin"]
 

@@ -1,4 +1,4 @@
-"""What is written is whole or not there, in files of the size asked for."""
+"""A written directory is complete or does not exist, with files of the requested size."""
 
 import json
 
@@ -44,14 +44,14 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5 bananas", "-1GB", "0", "0.1B", "9" * 400])
-def test_no_sizes(text):
-    with pytest.raises(ValueError, match="write 5GB"):
+def test_invalid_sizes(text):
+    with pytest.raises(ValueError, match="such as 5GB"):
         parse_bytes(text)
 
 
 def write(path, *, force=False, content="new", fail=False):
-    with new_directory(path, force=force) as aside:
-        (aside / "config.json").write_text(content)
+    with new_directory(path, force=force) as temporary:
+        (temporary / "config.json").write_text(content)
         if fail:
             raise KeyboardInterrupt
 
@@ -65,7 +65,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_is_there_is_replaced_only_by_force_and_only_if_an_export_wrote_all_of_it(tmp_path):
+def test_a_directory_is_replaced_only_with_force_and_only_if_an_export_wrote_all_of_it(tmp_path):
     model = tmp_path / "model"
     write(model, content="old")
     with pytest.raises(ValueError, match=r"is not empty; .* --force"):
@@ -78,12 +78,12 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_an_export_wrote_all
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     (model / "photographs").mkdir()
-    with pytest.raises(ValueError, match="holds photographs, which no export wrote"):
+    with pytest.raises(ValueError, match="holds photographs, which is not listed"):
         write(model, force=True)
     (tmp_path / "home").mkdir()
     for name in ("config.json", "letter"):
         (tmp_path / "home" / name).write_text("dear")
-        with pytest.raises(ValueError, match=r"holds config.json, which no export wrote"):
+        with pytest.raises(ValueError, match=r"holds config.json, which is not listed"):
             write(tmp_path / "home", force=True)
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         write(tmp_path / "home" / "letter")

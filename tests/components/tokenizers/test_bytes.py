@@ -17,7 +17,7 @@ def test_ids_are_the_bytes(text):
     assert Bytes().build().decode(ids) == text
 
 
-def test_the_end_of_a_document_is_no_byte():
+def test_the_end_of_a_document_is_not_a_byte():
     encoder = Bytes().build()
     assert encoder.vocab_size == 257
     assert encoder.end_of_document == 256
@@ -26,7 +26,7 @@ def test_the_end_of_a_document_is_no_byte():
     assert encoder.decode([104, 105, 256]) == "hi<|endoftext|>"
 
 
-def test_what_is_no_text_is_replaced_or_refused():
+def test_invalid_text_is_replaced_and_invalid_ids_are_refused():
     encoder = Bytes().build()
     assert encoder.decode([0xFF]) == "\ufffd"
     assert encoder.decode(encoder.encode_batch(["a\ud800b"])[0]) == "a\ufffdb"

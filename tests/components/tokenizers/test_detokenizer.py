@@ -1,4 +1,4 @@
-"""Text that streams out is whole characters, and all of it is what decoding at the end gives."""
+"""Streamed text consists of whole characters, and joined it equals the decoded ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ encoders = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 
 def pieces(encoder, ids, before=()) -> list[str]:
     stream = IncrementalDetokenizer(encoder.decode, before)
-    return [*(stream.push(id) for id in ids), stream.finish()]
+    return [*(stream.add(id) for id in ids), stream.finish()]
 
 
 @encoders
@@ -36,7 +36,7 @@ def test_a_character_comes_with_its_last_byte():
 
 
 def byte_fallback(ids):
-    """As SentencePiece's decoder in `tokenizers` does it: a run of bytes that is no text is broken byte by byte."""
+    """Decodes as SentencePiece in `tokenizers`: each byte of a run that is not valid text becomes U+FFFD."""
     try:
         return bytes(ids).decode()
     except UnicodeDecodeError:
@@ -46,7 +46,7 @@ def byte_fallback(ids):
 @pytest.mark.parametrize("before", ["", "so ", "🐋"])
 def test_a_decoder_that_breaks_every_byte_of_an_unfinished_run(before):
     stream = IncrementalDetokenizer(byte_fallback, before.encode())
-    found = [stream.push(id) for id in "🐋鯨aé🐋".encode()]
+    found = [stream.add(id) for id in "🐋鯨aé🐋".encode()]
     assert found == ["", "", "", "🐋", "", "", "鯨", "a", "", "é", "", "", "", "🐋"]
     assert stream.finish() == ""
 
@@ -70,14 +70,14 @@ def test_a_tokenizer_that_drops_the_space_of_a_first_token_does_not_drop_it_here
         return "".join(f" {id}" for id in ids)[1:]
 
     stream = IncrementalDetokenizer(decode, [1, 2])
-    assert [stream.push(3), stream.push(4), stream.finish()] == [" 3", " 4", ""]
+    assert [stream.add(3), stream.add(4), stream.finish()] == [" 3", " 4", ""]
 
 
-def test_an_id_that_stands_for_nothing_is_a_broken_character():
+def test_an_id_without_a_token_is_a_replacement_character():
     def decode(ids):
         if 9 in ids:
             raise ValueError("a hole")
         return bytes(ids).decode()
 
     stream = IncrementalDetokenizer(decode)
-    assert "".join([stream.push(65), stream.push(9), stream.push(66), stream.finish()]) == "A\ufffdB"
+    assert "".join([stream.add(65), stream.add(9), stream.add(66), stream.finish()]) == "A\ufffdB"

@@ -1,4 +1,4 @@
-"""tokenizer.json encodes as we do, whatever the vocabulary: holes, special tokens, bytes."""
+"""The converted tokenizer.json encodes identically, for any vocabulary: gaps, special tokens, bytes."""
 
 import base64
 from pathlib import Path
@@ -28,7 +28,7 @@ def same(encoder, theirs, text=TEXT):
 
 
 def holes(tmp_path: Path) -> Path:
-    """A rank file with a hole in its middle and one below its end."""
+    """A rank file with a gap in the middle and one before the end."""
     file = tmp_path / "holes.tiktoken"
     tokens = [bytes((byte,)) for byte in range(256)] + [b"th", b"the", b"he"]
     ranks = [*range(256), 300, 301, 400]
@@ -64,14 +64,14 @@ def test_bytes(tmp_path):
 def test_a_pattern_that_the_library_reads_otherwise_is_refused_before_writing(tmp_path):
     pattern = r"\p{L}{1,3}+|\p{N}{1,3}+|\s|[^\s\p{L}\p{N}]"  # {1,3}+ is possessive in one, a repetition in the other
     encoder = TiktokenFile(path=OWN, pattern=pattern).build()
-    with pytest.raises(ValueError, match="library would encode"):
+    with pytest.raises(ValueError, match="library encodes"):
         save(encoder, tmp_path, max_length=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_special_token_that_text_could_give_is_refused(tmp_path):
     encoder = TiktokenFile(path=OWN, pattern="gpt2", special_tokens=["<|endoftext|>", "def"]).build()
-    with pytest.raises(ValueError, match="'def' is an ordinary token"):
+    with pytest.raises(ValueError, match="'def' is also an ordinary token"):
         save(encoder, tmp_path, max_length=1)
 
 

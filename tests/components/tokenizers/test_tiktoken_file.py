@@ -104,7 +104,7 @@ def test_special_tokens_in_a_text_are_ordinary_text():
     assert encoder.byte_lengths[4095:].tolist() == [0, 0]
 
 
-def test_holes_between_ranks_are_no_ids(tmp_path):
+def test_gaps_between_ranks_are_not_ids(tmp_path):
     encoder = TiktokenFile(path=rank_file(tmp_path / "holes", {b"ab": 300}), pattern="gpt2").build()
     assert encoder.vocab_size == 302
     assert encoder.end_of_document == 301
@@ -124,8 +124,8 @@ def test_holes_between_ranks_are_no_ids(tmp_path):
         (line(b"a", 0) + b"YW%I= 3\n", ":2: expected `base64 rank`"),
         (line(b"a", 0) + line(b"b", -1), ":2: expected a token and a rank from 0"),
         (line(b"a", 0) + line(b"b", 10**15), ":2: expected a token and a rank from 0"),
-        (line(b"a", 0) + line(b"b", 1) + line(b"a", 2), ":3: .* was given before, on line 1"),
-        (line(b"a", 0) + line(b"b", 1) + line(b"c", 1), ":3: .* was given before, on line 2"),
+        (line(b"a", 0) + line(b"b", 1) + line(b"a", 2), ":3: .* is already on line 1"),
+        (line(b"a", 0) + line(b"b", 1) + line(b"c", 1), ":3: .* is already on line 2"),
         (b"\x00\xff\xfe garbage", ":1: expected `base64 rank`"),
     ],
 )
@@ -149,9 +149,9 @@ def test_no_bytes_crash_the_reader(tmp_path_factory, content):
 def test_bad_settings_name_their_key():
     with pytest.raises(FileNotFoundError, match=r"path: .*nowhere"):
         TiktokenFile(path=Path("nowhere"), pattern="gpt2").build()
-    with pytest.raises(ValueError, match="pattern: 'gpt3' is none of gpt2"):
+    with pytest.raises(ValueError, match="pattern: 'gpt3' is not one of gpt2"):
         TiktokenFile(path=SHIPPED, pattern="gpt3").build()
-    with pytest.raises(ValueError, match=r"pattern: .* no regular expression"):
+    with pytest.raises(ValueError, match=r"pattern: .* not a regular expression"):
         TiktokenFile(path=SHIPPED, pattern="(((").build()
     with pytest.raises(ValueError, match="end_of_document: '<eos>' is not among"):
         TiktokenFile(path=SHIPPED, pattern="gpt2", end_of_document="<eos>").build()
@@ -244,7 +244,7 @@ def test_llama3_has_its_special_tokens_where_meta_has_them(tmp_path):
     known = {"<|begin_of_text|>": 128_000, "<|start_header_id|>": 128_006, "<|end_header_id|>": 128_007}
     known |= {"<|eot_id|>": 128_009, "<|reserved_special_token_250|>": 128_255, "<|reserved_special_token_4|>": 128_008}
     assert {token: encoder.decode([number]) for token, number in known.items()} == {token: token for token in known}
-    with pytest.raises(ValueError, match=r"end_of_document: .* that of Llama 3 is '<\|end_of_text\|>'"):
+    with pytest.raises(ValueError, match=r"end_of_document: .* for Llama 3, set it to '<\|end_of_text\|>'"):
         TiktokenFile(path=tmp_path / "tokenizer.model", pattern="llama3", special_tokens="llama3").build()
 
 
@@ -274,7 +274,7 @@ def test_encodings_of_tiktoken_by_name(rank_files, tmp_path, monkeypatch):
     text = "def f(x):\r\n    return 'It\u2019s 12345' <|endoftext|>"
     assert encoder.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
     assert encoder.byte_lengths[[100_256, 100_257, 100_270]].tolist() == [0, 0, 0]  # holes and special tokens
-    with pytest.raises(ValueError, match="name: 'gpt7' is none of gpt2"):
+    with pytest.raises(ValueError, match="name: 'gpt7' is not one of gpt2"):
         TiktokenEncoding(name="gpt7").build()
     with pytest.raises(ValueError, match="end_of_document: '</s>' is not among"):
         TiktokenEncoding(name="cl100k_base", end_of_document="</s>").build()

@@ -66,7 +66,7 @@ def test_mistakes_name_the_file(tmp_path, pair):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         TokenizerJson(path=file).build()
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
         TokenizerJson(path=file).build()
     pair[1].hugging_face().save(str(file))
     with pytest.raises(ValueError, match="has no token '<eos>'"):

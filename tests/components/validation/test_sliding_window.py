@@ -1,4 +1,4 @@
-"""Every token of every document once, with the context the definition gives it: against one token at a time."""
+"""Every token of every document is counted once, with the context of its window: checked one token at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from components.validation import SlidingWindow, UnreadableError
-from components.validation.sliding_window import windows
+from components.validation.sliding_window import sliding_windows
 
 pytestmark = pytest.mark.quick
 
@@ -77,8 +77,8 @@ def test_each_token_is_predicted_once_with_the_context_of_its_window(size, strid
 
 
 def test_a_stride_of_one_gives_every_token_a_full_window():
-    assert all(window.end - window.start == 6 for window in windows([30], 6, 1))
-    assert sum(window.counted for window in windows([30], 6, 1)) == 30
+    assert all(window.end - window.start == 6 for window in sliding_windows([30], 6, 1))
+    assert sum(window.counted for window in sliding_windows([30], 6, 1)) == 30
 
 
 def test_the_shares_of_ranks_add_up():
@@ -103,7 +103,7 @@ def test_a_stride_that_would_skip_or_stand_still_is_refused(stride):
         SlidingWindow(Texts(), VOCAB, END, 6, stride, 2)
 
 
-def test_a_document_that_cannot_be_used_is_told_after_the_last_forward_pass():
+def test_an_invalid_document_is_reported_after_the_last_forward_pass():
     class Bad(Texts):
         def tokens(self, start, count):
             if start >= 12:

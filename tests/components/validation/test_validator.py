@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from components.interfaces import DataConfig
 from components.validation import UnreadableError, ValidationConfig
+from recipes.config.imports import protocol_error
 
 pytestmark = pytest.mark.quick
 
@@ -43,9 +45,12 @@ class Source:
 
 
 def build(**keys):
-    return ValidationConfig(data=Source(), **keys).open(
-        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
-    )
+    return open_validator(ValidationConfig(data=Source(), **keys), Text())
+
+
+def open_validator(config, tokenizer):
+    dataset = config.data.build(tokenizer=tokenizer, sequence_length=LENGTH, cache_dir=None, progress=print)
+    return config.build(dataset, tokenizer=tokenizer, sequence_length=LENGTH)
 
 
 def by_hand(samples):
@@ -60,7 +65,7 @@ def test_loss_perplexity_and_bits_per_byte(micro, limit):
     validation = build(micro_batch_size=micro, max_sequences=limit)
     numbers = validation.evaluate(Bigram(), Alone(), nullcontext)
     nats, byte_count, tokens = by_hand(
-        [validation.samples[index] for index in ([0, 1, 3, 5] if limit == 4 else range(COUNT))]
+        [validation.dataset[index] for index in ([0, 1, 3, 5] if limit == 4 else range(COUNT))]
     )
     # float32 sums of some forty terms
     assert numbers["val_loss"] == pytest.approx(nats / tokens, rel=1e-6)
@@ -73,8 +78,8 @@ def test_bytes_are_counted_beyond_what_float32_holds():
         byte_lengths = np.arange(VOCAB) * (2**22 + 1)
 
     held_out = ValidationConfig(data=Source(), micro_batch_size=COUNT)
-    validation = held_out.open(tokenizer=Long(), sequence_length=LENGTH, cache_dir=None, progress=print)
-    _, byte_count, _ = by_hand(validation.samples)
+    validation = open_validator(held_out, Long())
+    _, byte_count, _ = by_hand(validation.dataset)
     assert validation.totals(Bigram(), Alone(), nullcontext).bytes == byte_count * (2**22 + 1)
 
 
@@ -93,7 +98,7 @@ def test_ranks_share_the_sequences_and_each_counts_once():
     for world in worlds:
         with suppress(ZeroDivisionError):  # one rank's own share may be empty; the real sum is not
             validation.evaluate(Bigram(), world, nullcontext)
-    nats, byte_count, tokens = by_hand(validation.samples)
+    nats, byte_count, tokens = by_hand(validation.dataset)
     total = sum(world.seen for world in worlds)
     assert total.tolist() == pytest.approx([nats, tokens, byte_count], rel=1e-6)
 
@@ -111,7 +116,7 @@ def test_a_part_is_spread_over_all_of_the_text(count, limit):
             return range(count)
 
     held_out = ValidationConfig(data=Long(), max_sequences=limit)
-    indices = held_out.open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print).indices
+    indices = open_validator(held_out, Text()).indices
     assert len(set(indices)) == limit
     assert all(abs(index - number * count / limit) < 1 for number, index in enumerate(indices))
 
@@ -128,8 +133,8 @@ def test_a_part_of_a_mixture_has_its_weights_and_all_of_it_counts_once():
 
     def measured(limit):
         held_out = ValidationConfig(data=Sources(), max_sequences=limit)
-        opened = held_out.open(tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print)
-        return opened.totals(Bigram(), Alone(), nullcontext).nats, opened.samples
+        validator = open_validator(held_out, Text())
+        return validator.totals(Bigram(), Alone(), nullcontext).nats, validator.dataset
 
     nats, samples = measured(3)
     assert nats == pytest.approx(by_hand([samples[0], samples[1], samples[4]])[0], rel=1e-6)
@@ -138,7 +143,7 @@ def test_a_part_of_a_mixture_has_its_weights_and_all_of_it_counts_once():
 
 
 @pytest.mark.parametrize("what", ["raises", "high", "negative", "short"])
-def test_what_cannot_be_used_is_told_after_the_last_forward_pass(what):
+def test_an_invalid_sequence_is_reported_after_the_last_forward_pass(what):
     class Bad(Source):
         def build(self, **how):
             samples = super().build(**how)
@@ -160,11 +165,14 @@ def test_what_cannot_be_used_is_told_after_the_last_forward_pass(what):
             self.calls += 1
             return super().forward(tokens, labels)
 
-    validation = ValidationConfig(data=Bad(), micro_batch_size=2).open(
-        tokenizer=Text(), sequence_length=LENGTH, cache_dir=None, progress=print
-    )
+    validation = open_validator(ValidationConfig(data=Bad(), micro_batch_size=2), Text())
     model = Counting()
     expected = {"raises": "Input/output", "high": "id 11 is outside", "negative": "id -1 is", "short": "6 token ids"}
     with pytest.raises(UnreadableError, match=expected[what]):
         validation.evaluate(model, Alone(), nullcontext)
     assert model.calls == 4, "other ranks take part in each"
+
+
+def test_a_validation_section_is_not_accepted_as_data():
+    assert protocol_error(Source, DataConfig) is None
+    assert protocol_error(ValidationConfig, DataConfig) is not None

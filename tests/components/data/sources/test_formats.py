@@ -62,12 +62,12 @@ def test_parquet_as_pyarrow_wrote_it(tmp_path):
         table = pa.table({"id": list(range(40)), "text": pa.array(TEXTS).cast(kind)})
         pa.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
     assert read(TextFiles(path=tmp_path))[0] == TEXTS * 3
-    with pytest.raises(ValueError, match=r"c\.parquet row 0: no text under text_key = 'id', but 0"):
+    with pytest.raises(ValueError, match=r"c\.parquet row 0: expected text under text_key = 'id', found 0"):
         read(TextFiles(path=tmp_path / "c.parquet", text_key="id"))
     with pytest.raises(ValueError, match=r"no text under text_key = 'body'; the file has id, text"):
         read(TextFiles(path=tmp_path / "c.parquet", text_key="body"))
     (tmp_path / "d.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"d\.parquet is damaged, or no Parquet file"):
+    with pytest.raises(ValueError, match=r"d\.parquet is damaged, or is not a Parquet file"):
         read(TextFiles(path=tmp_path / "d.parquet"))
 
 
@@ -83,7 +83,7 @@ def test_a_zstandard_file_of_several_frames_is_whole_and_a_cut_one_is_damaged(tm
     assert read(TextFiles(path=path))[0] == [text]
     for content in (b"".join(frames)[:-5], frames[0] + b"plain text", b"plain text"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged, or no \.zst file"):
+        with pytest.raises(ValueError, match=r"a\.txt\.zst is damaged, or is not a \.zst file"):
             read(TextFiles(path=path))
 
 
@@ -110,17 +110,21 @@ def test_an_array_is_read_whatever_the_blocks(tmp_path_factory, rows, indent, bl
         ("a.json", '[{"text": "x"}, {"text": ', r"a\.json item 1: expected a JSON object, found"),
         ("a.json", '[{"text": "x"} {"text": "y"}]', r"a\.json item 1: expected ',', found"),
         ("a.json", '[{"text": "x"}, 7]', r"a\.json item 1: expected a JSON object, found 7"),
-        ("a.json", '[{"text": "x"}]\n[{"text": "y"}]', r"a\.json: after its array of 1 items comes '\[\{"),
-        ("a.json", '[]\n{"text": "y"}', r"a\.json: after its array of 0 items comes"),
-        ("a.jsonl.zst", "", r"a\.jsonl\.zst is damaged, or no \.zst file: it holds no bytes"),
-        ("a.json", '[{"body": "x"}]', r"a\.json item 0: no text under text_key = 'text'; it has body"),
+        (
+            "a.json",
+            '[{"text": "x"}]\n[{"text": "y"}]',
+            r"a\.json: expected the end after an array of 1 items, found '\[\{",
+        ),
+        ("a.json", '[]\n{"text": "y"}', r"a\.json: expected the end after an array of 0 items"),
+        ("a.jsonl.zst", "", r"a\.jsonl\.zst is damaged, or is not a \.zst file: it is empty"),
+        ("a.json", '[{"body": "x"}]', r"a\.json item 0: no text under text_key = 'text'; the object has body"),
         ("a.csv", "id,body\n1,x\n", r"a\.csv:1: no text under text_key = 'text'; the header has body, id"),
-        ("a.csv", "id,text\n1,x\n2\n", r"a\.csv:3: 1 fields where the header has 2"),
+        ("a.csv", "id,text\n1,x\n2\n", r"a\.csv:3: 1 fields, but the header has 2"),
         ("a.csv", 'id,text\n1,"x\n', r"a\.csv:\d: unexpected end of data"),
         ("a.csv", 'id,text\n1,"x"y\n', r"a\.csv:2: "),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(tmp_path, name, content, message):
+def test_an_error_names_its_place(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(TextFiles(path=write(tmp_path / name, content)))
 
@@ -128,7 +132,7 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, name, content, message):
 def test_a_line_without_end_is_no_line(tmp_path, monkeypatch):
     monkeypatch.setattr("components.data.sources.text_io.MAX_LINE_BYTES", 100)
     path = write(tmp_path / "a.jsonl", '{"text": "short"}\n{"text": "' + "long" * 50 + '"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: a line of more than 100 bytes"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: a line has more than 100 bytes"):
         read(TextFiles(path=path))
 
 

@@ -37,7 +37,7 @@ def test_without_a_network_the_cache_of_the_library_serves(tales, tmp_path):
     # as the library keeps a data set `me/tales` of the Hub
     shutil.copytree(tmp_path / "cache" / "tales", tmp_path / "cache" / "me___tales")
     assert texts("hf://me/tales/default/train") == ["one", "two\nlines", "three"]
-    with pytest.raises(ValueError, match=r"hf://me/others/default/train cannot be reached .* nor is it in the cache"):
+    with pytest.raises(ValueError, match=r"hf://me/others/default/train cannot be reached .* is not in the cache"):
         texts("hf://me/others/default/train")
 
 
@@ -58,10 +58,10 @@ def test_the_fingerprint_follows_what_the_documents_depend_on(tales, tmp_path):
     assert fingerprint(f"hf://{tales}/default/train") != local
 
 
-def test_mistakes_are_told(tales):
+def test_mistakes_are_reported(tales):
     with pytest.raises(ValueError, match=r'^path: .* is not of the form "hf://dataset/config/split"'):
         HuggingFaceDataset(path="hf://tales/train")
-    with pytest.raises(ValueError, match=r"row 0: no text under text_key = 'body'; it has text"):
+    with pytest.raises(ValueError, match=r"row 0: no text under text_key = 'body'; the row has text"):
         texts(f"hf://{tales}/default/train", text_key="body")
     with pytest.raises(ValueError, match=r"^path: hf://.*/nosplit: "):
         texts(f"hf://{tales}/default/nosplit")

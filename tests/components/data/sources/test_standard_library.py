@@ -38,7 +38,7 @@ def test_the_split_of_a_file_is_fixed():
     assert {name: split_of(name) for name in GOLDEN} == GOLDEN
 
 
-def test_what_is_no_library_text_is_left_out():
+def test_other_files_of_the_library_are_skipped():
     everything = names("train") | names("validation") | names("test")
     parts = {part for name in everything for part in name.split("/")}
     assert not parts & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__", "tkinter"}
@@ -73,4 +73,4 @@ def test_files_are_decoded_as_their_coding_comment_says(tmp_path, monkeypatch):
     log = ReadStats()
     texts = [document.text for document in StandardLibrary().documents(log)]
     assert texts == ["# -*- coding: latin-1 -*-\ns = 'é'\n", "s = '\ufffd'\n"]
-    assert log.repairs == {"line ends": 2, "replaced characters": 1}
+    assert log.fixups == {"line ends": 2, "replaced characters": 1}

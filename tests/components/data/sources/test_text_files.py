@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 
 
 def read(source: TextFiles) -> tuple[list[str], Counter[str]]:
-    """Documents, put together from their parts, and what was repaired."""
+    """Return the documents, joined from their parts, and the fixups."""
     log, documents, parts = ReadStats(), [], []
     for document in source.documents(log):
         parts.append(document.text)
@@ -25,7 +25,7 @@ def read(source: TextFiles) -> tuple[list[str], Counter[str]]:
             parts = []
     assert not parts
     assert log.source_bytes == source.size_bytes()
-    return documents, log.repairs
+    return documents, log.fixups
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -75,13 +75,13 @@ def test_folders_that_are_links_are_followed_and_none_is_read_twice(tmp_path):
     assert read(TextFiles(path=tmp_path / "books"))[0] == ["first", "second", "third"]
 
 
-def test_marks_line_ends_and_bad_bytes_are_put_right_and_counted(tmp_path):
+def test_marks_line_ends_and_bad_bytes_are_fixed_and_counted(tmp_path):
     write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     write(tmp_path / "b.txt", b"bad \xff\xfe, cut \xe4\xbd, kept \xef\xbf\xbd")
     write(tmp_path / "c.jsonl", b'\xef\xbb\xbf{"text": "x\\r\\ny \xff"}\r\n')
-    documents, repairs = read(TextFiles(path=tmp_path))
+    documents, fixups = read(TextFiles(path=tmp_path))
     assert documents == ["one\ntwo\nthree\n", "bad \ufffd\ufffd, cut \ufffd, kept \ufffd", "x\ny \ufffd"]
-    assert repairs == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
+    assert fixups == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,7 +103,7 @@ def test_blocks_split_no_character_and_no_line_end(tmp_path_factory, data, block
     whole = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
     assert text == whole.replace("\r\n", "\n").replace("\r", "\n")
     genuine = data.removeprefix(b"\xef\xbb\xbf").count("\ufffd".encode())
-    assert log.repairs["replaced characters"] == whole.count("\ufffd") - genuine
+    assert log.fixups["replaced characters"] == whole.count("\ufffd") - genuine
 
 
 def test_a_separator_cuts_a_file_into_documents(tmp_path):
@@ -129,8 +129,8 @@ def test_long_documents_come_in_parts_and_lose_nothing(tmp_path, monkeypatch, se
     [
         ('{"text": "cut off', r"a\.jsonl:2: expected a JSON object on each line"),
         ('["text"]', r"a\.jsonl:2: expected a JSON object, found"),
-        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; it has body, id"),
-        ('{"text": null}', r"a\.jsonl:2: no text under text_key = 'text', but null$"),
+        ('{"body": "x", "id": 1}', r"a\.jsonl:2: no text under text_key = 'text'; the object has body, id"),
+        ('{"text": null}', r"a\.jsonl:2: expected text under text_key = 'text', found null$"),
         ("[" * 100_000, r"a\.jsonl:2: expected a JSON object"),
     ],
 )
@@ -142,14 +142,14 @@ def test_a_bad_line_stops_with_file_and_line(tmp_path, line, message):
 
 @pytest.mark.parametrize("between", [b"", b"\0" * 70_000])
 def test_bytes_after_the_end_of_a_gz_are_left_out_and_counted(tmp_path, between):
-    """The text is longer than a block, and its last part is read, too. Zeros, which tapes write, are no such bytes."""
+    """The text is longer than a block, and its last part is read, too. Zeros, which tapes write, do not count."""
     text = "some words " * 500_000
     members = gzip.compress(text[:99].encode()) + between + gzip.compress(text[99:].encode(), 1)
     for rest, counted in ((b"", 0), (b"\0" * 600, 0), (b"\x1f", 1), (b"<html>" * 30_000, 180_000)):
         path = write(tmp_path / "a.txt.packed", members + rest).rename(tmp_path / "a.txt.gz")
-        documents, repairs = read(TextFiles(path=path))
+        documents, fixups = read(TextFiles(path=path))
         assert documents == [text]
-        assert repairs == Counter({"bytes after the end of a .gz": counted} if counted else {})
+        assert fixups == Counter({"bytes after the end of a .gz": counted} if counted else {})
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
@@ -161,7 +161,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name} is damaged, or no \.gz file"):
+        with pytest.raises(ValueError, match=rf"{name} is damaged, or is not a \.gz file"):
             read(TextFiles(path=path))
     with pytest.raises(ValueError, match="is UTF-16; convert it"):
         read(TextFiles(path=write(tmp_path / "wide.txt", "text".encode("utf-16"))))
@@ -171,15 +171,15 @@ def test_paths_that_lead_nowhere_name_their_key(tmp_path):
     write(tmp_path / "a.doc", "")
     with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere matches no file"):
         TextFiles(path=tmp_path / "nowhere").files()
-    with pytest.raises(ValueError, match=r"^path: .* matches 1 files, none of which ends in \.txt"):
+    with pytest.raises(ValueError, match=r"^path: .* matches 1 files, but none ends in \.txt"):
         TextFiles(path=tmp_path).files()
     with pytest.raises(ValueError, match=r"a\.doc does not end in \.txt"):
         TextFiles(path=tmp_path / "a.doc").files()
-    with pytest.raises(ValueError, match="matches 1 files, none of which"):
+    with pytest.raises(ValueError, match="matches 1 files, but none ends"):
         TextFiles(path=tmp_path / "*").files()
     with pytest.raises(ValueError, match=r"^document_separator: "):
         TextFiles(path=tmp_path, document_separator="")
-    with pytest.raises(ValueError, match=r"^document_separator: '\\r\\n' is nowhere"):
+    with pytest.raises(ValueError, match=r"^document_separator: '\\r\\n' can never match"):
         TextFiles(path=tmp_path, document_separator="\r\n")
 
 
@@ -205,16 +205,16 @@ def test_the_fingerprint_is_of_content_order_and_settings_and_not_of_the_place(t
 
 
 def test_the_messy_file_is_read_as_its_clean_text(texts):
-    (document,), repairs = read(TextFiles(path=texts / "messy"))
+    (document,), fixups = read(TextFiles(path=texts / "messy"))
     verbatim = next((texts / "messy").iterdir()).read_bytes()
     assert document == verbatim.decode("utf-8-sig").replace("\r\n", "\n")
-    assert repairs == {"byte-order marks": 1, "line ends": verbatim.count(b"\r\n")}
+    assert fixups == {"byte-order marks": 1, "line ends": verbatim.count(b"\r\n")}
 
 
 def test_c4_and_peps_are_read_as_json_lines(texts):
-    documents, repairs = read(TextFiles(path=texts / "c4"))
+    documents, fixups = read(TextFiles(path=texts / "c4"))
     assert len(documents) == 20
-    assert not repairs
+    assert not fixups
     valid = [
         json.loads(line)["text"] for line in gzip.decompress((texts / "peps/valid.jsonl.gz").read_bytes()).splitlines()
     ]
@@ -226,7 +226,7 @@ def test_tinystories_are_five(texts):
     assert len([story for story in stories if story.strip()]) == 5
 
 
-def test_a_folder_that_exists_is_no_pattern(tmp_path):
+def test_an_existing_folder_is_not_a_pattern(tmp_path):
     """The folder a recipe lies in is put before its relative paths, and may be called anything."""
     folder = tmp_path / "run[1]" / "a*"
     folder.mkdir(parents=True)

@@ -45,7 +45,7 @@ def build(path, tokenizer=None, sequence_length=2, progress=None, **settings):
 
 
 def all_tokens(samples) -> list[int]:
-    return samples.tokens(0, len(samples.stored)).tolist()
+    return samples.tokens(0, len(samples.reader)).tolist()
 
 
 @pytest.mark.parametrize("dtype", MEGATRON)
@@ -71,7 +71,7 @@ def test_nanogpt_files_as_its_prepare_scripts_write_them(tmp_path, dtype):
 
 
 def write_index(path, code, lengths, pointers, starts):
-    """As the published layout has it."""
+    """Write a file in the published layout."""
     header = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
     counts = struct.pack("<QQ", len(lengths), len(starts))
     arrays = (
@@ -105,7 +105,7 @@ def test_sequences_are_read_in_the_order_of_the_index(tmp_path_factory, sequence
     assert all_tokens(build(folder / "m.bin", progress=lambda line: None)) == expected
 
 
-def test_documents_without_their_end_are_remarked(tmp_path):
+def test_documents_without_end_tokens_are_reported(tmp_path):
     lines: list[str] = []
     (tmp_path / "m.bin").write_bytes(np.array([1, 2, 3, 4, 5, 6], "<u2").tobytes())
     write_index(tmp_path / "m.idx", 8, [3, 3], [0, 6], [0, 1, 2])
@@ -117,13 +117,13 @@ def test_documents_without_their_end_are_remarked(tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"MMIDIDX", "is no index of Megatron-LM"),
-        (b"TNTIDX\x00\x00" + bytes(40), "is no index of Megatron-LM"),
-        (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 6, 1, 1), "version 1 with ids of type 6"),
+        (b"MMIDIDX", "is not an index of Megatron-LM"),
+        (b"TNTIDX\x00\x00" + bytes(40), "is not an index of Megatron-LM"),
+        (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 6, 1, 1), "version 1, type code 6"),
         (b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 2**60, 1), "is truncated"),
     ],
 )
-def test_indexes_that_are_none_are_refused(tmp_path, index, message):
+def test_invalid_indexes_are_refused(tmp_path, index, message):
     (tmp_path / "m.bin").write_bytes(bytes(100))
     (tmp_path / "m.idx").write_bytes(index)
     with pytest.raises(ValueError, match=rf"m\.idx.* {message}|m\.idx: {message}"):
@@ -133,26 +133,26 @@ def test_indexes_that_are_none_are_refused(tmp_path, index, message):
 @pytest.mark.parametrize(
     ("lengths", "pointers", "starts", "message"),
     [
-        ([3], [1], [0, 1], "points between ids"),
-        ([-3], [0], [0, 1], "points between ids"),
+        ([3], [1], [0, 1], "does not start at an id"),
+        ([-3], [0], [0, 1], "does not start at an id"),
         ([60], [0], [0, 1], r"m\.bin is truncated"),
-        ([30], [0], [0, 1], r"m\.idx is the index of another file: it ends at byte 60 of 100"),
-        ([50], [0], [1, 0], "out of order"),
-        ([50], [0], [0, 2], "out of order"),
+        ([30], [0], [0, 1], r"m\.idx is the index of another file: it covers 60 of 100 bytes"),
+        ([50], [0], [1, 0], "not in order"),
+        ([50], [0], [0, 2], "not in order"),
     ],
 )
-def test_indexes_that_lead_astray_are_refused(tmp_path, lengths, pointers, starts, message):
+def test_inconsistent_indexes_are_refused(tmp_path, lengths, pointers, starts, message):
     (tmp_path / "m.bin").write_bytes(bytes(100))
     write_index(tmp_path / "m.idx", 8, lengths, pointers, starts)
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "m.bin")
 
 
-def test_other_mistakes_are_told(tmp_path):
+def test_other_mistakes_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere\.bin does not exist"):
         build(tmp_path / "nowhere.bin")
     (tmp_path / "odd.bin").write_bytes(bytes(101))
-    with pytest.raises(ValueError, match=r"odd\.bin holds 101 bytes, which are no whole uint16 ids"):
+    with pytest.raises(ValueError, match=r"odd\.bin has 101 bytes, not a multiple of the size of uint16"):
         build(tmp_path / "odd.bin")
     np.full(100, 300, "<u2").tofile(tmp_path / "large.bin")
     with pytest.raises(ValueError, match=r"large\.bin: token id 300 is outside the vocabulary of 257"):
@@ -165,5 +165,5 @@ def test_other_mistakes_are_told(tmp_path):
     np.zeros(100, "<u2").tofile(tmp_path / "a.bin")
     write_index(tmp_path / "b.idx", 4, [25], [0], [0, 1])
     (tmp_path / "b.bin").write_bytes(bytes(100))
-    with pytest.raises(ValueError, match=r"path: files of different types cannot be one source: .*a\.bin uint16"):
+    with pytest.raises(ValueError, match=r"path: all files must have the same dtype: .*a\.bin uint16"):
         build([tmp_path / "a.bin", tmp_path / "b.bin"])
