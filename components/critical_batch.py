@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 
-def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: float) -> list[float]:
+def smooth_losses(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: float) -> list[float]:
     """The exponential moving average of each step's loss and those before it, without the bias of its start.
 
     It decays by 1/e over `smoothing_tokens`. A step counts for the `tokens` it took, so runs whose batches differ are
@@ -23,7 +23,7 @@ def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: f
     return curve
 
 
-def within(loss: float, first: float, tolerance: float) -> bool:
+def is_within_tolerance(loss: float, first: float, tolerance: float) -> bool:
     """Whether a branch's loss is at most `tolerance` above that of the first branch; one that is not finite is not."""
     return loss - first <= tolerance if math.isfinite(loss) else False
 
@@ -35,7 +35,7 @@ def largest_factor(factors: Sequence[int], losses: Sequence[float], tolerance: f
     """
     best = factors[0]
     for factor, loss in zip(factors, losses, strict=True):
-        if not within(loss, losses[0], tolerance):
+        if not is_within_tolerance(loss, losses[0], tolerance):
             break
         best = factor
     return best

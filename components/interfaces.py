@@ -26,7 +26,7 @@ class Comm(Protocol):
     def size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return `tensor` added over all processes, in place."""
         ...
 
@@ -40,7 +40,7 @@ class WorldComm(Comm, Protocol):
         ...
 
     @property
-    def waiting(self) -> dist.ProcessGroup | None:
+    def long_timeout_group(self) -> dist.ProcessGroup | None:
         """A second group, for collectives of other threads than the training loop's."""
         ...
 

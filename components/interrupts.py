@@ -92,7 +92,7 @@ class StopRequests:
         """The largest request that all processes agreed on and that was not met yet."""
         self._looked_at = 0.0
 
-    def pending(self) -> int:
+    def poll(self) -> int:
         """NONE, SAVE, or a number that `stops`."""
         if self.signals.received:
             return _SIGNALS + self.signals.received
@@ -102,13 +102,13 @@ class StopRequests:
             return TIME_LIMIT
         return SAVE if self.signals.save else NONE
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """The request to save was met. Call on all ranks: a signal may have reached one of them, or each."""
         self.signals.save = False
         if self.agreed == SAVE:
             self.agreed = NONE
 
-    def clear_file(self) -> None:
+    def remove_stop_file(self) -> None:
         """Remove the stop file: it has been obeyed, or was meant for a run before."""
         if self.file is not None:
             with suppress(OSError):

@@ -27,19 +27,19 @@ from models.loss import VocabReduce, chunked_cross_entropy, working_bytes
 from models.mkldnn_linear import use_mkldnn_linear
 from models.moe import MoE
 from models.presets import LlamaShape
-from models.rope import RopeFrequencies, rope_frequencies, rope_table, rotate
+from models.rope import RopeFrequencies, apply_rope, rope_frequencies, rope_table
 from models.router_loss import RouterLoss, RouterLossConfig
 
 
 class Decoder(nn.Module):
-    """Llama. `size` and `vocab_size` fix the function; `init_std` and `depth_scaled_init` where training starts.
+    """Llama. `shape` and `vocab_size` fix the function; `init_std` and `depth_scaled_init` where training starts.
 
     `router` says what routers are trained for besides, if there are experts.
     """
 
     def __init__(
         self,
-        size: LlamaShape,
+        shape: LlamaShape,
         vocab_size: int,
         *,
         init_std: float = 0.02,
@@ -47,16 +47,18 @@ class Decoder(nn.Module):
         router: RouterLossConfig | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.vocab_size = size, vocab_size
+        self.shape, self.vocab_size = shape, vocab_size
         self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
-        self.mup = size.mup
-        self.rope_frequencies = RopeFrequencies(rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling))
+        self.mup = shape.mup
+        self.rope_frequencies = RopeFrequencies(
+            rope_frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)
+        )
 
-        self.tok_embeddings = nn.Embedding(vocab_size, size.dim)
-        self.layers = nn.ModuleDict({str(i): Block(size) for i in range(size.layers)})
-        self.norm = RMSNorm(size.dim, size.norm_eps)
-        self.output = LMHead(size.dim, vocab_size, tied=size.tied_embeddings)
-        self.router_loss = RouterLoss(size.experts, router or RouterLossConfig()) if size.experts else None
+        self.tok_embeddings = nn.Embedding(vocab_size, shape.dim)
+        self.layers = nn.ModuleDict({str(i): Block(shape) for i in range(shape.layers)})
+        self.norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.output = LMHead(shape.dim, vocab_size, tied=shape.tied_embeddings)
+        self.router_loss = RouterLoss(shape.experts, router or RouterLossConfig()) if shape.experts else None
         self.end_of_document: int | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
@@ -73,18 +75,18 @@ class Decoder(nn.Module):
         for layer, context in zip(self.layers.values(), contexts, strict=True):
             x_BTD = layer(x_BTD, rope, context)
             if self.router_loss is not None:
-                x_BTD, of_layer = x_BTD
-                routing.append(of_layer)
+                x_BTD, layer_routing = x_BTD
+                routing.append(layer_routing)
         if cache is not None:
             x_BTD = x_BTD[:, -1:]
         x_BTD = self.norm(x_BTD)
         if self.mup is not None:  # before the head, whose logits are many, and for the loss never exist at one time
-            x_BTD = x_BTD / self.mup.width_multiple(self.size.dim)
-        tied_weight_VD = self.tok_embeddings.weight if self.size.tied_embeddings else None
+            x_BTD = x_BTD / self.mup.width_multiple(self.shape.dim)
+        tied_weight_VD = self.tok_embeddings.weight if self.shape.tied_embeddings else None
         logits_or_loss: Tensor = self.output(x_BTD, labels_BT, tied_weight_VD)
         if self.router_loss is not None and labels_BT is not None and self.training:
-            besides = self.router_loss(routing)
-            logits_or_loss = logits_or_loss + (besides - besides.detach())
+            aux_loss = self.router_loss(routing)
+            logits_or_loss = logits_or_loss + (aux_loss - aux_loss.detach())
         return logits_or_loss
 
     def _contexts(
@@ -101,11 +103,11 @@ class Decoder(nn.Module):
         if self.end_of_document is None:
             return rope, [None] * len(self.layers)
         starts_BT = tokens_BT == self.end_of_document
-        return rope[:, document_positions(starts_BT)], [document_attention(starts_BT, self.size.head_width)] * len(
+        return rope[:, document_positions(starts_BT)], [document_attention(starts_BT, self.shape.head_width)] * len(
             self.layers
         )
 
-    def separate_documents(self, end_of_document: int) -> None:
+    def enable_document_masking(self, end_of_document: int) -> None:
         """From now on that token starts a document: none sees one of another, and positions count from the start."""
         self.end_of_document = end_of_document
 
@@ -113,7 +115,7 @@ class Decoder(nn.Module):
         """For `capacity` tokens of as many rows as `padding` has numbers: slots to leave before each row's first."""
         weight = self.tok_embeddings.weight
         return KeyValueCache(
-            self.size,
+            self.shape,
             self.rope_frequencies.on(weight.device),
             padding=padding,
             capacity=capacity,
@@ -121,7 +123,7 @@ class Decoder(nn.Module):
             dtype=weight.dtype,
         )
 
-    def pack(self) -> None:
+    def use_mkldnn_linear(self) -> None:
         """Make generation on a CPU faster, for good: afterwards there is no loss, nothing to train and to save."""
         use_mkldnn_linear(self, self.tok_embeddings.weight)
 
@@ -142,14 +144,14 @@ class Decoder(nn.Module):
         """
         if "norm" in name:
             return None
-        std = self.init_std if self.mup is None else self.init_std * self.mup.init_std_factor(name, self.size.dim)
+        std = self.init_std if self.mup is None else self.init_std * self.mup.init_std_factor(name, self.shape.dim)
         if self.depth_scaled_init and name.endswith((".wo.weight", ".w_down.weight")):
-            return std / math.sqrt(2 * self.size.layers)
+            return std / math.sqrt(2 * self.shape.layers)
         return std
 
     def lr_multiplier(self, name: str) -> float:
         """Factor on the learning rate of the parameter `name`."""
-        return 1.0 if self.mup is None else self.mup.lr_factor(name, self.size.dim)
+        return 1.0 if self.mup is None else self.mup.lr_factor(name, self.shape.dim)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations per token, forward and backward: 6 per matrix parameter, 12 L H C T for attention.
@@ -157,15 +159,15 @@ class Decoder(nn.Module):
         As PaLM (arXiv 2204.02311, appendix B) counts: two per multiply-add, backward twice forward, the head included,
         the embedding look-up not, and attention over the full square, its causal half not deducted.
         """
-        head = self.vocab_size * self.size.dim
-        attention = self.size.layers * self.size.heads * self.size.head_width * sequence_length
+        head = self.vocab_size * self.shape.dim
+        attention = self.shape.layers * self.shape.heads * self.shape.head_width * sequence_length
         return 6.0 * (self.active_parameters() + head) + 12.0 * attention
 
     def active_parameters(self) -> int:
         """Entries of the matrices that one token meets in the layers: of the experts, those it is sent to."""
         matrices = [p for layer in self.layers.values() for p in layer.parameters() if p.dim() > 1]
         experts = sum(p.numel() for p in matrices if p.dim() == 3)
-        idle = experts // self.size.experts * (self.size.experts - self.size.top_k) if experts else 0
+        idle = experts // self.shape.experts * (self.shape.experts - self.shape.top_k) if experts else 0
         return sum(p.numel() for p in matrices) - idle
 
     def pop_metric_sums(self) -> Tensor | None:
@@ -181,7 +183,7 @@ class Decoder(nn.Module):
         return working_bytes(
             tokens,
             self.vocab_size,
-            self.size.dim,
+            self.shape.dim,
             element_bytes=element_bytes,
             device_type=device_type,
             compiled=compiled,
@@ -197,13 +199,13 @@ class AttentionBackend(Protocol):
 
 
 class Block(nn.Module):
-    def __init__(self, size: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(size.dim, size.norm_eps)
-        self.attention = Attention(size)
-        self.ffn_norm = RMSNorm(size.dim, size.norm_eps)
-        self.feed_forward = feed_forward(size)
-        self.residual_multiplier = size.mup.residual_multiplier if size.mup is not None else 1.0
+        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.attention = Attention(shape)
+        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps)
+        self.feed_forward = feed_forward(shape)
+        self.residual_multiplier = shape.mup.residual_multiplier if shape.mup is not None else 1.0
 
     def forward(
         self, x_BTD: Tensor, rope: Tensor, context: AttentionBackend | None = None
@@ -222,21 +224,21 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention; H / K query heads share one key-value head (GQA, arXiv 2305.13245)."""
 
-    def __init__(self, size: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape) -> None:
         super().__init__()
-        self.head_width = size.head_width
-        self.grouped = size.kv_heads != size.heads
+        self.head_width = shape.head_width
+        self.grouped = shape.kv_heads != shape.heads
         # None is 1 / sqrt(C), for products that are random. Query and key learn to agree, and then they add up to C.
-        self.scale = None if size.mup is None else 1 / size.head_width
-        self.wq = nn.Linear(size.dim, size.heads * size.head_width, bias=False)
-        self.wk = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
-        self.wv = nn.Linear(size.dim, size.kv_heads * size.head_width, bias=False)
-        self.wo = nn.Linear(size.heads * size.head_width, size.dim, bias=False)
+        self.scale = None if shape.mup is None else 1 / shape.head_width
+        self.wq = nn.Linear(shape.dim, shape.heads * shape.head_width, bias=False)
+        self.wk = nn.Linear(shape.dim, shape.kv_heads * shape.head_width, bias=False)
+        self.wv = nn.Linear(shape.dim, shape.kv_heads * shape.head_width, bias=False)
+        self.wo = nn.Linear(shape.heads * shape.head_width, shape.dim, bias=False)
 
     def forward(self, x_BTD: Tensor, rope: Tensor, context: AttentionBackend | None = None) -> Tensor:
         # The number of heads is read off the tensor: under tensor parallelism a rank holds some of them.
-        q_BTHC = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
-        k_BTKC = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
+        q_BTHC = apply_rope(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
+        k_BTKC = apply_rope(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
         if context is None:
             out_BHTC = F.scaled_dot_product_attention(
@@ -253,11 +255,11 @@ class Attention(nn.Module):
         return out_BTD
 
 
-def feed_forward(size: LlamaShape) -> nn.Module:
+def feed_forward(shape: LlamaShape) -> nn.Module:
     """(B, T, D) -> (B, T, D), for experts with the sums of their routing."""
-    if size.experts:
-        return MoE(size.dim, size.ffn_dim, size.experts, size.top_k)
-    return FeedForward(size.dim, size.ffn_dim)
+    if shape.experts:
+        return MoE(shape.dim, shape.ffn_dim, shape.experts, shape.top_k)
+    return FeedForward(shape.dim, shape.ffn_dim)
 
 
 class FeedForward(nn.Module):
@@ -306,7 +308,7 @@ class LMHead(nn.Linear):
         super().__init__(dim, vocab_size, bias=False)
         if tied:
             self.register_parameter("weight", None)
-        self.vocabulary: VocabularyShard | None = None
+        self.vocab_shard: VocabularyShard | None = None
         self._compiled_loss = False
 
     def compile(self, *_: Any, **__: Any) -> None:
@@ -317,14 +319,14 @@ class LMHead(nn.Linear):
         weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
         if labels_BT is None:
             return F.linear(x_BTD, weight_VD)
-        first = 0
-        if self.vocabulary is not None:
-            x_BTD, weight_VD, first = self.vocabulary.local(x_BTD, weight_VD)
+        vocab_start = 0
+        if self.vocab_shard is not None:
+            x_BTD, weight_VD, vocab_start = self.vocab_shard.local(x_BTD, weight_VD)
         return chunked_cross_entropy(
             x_BTD.flatten(0, 1),
             weight_VD,
             labels_BT.flatten(),
-            first=first,
-            across=self.vocabulary,
+            vocab_start=vocab_start,
+            vocab_reduce=self.vocab_shard,
             compiled=self._compiled_loss,
         )

@@ -48,18 +48,18 @@ def local_weight(weight: Tensor) -> Tensor:
 @torch.library.custom_op("powertrain::grouped_mm", mutates_args=())
 def grouped_mm(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """(S, O): rows of group g times weight[g].T. Differentiable once, in both."""
-    if kernel_takes(x_SI, weight_GOI):
+    if kernel_supports(x_SI, weight_GOI):
         return F.grouped_mm(x_SI, weight_GOI.mT, offs=ends_G)
-    return one_by_one(x_SI, weight_GOI, ends_G)
+    return loop_over_groups(x_SI, weight_GOI, ends_G)
 
 
 @torch.library.custom_op("powertrain::grouped_mm_backward", mutates_args=())
 def grouped_mm_backward(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of x and weight. That of a group without rows is zero."""
     d_y_SO = d_y_SO.contiguous()
-    if not kernel_takes(x_SI, weight_GOI):
-        return one_by_one(d_y_SO, weight_GOI.mT, ends_G), torch.stack(
-            [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(rows(d_y_SO, ends_G), rows(x_SI, ends_G), strict=True)]
+    if not kernel_supports(x_SI, weight_GOI):
+        return loop_over_groups(d_y_SO, weight_GOI.mT, ends_G), torch.stack(
+            [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(split_rows(d_y_SO, ends_G), split_rows(x_SI, ends_G), strict=True)]
         )
     d_weight_GOI = F.grouped_mm(d_y_SO.mT, x_SI, offs=ends_G)
     if leaves_empty_groups(d_y_SO.device):
@@ -74,18 +74,18 @@ def leaves_empty_groups(device: torch.device) -> bool:
     return device.type != "cpu" and torch.cuda.get_device_capability(device) >= (10, 0)  # Blackwell
 
 
-def kernel_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
+def kernel_supports(x_SI: Tensor, weight_GOI: Tensor) -> bool:
     """Whether torch's kernel does, forward and backward."""
     aligned = all(size * x_SI.element_size() % KERNEL_ALIGNMENT == 0 for size in weight_GOI.shape[1:])
     return aligned and x_SI.device.type in KERNEL_DEVICES and x_SI.dtype in KERNEL_DTYPES
 
 
-def one_by_one(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+def loop_over_groups(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """A product for each group."""
-    return torch.cat([x_sI @ w_OI.T for x_sI, w_OI in zip(rows(x_SI, ends_G), weight_GOI, strict=True)])
+    return torch.cat([x_sI @ w_OI.T for x_sI, w_OI in zip(split_rows(x_SI, ends_G), weight_GOI, strict=True)])
 
 
-def rows(x_SI: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
+def split_rows(x_SI: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
     """Those of each group. Waits for the device, to know where groups end."""
     return x_SI.split(ends_G.diff(prepend=ends_G.new_zeros(1)).tolist())
 

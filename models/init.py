@@ -36,7 +36,7 @@ def fill_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
     Element i of the full tensor, counted row by row, is number i of the stream of (seed, name).
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    starts, length = runs(tuple(parameter.shape), local_indices(parameter))
+    starts, length = contiguous_runs(tuple(parameter.shape), local_indices(parameter))
     drawn = np.empty(local.numel(), dtype=np.float32)
     fill_runs(drawn, starts, length, key=parameter_seed(seed, name), std=std, threads=torch.get_num_threads())
     local.copy_(torch.from_numpy(drawn).view(local.shape))
@@ -50,7 +50,7 @@ def local_indices(parameter: Tensor) -> list[np.ndarray | None]:
     indices: list[np.ndarray | None] = [None] * parameter.dim()
     if isinstance(parameter, DTensor):
         for dimension, size in enumerate(parameter.shape):
-            own = [_along_first(p) if _cuts(p, dimension) else Replicate() for p in parameter.placements]
+            own = [_along_first(p) if _shards(p, dimension) else Replicate() for p in parameter.placements]
             if not all(isinstance(placement, Replicate) for placement in own):
                 whole = torch.arange(size)
                 part = distribute_tensor(whole, parameter.device_mesh, own, src_data_rank=None).to_local()
@@ -58,7 +58,7 @@ def local_indices(parameter: Tensor) -> list[np.ndarray | None]:
     return indices
 
 
-def _cuts(placement: Placement, dimension: int) -> bool:
+def _shards(placement: Placement, dimension: int) -> bool:
     return getattr(placement, "dim", None) == dimension
 
 
@@ -69,7 +69,7 @@ def _along_first(placement: Any) -> Placement:
     return cut
 
 
-def runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
+def contiguous_runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
     """Where the elements at `indices` lie in a tensor of `shape`, row by row: the starts of runs, and their length."""
     starts, length = np.zeros(1, dtype=np.int64), 1
     for dimension in reversed(range(len(shape))):
@@ -111,7 +111,7 @@ def fill_runs(out: np.ndarray, starts: np.ndarray, length: int, *, key: int, std
 
     def draw(piece: tuple[int, np.ndarray, int]) -> None:
         first, begins, count = piece
-        numbers = normal(_bits(key, begins, count))
+        numbers = normal_from_bits(_random_bits(key, begins, count))
         np.multiply(numbers, factor, out=out[first : first + len(numbers)])
 
     pieces = _pieces(starts, length)
@@ -136,7 +136,7 @@ def _pieces(starts: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, 
             yield run * length, starts[run : run + together], length
 
 
-def _bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
+def _random_bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
     """(runs * length,) uint32"""
     bits = np.empty((len(starts), length), dtype=np.uint32)
     generator, count = np.random.Philox(key=key, counter=int(starts[0]) // _PER_COUNT), 0
@@ -150,7 +150,7 @@ def _bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
     return bits.reshape(-1)
 
 
-def normal(bits: np.ndarray) -> np.ndarray:
+def normal_from_bits(bits: np.ndarray) -> np.ndarray:
     """(n,) float32 normal numbers, of mean 0 and variance 1, from (n,) uint32 uniform ones; at most 6.23."""
     constant, linear, square = _table()
     # 31 bits are u * 2**32, an odd number, of a u below 1/2; its float32 says where it is on a logarithmic scale

@@ -23,7 +23,7 @@ class KeyValueCache:
 
     def __init__(
         self,
-        size: LlamaShape,
+        shape: LlamaShape,
         rope_frequencies_C: Tensor,
         *,
         padding: Sequence[int],
@@ -36,8 +36,8 @@ class KeyValueCache:
         self.length = 0
         """Slots in use."""
         self.layers = [
-            LayerCache(torch.empty(2, rows, size.kv_heads, capacity, size.head_width, device=device, dtype=dtype))
-            for _ in range(size.layers)
+            LayerCache(torch.empty(2, rows, shape.kv_heads, capacity, shape.head_width, device=device, dtype=dtype))
+            for _ in range(shape.layers)
         ]
         self._rope = rope_table(capacity, rope_frequencies_C).unsqueeze(1)  # (2, 1, S, 1, C)
         self._seen_BS: Tensor | None = None

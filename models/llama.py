@@ -61,7 +61,7 @@ class Llama:
     """What routers are trained for besides the loss of the tokens."""
 
     def __post_init__(self) -> None:
-        shape = self.shape
+        shape = self.resolved_shape
         if shape.heads % shape.kv_heads:
             raise InputError(
                 "kv_heads",
@@ -94,16 +94,16 @@ class Llama:
                 raise InputError(key, f"{value} must be above 0")
 
     @property
-    def shape(self) -> LlamaShape:
+    def resolved_shape(self) -> LlamaShape:
         """The size after overrides."""
         row = PRESETS[self.size]
-        mup = row.mup if self.mup is None else self.mup.over(row.mup)
+        mup = row.mup if self.mup is None else self.mup.override(row.mup)
         overrides = {field.name: getattr(self, field.name) for field in fields(LlamaShape) if field.name != "mup"}
         return replace(row, mup=mup, **{key: value for key, value in overrides.items() if value is not None})
 
     def plan(self, *, tp: int) -> ParallelPlan:
         """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""
-        shape = self.shape
+        shape = self.resolved_shape
         if shape.kv_heads % tp:
             raise InputError("kv_heads", f"{shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
         if not shape.experts and shape.ffn_dim % tp:
@@ -115,7 +115,7 @@ class Llama:
 
         `vocab_size`: ids of the tokenizer. `sequence_length`: tokens of a training sequence.
         """
-        shape = self.shape
+        shape = self.resolved_shape
         if self.vocab_size is not None and self.vocab_size < vocab_size:
             raise InputError(
                 "vocab_size",

@@ -24,8 +24,8 @@ from components.token_ids import IGNORE_INDEX
 class VocabReduce(Protocol):
     """Reductions over the processes that hold the other rows of the vocabulary, in place."""
 
-    def maximum(self, tensor: Tensor) -> Tensor: ...
-    def sum(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_max(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
 
 
 def default_chunk(device_type: str, vocab_size: int) -> int:
@@ -59,8 +59,8 @@ def chunked_cross_entropy(
     labels_N: Tensor,
     *,
     chunk_tokens: int | None = None,
-    first: int = 0,
-    across: VocabReduce | None = None,
+    vocab_start: int = 0,
+    vocab_reduce: VocabReduce | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log softmax(x @ weight.T)[label]: (), float32 (float64 for float64 inputs).
@@ -69,8 +69,8 @@ def chunked_cross_entropy(
     gradient stay in float32. `chunk_tokens` is n; by default large enough to keep the device busy, and no larger.
     `compiled` has torch.compile fuse what is done to the logits of a chunk into one kernel.
 
-    A process may hold only some rows of the vocabulary, from number `first` on; `across` reduces over those that hold
-    the others. The loss is then equal on all of them, the gradient of the weight is that of these rows, and the
+    A process may hold only some rows of the vocabulary, from number `vocab_start` on; `across` reduces over those that
+    hold the others. The loss is then equal on all of them, the gradient of the weight is that of these rows, and the
     gradients of `x_ND` have yet to be added up over the processes.
 
     Differentiable once, in `x_ND` and `weight_VD`; a second backward through the same call raises RuntimeError.
@@ -78,7 +78,14 @@ def chunked_cross_entropy(
     chunk_tokens = chunk_tokens or default_chunk(x_ND.device.type, len(weight_VD))
     with_gradients = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_ND, weight_VD, labels_N, chunk_tokens, with_gradients, first, across, compiled and across is None
+        x_ND,
+        weight_VD,
+        labels_N,
+        chunk_tokens,
+        with_gradients,
+        vocab_start,
+        vocab_reduce,
+        compiled and vocab_reduce is None,
     )
     return loss
 
@@ -94,8 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         chunk: int,
         gradients: bool,
-        first: int,
-        across: VocabReduce | None,
+        vocab_start: int,
+        vocab_reduce: VocabReduce | None,
         compiled: bool,
     ) -> Tensor:
         device = x_ND.device.type
@@ -114,7 +121,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if compiled:
                 chunk_loss, d_logits_nV = _compiled_loss()(logits_nV, labels_n)
             else:
-                chunk_loss, d_logits_nV = _loss_of_chunk(logits_nV, labels_n, exact, first, across, gradients)
+                chunk_loss, d_logits_nV = _loss_of_chunk(
+                    logits_nV, labels_n, exact, vocab_start, vocab_reduce, gradients
+                )
             del logits_nV  # a chunk is large: nothing of it lives on into the next
             loss += chunk_loss
             if d_x_ND is None or d_weight_VD is None or d_logits_nV is None:
@@ -133,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del d_logits_nV
 
         ctx.gradients = (d_x_ND, d_weight_VD)
-        return loss if across is None else across.sum(loss)
+        return loss if vocab_reduce is None else vocab_reduce.all_reduce_sum(loss)
 
     @staticmethod
     @once_differentiable
@@ -149,18 +158,18 @@ def _loss_of_chunk(
     logits_nV: Tensor,
     labels_n: Tensor,
     exact: torch.dtype,
-    first: int,
-    across: VocabReduce | None,
+    vocab_start: int,
+    vocab_reduce: VocabReduce | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss () of these rows, in `exact`; and its gradient (n, V), in the dtype of the logits, if wanted.
 
     That is softmax minus one-hot. In rows of ignored labels it is not zero.
     """
-    log_p_nV = _log_softmax(logits_nV, exact, across)
+    log_p_nV = _log_softmax(logits_nV, exact, vocab_reduce)
     here_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)
-    row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, first).unsqueeze(-1) - first
-    if across is not None:  # the label may be another process's row
+    row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, vocab_start).unsqueeze(-1) - vocab_start
+    if vocab_reduce is not None:  # the label may be another process's row
         rows = logits_nV.shape[1]
         here_n1 = here_n1 & (row_n1 >= 0) & (row_n1 < rows)
         row_n1 = row_n1.clamp(0, rows - 1)
@@ -187,10 +196,10 @@ def _compiled_loss() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(_fusible_loss, dynamic=False)
 
 
-def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, across: VocabReduce | None) -> Tensor:
+def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, vocab_reduce: VocabReduce | None) -> Tensor:
     """Of these columns, normalised over all that there are."""
-    if across is None:
+    if vocab_reduce is None:
         return F.log_softmax(logits_nV, -1, dtype=dtype)
     logits_nV = logits_nV.to(dtype)
-    logits_nV = logits_nV - across.maximum(logits_nV.amax(-1, keepdim=True))
-    return logits_nV.sub_(across.sum(logits_nV.exp().sum(-1, keepdim=True)).log_())
+    logits_nV = logits_nV - vocab_reduce.all_reduce_max(logits_nV.amax(-1, keepdim=True))
+    return logits_nV.sub_(vocab_reduce.all_reduce_sum(logits_nV.exp().sum(-1, keepdim=True)).log_())

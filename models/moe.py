@@ -46,17 +46,17 @@ class MoE(nn.Module):
         # narrow keys: a radix sort on a GPU takes a pass for each byte
         keys_S = chosen_Nk.flatten().to(torch.uint8 if self.experts <= 256 else torch.int16)
         expert_S, source_S = keys_S.sort(stable=True)
-        places_S = torch.arange(len(source_S), device=x_ND.device)
-        place_Nk = torch.empty_like(source_S).scatter_(0, source_S, places_S).view_as(chosen_Nk)  # where copies went
+        slots_S = torch.arange(len(source_S), device=x_ND.device)
+        slot_Nk = torch.empty_like(source_S).scatter_(0, source_S, slots_S).view_as(chosen_Nk)  # where copies went
         every_E = torch.arange(self.experts, device=x_ND.device, dtype=keys_S.dtype)
         ends_E = torch.searchsorted(expert_S, every_E, right=True, out_int32=True)
 
-        x_SD = _Permute.apply(x_ND, source_S, place_Nk)
-        weight_S = _PermuteRows.apply(weight_Nk, source_S, place_Nk)
+        x_SD = _Permute.apply(x_ND, source_S, slot_Nk)
+        weight_S = _PermuteRows.apply(weight_Nk, source_S, slot_Nk)
         gate_SF, up_SF = self.w_gate_up(x_SD, ends_E).chunk(2, -1)
         # weighted where the rows are narrow: w_down is linear
         y_SD = self.w_down(F.silu(gate_SF) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E)
-        out_ND = _Unpermute.apply(y_SD, source_S, place_Nk)
+        out_ND = _Unpermute.apply(y_SD, source_S, slot_Nk)
         return out_ND.view_as(x_BTD), routing_sums(logits_NE, ends_E)
 
 
@@ -102,18 +102,18 @@ def routing_sums(logits_NE: Tensor, ends_E: Tensor) -> Tensor:
     log_partition_N = logits_NE.logsumexp(-1)
     log_p_NE = logits_NE - log_partition_N.unsqueeze(-1)
     p_NE = log_p_NE.exp()
-    sent_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(p_NE.dtype)
+    tokens_per_expert_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(p_NE.dtype)
     entropy = -(p_NE * log_p_NE).detach().sum()
-    return torch.cat([sent_E, p_NE.sum(0), log_partition_N.square().sum().view(1), entropy.view(1)])
+    return torch.cat([tokens_per_expert_E, p_NE.sum(0), log_partition_N.square().sum().view(1), entropy.view(1)])
 
 
-def gather_sum(y_SD: Tensor, place_Nk: Tensor) -> Tensor:
+def gather_sum(y_SD: Tensor, slot_Nk: Tensor) -> Tensor:
     """(N, D): the sum of each token's k copies."""
     if not torch.compiler.is_compiling():
-        return y_SD[place_Nk].sum(1)
+        return y_SD[slot_Nk].sum(1)
     # k gathers in one element-wise kernel: the compiler's reduction over so few terms is slow
     exact = torch.promote_types(y_SD.dtype, torch.float32)
-    first, *others = place_Nk.unbind(1)
+    first, *others = slot_Nk.unbind(1)
     total_ND = y_SD[first].to(exact)
     for place_N in others:
         total_ND = total_ND + y_SD[place_N].to(exact)
@@ -124,40 +124,40 @@ class _Permute(torch.autograd.Function):
     """(N, D) -> (S, D): every token once for each of its experts, sorted by expert."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, source_S: Tensor, place_Nk: Tensor) -> Tensor:
-        ctx.save_for_backward(place_Nk)
-        return x_ND[source_S // place_Nk.shape[1]]
+    def forward(ctx: Any, x_ND: Tensor, source_S: Tensor, slot_Nk: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_Nk)
+        return x_ND[source_S // slot_Nk.shape[1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_SD: Tensor) -> tuple[Tensor | None, ...]:
-        (place_Nk,) = ctx.saved_tensors
-        return gather_sum(d_SD, place_Nk), None, None
+        (slot_Nk,) = ctx.saved_tensors
+        return gather_sum(d_SD, slot_Nk), None, None
 
 
 class _PermuteRows(torch.autograd.Function):
     """(N, k) -> (S,): a number for each copy, in the order of the copies."""
 
     @staticmethod
-    def forward(ctx: Any, weight_Nk: Tensor, source_S: Tensor, place_Nk: Tensor) -> Tensor:
-        ctx.save_for_backward(place_Nk)
+    def forward(ctx: Any, weight_Nk: Tensor, source_S: Tensor, slot_Nk: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_Nk)
         return weight_Nk.flatten()[source_S]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_S: Tensor) -> tuple[Tensor | None, ...]:
-        (place_Nk,) = ctx.saved_tensors
-        return d_S[place_Nk], None, None
+        (slot_Nk,) = ctx.saved_tensors
+        return d_S[slot_Nk], None, None
 
 
 class _Unpermute(torch.autograd.Function):
     """(S, D) -> (N, D): the sum of each token's copies."""
 
     @staticmethod
-    def forward(ctx: Any, y_SD: Tensor, source_S: Tensor, place_Nk: Tensor) -> Tensor:
+    def forward(ctx: Any, y_SD: Tensor, source_S: Tensor, slot_Nk: Tensor) -> Tensor:
         ctx.save_for_backward(source_S)
-        ctx.top_k = place_Nk.shape[1]
-        return gather_sum(y_SD, place_Nk)
+        ctx.top_k = slot_Nk.shape[1]
+        return gather_sum(y_SD, slot_Nk)
 
     @staticmethod
     @once_differentiable

@@ -85,7 +85,7 @@ class MuPConfig:
     residual_multiplier: Multiplier | None = None
     """Factor on what attention and feed-forward add to the residual stream; 1."""
 
-    def over(self, of_size: MuP | None) -> MuP | None:
+    def override(self, of_size: MuP | None) -> MuP | None:
         """Laid over that of a size."""
         if not self.enabled:
             return None

@@ -85,7 +85,7 @@ def rope_table(length: int, frequencies_C: Tensor) -> Tensor:
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))).unsqueeze(-2)
 
 
-def rotate(x_BTHC: Tensor, rope_2T1C: Tensor) -> Tensor:
+def apply_rope(x_BTHC: Tensor, rope_2T1C: Tensor) -> Tensor:
     """Turns every head's channel pairs by their position: (B, T, H, C), in the dtype of `x_BTHC`.
 
     Computed in the dtype of the table, float32, as torchtitan does it. Compiled, the casts cost nothing.

@@ -33,20 +33,20 @@ class RouterLossConfig:
     """Of the squared log-partition of the router's logits, which keeps them small."""
 
 
-class AcrossSequence(Protocol):
+class SequenceReduce(Protocol):
     """A sum over the processes that hold the other tokens of the micro-batch."""
 
-    def sum(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
 
 
 class RouterLoss(nn.Module):
     """Adds up what all layers tell of a micro-batch: its losses, and the numbers of a step."""
 
-    def __init__(self, experts: int, keys: RouterLossConfig) -> None:
+    def __init__(self, experts: int, config: RouterLossConfig) -> None:
         super().__init__()
-        self.experts, self.keys = experts, keys
-        self.across: AcrossSequence | None = None
-        self._sent_LE: Tensor | None = None
+        self.experts, self.config = experts, config
+        self.sequence_reduce: SequenceReduce | None = None
+        self._tokens_per_expert_LE: Tensor | None = None
         self._totals: Tensor | None = None
 
     def forward(self, sums: Sequence[Tensor]) -> Tensor:
@@ -56,22 +56,30 @@ class RouterLoss(nn.Module):
         summand, and so are its gradients.
         """
         sums_LX = torch.stack(list(sums))
-        sent_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
-        sent_LE = sent_LE.detach()
-        all_sent_LE = sent_LE if self.across is None else self.across.sum(sent_LE.clone())
-        share_LE = all_sent_LE / all_sent_LE.sum(-1, keepdim=True)
+        tokens_per_expert_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split(
+            [self.experts, self.experts, 1, 1], dim=-1
+        )
+        tokens_per_expert_LE = tokens_per_expert_LE.detach()
+        all_tokens_per_expert_LE = (
+            tokens_per_expert_LE
+            if self.sequence_reduce is None
+            else self.sequence_reduce.all_reduce_sum(tokens_per_expert_LE.clone())
+        )
+        share_LE = all_tokens_per_expert_LE / all_tokens_per_expert_LE.sum(-1, keepdim=True)
         balance = self.experts * (share_LE * probability_LE).sum(-1).mean()
         z = z_L1.mean()
         tokens = probability_LE.detach()[0].sum()  # probabilities of a token add up to 1
-        self._note(sent_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens]))
-        return self.keys.load_balancing_coefficient * balance + self.keys.z_loss_coefficient * z
+        self._note(
+            tokens_per_expert_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens])
+        )
+        return self.config.load_balancing_coefficient * balance + self.config.z_loss_coefficient * z
 
     def pop_sums(self) -> Tensor | None:
         """What was noted since the last call, (L E + 4,) float64 on the device; None if nothing was."""
-        if self._sent_LE is None or self._totals is None:
+        if self._tokens_per_expert_LE is None or self._totals is None:
             return None
-        sums = torch.cat([self._sent_LE.flatten(), self._totals])
-        self._sent_LE = self._totals = None
+        sums = torch.cat([self._tokens_per_expert_LE.flatten(), self._totals])
+        self._tokens_per_expert_LE = self._totals = None
         return sums
 
     def metrics_of(self, sums: Tensor) -> dict[str, float]:
@@ -87,7 +95,11 @@ class RouterLoss(nn.Module):
             "expert_load_min": float(load_LE.min()),
         }
 
-    def _note(self, sent_LE: Tensor, totals: Tensor) -> None:
-        sent_LE, totals = sent_LE.double(), totals.double()
-        self._sent_LE = sent_LE if self._sent_LE is None else self._sent_LE + sent_LE
+    def _note(self, tokens_per_expert_LE: Tensor, totals: Tensor) -> None:
+        tokens_per_expert_LE, totals = tokens_per_expert_LE.double(), totals.double()
+        self._tokens_per_expert_LE = (
+            tokens_per_expert_LE
+            if self._tokens_per_expert_LE is None
+            else self._tokens_per_expert_LE + tokens_per_expert_LE
+        )
         self._totals = totals if self._totals is None else self._totals + totals

@@ -104,7 +104,7 @@ def handle_bad_samples(
     Raises ConfigError at [data], on all ranks and after saving, or the error itself if the dataset's code is at fault.
     """
     step = f"step {clock.step + 1} (samples {clock.samples} to {clock.samples + batch.samples - 1})"
-    bad = guard.judge_samples(f"{step} has a bad sample: {samples.first}")
+    bad = guard.count_bad_sample(f"{step} has a bad sample: {samples.first}")
     if bad.action == "skip":
         log.warning(f"{bad.why}. The step is skipped")
         return

@@ -28,10 +28,10 @@ def require_measurable_noise(policy: BatchPolicy, layout: BatchRounding, progres
     """Raise InputError if an adaptive policy could never change the batch, because its noise cannot be measured."""
     if not policy.is_adaptive:
         return
-    batch = layout.fit(policy.next_batch_size(progress))
-    if not layout.shows_noise(batch):
+    batch = layout.round_up(policy.next_batch_size(progress))
+    if not layout.can_measure_noise(batch):
         raise InputError(
             "initial",
             f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-            f"gradient, so the batch could never change; take {2 * layout.unit} or a smaller training.micro_batch_size",
+            f"gradient, so the batch could never change; take {2 * layout.samples_per_micro_step} or a smaller training.micro_batch_size",
         )

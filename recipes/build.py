@@ -69,14 +69,14 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     recipe = config.recipe
     signals = cleanup.enter_context(SignalCatcher())
     with config_errors_at(config, "run.device"):
-        world = DistributedContext.start(recipe.run.device)
-    cleanup.push(world.stop_unless_failed)
+        world = DistributedContext.init(recipe.run.device)
+    cleanup.push(world.close_unless_failed)
     with config_errors_at(config, "training.num_workers"):
         check_workers(recipe.training.num_workers)
     directory = RunDirectory(recipe.run.directory)
     opened = claim_run_directory(directory, config, resume, world, cleanup)
     with config_errors_at(config, "run"):
-        console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
+        console = setup_logging(directory.log if world.is_main else None, console=world.is_main)
     for warning in opened.warnings:
         log.warning(warning)
     if opened.checkpoint is not None:
@@ -103,7 +103,7 @@ def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims,
     recipe = config.recipe
     with config_errors_at(config, "parallel"):
         mesh = recipe.parallel.build(world)
-    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.data.size)
+    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.dp.size)
 
 
 def build_hooks(config: Config) -> dict[str, Hook]:
@@ -139,9 +139,9 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     }
     require_prepared_data(config, tokenizer, world)
     with config_errors_at(config, "data"):
-        dataset = world.main_first(lambda: recipe.data.build(**text))
+        dataset = world.main_process_first(lambda: recipe.data.build(**text))
         content: str | None = getattr(dataset, "fingerprint", None)
-        if not world.agree(f"{len(dataset)} {content}"):
+        if not world.all_equal(f"{len(dataset)} {content}"):
             raise ValueError(
                 f"the processes do not see the same data; this one has {len(dataset):,} sequences. Every node "
                 "needs the same files"
@@ -149,7 +149,7 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     validation = None
     if (held_out := recipe.validation) is not None:
         with config_errors_at(config, "validation"):
-            validation = world.main_first(lambda: held_out.open(**text))
+            validation = world.main_process_first(lambda: held_out.open(**text))
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), content)
     return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
 
@@ -161,7 +161,7 @@ class ShardedModel:
     model: Any
     precision: Literal["bf16", "float32"]
     """Of the matrix products."""
-    reduction: fsdp.GradSync
+    grad_sync: fsdp.GradSync
     compute: Callable[[], AbstractContextManager[object]]
     """The context of forward and backward."""
     working_copies: list[Tensor] | None
@@ -176,7 +176,7 @@ def build_sharded_model(
     chosen = precision.resolve_precision(training.precision, device)
     dtype = precision.dtype_of(chosen)
     model = build_model(config, data.identity.vocab_size)
-    local = decide_grad_sync(recipe, model, mesh.sizes, world, dtype)
+    local = decide_grad_sync(recipe, model, mesh.mesh_shape, world, dtype)
     if training.document_masking:
         with config_errors_at(config, "data"):
             enable_document_masking(model, data.dataset, data.end_of_document)
@@ -194,7 +194,7 @@ def build_sharded_model(
     return ShardedModel(
         model=model,
         precision=chosen,
-        reduction=fsdp.GradSync(model, local=local),
+        grad_sync=fsdp.GradSync(model, once_per_step=local),
         compute=weights or nullcontext,
         working_copies=None if weights is None else weights.copies,
     )
@@ -221,12 +221,12 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     return TrainStep(
         model,
         optimizer,
-        mesh.data,
+        mesh.dp,
         world,
-        meter=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
-        reduction=built.reduction,
+        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
+        grad_sync=built.grad_sync,
         max_grad_norm=recipe.training.max_grad_norm,
-        compute=built.compute,
+        compute_context=built.compute,
     )
 
 
@@ -280,7 +280,7 @@ def build_loader(
     config: Config, mesh: ParallelDims, dataset: PackedDataset, start: int, cleanup: ExitStack
 ) -> MicroBatchLoader:
     """Build the loader of this rank's micro-batches from global sample `start` on."""
-    recipe, ranks = config.recipe, mesh.data
+    recipe, ranks = config.recipe, mesh.dp
     with config_errors_at(config, "data"):
         loader = MicroBatchLoader(
             dataset,
@@ -343,8 +343,8 @@ def log_startup(
         f"{built.precision} on {world.size} x {world.device.type}, in {environment.directory.path}"
     )
     if world.size > 1:
-        replicas, shards, tp = mesh.sizes
-        mode = "local" if built.reduction.local else "reduce"
+        replicas, shards, tp = mesh.mesh_shape
+        mode = "local" if built.grad_sync.once_per_step else "reduce"
         log.info(f"{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = {mode}")
     log.info(
         f"{format_count(training.total_tokens)} tokens, "

@@ -296,7 +296,7 @@ def run(arguments: Sequence[str]) -> int:
     if command.dry_run is not None:
         return start_dry_run(config, count, command.dry_run)
     with config_errors_at(config, "parallel"):
-        config.recipe.parallel.sizes(count.world_size, count.per_node)
+        config.recipe.parallel.mesh_shape(count.world_size, count.per_node)
     if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as in a process that torchrun has started, but LOCAL_RANK is not; unset them "

@@ -102,11 +102,11 @@ class Evaluate:
                 if resume is not None:
                     raise InputError("checkpoint", "--resume is for training; this key names what to evaluate")
             with config_errors_at(config, "evaluation.device"):
-                world = DistributedContext.start(self.evaluation.device)
-            cleanup.push(world.stop_unless_failed)
-            setup_logging(None, speak=world.is_main)
+                world = DistributedContext.init(self.evaluation.device)
+            cleanup.push(world.close_unless_failed)
+            setup_logging(None, console=world.is_main)
             with config_errors_at(config, "evaluation"):
-                trained, length, model = world.main_first(lambda: self.open(world.rank, world.size))
+                trained, length, model = world.main_process_first(lambda: self.open(world.rank, world.size))
             result, rows = self.measure(config, world, trained, length, model)
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
@@ -186,8 +186,8 @@ class Evaluate:
 
         def evaluate() -> Any:
             if keys.method == "packed":
-                return evaluated.totals(model, layout.data, compute)
-            return evaluated.evaluate(model, layout.data, compute, multiple=layout.sizes.tp)
+                return evaluated.totals(model, layout.dp, compute)
+            return evaluated.evaluate(model, layout.dp, compute, multiple=layout.mesh_shape.tp)
 
         total = call_on_all_ranks(evaluate, config, "data", world)
         if keys.method != "packed":
@@ -215,8 +215,8 @@ class Evaluate:
         text: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": keys.cache_dir, "progress": log.info}
         if keys.method == "packed":
             held_out = ValidationConfig(data=data, max_sequences=keys.limit, micro_batch_size=keys.micro_batch_size)
-            return world.main_first(lambda: held_out.open(**text, sequence_length=length))
-        documents = world.main_first(lambda: data.build(**text, sequence_length=1))
+            return world.main_process_first(lambda: held_out.open(**text, sequence_length=length))
+        documents = world.main_process_first(lambda: data.build(**text, sequence_length=1))
         if not isinstance(documents, Documents):
             raise InputError("use", f'{type(data).__name__} has no documents; evaluate with method = "packed"')
         return SlidingWindow(

@@ -56,7 +56,7 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
             f"{directory} holds a {name}, and [model] is a {mine}; tools.import_hf writes a model.toml with the keys "
             f"it takes, of which use = {architecture.use!r} is one"
         )
-    theirs, ours = architecture.keys(config), architecture.keys(architecture.config(model))
+    theirs, ours = architecture.config_from_hf(config), architecture.config_from_hf(architecture.hf_config(model))
     _require_same_shape(directory, theirs, ours, architecture)
     if only_pickles(directory):
         raise ValueError(f"{directory} has no safetensors; python -m tools.import_hf {directory} OUTPUT writes them")

@@ -65,7 +65,7 @@ class ReportsMetrics(Protocol):
 class SupportsDocumentMasking(Protocol):
     """A model that can keep the documents of a sequence apart, for training.document_masking = true."""
 
-    def separate_documents(self, end_of_document: int) -> None:
+    def enable_document_masking(self, end_of_document: int) -> None:
         """From now on every `end_of_document` among the tokens of a forward pass starts a document, and so does the
         beginning of a sequence: no token sees one of another document, and positions count from the start of its own.
         """
@@ -77,7 +77,7 @@ class ParallelPlan(Protocol):
 
     tensor_parallel: Mapping[str, str]
     """Module name, with * for one part of it, to a style of components/distributed/tensor_parallel.py."""
-    units: Sequence[Sequence[str]]
+    fsdp_groups: Sequence[Sequence[str]]
     """Groups of modules whose weights are gathered together, in the order of use. The rest is gathered for all."""
 
 

@@ -12,7 +12,7 @@ from components.batch import StepBatch
 from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
 from components.interrupts import NONE, REQUESTS
-from components.train_step import StepNumbers
+from components.train_step import StepSums
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LaunchedStep:
     """As it is after the step."""
     batch: StepBatch
     lr: float
-    numbers: StepNumbers | None
+    numbers: StepSums | None
     """None for a step that was skipped for a bad sample."""
     dp_size: int
     measured: bool
@@ -58,11 +58,11 @@ class LaunchedStep:
         moments = None
         if self.measured:
             groups = self.batch.micro_batches * self.dp_size
-            moments = GradientMoments.of_step(
+            moments = GradientMoments.from_sums(
                 grad_sq_norm,
                 micro_sq_norms,
-                groups=groups,
-                ranks=self.dp_size,
+                num_micro_batches=groups,
+                dp_size=self.dp_size,
                 micro_batch_size=self.batch.samples // groups,
             )
         made = numbers["requests"].nonzero()

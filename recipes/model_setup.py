@@ -45,14 +45,14 @@ def require_document_masking(model: object) -> None:
     if not isinstance(model, SupportsDocumentMasking):
         raise InputError(
             "document_masking",
-            f"{type(model).__name__} has no separate_documents(end_of_document), which keeps "
+            f"{type(model).__name__} has no enable_document_masking(end_of_document), which keeps "
             "documents apart; say document_masking = false",
         )
 
 
 def enable_document_masking(model: Any, samples: PackedDataset, end_of_document: int) -> None:
     """Let `model` attend within documents, and warn where `samples` seem to have none: it would tell none apart."""
-    model.separate_documents(end_of_document)
+    model.enable_document_masking(end_of_document)
     looked_at = range(0, len(samples), -(-len(samples) // SEQUENCES_SAMPLED))
     if not any(bool((samples[index] == end_of_document).any()) for index in looked_at):
         log.warning(

@@ -27,7 +27,7 @@ def parallelize(
     """
     blocks = list(transformer_blocks(model).values())
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
-    plan = component.plan(tp=layout.sizes.tp) if isinstance(component, HasParallelPlan) else None
+    plan = component.plan(tp=layout.mesh_shape.tp) if isinstance(component, HasParallelPlan) else None
     if layout.tp is not None and plan is not None:
         from components.distributed import tensor_parallel  # a process alone has no use for it
 
@@ -38,4 +38,4 @@ def parallelize(
             for module in [*blocks, *head] if blocks else [model]:
                 module.compile()
     if layout.fsdp is not None:
-        fsdp.apply_fsdp(model, plan.units if plan is not None else [], layout.fsdp, compute_dtype)
+        fsdp.apply_fsdp(model, plan.fsdp_groups if plan is not None else [], layout.fsdp, compute_dtype)

@@ -28,7 +28,7 @@ from components.interfaces import DataConfig
 from components.interrupts import exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
-from components.train_step import TrainStep, not_finite
+from components.train_step import TrainStep, nonfinite_flag
 from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
@@ -176,7 +176,7 @@ class Trainer:
             self.world,
             self.monitor,
             config,
-            discard_gradients=self.step.discard,
+            discard_gradients=self.step.zero_grad,
             read_launched=self.read_launched,
             restart_timer=self.restart_timer,
         )
@@ -186,7 +186,7 @@ class Trainer:
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
             after.append(
-                Validate(validation, self.checkpoints, self.requests, self.mesh.data, self.step.compute, metrics)
+                Validate(validation, self.checkpoints, self.requests, self.mesh.dp, self.step.compute, metrics)
             )
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
@@ -224,15 +224,15 @@ class Trainer:
             )
         after = replace(self.clock)
         after.advance(batch.samples)
-        launched = LaunchedStep(after, batch, lr, numbers, self.mesh.data.size, measured, data_seconds)
+        launched = LaunchedStep(after, batch, lr, numbers, self.mesh.dp.size, measured, data_seconds)
         if numbers is not None:
             if not self.delay and (bad := self._judge(launched.read())) is not None:
-                self.step.discard()
+                self.step.zero_grad()
                 handle_bad_step(bad, launched, self.checkpoints)
             else:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_sound = False
-                self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.delay else None)
+                self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.delay else None)
         self.clock.advance(batch.samples)
         self.state.is_sound = True
         self.launched.append((launched, bad))
@@ -254,7 +254,7 @@ class Trainer:
             self.monitor.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
             self.restart_timer()
             # several processes agreed on it when the step was launched; one alone can look again
-            request = result.request if self.world.size > 1 else self.requests.pending()
+            request = result.request if self.world.size > 1 else self.requests.poll()
             self.requests.agreed = max(self.requests.agreed, request)
         for bad, launched in bad_steps:
             handle_bad_step(bad, launched, self.checkpoints)
@@ -277,7 +277,7 @@ class Trainer:
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for a size that is not one."""
         with config_errors_at(self.config, "batch", started=True), raised_in("batch"):
-            return self.layout.fit(self.policy.next_batch_size(self.clock))
+            return self.layout.round_up(self.policy.next_batch_size(self.clock))
 
     def measures_noise(self, batch: StepBatch) -> bool:
         """Return whether the gradient noise of the step that starts now is measured."""
@@ -287,7 +287,7 @@ class Trainer:
         with raised_in("batch"):
             if not self.policy.measures_noise(self.clock):
                 return False
-        if self.layout.shows_noise(batch):
+        if self.layout.can_measure_noise(batch):
             return True
         if not self.told_unmeasurable:
             self.told_unmeasurable = True
@@ -307,7 +307,7 @@ class Trainer:
         self.hooks.call("on_run_end", self.context)
         store.wait()
         self.monitor.flush()
-        self.requests.clear_file()
+        self.requests.remove_stop_file()
         for failed in store.failed_steps:
             log.error(f"the checkpoint of step {failed} could not be saved")
         for failure in self.monitor.failures():
@@ -323,11 +323,11 @@ class Trainer:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
 
     def _judge(self, result: StepResult) -> BadStep | None:
-        return self.state.guard.judge(result.loss, result.grad_norm)
+        return self.state.guard.check(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:
         """Return what else is added up over all processes with the numbers of a step."""
-        summands = {"requests": request_counts(self.requests.pending(), self.world.device)}
+        summands = {"requests": request_counts(self.requests.poll(), self.world.device)}
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums
         return summands

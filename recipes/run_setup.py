@@ -58,9 +58,9 @@ def claim_run_directory(
             directory.stop.unlink(missing_ok=True)  # it was meant for a run before
 
     with config_errors_at(config, "run"):
-        world.main_first(take)
+        world.main_process_first(take)
         # Processes that were started again after a failure find the directory as they left it, and may use it.
-        restarted = bool(world.maximum(directory.belongs_to(launch)))
+        restarted = bool(world.all_reduce_max(directory.belongs_to(launch)))
         opened = _choose(find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world)
         checkpoint = opened.checkpoint
         continues = checkpoint is not None and (
@@ -74,7 +74,7 @@ def claim_run_directory(
             )
         if checkpoint is not None:
             check_resumable(checkpoint, config)
-        world.main_first(claim)
+        world.main_process_first(claim)
         opened.run = world.gather(directory.run or "")[0]
 
     opened.begin = _begin(directory, config, world, replaces=replaces)
@@ -97,7 +97,7 @@ def _begin(directory: RunDirectory, config: Config, world: DistributedContext, *
 
     def begin() -> None:
         with config_errors_at(config, "run"):
-            world.main_first(store)
+            world.main_process_first(store)
 
     return begin
 
@@ -126,7 +126,7 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
     All ranks read their share of it, and find the same. Raises ValueError where they have others to choose from.
     """
     names = [checkpoint.name for checkpoint in candidates]
-    if not world.agree(str(names)):
+    if not world.all_equal(str(names)):
         raise ValueError(
             f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. All need the "
             "run directory, on a file system that shows what another node has written; try again"
@@ -159,5 +159,5 @@ def _choose(candidates: list[Path], directory: RunDirectory, world: DistributedC
             for damaged in candidates[candidates.index(checkpoint) + 1 :]:
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
-    world.main_first(set_aside)
+    world.main_process_first(set_aside)
     return RunStart(checkpoint, warnings=[f"{damage}; taking the checkpoint before it" for damage in damages])

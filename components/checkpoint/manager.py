@@ -91,7 +91,7 @@ class CheckpointManager:
         if async_save:
             from components.checkpoint.async_saver import AsyncSaver
 
-            self._background = AsyncSaver(world.waiting)
+            self._background = AsyncSaver(world.long_timeout_group)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""

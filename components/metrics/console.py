@@ -17,9 +17,9 @@ from components.units import format_count
 log = logging.getLogger("powertrain")
 
 
-def setup_logging(path: Path | None, *, speak: bool) -> RichConsole:
-    """Send the log to the terminal (where `speak`) and, with times, to the file `path`."""
-    console = RichConsole(highlight=False, soft_wrap=True, quiet=not speak)
+def setup_logging(path: Path | None, *, console: bool) -> RichConsole:
+    """Send the log to the terminal (if `console`) and, with times, to the file `path`."""
+    console = RichConsole(highlight=False, soft_wrap=True, quiet=not console)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -27,20 +27,20 @@ class Architecture:
 
     model_type: str
     """Its short name in `config.json`."""
-    has_size: Callable[[LlamaShape], bool]
-    """Whether a decoder of this size computes what this architecture does."""
-    config: Callable[[Any], dict[str, Any]]
+    has_shape: Callable[[LlamaShape], bool]
+    """Whether a decoder of this shape computes what this architecture does."""
+    hf_config: Callable[[Any], dict[str, Any]]
     """The entries of `config.json` for a model."""
-    keys: Callable[[Mapping[str, Any]], dict[str, Any]]
+    config_from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
     """The keys of `[model]` for a `config.json`. Raises ValueError for what the model does not compute."""
     use: str = "models.llama:Llama"
     """What `[model]` has to use."""
 
-    def is_one(self, model: nn.Module) -> bool:
+    def matches(self, model: nn.Module) -> bool:
         """Return whether `model` computes what this architecture does."""
-        return isinstance(model, Decoder) and self.has_size(model.size)
+        return isinstance(model, Decoder) and self.has_shape(model.shape)
 
-    def component(self, keys: Mapping[str, Any]) -> Any:
+    def model_config(self, keys: Mapping[str, Any]) -> Any:
         """Return what `[model]` is with the keys that `keys` gives."""
         tables: dict[str, Any] = {
             key: None if keys.get(key) is None else of(**keys[key])
@@ -50,20 +50,20 @@ class Architecture:
 
     def build(self, keys: Mapping[str, Any]) -> nn.Module:
         """Return the model of these keys, on the current device."""
-        model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
+        model: nn.Module = self.model_config(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
         return model
 
-    def names(self, model: Any) -> dict[str, str]:
+    def hf_names(self, model: Any) -> dict[str, str]:
         """Return our name -> theirs, for every parameter of a model."""
-        return hf_names(model.size)
+        return hf_names(model.shape)
 
     def stored_names(self, stored: Iterable[str], model: Any) -> dict[str, str]:
         """Return the same for what is stored. Raises ValueError for missing and unexpected names."""
-        return stored_names(stored, model.size)
+        return stored_names(stored, model.shape)
 
 
 def _config(model: Decoder) -> dict[str, Any]:
-    entries = hf_config(model.size, model.vocab_size)
+    entries = hf_config(model.shape, model.vocab_size)
     # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
     rope = dict(entries["rope_parameters"])
     entries["rope_theta"] = rope.pop("rope_theta")
@@ -72,10 +72,10 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 
 def _llama_config(model: Decoder) -> dict[str, Any]:
-    size = model.size
-    if size.dim % size.heads:
+    shape = model.shape
+    if shape.dim % shape.heads:
         raise ValueError(
-            f"transformers refuses a Llama whose dim = {size.dim} is no multiple of heads = {size.heads}, also with a "
+            f"transformers refuses a Llama whose dim = {shape.dim} is no multiple of heads = {shape.heads}, also with a "
             "head_dim of its own; such a model cannot be exported"
         )
     return _config(model)
@@ -85,28 +85,28 @@ def _moe_config(model: Decoder) -> dict[str, Any]:
     losses = model.router_loss
     assert losses is not None
     # theirs, of even loads, is top_k where ours is 1; it counts only with output_router_logits
-    coefficient = losses.keys.load_balancing_coefficient / model.size.top_k
+    coefficient = losses.config.load_balancing_coefficient / model.shape.top_k
     return {**_config(model), "router_aux_loss_coef": coefficient}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         model_type="llama",
-        has_size=lambda size: size.mup is None and not size.experts,
-        config=_llama_config,
-        keys=llama_config_from_hf,
+        has_shape=lambda shape: shape.mup is None and not shape.experts,
+        hf_config=_llama_config,
+        config_from_hf=llama_config_from_hf,
     ),
     "GraniteForCausalLM": Architecture(
         model_type="granite",
-        has_size=lambda size: size.mup is not None and not size.experts,
-        config=_config,
-        keys=granite_config_from_hf,
+        has_shape=lambda shape: shape.mup is not None and not shape.experts,
+        hf_config=_config,
+        config_from_hf=granite_config_from_hf,
     ),
     "GraniteMoeForCausalLM": Architecture(
         model_type="granitemoe",
-        has_size=lambda size: bool(size.experts),
-        config=_moe_config,
-        keys=granite_moe_config_from_hf,
+        has_shape=lambda shape: bool(shape.experts),
+        hf_config=_moe_config,
+        config_from_hf=granite_moe_config_from_hf,
     ),
 }
 
@@ -114,7 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_from_model(model: nn.Module) -> tuple[str, Architecture]:
     """Raises ValueError for a model that transformers has no class for."""
     for name, architecture in ARCHITECTURES.items():
-        if architecture.is_one(model):
+        if architecture.matches(model):
             return name, architecture
     raise ValueError(f"a {type(model).__name__} is none of {', '.join(ARCHITECTURES)}")
 

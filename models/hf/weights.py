@@ -38,16 +38,16 @@ _EXPERTS = {
 }
 
 
-def hf_names(size: LlamaShape) -> dict[str, str]:
-    """Our name -> the Hugging Face name, of every parameter of a decoder of this size."""
-    table = {ours: theirs for ours, theirs in _TOP.items() if not (size.tied_embeddings and ours == "output.weight")}
-    for i in range(size.layers):
-        for ours, theirs in {**_IN_LAYER, **(_EXPERTS if size.experts else _DENSE)}.items():
+def hf_names(shape: LlamaShape) -> dict[str, str]:
+    """Our name -> the Hugging Face name, of every parameter of a decoder of this shape."""
+    table = {ours: theirs for ours, theirs in _TOP.items() if not (shape.tied_embeddings and ours == "output.weight")}
+    for i in range(shape.layers):
+        for ours, theirs in {**_IN_LAYER, **(_EXPERTS if shape.experts else _DENSE)}.items():
             table[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     return table
 
 
-def stored_names(stored: Iterable[str], size: LlamaShape) -> dict[str, str]:
+def stored_names(stored: Iterable[str], shape: LlamaShape) -> dict[str, str]:
     """Our name -> the name a Hugging Face checkpoint of the tensors `stored` has it under.
 
     Leaves out what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied
@@ -55,10 +55,10 @@ def stored_names(stored: Iterable[str], size: LlamaShape) -> dict[str, str]:
     parameter is there and nothing else is.
     """
     found = {name: name for name in stored if not name.endswith(RECOMPUTED_BUFFERS)}
-    if size.tied_embeddings and HEAD in found:
+    if shape.tied_embeddings and HEAD in found:
         tied = found.pop(HEAD)
         found.setdefault(EMBEDDING, tied)
-    table = hf_names(size)
+    table = hf_names(shape)
     missing, unknown = sorted(set(table.values()) - found.keys()), sorted(found.keys() - set(table.values()))
     if missing or unknown:
         raise ValueError(

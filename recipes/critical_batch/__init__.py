@@ -59,8 +59,8 @@ class CriticalBatch(Pretrain):
         """Train the branches that are missing, then compare all; returns the exit status."""
         with ExitStack() as cleanup:
             with config_errors_at(config, "run.device"):
-                world = DistributedContext.start(self.run.device)  # the branches join what is joined here
-            cleanup.push(world.stop_unless_failed)
+                world = DistributedContext.init(self.run.device)  # the branches join what is joined here
+            cleanup.push(world.close_unless_failed)
             measurement = CriticalBatchMeasurement(self, config, world.size)
 
             def take() -> None:
@@ -69,7 +69,7 @@ class CriticalBatch(Pretrain):
                     measurement.directory.sweep(measurement.report, measurement.begun)
 
             with config_errors_at(config, "run"):
-                world.main_first(take)
+                world.main_process_first(take)
             measurement.open(world, resume)
             log.info("\n".join(measurement.plan()))
             for factor in self.branches.factors:
@@ -77,7 +77,7 @@ class CriticalBatch(Pretrain):
                 if status:
                     return status
             if world.is_main:
-                setup_logging(measurement.directory.log, speak=True)
+                setup_logging(measurement.directory.log, console=True)
                 report(measurement)
             return 0
 
@@ -98,7 +98,7 @@ class CriticalBatchMeasurement:
         self.report = self.directory.path / "critical_batch.json"
         self.picture = self.report.with_suffix(".png")
         with config_errors_at(config, "parallel"):
-            sizes = recipe.parallel.sizes(world_size)
+            sizes = recipe.parallel.mesh_shape(world_size)
         layout = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
         with config_errors_at(config, "branches"):
@@ -177,14 +177,14 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         launch = os.environ.get(LAUNCH_ID)
-        again = resume is not None or bool(world.maximum(self.directory.belongs_to(launch)))
+        again = resume is not None or bool(world.all_reduce_max(self.directory.belongs_to(launch)))
         begun = self.begun
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
                 raise ValueError("--resume=PATH: what to branch from is branches.checkpoint; say --resume alone")
             if resume is not None and not begun.exists():
                 raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
-            world.main_first(claim)
+            world.main_process_first(claim)
             if again and begun.exists():
                 self._compare(begun)
             elif begun.exists() and self.recipe.run.if_exists == "refuse":
@@ -207,8 +207,8 @@ class CriticalBatchMeasurement:
 
         world.barrier()  # nobody may still be looking at what is deleted here
         with config_errors_at(self.config, "run"):
-            world.main_first(store)
-        setup_logging(self.directory.log if world.is_main else None, speak=world.is_main)
+            world.main_process_first(store)
+        setup_logging(self.directory.log if world.is_main else None, console=world.is_main)
 
     def _remove(self) -> None:
         """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""

@@ -80,7 +80,7 @@ def find_branch_point(branches: Branches, layout: BatchRounding, config: Config)
             policy.load_state_dict(state["batch"])
             batch = policy.next_batch_size(clock)
         if lr is None:
-            batch_tokens = layout.fit(batch).samples * clock.sequence_length
+            batch_tokens = layout.round_up(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
             raise InputError("lr", f"the schedule of {checkpoint} has come to {lr}; give a rate, or branch earlier")
@@ -88,7 +88,7 @@ def find_branch_point(branches: Branches, layout: BatchRounding, config: Config)
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],
         tokens=state["clock"]["tokens"],
-        batch=layout.fit(batch).samples,
+        batch=layout.round_up(batch).samples,
         lr=lr,
     )
 

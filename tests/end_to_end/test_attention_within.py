@@ -159,7 +159,7 @@ def test_a_resumed_run_may_change_the_rule_and_is_told(tmp_path, run, capsys):
 def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
     (tiny.folder / "of_mine.py").write_text(MODEL)
     for arguments, message in {
-        ("--model.use=of_mine:Model", WITHIN): "Tagger has no separate_documents(end_of_document)",
+        ("--model.use=of_mine:Model", WITHIN): "Tagger has no enable_document_masking(end_of_document)",
         ("--model.use=of_mine:Model", WITHIN, "--dry-run"): "training.attention_within",
         ("--training.attention_within=documents",): 'expected one of "sequence", "document"',
     }.items():

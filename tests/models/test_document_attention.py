@@ -51,7 +51,7 @@ def decoder(size: LlamaShape) -> Decoder:
 
 def apart(size: LlamaShape) -> Decoder:
     model = decoder(size)
-    model.separate_documents(END)
+    model.enable_document_masking(END)
     return model
 
 

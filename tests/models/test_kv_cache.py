@@ -126,7 +126,7 @@ def test_a_packed_model_computes_the_same(size, monkeypatch):
     monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
     model, rows = decoder(size), prompts(3, 6)
     reference = [uncached(model, prompt, 6) for prompt in rows]
-    model.pack()
+    model.use_mkldnn_linear()
     left = {name.split(".")[-2] for name, _ in model.named_parameters()}
     of_experts = {"router", "w_gate_up", "w_down"} if size.experts else set()
     assert left == {"tok_embeddings", "attention_norm", "ffn_norm", "norm"} | of_experts
@@ -144,5 +144,5 @@ def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
     monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
     monkeypatch.setattr(mkldnn_linear, "multiplies_bf16", lambda: False)
     model = decoder(SMALL).bfloat16()
-    model.pack()
+    model.use_mkldnn_linear()
     assert not any(isinstance(module, mkldnn_linear.MkldnnLinear) for module in model.modules())

@@ -106,7 +106,7 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
 
 def test_documents_kept_apart_are_those_of_a_mask_and_of_positions_given_by_hand():
     ours, theirs = pair(SHAPES["all at once"])
-    ours.separate_documents(end_of_document := 5)
+    ours.enable_document_masking(end_of_document := 5)
     given = tokens()
     given[0, [3, 4, 31]] = given[1, [0, 60]] = end_of_document
     document = (given == end_of_document).cumsum(1)

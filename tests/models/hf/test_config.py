@@ -48,9 +48,9 @@ def test_what_is_written_reads_back_as_the_same_model(size):
     expected = "GraniteMoeForCausalLM" if size.experts else "LlamaForCausalLM" if size.mup is None else None
     assert name == (expected or "GraniteForCausalLM")
     with torch.device("meta"):
-        back = architecture.build(architecture.keys(architecture.config(decoder(size))))
-    assert replace(back.size, head_dim=size.head_dim) == size
-    assert back.size.head_width == size.head_width
+        back = architecture.build(architecture.config_from_hf(architecture.hf_config(decoder(size))))
+    assert replace(back.shape, head_dim=size.head_dim) == size
+    assert back.shape.head_width == size.head_width
     assert back.vocab_size == 97
 
 
@@ -75,9 +75,9 @@ POWERMOE = {
 def test_powermoe_is_the_size_of_that_name():
     name, architecture = architecture_from_config(POWERMOE)
     with torch.device("meta"):
-        model = architecture.build(architecture.keys(POWERMOE))
+        model = architecture.build(architecture.config_from_hf(POWERMOE))
     assert name == "GraniteMoeForCausalLM"
-    assert replace(model.size, head_dim=None) == PRESETS["powermoe3b"]
+    assert replace(model.shape, head_dim=None) == PRESETS["powermoe3b"]
 
 
 @pytest.mark.parametrize(
