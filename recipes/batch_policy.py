@@ -33,5 +33,6 @@ def require_measurable_noise(policy: BatchPolicy, layout: BatchRounding, progres
         raise InputError(
             "initial",
             f"a step of {batch.samples} samples is one micro-batch and does not show the noise of its "
-            f"gradient, so the batch could never change; take {2 * layout.samples_per_micro_step} or a smaller training.micro_batch_size",
+            f"gradient, so the batch could never change; take {2 * layout.samples_per_micro_step} "
+            "or a smaller training.micro_batch_size",
         )

@@ -122,8 +122,8 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         except RendezvousError as error:
             address = f"{node.address}:{node.port}"
             _print_error(
-                f"node {node.rank} of {node.nodes} could not reach, or lost contact with, the other nodes at {address}: "
-                f"{error}"
+                f"node {node.rank} of {node.nodes} could not reach, or lost contact with, "
+                f"the other nodes at {address}: {error}"
             )
             return 1
 

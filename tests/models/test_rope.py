@@ -92,7 +92,7 @@ def test_scaling_by_one_is_off():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"factor": 0.5}, r"^factor: 0.5 would shorten"),
+        ({"factor": 0.5}, r"^factor: 0.5 must be at least 1"),
         ({"low_freq_factor": 4.0}, r"^high_freq_factor: 4.0 must be above low_freq_factor = 4.0"),
         ({"low_freq_factor": 0.0}, r"^high_freq_factor: .* both above 0"),
         ({"original_max_position": 0}, r"^original_max_position: 0 must be at least 1"),
