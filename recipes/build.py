@@ -76,7 +76,7 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     directory = RunDirectory(recipe.run.directory)
     opened = claim_run_directory(directory, config, resume, world, cleanup)
     with config_errors_at(config, "run"):
-        console = setup_logging(directory.log if world.is_main else None, console=world.is_main)
+        console = setup_logging(directory.log if world.is_main else None, to_console=world.is_main)
     for warning in opened.warnings:
         log.warning(warning)
     if opened.checkpoint is not None:

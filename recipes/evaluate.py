@@ -104,7 +104,7 @@ class Evaluate:
             with config_errors_at(config, "evaluation.device"):
                 world = DistributedContext.init(self.evaluation.device)
             cleanup.push(world.close_unless_failed)
-            setup_logging(None, console=world.is_main)
+            setup_logging(None, to_console=world.is_main)
             with config_errors_at(config, "evaluation"):
                 trained, length, model = world.main_process_first(lambda: self.open(world.rank, world.size))
             result, rows = self.measure(config, world, trained, length, model)

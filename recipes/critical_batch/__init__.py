@@ -77,7 +77,7 @@ class CriticalBatch(Pretrain):
                 if status:
                     return status
             if world.is_main:
-                setup_logging(measurement.directory.log, console=True)
+                setup_logging(measurement.directory.log, to_console=True)
                 report(measurement)
             return 0
 
@@ -208,7 +208,7 @@ class CriticalBatchMeasurement:
         world.barrier()  # nobody may still be looking at what is deleted here
         with config_errors_at(self.config, "run"):
             world.main_process_first(store)
-        setup_logging(self.directory.log if world.is_main else None, console=world.is_main)
+        setup_logging(self.directory.log if world.is_main else None, to_console=world.is_main)
 
     def _remove(self) -> None:
         """Remove what an earlier measurement has written, and nothing else: a branch is known by its mark."""
