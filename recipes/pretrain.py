@@ -186,7 +186,7 @@ class Trainer:
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
             after.append(
-                Validate(validation, self.checkpoints, self.requests, self.mesh.dp, self.step.compute, metrics)
+                Validate(validation, self.checkpoints, self.requests, self.mesh.dp, self.step.compute_context, metrics)
             )
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
