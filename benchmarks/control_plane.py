@@ -147,7 +147,7 @@ def measure_plans(model: str, ranks: int) -> str:
 def count_sockets(rank: int, ranks: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
-    world = DistributedContext.start("cpu")
+    world = DistributedContext.init("cpu")
     store = CheckpointManager(Path(folder), world, async_save=True)
     world.barrier()
     if rank == ranks - 1:
@@ -155,7 +155,7 @@ def count_sockets(rank: int, ranks: int, folder: str) -> None:
         Path(folder, "sockets").write_text(str(sum(link.startswith("socket") for link in links)))
     world.barrier()
     store.close()
-    world.stop()
+    world.close()
 
 
 def sockets(ranks: int) -> int:

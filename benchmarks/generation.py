@@ -47,7 +47,7 @@ def both(size: LlamaShape, rows: int, tokens: int, device: torch.device, packed:
     theirs.to(device, dtype).eval()
     theirs.generation_config.eos_token_id = None
     if packed:
-        ours.pack()
+        ours.use_mkldnn_linear()
     prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def we_write() -> Tensor:

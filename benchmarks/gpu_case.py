@@ -152,7 +152,7 @@ def plain(config: Config, report: Report, *, compiled: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     recipe = config.recipe
-    shape, training, vocab_size = recipe.model.shape, recipe.training, recipe.tokenizer.vocab_size
+    shape, training, vocab_size = recipe.model.resolved_shape, recipe.training, recipe.tokenizer.vocab_size
     with torch.device("meta"):
         same = recipe.model.build(vocab_size=vocab_size, sequence_length=training.sequence_length)
     with report.device:

@@ -1,8 +1,8 @@
-"""The memory of activations: what a forward pass keeps for the backward pass, counted without storage.
+"""The memory of activations: the bytes that a forward pass keeps for the backward pass, counted without allocation.
 
-The model runs once on fake tensors, which have shapes and no data, and everything autograd keeps is added up. So the
-count holds for any model, including a custom one, and follows every change of its code. It is the count of the CPU
-kernels; those of CUDA differ in the norms only, by a few percent.
+The model runs once on fake tensors, which have shapes but no data, and the tensors that autograd saves are added up. So
+the count is correct for any model, also a custom one. It is that of the CPU kernels; CUDA kernels differ only in the
+norms, by a few percent.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BlockActivations:
         Every tensor is split, by heads, features or sequence, except two gathered copies of the input, which the first
         matrix products need.
         """
-        gathered = min(self.kept, 2 * self.input)
+        gathered = min(self.kept, 2 * self.input)  # not divided by tp
         kept = (self.kept - gathered) // tp + gathered
         rest = (self.input, self.saved_ops, self.fused, self.last_saved_op)
         return BlockActivations(kept, *(size // tp for size in rest))
@@ -88,10 +88,10 @@ def count_activations(
     sequence_length: int,
     compute_dtype: torch.dtype,
 ) -> Activations:
-    """Return the activations of `model(tokens, labels)`, whose `blocks` are named; it may be on the meta device.
+    """Return the activations of `model(tokens, labels)`; `blocks` are names of modules. It may be on the meta device.
 
     The weights that a model computes with are in `compute_dtype`, as FSDP2 gathers them or as copies.
-    Raises whatever the model raises: a model whose shapes depend on data cannot run without any.
+    Raises whatever the model raises: a model whose shapes depend on data cannot run on fake tensors.
     """
     with torch.device("meta"):
         model = copy.deepcopy(model).to(device="meta", dtype=compute_dtype)
@@ -105,7 +105,7 @@ def count_activations(
 
 
 class _SavedTensorRecorder(TorchDispatchMode):
-    """Records which block keeps which storage. One that several operations keep is counted once, for the first."""
+    """Records which block saves which storage. A storage saved by several operations is counted once, for the first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -133,10 +133,13 @@ class _SavedTensorRecorder(TorchDispatchMode):
         if isinstance(first, Tensor):
             name = func._opname
             read = [_storage(argument) for argument in args if isinstance(argument, Tensor)]
-            if _storage(first) not in read:  # a view, or a result in place, is no new tensor
+            if (
+                _storage(first) not in read
+            ):  # a view or an in-place result has the storage of an argument: not a new tensor
                 self._made_by[_storage(first)] = name
                 self._read_by_saved_ops.discard(_storage(first))
             if is_saved_op(func):
+                # kept by selective checkpointing; what it reads can then not be recomputed inside a fused kernel
                 self._saved_ops[_storage(first)] = (self._block, first)
                 self._read_by_saved_ops.update(read)
         return result
@@ -179,7 +182,9 @@ class _SavedTensorRecorder(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage not in self._parameters:
-            self._kept.setdefault(storage, (self._block, tensor))  # holding it keeps its address from being given again
+            self._kept.setdefault(
+                storage, (self._block, tensor)
+            )  # the reference keeps the address of the storage from being reused
         return tensor
 
 

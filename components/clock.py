@@ -1,4 +1,4 @@
-"""The clock: how far a run has come. The only truth about progress."""
+"""The clock: the progress of a run. All other progress counts are derived from it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class TrainingClock:
     """Counts optimizer steps, samples (sequences) and tokens consumed by the optimizer.
 
-    Tokens follow from samples, so a step counter times a batch size, which is wrong as soon as the batch changes, is
-    never needed. Schedules, policies and the data loader's cursor all read this one object.
+    Tokens are samples x sequence_length, so progress is never computed as steps x batch size, which is wrong when the
+    batch size changes. Schedules, batch policies and the data loader all read this object.
     """
 
     total_tokens: int
@@ -28,7 +28,7 @@ class TrainingClock:
         return self.tokens >= self.total_tokens
 
     def advance(self, samples: int) -> None:
-        """One optimizer step consumed `samples` sequences."""
+        """Count one optimizer step of `samples` sequences."""
         self.step += 1
         self.samples += samples
 
@@ -36,11 +36,11 @@ class TrainingClock:
         return {"step": self.step, "samples": self.samples, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the saved tokens are not samples x sequence_length: another sequence length."""
+        """Raises ValueError if the saved tokens are not samples x sequence_length."""
         step, samples, tokens = (int(state[key]) for key in ("step", "samples", "tokens"))
         if tokens != samples * self.sequence_length:
             raise ValueError(
-                f"the checkpoint counts {tokens} tokens in {samples} samples, which is not this run's "
-                f"sequence_length of {self.sequence_length}"
+                f"the checkpoint has {tokens} tokens in {samples} samples, which does not match this run's "
+                f"sequence_length = {self.sequence_length}; set the old sequence_length, or start a new run"
             )
         self.step, self.samples = step, samples

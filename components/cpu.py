@@ -1,4 +1,4 @@
-"""The processor this process runs on. Imports nothing of the project."""
+"""The CPUs of this process. This module imports nothing of the project."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def num_cpus() -> int:
-    """Return the number of processors this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Critical batch size from branched training (Merrill et al., arXiv 2505.23971): what the losses of branches say."""
+"""Critical batch size from branched training (Merrill et al., arXiv 2505.23971): evaluation of the branches' losses."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 
-def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: float) -> list[float]:
-    """The exponential moving average of each step's loss and those before it, without the bias of its start.
+def smooth_losses(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: float) -> list[float]:
+    """Return the exponential moving average of the losses at each step, with bias correction.
 
-    It decays by 1/e over `smoothing_tokens`. A step counts for the `tokens` it took, so runs whose batches differ are
-    averaged over the same stretch of data. A loss that is not finite leaves the average as it was; before the first
-    finite one it is nan.
+    Weights decay to 1/e over `smoothing_tokens`. A step is weighted by its `tokens`, so that runs with different batch
+    sizes are averaged over the same amount of data. Losses that are not finite are ignored; before the first finite one
+    the average is nan.
     """
     curve, total, weight = [], 0.0, 0.0
     for loss, taken in zip(losses, tokens, strict=True):
@@ -24,14 +24,14 @@ def smoothed(losses: Sequence[float], tokens: Sequence[int], smoothing_tokens: f
 
 
 def is_within_tolerance(loss: float, first: float, tolerance: float) -> bool:
-    """Whether a branch's loss is at most `tolerance` above that of the first branch; one that is not finite is not."""
+    """Return whether a branch's loss is finite and at most `tolerance` above `first`, that of the first branch."""
     return loss - first <= tolerance if math.isfinite(loss) else False
 
 
 def largest_factor(factors: Sequence[int], losses: Sequence[float], tolerance: float) -> int:
-    """k*: the largest factor whose loss, and that of all smaller ones, stays within `tolerance` of the first.
+    """Return k*: the largest factor up to which all losses stay within `tolerance` of the first.
 
-    A larger batch that comes back into it by chance does not count.
+    A larger factor that is within tolerance again, by chance, does not count.
     """
     best = factors[0]
     for factor, loss in zip(factors, losses, strict=True):

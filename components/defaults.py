@@ -1,4 +1,4 @@
-"""Optional attributes of a component: the one place where what a class does not define gets its default."""
+"""Default values of optional attributes of components."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 def with_defaults(instance: Any, base: type[T]) -> T:
-    """Return `instance` as a `base`; an attribute that it does not have is that of `base`.
+    """Return `instance` as a `base`; attributes that it lacks are taken from `base`.
 
-    So a class of the user's need not derive from `base`, and no caller asks with getattr whether an attribute is there.
-    What is returned has the class name of `instance`. Attributes are read once, when this is called.
+    So a custom class need not derive from `base`, and callers need not check for attributes. The returned object has
+    the class name of `instance`. Attributes are read once, by this call.
     """
     if isinstance(instance, base):
         return instance

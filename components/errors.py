@@ -1,19 +1,19 @@
-"""The error of bad input, which names the key that it is about. It imports nothing of the project."""
+"""The error for bad input, with the key that it concerns. This module imports nothing of the project."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something that the user wrote cannot be used.
+    """A value in the recipe or the data is invalid.
 
-    A component raises it in its constructor, in `build` and in what that returns. Whoever built the component reports
-    the message at the line where the key was written.
+    Components raise it in their constructor, in `build` and later. The recipe reports the message at the line of the
+    key.
     """
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(key, message)
         self.key = key
-        """Dotted path below the component's own table, such as `stages`; empty for the table as a whole."""
+        """Dotted path within the table of the component, such as `stages`; empty for the whole table."""
         self.message = message
         """The value, the limit and the remedy."""
 
@@ -22,7 +22,7 @@ class InputError(ValueError):
 
     @staticmethod
     def below(key: str, error: Exception) -> InputError:
-        """Return `error` as one about `key`, or about the key below it that `error` names itself."""
+        """Return `error` as an InputError about `key`, or about the key below it that `error` names."""
         kind = MissingFileError if isinstance(error, FileNotFoundError) else InputError
         inner = getattr(error, "key", "")
         return kind(f"{key}.{inner}" if inner else key, message_of(error))
@@ -33,5 +33,5 @@ class MissingFileError(InputError, FileNotFoundError):
 
 
 def message_of(error: Exception) -> str:
-    """Return the text of an error without the key that it is about."""
+    """Return the text of an error without its key."""
     return error.message if isinstance(error, InputError) else str(error)

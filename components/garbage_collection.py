@@ -1,7 +1,7 @@
-"""Python's garbage collector, run at the same step on every rank.
+"""Run Python's garbage collector at the same step on every rank.
 
-Left to itself it runs at another moment on each rank, and all wait for the one that collects: at 64 ranks some rank
-does in almost every step.
+By default it runs at different times on each rank, and all ranks wait for the one that collects: with 64 ranks that
+happens in almost every step.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import gc
 
 
 class GarbageCollection:
-    """Collects every `interval_steps` steps; None leaves it to Python. What is there after the first step is kept."""
+    """Collects every `interval_steps` steps; None leaves it to Python. Objects of the first step are never
+    collected."""
 
     def __init__(self, interval_steps: int | None) -> None:
         self.interval_steps = interval_steps
         self._taken_over = False
 
     def after_step(self, step: int) -> None:
-        """Every rank calls it after each step, with the step's number."""
+        """Call on every rank after each step, with the number of the step."""
         if self.interval_steps is None:
             return
         if not self._taken_over:
             self._taken_over = gc.isenabled()
             gc.disable()
             gc.collect()
-            gc.freeze()  # modules, model and optimizer: a million objects, which no later collection has to look at
+            gc.freeze()  # modules, model and optimizer: a million objects, which later collections then skip
         elif step % self.interval_steps == 0:
             gc.collect()
 
     def close(self) -> None:
-        """Leave the collector as it was."""
+        """Restore the previous state of the collector."""
         if self._taken_over:
             gc.unfreeze()
             gc.enable()

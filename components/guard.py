@@ -1,4 +1,4 @@
-"""[guard]: steps whose loss or gradient is bad are recognised before they touch the parameters."""
+"""[guard]: detect steps with a bad loss or gradient before they update the parameters."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from components.units import PositiveCount
 Action = Literal["stop", "skip", "roll_back"]
 SampleAction = Literal["stop", "skip"]
 
-_LEAST_DEVIATION = 1e-3
-"""Of the mean: a loss that has hardly moved so far is not to be held to rounding errors."""
+_MIN_RELATIVE_STD = 1e-3
+"""Smallest standard deviation, relative to the mean, so that rounding errors of a constant loss are not spikes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """[guard]: what becomes of a step whose numbers are not finite, whose loss leaps up, or that has a bad sample.
+    """[guard]: what to do with a step whose loss or gradient is not finite, whose loss spikes, or that has a bad
+    sample.
 
-    stop: end the run. skip: leave the update of that step out. roll_back: besides, return parameters and optimizer to
-    the newest checkpoint, while the data goes on after the samples of the bad step (PaLM, arXiv 2204.02311, 5.1).
+    stop: end the run. skip: skip the update of that step. roll_back: skip, and also restore parameters and optimizer
+    from the newest checkpoint; the data continues after the samples of the bad step (PaLM, arXiv 2204.02311, 5.1).
     """
 
     on_nonfinite: Action = "stop"
     """A loss or gradient norm that is not finite."""
     on_spike: Action | None = None
-    """A loss above `spike_std`; unset: such a step is one like any other."""
+    """A loss spike, as defined by `spike_std`; unset: spikes are not detected."""
     on_bad_sample: SampleAction = "stop"
-    """A sample that cannot be read or holds no valid token ids. skip: go on after the samples of that step."""
+    """A sample that cannot be read or has invalid token ids. skip: continue after the samples of that step."""
     spike_std: Annotated[float, Field(gt=0)] = 6.0
-    """Standard deviations above the mean of the steps before that make a loss a spike."""
+    """A loss is a spike if it is more than this many standard deviations above the mean of the steps before."""
     spike_window_steps: PositiveCount = 100
-    """Steps after which a loss has lost 63 % of its weight in mean and deviation, and before which none is a spike."""
+    """Steps after which the weight of a loss in mean and deviation has decayed to 1/e. No spike is detected before as
+    many steps."""
     max_bad_steps: PositiveCount = 10
-    """Bad steps in a row that end the run, whatever else is said."""
+    """Consecutive bad steps that end the run, whatever the action."""
 
     def build(self) -> StepGuard:
         return StepGuard(self)
@@ -44,17 +46,18 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class BadStep:
-    """Why a step is not to be trusted, and what to do."""
+    """A bad step: what is wrong with it, and what to do."""
 
     action: Action
     finite: bool
+    """Whether loss and gradient norm are finite."""
     why: str
-    """Its numbers in words."""
+    """Description for the log, with the loss and the gradient norm."""
 
 
 @dataclass
 class StepGuard:
-    """Judges every step from numbers that are equal on all ranks. What is bad never enters what it compares with."""
+    """Checks every step, from values that are equal on all ranks. Bad steps do not enter the running statistics."""
 
     rules: GuardConfig
     consecutive: int = field(default=0, init=False)
@@ -63,29 +66,29 @@ class StepGuard:
     _variance: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 
-    def judge(self, loss: float, grad_norm: float) -> BadStep | None:
-        """What is wrong with a step of this mean loss and gradient norm; None: nothing."""
-        bad = self._bad(loss, grad_norm)
+    def check(self, loss: float, grad_norm: float) -> BadStep | None:
+        """Return what is wrong with a step of this mean loss and gradient norm, or None if nothing is."""
+        bad = self._classify(loss, grad_norm)
         if bad is None:
             self.consecutive = 0
-            self._remember(loss)
+            self._update_statistics(loss)
             return None
-        return self._count(bad)
+        return self._count_bad_step(bad)
 
-    def judge_samples(self, why: str) -> BadStep:
-        """What to do with a step that has a bad sample, on any rank; `why` says which."""
-        return self._count(BadStep(self.rules.on_bad_sample, True, why))
+    def count_bad_sample(self, why: str) -> BadStep:
+        """Count a step that has a bad sample on any rank, described by `why`, and return what to do."""
+        return self._count_bad_step(BadStep(self.rules.on_bad_sample, True, why))
 
-    def _count(self, bad: BadStep) -> BadStep:
-        """`bad`, or the stop that is due after too many bad steps in a row.
+    def _count_bad_step(self, bad: BadStep) -> BadStep:
+        """Return `bad`, or a stop after `max_bad_steps` consecutive bad steps.
 
-        A step that stops the run is not counted: the state that is saved is the one before it.
+        A step that stops the run is not counted, because the run saves the state before it.
         """
         consecutive = self.consecutive + 1
         if bad.action == "stop":
             return bad
         if consecutive >= self.rules.max_bad_steps:
-            why = f"{bad.why}; bad steps in a row: {consecutive}, which is guard.max_bad_steps"
+            why = f"{bad.why}; consecutive bad steps: {consecutive}, which is guard.max_bad_steps"
             return BadStep("stop", bad.finite, why)
         self.consecutive = consecutive
         return bad
@@ -102,13 +105,13 @@ class StepGuard:
         self.consecutive, self._steps = int(state["consecutive"]), int(state["steps"])
         self._mean, self._variance = float(state["mean"]), float(state["variance"])
 
-    def _bad(self, loss: float, grad_norm: float) -> BadStep | None:
+    def _classify(self, loss: float, grad_norm: float) -> BadStep | None:
         numbers = f"loss {loss:.6g}, gradient norm {grad_norm:.6g}"
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return BadStep(self.rules.on_nonfinite, False, numbers)
         if self.rules.on_spike is None or self._steps < self.rules.spike_window_steps:
             return None
-        deviation = max(math.sqrt(self._variance), _LEAST_DEVIATION * abs(self._mean))
+        deviation = max(math.sqrt(self._variance), _MIN_RELATIVE_STD * abs(self._mean))
         above = (loss - self._mean) / deviation if deviation else 0.0
         if above <= self.rules.spike_std:
             return None
@@ -116,10 +119,10 @@ class StepGuard:
             self.rules.on_spike, True, f"{numbers}, {above:.3g} standard deviations above the mean of {self._mean:.6g}"
         )
 
-    def _remember(self, loss: float) -> None:
-        """Exponential mean and variance (West 1979), of all steps alike while they are few."""
+    def _update_statistics(self, loss: float) -> None:
+        """Update the exponential mean and variance (West 1979); the first steps are weighted equally."""
         self._steps += 1
-        share = max(1 / self._steps, 1 - math.exp(-1 / self.rules.spike_window_steps))
-        off = loss - self._mean
-        self._mean += share * off
-        self._variance = (1 - share) * (self._variance + share * off * off)
+        weight = max(1 / self._steps, 1 - math.exp(-1 / self.rules.spike_window_steps))
+        delta = loss - self._mean
+        self._mean += weight * delta
+        self._variance = (1 - weight) * (self._variance + weight * delta * delta)

@@ -1,4 +1,4 @@
-"""What a step costs: memory, and how fast the hardware could be, the denominator of MFU."""
+"""Peak FLOP/s, memory and bandwidth of devices, and the memory in use."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ DEVICES = {
     "RTX 4090": (165, 24, 32),
     "RTX 3090": (71, 24, 32),
 }
-"""Vendors' figures of one device, by a part of its name (the first match counts): dense bf16 peak in TFLOP/s, memory in
-10^9 bytes, and bandwidth to the other devices of its node in GB/s, one direction: NVLink, or else PCIe."""
+"""Part of a device's name (the first match counts) -> vendor's dense bf16 peak in TFLOP/s, memory in 10^9 bytes, and
+bandwidth to the other devices of its node in GB/s, one direction, by NVLink or else PCIe."""
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """What one process computes on."""
+    """The device of one process."""
 
     name: str
     flops: float
-    """Peak matrix FLOP/s in bf16 (a CPU: in the fastest it has)."""
+    """Peak matrix FLOP/s in bf16 (CPU: in its fastest dtype)."""
     memory_bytes: int
     link_bytes: float | None = None
-    """Bytes a second to another device of its node, one direction; None where they share the memory."""
+    """Bytes per second to another device of its node, one direction; None if devices share memory."""
 
 
 def device_spec(name: str) -> DeviceSpec:
-    """Return a device by name, in any case: one of `DEVICES`, or `cpu`, this machine. Raises ValueError."""
+    """Return a device of `DEVICES` by name, case-insensitive, or this machine for `cpu`. Raises ValueError."""
     if name.lower() == "cpu":
         import psutil
 
         measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
         return DeviceSpec("cpu", max(measured), psutil.virtual_memory().total)
     plain = name.lower().replace("-", " ").replace("_", " ")
-    # a part of the name, but not of a larger number in it
+    # a part of the name, but not of a longer number: A100 does not match A1000
     found = next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
     if found is None:
         raise ValueError(f"{name} is not a known device; use one of {', '.join([*DEVICES, 'cpu'])}")
@@ -54,10 +54,10 @@ def device_spec(name: str) -> DeviceSpec:
 
 @cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak matrix FLOP/s of one process's device in `dtype`; None where it is unknown.
+    """Return the peak matrix FLOP/s of one process's device in `dtype`; None if unknown.
 
-    GPUs have a published figure. A CPU's is measured, once in a process and for a tenth of a second, as the best of a
-    few products of matrices of 1024 x 1024: MFU there is the share of what this machine's own matrix product reaches.
+    For GPUs it is the published value. For a CPU it is measured once per process, for a tenth of a second, as the best
+    of several products of 1024 x 1024 matrices, so MFU is relative to this machine's matrix product.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -76,7 +76,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory the device has; a machine's, for a CPU."""
+    """Return the memory of the device in bytes; for a CPU that of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     import psutil
@@ -85,7 +85,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak device memory so far on a GPU, resident memory of the process elsewhere."""
+    """Return the peak memory allocated so far on a GPU, or the resident memory of the process elsewhere, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

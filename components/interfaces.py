@@ -1,7 +1,7 @@
 """Interfaces that several components need, each stated once.
 
-A component asks for what it needs of another by one of these protocols and never imports it. This module imports
-nothing of the project, so that every component may import it, and torch and NumPy only for the type checker.
+A component declares what it needs of another one by these protocols, and does not import it. This module imports
+nothing of the project, so that every component can import it, and torch and NumPy only for type checking.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Comm(Protocol):
-    """A group of processes, as one of them sees it. Of a single process every collective is the identity."""
+    """A group of processes that this one belongs to. For a single process every collective is the identity."""
 
     @property
     def rank(self) -> int: ...
@@ -26,8 +26,8 @@ class Comm(Protocol):
     def size(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` added over all processes, in place."""
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all processes, in place, and return it."""
         ...
 
 
@@ -40,36 +40,36 @@ class WorldComm(Comm, Protocol):
         ...
 
     @property
-    def waiting(self) -> dist.ProcessGroup | None:
-        """A second group, for collectives of other threads than the training loop's."""
+    def long_timeout_group(self) -> dist.ProcessGroup | None:
+        """A second group, for collectives of the checkpoint thread; None for a single process."""
         ...
 
     def gather(self, text: str) -> list[str]:
-        """Return `text` of every process, by rank."""
+        """Return the `text` of every process, in order of rank."""
         ...
 
 
 class Tokenizer(Protocol):
-    """A tokenizer ready to use, V being its vocabulary size."""
+    """A tokenizer with a vocabulary of V ids."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: every id is below it."""
+        """V: all ids are below it."""
         ...
 
     @property
     def end_of_document(self) -> int:
-        """The id written after every document."""
+        """The id that ends every document."""
         ...
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """(V,) int64: UTF-8 bytes each id stands for, 0 for special tokens. Makes bits per byte exact."""
+        """(V,) int64: number of UTF-8 bytes of each id, 0 for special tokens. Used for bits per byte."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the ids of some text could change; part of the key of prepared data."""
+        """A string that changes whenever the ids of any text could change; part of the key of prepared data."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -82,14 +82,14 @@ class Tokenizer(Protocol):
 
 
 class PackedDataset(Protocol):
-    """A map-style dataset of packed sequences, in a fixed order that has nothing to do with shuffling.
+    """A map-style dataset of packed sequences, in a fixed order, independent of shuffling.
 
     Optional are `HasOrder`, `__getitems__(indices) -> (n, T+1)`, which reads many sequences at once, and `fingerprint`:
     a string that changes with the content, compared between processes and with that of a resumed run.
     """
 
     def __len__(self) -> int:
-        """Return the sequences in one epoch."""
+        """Return the number of sequences in one epoch."""
         ...
 
     def __getitem__(self, index: int) -> Tensor:
@@ -98,22 +98,23 @@ class PackedDataset(Protocol):
 
 
 Order = Callable[["np.ndarray"], tuple["np.ndarray", "np.ndarray"]]
-"""(n,) global sample numbers -> (n,) epochs, (n,) indices into a dataset: a pure function."""
+"""A pure function from (n,) global sample numbers to (n,) epochs and (n,) dataset indices."""
 
 
 @runtime_checkable
 class HasOrder(Protocol):
-    """A dataset that says itself in which order it is read, as mixtures do."""
+    """A dataset that defines the order in which it is read, such as a mixture."""
 
     def order(self, *, seed: int, shuffle: bool) -> Order: ...
 
 
 @runtime_checkable
 class DataConfig(Protocol):
-    """A [data] section: prepares itself on first use and opens as sequences of `sequence_length + 1` tokens."""
+    """A [data] section: `build` prepares the data on first use and returns sequences of `sequence_length + 1`
+    tokens."""
 
     def build(
         self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> PackedDataset:
-        """`progress` takes lines to display. Raises ValueError or OSError, with a clear message, for bad input."""
+        """`progress` is called with lines to display. Raises ValueError or OSError for bad input."""
         ...

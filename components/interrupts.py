@@ -1,4 +1,4 @@
-"""Requests from outside, read by the loop between steps: signals, a stop file, a time limit."""
+"""Requests to stop or save, which the training loop polls between steps: signals, a stop file, a time limit."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing import Any
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 ONE_REQUEST_SECONDS = 1.0
-"""Signals this close together are one request: a scheduler signals a whole job, and a launcher passes its own on."""
+"""Signals within this time are one request: a scheduler signals a whole job, and the launcher forwards its signal
+too."""
 
 NONE, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
 _SIGNALS = 100
-"""Requests are numbers, of which the largest of all ranks is what all do; above this, the number of a signal more."""
+"""Requests are integers, and all ranks act on the largest one. _SIGNALS + n is a stop by signal n."""
 REQUESTS = (NONE, SAVE, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
-"""All that there are, the smallest first."""
+"""All requests, in increasing order."""
 _FILE_INTERVAL_SECONDS = 0.5
 
 
 class SignalCatcher:
-    """Catches SIGINT, SIGTERM and SIGHUP once, and SIGUSR1; a second SIGINT or SIGTERM acts at once, as if not caught.
+    """Catches SIGUSR1, and the first SIGINT, SIGTERM or SIGHUP; a second SIGINT or SIGTERM has its default effect.
 
-    A signal that the process was started to ignore stays ignored: SIGHUP under nohup, SIGINT in the background of a
-    script. SIGUSR1 is always caught, because the launcher itself ignores it until a run is ready to save.
+    A signal that was ignored when the process started stays ignored: SIGHUP under nohup, SIGINT for background jobs of
+    a script. SIGUSR1 is always caught, because the launcher ignores it until a run is ready to save.
 
-    `received` is the number of the signal to stop, 0 while there was none; `save` whether to save and go on. Use as a
-    context manager: leaving it restores the handlers that were there before.
+    `received` is the number of the signal to stop, or 0; `save` is whether to save and continue. Use as a context
+    manager, which restores the previous handlers on exit.
     """
 
     def __init__(self) -> None:
@@ -67,33 +68,33 @@ class SignalCatcher:
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those of `numbers` that this process does not ignore."""
+    """Return the signals of `numbers` that this process does not ignore."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def is_repeated(number: int, seconds: float) -> bool:
-    """Whether `number`, received `seconds` after a first request to stop, asks to stop at once.
+    """Return whether signal `number`, received `seconds` after the first one, is a request to stop at once.
 
-    SIGHUP never does. Nobody repeats it out of impatience, but when a terminal closes the shell and the kernel both
-    send it, and some service managers send it after SIGTERM.
+    SIGHUP never is: when a terminal closes, both the shell and the kernel send it, and some service managers send it
+    after SIGTERM.
     """
     return number != signal.SIGHUP and seconds > ONE_REQUEST_SECONDS
 
 
 class StopRequests:
-    """What this process was asked to do. All take the largest number that one of them found."""
+    """The requests to this process: signals, a stop file and a time limit."""
 
     def __init__(self, signals: SignalCatcher, *, file: Path | None, ends_at: float | None) -> None:
-        """`file` stops the run once it exists, a time of `time.time()` does when it has come."""
+        """The run stops when `file` exists, or when `time.time()` reaches `ends_at`."""
         self.signals = signals
         self.file = file
         self.ends_at = ends_at
         self.agreed = NONE
-        """The largest request that all processes agreed on and that was not met yet."""
+        """The largest request of all processes that was not fulfilled yet."""
         self._looked_at = 0.0
 
-    def pending(self) -> int:
-        """NONE, SAVE, or a number that `stops`."""
+    def poll(self) -> int:
+        """Return the current request of this process: NONE, SAVE, or one for which `is_stop` is true."""
         if self.signals.received:
             return _SIGNALS + self.signals.received
         if self._file_exists():
@@ -102,14 +103,14 @@ class StopRequests:
             return TIME_LIMIT
         return SAVE if self.signals.save else NONE
 
-    def saved(self) -> None:
-        """The request to save was met. Call on all ranks: a signal may have reached one of them, or each."""
+    def mark_saved(self) -> None:
+        """Clear the request to save, after saving. Call on all ranks: a signal may have reached one or all of them."""
         self.signals.save = False
         if self.agreed == SAVE:
             self.agreed = NONE
 
-    def clear_file(self) -> None:
-        """Remove the stop file: it has been obeyed, or was meant for a run before."""
+    def remove_stop_file(self) -> None:
+        """Remove the stop file after the run obeyed it, or one that was left for an earlier run."""
         if self.file is not None:
             with suppress(OSError):
                 self.file.unlink()
@@ -123,13 +124,14 @@ class StopRequests:
 
 
 def is_stop(request: int) -> bool:
+    """Return whether `request` stops the run."""
     return request > SAVE
 
 
 def exit_status(request: int) -> int:
-    """Of a run that was stopped by `request` after it has saved.
+    """Return the exit status of a run that was stopped by `request`: 128 + signal.
 
-    Somebody's stop file is as good as a Ctrl-C. The time limit is as a scheduler's SIGTERM, after which it goes on.
+    A stop file counts as SIGINT (stopped by a user), the time limit as SIGTERM (stopped by a scheduler).
     """
     if request > _SIGNALS:
         return 128 + request - _SIGNALS
@@ -137,6 +139,7 @@ def exit_status(request: int) -> int:
 
 
 def reason(request: int) -> str:
+    """Return the cause of a stop, for the log."""
     if request > _SIGNALS:
         return f"signal {request - _SIGNALS}"
     return "the stop file" if request == STOP_FILE else "run.max_minutes"

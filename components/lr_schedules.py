@@ -1,14 +1,14 @@
 """Learning-rate schedules: pure functions of tokens.
 
-Every schedule answers `lr(tokens, batch_tokens, total_tokens)` for a step of `batch_tokens` tokens that starts after
-`tokens` of `total_tokens` were trained. There is no state, so a resumed run needs none, and a run that is given more
-tokens moves the end of its schedule by that alone. Decay is anchored at the end of the run.
+`lr(tokens, batch_tokens, total_tokens)` returns the learning rate of a step of `batch_tokens` tokens that starts after
+`tokens` of `total_tokens` were trained. Schedules have no state, so a resumed run needs none. Decay is anchored at the
+end of the run: raising total_tokens moves it.
 
-Warm-up counts the step's own tokens, (tokens + batch_tokens) / warmup_tokens, so no step is spent at a rate of zero;
-everything else is read at the step's first token.
+Warm-up includes the tokens of the step itself, (tokens + batch_tokens) / warmup_tokens, so no step has a learning rate
+of zero; everything else is evaluated at the first token of the step.
 
-A schedule is written for one batch. `batch_scaling` says what becomes of its rate at another, and reads the batch of the
-very step. It is part of the schedule because a rate without its batch means nothing.
+max_lr is meant for one batch size. `batch_scaling` defines the learning rate at other batch sizes, from the batch of
+each step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
 POWER_LAW_SEQ_LEN = 4096
-"""Tokens in the unit of beta: the Power law was fitted with batches counted in sequences of 4096 tokens."""
+"""Tokens of the sequences in which beta counts the batch: the power law was fitted with sequences of 4096 tokens."""
 
 DECAYS: dict[str, Callable[[float, float], float]] = {
     "linear": lambda p, end: 1 - (1 - end) * p,
@@ -35,20 +35,21 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "1-sqrt": lambda p, end: 1 - (1 - end) * math.sqrt(p),
     "exponential": lambda p, end: ((1 - end) * math.e ** (1 - p) + end * math.e - 1) / (math.e - 1),
 }
-"""Decay shapes f(p, end), falling from f(0) = 1 to f(1) = end (1-sqrt: arXiv 2405.18392, exponential: 2408.13359)."""
+"""Decay shapes f(p, end) with f(0) = 1 and f(1) = end (1-sqrt: arXiv 2405.18392, exponential: arXiv 2408.13359)."""
 
 Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
 
 BatchScaling = Literal["none", "sqrt", "linear"]
-EXPONENTS: dict[BatchScaling, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+BATCH_SCALING_EXPONENTS: dict[BatchScaling, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+"""The learning rate is multiplied by (batch_tokens / reference_batch_tokens) ** exponent."""
 
 
-def _warmup(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
+def _warmup_factor(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
     return min(1.0, (tokens + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
 
 
 def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
-    """Position of `tokens` in [start, end] as 0 to 1; an empty interval is a step."""
+    """Return the position of `tokens` in [start, end], from 0 to 1; for an empty interval a step function."""
     if end <= start:
         return float(tokens >= end)
     return min(1.0, max(0.0, (tokens - start) / (end - start)))
@@ -57,10 +58,10 @@ def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
 @dataclass(frozen=True, kw_only=True)
 class _BatchScaled:
     batch_scaling: BatchScaling = "none"
-    """How the rate follows the batch: not, by its root (Adam: arXiv 2405.14578, 2205.10287), or linearly (SGD:
-    arXiv 1706.02677)."""
+    """How the learning rate scales with the batch size: not, with its square root (Adam: arXiv 2405.14578, 2205.10287),
+    or linearly (SGD: arXiv 1706.02677)."""
     reference_batch_tokens: PositiveCount | None = None
-    """Tokens of the global batch that the rates are meant for: there batch_scaling is a factor of 1."""
+    """Tokens of the global batch that max_lr is meant for, where batch_scaling is a factor of 1."""
 
     def __post_init__(self) -> None:
         if self.batch_scaling != "none" and self.reference_batch_tokens is None:
@@ -72,40 +73,40 @@ class _BatchScaled:
         if self.batch_scaling == "none" and self.reference_batch_tokens is not None:
             raise InputError(
                 "reference_batch_tokens",
-                'nothing follows it; add batch_scaling = "sqrt" or "linear", or leave it out',
+                'has no effect without batch_scaling; set batch_scaling = "sqrt" or "linear", or remove it',
             )
 
     def _batch_factor(self, batch_tokens: int) -> float:
         if self.reference_batch_tokens is None:
             return 1.0
-        return float((batch_tokens / self.reference_batch_tokens) ** EXPONENTS[self.batch_scaling])
+        return float((batch_tokens / self.reference_batch_tokens) ** BATCH_SCALING_EXPONENTS[self.batch_scaling])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(_BatchScaled):
-    """Warm-up, then one rate."""
+    """Warm-up, then a constant learning rate."""
 
     max_lr: PositiveFloat
-    """The rate after warm-up."""
+    """Learning rate after warm-up."""
     warmup_tokens: Tokens = 0
-    """Tokens over which the rate rises linearly from zero."""
+    """Tokens over which the learning rate rises linearly from zero."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        return self.max_lr * _warmup(tokens, batch_tokens, self.warmup_tokens) * self._batch_factor(batch_tokens)
+        return self.max_lr * _warmup_factor(tokens, batch_tokens, self.warmup_tokens) * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _DecayToEnd(_BatchScaled):
     max_lr: PositiveFloat
-    """The rate at the end of warm-up."""
+    """Learning rate at the end of warm-up."""
     warmup_tokens: Tokens = 0
-    """Tokens over which the rate rises linearly from zero."""
+    """Tokens over which the learning rate rises linearly from zero."""
     min_lr_ratio: Ratio = 0.1
-    """The last rate, as a share of max_lr."""
+    """Final learning rate, as a fraction of max_lr."""
 
     def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
         decay = DECAYS[shape](_progress_after_warmup(tokens, self.warmup_tokens, total_tokens), self.min_lr_ratio)
-        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
+        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
         return self.max_lr * warmup * decay * self._batch_factor(batch_tokens)
 
 
@@ -128,27 +129,27 @@ class Linear(_DecayToEnd):
 @dataclass(frozen=True, kw_only=True)
 class _StableThenDecay(_BatchScaled):
     warmup_tokens: Tokens = 0
-    """Tokens over which the rate rises linearly from zero."""
+    """Tokens over which the learning rate rises linearly from zero."""
     decay_tokens: Tokens | None = None
-    """Length of the decay that ends the run; excludes decay_fraction."""
+    """Length of the decay at the end of the run; excludes decay_fraction."""
     decay_fraction: Ratio | None = None
-    """Length of the decay as a share of total_tokens; 0.1 where neither is given."""
+    """Length of the decay as a fraction of total_tokens; 0.1 if neither is set."""
     decay: Decay = "exponential"
     """Shape of the decay."""
     min_lr_ratio: Ratio = 0.0
-    """The last rate, as a share of the rate at which the decay starts."""
+    """Final learning rate, as a fraction of that at which the decay starts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay_tokens is not None and self.decay_fraction is not None:
-            raise InputError("decay_tokens", "excludes decay_fraction; give one of the two")
+            raise InputError("decay_tokens", "excludes decay_fraction; set only one of the two")
 
     def _decay_start(self, total_tokens: int) -> float:
         if self.decay_tokens is not None:
             return max(0.0, total_tokens - self.decay_tokens)
         return total_tokens * (1 - (0.1 if self.decay_fraction is None else self.decay_fraction))
 
-    def _decay(self, tokens: int, total_tokens: int) -> float:
+    def _decay_factor(self, tokens: int, total_tokens: int) -> float:
         start = self._decay_start(total_tokens)
         return (
             DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.min_lr_ratio)
@@ -162,30 +163,30 @@ class WSD(_StableThenDecay):
     """Warm-up, stable, decay (arXiv 2404.06395)."""
 
     max_lr: PositiveFloat
-    """The rate of the stable phase."""
+    """Learning rate of the stable phase."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
-        return self.max_lr * warmup * self._decay(tokens, total_tokens) * self._batch_factor(batch_tokens)
+        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
+        return self.max_lr * warmup * self._decay_factor(tokens, total_tokens) * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Power(_StableThenDecay):
     """Power scheduler: lr = min(max_lr, beta * a * tokens**b), with warm-up and decay (arXiv 2408.13359, eqs. 7-8).
 
-    beta is the global batch in sequences of 4096 tokens, taken at this very step: the rate follows a changing batch.
+    beta is the global batch of the step in sequences of 4096 tokens, so the learning rate scales with a changing batch.
     """
 
     max_lr: PositiveFloat = 0.02
-    """Cap on the rate (eta_max)."""
+    """Upper limit of the learning rate (eta_max)."""
     a: PositiveFloat = 4.0
     """Amplitude of the power law."""
     b: Annotated[float, Field(lt=0)] = -0.51
     """Exponent of the power law."""
     batch_scaling: BatchScaling = "none"
-    """Only "none": the law follows the batch linearly by itself."""
+    """Must be "none": the power law already scales linearly with the batch."""
     reference_batch_tokens: PositiveCount | None = None
-    """None: the law reads the batch of every step."""
+    """Must be unset: the power law uses the batch of every step."""
 
     def __post_init__(self) -> None:
         for key, value in (
@@ -195,18 +196,18 @@ class Power(_StableThenDecay):
             if value not in ("none", None):
                 raise InputError(
                     key,
-                    "Power follows the batch linearly by itself (beta, up to max_lr), and a second rule would "
-                    "count it twice; leave it out, or take WSD with a batch_scaling",
+                    "Power already scales linearly with the batch (beta, up to max_lr), and a second rule would "
+                    "count it twice; remove it, or use WSD with a batch_scaling",
                 )
         super().__post_init__()
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        warmup = _warmup(tokens, batch_tokens, self.warmup_tokens)
-        # During warm-up the target is the power law at its end, and during decay the power law where the decay starts.
-        read_at = min(max(tokens, self.warmup_tokens), self._decay_start(total_tokens))
-        return self._power(read_at, batch_tokens) * warmup * self._decay(tokens, total_tokens)
+        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
+        # Warm-up rises to the power law at its end, and decay starts from the power law at its start.
+        law_tokens = min(max(tokens, self.warmup_tokens), self._decay_start(total_tokens))
+        return self._power_law_lr(law_tokens, batch_tokens) * warmup * self._decay_factor(tokens, total_tokens)
 
-    def _power(self, tokens: float, batch_tokens: int) -> float:
-        if tokens <= 0:  # the law diverges at zero: the cap holds
+    def _power_law_lr(self, tokens: float, batch_tokens: int) -> float:
+        if tokens <= 0:  # the law diverges at zero, so the limit applies
             return self.max_lr
         return min(self.max_lr, batch_tokens / POWER_LAW_SEQ_LEN * self.a * tokens**self.b)

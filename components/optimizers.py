@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups by name, built from TOML."""
+"""Optimizers, and their parameter groups by weight decay and learning-rate multiplier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from components.units import PositiveCount
 
 FUSED_DEVICES = ("cpu", "cuda")
-"""Where torch has a fused AdamW that we have measured to be the fastest."""
+"""Device types for which torch's fused AdamW was measured to be the fastest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,33 +21,35 @@ class AdamW:
     """AdamW (arXiv 1711.05101). The learning rate comes from [lr_schedule], times each group's multiplier."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the two moments, per step."""
+    """Decay factors of the two moments, per step."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay; the step shrinks a weight by lr x weight_decay."""
+    """Decoupled weight decay: a step shrinks a weight by lr x weight_decay."""
     weight_decay_lr: Literal["schedule", "group"] = "schedule"
-    """Which lr that is: the schedule's, the same for all parameters, or times the multiplier of the parameter's group,
-    as of muP's narrower steps in a wide model. Without multipliers the two are one."""
+    """Learning rate that scales weight_decay: the schedule's, equal for all parameters, or the group's, which includes
+    the parameter's learning-rate multiplier (muP). Without multipliers both are equal."""
     weight_decay_on: Literal["matrices", "all", "none"] = "matrices"
-    """What weight decay applies to: parameters of two or more dimensions (embeddings too, norms not), everything, or nothing."""
+    """Parameters that weight decay applies to: those of two or more dimensions (embeddings, but not norms), all, or
+    none."""
     reference_batch_tokens: PositiveCount | None = None
-    """Tokens of the global batch that the second beta is meant for: at another, its power that keeps the half-life of
-    the second moment in tokens (arXiv 2507.07101). Unset: the same beta at every batch."""
+    """Tokens of the global batch that beta2 is given for. At a batch of B tokens it becomes beta2 ** (B / reference), a
+    constant half-life in tokens (arXiv 2507.07101). Unset: the same beta2 at every batch size."""
 
     def build(
         self, *, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
     ) -> torch.optim.Optimizer:
-        """One group for each (weight decay, learning-rate multiplier); `param_names` tells what is in it."""
+        """Return the optimizer, with one group for each (weight decay, multiplier); `param_names` lists its
+        parameters."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         for name, parameter in parameters:
             decays = self.weight_decay_on == "all" or (self.weight_decay_on == "matrices" and parameter.ndim >= 2)
             multiplier = lr_multiplier(name)
             if not multiplier >= 0:
-                raise ValueError(f"the model gives {name} the learning-rate multiplier {multiplier}: 0 or more, please")
-            # torch shrinks by the group's lr, so for the schedule's the multiplier is divided out. An average over
-            # 1 / (lr x decay) steps is what weights are, and its length should not change with width (2405.13698).
-            # A multiplier of 0 freezes a parameter: it does not decay either.
+                raise ValueError(f"lr_multiplier({name!r}) is {multiplier}; the model must return 0 or more")
+            # torch scales weight decay by the group's lr, so for "schedule" the multiplier is divided out. Weights are
+            # an average over about 1 / (lr x decay) updates, whose length should not depend on width (arXiv
+            # 2405.13698). A multiplier of 0 freezes a parameter, which then does not decay either.
             decay = self.weight_decay if decays and multiplier else 0.0
             if decay and self.weight_decay_lr == "schedule":
                 decay /= multiplier
@@ -56,7 +58,7 @@ class AdamW:
             group["params"].append((name, parameter))
         devices = {parameter.device.type for group in groups.values() for _, parameter in group["params"]}
         fused = devices <= set(FUSED_DEVICES)
-        # lr is set before every step; 0 makes a forgotten one harmless instead of subtly wrong
+        # lr is set before every step; if that were forgotten, 0 would train nothing, which is noticed
         options: dict[str, Any] = {"lr": 0.0, "betas": self.betas, "eps": self.eps, "fused": fused}
         if self.reference_batch_tokens is None:
             return LocalAdamW(list(groups.values()), **options)
@@ -64,9 +66,9 @@ class AdamW:
 
 
 class LocalAdamW(torch.optim.AdamW):
-    """AdamW on the local tensors of DTensors: the update is element-wise, so a shard needs nothing of the others.
+    """AdamW on the local tensors of DTensors. The update is element-wise, so it needs no communication.
 
-    Over DTensors the host has to work out for every parameter what the update of a shard is.
+    On DTensors the host would run DTensor dispatch for every parameter.
     """
 
     def _init_group(self, *arguments: Any) -> bool:
@@ -77,20 +79,20 @@ class LocalAdamW(torch.optim.AdamW):
 
 
 class BatchScaledAdamW(LocalAdamW):
-    """AdamW whose second moment forgets per token, whatever the batch (arXiv 2507.07101).
+    """AdamW whose second moment has a constant half-life in tokens, at any batch size (arXiv 2507.07101).
 
-    v loses the share beta2 in a step of B0 tokens, so over n tokens beta2^(n / B0); a step of B tokens has to lose
-    beta2^(B / B0). What stays as it is:
+    A step of the reference batch B0 multiplies v by beta2, so a step of B tokens multiplies it by beta2^(B / B0).
+    Unchanged are:
 
-    - beta1: that paper keeps it, too. Momentum averages over a few steps to smooth them, it does not estimate anything
-      over tokens; with a half-life in tokens it would vanish as the batch grows (0.9^8 = 0.43).
-    - weight decay: a step shrinks weights by lr x weight_decay, so it follows the rate. Per token it is constant under
-      batch_scaling = "linear", and falls as the rate per token does under the others.
-    - the bias correction, 1 - beta2^t of t steps at the present beta2: it is off only if the batch changes in the
-      first steps, while it matters.
+    - beta1, as in the paper. Momentum smooths over a few steps; with a half-life in tokens it would vanish as the batch
+      grows (0.9^8 = 0.43).
+    - weight decay: a step shrinks weights by lr x weight_decay. Per token that is constant with batch_scaling =
+      "linear", and falls like lr per token otherwise.
+    - the bias correction, 1 - beta2^t for t steps at the current beta2. It is inexact only if the batch changes during
+      the first steps.
 
-    The reference is no entry of the parameter groups: those are in every checkpoint, and one more would keep a run
-    from turning this on when it resumes.
+    The reference batch is not stored in the parameter groups: they are saved in checkpoints, and an additional entry
+    would prevent a resumed run from enabling it.
     """
 
     def __init__(self, groups: list[dict[str, Any]], reference_batch_tokens: int, options: dict[str, Any]) -> None:
@@ -98,8 +100,9 @@ class BatchScaledAdamW(LocalAdamW):
         self.reference_batch_tokens = reference_batch_tokens
         self.reference_betas: tuple[float, float] = options["betas"]
 
-    def follow_batch(self, batch_tokens: int) -> None:
-        """Set the betas for a step of `batch_tokens`; from those of the reference, so that nothing accumulates."""
+    def set_batch_tokens(self, batch_tokens: int) -> None:
+        """Set the betas for a step of `batch_tokens`, always from the reference betas, so that no rounding
+        accumulates."""
         beta1, beta2 = self.reference_betas
         for group in self.param_groups:
             group["betas"] = (beta1, beta2 ** (batch_tokens / self.reference_batch_tokens))

@@ -1,4 +1,4 @@
-"""What all figures share: matplotlib if it is installed, one style, and files that are reproducible byte by byte."""
+"""Helpers of all figures: matplotlib if installed, one style, and reproducible files."""
 
 from __future__ import annotations
 

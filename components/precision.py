@@ -1,9 +1,9 @@
-"""Precision: which one a device is fast in, and the low-precision weights that a single device computes with.
+"""Mixed precision: the precision of a device, and bf16 copies of the weights for a single device.
 
-The parameters stay float32: the optimizer updates them, and checkpoints hold them. Forward and backward run on copies
-in bf16, which are made once a step and not in every micro-batch, so that activations, norms and the residual stream are
-in bf16 as well, as FSDP2 does on several devices. Autocast over float32 parameters would cast each weight in every
-forward, and keep the residual stream in float32. Gradients arrive at the copies in bf16 and are added up in float32.
+The parameters stay float32; the optimizer updates them, and checkpoints contain them. Forward and backward use bf16
+copies, made once per step, so that activations, norms and the residual stream are bf16 too, as with FSDP2 on several
+devices. Autocast over float32 parameters would cast each weight in every forward, and keep the residual stream in
+float32. Gradients of the copies are bf16, and are accumulated in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Precision = Literal["auto", "bf16", "float32"]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf16", "float32"]:
-    """What `auto` means here: bf16 where the hardware multiplies matrices faster in it, float32 elsewhere.
+    """Return the precision that `auto` selects: bf16 where the hardware has fast bf16 matrix products, else float32.
 
-    Decided by what the processor is, not by a timing, so that the same machine always trains in the same arithmetic.
+    It depends on the hardware's features, not on a measurement, so that a machine always trains in the same precision.
     """
     if precision != "auto":
         return precision
@@ -31,7 +31,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor has bf16 matrix instructions (AVX512-BF16, AMX). Emulated bf16 is several times slower."""
+    """Return whether this CPU has bf16 matrix instructions (AVX512-BF16, AMX). Emulated bf16 is several times
+    slower."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
@@ -41,14 +42,14 @@ def dtype_of(precision: Literal["bf16", "float32"]) -> torch.dtype:
 
 
 class WorkingWeights:
-    """Copies of the parameters of `model` in `dtype`, in place of them while the context is entered."""
+    """Copies of the parameters of `model` in `dtype`, which replace them while the context is active."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """`model` has its storage; parameters that modules share stay shared."""
+        """`model` is already materialized. Parameters that modules share stay shared."""
         copies: dict[int, nn.Parameter] = {}
         self.masters: list[Tensor] = []
         self.copies: list[Tensor] = []
-        """One for each of `masters`, in the same order; backward reaches these."""
+        """One for each of `masters`, in the same order. Backward computes gradients of these."""
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         for module in model.modules():
             for name, master in module.named_parameters(recurse=False):
@@ -58,18 +59,18 @@ class WorkingWeights:
                     self.masters.append(master)
                     self.copies.append(copy)
                     if copy.requires_grad:
-                        copy.register_post_accumulate_grad_hook(_AddTo(master))
+                        copy.register_post_accumulate_grad_hook(_AccumulateInto(master))
                 self._places.append((module, name, master, copies[id(master)]))
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Forward and backward inside compute with copies of the parameters as they are on entry.
+        """Run forward and backward inside this context with copies of the current parameters.
 
-        Backward has to be inside as well: activation checkpointing computes the forward again there. Gradients are
-        added to those of the float32 parameters.
+        Backward must be inside too, because activation checkpointing recomputes the forward there. Gradients are added
+        to those of the float32 parameters.
         """
         with torch.no_grad():
-            # one launch for many tensors; 6 bytes a parameter are moved
+            # one launch for many tensors; it moves 6 bytes per parameter
             torch._foreach_copy_(self.copies, self.masters)
         for module, name, _, copy in self._places:
             module._parameters[name] = copy
@@ -81,8 +82,8 @@ class WorkingWeights:
                 copy.grad = None
 
 
-class _AddTo:
-    """Adds a gradient that has arrived at a copy to that of the float32 parameter, and frees it."""
+class _AccumulateInto:
+    """A hook that adds the gradient of a copy to that of the float32 parameter, and frees it."""
 
     def __init__(self, master: nn.Parameter) -> None:
         self.master = master

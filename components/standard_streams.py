@@ -1,6 +1,6 @@
-"""Standard input, output and error as a command finds them: closed, full, in another encoding, or with nobody reading.
+"""Robust standard streams for commands: closed, on a full disk, with a limited encoding, or with a broken pipe.
 
-A module that is a command ends with `sys.exit(run_command(main))`.
+A command module ends with `sys.exit(run_command(main))`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, TextIO
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Run `main`, the body of a command; returns its exit status, or 130 after Ctrl-C.
+    """Run `main`, the body of a command, and return its exit status, or 130 after Ctrl-C.
 
-    The command ends with status 0 where the reader of its output has left, as in `| head`, and with 1 and a message
-    where the output cannot be written. A character that the encoding of the terminal lacks is written as an escape.
+    The command exits with 0 if the reader of its output closed the pipe, as in `| head`, and with 1 and a message if
+    the output cannot be written. Characters that the encoding of the terminal lacks are escaped.
     """
     _open_streams()
     try:
@@ -42,10 +42,10 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # What is still buffered has to go somewhere, or the interpreter fails over it when it ends.
+            # Redirect what is still buffered to /dev/null, or the interpreter would fail to flush it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if self.fileno() == 2 or error.errno == errno.EIO:  # EIO: the terminal is gone, and SIGHUP says so
-                return len(data)  # there is nowhere left to report to
+            if self.fileno() == 2 or error.errno == errno.EIO:  # EIO: the terminal is closed, which SIGHUP reports
+                return len(data)  # there is no stream left to report to
             if error.errno == errno.EPIPE:
                 raise SystemExit(0) from None
             print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
@@ -53,9 +53,9 @@ class _Output(io.FileIO):
 
 
 def _open_streams() -> None:
-    """Make all three streams usable, and leave none of their descriptors to a file that is opened later.
+    """Make all three streams usable, and reserve their descriptors if they are closed.
 
-    A metrics file that became descriptor 1 would receive what some library prints.
+    Otherwise a metrics file could get descriptor 1 and receive what libraries print.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -68,7 +68,7 @@ def _open_streams() -> None:
 
 
 def _writer(descriptor: int, before: TextIO | None) -> TextIO:
-    """A text stream to `descriptor`, buffered as `before` was."""
+    """Return a text stream to `descriptor` with the buffering of `before`."""
     if before is not None:
         with suppress(OSError):
             before.flush()

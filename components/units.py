@@ -1,7 +1,7 @@
-"""Quantities as users write them: `tokens = "20M"`. The one vocabulary every component may import.
+"""Quantities as written in recipes, such as `tokens = "20M"`.
 
-A component's typed constructor is its TOML schema, so a count that accepts "20M" has to be a type, and one that every
-component shares. This module imports nothing of the project.
+The typed constructor of a component is its TOML schema, so a count that accepts "20M" is a type, shared by all
+components. This module imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _COUNT = re.compile(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmbt]?)\s*", re.IGNORECASE)
 
 
 def parse_count(value: Any) -> Any:
-    """An integer from `20_000_000`, `"20M"`, `"1.5B"` or `"4_096"`; K, M, B and T are powers of ten.
+    """Return the integer of `20_000_000`, `"20M"`, `"1.5B"` or `"4_096"`; K, M, B and T are powers of 1000.
 
-    Raises a ValueError, of the kind that is reported as "expected ...", for other text. What is not text is returned as
-    it is, for the type check that follows.
+    Raises a ValueError, reported as "expected ...", for other text. Values that are not text are returned unchanged,
+    for the type check that follows.
     """
     if not isinstance(value, str):
         return value
@@ -38,7 +38,7 @@ def parse_count(value: Any) -> Any:
 
 
 def format_count(count: float) -> str:
-    """A short human form: 12_345_678 -> "12.3M"; not meant to be parsed back."""
+    """Return a short form for display: 12_345_678 -> "12.35M"."""
     for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(count) >= scale:
             return f"{count / scale:.4g}{suffix}"
@@ -66,7 +66,7 @@ PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0, lt=2**6
 
 
 def expand_home(path: str | Path) -> Path:
-    """`path` with a leading `~` or `~user` replaced. Raises ValueError where there is no such home directory."""
+    """Return `path` with a leading `~` or `~user` expanded. Raises ValueError if there is no such home directory."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

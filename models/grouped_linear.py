@@ -1,9 +1,9 @@
-"""A linear map for each group of rows: what the experts of a mixture are computed with.
+"""Grouped matrix multiplication: a separate linear map for each group of rows, used for the experts of an MoE.
 
-torch has one kernel for all groups (`grouped_mm`), which neither pads nor waits for the sizes of the groups. It takes
-float32, bf16 and float16 on CPU and CUDA, in rows of a multiple of 16 bytes; everything else goes group by group.
-The product is an operation of its own (`torch.library`): compiled, or on fake tensors, torch's takes nothing but bf16,
-and going group by group would need numbers that are not there.
+torch's `grouped_mm` computes all groups in one kernel, without padding and without synchronizing on the group sizes. It
+supports float32, bf16 and float16 on CPU and CUDA, with rows of a multiple of 16 bytes; otherwise the groups are
+computed in a loop. The product is a custom operator (`torch.library`), because compiled, or on fake tensors, torch's
+supports only bf16, and the loop would need the values of the group sizes.
 
 S rows, sorted by group; G groups, I input features, O output features
 """
@@ -21,18 +21,19 @@ from torch.distributed.tensor import DTensor, Partial
 KERNEL_DEVICES = ("cpu", "cuda")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_ALIGNMENT = 16
-"""Bytes."""
+"""Required alignment of a row, in bytes."""
 
 
 class GroupedLinear(nn.Module):
-    """y = x @ weight[g].T for the rows x of group g, without bias."""
+    """Computes y = x @ weight[g].T for the rows x of group g, without bias."""
 
     def __init__(self, groups: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
 
     def forward(self, x_SI: Tensor, ends_G: Tensor) -> Tensor:
-        """(S, O), in the autocast dtype under autocast. Group g has the rows from ends[g - 1] to ends[g], int32."""
+        """Return (S, O), in the autocast dtype under autocast. Group g is the rows from ends[g - 1] to ends[g],
+        int32."""
         weight_GOI = local_weight(self.weight)
         device = x_SI.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SI.dtype
@@ -41,25 +42,26 @@ class GroupedLinear(nn.Module):
 
 
 def local_weight(weight: Tensor) -> Tensor:
-    """A weight that tensor-parallel ranks hold alike, as a plain tensor; each rank's gradient is a summand."""
+    """Return a weight that TP ranks hold as replicas as a plain tensor; each rank computes a partial sum of its
+    gradient."""
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 @torch.library.custom_op("powertrain::grouped_mm", mutates_args=())
 def grouped_mm(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
-    """(S, O): rows of group g times weight[g].T. Differentiable once, in both."""
-    if kernel_takes(x_SI, weight_GOI):
+    """Return (S, O): the rows of group g times weight[g].T. Differentiable once, in both arguments."""
+    if kernel_supports(x_SI, weight_GOI):
         return F.grouped_mm(x_SI, weight_GOI.mT, offs=ends_G)
-    return one_by_one(x_SI, weight_GOI, ends_G)
+    return loop_over_groups(x_SI, weight_GOI, ends_G)
 
 
 @torch.library.custom_op("powertrain::grouped_mm_backward", mutates_args=())
 def grouped_mm_backward(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight. That of a group without rows is zero."""
+    """Return the gradients of x (S, I) and weight (G, O, I); that of a group without rows is zero."""
     d_y_SO = d_y_SO.contiguous()
-    if not kernel_takes(x_SI, weight_GOI):
-        return one_by_one(d_y_SO, weight_GOI.mT, ends_G), torch.stack(
-            [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(rows(d_y_SO, ends_G), rows(x_SI, ends_G), strict=True)]
+    if not kernel_supports(x_SI, weight_GOI):
+        return loop_over_groups(d_y_SO, weight_GOI.mT, ends_G), torch.stack(
+            [d_y_sO.T @ x_sI for d_y_sO, x_sI in zip(split_rows(d_y_SO, ends_G), split_rows(x_SI, ends_G), strict=True)]
         )
     d_weight_GOI = F.grouped_mm(d_y_SO.mT, x_SI, offs=ends_G)
     if leaves_empty_groups(d_y_SO.device):
@@ -70,23 +72,23 @@ def grouped_mm_backward(d_y_SO: Tensor, x_SI: Tensor, weight_GOI: Tensor, ends_G
 
 @cache
 def leaves_empty_groups(device: torch.device) -> bool:
-    """Whether the kernel leaves what it finds in the gradient of a group without rows (pytorch/pytorch#172439)."""
+    """Return whether the kernel leaves the gradient of empty groups uninitialized (pytorch/pytorch#172439)."""
     return device.type != "cpu" and torch.cuda.get_device_capability(device) >= (10, 0)  # Blackwell
 
 
-def kernel_takes(x_SI: Tensor, weight_GOI: Tensor) -> bool:
-    """Whether torch's kernel does, forward and backward."""
+def kernel_supports(x_SI: Tensor, weight_GOI: Tensor) -> bool:
+    """Return whether torch's kernel supports these tensors, in forward and backward."""
     aligned = all(size * x_SI.element_size() % KERNEL_ALIGNMENT == 0 for size in weight_GOI.shape[1:])
     return aligned and x_SI.device.type in KERNEL_DEVICES and x_SI.dtype in KERNEL_DTYPES
 
 
-def one_by_one(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
-    """A product for each group."""
-    return torch.cat([x_sI @ w_OI.T for x_sI, w_OI in zip(rows(x_SI, ends_G), weight_GOI, strict=True)])
+def loop_over_groups(x_SI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
+    """Return the same as the kernel, with one product for each group."""
+    return torch.cat([x_sI @ w_OI.T for x_sI, w_OI in zip(split_rows(x_SI, ends_G), weight_GOI, strict=True)])
 
 
-def rows(x_SI: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
-    """Those of each group. Waits for the device, to know where groups end."""
+def split_rows(x_SI: Tensor, ends_G: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows of each group. Synchronizes with the device to read `ends_G`."""
     return x_SI.split(ends_G.diff(prepend=ends_G.new_zeros(1)).tolist())
 
 

@@ -1,10 +1,10 @@
-"""Initial weights from (seed, parameter name) alone: the same on every device, in every dtype, under every sharding.
+"""Initial weights from (seed, parameter name) alone: equal on every device, in every dtype, with every sharding.
 
-Normal numbers are drawn by their position: number i of a stream is drawn without those before it, and the same
-everywhere. Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; numpy promises its stream
-not to change) turns a key and a counter into uniform bits, 32 for each number. The inverse of the normal distribution
-is then read from a table and interpolated. That takes nothing but additions and multiplications, which IEEE 754 rounds
-in one way only: a logarithm or cosine, which other methods need, differs between processors in its last bit.
+Normal numbers are indexed by position: number i of a stream can be computed without those before it. Philox4x64-10
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; numpy guarantees that its stream does not change)
+turns a key and a counter into uniform bits, 32 for each number. The inverse of the normal distribution is then
+interpolated from a table, with additions and multiplications only, which IEEE 754 defines exactly. Logarithms and
+cosines, which other methods need, differ between processors in the last bit.
 """
 
 from __future__ import annotations
@@ -24,120 +24,123 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 
 def parameter_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for one parameter; equal in every process and version of Python, unlike `hash`."""
+    """Return a 63-bit seed for one parameter; unlike `hash`, it is equal in every process and version of Python."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @torch.no_grad()
 def fill_normal(parameter: Tensor, *, name: str, seed: int, std: float) -> None:
-    """Fills `parameter` in place with N(0, std^2), drawn in float32 on the CPU; of a sharded one only this rank's part.
+    """Fill `parameter` in place with N(0, std^2), drawn in float32 on the CPU; of a DTensor only this rank's shard.
 
-    Element i of the full tensor, counted row by row, is number i of the stream of (seed, name).
+    Element i of the full tensor, in row-major order, is number i of the stream of (seed, name).
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    starts, length = runs(tuple(parameter.shape), local_indices(parameter))
+    starts, length = contiguous_runs(tuple(parameter.shape), local_indices(parameter))
     drawn = np.empty(local.numel(), dtype=np.float32)
     fill_runs(drawn, starts, length, key=parameter_seed(seed, name), std=std, threads=torch.get_num_threads())
     local.copy_(torch.from_numpy(drawn).view(local.shape))
 
 
 def local_indices(parameter: Tensor) -> list[np.ndarray | None]:
-    """Of each dimension the indices that this rank holds, or None for all of them; a part of a tensor is their product.
+    """Return, for each dimension, the indices that this rank holds, or None for all. The shard is their product.
 
-    Placements are applied to each dimension alone, so that any nesting of shards comes out as DTensor makes it.
+    The indices come from distributing arange along each dimension, so nested shards are exactly those of DTensor.
     """
     indices: list[np.ndarray | None] = [None] * parameter.dim()
     if isinstance(parameter, DTensor):
         for dimension, size in enumerate(parameter.shape):
-            own = [_along_first(p) if _cuts(p, dimension) else Replicate() for p in parameter.placements]
-            if not all(isinstance(placement, Replicate) for placement in own):
-                whole = torch.arange(size)
-                part = distribute_tensor(whole, parameter.device_mesh, own, src_data_rank=None).to_local()
-                indices[dimension] = part.cpu().numpy()
+            placements = [_as_dim_0(p) if _shards(p, dimension) else Replicate() for p in parameter.placements]
+            if not all(isinstance(placement, Replicate) for placement in placements):
+                full = torch.arange(size)
+                local = distribute_tensor(full, parameter.device_mesh, placements, src_data_rank=None).to_local()
+                indices[dimension] = local.cpu().numpy()
     return indices
 
 
-def _cuts(placement: Placement, dimension: int) -> bool:
+def _shards(placement: Placement, dimension: int) -> bool:
     return getattr(placement, "dim", None) == dimension
 
 
-def _along_first(placement: Any) -> Placement:
-    """The same cut of a tensor's first dimension. FSDP notes in its own kind of shard how often it cuts those of TP."""
+def _as_dim_0(placement: Any) -> Placement:
+    """Return the same placement for dimension 0. FSDP2's `_StridedShard` has a split factor, which must be kept."""
     factor = getattr(placement, "split_factor", None)
-    cut: Placement = Shard(0) if factor is None else type(placement)(0, split_factor=factor)
-    return cut
+    shard: Placement = Shard(0) if factor is None else type(placement)(0, split_factor=factor)
+    return shard
 
 
-def runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
-    """Where the elements at `indices` lie in a tensor of `shape`, row by row: the starts of runs, and their length."""
+def contiguous_runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
+    """Return the flat offsets at which contiguous runs of the elements at `indices` start, and the length of the
+    runs."""
     starts, length = np.zeros(1, dtype=np.int64), 1
     for dimension in reversed(range(len(shape))):
-        own, stride = indices[dimension], math.prod(shape[dimension + 1 :])
-        if own is None:
-            own = np.arange(shape[dimension])
-        # What follows is whole, and these are neighbours: they make one run.
-        if length == stride and len(starts) == 1 and len(own) and own[-1] - own[0] == len(own) - 1:
-            starts, length = starts + own[0] * stride, length * len(own)
+        held, stride = indices[dimension], math.prod(shape[dimension + 1 :])
+        if held is None:
+            held = np.arange(shape[dimension])
+        # The dimensions after this one are complete and the indices are consecutive, so they extend the one run.
+        if length == stride and len(starts) == 1 and len(held) and held[-1] - held[0] == len(held) - 1:
+            starts, length = starts + held[0] * stride, length * len(held)
         else:
-            starts = (own[:, None] * stride + starts[None, :]).reshape(-1)
+            starts = (held[:, None] * stride + starts[None, :]).reshape(-1)
     return starts, length
 
 
 @torch.no_grad()
 def copy_sharded(parameter: Tensor, full: Tensor) -> None:
-    """Copies a full CPU tensor into a parameter of any sharding, device and dtype; no communication."""
+    """Copy a full CPU tensor into a parameter of any sharding, device and dtype, without communication."""
     if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank cuts its own share out of its own, equal, full tensor
-        share = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(share.to_local())
+        # src_data_rank=None: every rank takes its shard from its own copy of the full tensor
+        shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
     else:
         parameter.copy_(full)
 
 
 _PER_COUNT = 8
-"""Numbers of one count of Philox: four words of 64 bits, two numbers each."""
-_PIECE = 2**14
-"""Numbers drawn at a time: the arrays of one piece stay in a processor's cache."""
+"""Numbers per Philox counter: four 64-bit words of two numbers each."""
+_CHUNK = 2**14
+"""Numbers drawn at a time, so that the temporary arrays stay in the CPU cache."""
 _SEGMENT_BITS = 17
-"""Low bits of a float32 that say where in a segment of the table it lies; the 6 above and the exponent say in which."""
+"""Low mantissa bits of a float32 that are the position within a table segment. The 6 bits above and the exponent are
+the index of the segment."""
 
 
 def fill_runs(out: np.ndarray, starts: np.ndarray, length: int, *, key: int, std: float, threads: int = 1) -> None:
-    """Fill `out` (runs * length,) float32 with numbers starts[r] to starts[r] + length of the stream `key`, run after
-    run, times `std`. `starts` increases.
+    """Fill `out`, (runs * length,) float32, with `std` times the numbers of the stream `key`.
+
+    Run r has the numbers from starts[r] to starts[r] + length. `starts` is increasing.
     """
     factor = np.float32(std)
 
-    def draw(piece: tuple[int, np.ndarray, int]) -> None:
-        first, begins, count = piece
-        numbers = normal(_bits(key, begins, count))
+    def draw(chunk: tuple[int, np.ndarray, int]) -> None:
+        first, begins, count = chunk
+        numbers = normal_from_bits(_random_bits(key, begins, count))
         np.multiply(numbers, factor, out=out[first : first + len(numbers)])
 
-    pieces = _pieces(starts, length)
-    if threads == 1 or len(out) <= _PIECE:
-        for piece in pieces:
-            draw(piece)
+    chunks = _chunks(starts, length)
+    if threads == 1 or len(out) <= _CHUNK:
+        for chunk in chunks:
+            draw(chunk)
         return
-    with ThreadPoolExecutor(threads) as pool:  # numpy leaves the interpreter's lock in every operation but Philox
-        for _ in pool.map(draw, pieces):
+    with ThreadPoolExecutor(threads) as pool:  # numpy releases the GIL in all of these operations except Philox
+        for _ in pool.map(draw, chunks):
             pass
 
 
-def _pieces(starts: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """(place in the output, first numbers, count each): a part of one long run, or several short runs."""
-    if length > _PIECE:
+def _chunks(starts: np.ndarray, length: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Yield (offset in the output, starts, length): a part of one long run, or several short runs."""
+    if length > _CHUNK:
         for run, start in enumerate(starts):
-            for done in range(0, length, _PIECE):
-                yield run * length + done, np.array([start + done]), min(_PIECE, length - done)
+            for done in range(0, length, _CHUNK):
+                yield run * length + done, np.array([start + done]), min(_CHUNK, length - done)
     elif length:
-        together = _PIECE // length
-        for run in range(0, len(starts), together):
-            yield run * length, starts[run : run + together], length
+        runs_per_chunk = _CHUNK // length
+        for run in range(0, len(starts), runs_per_chunk):
+            yield run * length, starts[run : run + runs_per_chunk], length
 
 
-def _bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
-    """(runs * length,) uint32"""
+def _random_bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
+    """Return the uniform bits of the numbers of all runs, (runs * length,) uint32."""
     bits = np.empty((len(starts), length), dtype=np.uint32)
     generator, count = np.random.Philox(key=key, counter=int(starts[0]) // _PER_COUNT), 0
     for row, start in zip(bits, starts.tolist(), strict=True):
@@ -150,37 +153,38 @@ def _bits(key: int, starts: np.ndarray, length: int) -> np.ndarray:
     return bits.reshape(-1)
 
 
-def normal(bits: np.ndarray) -> np.ndarray:
-    """(n,) float32 normal numbers, of mean 0 and variance 1, from (n,) uint32 uniform ones; at most 6.23."""
+def normal_from_bits(bits: np.ndarray) -> np.ndarray:
+    """Return standard normal numbers (n,) float32 from uniform bits (n,) uint32; their largest magnitude is 6.23."""
     constant, linear, square = _table()
-    # 31 bits are u * 2**32, an odd number, of a u below 1/2; its float32 says where it is on a logarithmic scale
+    # 31 bits, made odd, are u * 2**32 for u in (0, 1/2); the bits of its float32 are a position on a logarithmic scale
     u = ((bits & np.uint32(2**31 - 1)) | np.uint32(1)).view(np.int32).astype(np.float32)
     code = u.view(np.int32)
     segment = (code >> _SEGMENT_BITS).astype(np.intp)
     t = (code & np.int32(2**_SEGMENT_BITS - 1)).astype(np.float32)
-    numbers: np.ndarray = square.take(segment, mode="clip")  # half the time of plain indexing
+    numbers: np.ndarray = square.take(segment, mode="clip")  # take() needs half the time of plain indexing
     numbers *= t
     numbers += linear.take(segment, mode="clip")
     numbers *= t
     numbers += constant.take(segment, mode="clip")
     signs = numbers.view(np.uint32)
-    signs ^= bits & np.uint32(2**31)  # the last bit: which half of the distribution
+    signs ^= bits & np.uint32(2**31)  # the highest bit is the sign: the half of the distribution
     return numbers
 
 
 @lru_cache(maxsize=1)
 def _table() -> np.ndarray:
-    """(3, segments) float32: a parabola for each segment of the inverse of the normal distribution below 1/2.
+    """Return the coefficients, (3, segments) float32, of a parabola for each segment of the inverse normal CDF below
+    1/2.
 
-    Segments are of 64 to a factor of two, so that they are as fine in the tail as in the middle. The parabolas meet the
-    inverse at their ends and their middle, and are nowhere more than 1e-6 away from it.
+    There are 64 segments per factor of two, so that the tail is resolved as well as the middle. Each parabola equals
+    the inverse at both ends and the middle of its segment; the error is below 1e-6 everywhere.
     """
     inverse = NormalDist().inv_cdf
     edge = 2**_SEGMENT_BITS
     first, last = (int(np.float32(u).view(np.int32)) >> _SEGMENT_BITS for u in (1.0, 2.0**31))
-    codes = (np.arange(2 * first, 2 * last + 3) * (edge // 2)).astype(np.int32)  # ends and middles
+    codes = (np.arange(2 * first, 2 * last + 3) * (edge // 2)).astype(np.int32)  # ends and middles of the segments
     u = codes.view(np.float32).astype(np.float64) / 2.0**32
-    at = np.array([inverse(min(x, 0.5)) for x in u])  # what is above 1/2 is not used
+    at = np.array([inverse(min(x, 0.5)) for x in u])  # values above 1/2 are not used
     begin, middle, end = at[0:-2:2], at[1:-1:2], at[2::2]
     table = np.zeros((3, last + 1), dtype=np.float32)
     table[0, first:] = begin
@@ -190,7 +194,7 @@ def _table() -> np.ndarray:
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """`to_empty` on `device`, and a parameter that modules share stays one: torch makes one for each of them."""
+    """Allocate `model` on `device`, uninitialized, and keep shared parameters shared, which `to_empty` does not."""
     uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""`[model] use = "models.llama:Llama"`: a Llama by name of its size, with any number of it overridden."""
+"""`[model] use = "models.llama:Llama"`: a Llama preset, of which any number can be overridden."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Llama:
     """A Llama decoder. `size` names a row of models/presets.py; every other key overrides one number of that row."""
 
     size: PresetName = "debug"
-    """The row of models/presets.py to start from."""
+    """Row of models/presets.py."""
     dim: PositiveCount | None = None
     """Width of the residual stream."""
     layers: PositiveCount | None = None
@@ -30,38 +30,39 @@ class Llama:
     heads: PositiveCount | None = None
     """Query heads of a block."""
     kv_heads: PositiveCount | None = None
-    """Key-value heads of a block; must divide `heads`, and is shared by heads / kv_heads of them."""
+    """Key-value heads of a block, each shared by heads / kv_heads query heads; must divide `heads`."""
     head_dim: PositiveCount | None = None
-    """Channels of one head, even; dim / heads unless given."""
+    """Channels of one head, an even number; unset: dim / heads."""
     ffn_dim: PositiveCount | None = None
-    """Width of the feed-forward's hidden layer; of each expert's, if there are experts."""
+    """Hidden width of the feed-forward; with experts, of each expert."""
     experts: Count | None = None
-    """Feed-forwards of a block, of which every token is sent to `top_k`; 0: one for all tokens."""
+    """Number of experts of a block, of which every token uses `top_k`; 0: a dense feed-forward."""
     top_k: PositiveCount | None = None
-    """Experts of a token."""
+    """Experts per token."""
     norm_eps: float | None = None
     """Added to the mean square in RMSNorm."""
     rope_theta: float | None = None
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3's scaling of the rotary frequencies; { factor = 1 } switches off what the size has."""
+    """Llama 3's scaling of the rotary frequencies; { factor = 1 } disables that of the preset."""
     tied_embeddings: bool | None = None
     """Whether the output projection is the embedding matrix."""
     max_sequence_length: PositiveCount | None = None
     """Longest sequence the model accepts, in tokens."""
     vocab_size: PositiveCount | None = None
-    """Rows of the embedding; the tokenizer's vocabulary unless given. Larger pads it, say to a multiple of 128."""
+    """Rows of the embedding; unset: the tokenizer's vocabulary. A larger number pads it, for example to a multiple of
+    128."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     depth_scaled_init: bool = True
-    """Divide it by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
+    """Divide init_std by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
     mup: MuPConfig | None = None
-    """Maximal update parametrisation: one learning rate for every width. Unset: as the size has it, most do not."""
+    """Maximal update parametrization: one learning rate for every width. Unset: that of the preset, if it has one."""
     router: RouterLossConfig | None = None
-    """What routers are trained for besides the loss of the tokens."""
+    """Auxiliary losses of the routers, with experts."""
 
     def __post_init__(self) -> None:
-        shape = self.shape
+        shape = self.resolved_shape
         if shape.heads % shape.kv_heads:
             raise InputError(
                 "kv_heads",
@@ -80,11 +81,11 @@ class Llama:
                 f"{shape.head_width} is odd, and rotary embedding turns channels in pairs; use {shape.head_width + 1}",
             )
         if shape.experts and not 1 <= shape.top_k <= shape.experts:
-            given = f"{shape.top_k} of {shape.experts} experts" if shape.top_k else "experts need it"
-            raise InputError("top_k", f"{given}; take 1 to {shape.experts}")
+            given = f"{shape.top_k} of {shape.experts} experts" if shape.top_k else "required with experts"
+            raise InputError("top_k", f"{given}; use 1 to {shape.experts}")
         for key in ("top_k", "router"):
             if getattr(self, key) is not None and not shape.experts:
-                raise InputError(key, f"this model has no experts; set experts, or leave {key} out")
+                raise InputError(key, f"has no effect without experts; set experts, or remove {key}")
         for key, value in {
             "norm_eps": shape.norm_eps,
             "rope_theta": shape.rope_theta,
@@ -94,16 +95,16 @@ class Llama:
                 raise InputError(key, f"{value} must be above 0")
 
     @property
-    def shape(self) -> LlamaShape:
-        """The size after overrides."""
+    def resolved_shape(self) -> LlamaShape:
+        """The shape of the preset with all overrides applied."""
         row = PRESETS[self.size]
-        mup = row.mup if self.mup is None else self.mup.over(row.mup)
+        mup = row.mup if self.mup is None else self.mup.override(row.mup)
         overrides = {field.name: getattr(self, field.name) for field in fields(LlamaShape) if field.name != "mup"}
         return replace(row, mup=mup, **{key: value for key, value in overrides.items() if value is not None})
 
     def plan(self, *, tp: int) -> ParallelPlan:
-        """How the decoder is divided among processes. Raises ValueError if `tp` ranks cannot share its heads."""
-        shape = self.shape
+        """Return how the decoder is parallelized. Raises InputError if `tp` does not divide its heads or ffn_dim."""
+        shape = self.resolved_shape
         if shape.kv_heads % tp:
             raise InputError("kv_heads", f"{shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
         if not shape.experts and shape.ffn_dim % tp:
@@ -111,24 +112,24 @@ class Llama:
         return llama_parallel_plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
-        """The decoder on the current device, with weights still to be set by `init_weights(seed)` or a checkpoint.
+        """Return the decoder on the current device; its weights are set by `init_weights(seed)` or a checkpoint.
 
-        `vocab_size`: ids of the tokenizer. `sequence_length`: tokens of a training sequence.
+        `vocab_size` is that of the tokenizer, `sequence_length` the tokens of a training sequence.
         """
-        shape = self.shape
+        shape = self.resolved_shape
         if self.vocab_size is not None and self.vocab_size < vocab_size:
             raise InputError(
                 "vocab_size",
                 f"{self.vocab_size} is too small for the tokenizer's {vocab_size} ids; "
-                f"use at least {vocab_size}, or leave it out",
+                f"use at least {vocab_size}, or remove the key",
             )
         if sequence_length > shape.max_sequence_length:
             raise InputError(
                 "max_sequence_length",
-                f"{shape.max_sequence_length} is below the training.sequence_length of "
-                f"{sequence_length}; raise the one or lower the other",
+                f"{shape.max_sequence_length} is below training.sequence_length = {sequence_length}; raise it "
+                "or lower training.sequence_length",
             )
-        from models.decoder import Decoder  # brings torch's compiler along, which reading a recipe does not need
+        from models.decoder import Decoder  # imports torch's compiler, which reading a recipe does not need
 
         return Decoder(
             shape,
@@ -140,5 +141,5 @@ class Llama:
 
 
 def _nearest_divisor(number: int, wish: int) -> int:
-    """The divisor of `number` closest to `wish`."""
+    """Return the divisor of `number` closest to `wish`."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wish))

@@ -1,8 +1,9 @@
-"""Cross-entropy of a linear head, a chunk of tokens at a time.
+"""Cross-entropy of a linear head, computed in chunks of tokens.
 
-The logits of a micro-batch are its largest tensor: 8 sequences of 4,096 tokens over 128,256 words are 16.8 GB in
-float32, and their gradient as much again. Here one chunk of them exists at a time, and while it does its gradient is
-taken too: softmax minus one-hot needs nothing from backward. Three matrix products per chunk, as in the plain loss.
+The logits of a micro-batch are its largest tensor: 8 sequences of 4,096 tokens with a vocabulary of 128,256 are 16.8 GB
+in float32, and their gradient is as large. Here the logits of one chunk exist at a time, and their gradient, softmax
+minus one-hot, is computed in the forward pass, because it needs nothing from backward. That takes three matrix products
+per chunk, as many as the plain loss.
 
 N tokens, n tokens of one chunk, D model width, V vocabulary
 """
@@ -22,16 +23,16 @@ from components.token_ids import IGNORE_INDEX
 
 
 class VocabReduce(Protocol):
-    """Reductions over the processes that hold the other rows of the vocabulary, in place."""
+    """In-place reductions over the processes that hold the other rows of the vocabulary."""
 
-    def maximum(self, tensor: Tensor) -> Tensor: ...
-    def sum(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_max(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
 
 
 def default_chunk(device_type: str, vocab_size: int) -> int:
-    """Tokens whose logits exist at one time."""
-    # CPU: 256 tokens were best or within 3 % of it for every vocabulary of 2,048 to 32,000 (128 to 2,048 measured).
-    # CUDA: larger chunks are a little faster, and at 128,256 words one of 4,096 tokens would be a gigabyte of logits.
+    """Return the tokens per chunk."""
+    # CPU: of 128 to 2,048 tokens, 256 was within 3 % of the best for every vocabulary from 2,048 to 32,000.
+    # CUDA: larger chunks are slightly faster, but with a vocabulary of 128,256, 4,096 tokens are 1 GB of bf16 logits.
     if device_type == "cpu":
         return 256
     return 4096 if vocab_size <= 2**16 else 2048
@@ -40,51 +41,59 @@ def default_chunk(device_type: str, vocab_size: int) -> int:
 def working_bytes(
     tokens: int, vocab_size: int, dim: int, *, element_bytes: int, device_type: str, compiled: bool = False
 ) -> int:
-    """The most memory `linear_cross_entropy` holds at once, beyond its arguments; `element_bytes`: of the products.
+    """Return the peak memory of `chunked_cross_entropy` in bytes, without its arguments.
 
-    The gradients of its two inputs, and the larger of two moments in a chunk: its logits and log-probabilities, or,
-    where products are not exact, its share of the weight's gradient. Compiled, logits in bf16 and their gradient.
+    It is the gradients of both inputs and the larger of two peaks within a chunk: logits and log-probabilities
+    (compiled: bf16 logits and their gradient), or the chunk's contribution to the weight gradient, where that is not
+    accumulated in place. `element_bytes` is the size of an element of the matrix products.
     """
     exact = element_bytes >= 4
     rows = min(tokens, default_chunk(device_type, vocab_size))
     logits = rows * vocab_size * (4 if compiled else 8 if exact else 10)
-    share = 0 if exact or device_type == "cuda" else vocab_size * (rows * 6 + dim * element_bytes)
-    return tokens * dim * element_bytes + vocab_size * dim * 4 + max(logits, share)
+    weight_grad = 0 if exact or device_type == "cuda" else vocab_size * (rows * 6 + dim * element_bytes)
+    return tokens * dim * element_bytes + vocab_size * dim * 4 + max(logits, weight_grad)
 
 
-@torch.compiler.disable  # the gradients that forward leaves on the context are more than the compiler traces
+@torch.compiler.disable  # the compiler cannot trace gradients that forward stores on the context
 def chunked_cross_entropy(
     x_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
     *,
     chunk_tokens: int | None = None,
-    first: int = 0,
-    across: VocabReduce | None = None,
+    vocab_start: int = 0,
+    vocab_reduce: VocabReduce | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Sum over tokens of -log softmax(x @ weight.T)[label]: (), float32 (float64 for float64 inputs).
+    """Return the sum over tokens of -log softmax(x @ weight.T)[label], () float32 (float64 for float64 inputs).
 
-    Under autocast the matrix products run in the autocast dtype; softmax, loss and the sum over chunks of the weight's
-    gradient stay in float32. `chunk_tokens` is n; by default large enough to keep the device busy, and no larger.
-    `compiled` has torch.compile fuse what is done to the logits of a chunk into one kernel.
+    Under autocast the matrix products run in the autocast dtype; softmax, loss and the sum over chunks of the weight
+    gradient are in float32. `chunk_tokens` is n; see `default_chunk`. `compiled` fuses the element-wise operations on
+    the logits of a chunk into one kernel with torch.compile.
 
-    A process may hold only some rows of the vocabulary, from number `first` on; `across` reduces over those that hold
-    the others. The loss is then equal on all of them, the gradient of the weight is that of these rows, and the
-    gradients of `x_ND` have yet to be added up over the processes.
+    With `vocab_reduce`, this process holds only some rows of the vocabulary, from `vocab_start` on. The loss is then
+    equal on all processes, the gradient of `weight_VD` is that of these rows, and the gradient of `x_ND` is a partial
+    sum, which the caller adds up over the processes.
 
-    Differentiable once, in `x_ND` and `weight_VD`; a second backward through the same call raises RuntimeError.
+    Differentiable once in `x_ND` and `weight_VD`; a second backward through the same call raises RuntimeError.
     """
     chunk_tokens = chunk_tokens or default_chunk(x_ND.device.type, len(weight_VD))
     with_gradients = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
     loss: Tensor = _LinearCrossEntropy.apply(
-        x_ND, weight_VD, labels_N, chunk_tokens, with_gradients, first, across, compiled and across is None
+        x_ND,
+        weight_VD,
+        labels_N,
+        chunk_tokens,
+        with_gradients,
+        vocab_start,
+        vocab_reduce,
+        compiled and vocab_reduce is None,
     )
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Takes the gradients in forward, for an upstream gradient of 1; backward only scales them."""
+    """Computes the gradients in forward, for an upstream gradient of 1; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -94,8 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         chunk: int,
         gradients: bool,
-        first: int,
-        across: VocabReduce | None,
+        vocab_start: int,
+        vocab_reduce: VocabReduce | None,
         compiled: bool,
     ) -> Tensor:
         device = x_ND.device.type
@@ -109,38 +118,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         for start in range(0, len(x_ND), chunk):
             x_nD, labels_n = x_ND[start : start + chunk], labels_N[start : start + chunk]
-            logits_nV = x_nD @ weight_VD.T
+            logits_nV = x_nD @ weight_VD.T  # in the dtype of the products
             d_logits_nV: Tensor | None
             if compiled:
                 chunk_loss, d_logits_nV = _compiled_loss()(logits_nV, labels_n)
             else:
-                chunk_loss, d_logits_nV = _loss_of_chunk(logits_nV, labels_n, exact, first, across, gradients)
-            del logits_nV  # a chunk is large: nothing of it lives on into the next
+                chunk_loss, d_logits_nV = _loss_of_chunk(
+                    logits_nV, labels_n, exact, vocab_start, vocab_reduce, gradients
+                )
+            del logits_nV  # free it before the products below allocate
             loss += chunk_loss
             if d_x_ND is None or d_weight_VD is None or d_logits_nV is None:
                 continue
 
-            # ignored rows are zeroed in the tensors of width D, where it costs little
+            # zero the rows of ignored labels in the tensors of width D, which are much smaller than those of width V
             counted_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)
+            # (n, V) @ (V, D), written into the rows of this chunk
             torch.mm(d_logits_nV, weight_VD, out=d_x_ND[start : start + chunk]).mul_(counted_n1)
             x_nD = x_nD * counted_n1
             if dtype == exact:
-                d_weight_VD.addmm_(d_logits_nV.T, x_nD)
-            elif device == "cuda":  # the product itself adds to the float32 sum: nothing is rounded in between
+                d_weight_VD.addmm_(d_logits_nV.T, x_nD)  # += (V, n) @ (n, D)
+            elif device == "cuda":  # bf16 product accumulated into the float32 sum, without rounding in between
                 torch.addmm(d_weight_VD, d_logits_nV.T, x_nD, out_dtype=exact, out=d_weight_VD)
             else:
                 d_weight_VD += d_logits_nV.T @ x_nD
             del d_logits_nV
 
         ctx.gradients = (d_x_ND, d_weight_VD)
-        return loss if across is None else across.sum(loss)
+        return loss if vocab_reduce is None else vocab_reduce.all_reduce_sum(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: its gradients were already handed out; call it again")
-        # Scaled in place and handed out: they are too large for a second copy.
+            raise RuntimeError("chunked_cross_entropy: backward can run only once; call the loss again")
+        # Scaled in place and returned without a copy, because they are large.
         (d_x_ND, d_weight_VD), ctx.gradients = ctx.gradients, None
         return d_x_ND.mul_(d_loss), d_weight_VD.mul_(d_loss), None, None, None, None, None, None
 
@@ -149,29 +161,31 @@ def _loss_of_chunk(
     logits_nV: Tensor,
     labels_n: Tensor,
     exact: torch.dtype,
-    first: int,
-    across: VocabReduce | None,
+    vocab_start: int,
+    vocab_reduce: VocabReduce | None,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss () of these rows, in `exact`; and its gradient (n, V), in the dtype of the logits, if wanted.
-
-    That is softmax minus one-hot. In rows of ignored labels it is not zero.
+    """Return the summed loss () of a chunk, in dtype `exact`, and with `gradients` its gradient, softmax minus one-hot,
+    (n, V) in the dtype of the logits. Rows of ignored labels are not zeroed in the gradient.
     """
-    log_p_nV = _log_softmax(logits_nV, exact, across)
-    here_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)
-    row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, first).unsqueeze(-1) - first
-    if across is not None:  # the label may be another process's row
+    log_p_nV = _log_softmax(logits_nV, exact, vocab_reduce)
+    here_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)  # rows whose label is in this process's vocabulary shard
+    # column of the label in this shard; 0 for ignored labels
+    row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, vocab_start).unsqueeze(-1) - vocab_start
+    if vocab_reduce is not None:  # the label may belong to another process: clamp to a valid column, masked by here_n1
         rows = logits_nV.shape[1]
         here_n1 = here_n1 & (row_n1 >= 0) & (row_n1 < rows)
         row_n1 = row_n1.clamp(0, rows - 1)
+    # this shard's part of the loss; the caller sums it over the processes
     loss = -log_p_nV.gather(-1, row_n1).masked_fill_(~here_n1, 0).sum()
     if not gradients:
         return loss, None
+    # in place: softmax (n, V), then minus 1 at the label
     return loss, log_p_nV.exp_().scatter_add_(-1, row_n1, -here_n1.to(exact)).to(logits_nV.dtype)
 
 
 def _fusible_loss(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-    """`_loss_of_chunk` without processes, in float32, of operations that are one pass over the logits when compiled."""
+    """`_loss_of_chunk` of a single process, in float32, from operations that compile to one pass over the logits."""
     z_nV = logits_nV.float()
     log_sum_n1 = torch.logsumexp(z_nV, -1, keepdim=True)
     counted_n = labels_n != IGNORE_INDEX
@@ -183,14 +197,15 @@ def _fusible_loss(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_loss() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    # the last chunk of a micro-batch may be shorter: a graph for each of two shapes, and not one for any
+    # static shapes: at most two, because only the last chunk of a micro-batch may be shorter
     return torch.compile(_fusible_loss, dynamic=False)
 
 
-def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, across: VocabReduce | None) -> Tensor:
-    """Of these columns, normalised over all that there are."""
-    if across is None:
+def _log_softmax(logits_nV: Tensor, dtype: torch.dtype, vocab_reduce: VocabReduce | None) -> Tensor:
+    """Return log softmax of these columns (n, V), normalized over the columns of all processes."""
+    if vocab_reduce is None:
         return F.log_softmax(logits_nV, -1, dtype=dtype)
     logits_nV = logits_nV.to(dtype)
-    logits_nV = logits_nV - across.maximum(logits_nV.amax(-1, keepdim=True))
-    return logits_nV.sub_(across.sum(logits_nV.exp().sum(-1, keepdim=True)).log_())
+    # subtract the maximum over all processes (n, 1), then log sum exp over all processes (n, 1)
+    logits_nV = logits_nV - vocab_reduce.all_reduce_max(logits_nV.amax(-1, keepdim=True))
+    return logits_nV.sub_(vocab_reduce.all_reduce_sum(logits_nV.exp().sum(-1, keepdim=True)).log_())

@@ -1,8 +1,8 @@
-"""Maximal update parametrisation (muP; Yang et al. 2022, arXiv 2203.03466): one learning rate for every width.
+"""Maximal update parametrization (muP; Yang et al. 2022, arXiv 2203.03466): one learning rate for every width.
 
-In the form of PowerLM (arXiv 2408.13359), whose output divides by the width's multiple: input and output matrix then
-follow the same rules, so they may be one. Rules go by the name of a parameter and never by a mark on the tensor, which
-FSDP2 and DTensor would lose. docs/mup.md gives the reasons.
+The variant of PowerLM (arXiv 2408.13359), which divides the logits by the width multiple, so that the embedding and the
+output matrix have the same rules and can be tied. Rules are selected by parameter name, not by attributes of tensors,
+which FSDP2 and DTensor would lose. See docs/mup.md.
 """
 
 from __future__ import annotations
@@ -22,39 +22,41 @@ class Rule(NamedTuple):
     """Powers of m_width = dim / base_width."""
 
     init_std: float
-    """Of the factor on the standard deviation at the start."""
+    """Exponent of the factor on the initial standard deviation."""
     lr: float
-    """Of the factor on the learning rate."""
+    """Exponent of the factor on the learning rate."""
 
 
 RULES = {
-    "tok_embeddings.weight": Rule(init_std=0, lr=0),  # tied, it is the head as well
+    "tok_embeddings.weight": Rule(init_std=0, lr=0),  # also the head, if tied
     "output.weight": Rule(init_std=0, lr=0),
     "layers.*.attention.w*.weight": Rule(init_std=-0.5, lr=-1),
-    "layers.*.feed_forward.w_*.weight": Rule(init_std=-0.5, lr=-1),  # of experts as well
+    "layers.*.feed_forward.w_*.weight": Rule(init_std=-0.5, lr=-1),  # also those of experts
     "layers.*.feed_forward.router.weight": Rule(init_std=-0.5, lr=-1),
     "*norm.weight": Rule(init_std=0, lr=0),
 }
-"""Parameter name -> rule. Matrices from width to width begin and learn smaller in a wider model, all else does not.
+"""Parameter name -> rule. In a wider model, matrices from width to width have smaller initial weights and learning
+rates; other parameters are unchanged.
 
-Not in the table, because it is the same for all: Adam's eps is not scaled, and weight decay shrinks every parameter at
-the rate of the schedule (`weight_decay_lr` of the optimizer).
+Equal for all parameters: Adam's eps is not scaled, and weight decay uses the learning rate of the schedule (the
+optimizer's `weight_decay_lr`).
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
-    """What muP adds to a model's function and to where and how fast it trains. Attention divides by the head width."""
+    """The multipliers of muP, and its factors on initialization and learning rate. Attention scales by 1 / head
+    width."""
 
     base_width: int = 256
-    """The width at which nothing is scaled: where the learning rate was found."""
+    """The width at which all factors are 1, where the learning rate was tuned."""
     embedding_multiplier: float = 1.0
-    """Factor on what the embedding gives."""
+    """Factor on the output of the embedding."""
     residual_multiplier: float = 1.0
-    """Factor on what attention and feed-forward add to the residual stream."""
+    """Factor on the outputs of attention and feed-forward before they are added to the residual stream."""
 
     def width_multiple(self, dim: int) -> float:
-        """m_width; logits are divided by it."""
+        """Return m_width = dim / base_width, by which logits are divided."""
         return dim / self.base_width
 
     def init_std_factor(self, name: str, dim: int) -> float:
@@ -65,7 +67,7 @@ class MuP:
 
 
 def rule_of(name: str) -> Rule:
-    """The first of RULES that fits. Raises ValueError for a parameter that nobody thought of."""
+    """Return the first matching rule. Raises ValueError for a parameter without a rule."""
     for pattern, rule in RULES.items():
         if fnmatchcase(name, pattern):
             return rule
@@ -74,24 +76,24 @@ def rule_of(name: str) -> Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class MuPConfig:
-    """[model.mup]: what is left out is the size's own, where it has muP, and else as said."""
+    """[model.mup]: muP. Unset keys have the value of the preset, or the stated default if that has no muP."""
 
     enabled: bool = True
-    """False: the plain Llama, also of a size that has muP."""
+    """false: disable muP, also for a preset that has it."""
     base_width: PositiveCount | None = None
-    """The width (dim) at which nothing is scaled; 256."""
+    """The width (dim) at which all factors are 1; default 256."""
     embedding_multiplier: Multiplier | None = None
-    """Factor on what the embedding gives; 1."""
+    """Factor on the output of the embedding; default 1."""
     residual_multiplier: Multiplier | None = None
-    """Factor on what attention and feed-forward add to the residual stream; 1."""
+    """Factor on the outputs of attention and feed-forward before they are added to the residual stream; default 1."""
 
-    def over(self, of_size: MuP | None) -> MuP | None:
-        """Laid over that of a size."""
+    def override(self, of_preset: MuP | None) -> MuP | None:
+        """Return the muP of a preset with these keys applied; None if disabled."""
         if not self.enabled:
             return None
-        below = of_size or MuP()
+        base = of_preset or MuP()
         return MuP(
-            base_width=self.base_width or below.base_width,
-            embedding_multiplier=self.embedding_multiplier or below.embedding_multiplier,
-            residual_multiplier=self.residual_multiplier or below.residual_multiplier,
+            base_width=self.base_width or base.base_width,
+            embedding_multiplier=self.embedding_multiplier or base.embedding_multiplier,
+            residual_multiplier=self.residual_multiplier or base.residual_multiplier,
         )

@@ -1,4 +1,4 @@
-"""How a Llama is divided among processes: tables by module name, in the words of distributed/tensor_parallel."""
+"""The parallel plan of a Llama: tensor-parallel styles and FSDP groups, by module name."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from dataclasses import dataclass
 TENSOR_PARALLEL = {
     "tok_embeddings": "embedding",
     "layers.*.attention_norm": "sequence",
-    "layers.*.attention": "gather sequence",
+    "layers.*.attention": "gather_sequence",
     "layers.*.attention.wq": "columns",
     "layers.*.attention.wk": "columns",
     "layers.*.attention.wv": "columns",
     "layers.*.attention.wo": "rows",
     "layers.*.ffn_norm": "sequence",
-    "layers.*.feed_forward": "gather sequence",
+    "layers.*.feed_forward": "gather_sequence",
     "layers.*.feed_forward.w_gate": "columns",
     "layers.*.feed_forward.w_up": "columns",
     "layers.*.feed_forward.w_down": "rows",
     "norm": "sequence",
     "output": "vocabulary",
 }
-"""Columns are output features of a matrix, and rows its input features: a pair of them needs one exchange."""
+"""Module name -> style of components/distributed/tensor_parallel.py. "columns" shards the output features of a matrix
+and "rows" its input features, so a pair of them needs one reduction."""
 _DENSE = "layers.*.feed_forward"
 EXPERTS = {name: style for name, style in TENSOR_PARALLEL.items() if not name.startswith(_DENSE)} | {
-    "layers.*.feed_forward": "own tokens",
-    "router_loss": "all tokens",
+    "layers.*.feed_forward": "replicated",
+    "router_loss": "sequence_all_reduce",
 }
-"""Experts are whole on every rank, and each rank's are sent the tokens of its part of the sequence."""
+"""With experts: every TP rank holds all experts, and routes the tokens of its shard of the sequence to them."""
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """A division of one model."""
+    """How one model is parallelized."""
 
     tensor_parallel: dict[str, str]
-    """Module name -> style."""
-    units: list[list[str]]
-    """Modules whose weights are gathered together, in the order of their use."""
+    """Module name -> tensor-parallel style."""
+    fsdp_groups: list[list[str]]
+    """Names of the modules whose weights FSDP2 gathers together, in the order of use."""
 
 
 def llama_parallel_plan(layers: int, *, tied: bool, experts: bool = False) -> ParallelPlan:
-    """A unit for each block, one before for the embedding and one after for norm and head.
+    """Return the plan of a Llama: an FSDP group for the embedding, one for each block, one for norm and head.
 
-    A tied matrix is used first and last: it stays with what no unit holds and is gathered for the whole pass.
+    A tied matrix is used first and last, so it is in no group and stays gathered for the whole pass.
     """
     blocks = [[f"layers.{i}"] for i in range(layers)]
-    units = blocks if tied else [["tok_embeddings"], *blocks, ["norm", "output"]]
-    return ParallelPlan(EXPERTS if experts else TENSOR_PARALLEL, units)
+    fsdp_groups = blocks if tied else [["tok_embeddings"], *blocks, ["norm", "output"]]
+    return ParallelPlan(EXPERTS if experts else TENSOR_PARALLEL, fsdp_groups)

@@ -1,6 +1,6 @@
-"""The named model sizes: one table, with the source of every row.
+"""The shapes of the named models, with the source of every row.
 
-Any number can be overridden by the key of the same name in `[model]`.
+The key of the same name in `[model]` overrides any number.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ PresetName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """The shape of a Llama decoder: everything its function depends on except the vocabulary. Lengths in tokens."""
+    """The shape of a Llama decoder: everything that defines its function, except the vocabulary. Lengths are in
+    tokens."""
 
     dim: int
     layers: int
     heads: int
     kv_heads: int
-    ffn_dim: int  # of each expert, if there are experts
-    experts: int = 0  # 0: one feed-forward, for all tokens
-    top_k: int = 0  # experts of a token
-    head_dim: int | None = None  # None: dim / heads, also after dim or heads was overridden
+    ffn_dim: int  # of each expert, with experts
+    experts: int = 0  # 0: a dense feed-forward
+    top_k: int = 0  # experts per token
+    head_dim: int | None = None  # None: dim / heads, after overrides
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     tied_embeddings: bool = False
     max_sequence_length: int = 2048
-    mup: MuP | None = None  # it is part of the function, by its multipliers
+    mup: MuP | None = None  # its multipliers are part of the function
 
     @property
     def head_width(self) -> int:
-        """C: channels of one attention head."""
+        """C: number of channels of an attention head."""
         return self.head_dim if self.head_dim is not None else self.dim // self.heads
 
 
-# debug has 1.2M parameters beside its embeddings. The next three are those of Lau et al. 2024 (arXiv 2412.21124), from
-# the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last seven
-# are those of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B; with experts,
-# their 1B (1.3B, of which 377M meet a token) and PowerMoE-3B (3.3B, 800M).
+# debug has 1.2M parameters without embeddings. The next three are the models of Lau et al. 2024 (arXiv 2412.21124),
+# from the public configurations (vocabulary 32,000); then Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B (128,256). The last
+# seven are the models of Shen et al. 2024 (arXiv 2408.13359; 49,152): three of the search, their 1B, PowerLM-3B; with
+# experts, their 1B (1.3B parameters, 377M active) and PowerMoE-3B (3.3B, 800M active).
 _POWER: Any = {"tied_embeddings": True, "max_sequence_length": 4096}
 _SEARCH = MuP(embedding_multiplier=12.0, residual_multiplier=0.26)
 _MOE_1B = MuP(embedding_multiplier=12.0, residual_multiplier=0.28)

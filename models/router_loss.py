@@ -1,10 +1,10 @@
-"""What keeps a router from sending all tokens to the same few experts, and how well that goes.
+"""Auxiliary losses of the routers, which balance the load of the experts, and their metrics.
 
-For each micro-batch by itself, and over all its tokens: training packs text, so there is no padding to leave out. A
-token whose label is ignored is sent to experts like any other, and counts.
+They are computed for each micro-batch over all its tokens: packed sequences have no padding, and a token whose label is
+ignored is routed like any other.
 
-    load balancing   E sum_e f_e P_e, f_e the share of expert e in all that is sent, P_e its mean probability
-                     (Fedus et al. 2021, arXiv 2101.03961, eqs. 4-6); 1 where experts share alike
+    load balancing   E sum_e f_e P_e, with f_e the fraction of copies sent to expert e and P_e its mean probability
+                     (Fedus et al. 2021, arXiv 2101.03961, eqs. 4-6); 1 if the load is balanced
     z loss           mean of log(sum_e exp(logit_e))^2 (Zoph et al. 2022, arXiv 2202.08906, eq. 5)
 
 L layers, E experts
@@ -25,57 +25,60 @@ Coefficient = Annotated[float, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True)
 class RouterLossConfig:
-    """[model.router]: what a router is trained for besides the loss of the tokens. Means over tokens and layers."""
+    """[model.router]: auxiliary losses of the routers, as means over tokens and layers."""
 
     load_balancing_coefficient: Coefficient = 0.01
-    """Of the load-balancing loss, which is 1 where all experts are sent equally much."""
+    """Coefficient of the load-balancing loss, which is 1 if the load is balanced."""
     z_loss_coefficient: Coefficient = 0.001
-    """Of the squared log-partition of the router's logits, which keeps them small."""
+    """Coefficient of the z loss, the squared log-partition of the router logits, which keeps them small."""
 
 
-class AcrossSequence(Protocol):
-    """A sum over the processes that hold the other tokens of the micro-batch."""
+class SequenceReduce(Protocol):
+    """A sum over the processes that hold the other tokens of the micro-batch, in place."""
 
-    def sum(self, tensor: Tensor) -> Tensor: ...
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor: ...
 
 
 class RouterLoss(nn.Module):
-    """Adds up what all layers tell of a micro-batch: its losses, and the numbers of a step."""
+    """Computes the auxiliary losses from the routing of all layers, and accumulates the metrics of a step."""
 
-    def __init__(self, experts: int, keys: RouterLossConfig) -> None:
+    def __init__(self, experts: int, config: RouterLossConfig) -> None:
         super().__init__()
-        self.experts, self.keys = experts, keys
-        self.across: AcrossSequence | None = None
-        self._sent_LE: Tensor | None = None
+        self.experts, self.config = experts, config
+        self.sequence_reduce: SequenceReduce | None = None
+        self._counts_LE: Tensor | None = None
         self._totals: Tensor | None = None
 
     def forward(self, sums: Sequence[Tensor]) -> Tensor:
-        """The losses of a micro-batch, times their coefficients and summed over its tokens: (), float32.
+        """Return the weighted losses of a micro-batch, summed over its tokens, () float32.
 
-        `sums` are the `models.moe.routing_sums` of each layer. Where processes share the tokens, it is this one's
-        summand, and so are its gradients.
+        `sums` are the `models.moe.routing_sums` of each layer. Under tensor parallelism the loss and its gradients are
+        this rank's summands.
         """
         sums_LX = torch.stack(list(sums))
-        sent_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
-        sent_LE = sent_LE.detach()
-        all_sent_LE = sent_LE if self.across is None else self.across.sum(sent_LE.clone())
-        share_LE = all_sent_LE / all_sent_LE.sum(-1, keepdim=True)
-        balance = self.experts * (share_LE * probability_LE).sum(-1).mean()
+        counts_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
+        counts_LE = counts_LE.detach()
+        all_counts_LE = (
+            counts_LE if self.sequence_reduce is None else self.sequence_reduce.all_reduce_sum(counts_LE.clone())
+        )
+        fraction_LE = all_counts_LE / all_counts_LE.sum(-1, keepdim=True)
+        balance = self.experts * (fraction_LE * probability_LE).sum(-1).mean()
         z = z_L1.mean()
-        tokens = probability_LE.detach()[0].sum()  # probabilities of a token add up to 1
-        self._note(sent_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens]))
-        return self.keys.load_balancing_coefficient * balance + self.keys.z_loss_coefficient * z
+        tokens = probability_LE.detach()[0].sum()  # the probabilities of each token sum to 1
+        self._accumulate(counts_LE, torch.stack([balance.detach(), z.detach(), entropy_L1.detach().mean(), tokens]))
+        return self.config.load_balancing_coefficient * balance + self.config.z_loss_coefficient * z
 
     def pop_sums(self) -> Tensor | None:
-        """What was noted since the last call, (L E + 4,) float64 on the device; None if nothing was."""
-        if self._sent_LE is None or self._totals is None:
+        """Return the sums since the last call, (L E + 4,) float64 on the device, and reset them; None if there are
+        none."""
+        if self._counts_LE is None or self._totals is None:
             return None
-        sums = torch.cat([self._sent_LE.flatten(), self._totals])
-        self._sent_LE = self._totals = None
+        sums = torch.cat([self._counts_LE.flatten(), self._totals])
+        self._counts_LE = self._totals = None
         return sums
 
     def metrics_of(self, sums: Tensor) -> dict[str, float]:
-        """By their names in metrics.jsonl, from `pop_sums` summed over all processes, on the CPU."""
+        """Return metrics by name from `pop_sums`, summed over all processes and on the CPU."""
         load_LE = sums[:-4].view(-1, self.experts)
         load_LE = load_LE / load_LE.mean(-1, keepdim=True)
         balance, z, entropy, tokens = sums[-4:].tolist()
@@ -87,7 +90,7 @@ class RouterLoss(nn.Module):
             "expert_load_min": float(load_LE.min()),
         }
 
-    def _note(self, sent_LE: Tensor, totals: Tensor) -> None:
-        sent_LE, totals = sent_LE.double(), totals.double()
-        self._sent_LE = sent_LE if self._sent_LE is None else self._sent_LE + sent_LE
+    def _accumulate(self, counts_LE: Tensor, totals: Tensor) -> None:
+        counts_LE, totals = counts_LE.double(), totals.double()
+        self._counts_LE = counts_LE if self._counts_LE is None else self._counts_LE + counts_LE
         self._totals = totals if self._totals is None else self._totals + totals

@@ -105,7 +105,7 @@ def handle_bad_samples(
     raised an error that does not stand for bad input.
     """
     step = f"step {clock.step + 1} (samples {clock.samples} to {clock.samples + batch.samples - 1})"
-    bad = guard.judge_samples(f"{step} has a bad sample: {samples.first}")
+    bad = guard.count_bad_sample(f"{step} has a bad sample: {samples.first}")
     if bad.action == "skip":
         log.warning(f"{bad.why}; step skipped")
         return

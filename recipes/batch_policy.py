@@ -36,10 +36,10 @@ def require_measurable_noise(policy: BatchPolicy, rounding: BatchRounding, progr
     """Raise InputError if an adaptive policy starts with one micro-batch per step, whose noise cannot be measured."""
     if not policy.is_adaptive:
         return
-    batch = rounding.fit(policy.next_batch_size(progress))
-    if not rounding.shows_noise(batch):
+    batch = rounding.round_up(policy.next_batch_size(progress))
+    if not rounding.can_measure_noise(batch):
         raise InputError(
             "initial_size",
             f"a step of {batch.samples} samples is one micro-batch, and gradient noise needs at least 2 per step, so "
-            f"the batch could never change; use {2 * rounding.unit} or lower training.micro_batch_size",
+            f"the batch could never change; use {2 * rounding.samples_per_micro_step} or lower training.micro_batch_size",
         )

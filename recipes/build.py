@@ -58,7 +58,7 @@ def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims,
     recipe = config.recipe
     with config_errors_at(config, "parallel"):
         mesh = recipe.parallel.build(world)
-    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.data.size)
+    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.dp.size)
 
 
 def build_hooks(config: Config) -> dict[str, Hook]:
@@ -94,9 +94,9 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     }
     require_prepared_data(config, tokenizer, world)
     with config_errors_at(config, "data"):
-        dataset = world.main_first(lambda: recipe.data.build(**data_kwargs))
+        dataset = world.main_process_first(lambda: recipe.data.build(**data_kwargs))
         data_fingerprint: str | None = getattr(dataset, "fingerprint", None)
-        if not world.agree(f"{len(dataset)} {data_fingerprint}"):
+        if not world.all_equal(f"{len(dataset)} {data_fingerprint}"):
             raise ValueError(
                 f"the processes do not see the same data; this one has {len(dataset):,} sequences. Put the same "
                 "files on every node"
@@ -104,7 +104,7 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     validation = None
     if (held_out := recipe.validation) is not None:
         with config_errors_at(config, "validation"):
-            validation_data = world.main_first(lambda: held_out.data.build(**data_kwargs))
+            validation_data = world.main_process_first(lambda: held_out.data.build(**data_kwargs))
             validation = held_out.build(
                 validation_data, tokenizer=tokenizer, sequence_length=recipe.training.sequence_length
             )
@@ -119,7 +119,7 @@ class ShardedModel:
     model: Any
     precision: Literal["bf16", "float32"]
     """The dtype of the matrix products."""
-    reduction: fsdp.GradSync
+    grad_sync: fsdp.GradSync
     compute: Callable[[], AbstractContextManager[object]]
     """Returns the context in which forward and backward run."""
     working_copies: list[Tensor] | None
@@ -134,7 +134,7 @@ def build_sharded_model(
     chosen = precision.resolve_precision(training.precision, device)
     dtype = precision.dtype_of(chosen)
     model = build_model(config, data.identity.vocab_size)
-    local = decide_grad_sync(recipe, model, mesh.sizes, world, dtype)
+    local = decide_grad_sync(recipe, model, mesh.mesh_shape, world, dtype)
     if training.document_masking:
         with config_errors_at(config, "data"):
             enable_document_masking(model, data.dataset, data.end_of_document)
@@ -152,7 +152,7 @@ def build_sharded_model(
     return ShardedModel(
         model=model,
         precision=chosen,
-        reduction=fsdp.GradSync(model, local=local),
+        grad_sync=fsdp.GradSync(model, once_per_step=local),
         compute=weights or nullcontext,
         working_copies=None if weights is None else weights.copies,
     )
@@ -179,12 +179,12 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     return TrainStep(
         model,
         optimizer,
-        mesh.data,
+        mesh.dp,
         world,
-        meter=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
-        reduction=built.reduction,
+        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
+        grad_sync=built.grad_sync,
         max_grad_norm=recipe.training.max_grad_norm,
-        compute=built.compute,
+        compute_context=built.compute,
     )
 
 
@@ -238,7 +238,7 @@ def build_loader(
     config: Config, mesh: ParallelDims, dataset: PackedDataset, start: int, cleanup: ExitStack
 ) -> MicroBatchLoader:
     """Build the loader of this rank's micro-batches, starting at global sample `start`."""
-    recipe, dp = config.recipe, mesh.data
+    recipe, dp = config.recipe, mesh.dp
     with config_errors_at(config, "data"):
         loader = MicroBatchLoader(
             dataset,
@@ -322,8 +322,8 @@ def log_startup(
         f"{built.precision} on {world.size} x {world.device.type}, in {environment.directory.path}"
     )
     if world.size > 1:
-        replicas, shards, tp = mesh.sizes
-        mode = "once_per_step" if built.reduction.local else "every_micro_batch"
+        replicas, shards, tp = mesh.mesh_shape
+        mode = "once_per_step" if built.grad_sync.once_per_step else "every_micro_batch"
         log.info(f'{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = "{mode}"')
     log.info(
         f"{format_count(training.total_tokens)} tokens, "

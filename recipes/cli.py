@@ -276,7 +276,7 @@ def run_command(arguments: Sequence[str]) -> int:
     if command.dry_run is not None:
         return start_dry_run(config, shape, command.dry_run)
     with config_errors_at(config, "parallel"):
-        config.recipe.parallel.sizes(shape.world_size, shape.per_node)
+        config.recipe.parallel.mesh_shape(shape.world_size, shape.per_node)
     if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as by torchrun, but LOCAL_RANK is not; unset them to start a run, or set all "

@@ -47,7 +47,7 @@ class MicroBatchReader:
             elif failure is None:
                 ids = self.loader.last_samples
                 failure, where = error, f"samples {ids.start} to {ids.stop - 1}"
-        if not self.world.maximum(int(failure is not None)):
+        if not self.world.all_reduce_max(int(failure is not None)):
             return micro_batches
         message = "" if failure is None else f"{where}: {describe_error(failure)}"
         return BadSamples(next(text for text in self.world.gather(message) if text), failure)

@@ -104,11 +104,11 @@ class Evaluate:
                         "checkpoint", "--resume only applies to training; set this key to what to evaluate"
                     )
             with config_errors_at(config, "evaluation.device"):
-                world = DistributedContext.start(self.evaluation.device)
-            cleanup.push(world.stop_unless_failed)
-            setup_logging(None, speak=world.is_main)
+                world = DistributedContext.init(self.evaluation.device)
+            cleanup.push(world.close_unless_failed)
+            setup_logging(None, to_console=world.is_main)
             with config_errors_at(config, "evaluation"):
-                pretrained, length, model = world.main_first(lambda: self.prepare_model(world.rank, world.size))
+                pretrained, length, model = world.main_process_first(lambda: self.prepare_model(world.rank, world.size))
             result, rows = self.measure(config, world, pretrained, length, model)
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
@@ -192,8 +192,8 @@ class Evaluate:
 
         def evaluate() -> Any:
             if cfg.method == "packed":
-                return evaluated.totals(model, mesh.data, compute)
-            return evaluated.evaluate(model, mesh.data, compute, multiple=mesh.sizes.tp)
+                return evaluated.totals(model, mesh.dp, compute)
+            return evaluated.evaluate(model, mesh.dp, compute, multiple=mesh.mesh_shape.tp)
 
         total = call_on_all_ranks(evaluate, config, "data", world)
         if cfg.method != "packed":
@@ -221,9 +221,9 @@ class Evaluate:
         data_kwargs: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
         if cfg.method == "packed":
             validation = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
-            dataset = world.main_first(lambda: data.build(**data_kwargs, sequence_length=length))
+            dataset = world.main_process_first(lambda: data.build(**data_kwargs, sequence_length=length))
             return validation.build(dataset, tokenizer=tokenizer, sequence_length=length)
-        documents = world.main_first(lambda: data.build(**data_kwargs, sequence_length=1))
+        documents = world.main_process_first(lambda: data.build(**data_kwargs, sequence_length=1))
         if not isinstance(documents, Documents):
             raise InputError("use", f'{type(data).__name__} does not give documents; use method = "packed"')
         return SlidingWindow(

@@ -57,7 +57,10 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
             f"{directory} holds a {hf_name}, but [model] is a {model_name}; set use = {architecture.use!r}, with the "
             "keys in the model.toml that tools.import_hf writes"
         )
-    hf_keys, model_keys = architecture.keys(config), architecture.keys(architecture.config(model))
+    hf_keys, model_keys = (
+        architecture.config_from_hf(config),
+        architecture.config_from_hf(architecture.hf_config(model)),
+    )
     _require_same_shape(directory, hf_keys, model_keys, architecture)
     if has_only_pickles(directory):
         raise ValueError(

@@ -79,7 +79,7 @@ class ParallelPlan(Protocol):
 
     tensor_parallel: Mapping[str, str]
     """Module name, with * for one part of it -> a style of components/distributed/tensor_parallel.py."""
-    units: Sequence[Sequence[str]]
+    fsdp_groups: Sequence[Sequence[str]]
     """Groups of modules whose weights are gathered together, in the order of use. All other weights stay gathered."""
 
 

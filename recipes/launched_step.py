@@ -13,7 +13,7 @@ from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
 from components.guard import GuardConfig
 from components.interrupts import NONE, REQUESTS
-from components.train_step import StepNumbers, TrainStep
+from components.train_step import StepSums, TrainStep
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LaunchedStep:
     """The clock after the step."""
     batch: StepBatch
     lr: float
-    numbers: StepNumbers | None
+    numbers: StepSums | None
     """The results on the device; None for a step that was skipped because of a bad sample."""
     dp_size: int
     measured: bool
@@ -59,11 +59,11 @@ class LaunchedStep:
         moments = None
         if self.measured:
             groups = self.batch.micro_batches * self.dp_size
-            moments = GradientMoments.of_step(
+            moments = GradientMoments.from_sums(
                 grad_sq_norm,
                 micro_sq_norms,
-                groups=groups,
-                ranks=self.dp_size,
+                num_micro_batches=groups,
+                dp_size=self.dp_size,
                 micro_batch_size=self.batch.samples // groups,
             )
         made = numbers["requests"].nonzero()

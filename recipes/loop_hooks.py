@@ -54,7 +54,7 @@ class SaveCheckpoints(Hook):
     def on_step_end(self, context: HookContext) -> None:
         if self.requests.agreed == SAVE or is_due(self.interval_steps, context.clock):
             self.checkpoints.read_launched()  # this save also serves a request that arrives with the current step
-            self.requests.saved()
+            self.requests.mark_saved()
             self.checkpoints.save()
 
     def on_run_end(self, context: HookContext) -> None:
@@ -81,7 +81,7 @@ class Validate(Hook):
     """The file metrics.jsonl."""
 
     def on_run_begin(self, context: HookContext) -> None:
-        if self.checkpoints.world.maximum(int(self._is_missing(context))):
+        if self.checkpoints.world.all_reduce_max(int(self._is_missing(context))):
             self.validate(context.model, context.clock)
 
     def on_step_end(self, context: HookContext) -> None:

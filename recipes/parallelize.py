@@ -28,7 +28,7 @@ def parallelize(
     """
     blocks = list(transformer_blocks(model).values())
     head = [model.get_submodule("output")] if hasattr(model, "output") else []
-    plan = component.plan(tp=mesh.sizes.tp) if isinstance(component, HasParallelPlan) else None
+    plan = component.plan(tp=mesh.mesh_shape.tp) if isinstance(component, HasParallelPlan) else None
     if mesh.tp is not None and plan is not None:
         from components.distributed import tensor_parallel  # not at the top: a single process does not need it
 
@@ -39,4 +39,4 @@ def parallelize(
             for module in [*blocks, *head] if blocks else [model]:
                 module.compile()
     if mesh.fsdp is not None:
-        fsdp.apply_fsdp(model, plan.units if plan is not None else [], mesh.fsdp, compute_dtype)
+        fsdp.apply_fsdp(model, plan.fsdp_groups if plan is not None else [], mesh.fsdp, compute_dtype)

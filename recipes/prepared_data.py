@@ -29,4 +29,4 @@ def require_prepared_data(config: Config, tokenizer: Tokenizer, world: Distribut
                 )
 
         with config_errors_at(config, section):
-            world.main_first(check)
+            world.main_process_first(check)

@@ -27,7 +27,7 @@ from components.interfaces import DataConfig
 from components.interrupts import exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
-from components.train_step import not_finite
+from components.train_step import nonfinite_flag
 from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
@@ -171,7 +171,7 @@ class Trainer:
             self.world,
             self.metric_logger,
             config,
-            discard_gradients=self.step.discard,
+            discard_gradients=self.step.zero_grad,
             read_launched=self.read_launched,
             restart_timer=self.restart_timer,
         )
@@ -181,7 +181,7 @@ class Trainer:
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
             after.append(
-                Validate(validation, self.checkpoints, self.requests, self.mesh.data, self.step.compute, metrics)
+                Validate(validation, self.checkpoints, self.requests, self.mesh.dp, self.step.compute_context, metrics)
             )
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
@@ -219,16 +219,16 @@ class Trainer:
             )
         after = replace(self.clock)
         after.advance(batch.samples)
-        launched = LaunchedStep(after, batch, lr, numbers, self.mesh.data.size, measured, data_seconds)
+        launched = LaunchedStep(after, batch, lr, numbers, self.mesh.dp.size, measured, data_seconds)
         if numbers is not None:
             # with a delay the device skips a non-finite update, and read_launched checks the step
             if not self.metrics_delay and (bad := self._judge(launched.read())) is not None:
-                self.step.discard()
+                self.step.zero_grad()
                 handle_bad_step(bad, launched, self.checkpoints)
             else:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_consistent = False
-                self.step.update(lr, step_tokens, skip=not_finite(numbers) if self.metrics_delay else None)
+                self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
         self.clock.advance(batch.samples)
         self.state.is_consistent = True
         self.launched.append((launched, bad))
@@ -250,7 +250,7 @@ class Trainer:
             self.metric_logger.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
             self.restart_timer()
             # processes agree on a request in the reduction of the step; a single one can poll again
-            request = result.request if self.world.size > 1 else self.requests.pending()
+            request = result.request if self.world.size > 1 else self.requests.poll()
             self.requests.agreed = max(self.requests.agreed, request)
         for bad, launched in bad_steps:
             handle_bad_step(bad, launched, self.checkpoints)
@@ -273,7 +273,7 @@ class Trainer:
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for an invalid size."""
         with config_errors_at(self.config, "batch", started=True), raised_in("batch"):
-            return self.batch_rounding.fit(self.policy.next_batch_size(self.clock))
+            return self.batch_rounding.round_up(self.policy.next_batch_size(self.clock))
 
     def measures_noise(self, batch: StepBatch) -> bool:
         """Return whether to measure the gradient noise of the next step."""
@@ -283,7 +283,7 @@ class Trainer:
         with raised_in("batch"):
             if not self.policy.measures_noise(self.clock):
                 return False
-        if self.batch_rounding.shows_noise(batch):
+        if self.batch_rounding.can_measure_noise(batch):
             return True
         if not self.warned_noise:
             self.warned_noise = True
@@ -303,7 +303,7 @@ class Trainer:
         self.hooks.call("on_run_end", self.context)
         manager.wait()
         self.metric_logger.flush()
-        self.requests.clear_file()
+        self.requests.remove_stop_file()
         for failed in manager.failed_steps:
             log.error(f"the checkpoint of step {failed} could not be saved")
         for failure in self.metric_logger.failures():
@@ -320,11 +320,11 @@ class Trainer:
 
     def _judge(self, result: StepResult) -> BadStep | None:
         """Return what the guard says about a step; None if the step is good."""
-        return self.state.guard.judge(result.loss, result.grad_norm)
+        return self.state.guard.check(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:
         """Return further values to sum over all processes together with those of the step."""
-        summands = {"requests": request_counts(self.requests.pending(), self.world.device)}
+        summands = {"requests": request_counts(self.requests.poll(), self.world.device)}
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums
         return summands

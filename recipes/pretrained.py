@@ -133,8 +133,8 @@ def _load_hugging_face(directory: Path, tokenizer: Path | None) -> PretrainedMod
     config = read_json(directory / "config.json")
     try:
         _, architecture = architecture_from_config(config)
-        keys = architecture.keys(config)
-        component = architecture.component(keys)
+        keys = architecture.config_from_hf(config)
+        component = architecture.model_config(keys)
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     return PretrainedModel(

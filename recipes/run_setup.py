@@ -67,9 +67,9 @@ def claim_run_directory(
             directory.stop_file.unlink(missing_ok=True)  # it was meant for an earlier run
 
     with config_errors_at(config, "run"):
-        world.main_first(lock)
+        world.main_process_first(lock)
         # Processes that the launcher restarted after a failure may continue in the directory that they claimed before.
-        restarted = bool(world.maximum(directory.owned_by(launch)))
+        restarted = bool(world.all_reduce_max(directory.owned_by(launch)))
         start = _choose_checkpoint(
             find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
         )
@@ -85,7 +85,7 @@ def claim_run_directory(
             )
         if checkpoint is not None:
             check_resumable(checkpoint, config)
-        world.main_first(claim)
+        world.main_process_first(claim)
         start.run = world.gather(directory.run or "")[0]
 
     start.commit = _make_commit(directory, config, world, replaces=replaces)
@@ -110,7 +110,7 @@ def _make_commit(
 
     def commit() -> None:
         with config_errors_at(config, "run"):
-            world.main_first(store)
+            world.main_process_first(store)
 
     return commit
 
@@ -140,7 +140,7 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
     candidates.
     """
     names = [checkpoint.name for checkpoint in candidates]
-    if not world.agree(str(names)):
+    if not world.all_equal(str(names)):
         raise ValueError(
             f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. Put "
             "the run directory on a file system that all nodes share, and try again"
@@ -173,7 +173,7 @@ def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: D
             for damaged in candidates[candidates.index(checkpoint) + 1 :]:
                 damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
 
-    world.main_first(rename_damaged)
+    world.main_process_first(rename_damaged)
     return RunStart(checkpoint, warnings=[f"{damage}; using the checkpoint before it" for damage in damages])
 
 
@@ -193,14 +193,14 @@ def build_environment(config: Config, resume: Resume | None, cleanup: ExitStack)
     recipe = config.recipe
     signals = cleanup.enter_context(SignalCatcher())
     with config_errors_at(config, "run.device"):
-        world = DistributedContext.start(recipe.run.device)
-    cleanup.push(world.stop_unless_failed)
+        world = DistributedContext.init(recipe.run.device)
+    cleanup.push(world.close_unless_failed)
     with config_errors_at(config, "training.num_workers"):
         check_workers(recipe.training.num_workers)
     directory = RunDirectory(recipe.run.directory)
     start = claim_run_directory(directory, config, resume, world, cleanup)
     with config_errors_at(config, "run"):
-        console = setup_logging(directory.log if world.is_main else None, speak=world.is_main)
+        console = setup_logging(directory.log if world.is_main else None, to_console=world.is_main)
     for warning in start.warnings:
         log.warning(warning)
     if start.checkpoint is not None:

@@ -78,8 +78,8 @@ def export(
             vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length
         )
     name, architecture = architecture_from_model(model)
-    entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.config(model)}
-    ours = {theirs: mine for mine, theirs in architecture.names(model).items()}
+    entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
+    ours = {theirs: mine for mine, theirs in architecture.hf_names(model).items()}
     parameters = dict(model.named_parameters())
     tensors = {
         theirs: TensorSpec(tuple(parameters[mine].shape), dtype or parameters[mine].dtype)

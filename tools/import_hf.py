@@ -82,10 +82,10 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
     config = read_json(directory / "config.json")
     try:
         name, architecture = architecture_from_config(config)
-        keys = architecture.keys(config)
+        keys = architecture.config_from_hf(config)
         with torch.device("meta"):
             model = architecture.build(keys)
-        shape = {"architectures": [name], "model_type": architecture.model_type, **architecture.config(model)}
+        shape = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
     # pickles only where there is nothing better
@@ -100,7 +100,7 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         require_equal_copies(weights, places)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    source = {theirs: places[ours] for ours, theirs in architecture.names(model).items()}
+    source = {theirs: places[ours] for ours, theirs in architecture.hf_names(model).items()}
     tensors = {theirs: weights.specs[stored] for theirs, stored in source.items()}
 
     with new_directory(output, force=force) as aside:

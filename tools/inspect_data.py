@@ -102,12 +102,12 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     for row in read_rows(metrics):
         if row["step"] == step and "global_batch_size" in row:
             batch = row["global_batch_size"]
-            if batch % layout.unit:
+            if batch % layout.samples_per_micro_step:
                 raise ValueError(
                     f"--ranks {ranks}: {metrics} has {batch} samples in step {step}, which {ranks} ranks with "
                     f"micro-batches of {layout.micro_batch_size} cannot have taken"
                 )
-            return row["samples"] - batch, batch // layout.unit
+            return row["samples"] - batch, batch // layout.samples_per_micro_step
     with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
     if policy.is_adaptive:
@@ -116,7 +116,7 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
         )
     with config_errors_at(config, "batch"):
         while not clock.done:
-            batch = layout.fit(policy.next_batch_size(clock))
+            batch = layout.round_up(policy.next_batch_size(clock))
             if clock.step == step - 1:
                 return clock.samples, batch.micro_batches
             clock.advance(batch.samples)

@@ -180,7 +180,7 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
         )
         raise ConfigError([config.problem("recipe", message)])
     with config_errors_at(config, "parallel"):
-        mesh_shape = recipe.parallel.sizes(world_size)
+        mesh_shape = recipe.parallel.mesh_shape(world_size)
     rounding = BatchRounding(recipe.training.micro_batch_size, mesh_shape.dp_size)
     if metrics is not None:
         return [ScheduleCurve(f"the batches of {metrics}", steps_taken(recipe, metrics))]

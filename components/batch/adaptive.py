@@ -1,4 +1,4 @@
-"""What all adaptive batches have in common: bounds, pace, and the state that a resumed run needs."""
+"""The base of all adaptive batch policies: bounds, pace, and the state that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from components.errors import InputError
 from components.units import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12
-"""Relative slack of the growth limit, so that 45 * 1.4, in floats a little less, may be 63."""
+"""Relative slack of the growth limit, so that 45 * 1.4, which is slightly below 63 in floats, allows 63."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptive(ABC):
-    """A batch that grows, and optionally shrinks, to a target measured in the gradient.
+    """A batch that grows, and optionally shrinks, to a target computed from the measured gradient noise.
 
     A subclass defines the target; bounds and pace are defined here, and `AdaptivePolicy` holds the state. Decisions are
-    Python arithmetic on numbers that are equal on every rank, so they are equal too.
+    Python arithmetic on numbers that are equal on every rank, so all ranks decide the same.
     """
 
     initial_size: PositiveCount
@@ -31,22 +31,23 @@ class Adaptive(ABC):
     max_size: PositiveCount
     """Largest global batch size, in samples."""
     min_size: PositiveCount | None = None
-    """Smallest global batch size, in samples, for one that may shrink; unset: initial. Keep it at two micro-batches or
-    more: the noise of a single one cannot be measured, so a batch that shrank to it would stay there."""
+    """Smallest global batch size, in samples, with shrink = true; unset: initial_size. Use at least two micro-batches:
+    gradient noise cannot be measured from a single one, so a batch that shrank to it would stay there."""
     multiple_of: PositiveCount = 1
-    """Sizes are multiples of this, rounded up; it has to divide initial, minimum and maximum."""
+    """Sizes are rounded up to multiples of this; it must divide initial_size, min_size and max_size."""
     max_growth: Annotated[float, Field(gt=1)] | None = None
-    """Largest factor of one change, either way; unset: no limit."""
+    """Largest factor of one change, up or down; unset: no limit."""
     cooldown_samples: Count = 0
-    """Samples to be trained after a change before the next."""
+    """Samples to train after a change before the next one."""
     hysteresis: Annotated[float, Field(ge=0)] = 0.0
-    """A target that differs from the current size by less than this share of it changes nothing."""
+    """Relative dead band: a target that differs from the current size by less than this fraction is ignored."""
     shrink: bool = False
-    """Follow the target down, too; false: the batch never gets smaller."""
+    """Whether the batch may also get smaller; false: it only grows."""
     delay_tokens: Tokens = 0
-    """Tokens to be trained before the first decision: gradients of the warm-up say little about those after it."""
+    """Tokens to train before the first decision, because the gradient noise of the warm-up does not predict what
+    follows."""
     measure_at_maximum: bool = True
-    """Measure also when a batch that never shrinks has reached its maximum, for the metrics alone."""
+    """Keep measuring, for the metrics only, after a batch that never shrinks has reached max_size."""
 
     def __post_init__(self) -> None:
         if self.min_size is not None and self.min_size > self.initial_size:
@@ -66,21 +67,24 @@ class Adaptive(ABC):
         ):
             if size is not None and size % self.multiple_of:
                 raise InputError(
-                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make it a multiple"
+                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
                 )
-        if self.max_growth is not None and self._furthest_up(self.smallest) == self.smallest < self.max_size:
+        if self.max_growth is not None and self._max_next(self.smallest) == self.smallest < self.max_size:
             needed = 1 + self.multiple_of / self.smallest
             raise InputError(
                 "max_growth",
-                f"{self.max_growth} x {self.smallest} samples falls short of the next multiple of "
-                f"multiple_of = {self.multiple_of}, so the batch could never grow; make it {needed:.4g} or more",
+                f"{self.max_growth} x {self.smallest} samples is below the next multiple of "
+                f"multiple_of = {self.multiple_of}, so the batch could never grow; use {needed:.4g} or more",
             )
         if self.shrink and not self.measure_at_maximum:
-            raise InputError("measure_at_maximum", "false would keep the batch at its maximum, but shrink is true")
+            raise InputError(
+                "measure_at_maximum",
+                "false would keep the batch at max_size, but shrink is true; remove one of the two",
+            )
 
     @abstractmethod
     def target(self, noise: GradientNoise) -> float | None:
-        """Return the batch wanted after a step, in samples; None: this step decides nothing."""
+        """Return the wanted global batch size after a step, in samples, or None to leave it unchanged."""
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
         """Return the policy of one run, at the initial size."""
@@ -88,43 +92,43 @@ class Adaptive(ABC):
 
     @property
     def smallest(self) -> int:
-        """The smallest size it may return, in samples."""
+        """Smallest size that the policy may return, in samples."""
         return self.min_size if self.shrink and self.min_size is not None else self.initial_size
 
     def next_size(self, current: int, target: float, batch: int) -> int:
         """Return the size after a step of `batch` samples, which may have been rounded up from the `current` size."""
-        wanted = self._up(math.ceil(target))
+        wanted = self._round_up(math.ceil(target))
         grows = target > batch and wanted > current
         shrinks = self.shrink and wanted < current
-        # Compared before the bounds apply: a maximum that is near must stay in reach.
+        # Compare before clamping: otherwise hysteresis would keep the batch from reaching a bound that is near.
         if not (grows or shrinks) or abs(wanted - current) < self.hysteresis * current:
             return current
-        limited = min(wanted, self._furthest_up(current)) if grows else max(wanted, self._furthest_down(current))
-        return self._within(limited)
+        limited = min(wanted, self._max_next(current)) if grows else max(wanted, self._min_next(current))
+        return self._clamp(limited)
 
     def bounded(self, size: int) -> int:
-        """Return `size`, rounded up to a multiple of the quantum and clamped to the bounds."""
-        return self._within(self._up(size))
+        """Return `size` rounded up to a multiple of `multiple_of` and clamped to the bounds."""
+        return self._clamp(self._round_up(size))
 
-    def _up(self, size: int) -> int:
+    def _round_up(self, size: int) -> int:
         return -(-size // self.multiple_of) * self.multiple_of
 
-    def _within(self, size: int) -> int:
+    def _clamp(self, size: int) -> int:
         return min(max(size, self.smallest), self.max_size)
 
-    def _furthest_up(self, size: int) -> int:
+    def _max_next(self, size: int) -> int:
         if self.max_growth is None:
             return self.max_size
         return int(min(size * self.max_growth * (1 + ROUNDING), self.max_size)) // self.multiple_of * self.multiple_of
 
-    def _furthest_down(self, size: int) -> int:
+    def _min_next(self, size: int) -> int:
         if self.max_growth is None:
             return self.smallest
-        return self._up(math.ceil(size / self.max_growth * (1 - ROUNDING)))
+        return self._round_up(math.ceil(size / self.max_growth * (1 - ROUNDING)))
 
 
 class AdaptivePolicy(BatchPolicy):
-    """The current size of an adaptive batch, and where it changed last."""
+    """The state of an adaptive batch: its current size, and the sample count at its last change."""
 
     is_adaptive = True
 
@@ -145,7 +149,7 @@ class AdaptivePolicy(BatchPolicy):
             return
         if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:
             return
-        # One step that overflowed must not decide the rest of the run.
+        # A step that overflowed must not decide the batch size of the rest of the run.
         if not all(
             map(
                 math.isfinite,
@@ -164,7 +168,7 @@ class AdaptivePolicy(BatchPolicy):
         return {"samples": self._size, "changed_at": self._changed_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept another policy's state, keeping what it does not name, and clamp the size to the current bounds."""
+        """Accept another policy's state (absent fields are kept) and clamp the size to the current bounds."""
         self._size = self.config.bounded(int(state.get("samples", self._size)))
         changed_at = state.get("changed_at")
         self._changed_at = None if changed_at is None else int(changed_at)

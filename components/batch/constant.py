@@ -1,4 +1,4 @@
-"""The constant batch."""
+"""A constant batch size."""
 
 from __future__ import annotations
 

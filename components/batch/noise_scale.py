@@ -15,12 +15,13 @@ from components.batch.policy import GradientNoise
 class NoiseScale(Adaptive):
     """`coefficient` times tr(Sigma) / ||G||^2, the simple noise scale (arXiv 1812.06162, equation 2.9).
 
-    It is the unbiased norm test with coefficient = 1 / eta^2, said as a share of the noise scale.
+    Equal to the unbiased norm test with coefficient = 1 / eta^2.
     """
 
     coefficient: Annotated[float, Field(gt=0)] = 1.0
-    """Batch size in units of the noise scale. At 1 half of what a step could gain is lost to noise."""
+    """Batch size in units of the noise scale. At 1, noise costs half of the progress that a step could make."""
 
     def target(self, noise: GradientNoise) -> float | None:
-        # An unbiased estimate of a small signal may be negative: no batch follows, and smoothing brings it back.
+        # An unbiased estimate of a small ||G||^2 may be negative. Then keep the size; smoothing makes it positive
+        # again.
         return self.coefficient * noise.grad_cov_trace / noise.grad_sq_norm if noise.grad_sq_norm > 0 else None

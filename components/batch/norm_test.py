@@ -1,4 +1,4 @@
-"""The norm test: a batch large enough that its mean gradient is within eta of the true one."""
+"""The norm test: grow the batch until the relative error of its mean gradient is at most eta."""
 
 from __future__ import annotations
 
@@ -22,48 +22,49 @@ class NormTest(Adaptive):
     """
 
     eta: Annotated[float, Field(gt=0)]
-    """Error of the mean gradient that is put up with, relative to its length. Smaller: larger batches; 1: the noise
-    scale. Above 1 is legitimate: most of the step is then noise, which later steps average out."""
+    """Tolerated relative error of the mean gradient. Smaller values give larger batches; 1 gives the noise scale.
+    Values above 1 are valid: most of a step is then noise, which later steps average out."""
     estimator: Literal["unbiased", "paper"] = "unbiased"
-    """Either tr(Sigma) and ||G||^2 without bias, smoothed over steps, or equation 5 of the paper as printed, from each
-    step alone: the target is then at most (J - 1) / eta^2 for J workers, and the batch never shrinks. The paper rounds
-    up to workers times accumulation steps; `quantum` is what is rounded up to here."""
+    """unbiased: tr(Sigma) and ||G||^2 without bias, smoothed over steps. paper: equation 5 as printed, from each step
+    alone; the target is then at most (J - 1) / eta^2 for J workers, and the batch never shrinks. The paper rounds up to
+    workers times accumulation steps; here sizes are rounded up to `multiple_of`."""
     workers: PositiveCount | None = None
-    """J of the paper's estimator; unset: the groups measured, which are micro-batches. Any other number: what equation
-    5 is expected to give for so many workers, from the groups measured."""
+    """J of the paper's estimator; unset: the number of micro-batches K. For another number, the expectation of equation
+    5 for that many workers is computed from the K micro-batches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers is not None and self.estimator == "unbiased":
             raise InputError(
-                "workers", 'the unbiased estimate does not depend on it; leave it out, or take estimator = "paper"'
+                "workers", 'the unbiased estimate does not depend on it; remove it, or use estimator = "paper"'
             )
         if self.workers == 1:
-            raise InputError("workers", "one has no spread, so the batch would never grow; give 2 or more")
+            raise InputError("workers", "1: must be 2 or more, because the variance of one worker is undefined")
         if self.shrink and self.estimator == "paper":
-            raise InputError("shrink", 'the test of the paper only grows the batch; take estimator = "unbiased"')
+            raise InputError(
+                "shrink", 'estimator = "paper" only grows the batch; use estimator = "unbiased", or remove shrink'
+            )
 
     def target(self, noise: GradientNoise) -> float | None:
         return self._paper(noise) if self.estimator == "paper" else self._unbiased(noise)
 
     def _unbiased(self, noise: GradientNoise) -> float | None:
         tolerated = self.eta * self.eta * noise.grad_sq_norm
-        # An unbiased estimate of a small number may well be negative. No batch follows from that, and none is needed:
-        # smoothing brings the estimate back while the signal lasts.
+        # An unbiased estimate of a small ||G||^2 may be negative. Then keep the size; smoothing makes it positive
+        # again.
         return noise.grad_cov_trace / tolerated if tolerated > 0 else None
 
     def _paper(self, noise: GradientNoise) -> float | None:
-        """T of equation 5: (1/J) sum_j ||g_j - g||^2 / (eta^2 ||g||^2), for the J = K groups measured.
+        """Return T of equation 5: (1/J) sum_j ||g_j - g||^2 / (eta^2 ||g||^2), for J = K micro-batches.
 
-        For J other workers: with S = m/(K - 1) sum_k ||g_k - g||^2 from K groups of m samples, the mean over J groups
-        of the same b = K m samples is expected to be S (J - 1) / b.
+        For another J: S = m/(K - 1) sum_k ||g_k - g||^2 is estimated from K micro-batches of m samples, and the mean
+        over J groups of the same b = K m samples is expected to be S (J - 1) / b.
         """
-        groups = noise.num_micro_batches
+        num_micro_batches = noise.num_micro_batches  # K
         tolerated = self.eta * self.eta * noise.mean_grad_sq_norm
-        if groups < 2 or tolerated <= 0:
+        if num_micro_batches < 2 or tolerated <= 0:
             return None
-        spread = max(
-            0.0, noise.sum_micro_grad_sq_norms - groups * noise.mean_grad_sq_norm
-        )  # of equal groups: zero, but for rounding
-        workers = groups if self.workers is None else self.workers
-        return spread / groups * ((workers - 1) / (groups - 1)) / tolerated
+        # sum_k ||g_k - g||^2; rounding can make it slightly negative when all micro-batches are equal
+        spread = max(0.0, noise.sum_micro_grad_sq_norms - num_micro_batches * noise.mean_grad_sq_norm)
+        workers = num_micro_batches if self.workers is None else self.workers
+        return spread / num_micro_batches * ((workers - 1) / (num_micro_batches - 1)) / tolerated

@@ -1,4 +1,4 @@
-"""The interface of batch policies, and the defaults of what a policy may leave out."""
+"""The interface of batch policies, with the defaults of its optional members."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GradientNoise(Protocol):
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples in each micro-batch; `groups` times it is the global batch size."""
+        """m, the samples of each micro-batch; K m is the global batch size."""
         ...
 
     @property
@@ -52,7 +52,7 @@ class GradientNoise(Protocol):
 
     @property
     def grad_sq_norm(self) -> float:
-        """Squared norm of the true gradient, smoothed over steps; an unbiased estimate, so it may be negative."""
+        """||G||^2: squared norm of the true gradient, smoothed over steps; being unbiased, it may be negative."""
         ...
 
 
@@ -63,28 +63,28 @@ class BatchPolicy:
     """
 
     is_adaptive: bool = False
-    """Whether sizes depend on the measured gradient, so that they are not known before the run. A class that does not
-    derive from this one is adaptive if it has a method `observe`, unless it says otherwise."""
+    """Whether sizes depend on the measured gradient noise, so that they are unknown before the run. A class that does
+    not derive from this one is adaptive if it has a method `observe`, unless it sets this attribute."""
     min_size: int | None = None
     """Smallest global batch size that an adaptive policy may return, in samples; None: the first."""
     max_size: int | None = None
     """Largest global batch size that an adaptive policy may return, in samples; None: unknown."""
     multiple_of: int = 1
-    """The sizes are multiples of this many samples."""
+    """All sizes are multiples of this many samples."""
 
     def next_batch_size(self, progress: Progress) -> int:
-        """Return the global batch size wanted for the step that starts now, in samples; the layout rounds it up."""
+        """Return the wanted global batch size of the next step, in samples; `BatchRounding` rounds it up."""
         raise NotImplementedError
 
     def measures_noise(self, progress: Progress) -> bool:
-        """Return whether to measure the gradient noise of the step that starts now, for the policy or the metrics."""
+        """Return whether to measure the gradient noise of the next step, for the policy or the metrics."""
         return True
 
     def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
-        """Receive the noise of a step after it ended; None where it was not, or could not be, measured."""
+        """Receive the gradient noise of a step that ended; None if it was not, or could not be, measured."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Return what a resumed run needs, as JSON."""
+        """Return the state that a resumed run needs; it must be serializable as JSON."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class BatchPolicy:
 
 
 def complete_policy(policy: Any) -> BatchPolicy:
-    """Return `policy` as a `BatchPolicy`: what its class does not define gets the default.
+    """Return `policy` as a `BatchPolicy`: members that its class does not define get the default.
 
     Raises InputError for an object without `next_batch_size`.
     """

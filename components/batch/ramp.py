@@ -1,4 +1,4 @@
-"""A batch that grows in stages fixed beforehand."""
+"""A batch that grows in fixed stages."""
 
 from __future__ import annotations
 
@@ -15,52 +15,57 @@ from components.units import PositiveCount, Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the ramp."""
+    """One stage of the ramp."""
 
     from_tokens: Tokens | None = None
-    """The stage holds from the first step that starts at or after this many tokens; excludes from_fraction."""
+    """The stage begins with the first step that starts at or after this many tokens; excludes from_fraction."""
     from_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """The same, as a share of training.total_tokens; excludes from_tokens."""
+    """The same, as a fraction of training.total_tokens; excludes from_tokens."""
     samples: PositiveCount
     """Global batch size of the stage, in samples (sequences)."""
 
     def __post_init__(self) -> None:
         if (self.from_tokens is None) == (self.from_fraction is None):
-            raise InputError("from_tokens", "a stage starts at from_tokens or at from_fraction; give one of the two")
+            raise InputError(
+                "from_tokens", "a stage starts at from_tokens or at from_fraction; set exactly one of the two"
+            )
 
-    def start(self, total_tokens: int) -> float:
-        """Tokens at which the stage starts."""
+    def start_tokens(self, total_tokens: int) -> float:
+        """Return the tokens at which the stage starts."""
         return self.from_tokens if self.from_tokens is not None else (self.from_fraction or 0.0) * total_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp(BatchPolicy):
-    """Stages by trained tokens: a pure function of the clock, so a resumed run needs no state."""
+    """Stages by trained tokens. A pure function of the clock, so a resumed run needs no state."""
 
     initial_size: PositiveCount
     """Global batch size before the first stage, in samples (sequences)."""
     stages: list[Stage]
-    """What follows, in order of tokens; all by from_tokens or all by from_fraction."""
+    """The stages, in order of tokens; all by from_tokens or all by from_fraction."""
     linear: bool = False
-    """Grow linearly in tokens from one stage to the next, rather than at once where it starts."""
+    """Grow linearly in tokens between stages, instead of jumping at the start of each."""
     multiple_of: PositiveCount = 1
-    """Linear sizes are rounded to the nearest multiple of this; it has to divide initial and every stage."""
+    """Linear sizes are rounded to the nearest multiple of this; it must divide initial_size and every stage."""
 
     def __post_init__(self) -> None:
-        by_share = [stage.from_fraction is not None for stage in self.stages]
-        if any(by_share) and not all(by_share):
-            raise InputError("stages", "some start at from_tokens and some at from_fraction; write all of them one way")
+        by_fraction = [stage.from_fraction is not None for stage in self.stages]
+        if any(by_fraction) and not all(by_fraction):
+            raise InputError(
+                "stages", "some start at from_tokens and some at from_fraction; use the same key in all stages"
+            )
         starts = [stage.from_fraction if stage.from_tokens is None else stage.from_tokens for stage in self.stages]
         for earlier, later in pairwise(starts):
             assert earlier is not None and later is not None
             if later <= earlier:
                 raise InputError("stages", f"each must start after the one before it, but {later} follows {earlier}")
         if self.multiple_of > 1 and not self.linear:
-            raise InputError("multiple_of", "stages are taken as they are written; it is for linear = true")
+            raise InputError("multiple_of", "only applies with linear = true; remove it, or set linear = true")
         for size in (self.initial_size, *(stage.samples for stage in self.stages)):
             if size % self.multiple_of:
                 raise InputError(
-                    "multiple_of", f"{self.multiple_of} does not divide a batch of {size}; make it a multiple"
+                    "multiple_of",
+                    f"{self.multiple_of} does not divide a batch of {size}; make the batch a multiple of it",
                 )
 
     def build(self, *, schedule: Any, sequence_length: int, total_tokens: int) -> BatchPolicy:
@@ -70,14 +75,14 @@ class Ramp(BatchPolicy):
     def next_batch_size(self, progress: Progress) -> int:
         since, size = 0.0, self.initial_size
         for stage in self.stages:
-            start = stage.start(progress.total_tokens)
+            start = stage.start_tokens(progress.total_tokens)
             if start > progress.tokens:
                 return self._between(size, stage.samples, (progress.tokens - since) / (start - since))
             since, size = start, stage.samples
         return size
 
-    def _between(self, earlier: int, later: int, share: float) -> int:
+    def _between(self, earlier: int, later: int, fraction: float) -> int:
         if not self.linear:
             return earlier
-        size = earlier + share * (later - earlier)
+        size = earlier + fraction * (later - earlier)
         return int(size / self.multiple_of + 0.5) * self.multiple_of

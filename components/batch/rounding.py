@@ -1,4 +1,4 @@
-"""What the layout of a run can represent: a requested batch becomes a number of fixed-shape micro-batches."""
+"""Round a requested batch size up to a whole number of micro-batches of fixed shape on every rank."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ class StepBatch:
     """The batch of one optimizer step."""
 
     requested: int
-    """Samples the policy asked for."""
+    """Samples that the policy requested."""
     samples: int
-    """Samples the step takes: global batch size."""
+    """Samples that the step trains on: the global batch size."""
     micro_batches: int
-    """Micro-batches each data-parallel rank runs: gradient-accumulation steps."""
+    """Micro-batches of each data-parallel rank: the gradient accumulation steps."""
 
 
 @dataclass(frozen=True)
 class BatchRounding:
     """Splits a global batch into `micro_batches` per rank of `micro_batch_size` samples on `dp_size` ranks.
 
-    Only the *number* of micro-batches follows the batch. Their shape is fixed, so a resize neither recompiles nor
-    reallocates, and what the loader has prefetched stays good.
+    Only the *number* of micro-batches changes with the batch size. Their shape is fixed, so a change neither recompiles
+    nor reallocates anything, and the samples that the loader has prefetched stay valid.
     """
 
     micro_batch_size: int
     dp_size: int
 
     @property
-    def unit(self) -> int:
-        """Samples of one micro-batch on every data-parallel rank: every batch is a multiple of it."""
+    def samples_per_micro_step(self) -> int:
+        """Samples of one micro-batch on every data-parallel rank: every batch size is a multiple of it."""
         return self.micro_batch_size * self.dp_size
 
-    def fit(self, requested: int) -> StepBatch:
-        """`requested` samples, rounded up to a multiple of the unit."""
+    def round_up(self, requested: int) -> StepBatch:
+        """Return the batch of `requested` samples, rounded up to a multiple of `samples_per_micro_step`."""
         if requested < 1:
             raise ValueError(f"the batch policy asked for {requested} samples; a step needs at least 1")
-        micro_batches = -(-requested // self.unit)
-        return StepBatch(requested, micro_batches * self.unit, micro_batches)
+        micro_batches = -(-requested // self.samples_per_micro_step)
+        return StepBatch(requested, micro_batches * self.samples_per_micro_step, micro_batches)
 
-    def shows_noise(self, batch: StepBatch) -> bool:
-        """Return whether the gradient noise of a step can be measured: it needs two micro-batches over all ranks."""
+    def can_measure_noise(self, batch: StepBatch) -> bool:
+        """Return whether gradient noise can be measured: it needs at least 2 micro-batches over all ranks."""
         return batch.micro_batches * self.dp_size > 1

@@ -1,4 +1,4 @@
-"""Seesaw: the batch grows where the learning rate would fall."""
+"""Seesaw: grow the batch where the schedule would lower the learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.units import PositiveCount
 
 
 class Schedule(Protocol):
-    """The part of [lr_schedule] that is used here."""
+    """The members of [lr_schedule] that Seesaw uses."""
 
     @property
     def max_lr(self) -> float | None: ...
@@ -29,25 +29,27 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Seesaw:
-    """Where [lr_schedule] alone would cut the rate by `factor`, cut it by its root and multiply the batch by `factor`.
+    """Multiply the batch by `factor` and the learning rate by 1/sqrt(factor) where [lr_schedule] alone divides the
+    learning rate by `factor` (arXiv 2510.14717).
 
-    (arXiv 2510.14717.) The batch is set here, from the schedule at the batch `initial`; the rate follows it by the
-    schedule's batch_scaling = "sqrt", whose reference_batch_tokens are those of `initial`. Rate / sqrt(batch) is then that
-    of the schedule at every step, for any factor. Past the maximum the batch is constant, and the rate falls as the
-    schedule does.
+    The batch size is computed from the schedule at `initial_size`. The schedule's batch_scaling = "sqrt", with the
+    tokens of `initial_size` as reference_batch_tokens, raises the learning rate with the batch, so lr / sqrt(batch)
+    equals that of the schedule at every step, for any factor. At max_size the batch stays constant, and the learning
+    rate falls as scheduled.
 
-    A pure function of tokens and schedule: a resumed run needs no state. One that is extended asks the schedule of the
-    longer run, whose rate is higher, and may fall back to a smaller batch.
+    A pure function of tokens and schedule, so a resumed run needs no state. An extended run uses the schedule of the
+    longer run, whose learning rate is higher, and may return to a smaller batch.
     """
 
     initial_size: PositiveCount
     """Global batch size at the schedule's peak, in samples (sequences)."""
     max_size: PositiveCount
-    """Largest global batch size, in samples. Keep it below the critical batch, where the exchange stops being fair."""
+    """Largest global batch size, in samples. Keep it below the critical batch size: above it, a larger batch no longer
+    replaces a lower learning rate."""
     factor: Annotated[float, Field(gt=1)] = 2.0
-    """The batch grows each time the schedule has fallen by this factor."""
+    """The batch grows by this factor each time the scheduled learning rate has fallen by it."""
     multiple_of: PositiveCount = 1
-    """Sizes are rounded up to multiples of this; it has to divide initial and maximum."""
+    """Sizes are rounded up to multiples of this; it must divide initial_size and max_size."""
 
     def __post_init__(self) -> None:
         if self.max_size < self.initial_size:
@@ -58,15 +60,15 @@ class Seesaw:
         for name, size in (("initial_size", self.initial_size), ("max_size", self.max_size)):
             if size % self.multiple_of:
                 raise InputError(
-                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make it a multiple"
+                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
                 )
 
     def build(self, *, schedule: Schedule, sequence_length: int, total_tokens: int) -> BatchPolicy:
-        """Return the policy of one run. Raises ValueError when the learning rate would not follow the batch."""
+        """Return the policy of one run. Raises InputError if the schedule does not scale with the batch as required."""
         name = type(schedule).__name__
         if schedule.max_lr is None or schedule.batch_scaling is None:
             raise InputError(
-                "use", f"Seesaw needs a schedule with max_lr and batch_scaling, and {name} lacks one of them"
+                "use", f"Seesaw needs a schedule with max_lr and batch_scaling; {name} lacks at least one of them"
             )
         reference = self.initial_size * sequence_length
         rule, given = schedule.batch_scaling, schedule.reference_batch_tokens
@@ -74,7 +76,7 @@ class Seesaw:
             raise InputError(
                 "use",
                 f'Seesaw needs lr_schedule.batch_scaling = "sqrt" with reference_batch_tokens = {reference}, the '
-                f"tokens of its initial batch, and {name} has {rule!r} with {given}",
+                f"tokens of its initial batch; {name} has {rule!r} with {given}",
             )
         return SeesawPolicy(self, schedule, schedule.max_lr, reference)
 
@@ -90,12 +92,12 @@ class SeesawPolicy(BatchPolicy):
 
     def next_batch_size(self, progress: Progress) -> int:
         config = self.config
-        # The learning rate of the warm-up is below the peak too, but rising.
+        # During warm-up the learning rate is below the peak too, but it rises: keep the initial batch.
         if progress.tokens < self.schedule.warmup_tokens:
             return config.initial_size
-        # At its own reference batch the schedule's rule is a factor of 1: this is the learning rate without Seesaw.
+        # At the reference batch, batch_scaling is a factor of 1: this is the learning rate without Seesaw.
         lr = self.schedule.lr(progress.tokens, self.reference_batch_tokens, progress.total_tokens)
         size, next_lr = float(config.initial_size), self.max_lr / config.factor
-        while size < config.max_size and lr <= next_lr:  # ends at the maximum also for a learning rate of zero
+        while size < config.max_size and lr <= next_lr:  # max_size ends the loop for a learning rate of zero
             size, next_lr = size * config.factor, next_lr / config.factor
         return min(-int(-size // config.multiple_of) * config.multiple_of, config.max_size)

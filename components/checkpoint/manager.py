@@ -91,7 +91,7 @@ class CheckpointManager:
         if async_save:
             from components.checkpoint.async_saver import AsyncSaver
 
-            self._saver = AsyncSaver(world.waiting)
+            self._saver = AsyncSaver(world.long_timeout_group)
 
     def list_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""

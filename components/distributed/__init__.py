@@ -1,10 +1,10 @@
-"""Processes and how they divide the work.
+"""Processes of a run, and parallelism over them.
 
-launcher.py         starts the processes of a node, watches them, and gives their exit status
-context.py          what a process knows of the run's processes
-collectives.py      texts and errors that processes exchange
+launcher.py         starts and watches the processes of a node, and returns their exit status
+context.py          the processes of a run, and the collectives of all of them
+collectives.py      exchange of strings and errors between processes
 parallel_dims.py    [parallel]: the mesh of replicas, shards and tensor-parallel ranks
-fsdp.py             FSDP2: parameters, gradients and optimizer state in shards
+fsdp.py             FSDP2: sharded parameters, gradients and optimizer state
 tensor_parallel.py  tensor parallelism with sequence parallelism
 """
 

@@ -1,6 +1,6 @@
-"""What the processes of a run tell one another: texts, and the error of one, which all raise.
+"""Exchange strings between processes, and raise the error of one process on all of them.
 
-A process that failed alone would leave the others waiting for it in a collective.
+If only the failing process raised its error, the others would wait for it in their next collective.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from components.errors import InputError, message_of
 T = TypeVar("T")
 
 BAD_INPUT_ERRORS = (ValueError, OSError, ImportError)
-"""Errors whose message is for whoever wrote the recipe or the data; of any other the traceback says where it was."""
+"""Errors caused by the recipe or the data, whose message suffices. For other errors the traceback is needed."""
 
 
 def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
-    """`text` of every process of a `group`, or of the default one, by rank."""
+    """Return the `text` of every process of `group` (default: all processes), in order of rank."""
     texts = [""] * dist.get_world_size(group)
     dist.all_gather_object(texts, text, group=group)
     return texts
 
 
 def try_call(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What `work()` gives, or how it failed."""
+    """Call `work` and return (result, None), or (None, error) if it raised."""
     try:
         return work(), None
     except Exception as error:
@@ -35,14 +35,14 @@ def try_call(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def describe_error(error: Exception) -> str:
-    """The message of bad input as it is, that of any other error behind the name of its type."""
+    """Return the message of `error`; for an error not caused by bad input, the type precedes the message."""
     return str(error) if isinstance(error, BAD_INPUT_ERRORS) else f"{type(error).__name__}: {error}"
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """What `work()` gives on the first process of the default group, on all. An error there is raised on all.
+    """Call `work` on rank 0 of the default group and return its result on all ranks.
 
-    The result travels by pickle.
+    The result is sent by pickle. An error on rank 0 is raised on all ranks.
     """
     results: list[T | None] = [None]
     failure: Exception | None = None
@@ -54,10 +54,10 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 
 def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
-    """Raise this process's `failure`, or else say what the first other process that has one found; if none has, return.
+    """Raise this rank's `failure`, or else the failure of the lowest rank that has one; return if no rank has.
 
-    Every process calls it. `gather` brings a text of each, by rank: the process that speaks may be another than the one
-    that knows. Bad input (ValueError, OSError) is an InputError there, at the same key, anything else a RuntimeError.
+    All ranks must call it. `gather` returns a string of each, in order of rank. On the other ranks bad input
+    (ValueError, OSError) is raised as an InputError with the same key, and any other error as a RuntimeError.
     """
     report = ""
     if failure is not None:
@@ -75,6 +75,6 @@ def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[s
 
 
 def run_on_all_ranks(work: Callable[[], None], gather: Callable[[str], list[str]]) -> None:
-    """Call `work` on every rank and return once all ranks have ended it. An error on one rank is raised on all."""
+    """Call `work` on every rank and return when all ranks have finished it. An error on one rank is raised on all."""
     _, failure = try_call(work)
     raise_on_all_ranks(failure, gather)

@@ -1,7 +1,7 @@
-"""What the gradients of the micro-batches of one step tell of the gradient's noise.
+"""Estimates of the gradient noise from the gradients of the micro-batches of one step.
 
-The gradient of K groups of m samples each, g_1 ... g_K with mean g, tells the trace of the covariance of one sample's
-gradient, S = tr(Sigma), and the squared norm of the true gradient, |G|^2, without bias:
+From the mean gradients g_1 ... g_K of K micro-batches of m samples each, with mean g, follow unbiased estimates of S =
+tr(Sigma), the trace of the covariance of one sample's gradient, and |G|^2, the squared norm of the true gradient:
 
     S = m / (K - 1) * (sum_k |g_k|^2 - K |g|^2)        |G|^2 = |g|^2 - S / (K m)
 
@@ -19,47 +19,54 @@ from components.units import PositiveCount
 
 @dataclass(frozen=True)
 class GradientMoments:
-    """What one step tells."""
+    """The squared gradient norms measured in one step, and the estimates from this step alone."""
 
     num_micro_batches: int
-    """K: the micro-batches of all ranks."""
+    """K: number of micro-batches of all ranks."""
     micro_batch_size: int
-    """m: samples in each."""
+    """m: samples in each micro-batch."""
     sum_micro_grad_sq_norms: float
-    """Sum over the groups of the squared norm of each group's mean gradient."""
+    """sum_k |g_k|^2: sum over micro-batches of the squared norm of each one's mean gradient."""
     mean_grad_sq_norm: float
-    """Squared norm of the mean gradient, before clipping."""
+    """|g|^2: squared norm of the mean gradient, before clipping."""
 
     @classmethod
-    def of_step(
-        cls, mean_grad_sq_norm: float, squares: float, *, groups: int, ranks: int, micro_batch_size: int
+    def from_sums(
+        cls,
+        mean_grad_sq_norm: float,
+        micro_sq_norms: float,
+        *,
+        num_micro_batches: int,
+        dp_size: int,
+        micro_batch_size: int,
     ) -> GradientMoments:
-        """From the two sums of `GradientMeter.sums`, of `groups` micro-batches on `ranks` data-parallel ranks.
+        """Return the moments from the two sums of `GradientNoiseHooks.sums`, added over all processes.
 
-        Each gradient came as its share of the mean over the micro-batches of its rank.
+        The hooks saw each gradient divided by the number of micro-batches of its rank; that factor is removed here.
         """
-        return cls(groups, micro_batch_size, squares * (groups / ranks) ** 2, mean_grad_sq_norm)
+        sum_micro_grad_sq_norms = micro_sq_norms * (num_micro_batches / dp_size) ** 2
+        return cls(num_micro_batches, micro_batch_size, sum_micro_grad_sq_norms, mean_grad_sq_norm)
 
     @property
     def samples(self) -> int:
-        """Global batch size."""
+        """K m: global batch size, in samples."""
         return self.num_micro_batches * self.micro_batch_size
 
     @property
     def grad_cov_trace(self) -> float:
-        """S: trace of the covariance of one sample's gradient. Needs two groups."""
+        """S: trace of the covariance of one sample's gradient. Needs K >= 2."""
         spread = self.sum_micro_grad_sq_norms - self.num_micro_batches * self.mean_grad_sq_norm
         return self.micro_batch_size / (self.num_micro_batches - 1) * spread
 
     @property
     def grad_sq_norm(self) -> float:
-        """|G|^2: squared norm of the true gradient; being unbiased, the estimate of a small one may be negative."""
+        """|G|^2: squared norm of the true gradient; being unbiased, the estimate of a small value may be negative."""
         return self.mean_grad_sq_norm - self.grad_cov_trace / self.samples
 
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """The moments of a step, and the estimates smoothed up to it."""
+    """The moments of one step, and the estimates smoothed over the steps up to it."""
 
     moments: GradientMoments
     grad_cov_trace: float
@@ -85,7 +92,7 @@ class GradientNoise:
 
     @property
     def noise_scale(self) -> float | None:
-        """S / |G|^2, in samples: the batch whose noise is as large as its signal. None while the signal is lost."""
+        """S / |G|^2, in samples: the batch size whose noise equals its signal. None where |G|^2 is not positive."""
         return self.grad_cov_trace / self.grad_sq_norm if self.grad_sq_norm > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,19 +104,19 @@ class GradientNoise:
 
     @property
     def noise_scale_over_batch(self) -> float | None:
-        """The noise scale in batches. The norm test with eta passes while this is at most eta squared."""
+        """Noise scale / global batch size. The norm test with eta passes while this is at most eta^2."""
         return None if self.noise_scale is None else self.noise_scale / self.moments.samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoiseConfig:
-    """[gradient_noise]: how often gradient noise is measured, under any batch policy, and how it is smoothed."""
+    """[gradient_noise]: how often gradient noise is measured, with any batch policy, and how it is smoothed."""
 
     interval_steps: PositiveCount | None = 1
-    """Steps from one measurement to the next; "none": never."""
+    """Steps between two measurements; "none": never measure."""
     smoothing_samples: PositiveCount = 1000
-    """Samples after which a measurement has lost 63 % of its weight. Samples and not steps, so that the memory does not
-    grow with the batch (AdaptDL)."""
+    """Samples after which the weight of a measurement has decayed to 1/e. Counted in samples, not steps, so that the
+    smoothing window does not grow with the batch (AdaptDL)."""
 
     def build(self) -> NoiseEstimator:
         return NoiseEstimator(self.smoothing_samples)
@@ -117,36 +124,42 @@ class GradientNoiseConfig:
 
 @dataclass
 class NoiseEstimator:
-    """Exponential averages of noise and signal, each by itself: the mean of a ratio of noisy terms is biased."""
+    """Exponential averages of S and |G|^2, separately: the average of a ratio of noisy terms would be biased."""
 
     smoothing_samples: int
-    _noise: float = field(default=0.0, init=False)
-    _signal: float = field(default=0.0, init=False)
+    _grad_cov_trace: float = field(default=0.0, init=False)
+    _grad_sq_norm: float = field(default=0.0, init=False)
     _weight: float = field(default=0.0, init=False)
     _samples: int = field(default=0, init=False)
 
     def update(self, samples: int, moments: GradientMoments) -> GradientNoise | None:
-        """Take in what a step told that ended after `samples` samples in all.
+        """Add the moments of a step that ended after `samples` trained samples, and return the smoothed noise.
 
-        None where it tells nothing: it has one group only, or numbers that are not finite.
+        Returns None, and changes nothing, for a step with a single micro-batch or with values that are not finite.
         """
         if moments.num_micro_batches < 2 or not (
             math.isfinite(moments.grad_cov_trace) and math.isfinite(moments.grad_sq_norm)
         ):
             return None
         kept = math.exp(-(samples - self._samples) / self.smoothing_samples)
-        # A step counts for its own samples, not for those that passed unmeasured: after many of these, as when a run
-        # begins to measure late, a single step would else decide all that follow.
-        share = 1 - math.exp(-moments.samples / self.smoothing_samples)
-        self._noise = kept * self._noise + share * moments.grad_cov_trace
-        self._signal = kept * self._signal + share * moments.grad_sq_norm
-        self._weight = kept * self._weight + share
+        # The weight of a step is that of the samples it measured, without the unmeasured ones before it. Otherwise the
+        # first measurement after a long pause would outweigh all others.
+        weight = 1 - math.exp(-moments.samples / self.smoothing_samples)
+        self._grad_cov_trace = kept * self._grad_cov_trace + weight * moments.grad_cov_trace
+        self._grad_sq_norm = kept * self._grad_sq_norm + weight * moments.grad_sq_norm
+        self._weight = kept * self._weight + weight
         self._samples = samples
-        return GradientNoise(moments, self._noise / self._weight, self._signal / self._weight)
+        # dividing by the total weight removes the bias of the averages' start at zero
+        return GradientNoise(moments, self._grad_cov_trace / self._weight, self._grad_sq_norm / self._weight)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"noise": self._noise, "signal": self._signal, "weight": self._weight, "samples": self._samples}
+        return {
+            "grad_cov_trace": self._grad_cov_trace,
+            "grad_sq_norm": self._grad_sq_norm,
+            "weight": self._weight,
+            "samples": self._samples,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._noise, self._signal = state["noise"], state["signal"]
+        self._grad_cov_trace, self._grad_sq_norm = state["grad_cov_trace"], state["grad_sq_norm"]
         self._weight, self._samples = state["weight"], state["samples"]

@@ -1,9 +1,8 @@
-"""Measures the gradient of a step and of its micro-batches while they are computed.
+"""Hooks that measure the squared gradient norms of a step and of its micro-batches during backward.
 
-The groups of the moments are the micro-batches of all ranks. A hook on each parameter sees the gradient of every
-micro-batch before it is added to the others, so nothing is kept and nothing computed twice; two numbers cross the
-network. The same samples in the same micro-batches tell the same on any number of processes, sharded or sliced, reduced
-after every micro-batch or once a step.
+A hook on each parameter sees the gradient of every micro-batch before it is accumulated, so no gradient is kept or
+computed twice; only two numbers are communicated. The same samples in the same micro-batches give the same measurement
+on any number of processes, with FSDP or tensor parallelism, and with either `grad_sync` mode.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ from components.profiler_range import profiler_range
 
 
 class GradientNoiseHooks:
-    """Squares every gradient that arrives at some tensors, while told to."""
+    """Adds up the squared norms of all micro-batch gradients that arrive at some tensors, in steps that are
+    measured."""
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        """`tensors` are those that backward reaches; see `backward_parameters`."""
+        """`tensors` are those that backward writes gradients of; see `backward_parameters`."""
         self._device = device
         self._squares: SquaredNorm | None = None
         self._seen: set[int] = set()
-        for number, tensor in enumerate(tensor for tensor in tensors if tensor.requires_grad):
-            self._watch(number, tensor)
+        for index, tensor in enumerate(tensor for tensor in tensors if tensor.requires_grad):
+            self._register(index, tensor)
 
     def start(self, *, measure: bool) -> None:
-        """A step begins; without `measure` its gradients pass unseen."""
+        """Call before the first backward of a step; `measure` says whether the step is measured."""
         self._squares = SquaredNorm(self._device) if measure else None
         self._seen.clear()
 
@@ -38,16 +38,16 @@ class GradientNoiseHooks:
         """Call after the backward of every micro-batch."""
         if self._squares is not None:
             with profiler_range("gradient_noise"):
-                self._squares.fold()
+                self._squares.flush()
 
     def sums(self, gradients: Iterable[Tensor]) -> Tensor:
-        """(2,) float64, on the device, to be summed over all processes of the run. Waits for nothing.
+        """Return (2,) float64 on the device, to be summed over all processes of the run. Does not synchronize.
 
-        The squared norm of the step's `gradients`, reduced and not clipped yet, and the sum over the micro-batches of
-        the squared norms of theirs, which is 0 if they were not measured.
+        The first is the squared norm of the step's `gradients`, after their reduction and before clipping; the second
+        is the sum over micro-batches of the squared norms of their gradients, 0 in a step that is not measured.
         """
         square, count = SquaredNorm(self._device), 0
-        with profiler_range("clip_gradients"):  # its norm is wanted without a measurement too
+        with profiler_range("clip_gradients"):  # clipping needs this norm also in steps that are not measured
             for gradient in gradients:
                 square.add(gradient)
                 count += 1
@@ -56,17 +56,18 @@ class GradientNoiseHooks:
             return torch.stack([total, torch.zeros_like(total)])
         if len(self._seen) < count:
             raise RuntimeError(
-                f"{count - len(self._seen)} of {count} gradients did not pass the hooks that measure them: "
-                "does the model replace its parameters?"
+                f"{count - len(self._seen)} of {count} gradients were not seen by the gradient noise hooks; "
+                "check whether the model replaces its parameters"
             )
         return torch.stack([total, self._squares.total()])
 
-    def _watch(self, number: int, parameter: Tensor) -> None:
-        def square(gradient: Tensor) -> Tensor | None:
+    def _register(self, index: int, parameter: Tensor) -> None:
+        def add_square(gradient: Tensor) -> Tensor | None:
             if self._squares is None:
                 return None
-            self._seen.add(number)
-            # Tensor parallelism leaves some gradients as sums to be taken, or whole where the parameter is divided.
+            self._seen.add(index)
+            # Under tensor parallelism a gradient may arrive as Partial, or Replicate where the parameter is Shard. A
+            # norm needs the placements of the parameter; the reduced gradient is returned, so that autograd keeps it.
             wanted = getattr(parameter, "placements", None)
             reduced = None
             if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
@@ -75,13 +76,13 @@ class GradientNoiseHooks:
                 self._squares.add(gradient)
             return reduced
 
-        parameter.register_hook(square)
+        parameter.register_hook(add_square)
 
 
 def backward_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors that gradients arrive at: the parameters, or under FSDP2 what is gathered of them for a pass.
+    """Yield the tensors that backward writes gradients of: the parameters, or under FSDP2 the unsharded parameters.
 
-    The model is sharded already and has its storage.
+    `model` is already sharded and materialized.
     """
     if not dist.is_available() or not dist.is_initialized():
         yield from model.parameters()
@@ -94,6 +95,6 @@ def backward_parameters(model: nn.Module) -> Iterator[Tensor]:
     for unit in units:
         sharded = {id(parameter) for parameter in unit.parameters()}
         unit.unshard()
-        # FSDP2 makes these once, and gives them storage for every pass
+        # FSDP2 creates the unsharded parameters once; later passes only allocate their storage, so hooks stay
         yield from (each for each in unit.parameters() if id(each) not in sharded)
         unit.reshard()

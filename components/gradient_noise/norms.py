@@ -1,4 +1,4 @@
-"""Squared norms of gradients that lie in parts on many processes, exact enough to subtract one from another."""
+"""Squared norms of gradients that are sharded over many processes, exact enough to subtract one from another."""
 
 from __future__ import annotations
 
@@ -9,82 +9,87 @@ import torch.distributed as dist
 from torch import Tensor
 
 CHUNK = 4096
-"""Elements that are added up in float32 at a time. On CPUs torch adds all of a tensor in a few float32 registers, which
-loses 2e-4 of the norm of two million elements (torch 2.13); in pieces of this size 2e-7, in the same time."""
+"""Elements added up in float32 at a time. On CPUs torch adds all elements of a tensor in a few float32 registers: the
+relative error of the norm of two million elements is 2e-4 (torch 2.13). In chunks of this size it is 2e-7, at the same
+speed."""
 MAX_PENDING_TENSORS = 8
-"""Tensors on a GPU whose norms one launch computes. They stay in memory until then: about the gradients of a block."""
+"""Tensors on a GPU whose norms are computed in one launch. They stay in memory until then, about one block's
+gradients."""
 
 
 def chunk_norms(tensor: Tensor) -> Tensor:
-    """Norms (pieces,), float32 or float64 as of `tensor`, of pieces of it: their squares add up to its square."""
+    """Return the norms (chunks,) of the chunks of `tensor`, in float32, or float64 for a float64 tensor."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    # the order of elements does not matter: a transposed tensor is read as it lies in memory
+    # The order of elements does not matter, so a transposed tensor is read in memory order, without a copy.
     dense = tensor if tensor.is_contiguous() else tensor.mT if tensor.ndim > 1 and tensor.mT.is_contiguous() else None
     flat = (tensor.contiguous() if dense is None else dense).view(-1)
-    whole = flat.numel() // CHUNK * CHUNK
+    full = flat.numel() // CHUNK * CHUNK  # elements in full chunks
     parts = []
-    if whole:
-        parts.append(torch.linalg.vector_norm(flat[:whole].view(-1, CHUNK), dim=1, dtype=dtype))
-    if whole < flat.numel() or not whole:
-        parts.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).reshape(1))
+    if full:
+        parts.append(torch.linalg.vector_norm(flat[:full].view(-1, CHUNK), dim=1, dtype=dtype))  # (full / CHUNK,)
+    if full < flat.numel() or not full:
+        parts.append(torch.linalg.vector_norm(flat[full:], dtype=dtype).reshape(1))  # (1,), the remainder
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class SquaredNorm:
-    """Adds up squares, on each process those of its part. Summed over all processes of a run they are the whole's.
+    """Adds up the squared norms of this process's shards. The sum over all processes is that of the full tensors.
 
-    A part that several processes hold alike counts on each for its share.
+    The square of a shard that n processes hold as replicas is divided by n on each of them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros((), dtype=torch.float64, device=device)
-        self._norms: dict[int, list[Tensor]] = {}
-        self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._norms: dict[int, list[Tensor]] = {}  # by number of replicas
+        self._pending: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # by number of replicas and dtype
 
     def add(self, tensor: Tensor) -> None:
-        """A plain tensor, or a DTensor without partial sums."""
+        """Add a plain tensor, or a DTensor without Partial placements."""
         copies, local = local_part(tensor)
         if not local.is_cuda:
             self._norms.setdefault(copies, []).append(chunk_norms(local))
             return
-        # An alias: a second reference to the gradient itself would make autograd copy it when it keeps it.
-        waiting = self._waiting.setdefault((copies, local.dtype), [])
-        waiting.append(local.detach())
-        if len(waiting) >= MAX_PENDING_TENSORS:
-            self._launch(copies, waiting)
+        # detach() makes an alias: with a second reference to the gradient itself autograd could not steal it and would
+        # copy.
+        pending = self._pending.setdefault((copies, local.dtype), [])
+        pending.append(local.detach())
+        if len(pending) >= MAX_PENDING_TENSORS:
+            self._launch(copies, pending)
 
-    def _launch(self, copies: int, waiting: list[Tensor]) -> None:
-        """Norms of the tensors on a GPU that wait for it, which adds them up in a tree, in float32 or better."""
-        if waiting:
-            dtype = torch.promote_types(waiting[0].dtype, torch.float32)
-            norms = torch._foreach_norm(waiting, 2, dtype)
+    def _launch(self, copies: int, pending: list[Tensor]) -> None:
+        """Compute the norms of the pending GPU tensors in one launch. GPUs add up in a tree, so float32 is exact
+        enough."""
+        if pending:
+            dtype = torch.promote_types(pending[0].dtype, torch.float32)
+            norms = torch._foreach_norm(pending, 2, dtype)
             self._norms.setdefault(copies, []).append(torch.stack(norms))
-            waiting.clear()
+            pending.clear()
 
-    def fold(self) -> None:
-        """Bring what was added into one number: until then, every tensor keeps its norms."""
-        for (copies, _), waiting in self._waiting.items():
-            self._launch(copies, waiting)
+    def flush(self) -> None:
+        """Reduce all norms so far to one number. Until then the chunk norms of every tensor stay in memory."""
+        for (copies, _), pending in self._pending.items():
+            self._launch(copies, pending)
         for copies, norms in self._norms.items():
+            # float64, because the estimates subtract sums of nearly equal size
             self._total += torch.cat(norms).double().square().sum() / copies
         self._norms.clear()
 
     def total(self) -> Tensor:
-        """(), float64, on the device: the squares on this process. Waits for nothing."""
-        self.fold()
+        """Return this process's sum of squares, () float64 on the device. Does not synchronize."""
+        self.flush()
         return self._total
 
 
 def local_part(tensor: Tensor) -> tuple[int, Tensor]:
-    """The number of processes that hold the same part of `tensor`, and that part."""
+    """Return the number of replicas of this process's shard of `tensor`, and the shard."""
     if not dist.is_available() or not dist.is_initialized():
         return 1, tensor
-    from torch.distributed.tensor import DTensor  # a process alone has no use for it
+    from torch.distributed.tensor import DTensor  # imported here: a single process never needs it
 
     if not isinstance(tensor, DTensor):
         return 1, tensor
     sizes = tensor.device_mesh.shape
     if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError("a tensor of partial sums has no norm yet: reduce it first")
+        raise ValueError("the norm of a DTensor with Partial placements is undefined; redistribute it first")
     copies = math.prod(size for size, place in zip(sizes, tensor.placements, strict=True) if place.is_replicate())
     return copies, tensor.to_local()

@@ -1,4 +1,4 @@
-"""A file that grows by whole records: a disk that is full for a while leaves neither half of one nor a gap."""
+"""An append-only file of whole records: a temporarily full disk leaves neither a partial record nor a gap."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import errno
 import os
 from pathlib import Path
 
-_MOST_PENDING_BYTES = 2**26
+_MAX_PENDING_BYTES = 2**26
 
 
 class AppendOnlyFile:
-    """Appends each record at once, so that a reader and a crash both see whole ones.
+    """Writes each record immediately and whole, so that readers and crashes never see a partial one.
 
-    What could not be written is kept, up to 64 MB, and written before the next record.
+    Records that could not be written are kept, up to 64 MB, and written before the next one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,13 +22,13 @@ class AppendOnlyFile:
         self._pending = b""
 
     def append(self, record: bytes) -> None:
-        """Raises OSError if it has to wait."""
-        if len(self._pending) + len(record) <= _MOST_PENDING_BYTES:
+        """Write `record`. Raises OSError if it could not be written yet."""
+        if len(self._pending) + len(record) <= _MAX_PENDING_BYTES:
             self._pending += record
         self._write()
 
     def flush(self) -> None:
-        """Bring all of it to the disk. Raises OSError."""
+        """Write all pending records and fsync. Raises OSError."""
         self._write()
         os.fsync(self._file.fileno())
 
@@ -43,7 +43,7 @@ class AppendOnlyFile:
             return
         try:
             written = self._file.write(self._pending)
-            if written != len(self._pending):  # a disk takes what still fits, and no error
+            if written != len(self._pending):  # a full disk writes what still fits, without an error
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError:
             os.ftruncate(self._file.fileno(), self._size)

@@ -1,4 +1,4 @@
-"""What a person sees: a line every few steps, on a terminal also a bar that shows how far the run is."""
+"""Log lines on the console and in log.txt, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from components.units import format_count
 log = logging.getLogger("powertrain")
 
 
-def setup_logging(path: Path | None, *, speak: bool) -> RichConsole:
-    """Send the log to the terminal (where `speak`) and, with times, to the file `path`."""
-    console = RichConsole(highlight=False, soft_wrap=True, quiet=not speak)
+def setup_logging(path: Path | None, *, to_console: bool) -> RichConsole:
+    """Send the log to the terminal if `to_console`, and with times to the file `path`; return the terminal."""
+    console = RichConsole(highlight=False, soft_wrap=True, quiet=not to_console)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -40,23 +40,23 @@ class _ConsoleHandler(logging.Handler):
         style = {"WARNING": "yellow", "ERROR": "bold red"}.get(record.levelname)
         try:
             self.console.print(record.getMessage(), style=style, markup=False)
-        except (OSError, SystemExit):  # rich's answer to a broken pipe; whoever listened has left, and training goes on
+        except (OSError, SystemExit):  # SystemExit is how rich handles a broken pipe; training continues
             self.console.quiet = True
 
 
 class _FileHandler(logging.FileHandler):
-    """log.txt. What a full disk does not take is on the terminal, where it is told once that it is not here."""
+    """log.txt. Lines that did not fit on the disk still reach the terminal; a failure is reported once."""
 
-    told = False
+    reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is that of logging)
-        if not self.told:
-            self.told = True
-            log.error(f"{self.baseFilename} cannot be written. Training goes on")
+        if not self.reported:
+            self.reported = True
+            log.error(f"{self.baseFilename} cannot be written; training continues without it")
 
 
 class ConsoleLogger:
-    """Logs one line every `interval_steps` and keeps a bar of tokens below it, if the console is a terminal."""
+    """Logs a line every `interval_steps` steps, and shows a progress bar if the console is a terminal."""
 
     def __init__(self, console: RichConsole, *, interval_steps: int, total_tokens: int) -> None:
         self.interval_steps = interval_steps
@@ -76,15 +76,15 @@ class ConsoleLogger:
     def write(self, row: Mapping[str, Any]) -> None:
         if "val_loss" in row:
             log.info(format_validation(row))
-        if "loss" not in row:  # of a hook
+        if "loss" not in row:  # a row of a hook
             return
         self._steps.append(row)
         mean = format_tokens_per_second(self._steps)
         mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
         row = {**row, "tokens_per_second": mean, "mfu": mfu}
-        left = seconds_left(row, self.total_tokens)
+        eta = seconds_left(row, self.total_tokens)
         with suppress(OSError, SystemExit):
-            line = f"loss {row['loss']:.3f}  {format_duration(left)} left"
+            line = f"loss {row['loss']:.3f}  eta {format_duration(eta)}"
             self._bar.update(self._task, completed=row["tokens"], line=line)
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
             log.info(format_step(row, self.total_tokens))
@@ -99,23 +99,25 @@ class ConsoleLogger:
 
 
 def format_tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens per second over several steps: one alone may have waited for a disk or another program."""
+    """Return the mean tokens per second of `rows`: a single step may have been slowed by a disk or another program."""
     seconds = sum(row["step_seconds"] for row in rows)
     return sum(row["tokens_per_second"] * row["step_seconds"] for row in rows) / seconds if seconds else 0.0
 
 
 def format_step(row: Mapping[str, Any], total_tokens: int) -> str:
+    """Return the log line of a training step."""
     mfu = f"  mfu {row['mfu']:4.0%}" if row["mfu"] is not None else ""
     return (
         f"step {row['step']:>6}  "
         f"tokens {format_count(row['tokens']):>6}/{format_count(total_tokens)}  "
         f"loss {row['loss']:7.4f}  lr {row['lr']:.2e}  batch {row['global_batch_size']:>4}  "
-        f"grad {row['grad_norm']:6.3f}  {format_count(row['tokens_per_second']):>6} tok/s{mfu}  "
-        f"left {format_duration(seconds_left(row, total_tokens))}"
+        f"grad_norm {row['grad_norm']:6.3f}  {format_count(row['tokens_per_second']):>6} tok/s{mfu}  "
+        f"eta {format_duration(seconds_left(row, total_tokens))}"
     )
 
 
 def format_validation(row: Mapping[str, Any]) -> str:
+    """Return the log line of a validation."""
     return (
         f"step {row['step']:>6}  validation  loss {row['val_loss']:.4f}  perplexity {row['val_perplexity']:.2f}  "
         f"bits per byte {row['val_bits_per_byte']:.4f}"
@@ -123,12 +125,13 @@ def format_validation(row: Mapping[str, Any]) -> str:
 
 
 def seconds_left(row: Mapping[str, Any], total_tokens: int) -> float:
+    """Return the estimated seconds to the end of the run."""
     speed = row["tokens_per_second"]
     return max(0, total_tokens - row["tokens"]) / speed if speed else math.inf
 
 
 def format_duration(seconds: float) -> str:
-    """3725 -> "1h02m"."""
+    """Return `seconds` for display: 3725 -> "1h02m"."""
     if not math.isfinite(seconds):
         return "?"
     whole = round(seconds)

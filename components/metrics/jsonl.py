@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, one line a step or a validation."""
+"""metrics.jsonl: one JSON object per line, one line per step or validation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LONGEST_ROW_BYTES = 2**20
 
 
 class JsonLinesWriter:
-    """Appends rows to a file, each at once."""
+    """Appends rows to a file, each immediately."""
 
     def __init__(self, path: Path, *, after_step: int = 0) -> None:
-        """Continue `path` after `after_step`: what an interrupted run wrote beyond it is cut off."""
+        """Continue `path` after `after_step`; later rows of an interrupted run are removed."""
         _truncate(path, after_step)
         self._file = AppendOnlyFile(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One row. Raises OSError if it has to wait."""
+        """Append a row. Raises OSError if it could not be written yet."""
         self._file.append(f"{json_object(row)}\n".encode())
 
     def flush(self) -> None:
@@ -41,15 +41,15 @@ class JsonLinesWriter:
 
 
 def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """As JSON. Numbers that are not finite become null: JSON has none, and readers refuse Python's `Infinity`."""
+    """Return `row` as JSON. Numbers that are not finite become null, because readers reject Python's `Infinity`."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, indent=indent)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the file, none where there is no file. A last line without its end is still being written.
+    """Return the rows of the file, or none if it does not exist. A last line without line end is ignored.
 
-    Raises ValueError, naming the line, for one that is not a row.
+    Raises ValueError with the line number for a line that is not a row.
     """
     rows = []
     with path.open("rb") if is_file(path) else io.BytesIO() as file:
@@ -63,7 +63,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the last step in a file that `JsonLines` has opened."""
+    """Return the rows of the last step in a file that a `JsonLinesWriter` has opened."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
         rows = [row for line in file.read().splitlines() if (row := _parse_row(line)) is not None]
@@ -79,9 +79,9 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _truncate(path: Path, after_step: int) -> None:
-    """Cut the file before the first row whose step is above `after_step`, or before a last line without its end.
+    """Truncate the file before the first row with a step above `after_step`, or before a last line without line end.
 
-    Other lines that are not rows stay: what a damaged line hides is no reason to delete the rows behind it.
+    Other damaged lines are kept, so that the rows after them are not lost.
     """
     if not is_file(path):
         return
@@ -93,7 +93,7 @@ def _truncate(path: Path, after_step: int) -> None:
                 break
             if row is None:
                 log.warning(
-                    f"{path}:{number} is not a row of metrics; it stays, and tools refuse the file until it is gone"
+                    f"{path}:{number} is not a row of metrics; it is kept, and tools reject the file until it is gone"
                 )
             kept += len(line)
     os.truncate(path, kept)

@@ -1,4 +1,4 @@
-"""The monitor: turns what happened in a step into one row and gives it to every writer."""
+"""[metrics]: the writers of metrics, and a logger that passes every row to all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("powertrain")
 class MetricWriter(Protocol):
     def write(self, row: Mapping[str, Any]) -> None: ...
     def flush(self) -> None:
-        """Make durable what was written."""
+        """Make the rows so far durable."""
         ...
 
     def close(self) -> None: ...
@@ -29,12 +29,12 @@ class MetricWriter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """[metrics]: where the numbers of a run go. metrics.jsonl has every step."""
+    """[metrics]: where the metrics of a run are written. metrics.jsonl always has every step."""
 
     tensorboard: bool = True
     """Write TensorBoard event files."""
     console_interval_steps: PositiveCount = 10
-    """Steps between two lines on the console and in log.txt."""
+    """Steps between two log lines, on the console and in log.txt."""
 
     def build(
         self,
@@ -46,25 +46,24 @@ class MetricsConfig:
         total_tokens: int,
         run: str = "",
     ) -> MetricLogger:
-        """A monitor of the run with the identifier `run` that continues after `after_step`."""
+        """Return the logger of the run with the identifier `run`, which continues after `after_step`."""
         writers: list[MetricWriter] = [
             JsonLinesWriter(jsonl, after_step=after_step),
             ConsoleLogger(console, interval_steps=self.console_interval_steps, total_tokens=total_tokens),
         ]
         if self.tensorboard:
-            from components.metrics.tensorboard import (
-                TensorBoardWriter,  # half a second that a run without it need not pay
-            )
+            # importing it takes half a second
+            from components.metrics.tensorboard import TensorBoardWriter
 
             writers.append(TensorBoardWriter(tensorboard, after_step=after_step, run=run))
         return MetricLogger(writers)
 
 
 class MetricLogger:
-    """Gives every row to every writer. One without writers, as on all ranks but the first, swallows them.
+    """Passes every row to every writer. On ranks other than 0 it has no writers and does nothing.
 
-    A writer that fails, because the disk is full or gone, does not end the run. It is told when it begins to fail and
-    when it no longer does, and `failures` tells at the end what was lost.
+    A writer that fails, because the disk is full or missing, does not end the run. The first failure and the recovery
+    are logged, and `failures` returns what was lost.
     """
 
     def __init__(self, writers: list[MetricWriter]) -> None:
@@ -77,12 +76,12 @@ class MetricLogger:
             self._attempt(writer, partial(writer.write, row))
 
     def flush(self) -> None:
-        """Bring the rows so far to the disk, as before a checkpoint that must not be ahead of them."""
+        """Make the rows so far durable. Called before a checkpoint, which must not be ahead of the metrics."""
         for writer in self.writers:
             self._attempt(writer, writer.flush)
 
     def failures(self) -> list[str]:
-        """What went wrong, in words."""
+        """Return a description of each writer that failed."""
         return [
             f"{name} could not be written {count} times; "
             + ("rows are missing at its end" if name in self._failing else "the rows were added later")
@@ -101,7 +100,7 @@ class MetricLogger:
             self._failed[name] = self._failed.get(name, 0) + 1
             if name not in self._failing:
                 self._failing.add(name)
-                log.error(f"{name} cannot be written: {error}. Training goes on")
+                log.error(f"{name} cannot be written: {error}; training continues")
             return
         if name in self._failing:
             self._failing.discard(name)

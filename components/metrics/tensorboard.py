@@ -1,4 +1,4 @@
-"""TensorBoard: the numbers of metrics.jsonl, grouped under the names people look for."""
+"""TensorBoard event files with the metrics of metrics.jsonl, in groups of tags."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ TAG_GROUPS = {
 
 _TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
 _COUNTERS = ("step", "tokens", "samples")
-"""What a row is at, and no value of it."""
+"""The position of a row, which is not written as a metric."""
 
 
 class TensorBoardWriter:
-    """Writes rows as scalars over steps; a resumed run hides what the interrupted one wrote after the checkpoint.
+    """Writes rows as scalars over steps; a resumed run hides what the interrupted run wrote after the checkpoint.
 
-    An event file of its own for each start, one event for each row. torch's SummaryWriter would write the same from a
-    thread, which ends at the first error, with a traceback, and loses what it holds when the process is killed.
+    Each start of a run has a new event file, with one event per row. torch's SummaryWriter writes from a thread, which
+    ends at the first error with a traceback, and loses its buffer when the process is killed.
     """
 
     def __init__(self, directory: Path, *, after_step: int = 0, run: str = "") -> None:
-        """The names of its files end in `run`, the identifier by which a run knows them again."""
+        """File names end in `run`, the identifier of the run."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}.{run}"
-        self._file = AppendOnlyFile(directory / name)  # read in the order of their names
+        self._file = AppendOnlyFile(directory / name)  # TensorBoard reads files in the order of their names
         self._append(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
         if after_step:
             start = SessionLog(status=SessionLog.START)
             self._append(Event(wall_time=now / 1e9, step=after_step + 1, session_log=start))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Raises OSError if the row has to wait."""
+        """Write a row. Raises OSError if it could not be written yet."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
         self._append(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
 
@@ -81,9 +81,9 @@ class TensorBoardWriter:
 
 
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield (tag, value) of every finite number of a row; those in a table of it under its name.
+    """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
-    A metric that no group lists, as of a model or a hook of the user's, is in the group `train`.
+    Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`.
     """
     for name, value in row.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""[profile]: a window of steps through torch.profiler, and where their time went."""
+"""[profile]: profile a window of steps with torch.profiler, and break down their time."""
 
 from components.profiler.breakdown import Breakdown, break_down, read_trace
 from components.profiler.profiler import Profiler, ProfilerConfig

@@ -1,6 +1,6 @@
-"""Where the time of a profiled window went: a Chrome trace of torch.profiler, summed by kind.
+"""Break down the time of a profiled window: a Chrome trace of torch.profiler, summed by kind.
 
-Times are microseconds, as in the trace. Every instant of the window is counted once, so the kinds add up to its length.
+Times are in microseconds, as in the trace. Every instant of the window is counted once, so the kinds sum to its length.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from components.profiler import kinds
 
 STEP = "ProfilerStep#"
-"""Prefix of the range of a step, by torch.profiler's own convention, which other readers of traces look for."""
+"""Prefix of the range of a step, by the convention of torch.profiler, which other trace readers use too."""
 END_OF_WINDOW = "profiler: wait for the device"
-"""Range after the last step, in which the host waits for what it has launched."""
+"""Range after the last step, in which the host waits for the device."""
 
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _ON_HOST = {"cpu_op", "user_annotation"}
@@ -29,7 +29,7 @@ _SYNCHRONIZATIONS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEven
 
 
 class Interval(NamedTuple):
-    """A time in which something of `kind` happened. Where several overlap, the lowest `priority` gets the time."""
+    """A time interval of `kind`. Where intervals overlap, the lowest `priority` gets the time."""
 
     priority: int
     start: float
@@ -45,18 +45,19 @@ class Breakdown:
     """"cuda": kernels on the GPU. "cpu": operators of the training thread."""
     steps: int
     window: float
-    """From the start of the first step to the end of the last, when the device has finished."""
+    """Length of the window: from the start of the first step until the device has finished the last."""
     times: dict[str, float]
-    """Kind -> time; together the window."""
+    """Kind -> time; the sum is `window`."""
     communication: float
-    """Time in which anything was communicated, overlapped or not."""
+    """Time of communication, including what overlaps with computation."""
     kernels: int
     synchronizations: int
-    """How often the host waited for the device in a step, over all steps."""
+    """Number of times that the host waited for the device, over all steps."""
     synchronizing: float
+    """Time that the host waited in them."""
 
     def table(self, title: str) -> str:
-        """Return the table as text, times in milliseconds a step."""
+        """Return the breakdown as a text table, in milliseconds per step."""
         per_step = 1e3 * self.steps
         unused = sum(self.times.get(kind, 0.0) for kind in (kinds.IDLE, kinds.DATA, kinds.BETWEEN_STEPS))
         busy = 1 - unused / self.window
@@ -76,14 +77,15 @@ class Breakdown:
 
 
 def read_trace(file: Path) -> list[dict[str, Any]]:
-    """Return the events of a trace, compressed or not, that have a duration."""
+    """Return the events with a duration of a trace, which may be gzip-compressed."""
     opener = gzip.open if file.suffix == ".gz" else open
     with opener(file, "rt", encoding="utf-8") as text:
         return [event for event in json.load(text)["traceEvents"] if event.get("ph") == "X"]
 
 
 def break_down(events: Iterable[dict[str, Any]]) -> Breakdown:
-    """Sum up the window between the first and the last step of a trace. Raises ValueError where it has no step."""
+    """Return the breakdown of the window from the first to the last step of a trace. Raises ValueError without a
+    step."""
     threads: defaultdict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
     on_device: list[dict[str, Any]] = []
     for event in events:
@@ -119,10 +121,10 @@ def break_down(events: Iterable[dict[str, Any]]) -> Breakdown:
 
     if on_device:
         intervals = [_device_interval(event, launched_in) for event in on_device]
-        idle = (kinds.DATA, kinds.BETWEEN_STEPS)  # what the host does while the device has nothing to do
+        idle = (kinds.DATA, kinds.BETWEEN_STEPS)  # host activity that explains an idle device
         intervals += [Interval(3, *each[1:]) for own, each in segments if own and each.kind in idle]
     else:
-        # on other threads gloo communicates, while the training thread waits outside of any operator
+        # gloo communicates on other threads, while the training thread waits outside of any operator
         intervals = [each if own else Interval(1, *each[1:]) for own, each in segments]
     communicates = [each for each in intervals if each.kind == kinds.COMMUNICATION]
     return Breakdown(
@@ -138,7 +140,7 @@ def break_down(events: Iterable[dict[str, Any]]) -> Breakdown:
 
 
 def exclusive_times(intervals: Iterable[Interval], start: float, end: float) -> dict[str, float]:
-    """Return the time from `start` to `end` by kind: of several intervals the first in order gets it, of none IDLE."""
+    """Return kind -> time from `start` to `end`. Of overlapping intervals the smallest gets the time; gaps are IDLE."""
     times: defaultdict[str, float] = defaultdict(float)
     active: list[Interval] = []
     now = start
@@ -156,9 +158,9 @@ def exclusive_times(intervals: Iterable[Interval], start: float, end: float) -> 
 
 
 def _segments(events: Sequence[dict[str, Any]], launched_in: dict[Any, str | None]) -> Iterator[Interval]:
-    """Cut the nested events of one host thread into disjoint intervals, each of the kind of its innermost event.
+    """Split the nested events of a host thread into disjoint intervals, each of the kind of its innermost event.
 
-    Fills `launched_in`: the kind of what encloses each launch, by the correlation number that its kernel shares.
+    Fills `launched_in`: correlation number of each launch, which its kernel shares -> kind of the enclosing event.
     """
     stack: list[tuple[float, str | None]] = []
     now = 0.0
@@ -189,11 +191,11 @@ def _segments(events: Sequence[dict[str, Any]], launched_in: dict[Any, str | Non
 
 
 def _device_interval(event: dict[str, Any], launched_in: dict[Any, str | None]) -> Interval:
-    """Computing comes before communicating, which it overlaps, and that before copying."""
+    """Return the interval of a device event. Priorities: computation, then communication, then copies."""
     surrounding = launched_in.get(event.get("args", {}).get("correlation"))
     kind = kinds.kind_within(event["name"], surrounding) or kinds.OTHER
     priority = 1 if kind == kinds.COMMUNICATION else 0 if event["cat"] == "kernel" else 2
-    if kind == kinds.DATA:  # the copy of a micro-batch to the device is no waiting
+    if kind == kinds.DATA:  # the copy of a micro-batch to the device is not waiting for data
         kind = kinds.COPIES
     return Interval(priority, event["ts"], _end(event), kind)
 

@@ -1,7 +1,7 @@
-"""What a kernel, an operator or a range of a profile belongs to, told by its name.
+"""The kind of a kernel, operator or range of a profile, by its name.
 
-The names are those of torch 2.11 to 2.13, cuBLAS, cuDNN, FlashAttention, NCCL and inductor; an unknown name is one of
-the "other kernels". A new library needs a line here and its recorded name in the test.
+The names are those of torch 2.11 to 2.13, cuBLAS, cuDNN, FlashAttention, NCCL and inductor; unknown names are
+"other kernels". A new library needs a pattern here, and a recorded name in the test.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ KINDS = (
     PRODUCTS, ATTENTION, LOSS_PRODUCTS, LOSS, OTHER, GRADIENT_NOISE, OPTIMIZER, COMMUNICATION, COPIES, DATA,
     BETWEEN_STEPS, IDLE,
 )  # fmt: skip
-"""In the order of the table."""
+"""All kinds, in the order of the table."""
 
 PATTERNS: tuple[tuple[str, str], ...] = (
-    # Element-wise and reducing kernels of inductor carry the names of everything that was fused into them, products
-    # and attention among it; its templates (triton_tem_) are the products themselves.
+    # Names of inductor's element-wise and reduction kernels contain those of all fused operations, also of products
+    # and attention; its templates (triton_tem_) are the products themselves.
     (OTHER, r"^triton_(poi|red|per|for|spl|mix)_"),
     (COMMUNICATION, r"^nccl|^gloo:|^c10d::|^_c10d_functional|^record_param_comms|^symm_mem|multimem_"),
-    # FSDP2 packs what it sends and unpacks what it has received
+    # FSDP2's copies into and out of communication buffers
     (COMMUNICATION, r"^fsdp::|^FSDP::(all_gather|post_backward_reduce|post_backward_rs_wait)"),
     (BETWEEN_STEPS, rf"^{BETWEEN_STEPS}$"),
     (DATA, r"^next_micro_batch$|^enumerate\(DataLoader\)"),
@@ -49,22 +49,22 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     (PRODUCTS, r"^nvjet|gemm|Gemm|gemv|cutlass|xmma|cublas|splitK|^triton_(tem|mm)|grouped_mm"),
     (COPIES, r"^Mem(cpy|set) "),
 )
-"""(kind, regular expression that the name contains). The first that matches decides."""
+"""(kind, regular expression to search in the name). The first match counts."""
 
 _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in PATTERNS)
 
 
-@lru_cache(maxsize=10_000)  # a trace has millions of events, of some hundred names
+@lru_cache(maxsize=10_000)  # a trace has millions of events with some hundred different names
 def kind_of(name: str) -> str | None:
-    """Return the kind that `name` tells by itself, None where it tells nothing."""
+    """Return the kind of `name` by itself; None if no pattern matches."""
     return next((kind for kind, pattern in _COMPILED if pattern.search(name)), None)
 
 
 def kind_within(name: str, surrounding: str | None) -> str | None:
     """Return the kind of `name` inside of a range or operator of the kind `surrounding`.
 
-    What surrounds decides, for all kernels of an optimizer step are the optimizer's. The exceptions: communication is
-    so everywhere, and the products of the loss are told apart from the rest of it.
+    It is that of `surrounding`: all kernels of an optimizer step belong to the optimizer. Exceptions: communication
+    keeps its kind everywhere, and the matrix products of the loss are a separate kind.
     """
     own = kind_of(name)
     if own == COMMUNICATION or surrounding in (None, OTHER):

@@ -1,4 +1,4 @@
-"""Record a window of steps with torch.profiler, and write the trace and the table of where the time went."""
+"""Record a window of steps with torch.profiler, and write the trace and a table of its time by kind."""
 
 from __future__ import annotations
 
@@ -16,35 +16,34 @@ from components.units import Count, PositiveCount
 log = logging.getLogger("powertrain")
 
 _ALLOCATIONS = 1_000_000
-"""Allocations that a memory snapshot remembers, some 1 kB each in the file."""
+"""Largest number of allocations in a memory snapshot, about 1 kB each in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilerConfig:
-    """[profile]: record some steps with torch.profiler. Off until `steps` is set.
+    """[profile]: record some steps with torch.profiler. Disabled unless `steps` is set.
 
-    Writes a Chrome trace and a table of the time by kind to `profile/` in the run directory. docs/performance.md says
-    how to read both.
+    Writes a Chrome trace and a table of the time by kind to `profile/` in the run directory. See docs/performance.md.
     """
 
     steps: Count = 0
-    """Steps to record; 0: none. Few, of few micro-batches: a million events take half a minute to write and sum up."""
+    """Steps to record; 0: none. Use few steps of few micro-batches: a million events take half a minute to process."""
     start_step: PositiveCount = 10
-    """The first step to record, by its number in the log: late enough for compiling and warm-up to be over."""
+    """Number of the first step to record; late enough for compilation and warm-up to be finished."""
     all_ranks: bool = False
-    """Record every process, each in a file of its own; false: rank 0 alone."""
+    """Record every process, each in a separate file; false: only rank 0."""
     memory_snapshot: bool = False
-    """Record every allocation on the GPU too, for https://pytorch.org/memory_viz. Written also if memory runs out."""
+    """Also record GPU allocations, for https://pytorch.org/memory_viz. Written even if the run ends out of memory."""
     with_stack: bool = False
-    """Record Python's call stack with each operator: a trace several times as large, of a slower run."""
+    """Record the Python call stack of each operator. The trace is several times larger, and the run slower."""
 
     def build(self, folder: Path, *, device: torch.device, rank: int) -> Profiler:
         """Return the profiler of this process, which writes to `folder`. Raises ValueError."""
         if self.steps and self.memory_snapshot and device.type != "cuda":
             raise InputError(
                 "memory_snapshot",
-                f"the device is {device.type}, and only the allocator of CUDA records its history; "
-                "leave it out, or train on a GPU",
+                f"the device is {device.type}, and only CUDA's allocator records its history; "
+                "remove it, or train on a GPU",
             )
         return Profiler(self, folder, device, rank)
 
@@ -55,7 +54,7 @@ class Profiler:
     def __init__(self, config: ProfilerConfig, folder: Path, device: torch.device, rank: int) -> None:
         self._config, self._folder, self._device, self._rank = config, folder, device, rank
         self._waits = config.steps > 0 and (rank == 0 or config.all_ranks)
-        """Whether the window is still to come."""
+        """Whether the window has not started yet."""
         self._last = config.start_step + config.steps - 1
         self._profile: torch.profiler.profile | None = None
         self._step_range: torch.profiler.record_function | None = None
@@ -64,7 +63,7 @@ class Profiler:
         """The first and the latest step of this run."""
 
     def start_step(self, step: int) -> None:
-        """Step number `step` of the run begins."""
+        """Call before step number `step` of the run."""
         if self._waits:
             self._seen = [*self._seen[:1], step]
             if self._config.start_step <= step <= self._last:
@@ -75,7 +74,7 @@ class Profiler:
             self._recorded.append(step)
 
     def end_step(self) -> None:
-        """The step that began is over; after the last of the window the trace is written."""
+        """Call after each step; after the last step of the window the trace is written."""
         if self._step_range is None:
             return
         self._step_range.__exit__(None, None, None)
@@ -89,7 +88,7 @@ class Profiler:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        """End the run, as the `__exit__` of a context: a window that it cuts short is written as far as it got."""
+        """Call at the end of the run, as the `__exit__` of a context; an unfinished window is written as it is."""
         if self._waits and self._seen and kind is None:
             first, last = self._config.start_step, self._last
             log.warning(
@@ -99,7 +98,7 @@ class Profiler:
         if self._profile is not None and kind is None:
             self._stop()
         elif self._profile is not None:
-            # What failed may have left the device unusable, but the history of its memory is with the host.
+            # After an error the device may be unusable, but its memory history is on the host.
             self._snapshot_memory(f"{self._name()}.memory.pickle")
             self._profile.stop()
             self._profile = None
@@ -113,7 +112,7 @@ class Profiler:
                 torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
         self._profile = torch.profiler.profile(activities=activities, with_stack=self._config.with_stack)
         self._profile.start()
-        self._synchronize()  # so that nothing launched before the window is counted in it
+        self._synchronize()  # kernels launched before the window must not be counted in it
 
     def _stop(self) -> None:
         profile, self._profile = self._profile, None
@@ -124,7 +123,9 @@ class Profiler:
         name = self._name()
         try:
             self._write(profile, name)
-        except Exception as error:  # a full disk, or a trace that another torch writes otherwise: training goes on
+        except (
+            Exception
+        ) as error:  # a full disk, or an unknown trace format of another torch version: training continues
             log.warning(f"the profile of steps {self._steps()} is not complete: {type(error).__name__}: {error}")
 
     def _write(self, profile: torch.profiler.profile, name: str) -> None:

@@ -113,7 +113,7 @@ class SlidingWindow:
                     loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORE_INDEX)
                     nats_D[window.document] += float(loss)
         model.train()
-        nats = world.sum(nats_D).tolist()
+        nats = world.all_reduce_sum(nats_D).tolist()
         if failure is not None:
             raise UnreadableError(describe_error(failure)) from failure
         return [LossTotals(each, *size) for each, size in zip(nats, sizes, strict=True)]

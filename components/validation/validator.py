@@ -101,7 +101,7 @@ class Validator:
         model.train()
         # the only synchronization with the device
         counts = torch.tensor([token_count, byte_count], dtype=torch.float64)
-        totals = world.sum(torch.cat([nats.reshape(1).cpu(), counts]))
+        totals = world.all_reduce_sum(torch.cat([nats.reshape(1).cpu(), counts]))
         if failure is not None:
             raise UnreadableError(describe_error(failure)) from failure
         return LossTotals(float(totals[0]), int(totals[1]), int(totals[2]))

@@ -1,7 +1,7 @@
-"""The architectures of transformers that have a counterpart here: one row each.
+"""The architectures of transformers that can be imported and exported, one row each.
 
-A row says which sizes of the decoder it is, and what its `config.json` says. To add one, write those functions and the
-row; for a model that is not a Decoder, a subclass that overrides the methods.
+To add one, write a row of ARCHITECTURES and its functions; for a model that is not a Decoder, also a subclass of
+`Architecture` that overrides its methods.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from models.rope import RopeScaling
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One class of transformers and what it is here: a Decoder of some sizes. A subclass may be of another model."""
+    """A class of transformers, and the Decoder shapes that it corresponds to."""
 
     model_type: str
-    """Its short name in `config.json`."""
-    has_size: Callable[[LlamaShape], bool]
-    """Whether a decoder of this size computes what this architecture does."""
-    config: Callable[[Any], dict[str, Any]]
-    """The entries of `config.json` for a model."""
-    keys: Callable[[Mapping[str, Any]], dict[str, Any]]
-    """The keys of `[model]` for a `config.json`. Raises ValueError for what the model does not compute."""
+    """Its `model_type` in `config.json`."""
+    has_shape: Callable[[LlamaShape], bool]
+    """Returns whether a decoder of this shape computes the same function."""
+    hf_config: Callable[[Any], dict[str, Any]]
+    """Returns the entries of `config.json` for a model."""
+    config_from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
+    """Returns the keys of `[model]` for a `config.json`. Raises ValueError for unsupported entries."""
     use: str = "models.llama:Llama"
-    """What `[model]` has to use."""
+    """The `use` of `[model]`."""
 
-    def is_one(self, model: nn.Module) -> bool:
-        """Return whether `model` computes what this architecture does."""
-        return isinstance(model, Decoder) and self.has_size(model.size)
+    def matches(self, model: nn.Module) -> bool:
+        """Return whether `model` computes the same function as this architecture."""
+        return isinstance(model, Decoder) and self.has_shape(model.shape)
 
-    def component(self, keys: Mapping[str, Any]) -> Any:
-        """Return what `[model]` is with the keys that `keys` gives."""
+    def model_config(self, keys: Mapping[str, Any]) -> Any:
+        """Return the model config with these keys of `[model]`."""
         tables: dict[str, Any] = {
             key: None if keys.get(key) is None else of(**keys[key])
             for key, of in (("rope_scaling", RopeScaling), ("mup", MuPConfig))
@@ -49,22 +49,22 @@ class Architecture:
         return Llama(**{**keys, **tables})
 
     def build(self, keys: Mapping[str, Any]) -> nn.Module:
-        """Return the model of these keys, on the current device."""
-        model: nn.Module = self.component(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
+        """Return the model with these keys of `[model]`, on the current device."""
+        model: nn.Module = self.model_config(keys).build(vocab_size=keys["vocab_size"], sequence_length=1)
         return model
 
-    def names(self, model: Any) -> dict[str, str]:
-        """Return our name -> theirs, for every parameter of a model."""
-        return hf_names(model.size)
+    def hf_names(self, model: Any) -> dict[str, str]:
+        """Return our name -> Hugging Face name, for every parameter of a model."""
+        return hf_names(model.shape)
 
     def stored_names(self, stored: Iterable[str], model: Any) -> dict[str, str]:
-        """Return the same for what is stored. Raises ValueError for missing and unexpected names."""
-        return stored_names(stored, model.size)
+        """Return our name -> stored name. Raises ValueError for missing and unexpected names."""
+        return stored_names(stored, model.shape)
 
 
 def _config(model: Decoder) -> dict[str, Any]:
-    entries = hf_config(model.size, model.vocab_size)
-    # How versions before 5, and most other readers, spell it. Version 5 reads either, and both say the same.
+    entries = hf_config(model.shape, model.vocab_size)
+    # The spelling of versions before 5 and of most other readers. Version 5 reads both.
     rope = dict(entries["rope_parameters"])
     entries["rope_theta"] = rope.pop("rope_theta")
     entries["rope_scaling"] = None if rope["rope_type"] == "default" else rope
@@ -72,11 +72,11 @@ def _config(model: Decoder) -> dict[str, Any]:
 
 
 def _llama_config(model: Decoder) -> dict[str, Any]:
-    size = model.size
-    if size.dim % size.heads:
+    shape = model.shape
+    if shape.dim % shape.heads:
         raise ValueError(
-            f"transformers refuses a Llama whose dim = {size.dim} is no multiple of heads = {size.heads}, also with a "
-            "head_dim of its own; such a model cannot be exported"
+            f"dim = {shape.dim} is not a multiple of heads = {shape.heads}, which transformers requires of a Llama "
+            "even with head_dim; this model cannot be exported"
         )
     return _config(model)
 
@@ -84,57 +84,59 @@ def _llama_config(model: Decoder) -> dict[str, Any]:
 def _moe_config(model: Decoder) -> dict[str, Any]:
     losses = model.router_loss
     assert losses is not None
-    # theirs, of even loads, is top_k where ours is 1; it counts only with output_router_logits
-    coefficient = losses.keys.load_balancing_coefficient / model.size.top_k
+    # with a balanced load their loss is top_k and ours is 1; it is used only with output_router_logits
+    coefficient = losses.config.load_balancing_coefficient / model.shape.top_k
     return {**_config(model), "router_aux_loss_coef": coefficient}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         model_type="llama",
-        has_size=lambda size: size.mup is None and not size.experts,
-        config=_llama_config,
-        keys=llama_config_from_hf,
+        has_shape=lambda shape: shape.mup is None and not shape.experts,
+        hf_config=_llama_config,
+        config_from_hf=llama_config_from_hf,
     ),
     "GraniteForCausalLM": Architecture(
         model_type="granite",
-        has_size=lambda size: size.mup is not None and not size.experts,
-        config=_config,
-        keys=granite_config_from_hf,
+        has_shape=lambda shape: shape.mup is not None and not shape.experts,
+        hf_config=_config,
+        config_from_hf=granite_config_from_hf,
     ),
     "GraniteMoeForCausalLM": Architecture(
         model_type="granitemoe",
-        has_size=lambda size: bool(size.experts),
-        config=_moe_config,
-        keys=granite_moe_config_from_hf,
+        has_shape=lambda shape: bool(shape.experts),
+        hf_config=_moe_config,
+        config_from_hf=granite_moe_config_from_hf,
     ),
 }
 
 
 def architecture_from_model(model: nn.Module) -> tuple[str, Architecture]:
-    """Raises ValueError for a model that transformers has no class for."""
+    """Return the name and the architecture of a model. Raises ValueError if transformers has no class for it."""
     for name, architecture in ARCHITECTURES.items():
-        if architecture.is_one(model):
+        if architecture.matches(model):
             return name, architecture
-    raise ValueError(f"a {type(model).__name__} is none of {', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"{type(model).__name__} has no counterpart in transformers; supported are {', '.join(ARCHITECTURES)}"
+    )
 
 
 def architecture_from_config(config: Mapping[str, Any]) -> tuple[str, Architecture]:
-    """The architecture that a `config.json` names. Raises ValueError for an unknown one."""
+    """Return the name and the architecture of a `config.json`. Raises ValueError for an unknown one."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     if name is None:
         by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
         name = by_type.get(str(config.get("model_type")), config.get("model_type"))
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"architecture {str(name)[:80]!r} is unknown here; known are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture {str(name)[:80]!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return name, ARCHITECTURES[name]
 
 
 def match_tensors(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Our name -> the stored name, of every parameter of `model`, given the names and shapes that are stored.
+    """Return our name -> stored name, for every parameter of `model`, from the stored names and shapes.
 
-    Raises ValueError for missing and unexpected tensors, and for those of another shape.
+    Raises ValueError for missing and unexpected tensors, and for those with a wrong shape.
     """
     _, architecture = architecture_from_model(model)
     places = architecture.stored_names(stored, model)
@@ -145,5 +147,5 @@ def match_tensors(model: nn.Module, stored: Mapping[str, tuple[int, ...]]) -> di
     ]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"tensors have another shape than the model's: {'; '.join(wrong[:3])}{more}")
+        raise ValueError(f"tensors do not have the shapes of the model: {'; '.join(wrong[:3])}{more}")
     return places

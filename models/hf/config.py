@@ -1,4 +1,4 @@
-"""`config.json` of transformers, in both directions: what it says in our keys, and what it has to say of a model."""
+"""Conversion between `config.json` of transformers and the keys of `[model]`, in both directions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _LIMITS = {
     "num_local_experts": 2**12,
     "num_experts_per_tok": 2**12,
 }
-"""The most of each that is believed: bounds what a damaged or hostile file can make us allocate."""
+"""Largest accepted value of each entry, which bounds what a damaged or malicious file can make us allocate."""
 
 _ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 def llama_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `[model]`, "use" left out, that give the function of this `LlamaForCausalLM`.
+    """Return the keys of `[model]`, without "use", for the config of a `LlamaForCausalLM`.
 
-    Entries that are missing have the defaults of `LlamaConfig`, except for the shape, which has none. Raises ValueError
-    for an entry out of bounds, and for what the decoder does not do.
+    Missing entries have the defaults of `LlamaConfig`, except for the shape, which is required. Raises ValueError for
+    an entry out of bounds, and for a function that the decoder does not support.
     """
     _refuse_what_differs(config)
     heads = _count(config, "num_attention_heads")
@@ -57,21 +57,22 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def granite_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a `GraniteForCausalLM`: a Llama with the multipliers of muP.
+    """Return the keys of `[model]` for a `GraniteForCausalLM`: a Llama with the multipliers of muP.
 
-    Raises ValueError where these are not muP's: the attention's is 1 / head_dim, and that of the logits tells the base
-    width.
+    The base width follows from logits_scaling. Raises ValueError if the multipliers are not those of muP.
     """
     keys = llama_config_from_hf(config)
     attention = _number(config, "attention_multiplier", 1.0)
     if attention != 1 / keys["head_dim"]:
         raise ValueError(
-            f"attention_multiplier = {attention:g}: this decoder has 1 / head_dim = {1 / keys['head_dim']:g} with muP"
+            f"attention_multiplier = {attention:g}: only 1 / head_dim = {1 / keys['head_dim']:g} (muP) is supported"
         )
     scaling = _number(config, "logits_scaling", 1.0)
     base_width = max(round(keys["dim"] / scaling), 1)
     if keys["dim"] / base_width != scaling:
-        raise ValueError(f"logits_scaling = {scaling:g} is not the hidden_size of {keys['dim']} by a whole base width")
+        raise ValueError(
+            f"logits_scaling = {scaling:g} is not hidden_size = {keys['dim']} divided by an integer base width"
+        )
     return keys | {
         "mup": {
             "base_width": base_width,
@@ -82,14 +83,15 @@ def granite_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def granite_moe_config_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a `GraniteMoeForCausalLM`, with muP or, if all its multipliers say so, without."""
+    """Return the keys of `[model]` for a `GraniteMoeForCausalLM`; without muP if all multipliers are those of a
+    Llama."""
     plain = llama_config_from_hf(config)
     experts = {
         "experts": _count(config, "num_local_experts", 8),
         "top_k": _count(config, "num_experts_per_tok", 2),
     }
     if experts["top_k"] > experts["experts"]:
-        raise ValueError(f"num_experts_per_tok = {experts['top_k']} of num_local_experts = {experts['experts']}")
+        raise ValueError(f"num_experts_per_tok = {experts['top_k']} exceeds num_local_experts = {experts['experts']}")
     others = [_number(config, name, 1.0) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")]
     if _number(config, "attention_multiplier", 1.0) == plain["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
         return plain | experts
@@ -107,22 +109,22 @@ def _refuse_what_differs(config: Mapping[str, Any]) -> None:
     }
     for name, values in expected.items():
         if config.get(name) not in values:
-            raise ValueError(f"{name} = {config[name]!r} is not what this decoder computes; it has {values[0]!r}")
+            raise ValueError(f"{name} = {config[name]!r} is not supported; the decoder has {values[0]!r}")
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta, and the keys of `models.rope:RopeScaling`: from `rope_parameters`, or what older versions wrote."""
+    """Return rope_theta and the keys of `models.rope:RopeScaling`, from `rope_parameters` or its older spelling."""
     table = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(table, Mapping):
-        raise ValueError(f"rope_parameters: {table!r} is no table")
+        raise ValueError(f"rope_parameters: {table!r} is not a table")
     theta = _number({**config, **table}, "rope_theta", 10_000.0)
     kind = table.get("rope_type", table.get("type", "default"))
     if table.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor = {table['partial_rotary_factor']}: this decoder turns all channels")
+        raise ValueError(f"partial_rotary_factor = {table['partial_rotary_factor']}: the decoder rotates all channels")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ValueError(f'rope_type = {kind!r} is not what this decoder computes; it has "default" and "llama3"')
+        raise ValueError(f'rope_type = {kind!r} is not supported; the decoder has "default" and "llama3"')
     if missing := sorted(_ROPE - table.keys()):
         raise ValueError(f"rope_parameters has no {', '.join(missing)}")
     return theta, {
@@ -141,7 +143,7 @@ def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> 
     if value is None:
         raise ValueError(f"{name} is missing from config.json")
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LIMITS[name]:
-        raise ValueError(f"{name} = {str(value)[:40]} is no number from 1 to {_LIMITS[name]:,}")
+        raise ValueError(f"{name} = {str(value)[:40]} is not an integer from 1 to {_LIMITS[name]:,}")
     return value
 
 
@@ -149,18 +151,18 @@ def _number(config: Mapping[str, Any], name: str, default: float | None = None) 
     value = config.get(name)
     value = default if value is None else value
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ValueError(f"{name} = {str(value)[:40]} is no number above 0")
+        raise ValueError(f"{name} = {str(value)[:40]} is not a number above 0")
     return float(value)
 
 
-def hf_config(size: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    """The entries (transformers 5) that describe the same function.
+def hf_config(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
+    """Return the entries of `config.json` (transformers 5) for a decoder of this shape.
 
-    Those of `LlamaConfig`; with muP of `GraniteConfig`, which has its multipliers; with experts of `GraniteMoeConfig`.
+    They are those of `LlamaConfig`, with muP `GraniteConfig`, and with experts `GraniteMoeConfig`.
     """
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": size.rope_theta}
-    if size.rope_scaling is not None:
-        scaling = size.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    if shape.rope_scaling is not None:
+        scaling = shape.rope_scaling
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -170,27 +172,27 @@ def hf_config(size: LlamaShape, vocab_size: int) -> dict[str, Any]:
         }
     entries = {
         "vocab_size": vocab_size,
-        "hidden_size": size.dim,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "head_dim": size.head_width,
-        "intermediate_size": size.ffn_dim,
+        "hidden_size": shape.dim,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "intermediate_size": shape.ffn_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": size.norm_eps,
+        "rms_norm_eps": shape.norm_eps,
         "rope_parameters": rope,
-        "max_position_embeddings": size.max_sequence_length,
-        "tie_word_embeddings": size.tied_embeddings,
+        "max_position_embeddings": shape.max_sequence_length,
+        "tie_word_embeddings": shape.tied_embeddings,
         "attention_bias": False,
     }
-    if size.mup is not None or size.experts:
-        mup = size.mup
+    if shape.mup is not None or shape.experts:
+        mup = shape.mup
         entries |= {
             "embedding_multiplier": 1.0 if mup is None else mup.embedding_multiplier,
             "residual_multiplier": 1.0 if mup is None else mup.residual_multiplier,
-            "attention_multiplier": size.head_width**-0.5 if mup is None else 1 / size.head_width,
-            "logits_scaling": 1.0 if mup is None else mup.width_multiple(size.dim),
+            "attention_multiplier": shape.head_width**-0.5 if mup is None else 1 / shape.head_width,
+            "logits_scaling": 1.0 if mup is None else mup.width_multiple(shape.dim),
         }
-    if size.experts:
-        return entries | {"num_local_experts": size.experts, "num_experts_per_tok": size.top_k}
+    if shape.experts:
+        return entries | {"num_local_experts": shape.experts, "num_experts_per_tok": shape.top_k}
     return entries | {"mlp_bias": False}

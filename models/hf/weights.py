@@ -1,7 +1,7 @@
-"""Weights by name, between the decoder and `transformers`, in both directions: Llama, Granite and GraniteMoe.
+"""Parameter names of the decoder in `transformers`: Llama, Granite and GraniteMoe.
 
-Only names differ: both keep the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, those of experts
-one behind the other and gate before up. So no weight is permuted or transposed, and a round trip is bitwise.
+Only names differ. Both use the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, with stacked
+experts and gate before up. So no weight is permuted or transposed, and a round trip is bitwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from models.presets import LlamaShape
 
 RECOMPUTED_BUFFERS = "rotary_emb.inv_freq"
-"""The end of names under which old checkpoints store what is computed anew."""
+"""Suffix of buffers that old checkpoints store, and that are recomputed here."""
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOP = {
     "tok_embeddings.weight": EMBEDDING,
@@ -38,31 +38,30 @@ _EXPERTS = {
 }
 
 
-def hf_names(size: LlamaShape) -> dict[str, str]:
-    """Our name -> the Hugging Face name, of every parameter of a decoder of this size."""
-    table = {ours: theirs for ours, theirs in _TOP.items() if not (size.tied_embeddings and ours == "output.weight")}
-    for i in range(size.layers):
-        for ours, theirs in {**_IN_LAYER, **(_EXPERTS if size.experts else _DENSE)}.items():
+def hf_names(shape: LlamaShape) -> dict[str, str]:
+    """Return our name -> Hugging Face name, for every parameter of a decoder of this shape."""
+    table = {ours: theirs for ours, theirs in _TOP.items() if not (shape.tied_embeddings and ours == "output.weight")}
+    for i in range(shape.layers):
+        for ours, theirs in {**_IN_LAYER, **(_EXPERTS if shape.experts else _DENSE)}.items():
             table[f"layers.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     return table
 
 
-def stored_names(stored: Iterable[str], size: LlamaShape) -> dict[str, str]:
-    """Our name -> the name a Hugging Face checkpoint of the tensors `stored` has it under.
+def stored_names(stored: Iterable[str], shape: LlamaShape) -> dict[str, str]:
+    """Return our name -> stored name, for a Hugging Face checkpoint with the tensors `stored`.
 
-    Leaves out what other writers add: `rotary_emb.inv_freq`, which is computed here, and the second copy of a tied
-    head. Where a tied head was stored in place of the embedding, it is the embedding. Raises ValueError unless every
-    parameter is there and nothing else is.
+    Ignores what other writers add: `rotary_emb.inv_freq` and a copy of a tied head. A tied head that is stored without
+    the embedding is used as the embedding. Raises ValueError if a parameter is missing, or a tensor is unknown.
     """
     found = {name: name for name in stored if not name.endswith(RECOMPUTED_BUFFERS)}
-    if size.tied_embeddings and HEAD in found:
+    if shape.tied_embeddings and HEAD in found:
         tied = found.pop(HEAD)
         found.setdefault(EMBEDDING, tied)
-    table = hf_names(size)
+    table = hf_names(shape)
     missing, unknown = sorted(set(table.values()) - found.keys()), sorted(found.keys() - set(table.values()))
     if missing or unknown:
         raise ValueError(
-            f"weights do not fit a model of {len(table)} parameters: "
+            f"the weights do not match a model of {len(table)} parameters: "
             f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
         )
     return {ours: found[theirs] for ours, theirs in table.items()}

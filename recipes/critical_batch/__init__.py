@@ -59,8 +59,8 @@ class CriticalBatch(Pretrain):
         """Train the branches that are not finished, then compare all. Returns the exit status."""
         with ExitStack() as cleanup:
             with config_errors_at(config, "run.device"):
-                world = DistributedContext.start(self.run.device)  # the branches use the same process group
-            cleanup.push(world.stop_unless_failed)
+                world = DistributedContext.init(self.run.device)  # the branches use the same process group
+            cleanup.push(world.close_unless_failed)
             measurement = CriticalBatchMeasurement(self, config, world.size)
 
             def lock() -> None:
@@ -69,7 +69,7 @@ class CriticalBatch(Pretrain):
                     measurement.directory.remove_temporary_files(measurement.report, measurement.start_file)
 
             with config_errors_at(config, "run"):
-                world.main_first(lock)
+                world.main_process_first(lock)
             measurement.claim_directory(world, resume)
             log.info("\n".join(measurement.describe()))
             for multiplier in self.branches.batch_multipliers:
@@ -77,7 +77,7 @@ class CriticalBatch(Pretrain):
                 if status:
                     return status
             if world.is_main:
-                setup_logging(measurement.directory.log, speak=True)
+                setup_logging(measurement.directory.log, to_console=True)
                 write_report(measurement)
             return 0
 
@@ -98,7 +98,7 @@ class CriticalBatchMeasurement:
         self.report = self.directory.path / "critical_batch.json"
         self.picture = self.report.with_suffix(".png")
         with config_errors_at(config, "parallel"):
-            sizes = recipe.parallel.sizes(world_size)
+            sizes = recipe.parallel.mesh_shape(world_size)
         rounding = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
         self.length = recipe.training.sequence_length
         with config_errors_at(config, "branches"):
@@ -178,14 +178,14 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         launch = os.environ.get(LAUNCH_ID)
-        is_restart = resume is not None or bool(world.maximum(self.directory.owned_by(launch)))
+        is_restart = resume is not None or bool(world.all_reduce_max(self.directory.owned_by(launch)))
         start_file = self.start_file
         with config_errors_at(self.config, "run"):
             if resume is not None and resume.path is not None:
                 raise ValueError("--resume takes no path here: branches.checkpoint names the checkpoint to branch from")
             if resume is not None and not start_file.exists():
                 raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
-            world.main_first(claim)
+            world.main_process_first(claim)
             if is_restart and start_file.exists():
                 self._require_same_measurement(start_file)
             elif start_file.exists() and self.recipe.run.if_exists == "refuse":
@@ -208,8 +208,8 @@ class CriticalBatchMeasurement:
 
         world.barrier()  # the other ranks are done with the files that are deleted here
         with config_errors_at(self.config, "run"):
-            world.main_first(store)
-        setup_logging(self.directory.log if world.is_main else None, speak=world.is_main)
+            world.main_process_first(store)
+        setup_logging(self.directory.log if world.is_main else None, to_console=world.is_main)
 
     def _remove_old(self) -> None:
         """Remove the files of an earlier measurement; only directories that a branch has marked are removed."""

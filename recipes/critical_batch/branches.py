@@ -85,7 +85,7 @@ def find_branch_point(branches: Branches, rounding: BatchRounding, config: Confi
             policy.load_state_dict(state["batch"])
             batch = policy.next_batch_size(clock)
         if lr is None:
-            batch_tokens = rounding.fit(batch).samples * clock.sequence_length
+            batch_tokens = rounding.round_up(batch).samples * clock.sequence_length
             lr = run.lr_schedule.lr(clock.tokens, batch_tokens, clock.total_tokens)
         if not (math.isfinite(lr) and lr > 0):
             raise InputError(
@@ -96,7 +96,7 @@ def find_branch_point(branches: Branches, rounding: BatchRounding, config: Confi
         checkpoint=str(checkpoint),
         step=state["clock"]["step"],
         tokens=state["clock"]["tokens"],
-        batch=rounding.fit(batch).samples,
+        batch=rounding.round_up(batch).samples,
         lr=lr,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from components.critical_batch import is_within_tolerance, largest_factor, smoothed
+from components.critical_batch import is_within_tolerance, largest_factor, smooth_losses
 from components.plotting import import_pyplot, label_tokens, save_figure
 from components.units import format_count
 
@@ -47,7 +47,7 @@ class Report:
     def curves(self) -> list[list[float]]:
         """The smoothed loss of each branch after each of its steps."""
         return [
-            smoothed(branch.losses, [branch.batch_tokens] * len(branch.losses), self.smoothing_tokens)
+            smooth_losses(branch.losses, [branch.batch_tokens] * len(branch.losses), self.smoothing_tokens)
             for branch in self.branches
         ]
 

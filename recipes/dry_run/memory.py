@@ -128,7 +128,7 @@ def decide_grad_sync(
     available = device_memory(world.device)
     if world.device.type == "cpu":
         available //= world.local_size
-    return syncs_once_per_step(mode, world.maximum(peak), -world.maximum(-available))
+    return syncs_once_per_step(mode, world.all_reduce_max(peak), -world.all_reduce_max(-available))
 
 
 def numel_per_tp_rank(module: nn.Module, tp: int) -> float:

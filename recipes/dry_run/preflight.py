@@ -129,7 +129,7 @@ def _batch(plan: RunPlan) -> Iterator[Finding]:
         yield Finding(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
     if policy.is_adaptive:
         yield from _adaptive_batch(plan, policy)
-    largest = plan.schedule.largest_batch if policy.max_size is None else rounding.fit(policy.max_size).samples
+    largest = plan.schedule.largest_batch if policy.max_size is None else rounding.round_up(policy.max_size).samples
     epoch = plan.epoch_tokens and plan.epoch_tokens // plan.recipe.training.sequence_length
     if epoch and largest > epoch:
         message = (
@@ -143,8 +143,8 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     rounding, training = plan.batch_rounding, plan.recipe.training
     initial = policy.next_batch_size(TrainingClock(training.total_tokens, training.sequence_length))
     smallest = initial if policy.min_size is None else policy.min_size
-    measurable = {size: rounding.shows_noise(rounding.fit(size)) for size in (initial, smallest)}
-    remedy = f"use {2 * rounding.unit} or a smaller micro-batch"
+    measurable = {size: rounding.can_measure_noise(rounding.round_up(size)) for size in (initial, smallest)}
+    remedy = f"use {2 * rounding.samples_per_micro_step} or a smaller micro-batch"
     if not measurable[initial]:  # the run refuses it
         message = "gradient noise needs at least 2 micro-batches per step, so the batch could never change"
         yield Finding("error", "batch.initial_size", f"{message}; {remedy}")
@@ -154,17 +154,17 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
         )
         yield Finding("warning", "batch.min_size", f"{message}; {remedy}")
     name = type(plan.recipe.batch).__name__
-    most = -(-training.total_tokens // (rounding.fit(smallest).samples * training.sequence_length))
+    most = -(-training.total_tokens // (rounding.round_up(smallest).samples * training.sequence_length))
     if (maximum := policy.max_size) is None:
         yield Finding(
             "note", "batch", f"the measurements of {name} are not known: up to {most:,} steps, depending on its batch"
         )
         return
-    unit = f"{rounding.unit} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
-    largest = rounding.fit(maximum).samples
+    unit = f"{rounding.samples_per_micro_step} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
+    largest = rounding.round_up(maximum).samples
     if largest != maximum:
         yield Finding("warning", "batch.max_size", f"{maximum} samples become {largest}: a multiple of {unit}")
-    elif policy.multiple_of % rounding.unit:
+    elif policy.multiple_of % rounding.samples_per_micro_step:
         message = f"{policy.multiple_of} is not a multiple of {unit}, to which sizes will be rounded up"
         yield Finding("note", "batch.multiple_of", message)
     fewest = -(-training.total_tokens // (largest * training.sequence_length))

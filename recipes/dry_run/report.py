@@ -55,7 +55,7 @@ def _run(plan: RunPlan) -> Iterator[str]:
     numels = [(parameter.numel(), parameter.ndim) for parameter in plan.model.parameters()]
     parameters, matrices = sum(n for n, _ in numels), sum(n for n, ndim in numels if ndim > 1)
     replicas, shards, tp = plan.mesh_shape
-    unit = f"{rounding.unit} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
+    unit = f"{rounding.samples_per_micro_step} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
     yield f"run            {recipe.run.directory}"
     yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
     experts = sum(n for n, ndim in numels if ndim == 3)
@@ -108,7 +108,7 @@ def _devices(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:
 
 def _step(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:
     """Yield what bounds a step of the mean batch."""
-    micro_batches = plan.batch_rounding.fit(round(plan.schedule.mean_batch)).micro_batches
+    micro_batches = plan.batch_rounding.round_up(round(plan.schedule.mean_batch)).micro_batches
     steps = [(device, step) for device in devices if (step := estimate_step_time(plan, device, micro_batches))]
     if steps:
         columns = " ".join(f"{column:>10}" for column in ("compute", "NVLink", "InfiniBand", "launching"))

@@ -81,7 +81,7 @@ def planned_steps(recipe: Any, rounding: BatchRounding, policy: BatchPolicy | No
     policy = policy or build_batch_policy(recipe)
     clock = TrainingClock(training.total_tokens, training.sequence_length)
     while not clock.done:
-        batch = rounding.fit(policy.next_batch_size(clock))
+        batch = rounding.round_up(policy.next_batch_size(clock))
         lr = recipe.lr_schedule.lr(clock.tokens, batch.samples * training.sequence_length, clock.total_tokens)
         yield PlannedStep(clock.step + 1, clock.tokens, batch.requested, batch.samples, batch.micro_batches, lr)
         clock.advance(batch.samples)

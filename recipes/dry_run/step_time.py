@@ -107,7 +107,9 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
 def fsdp_collectives(plan: RunPlan, micro_batches: int, *, local: bool) -> Iterator[Collective]:
     """Yield the all-gathers and reduce-scatters over the shards, and the all-reduces over the replicas, of one step."""
     mesh_shape, model, element = plan.mesh_shape, plan.model, plan.dtype.itemsize
-    groups = plan.recipe.model.plan(tp=mesh_shape.tp).units if isinstance(plan.recipe.model, HasParallelPlan) else []
+    groups = (
+        plan.recipe.model.plan(tp=mesh_shape.tp).fsdp_groups if isinstance(plan.recipe.model, HasParallelPlan) else []
+    )
     forward = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
     backward = sum(local_numel(parameter, mesh_shape) for parameter in regathered_parameters(model, groups))
     passes = 1 if local else micro_batches

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from components.critical_batch import largest_factor, smoothed
+from components.critical_batch import largest_factor, smooth_losses
 
 pytestmark = pytest.mark.quick
 
@@ -19,24 +19,24 @@ def test_the_average_weighs_each_step_by_the_share_of_an_exponential_that_its_to
             math.exp(-(end - (i + 1) * batch) / scale) - math.exp(-(end - i * batch) / scale) for i in range(count)
         ]
         wanted = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
-        assert smoothed(losses, [batch] * 4, scale)[count - 1] == pytest.approx(wanted, rel=1e-12)
+        assert smooth_losses(losses, [batch] * 4, scale)[count - 1] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_average_as_it_was():
-    found = smoothed([math.nan, 2.0, math.inf, 3.0], [8] * 4, 20.0)
+    found = smooth_losses([math.nan, 2.0, math.inf, 3.0], [8] * 4, 20.0)
     assert math.isnan(found[0])
     assert found[1] == found[2] == pytest.approx(2.0)
-    assert found[3] == pytest.approx(smoothed([2.0, 3.0], [8] * 2, 20.0)[-1], rel=1e-12)
+    assert found[3] == pytest.approx(smooth_losses([2.0, 3.0], [8] * 2, 20.0)[-1], rel=1e-12)
 
 
 def test_a_constant_is_itself_from_the_first_step_on():
-    assert smoothed([2.5] * 4, [8] * 4, 100.0) == pytest.approx([2.5] * 4)
+    assert smooth_losses([2.5] * 4, [8] * 4, 100.0) == pytest.approx([2.5] * 4)
 
 
 def test_the_same_curve_in_steps_twice_as_long_is_averaged_alike():
     pairs = [6.0, 5.0, 4.5, 4.2]
-    fine = smoothed([loss for loss in pairs for _ in range(2)], [10] * 8, 45.0)
-    assert smoothed(pairs, [20] * 4, 45.0) == pytest.approx(fine[1::2], rel=1e-12)
+    fine = smooth_losses([loss for loss in pairs for _ in range(2)], [10] * 8, 45.0)
+    assert smooth_losses(pairs, [20] * 4, 45.0) == pytest.approx(fine[1::2], rel=1e-12)
 
 
 @pytest.mark.parametrize(

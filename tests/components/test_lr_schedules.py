@@ -167,7 +167,7 @@ def test_without_a_rule_the_batch_does_not_matter_after_the_warm_up(kind):
     ("keys", "said"),
     [
         ({"batch_scaling": "sqrt"}, r"^reference_batch_tokens: required by batch_scaling = 'sqrt'"),
-        ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: nothing follows it; add batch_scaling"),
+        ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: has no effect without batch_scaling"),
     ],
 )
 def test_a_rule_and_its_reference_come_together(kind, keys, said):
@@ -184,6 +184,6 @@ def test_a_rule_and_its_reference_come_together(kind, keys, said):
     ],
 )
 def test_power_refuses_a_second_rule(keys, key):
-    with pytest.raises(ValueError, match=rf"^{key}: Power follows the batch linearly by itself"):
+    with pytest.raises(ValueError, match=rf"^{key}: Power already scales linearly with the batch"):
         Power(**keys)
     assert Power(batch_scaling="none") == Power()

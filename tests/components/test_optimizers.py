@@ -59,7 +59,7 @@ def test_a_multiplier_of_zero_freezes_a_parameter(follows):
 
 @pytest.mark.parametrize("multiplier", [-1.0, math.nan])
 def test_a_multiplier_that_is_none_is_refused(multiplier):
-    with pytest.raises(ValueError, match=r"0\.weight the learning-rate multiplier (-1\.0|nan): 0 or more"):
+    with pytest.raises(ValueError, match=r"lr_multiplier\(.0\.weight.\) is (-1\.0|nan)"):
         AdamW().build(parameters=model().named_parameters(), lr_multiplier=lambda name: multiplier)
 
 
@@ -95,7 +95,7 @@ def training(**keys) -> tuple[nn.Module, TrainStep]:
     net = nn.Linear(4, 4, bias=False)
     optimizer = AdamW(**keys).build(parameters=net.named_parameters(), lr_multiplier=lambda name: 1.0)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
-    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "compute": nullcontext}
+    unused = {"noise_hooks": None, "grad_sync": None, "max_grad_norm": None, "compute_context": nullcontext}
     return net, TrainStep(net, optimizer, ranks, ranks, **unused)
 
 

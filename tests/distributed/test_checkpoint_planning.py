@@ -70,7 +70,7 @@ def save_and_load(rank: int, folder: Path) -> None:
         (store.path(1) / ".metadata").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(ValueError, match="which is not allowed in metadata" + ("" if rank == 0 else r" \(rank 0\)")):
         load_tensors(store.path(1), sharded(0), no_dist=False)
-    world.stop()
+    world.close()
 
 
 def test_metadata_is_read_once_and_a_save_is_planned_once(tmp_path):

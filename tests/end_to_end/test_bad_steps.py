@@ -117,4 +117,4 @@ def test_bad_steps_without_end_end_the_run(tiny, train) -> None:
     assert status == 1
     assert said.count("update skipped") == 3
     assert "step 6 (samples 40 to 47)" in said
-    assert "bad steps in a row: 4, which is guard.max_bad_steps" in said
+    assert "consecutive bad steps: 4, which is guard.max_bad_steps" in said

@@ -112,7 +112,7 @@ def test_seesaw_without_batch_scaling_is_reported_at_its_section(tiny, capsys, h
 def test_power_with_batch_scaling_is_reported_at_its_key(tiny, capsys):
     assert tiny.launch("--lr_schedule.use=components.lr_schedules:Power", *RULE) == 2
     assert "lr_schedule.batch_scaling" in (said := capsys.readouterr().err)
-    assert "Power follows the batch linearly by itself" in said
+    assert "Power already scales linearly with the batch" in said
 
 
 def test_an_optimizer_option_changed_on_resume_takes_effect(tiny, tmp_path):

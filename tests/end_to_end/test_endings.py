@@ -142,7 +142,7 @@ def test_bad_samples_are_skipped_within_the_limit_and_alike_on_resume(run, monke
     limited = f"--run.dir={run.folder / f'limited-{workers}'}"
     assert run.launch(*arguments, limited, "--guard.max_bad_steps=2") == 2
     output = capsys.readouterr()
-    assert "bad steps in a row: 2, which is guard.max_bad_steps" in output.out + output.err
+    assert "consecutive bad steps: 2, which is guard.max_bad_steps" in output.out + output.err
     # the count is part of the checkpoint: one more after it is too many
     assert run.launch(*arguments, limited, "--resume", "--guard.max_bad_steps=2") == 2
 

@@ -83,7 +83,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "a vocabulary larger than the model's": ("--model.vocab_size=100", "100 is too small for the tokenizer's 257 ids"),
     "a sequence longer than the model's": (
         "--model.max_sequence_length=16",
-        "16 is below the training.",
+        "16 is below training.",
     ),
     "a model that cannot be imported": ("--model.use=models.lama:Llama", "did you mean models.llama"),
     "a model that is a schedule": ("--model.use=components.lr_schedules:WSD", "cannot be used as model"),

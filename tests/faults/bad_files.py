@@ -194,7 +194,7 @@ FRESH: dict[str, tuple[Spoil, str]] = {
     "a dataset of no samples": (dataset("0", IDS.format(1)), "samples"),
     "a dataset with an id that is too large": (dataset("9", IDS.format(257)), "token id 257 is outside the vocabulary"),
     "a dataset with a negative id": (dataset("9", IDS.format(-1)), "token id -1 is outside the vocabulary"),
-    "a dataset of fractions": (dataset("9", "torch.ones(25)"), "not token ids"),
+    "a dataset of fractions": (dataset("9", "torch.ones(25)"), "token ids must be integers"),
     "a dataset of short samples": (
         dataset("9", "torch.ones(9, dtype=torch.int64)"),
         "9 token ids per sample; sequence_length = 24 needs 25",

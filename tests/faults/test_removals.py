@@ -146,7 +146,7 @@ def the_stop_file(folder: Path, others: Others) -> None:
     others.write(folder / "mine")
     (folder / "stop").symlink_to(folder / "mine")
     with SignalCatcher() as signals:
-        StopRequests(signals, file=folder / "stop", ends_at=None).clear_file()
+        StopRequests(signals, file=folder / "stop", ends_at=None).remove_stop_file()
     assert not (folder / "stop").is_symlink()
 
 

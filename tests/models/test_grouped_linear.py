@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.grouped_linear import GroupedLinear, grouped_mm, kernel_takes, one_by_one
+from models.grouped_linear import GroupedLinear, grouped_mm, kernel_supports, loop_over_groups
 
 pytestmark = pytest.mark.quick
 
@@ -55,7 +55,7 @@ def test_kernel_and_loop_are_the_product_by_hand(ends, dtype, device):
     for inner, outer, kernel in ((16, 24, True), (15, 23, False)):
         x, weight, d_y = factors(dtype, device, inner, outer)
         offsets = torch.tensor(ends, dtype=torch.int32, device=device)
-        assert kernel_takes(x, weight) == kernel
+        assert kernel_supports(x, weight) == kernel
         y = grouped_mm(x, weight, offsets)
         y.backward(d_y)
         for what, found, expected in zip(
@@ -73,7 +73,7 @@ def test_the_loop_gives_what_the_kernel_gives(ends, dtype, device):
     """Through autograd's own backward of the loop: nothing of ours is on that side."""
     offsets = torch.tensor(ends, dtype=torch.int32, device=device)
     results = []
-    for product in (grouped_mm, one_by_one):
+    for product in (grouped_mm, loop_over_groups):
         x, weight, d_y = factors(dtype, device)
         y = product(x, weight, offsets)
         results.append((y.detach(), *torch.autograd.grad(y, (x, weight), d_y)))

@@ -121,10 +121,10 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"norm_eps": float("nan")}, r"^norm_eps: nan must be above 0$"),
         ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
-        ({"experts": 4}, r"^top_k: experts need it; take 1 to 4$"),
+        ({"experts": 4}, r"^top_k: required with experts; use 1 to 4$"),
         ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
-        ({"top_k": 2}, r"^top_k: this model has no experts; set experts, or leave top_k out$"),
-        ({"router": RouterLossConfig()}, r"^router: this model has no experts; set experts, or leave router out$"),
+        ({"top_k": 2}, r"^top_k: has no effect without experts; set experts, or remove top_k$"),
+        ({"router": RouterLossConfig()}, r"^router: has no effect without experts; set experts, or remove router$"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_a_remedy(wrong, message):
@@ -146,5 +146,5 @@ def test_a_vocabulary_below_the_tokenizers_is_refused():
 
 def test_a_sequence_longer_than_the_model_accepts_is_refused():
     Llama(max_sequence_length=64).build(vocab_size=9, sequence_length=64)
-    with pytest.raises(ValueError, match=r"^max_sequence_length: 64 is below the training.sequence_length of 65"):
+    with pytest.raises(ValueError, match=r"^max_sequence_length: 64 is below training.sequence_length = 65"):
         Llama(max_sequence_length=64).build(vocab_size=9, sequence_length=65)

@@ -25,7 +25,7 @@ from models.llama import Llama
 from models.mup import MuP, MuPConfig, rule_of
 from models.parallel_plan import llama_parallel_plan
 from models.presets import PRESETS, LlamaShape
-from models.rope import rope_table, rotate
+from models.rope import apply_rope, rope_table
 from tools.coord_check import slope
 
 pytestmark = pytest.mark.quick
@@ -59,7 +59,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def written_out(model: Decoder, tokens: Tensor, m: MuP | None) -> Tensor:
     """The logits of a Llama, or with the five changes of muP, line by line."""
-    w, size = dict(model.named_parameters()), model.size
+    w, size = dict(model.named_parameters()), model.shape
     x, rope = w["tok_embeddings.weight"][tokens], rope_table(T, model.rope_frequencies.on(tokens.device))
     x = x if m is None else x * m.embedding_multiplier
 
@@ -70,7 +70,7 @@ def written_out(model: Decoder, tokens: Tensor, m: MuP | None) -> Tensor:
         at = f"layers.{i}.attention"
         h = norm(x, f"{at}_norm")
         q, k, v = (F.linear(h, w[f"{at}.{n}.weight"]).unflatten(-1, (-1, size.head_width)) for n in ("wq", "wk", "wv"))
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
         scale = None if m is None else 1 / size.head_width
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
         added = F.linear(out.transpose(1, 2).flatten(2), w[f"{at}.wo.weight"])
@@ -181,7 +181,7 @@ def test_rules_find_their_parameters_in_slices_and_shards(tied, four_ranks):
     tensor_parallel.apply_tensor_parallel(
         divided, llama_parallel_plan(size.layers, tied=tied).tensor_parallel, mesh["tp"]
     )
-    fsdp.apply_fsdp(divided, llama_parallel_plan(size.layers, tied=tied).units, mesh["dp"], torch.float32)
+    fsdp.apply_fsdp(divided, llama_parallel_plan(size.layers, tied=tied).fsdp_groups, mesh["dp"], torch.float32)
     assert all(isinstance(parameter, DTensor) for parameter in divided.parameters())
     for rule in ("lr_multiplier", "initial_std"):
         expected, found = (
@@ -198,7 +198,7 @@ def step_at(model: Decoder, lr: float, **keys) -> torch.optim.Optimizer:
     """The optimizer after one step at `lr`, of gradients that are all 1."""
     optimizer = AdamW(**keys).build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
-    unused = {"meter": None, "reduction": None, "max_grad_norm": None, "compute": nullcontext}
+    unused = {"noise_hooks": None, "grad_sync": None, "max_grad_norm": None, "compute_context": nullcontext}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     TrainStep(model, optimizer, ranks, ranks, **unused).update(lr, 1)

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from models.init import fill_runs, normal, parameter_seed
+from models.init import fill_runs, normal_from_bits, parameter_seed
 
 pytestmark = pytest.mark.quick
 N = 2**20
@@ -42,10 +42,10 @@ def test_a_number_depends_on_its_position_alone(numbers: np.ndarray) -> None:
 def test_the_bits_become_the_inverse_of_the_normal_distribution() -> None:
     middle = np.random.default_rng(0).integers(1, 2**31, 20_000)
     below = np.unique([*range(1, 3_000), *(2**31 - np.arange(1, 3_000)), *(2 ** np.arange(31)), *middle])
-    found = normal(below.astype(np.uint32))
+    found = normal_from_bits(below.astype(np.uint32))
     expected = [NormalDist().inv_cdf((int(bits) | 1) / 2**32) for bits in below]
     assert np.abs(found - np.array(expected)).max() < 1e-6
-    assert np.array_equal(normal((below + 2**31).astype(np.uint32)), -found), "one bit is the sign"
+    assert np.array_equal(normal_from_bits((below + 2**31).astype(np.uint32)), -found), "one bit is the sign"
     assert found.min() == pytest.approx(-6.23, abs=0.01)
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from models.rope import RopeScaling, rope_frequencies, rope_table, rotate
+from models.rope import RopeScaling, apply_rope, rope_frequencies, rope_table
 
 pytestmark = pytest.mark.quick
 
@@ -34,14 +34,16 @@ def test_rotation_is_multiplication_of_complex_numbers(width):
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
     reference = torch.cat((turned.real, turned.imag), -1)
     # the table is float32: angles up to 50 radians carry 2e-6
-    torch.testing.assert_close(rotate(x, rope_table(length, torch.tensor(frequencies))), reference, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        apply_rope(x, rope_table(length, torch.tensor(frequencies))), reference, rtol=0, atol=2e-5
+    )
 
 
 def test_scores_depend_on_the_distance_of_two_positions_alone():
     length = 64
     q, k = torch.randn(2, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     table = rope_table(length, torch.tensor(rope_frequencies(100, 10_000.0, LLAMA3)))
-    turned_q, turned_k = (rotate(v.expand(1, length, 1, -1), table)[0, :, 0] for v in (q, k))
+    turned_q, turned_k = (apply_rope(v.expand(1, length, 1, -1), table)[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T
     for distance in range(-length + 1, length):
         diagonal = scores.diagonal(distance)
@@ -51,7 +53,7 @@ def test_scores_depend_on_the_distance_of_two_positions_alone():
 
 def test_rotation_keeps_lengths_and_leaves_position_0_alone():
     x = torch.randn(2, 30, 4, 64, generator=torch.Generator().manual_seed(2))
-    turned = rotate(x, rope_table(30, torch.tensor(rope_frequencies(64, 500_000.0))))
+    turned = apply_rope(x, rope_table(30, torch.tensor(rope_frequencies(64, 500_000.0))))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=0)  # float32
     assert torch.equal(turned[:, 0], x[:, 0])
 
@@ -59,7 +61,7 @@ def test_rotation_keeps_lengths_and_leaves_position_0_alone():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rotation_keeps_the_dtype_of_the_heads(dtype):
     x = torch.ones(1, 4, 2, 8, dtype=dtype)
-    assert rotate(x, rope_table(4, torch.tensor(rope_frequencies(8, 10_000.0)))).dtype == dtype
+    assert apply_rope(x, rope_table(4, torch.tensor(rope_frequencies(8, 10_000.0)))).dtype == dtype
 
 
 def test_a_longer_table_begins_with_the_shorter():
@@ -90,7 +92,7 @@ def test_scaling_by_one_is_off():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"factor": 0.5}, r"^factor: 0.5 would shorten"),
+        ({"factor": 0.5}, r"^factor: 0.5 must be at least 1"),
         ({"low_freq_factor": 4.0}, r"^high_freq_factor: 4.0 must be above low_freq_factor = 4.0"),
         ({"low_freq_factor": 0.0}, r"^high_freq_factor: .* both above 0"),
         ({"original_max_position": 0}, r"^original_max_position: 0 must be at least 1"),

@@ -179,7 +179,7 @@ def test_a_trained_model_is_exported_opened_and_imported_again(tiny, kind, capsy
     back = config.recipe.model.build(vocab_size=257, sequence_length=24)
     with Weights(imported) as weights:
         copy_weights(back, weights)
-    assert back.size == replace(ours.size, head_dim=back.size.head_dim)
+    assert back.shape == replace(ours.size, head_dim=back.shape.head_dim)
     assert all(torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items())
     assert check_initial_weights(ours, imported) == []
 

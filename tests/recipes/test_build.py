@@ -78,7 +78,7 @@ def test_a_state_survives_json(tiny):
     noise = state.noise.update(8, GradientMoments(4, 2, 9.0, 1.0))
     assert isinstance(noise, GradientNoise)
     state.observations.append((state.clock, noise))
-    assert state.guard.judge(3.0, 1.0) is None
+    assert state.guard.check(3.0, 1.0) is None
     again = new()
     again.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert again.state_dict() == state.state_dict()

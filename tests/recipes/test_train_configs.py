@@ -88,7 +88,7 @@ def test_the_published_numbers_of_power(name, text):
     optimizer, schedule, sequences = recipe.optimizer, recipe.lr_schedule, recipe.batch.initial_size
     batch_tokens = sequences * 4096
     assert (optimizer.betas, optimizer.weight_decay, recipe.model.init_std) == ((0.9, 0.95), 0.1, 0.1)
-    assert recipe.model.shape == PRESETS[name] and recipe.model.depth_scaled_init
+    assert recipe.model.resolved_shape == PRESETS[name] and recipe.model.depth_scaled_init
     assert (optimizer.eps, optimizer.weight_decay_on, optimizer.weight_decay_lr) == (1e-10, "matrices", "group"), (
         "dolomite-engine"
     )

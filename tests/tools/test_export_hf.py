@@ -167,7 +167,7 @@ def test_what_cannot_be_exported_is_told_with_status_2(tiny, capsys):
     assert "is not a directory" in refused(tiny.folder / "nowhere", output)
     assert "neither a checkpoint nor a run directory" in refused(tiny.folder, output)
     trained(tiny, "--model.heads=3", "--model.kv_heads=3")
-    assert "dim = 16 is no multiple of heads = 3" in refused(tiny.directory, output)
+    assert "dim = 16 is not a multiple of heads = 3" in refused(tiny.directory, output)
     assert not output.exists()
     assert "not a size" in refused(tiny.directory, output, "--max-shard-size=big")
 

@@ -72,7 +72,7 @@ def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(refer
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     given = torch.randint(found.vocab_size, (9,), generator=torch.Generator().manual_seed(0))
     expected = theirs.generate(given[None], attention_mask=torch.ones(1, 9), max_new_tokens=40, do_sample=False)
-    model.pack()
+    model.use_mkldnn_linear()
     steps = generate_tokens(
         model, [given.tolist()], Sampling(temperature=0.0), torch.zeros(1, 40, dtype=torch.float64),
         end=2, vocab_size=found.vocab_size, device=torch.device("cpu"),

@@ -32,7 +32,7 @@ def foreign(folder: Path, size: LlamaShape = SIZE, *, keep: bool = False, **entr
     model.init_weights(1)
     folder.mkdir()
     save_file(to_hf(model.state_dict(), size), folder / MODEL)
-    config = {"architectures": ["LlamaForCausalLM"], **ARCHITECTURES["LlamaForCausalLM"].config(model), **entries}
+    config = {"architectures": ["LlamaForCausalLM"], **ARCHITECTURES["LlamaForCausalLM"].hf_config(model), **entries}
     config = {key: value for key, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
     return folder, model
@@ -61,7 +61,7 @@ def assert_holds(directory: Path, model: Decoder) -> None:
     config = load(recipe)
     assert config.recipe.run.init_from == directory
     back = config.recipe.model.build(vocab_size=31, sequence_length=8)
-    assert (back.size.head_width, back.size.rope_scaling) == (model.size.head_width, model.size.rope_scaling)
+    assert (back.shape.head_width, back.shape.rope_scaling) == (model.shape.head_width, model.shape.rope_scaling)
     with Weights(directory) as weights:
         copy_weights(back, weights)
     assert all(torch.equal(back.state_dict()[name], weight) for name, weight in model.state_dict().items())
@@ -181,7 +181,7 @@ def test_a_real_old_checkpoint_gives_the_logits_transformers_gives(tmp_path, ref
     transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
     original = reference("checkpoints/tiny-random-llama")
     directory = imported(original, tmp_path)
-    keys = ARCHITECTURES["LlamaForCausalLM"].keys(json.loads((directory / "config.json").read_text()))
+    keys = ARCHITECTURES["LlamaForCausalLM"].config_from_hf(json.loads((directory / "config.json").read_text()))
     ours = ARCHITECTURES["LlamaForCausalLM"].build(keys)
     with Weights(directory) as weights:
         copy_weights(ours, weights)

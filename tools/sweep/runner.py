@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from components.critical_batch import smoothed
+from components.critical_batch import smooth_losses
 from components.metrics.jsonl import read_rows
 from components.paths import is_file
 from components.run_directory import RunDirectory
@@ -307,7 +307,7 @@ def smoothed_losses(rows: Sequence[Mapping[str, Any]], window: float) -> list[fl
     """Return the training loss after each step, averaged exponentially over `window` tokens for any batch size."""
     length = rows[-1]["tokens"] // rows[-1]["samples"]
     losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
-    return smoothed(losses, [row["global_batch_size"] * length for row in rows], window)
+    return smooth_losses(losses, [row["global_batch_size"] * length for row in rows], window)
 
 
 def sample_curve(rows: Sequence[Mapping[str, Any]], losses: Sequence[float], points: int) -> Curve:

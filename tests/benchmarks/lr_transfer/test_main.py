@@ -37,7 +37,7 @@ def test_every_method_tries_every_rate_in_every_cell_and_they_differ_in_the_rate
         assert len(jobs) == 2 * 2 * len(method.rates) * 2
         digests |= {job.digest for job in jobs}
         recipe = load(jobs[-1].recipe, [Override(*item) for item in jobs[-1].settings.items()]).recipe
-        assert (recipe.model.shape.mup is not None) == ("muP" in method.name)
+        assert (recipe.model.resolved_shape.mup is not None) == ("muP" in method.name)
         assert type(recipe.lr_schedule).__name__ == method.name.split(",")[0]
         assert recipe.lr_schedule.warmup_tokens == 60_000
         assert cost(jobs[0]) <= min(map(cost, jobs)) < max(map(cost, jobs))

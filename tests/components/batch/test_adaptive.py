@@ -91,7 +91,7 @@ def test_nothing_is_decided_during_the_delay():
 
 def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
     policy = built(NoiseScale(initial_size=10, max_size=100))
-    batch = BatchRounding(micro_batch_size=8, dp_size=2).fit(policy.next_batch_size(clock()))
+    batch = BatchRounding(micro_batch_size=8, dp_size=2).round_up(policy.next_batch_size(clock()))
     assert batch.samples == 16
     policy.observe(clock(16), wants(12, batch.samples))
     assert policy.next_batch_size(clock()) == 10
@@ -134,7 +134,7 @@ def test_a_signal_that_is_not_positive_decides_nothing(signal):
         ({"multiple_of": 8, "max_size": 80, "min_size": 4}, r"^multiple_of: 8 does not divide min_size = 4; .*"),
         (
             {"multiple_of": 8, "max_size": 80, "max_growth": 1.5},
-            r"^max_growth: 1.5 x 8 samples falls short .* make it 2 or",
+            r"^max_growth: 1.5 x 8 samples is below .* use 2 or",
         ),
         ({"shrink": True, "measure_at_maximum": False}, r"^measure_at_maximum: .* shrink is true"),
     ],

@@ -28,7 +28,7 @@ def test_ramp_refuses_stages_out_of_order():
 
 @given(requested=st.integers(1, 10**6), micro=st.integers(1, 64), ranks=st.integers(1, 64))
 def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, micro, ranks):
-    batch = BatchRounding(micro, ranks).fit(requested)
+    batch = BatchRounding(micro, ranks).round_up(requested)
     assert batch.requested == requested
     assert batch.samples == batch.micro_batches * micro * ranks
     assert requested <= batch.samples < requested + micro * ranks
@@ -36,7 +36,7 @@ def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, m
 
 def test_a_policy_that_asks_for_nothing_is_told():
     with pytest.raises(ValueError, match="asked for 0 samples"):
-        BatchRounding(4, 2).fit(0)
+        BatchRounding(4, 2).round_up(0)
 
 
 class Own:

@@ -65,7 +65,7 @@ def test_linear_sizes_are_multiples_between_those_of_the_neighbours(starts, unit
 
 @pytest.mark.parametrize("keys", [{}, {"from_tokens": 1, "from_fraction": 0.5}])
 def test_a_stage_starts_at_one_place(keys):
-    with pytest.raises(ValueError, match=r"^from_tokens: .* give one of the two"):
+    with pytest.raises(ValueError, match=r"^from_tokens: .* set exactly one of the two"):
         Stage(samples=8, **keys)
 
 

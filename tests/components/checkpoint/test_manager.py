@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 class Alone:
-    rank, size, is_main, waiting = 0, 1, True, None
+    rank, size, is_main, long_timeout_group = 0, 1, True, None
 
     def gather(self, text: str) -> list[str]:
         return [text]

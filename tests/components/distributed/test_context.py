@@ -34,12 +34,12 @@ def join(rank: int, folder: Path, patience: timedelta = context.COLLECTIVE_TIMEO
     dist.init_process_group = lambda backend, timeout: dist_init(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timeout
     )
-    return DistributedContext.start("cpu")
+    return DistributedContext.init("cpu")
 
 
 def wait_for_main(rank: int, folder: Path) -> None:
     joined = join(rank, folder, SHORT)
-    assert joined.main_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
+    assert joined.main_process_first(lambda: time.sleep(4 if rank == 0 else 0) or rank) == rank
 
     def fail(who: int, error: Exception) -> int:
         if rank == who:
@@ -49,10 +49,10 @@ def wait_for_main(rank: int, folder: Path) -> None:
     for who in (0, 1):
         told = "" if rank == who else rf" \(rank {who}\)"
         with pytest.raises(ValueError, match=rf"^path: no text{told}$"):
-            joined.main_first(partial(fail, who, InputError("path", "no text")))
+            joined.main_process_first(partial(fail, who, InputError("path", "no text")))
         with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
-            joined.main_first(partial(fail, who, ZeroDivisionError("by hand")))
-    joined.stop()
+            joined.main_process_first(partial(fail, who, ZeroDivisionError("by hand")))
+    joined.close()
 
 
 def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
@@ -61,11 +61,11 @@ def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_
 
 def say(rank: int, folder: Path) -> None:
     joined = join(rank, folder)
-    assert joined.agree("the same") and not joined.agree(f"of rank {rank}")
+    assert joined.all_equal("the same") and not joined.all_equal(f"of rank {rank}")
     assert joined.gather(f"of rank {rank}") == ["of rank 0", "of rank 1"]
-    replace(joined, device=torch.device("cuda")).stop_unless_failed(ValueError)
+    replace(joined, device=torch.device("cuda")).close_unless_failed(ValueError)
     assert dist.is_initialized(), "a process that failed alone would wait for the others in there"
-    joined.stop_unless_failed(ValueError)
+    joined.close_unless_failed(ValueError)
     assert not dist.is_initialized()
 
 
@@ -78,7 +78,7 @@ def run_late(rank: int, folder: Path) -> None:
     if rank == 0:
         time.sleep(4)
     with pytest.raises(RuntimeError):
-        joined.maximum(rank)
+        joined.all_reduce_max(rank)
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 
@@ -89,14 +89,14 @@ def test_a_collective_is_given_up_after_its_time(tmp_path):
 
 def shorten(rank: int, folder: Path) -> None:
     joined = join(rank, folder, SHORT)
-    assert joined.waiting is not None and joined.nodes == 1
+    assert joined.long_timeout_group is not None and joined.nodes == 1
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft == hard, "a run of 512 processes opens more sockets than a shell usually allows"
     joined.shorten_timeouts()
     if rank == 0:
         time.sleep(4)
     with pytest.raises(RuntimeError):
-        joined.main_first(lambda: None)
+        joined.main_process_first(lambda: None)
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 

@@ -1,4 +1,4 @@
-"""What the meter sees of a model."""
+"""What the hooks sees of a model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import nn
 from components.gradient_noise import GradientMoments, GradientNoiseHooks
 
 
-def finish(meter: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
+def finish(hooks: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return tuple(meter.sums(gradients).tolist())
+    return tuple(hooks.sums(gradients).tolist())
 
 
 def test_the_meter_squares_every_backward_by_itself():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
     model[0].bias.requires_grad_(False)
-    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
+    hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     inputs = torch.randn(3, 4, 5)
     for _ in range(2):  # a step begins from nothing
         model.zero_grad()
-        meter.start(measure=True)
+        hooks.start(measure=True)
         for micro_batch in inputs:
             (model(micro_batch).square().mean() / len(inputs)).backward()
-            meter.end_micro_batch()
-    told = GradientMoments.of_step(*finish(meter, model), groups=3, ranks=1, micro_batch_size=4)
+            hooks.end_micro_batch()
+    told = GradientMoments.from_sums(*finish(hooks, model), num_micro_batches=3, dp_size=1, micro_batch_size=4)
 
     alone = []
     for micro_batch in inputs.double():
@@ -49,20 +49,20 @@ def copy_in_float64(model: nn.Module) -> nn.Module:
 
 def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
     model = nn.Linear(3, 1)
-    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
-    meter.start(measure=False)
+    hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
+    hooks.start(measure=False)
     model(torch.ones(2, 3)).sum().backward()
-    meter.end_micro_batch()
-    assert finish(meter, model) == (pytest.approx(16.0), 0.0)  # 2 for each of three weights and the bias
+    hooks.end_micro_batch()
+    assert finish(hooks, model) == (pytest.approx(16.0), 0.0)  # 2 for each of three weights and the bias
 
 
 @pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
 def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
     model = nn.Linear(3, 1)
-    meter = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
+    hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     for name in replaced:
         setattr(model, name, nn.Parameter(getattr(model, name).detach()))
-    meter.start(measure=True)
+    hooks.start(measure=True)
     model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=f"{len(replaced)} of 2 gradients .* replace its parameters"):
-        finish(meter, model)
+        finish(hooks, model)

@@ -41,6 +41,6 @@ def test_a_squared_norm_may_be_folded_at_any_time():
     total = SquaredNorm(torch.device("cpu"))
     for tensor in tensors:
         total.add(tensor)
-        total.fold()
+        total.flush()
     assert float(total.total()) == pytest.approx(sum(float(each.double().square().sum()) for each in tensors), rel=1e-6)
     assert total.total().dtype == torch.float64

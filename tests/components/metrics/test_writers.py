@@ -57,7 +57,7 @@ def test_line_for_people():
     line = format_step(ROW, total_tokens=1_000_000)
     for part in ("step      1", "4.096K/1M", "loss  3.5000", "lr 1.00e-03", "batch   16", "2.048K tok/s", "mfu  50%"):
         assert part in line
-    assert line.endswith("left 8m06s")
+    assert line.endswith("eta 8m06s")
     assert "mfu" not in format_step({**ROW, "mfu": None}, total_tokens=1_000_000)
 
 

@@ -50,7 +50,7 @@ class Rank:
     def __init__(self, rank=0, size=1):
         self.rank, self.size = rank, size
 
-    def sum(self, tensor):
+    def all_reduce_sum(self, tensor):
         return tensor
 
 

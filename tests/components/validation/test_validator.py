@@ -30,7 +30,7 @@ class Bigram(nn.Module):
 class Alone:
     rank, size, device = 0, 1, torch.device("cpu")
 
-    def sum(self, tensor):
+    def all_reduce_sum(self, tensor):
         return tensor
 
 
@@ -89,7 +89,7 @@ def test_ranks_share_the_sequences_and_each_counts_once():
             self.rank, self.size = rank, 3
             self.seen = None
 
-        def sum(self, tensor):
+        def all_reduce_sum(self, tensor):
             self.seen = tensor.clone()
             return tensor
 
