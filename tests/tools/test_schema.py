@@ -10,8 +10,8 @@ from jsonschema import Draft7Validator
 
 from recipes.config.imports import import_class
 from tests.recipes import config_parts as parts
+from tools.component_catalog import RECIPES
 from tools.schema import Schema, main, recipe_schema
-from tools.shipped import RECIPES
 
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
 
