@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes.config import load
-from tools import inspect_data, plot_schedule
+from tools import inspect_data, plot
 
 pytestmark = pytest.mark.usefixtures("clean_imports")
 
@@ -85,12 +85,12 @@ def test_the_dry_run_shows_what_is_not_known(own, capsys):
 @pytest.mark.quick
 def test_samples_of_a_step_that_is_not_known_are_not_shown(own, capsys):
     assert inspect_data.main([str(own.recipe), "--step", "3"]) == 2
-    assert "the batch follows the gradient" in capsys.readouterr().err
+    assert "the batch is adaptive" in capsys.readouterr().err
 
 
 @pytest.mark.quick
 def test_its_schedule_is_drawn_at_both_ends(own, capsys):
-    assert plot_schedule.main([str(own.recipe)]) == 0
+    assert plot.main(["schedule", str(own.recipe)]) == 0
     output = capsys.readouterr().out
     assert "batch at initial_size = 4" in output
     assert "batch at max_size = 16" in output

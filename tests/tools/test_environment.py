@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import ROOT
-from tools.requirements import missing
+from tools.requirements import missing_requirements
 
 pytestmark = pytest.mark.quick
 
@@ -100,7 +100,11 @@ def test_what_is_missing_or_too_old_is_named() -> None:
         "name": "ours",
         "optional-dependencies": {"more": ["absent-one", "pytest>=3", "ours[most]"], "most": ["b"]},
     }
-    assert list(missing(project, ["torch>=99", "torch>=1", "ours[more]"])) == ["torch>=99", "absent-one", "b"]
+    assert list(missing_requirements(project, ["torch>=99", "torch>=1", "ours[more]"])) == [
+        "torch>=99",
+        "absent-one",
+        "b",
+    ]
 
 
 def test_installing_the_project_installs_no_package_of_a_common_name(tmp_path: Path) -> None:

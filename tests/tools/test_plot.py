@@ -56,13 +56,13 @@ def test_the_running_mean_is_that_of_the_last_values():
         ([step(1, 2.0)], "{\n", "jsonl:2 is not a row of metrics"),
     ],
 )
-def test_a_run_that_cannot_be_drawn_is_told(tmp_path, capsys, rows, tail, message):
+def test_a_run_that_cannot_be_plotted_is_reported(tmp_path, capsys, rows, tail, message):
     run = write_run(tmp_path / "run", rows, tail)
     assert main(["runs", str(run), "--output", str(tmp_path / "x.svg")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_directory_that_is_no_run(tmp_path, capsys):
+def test_a_directory_that_is_not_a_run(tmp_path, capsys):
     assert main(["runs", str(tmp_path), "--output", str(tmp_path / "x.svg")]) == 2
     assert "give a run directory" in capsys.readouterr().err
 
@@ -163,7 +163,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
         (["--parallel.dp_shard=3"], "processes of this run"),
     ],
 )
-def test_a_schedule_that_cannot_be_drawn_is_told(tiny, capsys, monkeypatch, arguments, said):
+def test_a_schedule_that_cannot_be_plotted_is_reported(tiny, capsys, monkeypatch, arguments, said):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     monkeypatch.chdir(tiny.folder)
     assert main(["schedule", str(tiny.recipe), *arguments]) == 2

@@ -31,7 +31,7 @@ def test_each_run_has_equally_many_and_its_own(devices, runs, wanted):
     ("named", "nproc", "runs", "count"),
     [("0,1,2,3", None, 1, 4), ("0,1,2,3", None, 2, 2), ("0,1,2,3", "1", 2, 1), ("", None, 2, 1), ("0", "3", 2, 3)],
 )
-def test_a_run_has_a_process_for_each_of_its_devices_unless_it_is_told(monkeypatch, named, nproc, runs, count):
+def test_a_run_has_a_process_for_each_of_its_devices_unless_nproc_is_set(monkeypatch, named, nproc, runs, count):
     monkeypatch.setenv(VISIBLE_GPUS, named)
     for name in ("NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(name, raising=False)

@@ -58,19 +58,19 @@ def test_a_run_that_comes_up_twice_is_one(tiny):
         (["a=1,2", "a=3,4"], "a is given twice"),
     ],
 )
-def test_a_grid_that_is_none_is_told(texts, said):
+def test_an_invalid_grid_is_reported(texts, said):
     with pytest.raises(ValueError, match=said):
         parse_grid(texts)
 
 
-def test_a_key_in_two_grids_or_also_for_all_runs_is_told(tiny):
+def test_a_key_in_two_grids_or_also_for_all_runs_is_reported(tiny):
     with pytest.raises(ValueError, match=r"model\.dim is given twice"):
         jobs_of(tiny.recipe, ["model.dim=16,32"], ["model.dim=16,32"])
     with pytest.raises(ValueError, match=r"model\.dim is given twice"):
         jobs_of(tiny.recipe, ["model.dim=16,32"], model__dim="16")
 
 
-def test_a_run_that_cannot_be_is_told_before_any_is_started(tiny):
+def test_an_invalid_run_is_reported_before_any_is_started(tiny):
     with pytest.raises(ValueError, match=r"(?s)with model\.kv_heads = 3:.*does not divide"):
         jobs_of(tiny.recipe, ["model.kv_heads=1,3"])
 
@@ -144,6 +144,6 @@ def test_a_key_that_is_left_at_its_default_does_not_either(tiny):
     assert digests[0] == digests[1]
 
 
-def test_data_that_is_not_there_is_told(tiny):
+def test_missing_data_is_reported(tiny):
     with pytest.raises(ValueError, match="matches no file"):
         jobs_of(tiny.recipe, data__path="/nowhere")

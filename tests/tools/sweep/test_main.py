@@ -45,14 +45,14 @@ def test_the_table_has_the_mean_over_seeds_of_each_setting_and_nothing_is_run_tw
         (["--grid", "lr_schedule.max_lr=1,2", "--resume"], "for the launcher"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_started(tiny, tmp_path, monkeypatch, capsys, arguments, said):
+def test_bad_input_is_reported_and_nothing_is_started(tiny, tmp_path, monkeypatch, capsys, arguments, said):
     launched = pretend(monkeypatch, lambda settings: 1.0)
     assert main([str(tiny.recipe), *arguments, "--results", str(tmp_path / "results.jsonl")]) == 2
     assert said in capsys.readouterr().err
     assert not launched
 
 
-def test_runs_are_those_of_the_launcher_and_one_that_fails_is_told(tiny, tmp_path, monkeypatch, capsys):
+def test_runs_are_those_of_the_launcher_and_one_that_fails_is_reported(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
     command = [str(tiny.recipe), "--grid", "lr_schedule.max_lr=1e-2,1e9", "--training.max_grad_norm=none"]
