@@ -106,7 +106,7 @@ class Generator:
         return Completion(prompt, ids, IncrementalDetokenizer(self.encoder.decode, ids if prompt else ()), room)
 
     def generate(self, texts: Sequence[Completion], first: int) -> Iterator[list[str]]:
-        """Yield the new text of each completion, step by step. Prompt n of all, `first` in row 0, draws from seed + n."""
+        """Yield the new texts of each step. Prompt n of all draws from seed + n; row 0 is prompt `first`."""
         steps = max(text.room for text in texts)
         numbers = [uniform_numbers(self.seed + first + row, steps) for row in range(len(texts))]
         for ids in generate_tokens(

@@ -1,9 +1,9 @@
-"""Show the decoded dataset of a step, with token boundaries and the source of each sample.
+"""Show the decoded samples of a step, with token boundaries and the source of each sample.
 
     python -m tools.inspect_data CONFIG.toml --step 120 [--micro-batch 0] [--rank 0] [--ranks 1] [--key=value]...
     python -m tools.inspect_data CONFIG.toml --sample 4096 [--count 2] [--ids]
 
-The dataset come from the loader of the run, so they are those it trains on. The batch of a step is read from
+The samples come from the loader of the run, so they are those it trains on. The batch of a step is read from
 metrics.jsonl if the run has done the step, and otherwise computed by the batch policy, which must not be adaptive. Each
 token is preceded by a bar; a token that is not a whole character is shown as <id>. With document masking, the first
 token of each document, at position 0, is preceded by a double bar. Exit status: 0 done, 2 for a user error.

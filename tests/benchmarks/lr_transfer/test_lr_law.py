@@ -32,8 +32,8 @@ def test_the_vertex_of_a_parabola_is_found_exactly(best):
     [
         ({1e-3: [1.0], 2e-3: [2.0], 4e-3: [3.0]}, "below the grid"),
         ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0]}, "above the grid"),
-        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]}, "beside a failed run"),
-        ({1e-3: [math.inf], 2e-3: [2.0], 4e-3: [3.0]}, "beside a failed run"),
+        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]}, "next to a failed run"),
+        ({1e-3: [math.inf], 2e-3: [2.0], 4e-3: [3.0]}, "next to a failed run"),
         ({1e-3: [math.inf]}, "no minimum"),
         ({1e-3: [3.0]}, "no minimum"),
     ],
