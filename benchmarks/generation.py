@@ -1,10 +1,10 @@
-"""Tokens written a second, against `transformers.generate` on the same weights.
+"""Tokens per second of generation, against `transformers.generate` on the same weights.
 
     python -m benchmarks.generation [--rounds 10] [--tokens 64] [--sizes 2M 20M 100M] [--batches 1 8] [--unpacked]
 
-Both continue the same prompts greedily, as far, in the same precision; ours is what tools/generate runs. They take
-turns, because a shared machine drifts by more than they differ; the ratio is that of a turn. Random weights: what is
-written is nonsense, and takes as long.
+Both continue the same prompts greedily by the same number of tokens in the same precision, with random weights; this
+project's side is what tools/generate runs. They take turns, because the speed of a shared machine drifts by more than
+they differ; the ratio is that of a turn.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ SIZE = {
 VOCAB, PROMPT = 4096, 32
 
 
-def both(size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool) -> list[Callable[[], Tensor]]:
-    """Ours and theirs: each writes `tokens` ids after each of `rows` prompts."""
+def make_generators(
+    size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool
+) -> list[Callable[[], Tensor]]:
+    """Return the two generators, ours first: each writes `tokens` ids after each of `rows` prompts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -50,25 +52,25 @@ def both(size: LlamaShape, rows: int, tokens: int, device: torch.device, packed:
         ours.pack()
     prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
-    def we_write() -> Tensor:
+    def generate_here() -> Tensor:
         greedy, numbers = Sampling(temperature=0.0), torch.zeros(rows, tokens, dtype=torch.float64)
         steps = generate_tokens(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
         return torch.tensor(list(steps)).T
 
-    def they_write() -> Tensor:
+    def generate_by_transformers() -> Tensor:
         given = prompts.to(device)
         written = theirs.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         return written[:, PROMPT:].cpu()
 
-    return [we_write, they_write]
+    return [generate_here, generate_by_transformers]
 
 
 def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device, packed: bool) -> str:
-    """A row of the table."""
-    writers = both(SIZE[name], rows, tokens, device, packed)
-    first, second = (write() for write in writers)  # and warm up
+    """Return a row of the table."""
+    writers = make_generators(SIZE[name], rows, tokens, device, packed)
+    first, second = (write() for write in writers)  # also the warm-up
     same = (first == second).float().mean().item()
     seconds = []
     for _ in range(rounds):
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--unpacked", action="store_true", help="leave our matrices as they are")
+    parser.add_argument("--unpacked", action="store_true", help="do not pack the weights of our model")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import Row, reason, run_case, table, verdicts
+from benchmarks.gpu import Row, failure_reason, run_case, table, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,7 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_reason_is_the_error_itself(output, said):
-    assert reason(output, 1) == said
+    assert failure_reason(output, 1) == said
 
 
 @pytest.mark.quick
