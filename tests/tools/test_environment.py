@@ -91,7 +91,7 @@ def test_a_set_up_that_failed_says_so_and_is_continued(checkout: Path) -> None:
 
 def test_without_a_python_that_is_supported_it_says_how_to_name_one(checkout: Path) -> None:
     process = set_up(checkout, PYTHON="/nowhere/python")
-    assert "needs Python 3.10 to 3.13, which is not at: /nowhere/python" in process.communicate()[1]
+    assert "needs Python 3.10 to 3.13; not found as: /nowhere/python" in process.communicate()[1]
     assert process.returncode == 2
 
 
