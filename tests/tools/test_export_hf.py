@@ -1,4 +1,4 @@
-"""An exported model is the trained one, to `transformers` and to a reader that shares no code with either."""
+"""An exported model equals the trained one, for `transformers` and for an independent reader."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
 
 @pytest.fixture(scope="module")
 def schema() -> Schema:
-    """Of the small recipe in config_parts, whose components are "shipped" in tests.recipes."""
+    """The schema of the small recipe in config_parts, whose components are those of tests.recipes."""
     return recipe_schema([parts.Recipe], ["tests.recipes"])
 
 

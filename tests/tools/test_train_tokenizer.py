@@ -14,7 +14,7 @@ from tools.train_tokenizer import main, text_sources, train_ranks
 tokenizers = pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
 pytestmark = pytest.mark.quick
 
-# Repetition gives merges; accents, CJK and an emoji give bytes that are no characters of their own.
+# Repetition gives merges; accents, CJK and an emoji give bytes that are not whole characters.
 TEXT = (
     "The whale swam. The whale's été: 鯨 🐋 1851, 1851!\n" * 3 + "I had written; they'd laughed.\n\n  indented\ttext\n"
 )

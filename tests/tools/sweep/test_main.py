@@ -73,7 +73,7 @@ def test_the_status_of_a_sweep_that_was_stopped_names_the_signal():
     assert report_stop(KeyboardInterrupt(signal.SIGTERM)) == 143
 
 
-def test_a_signal_ends_the_runs_and_what_was_under_way_is_not_remembered(tiny, tmp_path):
+def test_a_signal_ends_the_runs_and_unfinished_ones_are_not_stored(tiny, tmp_path):
     results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
     command = ["--grid", "lr_schedule.max_lr=1e-3,2e-3", "--training.total_tokens=1B"]
     sweep = start_process(
@@ -88,5 +88,5 @@ def test_a_signal_ends_the_runs_and_what_was_under_way_is_not_remembered(tiny, t
     assert sweep.returncode == 143, said
     assert "stopped; the same command continues" in said and "Traceback" not in said
     assert not results.exists()
-    (started,) = kept.iterdir()  # the second was not begun
+    (started,) = kept.iterdir()  # the second was not started
     assert "stopped by signal" in (started / "log.txt").read_text()
