@@ -123,7 +123,7 @@ def measure_metadata(model: str, ranks: int) -> str:
 
 
 def measure_plans(model: str, ranks: int) -> str:
-    """Seconds of the first rank: the global plan of a first save, and of the ones after it."""
+    """Return a row: seconds of the first rank for the global plan of the first save, and of later saves."""
     shapes = state_shapes(model)
 
     def local_plan(rank: int) -> SavePlan:

@@ -37,29 +37,29 @@ VOCAB, PROMPT = 4096, 32
 def make_generators(
     size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool
 ) -> list[Callable[[], Tensor]]:
-    """Return the two generators, ours first: each writes `tokens` ids after each of `rows` prompts."""
+    """Return the two generators, this project's first: each writes `tokens` ids after each of `rows` prompts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours = Decoder(size, VOCAB).to(device, dtype)
-    ours.init_weights(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
-    renamed = {hf_names(size)[name]: weight for name, weight in ours.state_dict().items()}
-    theirs.load_state_dict(renamed, strict=not size.tied_embeddings)
-    theirs.to(device, dtype).eval()
-    theirs.generation_config.eos_token_id = None
+    model = Decoder(size, VOCAB).to(device, dtype)
+    model.init_weights(0)
+    hf_model = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
+    renamed = {hf_names(size)[name]: weight for name, weight in model.state_dict().items()}
+    hf_model.load_state_dict(renamed, strict=not size.tied_embeddings)
+    hf_model.to(device, dtype).eval()
+    hf_model.generation_config.eos_token_id = None
     if packed:
-        ours.pack()
+        model.pack()
     prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
     def generate_here() -> Tensor:
         greedy, numbers = Sampling(temperature=0.0), torch.zeros(rows, tokens, dtype=torch.float64)
-        steps = generate_tokens(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
+        steps = generate_tokens(model, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
         return torch.tensor(list(steps)).T
 
     def generate_by_transformers() -> Tensor:
         given = prompts.to(device)
-        written = theirs.generate(
+        written = hf_model.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         return written[:, PROMPT:].cpu()
@@ -81,7 +81,7 @@ def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     speeds = [[rows * tokens / turn[side] for turn in seconds] for side in (0, 1)]
-    ratios = [theirs / ours for ours, theirs in seconds]
+    ratios = [by_transformers / here for here, by_transformers in seconds]
     cells = [f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds]
     cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{same:.0%}"]
     return " | ".join([name, str(rows), *cells])

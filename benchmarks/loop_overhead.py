@@ -41,8 +41,8 @@ class Timed:
         return timed
 
 
-def overhead(steps: int) -> tuple[float, float]:
-    """(overhead, clipping) as fractions of step time."""
+def measure_overhead(steps: int) -> tuple[float, float]:
+    """Return (overhead, clipping) as fractions of step time."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         settings = {
             "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": "16",
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
-    fractions = [overhead(arguments.steps) for _ in range(arguments.repeats)]
+    fractions = [measure_overhead(arguments.steps) for _ in range(arguments.repeats)]
     print(f"\n{machine()}; debug recipe, {arguments.steps} steps, {arguments.repeats} runs")
     print(f"not forward, backward or optimizer: {spread([100 * a for a, _ in fractions])} % of step time")
     print(f"  of which gradient clipping:       {spread([100 * c for _, c in fractions])} %")

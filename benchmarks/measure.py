@@ -79,7 +79,7 @@ class PeakMemoryBatch(Constant):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """[tokenizer] without a file: a number of ids that stand for no text."""
+    """[tokenizer] without a file: a number of ids without text."""
 
     vocab_size: int
 

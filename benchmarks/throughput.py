@@ -29,7 +29,7 @@ SEQUENCE, MICRO_BATCH, VOCAB = 512, 8, 4096
 WARM_UP = 3
 
 
-def ours(size: str, steps: int) -> None:
+def train_recipe(size: str, steps: int) -> None:
     """Train the recipe."""
     from recipes.config import Override, load
 
@@ -46,7 +46,7 @@ def ours(size: str, steps: int) -> None:
         config.recipe.main(config, None)
 
 
-def theirs(size: str, steps: int) -> None:
+def train_plain_loop(size: str, steps: int) -> None:
     """Train a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,6 +70,9 @@ def theirs(size: str, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
+
+
+TRAIN = {"recipe": train_recipe, "plain": train_plain_loop}
 
 
 class Measured:
@@ -105,7 +108,7 @@ class Measured:
 
 def compare(size: str, steps: int) -> str:
     """Return a row of the table."""
-    both = [Measured(who, size, steps + WARM_UP + 1) for who in ("ours", "theirs")]
+    both = [Measured(who, size, steps + WARM_UP + 1) for who in TRAIN]
     pairs = [[each.step() for each in both] for _ in range(steps + WARM_UP)][WARM_UP:]
     speeds = [[SEQUENCE * MICRO_BATCH / pair[side] for pair in pairs] for side in (0, 1)]
     peaks = [each.end() for each in both]
@@ -128,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measured:
         who, size = arguments.measured
-        {"ours": ours, "theirs": theirs}[who](size, arguments.steps)
+        TRAIN[who](size, arguments.steps)
         return
     print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens per step, float32, {arguments.steps} pairs of steps;")
     print("medians, with the quartiles\n")

@@ -67,7 +67,7 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         if len(set(self.widths)) < 2:
-            raise ValueError(f"--widths: {list(self.widths)} expected two or more widths")
+            raise ValueError(f"--widths: {list(self.widths)}: expected two or more widths")
         for width in self.widths:
             if width % (2 * self.head_dim):
                 raise ValueError(f"--widths: {width} is not a multiple of {2 * self.head_dim}, two heads of --head-dim")
