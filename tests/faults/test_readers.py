@@ -121,7 +121,7 @@ def test_a_bad_row_of_metrics_does_not_cost_the_rows_behind_it(tmp_path, caplog)
 def test_a_last_line_of_somebody_elses_is_not_taken_for_a_result_that_was_being_written(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("what I did today")
-    with pytest.raises(ValueError, match=r"notes\.txt:1 is no result of a sweep"):
+    with pytest.raises(ValueError, match=r"notes\.txt:1 is not a result of a sweep"):
         Results(path)
     assert path.read_text() == "what I did today"
 
