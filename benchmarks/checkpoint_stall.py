@@ -1,10 +1,11 @@
-"""Seconds that training stands still for a checkpoint, synchronous and asynchronous.
+"""Seconds for which a checkpoint stops training, synchronous and asynchronous.
 
     python -m benchmarks.checkpoint_stall [--repeats 3] [--saves 8] [--config my.toml] [--section.key=value ...]
 
-Runs of the recipe (the debug one) take turns with and without `checkpoint.async_save` and save every few steps. The
-stall is the time the loop spends in `save()`, without the first, in which buffers are made. What an asynchronous save
-costs while it is written shows in the steps: their median after a save is beside that of a run that does not save.
+Runs of the recipe (default: debug) with and without `checkpoint.async_save` take turns and save every few steps. The
+stall is the time that the loop spends in `save()`, except the first, which allocates buffers. The cost of an
+asynchronous save while it is written is seen in the median step after a save, compared with that of a run that does not
+save.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from recipes.pretrain import Trainer
 
 WARM_UP = 3
 STEPS_BETWEEN = 4
-"""Steps from one save to the next."""
+"""Steps between two saves."""
 
 
 @dataclass
 class Measured:
-    """One run: seconds of each `save()`, seconds of the step that follows one, bytes of a checkpoint."""
+    """A run: seconds of each `save()`, seconds of each step after one, bytes of a checkpoint."""
 
     stalls: list[float]
     next_steps: list[float]
@@ -39,7 +40,7 @@ class Measured:
 def measure(
     config_path: Path, extra: list[Override], saves: int, *, asynchronous: bool, saving: bool = True
 ) -> Measured:
-    """Train for `saves` checkpoints after the first."""
+    """Train until `saves` checkpoints after the first are written."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         batch, steps = 8, WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
         settings = {

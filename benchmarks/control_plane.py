@@ -1,10 +1,10 @@
-"""What a run of many ranks costs beside training: metadata of its checkpoints, plans, sockets, and initial weights.
+"""Costs of many ranks outside training: checkpoint metadata, save plans, sockets and initial weights.
 
     python -m benchmarks.control_plane [--ranks 8 64 512 1024] [--models 8b 70b] [--parts metadata plans ...]
 
-The ranks are simulated: the metadata and the plans that so many would make are made here and read, and sockets are
-counted in 2, 4 and 8 real processes, in which their number is a straight line. 70B on 1,024 ranks takes some 12 GB.
-Seconds are those of the processor, on one thread.
+The ranks are simulated: this process makes and reads the metadata and plans of that many ranks. Sockets are counted in
+2, 4 and 8 real processes and extrapolated linearly. 70B on 1,024 ranks takes about 12 GB. Times are processor seconds
+of one thread.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ SIZES = {
 }
 VOCABULARY = 128_256
 ZIP_BYTES = 1300
-"""What torch.save adds to the numbers of a chunk."""
+"""Bytes that torch.save adds to a chunk."""
 
 
-def state(model: str) -> dict[str, torch.Size]:
-    """Names and shapes of weights and of Adam's moments."""
+def state_shapes(model: str) -> dict[str, torch.Size]:
+    """Return the names and shapes of the weights and of Adam's moments."""
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Decoder(SIZES[model], VOCABULARY).named_parameters()}
     parts = ("model.{}", "optimizer.state.{}.exp_avg", "optimizer.state.{}.exp_avg_sq")
@@ -60,7 +60,7 @@ def state(model: str) -> dict[str, torch.Size]:
 
 
 def shard(shape: torch.Size, rank: int, ranks: int) -> ChunkStorageMetadata | None:
-    """What `rank` holds of a tensor whose rows are divided as FSDP2 divides them."""
+    """Return the shard of `rank`, by rows as in FSDP2; None if it is empty."""
     rows = -(-shape[0] // ranks)
     first = min(rank * rows, shape[0])
     if first == shape[0]:
@@ -70,7 +70,7 @@ def shard(shape: torch.Size, rank: int, ranks: int) -> ChunkStorageMetadata | No
 
 
 def write_checkpoint(shapes: dict[str, torch.Size], ranks: int, directory: Path) -> None:
-    """`.metadata` as `ranks` ranks make it, and files of the right sizes that hold nothing."""
+    """Write the `.metadata` of `ranks` ranks, and empty (sparse) files of the right sizes."""
     entries = {
         name: TensorStorageMetadata(TensorProperties(torch.float32), shape, []) for name, shape in shapes.items()
     }
@@ -80,7 +80,7 @@ def write_checkpoint(shapes: dict[str, torch.Size], ranks: int, directory: Path)
         for name, shape in shapes.items():
             if (chunk := shard(shape, rank, ranks)) is not None:
                 entries[name].chunks.append(chunk)
-                own_name = "".join(list(name))  # a rank's plan comes to the first by pickle, with names of its own
+                own_name = "".join(list(name))  # plans are pickled to the first rank, so each has copies of the names
                 length = 4 * chunk.sizes.numel() + ZIP_BYTES
                 places[MetadataIndex(own_name, chunk.offsets)] = _StorageInfo(f"__{rank}_0.distcp", end, length)
                 end += length
@@ -97,8 +97,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure_metadata(model: str, ranks: int) -> str:
-    """Bytes and chunks; seconds of the first rank's check, and of what each rank makes of the result."""
-    shapes = state(model)
+    """Return a row: bytes and chunks, seconds of the first rank's check, and of loading the result on each rank."""
+    shapes = state_shapes(model)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         gc.disable()
@@ -123,8 +123,8 @@ def measure_metadata(model: str, ranks: int) -> str:
 
 
 def measure_plans(model: str, ranks: int) -> str:
-    """Seconds of the first rank: the global plan of a first save, and of the ones after it."""
-    shapes = state(model)
+    """Return a row: seconds of the first rank for the global plan of the first save, and of later saves."""
+    shapes = state_shapes(model)
 
     def local_plan(rank: int) -> SavePlan:
         items = []
@@ -158,8 +158,8 @@ def count_sockets(rank: int, ranks: int, folder: str) -> None:
     world.close()
 
 
-def sockets(ranks: int) -> int:
-    """Those of a process of so many, with checkpoints in the background."""
+def sockets_per_process(ranks: int) -> int:
+    """Return the sockets of one of `ranks` processes that save checkpoints in the background."""
     import socket
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,45 +171,45 @@ def sockets(ranks: int) -> int:
 
 
 def nanoseconds_per_number() -> tuple[float, float]:
-    """Of our numbers and of torch's `normal_`, on one thread of a processor; the best of five."""
+    """Return the time of a number from `fill_runs` and from torch's `normal_`, on one thread; the best of five."""
     count, threads = 2**22, torch.get_num_threads()
     torch.set_num_threads(1)
-    ours, theirs = np.empty(count, dtype=np.float32), torch.empty(count)
+    drawn_numbers, torch_numbers = np.empty(count, dtype=np.float32), torch.empty(count)
     start = np.zeros(1, dtype=np.int64)
     generator = torch.Generator().manual_seed(0)
-    drawn = min(seconds(lambda: fill_runs(ours, start, count, key=0, std=1.0)) for _ in range(5))
-    normal = min(seconds(lambda: theirs.normal_(generator=generator)) for _ in range(5))
+    drawn = min(seconds(lambda: fill_runs(drawn_numbers, start, count, key=0, std=1.0)) for _ in range(5))
+    normal = min(seconds(lambda: torch_numbers.normal_(generator=generator)) for _ in range(5))
     torch.set_num_threads(threads)
     return drawn / count * 1e9, normal / count * 1e9
 
 
 def print_metadata(cases: list[tuple[str, int]]) -> None:
-    print("| model | ranks | chunks | .metadata | checked by the first rank | sent to each | made of it by each |")
+    print("| model | ranks | chunks | .metadata | checked by the first rank | sent to each | loaded by each |")
     print("|---|---|---|---|---|---|---|")
     for case in cases:
         print(measure_metadata(*case), flush=True)
 
 
 def print_plans(cases: list[tuple[str, int]]) -> None:
-    print("| model | ranks | plan of a save | first save, plans kept | later saves |\n|---|---|---|---|---|")
+    print("| model | ranks | plan of a save | first save, plans cached | later saves |\n|---|---|---|---|---|")
     for case in cases:
         print(measure_plans(*case), flush=True)
 
 
 def print_weights(cases: list[tuple[str, int]]) -> None:
-    ours, theirs = nanoseconds_per_number()
-    print(f"initial weights: {ours:.1f} ns a number, torch's normal_ {theirs:.1f} ns")
-    print("| model | ranks | each draws all, by torch | each draws its part |\n|---|---|---|---|")
+    drawn, by_torch = nanoseconds_per_number()
+    print(f"initial weights: {drawn:.1f} ns per number, torch's normal_ {by_torch:.1f} ns")
+    print("| model | ranks | each rank draws all, by torch | each rank draws its shard |\n|---|---|---|---|")
     for model, ranks in cases:
-        numbers = sum(shape.numel() for name, shape in state(model).items() if name.startswith("model."))
-        print(f"| {model} | {ranks:,} | {numbers * theirs / 1e9:.1f} s | {numbers * ours / 1e9 / ranks:.2f} s |")
+        numbers = sum(shape.numel() for name, shape in state_shapes(model).items() if name.startswith("model."))
+        print(f"| {model} | {ranks:,} | {numbers * by_torch / 1e9:.1f} s | {numbers * drawn / 1e9 / ranks:.2f} s |")
 
 
 def print_sockets(cases: list[tuple[str, int]]) -> None:
-    counts = {ranks: sockets(ranks) for ranks in (2, 4, 8)}
+    counts = {ranks: sockets_per_process(ranks) for ranks in (2, 4, 8)}
     slope = (counts[8] - counts[4]) / 4
-    print(f"sockets of a process: {counts} in so many processes, {slope:g} for each more")
-    print(f"reckoned: { {ranks: round(counts[8] + slope * (ranks - 8)) for _, ranks in cases} }")
+    print(f"sockets of a process: {counts} by number of processes, {slope:g} for each additional one")
+    print(f"extrapolated: { {ranks: round(counts[8] + slope * (ranks - 8)) for _, ranks in cases} }")
 
 
 PARTS = {"metadata": print_metadata, "plans": print_plans, "weights": print_weights, "sockets": print_sockets}

@@ -1,4 +1,4 @@
-"""Text and tokens of any size for the benchmarks of data: real text, its paragraphs drawn again and again by a seed."""
+"""Text of any size for the data benchmarks: paragraphs of real text, drawn with replacement by a seed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _DOCUMENT_CHARACTERS = 4_000
 
 
 def tokenizer() -> RankEncoder:
-    """The one of the debug recipe."""
+    """Return the tokenizer of the debug recipe."""
     return TiktokenFile(path=ROOT / "assets/tokenizers/stdlib-4096.tiktoken", pattern="cl100k").build()
 
 
 def documents(characters: int, text: Path | None, seed: int = 0) -> Iterator[str]:
-    """Documents of some 4,000 characters, `characters` in all, of the text files `text` or the standard library."""
+    """Yield documents of about 4,000 characters, `characters` in total, from `text` or the standard library."""
     source: TextSource = TextFiles(path=text) if text else StandardLibrary()
     paragraphs = [part for document in source.documents(ReadStats()) for part in document.text.split("\n\n")]
     generator = random.Random(seed)
@@ -39,7 +39,7 @@ def documents(characters: int, text: Path | None, seed: int = 0) -> Iterator[str
 
 
 def write_files(folder: Path, characters: int, text: Path | None, file_characters: int = 16_000_000) -> list[Path]:
-    """The documents as JSON lines, in files of some 16 MB."""
+    """Write the documents as JSON lines, in files of about 16 MB; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number in range(-(-characters // file_characters)):

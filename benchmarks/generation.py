@@ -1,10 +1,10 @@
-"""Tokens written a second, against `transformers.generate` on the same weights.
+"""Tokens per second of generation, against `transformers.generate` on the same weights.
 
     python -m benchmarks.generation [--rounds 10] [--tokens 64] [--sizes 2M 20M 100M] [--batches 1 8] [--unpacked]
 
-Both continue the same prompts greedily, as far, in the same precision; ours is what tools/generate runs. They take
-turns, because a shared machine drifts by more than they differ; the ratio is that of a turn. Random weights: what is
-written is nonsense, and takes as long.
+Both continue the same prompts greedily by the same number of tokens in the same precision, with random weights; this
+project's side is what tools/generate runs. They take turns, because the speed of a shared machine drifts by more than
+they differ; the ratio is that of a turn.
 """
 
 from __future__ import annotations
@@ -34,41 +34,43 @@ SIZE = {
 VOCAB, PROMPT = 4096, 32
 
 
-def both(size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool) -> list[Callable[[], Tensor]]:
-    """Ours and theirs: each writes `tokens` ids after each of `rows` prompts."""
+def make_generators(
+    size: LlamaShape, rows: int, tokens: int, device: torch.device, packed: bool
+) -> list[Callable[[], Tensor]]:
+    """Return the two generators, this project's first: each writes `tokens` ids after each of `rows` prompts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    ours = Decoder(size, VOCAB).to(device, dtype)
-    ours.init_weights(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
-    renamed = {hf_names(size)[name]: weight for name, weight in ours.state_dict().items()}
-    theirs.load_state_dict(renamed, strict=not size.tied_embeddings)
-    theirs.to(device, dtype).eval()
-    theirs.generation_config.eos_token_id = None
+    model = Decoder(size, VOCAB).to(device, dtype)
+    model.init_weights(0)
+    hf_model = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
+    renamed = {hf_names(size)[name]: weight for name, weight in model.state_dict().items()}
+    hf_model.load_state_dict(renamed, strict=not size.tied_embeddings)
+    hf_model.to(device, dtype).eval()
+    hf_model.generation_config.eos_token_id = None
     if packed:
-        ours.use_mkldnn_linear()
+        model.use_mkldnn_linear()
     prompts = torch.randint(VOCAB, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
-    def we_write() -> Tensor:
+    def generate_here() -> Tensor:
         greedy, numbers = Sampling(temperature=0.0), torch.zeros(rows, tokens, dtype=torch.float64)
-        steps = generate_tokens(ours, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
+        steps = generate_tokens(model, prompts.tolist(), greedy, numbers, end=None, vocab_size=VOCAB, device=device)
         return torch.tensor(list(steps)).T
 
-    def they_write() -> Tensor:
+    def generate_by_transformers() -> Tensor:
         given = prompts.to(device)
-        written = theirs.generate(
+        written = hf_model.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         return written[:, PROMPT:].cpu()
 
-    return [we_write, they_write]
+    return [generate_here, generate_by_transformers]
 
 
 def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device, packed: bool) -> str:
-    """A row of the table."""
-    writers = both(SIZE[name], rows, tokens, device, packed)
-    first, second = (write() for write in writers)  # and warm up
+    """Return a row of the table."""
+    writers = make_generators(SIZE[name], rows, tokens, device, packed)
+    first, second = (write() for write in writers)  # also the warm-up
     same = (first == second).float().mean().item()
     seconds = []
     for _ in range(rounds):
@@ -79,7 +81,7 @@ def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     speeds = [[rows * tokens / turn[side] for turn in seconds] for side in (0, 1)]
-    ratios = [theirs / ours for ours, theirs in seconds]
+    ratios = [by_transformers / here for here, by_transformers in seconds]
     cells = [f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds]
     cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{same:.0%}"]
     return " | ".join([name, str(rows), *cells])
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--unpacked", action="store_true", help="leave our matrices as they are")
+    parser.add_argument("--unpacked", action="store_true", help="do not pack the weights of our model")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--minutes 8.5] [--models 1.1B 3B 300M] [--kinds compiled plain] [--micro-batch 1.1B=8]
 
-bf16, random tokens, one process. Every case is a process of its own: one that runs out of memory or time costs its row
-and no other. The most telling cases come first; those the minutes do not suffice for are told as skipped. Ours runs the
-whole recipe with loader, metrics and TensorBoard; theirs is a bare loop with fused AdamW over float32 weights under
-autocast, of the same micro-batches. With --smoke the same on the CPU, in tiny shapes: it shows that it runs, no more.
+Each case runs in a separate process on random tokens in bf16, so running out of memory or time affects only its row.
+The most important cases come first; those that do not fit in the minutes are reported as skipped. A recipe runs with
+loader, metrics and TensorBoard; the plain loop has fused AdamW over float32 weights under autocast, with the same
+micro-batches. --smoke runs the cases on the CPU in tiny shapes, which only shows that they run.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ ORDER = [
     ("1.1B", "documents"), ("1.1B", "plain compiled"), ("3B", "plain compiled"), ("3B", "no noise"), ("300M", "eager"),
     ("300M", "plain compiled"),
 ]  # fmt: skip
-"""By what is learnt from them: the goals first."""
+"""In order of importance: the cases of the goals first."""
 GOALS = {"1.1B": (0.5, 1.3), "3B": (0.5, 1.3)}
-"""MFU, and times the plain loop's tokens/s, of ours compiled."""
+"""Goals of the compiled recipe: MFU, and tokens/s as a multiple of the plain loop."""
 WARM_UP = 3
 LEAST_SECONDS = {False: 25.0, True: 2.0}
-"""A case that would have less is not begun; the second in a smoke run."""
+"""A case with less time left is skipped; keyed by --smoke."""
 
 
 @dataclass
 class Row:
-    """A case and what became of it. Without `step_seconds` nothing was measured, and `note` says why."""
+    """A case and its result. Without `step_seconds` nothing was measured, and `note` holds the reason."""
 
     model: str
     kind: str
@@ -56,24 +56,24 @@ class Row:
     start_seconds: float | None = None
     """From the command to the end of the first step: imports, weights, compilation."""
     step_seconds: list[float] = field(default_factory=list)
-    """Of the steps after the warm-up."""
+    """Seconds of each step after the warm-up."""
     tokens_per_step: int = 0
     mfu: float | None = None
     memory_bytes: int = 0
-    """Most that was allocated on the device."""
+    """Peak bytes allocated on the device."""
     reserved_bytes: int | None = None
-    """Most that torch held of it."""
+    """Peak bytes reserved by torch."""
     estimated_bytes: int | None = None
-    """Most that tensors take by the dry run; of ours only."""
+    """Peak bytes of tensors by the dry run; recipes only."""
     losses: list[float] = field(default_factory=list)
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens a second, of each step."""
+        """Tokens per second of each step."""
         return [self.tokens_per_step / seconds for seconds in self.step_seconds]
 
     def read(self, lines: list[dict[str, Any]], started: float) -> None:
-        """Take over what the case reported; `started` is when its command was."""
+        """Set the fields from the report of the case; `started` is the time of its command."""
         if len(lines) < 2:
             return
         head, steps = lines[0], lines[1:]
@@ -87,7 +87,7 @@ class Row:
             self.mfu = statistics.median(self.speeds) * head["flops_per_token"] / head["peak_flops"]
 
     def line(self, plain: Row | None) -> str:
-        """Of the table; `plain` is the row to compare with."""
+        """Return the row of the table; `plain` is the row to compare with."""
         cells = [self.model, self.kind, "", "", "", "", "", "", self.note]
         if self.step_seconds:
             cells[2] = spread(self.speeds, ",.0f")
@@ -101,14 +101,14 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
     def against(self, plain: Row | None) -> float | None:
-        """How many times as fast as `plain`, by the medians."""
+        """Return the speed as a multiple of that of `plain`, by the medians."""
         if plain is None or not (self.step_seconds and plain.step_seconds):
             return None
         return statistics.median(self.speeds) / statistics.median(plain.speeds)
 
 
 def run_case(row: Row, extra: list[str], limit: float) -> None:
-    """Measure in a process of its own, for at most `limit` seconds; the row says what went wrong."""
+    """Measure in a separate process for at most `limit` seconds; `row.note` reports failures."""
     with tempfile.TemporaryDirectory() as directory:
         report, errors = Path(directory) / "report.jsonl", Path(directory) / "errors.txt"
         command = [sys.executable, "-m", "benchmarks.gpu_case", row.model, row.kind, "--report", str(report), *extra]
@@ -117,19 +117,19 @@ def run_case(row: Row, extra: list[str], limit: float) -> None:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
             try:
                 if process.wait(limit):
-                    row.note = reason(errors.read_text(errors="replace"), process.returncode)
+                    row.note = failure_reason(errors.read_text(errors="replace"), process.returncode)
             except subprocess.TimeoutExpired:
                 row.note = f"stopped after {limit:.0f} s"
             except KeyboardInterrupt:
                 row.note = "interrupted"
                 raise
             finally:
-                end(process)
-                row.read(whole_lines(report), started)
+                kill_group(process)
+                row.read(complete_lines(report), started)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill it and what it started: the compiler has workers of its own."""
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children, such as the workers of the compiler."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -138,14 +138,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def whole_lines(report: Path) -> list[dict[str, Any]]:
-    """What was written before the end; a line that was cut off is left out."""
+def complete_lines(report: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a report; an incomplete last one is ignored."""
     text = report.read_text(encoding="utf-8") if report.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def reason(output: str, status: int) -> str:
-    """The first sentence of the last error in what a process wrote."""
+def failure_reason(output: str, status: int) -> str:
+    """Return the first sentence of the last error in the output of a process."""
     errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|Unsupported)\b.*)", output, flags=re.MULTILINE)
     lines = errors or output.strip().splitlines() or [""]
     sentence = re.split(r"(?<=\w)\. ", lines[-1])[0].replace("|", "/")
@@ -163,7 +163,7 @@ def table(rows: list[Row]) -> str:
 
 
 def verdicts(rows: list[Row]) -> list[str]:
-    """A line for each goal whose case was among `rows`."""
+    """Return a line for each goal whose case is among `rows`."""
     plain = {row.model: row for row in rows if row.kind == "plain"}
     lines = []
     for row in rows:
@@ -174,13 +174,13 @@ def verdicts(rows: list[Row]) -> list[str]:
             ("MFU", row.mfu, mfu, ".0%"),
             ("times the plain loop", row.against(plain.get(row.model)), times, ".2f"),
         ):
-            said = "not measured" if value is None else f"{value:{form}}, {'met' if value >= goal else 'missed'}"
-            lines.append(f"goal: {row.model}, {name}, at least {goal:{form}}: {said}")
+            outcome = "not measured" if value is None else f"{value:{form}}, {'met' if value >= goal else 'missed'}"
+            lines.append(f"goal: {row.model}, {name}, at least {goal:{form}}: {outcome}")
     return lines
 
 
 def measure(rows: list[Row], arguments: argparse.Namespace, deadline: float) -> None:
-    """Fill `rows`, in order, until the monotonic clock shows `deadline`; the file has all of them after each."""
+    """Fill `rows` in order until the monotonic time `deadline`; write all rows after each."""
     passed = [f"--steps={arguments.steps}", f"--accumulation={arguments.accumulation}"]
     passed += ["--smoke"] if arguments.smoke else []
     if arguments.activation_checkpoint:
@@ -191,8 +191,8 @@ def measure(rows: list[Row], arguments: argparse.Namespace, deadline: float) -> 
         if left < LEAST_SECONDS[arguments.smoke]:
             row.note = f"skipped: {max(0.0, left):.0f} s were left"
         else:
-            own = [f"--micro-batch={micro_batches[row.model]}"] if row.model in micro_batches else []
-            run_case(row, [*passed, *own], min(left, arguments.case_seconds))
+            micro_batch = [f"--micro-batch={micro_batches[row.model]}"] if row.model in micro_batches else []
+            run_case(row, [*passed, *micro_batch], min(left, arguments.case_seconds))
             print(f"{row.model} {row.kind}: {row.note or 'measured'}", file=sys.stderr, flush=True)
         save(rows, arguments.output)
 
@@ -208,35 +208,37 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    began = time.monotonic()
+    started = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[options()]
     )
-    parser.add_argument("--minutes", type=float, default=8.5, help="for all cases together")
-    parser.add_argument("--case-seconds", type=float, default=150, help="for one case")
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit of all cases together")
+    parser.add_argument("--case-seconds", type=float, default=150, help="time limit of one case")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--micro-batch", nargs="+", default=[], metavar="MODEL=SAMPLES")
     parser.add_argument("--output", type=Path, default=Path("runs") / "gpu.json", help="all rows, as JSON")
     arguments = parser.parse_args()
     if not (arguments.smoke or torch.cuda.is_available()):
-        print("no CUDA device here; --smoke runs the same cases on the CPU, in tiny shapes", file=sys.stderr)
+        print("no CUDA device is available; --smoke runs the same cases on the CPU, in tiny shapes", file=sys.stderr)
         return 2
     if arguments.steps <= WARM_UP:
-        parser.error(f"--steps: the first {WARM_UP} are warm-up, so at least {WARM_UP + 1}")
-    if strange := [pair for pair in arguments.micro_batch if not re.fullmatch(rf"({'|'.join(MODELS)})=[1-9]\d*", pair)]:
-        parser.error(f"--micro-batch {strange[0]}: expected a model and a number of samples, such as 1.1B=8")
+        parser.error(
+            f"--steps {arguments.steps}: expected at least {WARM_UP + 1}, since the first {WARM_UP} are warm-up"
+        )
+    if invalid := [pair for pair in arguments.micro_batch if not re.fullmatch(rf"({'|'.join(MODELS)})=[1-9]\d*", pair)]:
+        parser.error(f"--micro-batch {invalid[0]}: expected a model and a number of samples, such as 1.1B=8")
     rows = [Row(*case) for case in ORDER if case[0] in arguments.models and case[1] in arguments.kinds]
-    signal.signal(signal.SIGTERM, interrupt)  # a job's time limit sends it; the table is to be printed even so
+    signal.signal(signal.SIGTERM, interrupt)  # sent at the time limit of a job: print the table anyway
     status = 0
     try:
-        measure(rows, arguments, began + 60 * arguments.minutes)
+        measure(rows, arguments, started + 60 * arguments.minutes)
     except KeyboardInterrupt:
         status = 130
         for row in rows:
             row.note = row.note or ("" if row.step_seconds else "not run: interrupted")
         save(rows, arguments.output)
-    print(f"\n{machine()}; bf16, {arguments.accumulation} micro-batches a step, ", end="")
+    print(f"\n{machine()}; bf16, {arguments.accumulation} micro-batches per step, ", end="")
     print(f"{arguments.steps - WARM_UP} steps after {WARM_UP} of warm-up;")
     print("tokens/s: median (lowest to highest)\n")
     print(table(rows))

@@ -1,9 +1,9 @@
-"""One case of benchmarks.gpu, in this process: a recipe or a plain loop, trained for a few steps on random tokens.
+"""One case of benchmarks.gpu: train a recipe or a plain loop for a few steps on random tokens, in this process.
 
     python -m benchmarks.gpu_case 1.1B compiled --report report.jsonl [--steps 13] [--micro-batch 8] [--smoke]
 
-The report gets a line of JSON before the first step and one after each, so that a case that is killed has still said
-what it measured. The run ends by an exception after its last step: its checkpoint would be tens of gigabytes.
+The report gets a line of JSON before the first step and after each step, so that a killed case still has its
+measurements. The run ends with an exception after its last step, because its checkpoint would have tens of gigabytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from components.hardware import peak_flops, peak_memory_bytes
 from recipes.config import Config, Override, load
 
 KINDS = ("compiled", "eager", "no noise", "documents", "plain", "plain compiled")
-"""Ours with and without torch.compile; compiled, without measuring gradient noise, or with document masking; the loop
+"""The recipe with and without torch.compile; compiled without gradient noise, or with document masking; the plain loop
 over transformers' model without and with torch.compile."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A recipe, and the micro-batch and activation checkpointing it is measured with."""
+    """A recipe, with the micro-batch and activation checkpointing of its measurement."""
 
     config: Path
     micro_batch: int
@@ -42,8 +42,8 @@ class Measured:
 MODELS = {
     "300M": Measured(ROOT / "train_configs" / "microllama300m.toml", 16),
     "1.1B": Measured(ROOT / "train_configs" / "tinyllama1b.toml", 8),
-    "3B": Measured(ROOT / "train_configs" / "llama3b.toml", 16, "selective"),  # of 512 tokens; those above of 2,048
-    "MoE-1B": Measured(ROOT / "train_configs" / "powermoe1b.toml", 4, "selective"),  # of 4,096
+    "3B": Measured(ROOT / "train_configs" / "llama3b.toml", 16, "selective"),  # sequences of 512 tokens; 2,048 above
+    "MoE-1B": Measured(ROOT / "train_configs" / "powermoe1b.toml", 4, "selective"),  # sequences of 4,096
 }
 VOCAB = 32_000
 SMOKE = {
@@ -53,37 +53,37 @@ SMOKE = {
 }  # fmt: skip
 
 
-class Enough(Exception):  # noqa: N818 - no error
-    """All steps were measured."""
+class AllStepsDone(Exception):  # noqa: N818 - not an error
+    """Raised after the last measured step."""
 
 
 class Report:
-    """Lines of JSON, each written at once. Times are of the monotonic clock, in seconds."""
+    """Writes lines of JSON without buffering. Times are in seconds of the monotonic clock."""
 
     def __init__(self, path: Path, steps: int, device: torch.device) -> None:
         self.file, self.left, self.device = path.open("w", encoding="utf-8", buffering=1), steps, device
 
     def begin(self, *, flops_per_token: float, tokens_per_step: int, estimated_bytes: int | None = None) -> None:
-        """`estimated_bytes`: what the dry run says that tensors take at the most."""
+        """Write the first line. `estimated_bytes`: the peak bytes of tensors by the dry run."""
         peak = peak_flops(self.device, torch.bfloat16)
         head = {"flops_per_token": flops_per_token, "tokens_per_step": tokens_per_step, "peak_flops": peak}
         self._write({**head, "estimated_bytes": estimated_bytes})
 
     def step(self, loss: float) -> None:
-        """Call after every step; raises Enough after the last."""
+        """Write the line of a step. Raises AllStepsDone after the last."""
         reserved = torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None
         memory = {"memory_bytes": peak_memory_bytes(self.device), "reserved_bytes": reserved}
         self._write({"at": time.monotonic(), "loss": loss, **memory})
         self.left -= 1
         if not self.left:
-            raise Enough
+            raise AllStepsDone
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
 
 
 def configure(arguments: argparse.Namespace, directory: str) -> Config:
-    """The recipe as it is published, but for what a measurement needs: no files, a small batch, no recomputation."""
+    """Return the published recipe with the changes of a measurement: no files, a small batch, less checkpointing."""
     case = MODELS[arguments.model]
     settings: dict[str, object] = {
         "run.dir": directory, "run.device": "cpu" if arguments.smoke else "cuda",
@@ -112,14 +112,14 @@ def draw_on_device(parameter: nn.Parameter, *, name: str, seed: int, std: float)
     nn.init.normal_(parameter, std=std)
 
 
-def ours(config: Config, report: Report) -> None:
-    """The recipe, with its loader, metrics.jsonl and TensorBoard."""
+def train_recipe(config: Config, report: Report) -> None:
+    """Train the recipe, with its loader, metrics.jsonl and TensorBoard."""
     import models.decoder
     from recipes.pretrain import Trainer
 
-    # Ours draws weights on the CPU, the same ones for every layout: for 3B half a minute that measures nothing.
+    # A run draws its weights on the CPU, equal for every layout; 3B takes half a minute, which is not measured.
     models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined]
-    with ExitStack() as cleanup, suppress(Enough):
+    with ExitStack() as cleanup, suppress(AllStepsDone):
         run = Trainer(config, None, cleanup)
         write = run.metric_logger.write
 
@@ -132,14 +132,14 @@ def ours(config: Config, report: Report) -> None:
         report.begin(
             flops_per_token=run.flops_per_token,
             tokens_per_step=samples * run.clock.sequence_length,
-            # a smoke run is of so many tiny steps that foreseeing them takes minutes
+            # a smoke run has so many tiny steps that simulating its schedule takes minutes
             estimated_bytes=None if report.device.type == "cpu" else estimated_bytes(config),
         )
         run.train()
 
 
 def estimated_bytes(config: Config) -> int | None:
-    """What --dry-run says of the memory of a rank, without what is no tensor."""
+    """Return the peak bytes of tensors of a rank by the dry run, or None if they are unknown."""
     from recipes.dry_run.memory import RESERVED_BYTES
     from recipes.dry_run.plan import HardwareTarget, make_plan
 
@@ -147,8 +147,8 @@ def estimated_bytes(config: Config) -> int | None:
     return None if isinstance(memory, str) else memory.peak - RESERVED_BYTES[config.recipe.run.device]
 
 
-def plain(config: Config, report: Report, *, compiled: bool) -> None:
-    """What one would write by hand: float32 weights, bf16 autocast, sdpa, fused AdamW, tokens on the device."""
+def train_plain_loop(config: Config, report: Report, *, compiled: bool) -> None:
+    """Train a hand-written loop: float32 weights, bf16 autocast, sdpa, fused AdamW, tokens on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     recipe = config.recipe
@@ -165,7 +165,7 @@ def plain(config: Config, report: Report, *, compiled: bool) -> None:
             )
         )  # fmt: skip
     if sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in same.parameters()):
-        raise ValueError("the two models are not of the same size")
+        raise ValueError("the two models differ in their number of parameters")
     if compiled:
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -175,7 +175,7 @@ def plain(config: Config, report: Report, *, compiled: bool) -> None:
     )
     flops = same.flops_per_token(training.sequence_length)
     report.begin(flops_per_token=flops, tokens_per_step=micro_batches.numel())
-    with suppress(Enough):
+    with suppress(AllStepsDone):
         for _ in count():
             total = torch.zeros((), device=report.device)
             for tokens in micro_batches:
@@ -190,12 +190,14 @@ def plain(config: Config, report: Report, *, compiled: bool) -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    """What benchmarks.gpu passes on to every case."""
+    """Return the parser of the options that benchmarks.gpu passes to every case."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--steps", type=int, default=13, help="optimizer steps, the warm-up among them")
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a step")
-    parser.add_argument("--activation-checkpoint", help="as in [training]; of ours only; default: each model's own")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: shows that it runs, no more")
+    parser.add_argument("--steps", type=int, default=13, help="optimizer steps, including the warm-up")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per step")
+    parser.add_argument("--activation-checkpoint", help="as in [training]; recipes only (default: by model)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes on the CPU, which only shows that the case runs"
+    )
     return parser
 
 
@@ -205,16 +207,16 @@ def main() -> None:
     )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--micro-batch", type=int, help="samples of a micro-batch")
+    parser.add_argument("--micro-batch", type=int, help="samples per micro-batch")
     parser.add_argument("--report", type=Path, required=True)
     arguments = parser.parse_args()
     report = Report(arguments.report, arguments.steps, torch.device("cpu" if arguments.smoke else "cuda"))
     with tempfile.TemporaryDirectory() as directory:
         config = configure(arguments, directory)
         if arguments.kind.startswith("plain"):
-            plain(config, report, compiled=arguments.kind == "plain compiled")
+            train_plain_loop(config, report, compiled=arguments.kind == "plain compiled")
         else:
-            ours(config, report)
+            train_recipe(config, report)
 
 
 if __name__ == "__main__":

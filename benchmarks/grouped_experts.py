@@ -1,10 +1,10 @@
-"""The feed-forward of experts: torch's grouped product against a product for each expert. Forward and backward.
+"""The speed of expert layers: torch's grouped matrix product against one product per expert, forward and backward.
 
     python -m benchmarks.grouped_experts [--pairs 20] [--device cpu] [--dtype float32] [--tokens 2048]
         [--dim 256] [--ffn-dim 128] [--experts 8 40] [--top-k 2 8]
 
-A pair is one pass of each, in turn, over the same tokens with the same weights: the machine's mood falls out. Both
-sort, copy and add up tokens alike, and differ in the products alone. Their gradients are compared first.
+A pair is a pass of each, in turn, over the same tokens with the same weights, so that the varying speed of the machine
+cancels. Both permute and sum tokens alike and differ only in the products. Their gradients are compared first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from models.moe import MoE
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WORST = {"float32": 1e-5, "bf16": 2e-2}
-"""The largest difference of two gradients, relative to their norm, that is rounding."""
+"""The largest relative difference of two gradients that rounding explains."""
 
 
 class Case:
-    """Experts of random weights, and tokens to send to them."""
+    """Experts with random weights, and tokens for them."""
 
     def __init__(self, arguments: argparse.Namespace, experts: int, top_k: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -40,13 +40,13 @@ class Case:
         self.x = x.to(self.device, dtype).requires_grad_()
 
     def gradients(self, *, grouped: bool) -> tuple[torch.Tensor, ...]:
-        """Of tokens and all weights."""
+        """Return the gradients of the tokens and all weights."""
         with patch("models.grouped_linear.KERNEL_DEVICES", ("cpu", "cuda") if grouped else ()):
             y, _ = self.module(self.x)
             return torch.autograd.grad(y.square().sum(), (self.x, *self.module.parameters()))
 
     def difference(self) -> float:
-        """The largest of any gradient, relative to its norm."""
+        """Return the largest difference of a gradient, relative to its norm."""
         pairs = zip(self.gradients(grouped=True), self.gradients(grouped=False), strict=True)
         return max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
 
@@ -89,7 +89,7 @@ def main() -> None:
     print(
         f"experts of {arguments.ffn_dim}; {arguments.pairs} pairs, medians (lowest to highest; quartiles of a pair)\n"
     )
-    print("| experts, top k | ms, grouped | ms, one by one | one by one / grouped | gradients differ by |")
+    print("| experts, top k | ms, grouped | ms, one per expert | one per expert / grouped | gradients differ by |")
     print("|---|---|---|---|---|\n" + "\n".join(table))
     print(f"\nRepeat with:\n\n    python -m benchmarks.grouped_experts {shlex.join(sys.argv[1:])}".rstrip())
 

@@ -1,15 +1,15 @@
-"""Processor time that a step spends on launching: per micro-batch, and from the last backward to the next forward.
+"""Processor time of kernel launches: per micro-batch, and from the last backward to the next forward.
 
     OMP_NUM_THREADS=1 python -m benchmarks.launch_overhead [--recipes llama3b ...] [--modes eager compiled] [--steps 8]
 
-A GPU waits wherever its host needs longer to launch a kernel than the kernel runs. The number of launches depends on
-the blocks, not on their width: so every recipe is trained on the CPU as it is (its blocks, recomputation, gradient
-noise, optimizer), but so narrow, on 16 tokens a micro-batch, that hardly anything but the launching is left. Times are
-`time.thread_time` of the training thread, in which a backward on the CPU runs too. What else runs on the machine is
-not counted, but slows the processor by up to a factor of three: compare within one table. Experts are four, of which
-two are taken, for on a GPU their number does not change that of the launches.
+A GPU is idle whenever its host takes longer to launch a kernel than the kernel runs. The number of launches depends on
+the blocks, not on their width. Each recipe is therefore trained on the CPU with all its blocks, activation
+checkpointing, gradient noise and optimizer, but so narrow, with 16 tokens per micro-batch, that almost only the
+launches remain. Times are `time.thread_time` of the training thread, which also runs the backward passes on the CPU.
+Other processes are not counted, but slow the processor by up to a factor of three: compare only within one table. A
+mixture has four experts, of which two are used, since their number does not change that of the launches on a GPU.
 
-What a GPU adds (cudaLaunchKernel, 2 to 5 microseconds a kernel) and FSDP2's own runtime are not in it.
+The additional costs of a GPU (cudaLaunchKernel, 2 to 5 microseconds per kernel) and of FSDP2 are not included.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ RECIPES = (
 MICRO_BATCHES, TOKENS, WARM_UP = 3, 16, 2
 
 
-def narrow(recipe: str, directory: Path, *, compiled: bool, steps: int) -> Config:
-    """The recipe with all its blocks, each as small as it can be."""
+def narrow_recipe(recipe: str, directory: Path, *, compiled: bool, steps: int) -> Config:
+    """Return the recipe with all its blocks, each as small as possible."""
     file = ROOT / "train_configs" / f"{recipe}.toml"
     settings: dict[str, Any] = {
         "run.dir": directory, "run.device": "cpu", "training.precision": "float32", "training.compile": compiled,
@@ -66,16 +66,16 @@ def narrow(recipe: str, directory: Path, *, compiled: bool, steps: int) -> Confi
 
 
 class Marks:
-    """Processor times, in seconds, at which forwards began and backwards ended."""
+    """The processor times, in seconds, of the starts of forward and the ends of backward passes."""
 
     def __init__(self) -> None:
-        self.began: list[float] = []
-        self.ended: list[float] = []
+        self.forward_starts: list[float] = []
+        self.backward_ends: list[float] = []
 
     def forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():  # a validation is none of the steps
-                self.began.append(time.thread_time())
+            if torch.is_grad_enabled():  # not a validation
+                self.forward_starts.append(time.thread_time())
             return function(*args, **kwargs)
 
         return marked
@@ -83,16 +83,16 @@ class Marks:
     def backward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def marked(*args: Any, **kwargs: Any) -> Any:
             function(*args, **kwargs)
-            self.ended.append(time.thread_time())
+            self.backward_ends.append(time.thread_time())
 
         return marked
 
 
 def measure(recipe: str, *, compiled: bool, steps: int) -> tuple[int, list[float], list[float]]:
-    """(parameters with a gradient, ms of each micro-batch, ms of each tail), after the warm-up."""
+    """Return trainable parameters, ms of each micro-batch and ms of each tail, after the warm-up."""
     torch.compiler.reset()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
-        config = narrow(recipe, Path(folder), compiled=compiled, steps=steps)
+        config = narrow_recipe(recipe, Path(folder), compiled=compiled, steps=steps)
         run = Trainer(config, None, cleanup)
         marks = Marks()
         cleanup.callback(setattr, torch.Tensor, "backward", torch.Tensor.backward)
@@ -101,8 +101,13 @@ def measure(recipe: str, *, compiled: bool, steps: int) -> tuple[int, list[float
         run.train()
         parameters = sum(parameter.requires_grad for parameter in run.model.parameters())
     first = WARM_UP * MICRO_BATCHES
-    micro_batches = [1e3 * (end - start) for start, end in zip(marks.began, marks.ended, strict=True)][first:]
-    ends, starts = marks.ended[MICRO_BATCHES - 1 :: MICRO_BATCHES], marks.began[MICRO_BATCHES::MICRO_BATCHES]
+    micro_batches = [1e3 * (end - start) for start, end in zip(marks.forward_starts, marks.backward_ends, strict=True)][
+        first:
+    ]
+    ends, starts = (
+        marks.backward_ends[MICRO_BATCHES - 1 :: MICRO_BATCHES],
+        marks.forward_starts[MICRO_BATCHES::MICRO_BATCHES],
+    )
     tails = [1e3 * (start - end) for end, start in zip(ends, starts, strict=False)][WARM_UP:]
     return parameters, micro_batches, tails
 
@@ -111,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument("--modes", nargs="+", default=("eager", "compiled"), choices=("eager", "compiled"))
-    parser.add_argument("--steps", type=int, default=8, help=f"that are measured, after {WARM_UP} of warm-up")
+    parser.add_argument("--steps", type=int, default=8, help=f"measured steps, after {WARM_UP} of warm-up")
     arguments = parser.parse_args()
     rows = []
     for recipe in arguments.recipes:
@@ -121,7 +126,7 @@ def main() -> None:
             print(f"{recipe}, {mode}: {statistics.median(micro_batches):.1f} ms", file=sys.stderr, flush=True)
     print(f"\n{machine()}; {arguments.steps} steps of {MICRO_BATCHES} micro-batches; processor ms, medians (lowest to")
     print("highest)\n")
-    print("| recipe | | parameters | ms a micro-batch | ms, last backward to next forward |\n|---|---|---|---|---|")
+    print("| recipe | | parameters | ms per micro-batch | ms, last backward to next forward |\n|---|---|---|---|---|")
     print("\n".join(rows))
     print(f"\nRepeat with:\n\n    python -m benchmarks.launch_overhead {shlex.join(sys.argv[1:])}".rstrip())
 

@@ -1,10 +1,10 @@
-"""Step time and peak memory of every rank, against the number of processes and their layout.
+"""Step time and peak memory of every rank, by number of processes and parallel layout.
 
     python -m benchmarks.layouts [--repeats 2] [--steps 10] [--config my.toml] [--section.key=value ...]
 
-Each run is one of ./run_train.sh, of real processes with one thread each, on the CPU with gloo unless
---run.device=cuda is given. The layouts take turns, and all train the same samples in the same steps. With more
-processes than cores the time says what sharing the cores costs, not what the layout does; the memory is right anyway.
+Each run is started by ./run_train.sh, with one thread per process, on the CPU with gloo unless --run.device=cuda is
+given. The layouts take turns and train on the same samples in the same steps. With more processes than cores the time
+measures the sharing of cores, not the layout; the memory is valid nevertheless.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "2 replicas": (2, ["--parallel.dp_replicate=2"]),
     "2 shards": (2, []),
-    "2 slices (tp)": (2, ["--parallel.tp=2"]),
+    "2 TP shards": (2, ["--parallel.tp=2"]),
     "4 shards": (4, []),
     "2 replicas of 2 shards": (4, ["--parallel.dp_replicate=2"]),
-    "2 shards of 2 slices": (4, ["--parallel.tp=2"]),
+    "2 shards of 2 TP shards": (4, ["--parallel.tp=2"]),
 }
 """Name -> processes, arguments."""
 WARM_UP = 3
@@ -37,23 +37,23 @@ SHAPE = {
     "model.dim": 512, "model.layers": 8, "model.heads": 8, "model.kv_heads": 8, "model.ffn_dim": 1536,
     "training.micro_batch_size": 2,
 }  # fmt: skip
-"""32M parameters, 0.5 GB of them with gradients and moments: a mesh alone costs a process some 0.1 GB of imports."""
+"""32M parameters, 0.5 GB with gradients and moments. The imports of a device mesh alone take about 0.1 GB."""
 
 
 @dataclass
 class Row:
-    """What the runs of one layout measured."""
+    """The measurements of the runs of a layout."""
 
     step_seconds: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
     """MiB of each rank."""
     grown: list[float] = field(default_factory=list)
-    """MiB of each rank beyond what it held before the model was built; later imports are among it."""
+    """MiB of each rank above its memory before the model was built; this includes later imports."""
     failure: str = ""
 
 
 def run(row: Row, processes: int, layout: list[str], arguments: argparse.Namespace, extra: list[str]) -> None:
-    """One run, added to `row`."""
+    """Run a layout once and add its measurements to `row`."""
     with tempfile.TemporaryDirectory() as folder:
         peaks, directory = Path(folder) / "peaks", Path(folder) / "run"
         peaks.mkdir()
@@ -84,7 +84,7 @@ def run(row: Row, processes: int, layout: list[str], arguments: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10, help=f"that are measured, after {WARM_UP} of warm-up")
+    parser.add_argument("--steps", type=int, default=10, help=f"measured steps, after {WARM_UP} of warm-up")
     parser.add_argument("--sequence-length", type=int, default=128, help="in tokens")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--config", type=Path, default=DEBUG)
@@ -96,10 +96,10 @@ def main() -> None:
             if not row.failure:
                 run(row, *LAYOUTS[name], arguments, extra)
                 print(f"{name}: {row.failure or 'measured'}", file=sys.stderr, flush=True)
-    print(f"\n{machine()}, {os.cpu_count()} cores; {BATCH} x {arguments.sequence_length} tokens a step, ", end="")
+    print(f"\n{machine()}, {os.cpu_count()} cores; {BATCH} x {arguments.sequence_length} tokens per step, ", end="")
     print(f"{arguments.steps} steps in each of {arguments.repeats} runs;")
     print("medians (lowest to highest), of steps and of ranks\n")
-    print("| layout | processes | s a step | peak MiB of a rank | grown since its start |\n|---|---|---|---|---|")
+    print("| layout | processes | s per step | peak MiB of a rank | grown since its start |\n|---|---|---|---|---|")
     for name, row in rows.items():
         measured = [spread(row.step_seconds), spread(row.peaks, ",.0f"), spread(row.grown, ",.0f")]
         cells = [row.failure, "", ""] if row.failure else measured

@@ -1,10 +1,10 @@
-"""Reading prepared tokens: tokens/s of our loader, of the bare memory map, and of torchdata and datasets pipelines.
+"""Tokens/s of the loader, of a bare memory map, and of torchdata and datasets pipelines, from prepared tokens.
 
     python -m benchmarks.loader [--megatokens 100] [--rounds 5] [--sequence-length 1024] [--micro-batch-size 8]
 
-All give shuffled micro-batches of inputs and labels, int64, from the same ids, in this process; they take turns, in an
-order that changes with the round. Cold: the system was asked to forget the file before (posix_fadvise), which a shared
-or virtual disk may not heed. `datasets` reads its own Arrow file of the same sequences.
+All yield shuffled micro-batches of int64 inputs and labels from the same ids, in this process; they take turns, in an
+order that changes with the round. Cold: the system was asked before to drop the file from its cache (posix_fadvise),
+which a shared or virtual disk may ignore. `datasets` reads an Arrow file of the same sequences.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from components.tokenizers import Bytes
 Batches = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
 
-def ours(samples: Any, size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    with MicroBatchLoader(samples, seed=0, micro_batch_size=size, num_workers=workers) as loader:
+def micro_batch_loader(dataset: Any, size: int, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    with MicroBatchLoader(dataset, seed=0, micro_batch_size=size, num_workers=workers) as loader:
         while True:
             (micro,) = loader.next_step(1)
             yield micro.tokens, micro.labels
 
 
 def memory_map(path: Path, length: int, sequences: int, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """As nanoGPT reads it, but every sequence once, in our order."""
+    """Read as nanoGPT does, but every sequence once, in the order of the loader."""
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     _, indices = SampleOrder(sequences, seed=0)(np.arange(sequences))
     for start in range(0, sequences - size, size):
@@ -51,7 +51,7 @@ def memory_map(path: Path, length: int, sequences: int, size: int) -> Iterator[t
 
 
 class Sequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """What one writes for torchdata or a DataLoader: a sequence of the map at a time."""
+    """A dataset for torchdata or a DataLoader: one sequence of the memory map per item."""
 
     def __init__(self, path: Path, length: int, sequences: int):
         self.tokens = np.memmap(path, dtype=np.uint16, mode="r")
@@ -83,7 +83,7 @@ def with_datasets(data: Any, size: int) -> Iterator[tuple[torch.Tensor, torch.Te
         yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-def forget(path: Path) -> None:
+def drop_from_cache(path: Path) -> None:
     """Ask the system to drop the file from its cache."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -91,8 +91,8 @@ def forget(path: Path) -> None:
     os.close(handle)
 
 
-def rate(batches: Batches, length: int, count: int) -> float:
-    """Tokens a second over `count` micro-batches after the first, which starts processes."""
+def tokens_per_second(batches: Batches, length: int, count: int) -> float:
+    """Return tokens per second of `count` micro-batches after the first, which starts processes."""
     stream = batches()
     next(stream)
     start, tokens = time.perf_counter(), 0
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--micro-batches", type=int, default=1000, help="in one measurement")
+    parser.add_argument("--micro-batches", type=int, default=1000, help="micro-batches of one measurement")
     options = parser.parse_args()
     length, size = options.sequence_length, options.micro_batch_size
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def main() -> None:
         ids.tofile(path)
         sequences = (len(ids) - 1) // length
         count = min(options.micro_batches, sequences // size)
-        samples = TokenFiles(path=path).build(
+        dataset = TokenFiles(path=path).build(
             tokenizer=Bytes().build(), sequence_length=length, cache_dir=Path(folder), progress=print
         )
         rows = np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length][: count * size]
@@ -126,20 +126,20 @@ def main() -> None:
             cache_dir=folder,
         )
         ways: dict[str, Batches] = {
-            "loader": lambda: ours(samples, size, 0),
-            "loader, 1 worker": lambda: ours(samples, size, 1),
+            "loader": lambda: micro_batch_loader(dataset, size, 0),
+            "loader, 1 worker": lambda: micro_batch_loader(dataset, size, 1),
             "memory map": lambda: memory_map(path, length, sequences, size),
             "torchdata": lambda: with_torchdata(Sequences(path, length, sequences), size),
             "datasets": lambda: with_datasets(arrow, size),
         }
-        rates: dict[str, list[float]] = {f"{name}, {state}": [] for name in ways for state in ("cold", "warm")}
+        speeds: dict[str, list[float]] = {f"{name}, {state}": [] for name in ways for state in ("cold", "warm")}
         for turn in range(options.rounds):
             for name in sorted(ways, reverse=bool(turn % 2)):
-                forget(path)
-                rates[f"{name}, cold"].append(rate(ways[name], length, count) / 1e6)
-                rates[f"{name}, warm"].append(rate(ways[name], length, count) / 1e6)
+                drop_from_cache(path)
+                speeds[f"{name}, cold"].append(tokens_per_second(ways[name], length, count) / 1e6)
+                speeds[f"{name}, warm"].append(tokens_per_second(ways[name], length, count) / 1e6)
         print(f"{machine()}; {count} micro-batches of {size} x {length}, {options.rounds} rounds in turn")
-        for name, values in rates.items():
+        for name, values in speeds.items():
             low, _, high = statistics.quantiles(values, n=4)
             print(f"{name:24} {spread(values)} M tokens/s, quartiles {low:.3g} to {high:.3g}")
 

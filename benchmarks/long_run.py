@@ -1,9 +1,9 @@
-"""Whether the memory of a run grows with its length.
+"""Measure whether the memory of a run grows with its length.
 
     python -m benchmarks.long_run [--steps 20000] [--save-every 500]
 
-A tiny model trains that many steps with metrics, TensorBoard, gradient noise and checkpoints. Printed is the
-memory the process holds at ten points, and what it has grown by, per thousand steps, over the second half.
+A tiny model trains with metrics, TensorBoard, gradient noise and checkpoints. The memory of the process is printed at
+ten points, and its growth per thousand steps over the second half.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(steps: int, save_every: int) -> list[tuple[int, int]]:
-    """(step, bytes) at ten points."""
+    """Return (step, resident bytes) at ten points."""
     process, points = psutil.Process(), []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         settings = {

@@ -1,9 +1,9 @@
-"""Share of step time that is not forward, backward or optimizer.
+"""The fraction of step time outside forward, backward and optimizer.
 
     python -m benchmarks.loop_overhead [--repeats 5] [--steps 40]
 
-The debug recipe as it is, with TensorBoard and metrics.jsonl. Forward, backward and optimizer are timed by wrapping
-them; a step is timed from outside, start to start. What is left is data, clipping, metrics and the loop itself.
+The debug recipe runs unchanged, with TensorBoard and metrics.jsonl. Forward, backward and optimizer are wrapped and
+timed; a step is timed from its start to the next. The rest is data, clipping, metrics and the loop.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Timed:
         return timed
 
 
-def overhead(steps: int) -> tuple[float, float]:
-    """(overhead, clipping) as shares of step time."""
+def measure_overhead(steps: int) -> tuple[float, float]:
+    """Return (overhead, clipping) as fractions of step time."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         settings = {
             "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": "16",
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
-    shares = [overhead(arguments.steps) for _ in range(arguments.repeats)]
+    fractions = [measure_overhead(arguments.steps) for _ in range(arguments.repeats)]
     print(f"\n{machine()}; debug recipe, {arguments.steps} steps, {arguments.repeats} runs")
-    print(f"not forward, backward or optimizer: {spread([100 * a for a, _ in shares])} % of step time")
-    print(f"  of which gradient clipping:       {spread([100 * c for _, c in shares])} %")
+    print(f"not forward, backward or optimizer: {spread([100 * a for a, _ in fractions])} % of step time")
+    print(f"  of which gradient clipping:       {spread([100 * c for _, c in fractions])} %")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: recipes to measure, components that measure or need no files, tables with their spread."""
+"""Shared parts of the benchmarks: components that measure or need no files, and tables with their spread."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEBUG = ROOT / "train_configs" / "debug.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class StopwatchBatch(Constant):
-    """A constant batch that notes the time at which every step starts: it measures whole steps, from outside."""
+    """A constant batch that records the start time of every step, to measure whole steps from outside."""
 
     starts: list[float] = field(default_factory=list, init=False)
 
@@ -35,7 +35,7 @@ class StopwatchBatch(Constant):
         return self.initial_size
 
     def step_seconds(self, skip: int) -> list[float]:
-        """Seconds from each start to the next, without the first `skip`."""
+        """Return the seconds from each start to the next, without the first `skip`."""
         return [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)][skip:]
 
 
@@ -43,14 +43,14 @@ READY = "ready for a step"
 
 
 def wait_for_turn() -> None:
-    """In a measured process: say that a step is over and wait until the measuring one lets the next begin."""
+    """In a measured process: report that a step is done and wait until the measuring process starts the next."""
     print(READY, flush=True)
     sys.stdin.readline()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnsBatch(Constant):
-    """A constant batch whose every step waits for its turn."""
+    """A constant batch that waits for its turn before every step."""
 
     def next_batch_size(self, progress: object) -> int:
         wait_for_turn()
@@ -59,10 +59,10 @@ class TurnsBatch(Constant):
 
 @dataclass(frozen=True, kw_only=True)
 class PeakMemoryBatch(Constant):
-    """A constant batch that writes, after every step, the most memory this process has held: a file for each rank."""
+    """A constant batch that writes the peak memory of this process after every step, to a file for each rank."""
 
     folder: Path
-    """An existing folder, for files `rank-<n>` of two numbers: bytes before the model was built, and at the most."""
+    """An existing directory for files `rank-<n>` with two numbers: bytes before the model was built, and peak bytes."""
     before: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class PeakMemoryBatch(Constant):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """[tokenizer] without a file: a number of ids that stand for no text."""
+    """[tokenizer] without a file: a number of ids without text."""
 
     vocab_size: int
 
@@ -96,17 +96,17 @@ class Vocabulary:
         return f"vocabulary of {self.vocab_size}"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        raise ValueError("this tokenizer knows no text")
+        raise ValueError("this tokenizer has ids only, without text")
 
     def decode(self, ids: Sequence[int]) -> str:
-        raise ValueError("this tokenizer knows no text")
+        raise ValueError("this tokenizer has ids only, without text")
 
     def build(self) -> Vocabulary:
         return self
 
 
-class Drawn:
-    """Sequences of random ids that lie in memory."""
+class RandomDataset:
+    """Sequences of random ids in memory."""
 
     def __init__(self, sequences: int, length: int, vocab_size: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -124,21 +124,23 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens:
-    """[data] without a file: the same few sequences of random ids, over and over."""
+    """[data] without a file: a few sequences of random ids, repeated."""
 
     sequences: int = 256
 
-    def build(self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]) -> Drawn:
-        return Drawn(self.sequences, sequence_length + 1, tokenizer.vocab_size)
+    def build(
+        self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
+    ) -> RandomDataset:
+        return RandomDataset(self.sequences, sequence_length + 1, tokenizer.vocab_size)
 
 
 def spread(values: Sequence[float], form: str = ".3g") -> str:
-    """Median, lowest and highest: "0.52 (0.50 to 0.55)"."""
+    """Return median, lowest and highest as text: "0.52 (0.50 to 0.55)"."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def machine() -> str:
-    """One line that says what was measured on."""
+    """Return a line that describes this machine."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}{gpu}, "

@@ -1,14 +1,14 @@
-"""Preparing text: MB/s, as a share of what tiktoken does with the same documents in memory, and the memory it takes.
+"""Data preparation: MB/s, relative to tiktoken on the same documents in memory, and peak memory.
 
     python -m benchmarks.preparation [--megabytes 64] [--rounds 5] [--text FOLDER]
     python -m benchmarks.preparation --memory --megabytes 2000
 
-Speed: raw `tiktoken.encode_batch` on one thread and preparing on one and on two cores take turns, in an order that
-changes with the round; preparing reads JSON lines, encodes and writes synced shards into an empty cache. The documents
-are paragraphs of the standard library, or of --text, drawn by a seed. Time on the clock says what one waits; time of
-the processor, of all processes together, is what can be compared where others use the machine, too.
-Memory: the peaks of preparing such a corpus and of training the debug recipe from it, each in a process of its own,
-above the same process with next to no text.
+Speed: `tiktoken.encode_batch` on one thread and preparation on one and on two cores take turns, in an order that
+changes with the round; preparation reads JSON lines, encodes them and writes synced shards into an empty cache. The
+documents are paragraphs of the standard library, or of --text, drawn by a seed. Clock time is the time one waits;
+processor time, summed over all processes, is comparable on a shared machine.
+Memory: the peaks of preparing such a corpus and of training the debug recipe on it, each in a separate process, above
+those of the same process with 1 MB of text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ print(max(largest) * (1 if sys.platform == "darwin" else 1024))
 
 
 Seconds = tuple[float, float]
-"""On the clock, and of the processor."""
+"""Clock seconds and processor seconds."""
 
 
 def timed(work: Callable[[], object]) -> Seconds:
@@ -58,12 +58,12 @@ def _processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def raw(files: list[Path]) -> Callable[[], Seconds]:
+def encode_with_tiktoken(files: list[Path]) -> Callable[[], Seconds]:
     encoding = tokenizer()._encoding
     texts = [json.loads(line)["text"] for path in files for line in path.read_text(encoding="utf-8").splitlines()]
 
     def encode() -> None:
-        for first in range(0, len(texts), 1024):  # all at once would measure the memory for a list of all ids
+        for first in range(0, len(texts), 1024):  # a single batch would measure the memory of a list of all ids
             encoding.encode_batch(texts[first : first + 1024], num_threads=1, disallowed_special=())
 
     return lambda: timed(encode)
@@ -73,7 +73,7 @@ def prepare_on(folder: Path, cores: int) -> Callable[[], Seconds]:
     def prepare() -> None:
         allowed = os.sched_getaffinity(0)
         if len(allowed) < cores:
-            raise SystemExit(f"this needs {cores} cores; there are {len(allowed)}")
+            raise SystemExit(f"this benchmark needs {cores} cores; {len(allowed)} are available")
         os.sched_setaffinity(0, set(sorted(allowed)[:cores]))
         try:
             with tempfile.TemporaryDirectory() as cache:
@@ -87,7 +87,11 @@ def prepare_on(folder: Path, cores: int) -> Callable[[], Seconds]:
 def speed(folder: Path, megabytes: int, rounds: int, text: Path | None) -> None:
     files = write_files(folder, megabytes * 10**6, text)
     size = sum(path.stat().st_size for path in files) / 1e6
-    ways = {"tiktoken, 1 thread": raw(files), "1 core": prepare_on(folder, 1), "2 cores": prepare_on(folder, 2)}
+    ways = {
+        "tiktoken, 1 thread": encode_with_tiktoken(files),
+        "1 core": prepare_on(folder, 1),
+        "2 cores": prepare_on(folder, 2),
+    }
     seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in sorted(ways, reverse=bool(turn % 2)):
@@ -95,17 +99,17 @@ def speed(folder: Path, megabytes: int, rounds: int, text: Path | None) -> None:
     print(f"{machine()}; {size:,.0f} MB of JSON lines in {len(files)} files, {rounds} rounds in turn")
     for name, values in seconds.items():
         for clock, which in (("clock", 0), ("processor", 1)):
-            own = [value[which] for value in values]
-            shares = [base[which] / value for base, value in zip(seconds["tiktoken, 1 thread"], own, strict=True)]
-            low, middle, high = statistics.quantiles(shares, n=4)
+            times = [value[which] for value in values]
+            ratios = [base[which] / value for base, value in zip(seconds["tiktoken, 1 thread"], times, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
             print(
-                f"{name:20} {clock:10} {spread([size / value for value in own])} MB/s; "
+                f"{name:20} {clock:10} {spread([size / value for value in times])} MB/s; "
                 f"{middle:.2f} of tiktoken, quartiles {low:.2f} to {high:.2f}"
             )
 
 
 def training_peak(folder: Path, cache: Path, out: Path) -> int:
-    """Bytes of the largest moment of 20 steps of the debug recipe on the text."""
+    """Return the peak bytes of 20 steps of the debug recipe on the text."""
     out.mkdir()
     settings = {
         "data.use": "components.data:TextFiles", "data.path": str(folder), "validation": "none",
@@ -136,8 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--text", type=Path, help="a folder of text to draw from, instead of the standard library")
-    parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
+    parser.add_argument("--text", type=Path, help="directory of text to draw from (default: the standard library)")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of speed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:

@@ -1,8 +1,8 @@
-"""Seconds from the command to the first finished step, set-up and data preparation excluded.
+"""Seconds from the command to the first finished step, without set-up and data preparation.
 
     python -m benchmarks.startup [--repeats 5]
 
-Runs ./run_train.sh with the debug recipe, once to have everything prepared, then `--repeats` times against the clock.
+Runs ./run_train.sh with the debug recipe, once for set-up and preparation, then `--repeats` times for the measurement.
 """
 
 from __future__ import annotations

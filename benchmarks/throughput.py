@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput [--steps 30] [--sizes 7M 20M]
 
-Same shape, precision, optimizer (fused AdamW), clipping, batch and data; ours runs the whole recipe with its loader,
-metrics and TensorBoard, theirs a bare loop over tokens that already lie in memory. Each is a process of its own, and
-they take turns, a step of ours and a step of theirs, because a shared machine drifts by more than they differ.
+Both have the same shape, precision, optimizer (fused AdamW), clipping and batch. The recipe runs with loader, metrics
+and TensorBoard; the plain loop has its tokens in memory. They run in separate processes and take turns step by step,
+because the speed of a shared machine drifts by more than they differ.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SEQUENCE, MICRO_BATCH, VOCAB = 512, 8, 4096
 WARM_UP = 3
 
 
-def ours(size: str, steps: int) -> None:
-    """The recipe."""
+def train_recipe(size: str, steps: int) -> None:
+    """Train the recipe."""
     from recipes.config import Override, load
 
     with tempfile.TemporaryDirectory() as directory:
@@ -46,8 +46,8 @@ def ours(size: str, steps: int) -> None:
         config.recipe.main(config, None)
 
 
-def theirs(size: str, steps: int) -> None:
-    """A plain loop."""
+def train_plain_loop(size: str, steps: int) -> None:
+    """Train a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = SIZES[size]
@@ -72,8 +72,11 @@ def theirs(size: str, steps: int) -> None:
         loss.item()
 
 
+TRAIN = {"recipe": train_recipe, "plain": train_plain_loop}
+
+
 class Measured:
-    """One of the two, in a process of its own, a step at a time."""
+    """One of the two in a separate process, run step by step."""
 
     def __init__(self, who: str, size: str, steps: int) -> None:
         command = [sys.executable, "-m", "benchmarks.throughput", "--measured", who, size, "--steps", str(steps)]
@@ -81,7 +84,7 @@ class Measured:
         self._until_ready()
 
     def step(self) -> float:
-        """Let one step happen; returns the seconds it took."""
+        """Run one step; return its seconds."""
         assert self.process.stdin is not None
         start = time.perf_counter()
         self.process.stdin.write("go\n")
@@ -90,7 +93,7 @@ class Measured:
         return time.perf_counter() - start
 
     def end(self) -> float:
-        """Stop it; returns its peak resident memory in MiB."""
+        """Stop the process; return its peak resident memory in MiB."""
         self.process.kill()
         _, _, usage = os.wait4(self.process.pid, 0)
         return usage.ru_maxrss / 1024
@@ -104,8 +107,8 @@ class Measured:
 
 
 def compare(size: str, steps: int) -> str:
-    """A row of the table."""
-    both = [Measured(who, size, steps + WARM_UP + 1) for who in ("ours", "theirs")]
+    """Return a row of the table."""
+    both = [Measured(who, size, steps + WARM_UP + 1) for who in TRAIN]
     pairs = [[each.step() for each in both] for _ in range(steps + WARM_UP)][WARM_UP:]
     speeds = [[SEQUENCE * MICRO_BATCH / pair[side] for pair in pairs] for side in (0, 1)]
     peaks = [each.end() for each in both]
@@ -128,9 +131,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measured:
         who, size = arguments.measured
-        {"ours": ours, "theirs": theirs}[who](size, arguments.steps)
+        TRAIN[who](size, arguments.steps)
         return
-    print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens a step, float32, {arguments.steps} pairs of steps;")
+    print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens per step, float32, {arguments.steps} pairs of steps;")
     print("medians, with the quartiles\n")
     print("| model | tokens/s, ours | tokens/s, transformers | ratio of a pair | peak MiB, ours | theirs | ratio |")
     print("|---|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""A run small enough to do many times: a few kilobytes of text, bytes as tokens, a Llama of some thousand weights."""
+"""A run small enough to repeat often: a few kilobytes of text, bytes as tokens, a Llama of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from recipes import cli
 from tests.processes import SIGNALS, reset_signals
 
-hypothesis.settings.register_profile("powertrain", deadline=None)  # a busy machine is slow, not wrong
+hypothesis.settings.register_profile("powertrain", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("powertrain")
 
 RECIPE = """
@@ -86,7 +86,7 @@ TEXT = (
 def launch_here(arguments: list[str]) -> int:
     """Launch a recipe in this process and return the exit status.
 
-    A run collects all garbage after its first step. Of the tests' own million objects there is none to be found.
+    A run collects garbage after its first step; the million objects of the tests are frozen to keep that fast.
     """
     gc.freeze()
     try:
@@ -96,7 +96,7 @@ def launch_here(arguments: list[str]) -> int:
 
 
 class TinyRun:
-    """A recipe in a folder of its own, and what its run leaves behind."""
+    """A recipe in its own folder, and the files of its run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -104,13 +104,13 @@ class TinyRun:
         self.directory = folder / "run"
         (folder / "text" / "held_out").mkdir(parents=True)
         for number in range(4):
-            # some 1.6 kB of text in all: the run passes the end of an epoch twice
+            # about 1.6 kB of text in total: the run passes the end of an epoch twice
             (folder / "text" / f"{number}.txt").write_text(TEXT[number * 7 :] * 2)
         (folder / "text" / "held_out" / "a.txt").write_text(TEXT[50:] + TEXT)
         self.recipe.write_text(RECIPE)
 
     def launch(self, *arguments: str) -> int:
-        """The launcher, in this process; returns the exit status."""
+        """Launch the recipe in this process and return the exit status."""
         return launch_here([str(self.recipe), *arguments])
 
     def rows(self) -> list[dict]:
@@ -122,7 +122,7 @@ class TinyRun:
 
 @pytest.fixture
 def reference() -> Callable[[str], Path]:
-    """Real text, tokenizers and a checkpoint in shared/data beside the project; a test that needs one skips without."""
+    """Return a function that finds real text, tokenizers and a checkpoint in shared/data, or skips the test."""
 
     def find(part: str) -> Path:
         folder = cli.ROOT.parent / "shared" / "data" / part
@@ -135,7 +135,7 @@ def reference() -> Callable[[str], Path]:
 
 @pytest.fixture
 def terminal_signals() -> Iterator[None]:
-    """For a test that signals this process: what it does then, whoever has started the tests."""
+    """Set default signal handlers for a test that signals this process, whoever has started the tests."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     reset_signals()
     yield
@@ -161,7 +161,7 @@ def new_tiny(tmp_path: Path) -> Callable[[str], TinyRun]:
 
 @pytest.fixture
 def clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget, after the test, modules called `mine_...` and where they were found."""
+    """Remove modules called `mine_...` and their import paths after the test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     for name in [name for name in sys.modules if name.startswith("mine_")]:

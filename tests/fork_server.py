@@ -6,7 +6,7 @@ takes none of them. `ForkedPython` is a `subprocess.Popen` for the commands `pyt
 environment, working directory and standard streams are those of the call. Tests of the start itself (the interpreter,
 the environment, the order of imports) start a real one: `subprocess.Popen`.
 
-A server is a process of its own, `python -m tests.fork_server`, that ends with its client. There is one for each hash
+A server is a separate process, `python -m tests.fork_server`, that ends with its client. There is one for each hash
 seed, so that ranks that iterate over a set in different orders are found.
 """
 
@@ -34,7 +34,7 @@ _HEADER = struct.Struct("i")
 
 
 class ForkedPython(subprocess.Popen):
-    """A process forked from a server. Raises ValueError where `args` is not a command for this interpreter."""
+    """A process forked from a server. Raises ValueError if `args` is not a command for this interpreter."""
 
     def __init__(self, args: Any, *, hash_seed: int = 0, **options: Any) -> None:
         self._server = _server(hash_seed)
@@ -83,7 +83,7 @@ class ForkedPython(subprocess.Popen):
 
 
 def is_python(command: list[Any]) -> bool:
-    """Whether a command starts this interpreter with a script, a module or code."""
+    """Return whether a command starts this interpreter with a script, a module or code."""
     return os.fspath(command[0]) == sys.executable and len(command) > 1
 
 
@@ -91,7 +91,7 @@ _servers: dict[int, socket.socket] = {}
 
 
 def _server(hash_seed: int) -> socket.socket:
-    """The connection to the server with this seed, started at the first use."""
+    """Return the connection to the server of this seed, started at the first use."""
     if hash_seed not in _servers:
         ours, theirs = socket.socketpair()
         environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
@@ -135,7 +135,7 @@ def _import_what_runs_need() -> None:
 
 
 def serve(client: socket.socket) -> None:
-    """Fork a process for every request, and report its end, until the client is gone."""
+    """Fork a process for every request and report its end, until the client exits."""
     _import_what_runs_need()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads do not survive a fork"
     running: dict[int, int] = {}
@@ -167,7 +167,7 @@ def serve(client: socket.socket) -> None:
 
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
-    """In the child: be the process that was asked for, to its end."""
+    """Run the requested process in the child, to its end."""
     if request["new_session"]:
         os.setsid()
     for number in SIGNALS:
@@ -175,7 +175,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    # the streams may have the numbers of each other
+    # the descriptors of the streams may overlap
     for number, stream in enumerate([os.dup(stream) for stream in streams]):
         os.dup2(stream, number)
         os.close(stream)
@@ -189,13 +189,13 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    """As the interpreter runs its command line, to the end of this process."""
+    """Run a command line as the interpreter does, and end this process."""
     from torch.distributed.elastic.multiprocessing import subprocess_handler
 
     subprocess_handler.subprocess_handler.Popen = _ForkedWorker  # type: ignore[attr-defined]
     unbuffered = arguments[0] == "-u"
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # line by line where a user would see it so, or where it is asked for
+        # line buffered on a terminal, or if requested
         buffering = 1 if name == "stderr" or unbuffered else -1
         number = {"stdin": 0, "stdout": 1, "stderr": 2}[name]
         stream = open(number, mode, buffering=buffering, closefd=False, encoding="utf-8",  # noqa: SIM115
@@ -239,7 +239,7 @@ def _execute(arguments: list[str]) -> None:
 
 
 def _end(status: int) -> None:
-    """As the interpreter ends: wait for threads, call what asked for it, flush."""
+    """End as the interpreter does: wait for threads, run exit handlers, flush."""
     import atexit
 
     try:
@@ -254,7 +254,7 @@ def _end(status: int) -> None:
 
 
 class _ForkedWorker(subprocess.Popen):
-    """A process that a forked launcher starts: forked from the launcher, which is its parent as of a real one."""
+    """A worker that a forked launcher starts: forked from the launcher, which is its parent as usual."""
 
     def _execute_child(  # type: ignore[override]
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
@@ -269,7 +269,7 @@ class _ForkedWorker(subprocess.Popen):
             return
         sys.stdout.flush()
         sys.stderr.flush()
-        with warnings.catch_warnings():  # of the agent's threads, which the child does not need
+        with warnings.catch_warnings():  # about the threads of the agent, which the child does not need
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         self._child_created = True

@@ -1,4 +1,4 @@
-"""Processes of the tests: started as from a terminal, and waited for without a clock.
+"""Processes of the tests: started as from a terminal, and awaited without timeouts.
 
 No test passes or fails by the time something takes: a busy machine is slow. A hang is ended by pytest's own limit.
 """
@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def reset_signals() -> None:
-    """Give this process the signals that a terminal gives: a shell's `&` makes it ignore SIGINT, nohup SIGHUP."""
+    """Restore the signal handlers of a terminal: a shell's `&` makes a process ignore SIGINT, nohup SIGHUP."""
     _default_signals()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -46,7 +46,7 @@ def start_process(
 
 
 def run_process(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Start `command` as `start_process` does, wait for its end, and return its status and what it wrote."""
+    """Start `command` as `start_process` does, wait for its end, and return its status and output."""
     process = start_process(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
     said = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, *said)
@@ -94,7 +94,7 @@ def call_in_ranks(function: Callable[..., None], folder: Path, count: int) -> No
 
 
 def wait_until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Until something has happened; fails where `process` ends before it."""
+    """Wait until a condition holds; fail if `process` ends before."""
     while not happened():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)

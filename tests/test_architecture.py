@@ -1,4 +1,4 @@
-"""The direction of imports: tools, tests, benchmarks -> recipes -> components, models. Held here, not by good will."""
+"""The direction of imports: tools, tests, benchmarks -> recipes -> components, models."""
 
 import ast
 from pathlib import Path
@@ -32,7 +32,7 @@ profile and what token ids are; they import at most one another, so everyone may
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of ours that a file imports: at its top, in a function, or for types only."""
+    """Return the project modules that a file imports: at its top, in a function, or for types only."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     found = set()
     for node in ast.walk(tree):
@@ -48,11 +48,11 @@ def modules(package: str) -> list[Path]:
 
 
 def component_of(file: Path) -> str:
-    """The component a file belongs to: a module of components/, or a package of it with all its modules."""
+    """Return the component of a file: a module or a package of components/."""
     return file.relative_to(ROOT / "components").parts[0].removesuffix(".py")
 
 
-def test_components_import_neither_each_other_nor_what_uses_them():
+def test_components_import_neither_each_other_nor_their_users():
     wrong = [
         f"{file.relative_to(ROOT)} imports {name}"
         for file in modules("components")
@@ -83,7 +83,7 @@ def test_recipes_import_no_tool():
 
 
 @pytest.mark.parametrize("shared", sorted(SHARED))
-def test_what_everyone_may_import_imports_nothing_else_of_ours(shared):
+def test_shared_modules_import_no_other_project_module(shared):
     assert imports((ROOT / shared.replace(".", "/")).with_suffix(".py")) <= SHARED
 
 
@@ -96,7 +96,7 @@ def module_name(file: Path) -> str:
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Each module of the product with the modules it imports, wherever in the file and also for types only.
+    """Return each module of the product with the modules it imports anywhere in the file, also for types only.
 
     `from package import name` is an import of the module that defines `name` where the package only re-exports it:
     what a package exports is imported for one name of it, and not for the others.
@@ -115,7 +115,7 @@ def module_graph() -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """One circle for each group of modules that import one another, found by leaving out what is in none."""
+    """Return one cycle for each group of modules that import one another."""
     left = {module: set(imported) for module, imported in graph.items()}
     while ends := {m for m, imported in left.items() if not imported & left.keys()}:
         left = {module: imported - ends for module, imported in left.items() if module not in ends}
@@ -132,12 +132,12 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_no_modules_import_one_another_in_a_circle():
-    """Not even in a function or for types: what is tied together cannot be read, tested or moved one by one."""
+def test_there_are_no_import_cycles():
+    """Not even in a function or for types: modules in a cycle cannot be read, tested or moved separately."""
     assert [" -> ".join(circle) for circle in cycles(module_graph())] == []
 
 
-def test_circles_are_found():
+def test_import_cycles_are_found():
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c", "b"]]
     assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
     graph = module_graph()

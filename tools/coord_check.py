@@ -1,15 +1,15 @@
-"""Coordinate check: does the size of activations stay the same in a wider model, while it learns?
+"""Coordinate check: does the size of activations stay constant as models get wider, at the start and while they train?
 
-    python -m tools.coord_check                                      # muP beside the standard parametrisation
-    python -m tools.coord_check --parametrisation standard           # exit status 1: it does not
+    python -m tools.coord_check                                      # muP, and the standard parametrization
+    python -m tools.coord_check --parametrization standard           # exit status 1: it fails
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
-    python -m tools.coord_check --experts 8 --top-k 2                # of a mixture of experts
+    python -m tools.coord_check --experts 8 --top-k 2                # mixture of experts
 
-Small Llamas, alike but for their width, take a few steps on the same batch of random tokens. Of what each module gives,
-the mean absolute value is fitted against width: log size = slope x log width + constant. muP means a slope of zero at
-every module and step (Yang et al. 2022, arXiv 2203.03466, appendix D.1); one further off than the tolerance is a
-failure. Only logits may have one from -1/2 on: random, they shrink with the root of width, and what is learnt does not.
-A picture needs the `plot` extra. Exit status: 0 passed, 1 failed, 2 for what the user can put right.
+Small Llamas that differ only in width take a few steps on the same batch of random tokens. The size of a module is the
+mean absolute value of its output, and its slope is that of log size against log width. Under muP the slope is zero at
+every module and step (Yang et al. 2022, arXiv 2203.03466, appendix D.1); a module whose slope is further off than the
+tolerance fails. Logits may have a slope down to -1/2: random ones shrink with the square root of the width, learned
+ones do not. A figure needs the `plot` extra. Exit status: 0 passed, 1 failed, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0)}
-"""The range of slopes of a module; 0 for all others."""
+"""Module -> range of slopes that pass; 0 for all others."""
 Parametrization = Literal["mup", "standard"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """What all the models of a check have in common."""
+    """The settings that all models of a check share."""
 
     widths: Sequence[int] = (32, 64, 128, 256)
     """dim of each model; heads and ffn_dim grow with it"""
@@ -55,53 +55,53 @@ class CheckConfig:
     seeds: int = 2
     """models of each width, whose sizes are averaged"""
     lr: float = 0.01
-    """rate of all steps, before muP's multipliers"""
+    """learning rate of all steps, before muP's multipliers"""
     init_std: float = 0.1
     """standard deviation of the initial weights, before muP's"""
     base_width: int = 32
-    """the width at which muP scales nothing"""
+    """the width at which all muP multipliers are 1"""
     experts: int = 0
-    """experts of a feed-forward; 0: none"""
+    """experts of a feed-forward layer; 0: dense"""
     top_k: int = 2
-    """experts of a token"""
+    """experts that a token is routed to"""
 
     def __post_init__(self) -> None:
         if len(set(self.widths)) < 2:
-            raise ValueError(f"--widths: {list(self.widths)} has no slope; give two or more")
+            raise ValueError(f"--widths: {list(self.widths)}: expected two or more widths")
         for width in self.widths:
             if width % (2 * self.head_dim):
-                raise ValueError(f"--widths: {width} is no multiple of two heads of --head-dim {self.head_dim}")
+                raise ValueError(f"--widths: {width} is not a multiple of {2 * self.head_dim}, two heads of --head-dim")
         if self.experts and not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"--top-k: {self.top_k} of {self.experts} --experts; take 1 to {self.experts}")
+            raise ValueError(f"--top-k: {self.top_k}: expected 1 to {self.experts}, the number of --experts")
         if min(self.steps, self.seeds) < 1:
-            raise ValueError("--steps and --seeds: at least 1 of each")
+            raise ValueError(f"--steps {self.steps}, --seeds {self.seeds}: expected at least 1")
 
 
 Sizes = dict[str, list[float]]
-"""Module -> mean absolute value of what it gives, at the start and after each step."""
+"""Module -> mean absolute value of its output, at the start and after each step."""
 
 
-def coordinate_sizes(setting: CheckConfig, width: int, parametrisation: Parametrization) -> Sizes:
-    """The mean over seeds."""
-    runs = [_one_seed(setting, width, parametrisation, seed) for seed in range(setting.seeds)]
+def measure_sizes(config: CheckConfig, width: int, parametrization: Parametrization) -> Sizes:
+    """Return the sizes of the modules, averaged over seeds."""
+    runs = [_measure_one_seed(config, width, parametrization, seed) for seed in range(config.seeds)]
     return {
         name: [sum(sizes) / len(runs) for sizes in zip(*(run[name] for run in runs), strict=True)] for name in runs[0]
     }
 
 
-def _one_seed(setting: CheckConfig, width: int, parametrisation: Parametrization, seed: int) -> Sizes:
+def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametrization, seed: int) -> Sizes:
     model = Llama(
         dim=width,
-        layers=setting.layers,
-        heads=width // setting.head_dim,
-        kv_heads=width // setting.head_dim // 2,
-        head_dim=setting.head_dim,
+        layers=config.layers,
+        heads=width // config.head_dim,
+        kv_heads=width // config.head_dim // 2,
+        head_dim=config.head_dim,
         ffn_dim=2 * width,
-        init_std=setting.init_std,
+        init_std=config.init_std,
         depth_scaled_init=False,
-        experts=setting.experts,
-        top_k=setting.top_k if setting.experts else None,
-        mup=MuPConfig(enabled=parametrisation == "mup", base_width=setting.base_width, residual_multiplier=0.5),
+        experts=config.experts,
+        top_k=config.top_k if config.experts else None,
+        mup=MuPConfig(enabled=parametrization == "mup", base_width=config.base_width, residual_multiplier=0.5),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
     parameters = model.named_parameters()
@@ -110,10 +110,10 @@ def _one_seed(setting: CheckConfig, width: int, parametrisation: Parametrization
     tokens, labels = drawn[:, :-1], drawn[:, 1:]
     sizes: Sizes = {}
     with _recording(model, sizes):
-        for _ in range(setting.steps):
+        for _ in range(config.steps):
             nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).backward()
             for group in optimizer.param_groups:
-                group["lr"] = setting.lr * group["lr_multiplier"]
+                group["lr"] = config.lr * group["lr_multiplier"]
             optimizer.step()
             optimizer.zero_grad()
         model(tokens)
@@ -122,11 +122,11 @@ def _one_seed(setting: CheckConfig, width: int, parametrisation: Parametrization
 
 @contextmanager
 def _recording(model: nn.Module, sizes: Sizes) -> Iterator[None]:
-    """Append to `sizes` with every forward pass: what embedding, each block and its two halves, and the head give."""
+    """Record the sizes of every forward pass: embedding, each block, its attention and feed-forward, and the head."""
 
     def record(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output  # with experts, their routing comes along
+            output = output[0] if isinstance(output, tuple) else output  # a mixture of experts also returns its routing
             sizes.setdefault(name, []).append(float(output.detach().abs().mean()))
 
         return model.get_submodule(name).register_forward_hook(hook)
@@ -142,20 +142,20 @@ def _recording(model: nn.Module, sizes: Sizes) -> Iterator[None]:
             handle.remove()
 
 
-def slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
-    """Of log size against log width, by least squares; not a number where a size is zero or not finite."""
+def fit_slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
+    """Return the least-squares slope of log size against log width; nan if a size is zero or not finite."""
     if not all(math.isfinite(size) and size > 0 for size in sizes):
         return math.nan
     x, y = [math.log(width) for width in widths], [math.log(size) for size in sizes]
-    middle, mean = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - middle) * (b - mean) for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 @dataclass(frozen=True)
 class Check:
-    """The sizes of one parametrisation, by width."""
+    """The sizes of one parametrization, by width."""
 
-    parametrisation: Parametrization
+    parametrization: Parametrization
     sizes: dict[int, Sizes]
 
     @property
@@ -163,52 +163,55 @@ class Check:
         """Module -> slope at the start and after each step."""
         widths = list(self.sizes)
         return {
-            name: [slope(widths, row) for row in zip(*(self.sizes[width][name] for width in widths), strict=True)]
+            name: [fit_slope(widths, row) for row in zip(*(self.sizes[width][name] for width in widths), strict=True)]
             for name in next(iter(self.sizes.values()))
         }
 
     @property
-    def steepest(self) -> dict[str, float]:
-        """Module -> the slope that is furthest from what is expected of it."""
+    def worst_slope(self) -> dict[str, float]:
+        """Module -> the slope that is furthest from its expected range."""
         return {
-            name: max(slopes, key=lambda value, name=name: distance(name, value))  # type: ignore[misc]
+            name: max(slopes, key=lambda value, name=name: distance_from_expected(name, value))  # type: ignore[misc]
             for name, slopes in self.slopes.items()
         }
 
     def failures(self, tolerance: float) -> list[str]:
-        """Modules with a slope that is further off than `tolerance`."""
-        return [name for name, value in self.steepest.items() if distance(name, value) > tolerance]
+        """Return the modules with a slope that is further off than `tolerance`."""
+        return [name for name, value in self.worst_slope.items() if distance_from_expected(name, value) > tolerance]
 
     def report(self, tolerance: float) -> Iterator[str]:
-        """A table of the sizes after the last step, and the verdict."""
-        slopes, steepest, failures = self.slopes, self.steepest, self.failures(tolerance)
-        yield f"{self.parametrisation:<22}" + "".join(f"{width:>9}" for width in self.sizes) + "    slope  furthest"
+        """Yield a table of the sizes after the last step, and the verdict."""
+        slopes, worst_slope, failures = self.slopes, self.worst_slope, self.failures(tolerance)
+        yield f"{self.parametrization:<22}" + "".join(f"{width:>9}" for width in self.sizes) + "    slope     worst"
         for name in slopes:
             last = "".join(f"{sizes[name][-1]:>9.3g}" for sizes in self.sizes.values())
-            yield f"{name:<22}{last}{slopes[name][-1]:>9.2f}{steepest[name]:>10.2f}{'  FAIL' * (name in failures)}"
+            yield f"{name:<22}{last}{slopes[name][-1]:>9.2f}{worst_slope[name]:>10.2f}{'  FAIL' * (name in failures)}"
         outcome = f"FAIL, {len(failures)} of {len(slopes)} modules" if failures else "pass"
-        yield f"{self.parametrisation}: {outcome} (tolerance {tolerance:g})"
+        yield f"{self.parametrization}: {outcome} (tolerance {tolerance:g})"
 
 
-def distance(name: str, value: float) -> float:
-    """How far a module's slope is from what is expected of it."""
+def distance_from_expected(name: str, value: float) -> float:
+    """Return the distance of a module's slope from its expected range; infinite for nan."""
     low, high = EXPECTED.get(name, (0.0, 0.0))
     return math.inf if math.isnan(value) else max(low - value, value - high, 0.0)
 
 
-def check(setting: CheckConfig, parametrisation: Parametrization) -> Check:
-    widths = sorted(set(setting.widths))
-    return Check(parametrisation, {width: coordinate_sizes(setting, width, parametrisation) for width in widths})
+def run_check(config: CheckConfig, parametrization: Parametrization) -> Check:
+    widths = sorted(set(config.widths))
+    return Check(parametrization, {width: measure_sizes(config, width, parametrization) for width in widths})
 
 
-def plot(checks: Sequence[Check], output: Path) -> None:
-    """One panel a parametrisation, one line a module. Raises ValueError without matplotlib, or for an unknown kind."""
+def plot_checks(checks: Sequence[Check], output: Path) -> None:
+    """Plot a panel for each parametrization, a line for each module.
+
+    Raises ValueError without matplotlib, or for an unknown file type.
+    """
     panels = {"squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = import_pyplot().subplots(1, len(checks), figsize=(5 * len(checks), 4), **panels)
     for axis, each in zip(axes.flat, checks, strict=True):
         for name in each.slopes:
             axis.loglog(list(each.sizes), [sizes[name][-1] for sizes in each.sizes.values()], "o-", label=name)
-        axis.set_title(f"{each.parametrisation}: size after the last step")
+        axis.set_title(f"{each.parametrization}: size after the last step")
         axis.set_xticks(list(each.sizes), labels=[str(width) for width in each.sizes], minor=False)
         axis.set_xticks([], minor=True)
         axis.set_xlabel("width")
@@ -218,29 +221,35 @@ def plot(checks: Sequence[Check], output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
-    parser.add_argument("--parametrisation", choices=["mup", "standard"], help="the one to judge; muP, beside standard")
+    parser.add_argument(
+        "--parametrization",
+        choices=["mup", "standard"],
+        help="which one decides the exit status (default: muP; the standard one is shown for comparison)",
+    )
     for key, meaning in describe(CheckConfig).items():
         default = getattr(CheckConfig, key)
-        several = key == "widths"
+        is_list = key == "widths"
         parser.add_argument(
             f"--{key.replace('_', '-')}",
             type=float if isinstance(default, float) else int,
-            nargs="+" if several else None,
+            nargs="+" if is_list else None,
             default=default,
-            help=f"{meaning} (default: {' '.join(map(str, default)) if several else default})",
+            help=f"{meaning} (default: {' '.join(map(str, default)) if is_list else default})",
         )
-    parser.add_argument("--tolerance", type=float, default=0.15, help="how far off a slope may be (default: 0.15)")
-    parser.add_argument("--output", type=Path, help="picture to draw: .svg, .png or .pdf")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.15, help="distance from the expected slope that passes (default: 0.15)"
+    )
+    parser.add_argument("--output", type=Path, help="figure to write: .svg, .png or .pdf")
     options = vars(parser.parse_args(arguments))
     judged: Parametrization | None
-    judged, tolerance, output = options.pop("parametrisation"), options.pop("tolerance"), options.pop("output")
+    judged, tolerance, output = options.pop("parametrization"), options.pop("tolerance"), options.pop("output")
     try:
-        setting = CheckConfig(**options)
-        asked: tuple[Parametrization, ...] = (judged,) if judged else ("mup", "standard")
-        checks = [check(setting, each) for each in asked]
+        config = CheckConfig(**options)
+        checked: tuple[Parametrization, ...] = (judged,) if judged else ("mup", "standard")
+        checks = [run_check(config, each) for each in checked]
         print("\n\n".join("\n".join(each.report(tolerance)) for each in checks))
         if output is not None:
-            plot(checks, output)
+            plot_checks(checks, output)
             print(f"\nwrote {output}")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -1,5 +1,5 @@
-# Sourced by run_train.sh and run_tests.sh. `use_environment ROOT [EXTRA]` leaves in $PYTHON an interpreter that has
-# everything pyproject.toml lists: the active one if it does, else ROOT/.venv, which it makes once.
+# Sourced by run_train.sh and run_tests.sh. `use_environment ROOT [EXTRA]` sets $PYTHON to an interpreter with all
+# dependencies of pyproject.toml: the active one if it has them, else that of ROOT/.venv, which is created once.
 
 use_environment() {
   local root=$1 extra=${2:-} venv="$1/.venv" base="" name
@@ -9,13 +9,13 @@ use_environment() {
   for name in "${names[@]}"; do
     if _is_supported "$name"; then base=$(command -v "$name") && break; fi
   done
-  [ -n "$base" ] || _fail "Powertrain needs Python 3.10 to 3.13, which is not at: ${names[*]}. Name one with PYTHON=/path/to/python3."
+  [ -n "$base" ] || _fail "Powertrain needs Python 3.10 to 3.13; not found as: ${names[*]}. Set PYTHON=/path/to/python3."
   PYTHON=$base
   ! _is_complete || return 0
   PYTHON="$venv/bin/python"
   ! _is_complete || return 0
   echo "Setting up Powertrain${extra:+ (with $extra)} in $venv; this happens once." >&2
-  # One at a time: a second launch waits here and then finds the work done.
+  # One process at a time: a second launch waits here and then finds the environment complete.
   if command -v flock >/dev/null; then exec 9>"$root/.setup.lock" && flock 9; fi
   _is_complete || _make_venv
   if command -v flock >/dev/null; then exec 9>&-; fi
@@ -33,7 +33,7 @@ _make_venv() {
   _is_supported "$PYTHON" || "${make[@]}" "$venv" ||
     _fail "Could not make $venv with $base; on Debian and Ubuntu: apt-get install python3-venv."
   "${install[@]}" --quiet -c "$root/constraints.txt" -e "$root${extra:+[$extra]}" ||
-    _fail "Setting up failed; the cause is above. Run the same command again to continue."
+    _fail "The set-up failed; the cause is above. Run the same command again to continue."
 }
 
 _fail() {

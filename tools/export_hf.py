@@ -1,8 +1,9 @@
-"""Write a checkpoint as a Hugging Face directory, which `transformers` and most other readers open.
+"""Convert a checkpoint to a Hugging Face directory, which `transformers` and most other readers open.
 
     python -m tools.export_hf CHECKPOINT OUTPUT [--dtype bf16] [--max-shard-size 5GB]
 
-CHECKPOINT is a directory of ours, saved on any number of processes, or a run directory: then its newest checkpoint.
+CHECKPOINT is a checkpoint, saved on any number of processes, or a run directory, whose newest checkpoint is taken.
+Exit status: 0 done, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -30,14 +31,13 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory")
     parser.add_argument("output", type=Path, help="the directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they were saved)")
-    parser.add_argument("--max-shard-size", default="5GB", help="the most one file of weights holds (default: 5GB)")
-    parser.add_argument("--trust-code", action="store_true", help="import code of its own that CHECKPOINT names")
-    parser.add_argument("--force", action="store_true", help="replace the model that OUTPUT holds")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the exported weights (default: as saved)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of one weights file (default: 5GB)")
+    parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
+    parser.add_argument("--force", action="store_true", help="replace the model in OUTPUT")
     options = parser.parse_args(arguments)
     try:
         notes = export(
@@ -65,9 +65,9 @@ def export(
     force: bool = False,
     trust_code: bool = False,
 ) -> list[str]:
-    """Write the model of `checkpoint` as `output`; returns what there is to note.
+    """Write the model of `checkpoint` to the directory `output`; return notes for the user.
 
-    Raises ValueError, ConfigError or OSError with what is wrong.
+    Raises ValueError, ConfigError or OSError.
     """
     checkpoint = find_checkpoint_at(checkpoint)
     verify(checkpoint)
@@ -79,42 +79,44 @@ def export(
         )
     name, architecture = architecture_from_model(model)
     entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
-    ours = {theirs: mine for mine, theirs in architecture.hf_names(model).items()}
+    model_names = {hf_name: model_name for model_name, hf_name in architecture.hf_names(model).items()}
     parameters = dict(model.named_parameters())
     tensors = {
-        theirs: TensorSpec(tuple(parameters[mine].shape), dtype or parameters[mine].dtype)
-        for theirs, mine in ours.items()
+        hf_name: TensorSpec(tuple(parameters[model_name].shape), dtype or parameters[model_name].dtype)
+        for hf_name, model_name in model_names.items()
     }
 
     def read(group: Sequence[str]) -> dict[str, Tensor]:
         return {
-            theirs: tensor.to(tensors[theirs].dtype)
-            for theirs, tensor in read_model(checkpoint, parameters, {theirs: ours[theirs] for theirs in group}).items()
+            hf_name: tensor.to(tensors[hf_name].dtype)
+            for hf_name, tensor in read_model(
+                checkpoint, parameters, {hf_name: model_names[hf_name] for hf_name in group}
+            ).items()
         }
 
-    with new_directory(output, force=force) as aside:
-        end, notes = _tokenizer(config, state["vocab_size"], aside, entries["max_position_embeddings"])
+    with new_directory(output, force=force) as temporary:
+        end, notes = _write_tokenizer(config, state["vocab_size"], temporary, entries["max_position_embeddings"])
         ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        write_json(aside / "config.json", {**entries, **ids, "dtype": stored, "torch_dtype": stored})
-        write_json(aside / "generation_config.json", {**ids, "pad_token_id": end})
-        files = write_weights(aside, tensors, read, max_shard_bytes=max_shard_bytes)
+        write_json(temporary / "config.json", {**entries, **ids, "dtype": stored, "torch_dtype": stored})
+        write_json(temporary / "generation_config.json", {**ids, "pad_token_id": end})
+        files = write_weights(temporary, tensors, read, max_shard_bytes=max_shard_bytes)
     count = sum(parameter.numel() for parameter in parameters.values())
-    of = f"{checkpoint.name}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
-    return [of, *notes]
+    summary = f"{checkpoint.name}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
+    return [summary, *notes]
 
 
 def read_model(
     checkpoint: Path, parameters: Mapping[str, nn.Parameter], wanted: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The tensors that `wanted` names, whole and on the CPU, whatever they were sharded over; nothing else is read."""
+    """Return the tensors that `wanted` names, unsharded and on the CPU; no others are read."""
     tensors = {key: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for key, name in wanted.items()}
     load_tensors(checkpoint, {"model": {wanted[key]: tensor for key, tensor in tensors.items()}}, no_dist=True)
     return tensors
 
 
-def _tokenizer(config: Config, vocab_size: int, directory: Path, max_length: int) -> tuple[int | None, list[str]]:
-    """Write the tokenizer's files if there can be any: the id that ends a document, and what there is to note."""
+def _write_tokenizer(config: Config, vocab_size: int, directory: Path, max_length: int) -> tuple[int | None, list[str]]:
+    """Write the tokenizer's files if it can be exported; return the end-of-document id, if known, and notes."""
     missing = "warning: no tokenizer was written"
     try:
         encoder: Any = config.recipe.tokenizer.build()

@@ -4,7 +4,7 @@
     python -m tools.generate exported --prompts prompts.txt --batch 8 --greedy --json > continued.jsonl
 
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint saved on any number of processes, or a
-Hugging Face directory. Exit status: 0 done, 2 for what the user can put right, 130 after Ctrl-C.
+Hugging Face directory. Exit status: 0 done, 2 for a user error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -31,60 +31,60 @@ from recipes.pretrained import load_pretrained
 
 @dataclass
 class Completion:
-    """A prompt, and what was written after it so far."""
+    """A prompt, and the text generated after it so far."""
 
     prompt: str
     ids: list[int]
-    """Of the prompt."""
+    """Token ids of the prompt."""
     stream: IncrementalDetokenizer
     room: int
-    """The most tokens that may follow."""
+    """The largest number of tokens to generate."""
     text: str = ""
     tokens: int = 0
     ended: bool = False
-    """The model ended the document."""
+    """Whether the model ended the document."""
 
     def add(self, id: int | None) -> str:
-        """The text that became certain with the next id; None: there is no more."""
+        """Add the next id, or None for the end; return the text that is now complete."""
         if self.ended or self.tokens == self.room:
             return ""
         if id is None:
             self.ended = True
             return self.finish()
         self.tokens += 1
-        return self._gained(self.stream.add(id) + (self.stream.finish() if self.tokens == self.room else ""))
+        return self._append(self.stream.add(id) + (self.stream.finish() if self.tokens == self.room else ""))
 
     def finish(self) -> str:
-        """What was held back, as what it is so far."""
-        return self._gained(self.stream.finish())
+        """Return the text that was held back as an incomplete character."""
+        return self._append(self.stream.finish())
 
-    def _gained(self, new: str) -> str:
-        self.text += new
-        return new
+    def _append(self, delta: str) -> str:
+        self.text += delta
+        return delta
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the completion as a JSON object."""
         end = "end_of_document" if self.ended else "max_tokens" if self.tokens == self.room else "interrupted"
         return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "end": end}
 
 
 class Generator:
-    """A model, its tokenizer, and how to choose."""
+    """A model, its tokenizer and its sampling settings."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Raises ValueError, OSError or ConfigError for what cannot be opened."""
+        """Load the model of the command line. Raises ValueError, OSError or ConfigError."""
         self.sampling = Sampling(
             temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
         )
         self.seed, self.max_tokens = options.seed, options.max_tokens
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine shows no CUDA device")
+            raise ValueError("--device cuda: no CUDA device is available")
         trained = load_pretrained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
         self.encoder = trained.load_tokenizer()
         model = trained.build(trained.sequence_length)
-        if not hasattr(model, "new_cache"):  # a model of the user's may have none
-            raise ValueError(f"a {type(model).__name__} has no new_cache(padding, capacity), which generating takes")
+        if not hasattr(model, "new_cache"):  # a custom model may have none
+            raise ValueError(f"a {type(model).__name__} has no new_cache(padding, capacity), which generation needs")
         materialize(model, torch.device("cpu"))
         trained.load_weights(model, single_process=True)
         model.to(self.device, precision.dtype_of(precision.resolve_precision(options.precision, self.device))).eval()
@@ -94,19 +94,19 @@ class Generator:
         self.trained_length = trained.sequence_length
         self.longest = int(getattr(getattr(model, "size", None), "max_sequence_length", trained.sequence_length))
 
-    def open(self, prompt: str) -> Completion:
-        """Raises ValueError for a prompt that leaves no room to write."""
+    def start_completion(self, prompt: str) -> Completion:
+        """Start a completion. Raises ValueError for a prompt that leaves no room for another token."""
         ids = self.encoder.encode_batch([prompt])[0].tolist() if prompt else [self.encoder.end_of_document]
         if len(ids) >= self.longest:
             raise ValueError(
-                f"the prompt {prompt[:40]!r}... has {len(ids):,} tokens, and a sequence of this model at most "
-                f"{self.longest:,}, one of them to write; shorten it"
+                f"the prompt {prompt[:40]!r}... has {len(ids):,} tokens; at most {self.longest - 1:,} leave room for "
+                f"another in a sequence of {self.longest:,}; shorten it"
             )
         room = min(self.max_tokens, self.longest - len(ids))
         return Completion(prompt, ids, IncrementalDetokenizer(self.encoder.decode, ids if prompt else ()), room)
 
-    def write(self, texts: Sequence[Completion], first: int) -> Iterator[list[str]]:
-        """What each of `texts` gains, step by step. The n-th prompt of all, `first` on, draws from seed + n."""
+    def generate(self, texts: Sequence[Completion], first: int) -> Iterator[list[str]]:
+        """Yield the new texts of each step. Prompt n of all draws from seed + n; row 0 is prompt `first`."""
         steps = max(text.room for text in texts)
         numbers = [uniform_numbers(self.seed + first + row, steps) for row in range(len(texts))]
         for ids in generate_tokens(
@@ -123,16 +123,15 @@ class Generator:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for what the user can put right, 130 after Ctrl-C."""
-    options = parse(arguments)
+    options = parse_options(arguments)
     try:
         prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
         generator = Generator(options)
-        texts = [generator.open(prompt) for prompt in prompts]
+        texts = [generator.start_completion(prompt) for prompt in prompts]
         longest = max(len(text.ids) + text.room for text in texts)
         if longest > generator.trained_length:
-            note = f"note: the model was trained on {generator.trained_length} tokens at a time"
-            print(f"{note}; beyond them it writes blindly", file=sys.stderr)
+            note = f"note: the model was trained on sequences of {generator.trained_length} tokens"
+            print(f"{note}; quality beyond that is untested", file=sys.stderr)
         return write_all(generator, texts, options)
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -142,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_all(generator: Generator, texts: Sequence[Completion], options: argparse.Namespace) -> int:
-    """Continue every prompt and print it: one as it comes, several when their batch is done."""
+    """Continue and print every prompt: a single one token by token, several batch by batch. Return the exit status."""
     streams = len(texts) == 1 and not options.json
     if streams:
         emit(texts[0].prompt)
@@ -151,9 +150,9 @@ def write_all(generator: Generator, texts: Sequence[Completion], options: argpar
     while batch := list(islice(waiting, options.batch)):
         status = 0
         try:
-            for gained in generator.write(batch, first):
+            for deltas in generator.generate(batch, first):
                 if streams:
-                    emit(gained[0])
+                    emit(deltas[0])
         except KeyboardInterrupt:
             status = 130
         left = [text.finish() for text in batch]
@@ -171,18 +170,18 @@ def write_all(generator: Generator, texts: Sequence[Completion], options: argpar
 
 
 def emit(text: str) -> None:
-    """At once; what UTF-8 cannot hold, as a question mark."""
+    """Write text to standard output at once, with a question mark for what UTF-8 cannot encode."""
     sys.stdout.write(text.encode("utf-8", "replace").decode())
     sys.stdout.flush()
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A line each, blank ones left out; of `.jsonl`, what each object has under "prompt". Raises ValueError."""
+    """Return the nonblank lines of a file, or the "prompt" of each object of a `.jsonl`. Raises ValueError."""
     text = sys.stdin.read() if str(path) == "-" else read_utf8(path)
-    # not splitlines, which also ends a line at characters that JSON and prose may have inside one
+    # splitlines would also split at characters that JSON and text may contain, such as U+2028
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"{'standard input' if str(path) == '-' else path} holds no prompt")
+        raise ValueError(f"{'standard input' if str(path) == '-' else path} has no prompt")
     if path.suffix != ".jsonl":
         return [line for _, line in lines]
     prompts = []
@@ -205,31 +204,39 @@ def read_utf8(path: Path) -> str:
         raise ValueError(f"{path}:{number} is not UTF-8 ({error.reason}); convert it, for example with iconv") from None
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint or a Hugging Face directory")
     parser.add_argument("prompt", nargs="?", default="", help="text to continue (default: the start of a document)")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='a prompt a line, or .jsonl of {"prompt"}; -: stdin'
+        "--prompts", type=Path, metavar="FILE", help='a prompt in each line, or .jsonl of {"prompt"}; -: stdin'
     )
     parser.add_argument("--batch", type=at_least_one, default=8, help="prompts continued at a time (default: 8)")
-    parser.add_argument("--max-tokens", type=at_least_one, default=100, help="the most to write (default: 100)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--greedy", action="store_true", help="always the most probable token")
-    how.add_argument("--temperature", type=float, default=0.8, help="below 1 the probable more often (default: 0.8)")
-    parser.add_argument("--top-k", type=int, help="choose among so many tokens")
-    parser.add_argument("--top-p", type=float, help="choose among the tokens that make up this probability")
+    parser.add_argument(
+        "--max-tokens", type=at_least_one, default=100, help="tokens to generate at most (default: 100)"
+    )
+    sampling = parser.add_mutually_exclusive_group()
+    sampling.add_argument("--greedy", action="store_true", help="always choose the most probable token")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.8, help="below 1 favors probable tokens (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, help="choose among this many most probable tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="choose among the most probable tokens that have this total probability"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="prompt n of a file draws from seed + n (default: 0)")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, tokens, end")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="its file, if it is no longer where it was")
-    parser.add_argument("--trust-code", action="store_true", help="import code of its own that CHECKPOINT names")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per prompt: prompt, text, tokens, end")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one stored with the run)"
+    )
+    parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument(
-        "--precision", choices=("auto", "bf16", "float32"), default="auto", help="default: what is fast here"
+        "--precision", choices=("auto", "bf16", "float32"), default="auto", help="default: the fastest of this device"
     )
     options = parser.parse_args(arguments)
     if options.prompts and options.prompt:
-        parser.error("a PROMPT or --prompts FILE, not both")
+        parser.error("PROMPT and --prompts were both given; give one")
     return options
 
 

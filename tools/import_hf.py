@@ -1,9 +1,9 @@
-"""Bring a Hugging Face model, old or new, into the form that a recipe starts from with `[run] init_from`.
+"""Convert a Hugging Face model to the form that a recipe starts from with `[run] init_from`.
 
     python -m tools.import_hf DIRECTORY OUTPUT
 
-OUTPUT is again a Hugging Face directory: safetensors under today's names, a complete config.json, the tokenizer's
-files; and a model.toml for a recipe to extend.
+OUTPUT is also a Hugging Face directory: safetensors under current names, a complete config.json, the tokenizer's
+files, and a model.toml for a recipe to extend. Exit status: 0 done, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from models.hf.weights import RECOMPUTED_BUFFERS
 from recipes.config.toml import write_value
 from recipes.initial_weights import require_equal_copies
 
-KEPT = (
+COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,17 +46,16 @@ KEPT = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Files beside the weights that are copied as they are."""
-_LARGEST_KEPT = 2**28
+"""Other files that are copied unchanged."""
+_MAX_COPIED_BYTES = 2**28
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m tools.import_hf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, help="a directory with config.json and weights")
     parser.add_argument("output", type=Path, help="the directory to write")
-    parser.add_argument("--max-shard-size", default="5GB", help="the most one file of weights holds (default: 5GB)")
-    parser.add_argument("--force", action="store_true", help="replace the model that OUTPUT holds")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of one weights file (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace the model in OUTPUT")
     options = parser.parse_args(arguments)
     try:
         notes = import_model(
@@ -71,14 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: bool = False) -> list[str]:
-    """Write the model in `directory` anew, as `output`; returns what there is to note.
+    """Convert the model in `directory` to `output`; return notes for the user.
 
-    Raises ValueError or FileNotFoundError, naming the file and what is wrong with it.
+    Raises ValueError or FileNotFoundError, naming the file and the problem.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is no directory")
+        raise FileNotFoundError(f"{directory} is not a directory")
     if directory.resolve() == output.resolve():
-        raise ValueError(f"{output} is the model itself; name another directory")
+        raise ValueError(f"OUTPUT {output} is the input directory; give another one")
     config = read_json(directory / "config.json")
     try:
         name, architecture = architecture_from_config(config)
@@ -88,7 +87,7 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         shape = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-    # pickles only where there is nothing better
+    # pickled weights only if there are no safetensors
     pickled = has_only_pickles(directory)
     weights = (
         PickledWeights(directory, ignore=[RECOMPUTED_BUFFERS])
@@ -100,33 +99,33 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         require_equal_copies(weights, places)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    source = {theirs: places[ours] for ours, theirs in architecture.hf_names(model).items()}
-    tensors = {theirs: weights.specs[stored] for theirs, stored in source.items()}
+    source = {hf_name: places[model_name] for model_name, hf_name in architecture.hf_names(model).items()}
+    tensors = {hf_name: weights.specs[stored] for hf_name, stored in source.items()}
 
-    with new_directory(output, force=force) as aside:
+    with new_directory(output, force=force) as temporary:
         files = write_weights(
-            aside,
+            temporary,
             tensors,
-            lambda group: {theirs: weights.read(source[theirs]) for theirs in group},
+            lambda group: {hf_name: weights.read(source[hf_name]) for hf_name in group},
             max_shard_bytes=max_shard_bytes,
         )
-        write_json(aside / "config.json", _config(config, shape, tensors))
-        (aside / "model.toml").write_text(model_toml(architecture, keys), encoding="utf-8")
-        kept = [file for file in KEPT if _copied(directory / file, aside / file)]
+        write_json(temporary / "config.json", _complete_config(config, shape, tensors))
+        (temporary / "model.toml").write_text(model_toml(architecture, keys), encoding="utf-8")
+        copied = [file for file in COPIED_FILES if _copy_file(directory / file, temporary / file)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     notes = [f"{name} of {parameters:,} parameters, in {files} file{'s' if files > 1 else ''}", *weights.notes]
     if weights.dropped:
-        notes.append(f"left out {len(weights.dropped)} tensors that are computed anew: {weights.dropped[0]} ...")
-    if moved := [f"{stored} as {theirs}" for theirs, stored in source.items() if stored != theirs]:
-        notes.append(f"read {', '.join(moved)}")
-    notes.append(f"copied {', '.join(kept)}" if kept else "no tokenizer or generation_config.json to copy")
+        notes.append(f"left out {len(weights.dropped)} tensors that are recomputed: {weights.dropped[0]} ...")
+    if renamed := [f"{stored} as {hf_name}" for hf_name, stored in source.items() if stored != hf_name]:
+        notes.append(f"read {', '.join(renamed)}")
+    notes.append(f"copied {', '.join(copied)}" if copied else "no tokenizer or generation_config.json to copy")
     return notes
 
 
 def model_toml(architecture: Architecture, keys: Mapping[str, Any]) -> str:
-    """A layer for recipes: the shape as `[model]`, and where the weights are."""
+    """Return a file for recipes to extend: the shape as `[model]`, and the location of the weights."""
     lines = [
-        "# A recipe that extends this file continues the training of the model beside it.",
+        "# A recipe that extends this file continues the training of the model in this directory.",
         "[run]",
         'init_from = "."',
         "",
@@ -137,18 +136,21 @@ def model_toml(architecture: Architecture, keys: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _config(original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """What the original says, with what it left to defaults filled in, in today's spelling, and naming no code."""
+def _complete_config(
+    original: Mapping[str, Any], shape: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> dict[str, Any]:
+    """Return the original config.json with defaults filled in, under current names, and without custom code."""
     kept = {key: value for key, value in original.items() if key not in ("torch_dtype", "auto_map", *shape)}
     kept |= {key: original[key] for key in ("initializer_range", "router_aux_loss_coef") if key in original}
     return {**shape, **kept, "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch.")}
 
 
-def _copied(source: Path, target: Path) -> bool:
+def _copy_file(source: Path, target: Path) -> bool:
+    """Copy a file; return whether there is one. Raises ValueError if it is too large."""
     if not is_file(source):
         return False
-    if (size := source.stat().st_size) > _LARGEST_KEPT:
-        raise ValueError(f"{source} has {size:,} bytes; at most {_LARGEST_KEPT:,} are copied")
+    if (size := source.stat().st_size) > _MAX_COPIED_BYTES:
+        raise ValueError(f"{source} has {size:,} bytes; at most {_MAX_COPIED_BYTES:,} are copied")
     shutil.copyfile(source, target)
     return True
 

@@ -1,13 +1,12 @@
-"""Show the samples that a model sees at some step, decoded, with the bounds of tokens and where each sample is from.
+"""Show the decoded samples of a step, with token boundaries and the source of each sample.
 
     python -m tools.inspect_data CONFIG.toml --step 120 [--micro-batch 0] [--rank 0] [--ranks 1] [--key=value]...
     python -m tools.inspect_data CONFIG.toml --sample 4096 [--count 2] [--ids]
 
-The samples come through the loader of the run, so they are those it trains on. A step that the run has done is looked
-up in its metrics.jsonl; another one is reckoned from the batch policy, which is refused where the policy follows the
-gradient. A bar stands before every token, and a token that is no whole character shows as <id>. Where attention stays
-within documents, a double bar stands before the first token of each: position 0, and nothing before it is seen.
-Exit status: 0 done, 2 for what the user can put right.
+The samples come from the loader of the run, so they are those it trains on. The batch of a step is read from
+metrics.jsonl if the run has done the step, and otherwise computed by the batch policy, which must not be adaptive. Each
+token is preceded by a bar; a token that is not a whole character is shown as <id>. With document masking, the first
+token of each document, at position 0, is preceded by a double bar. Exit status: 0 done, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
         description=(__doc__ or "").split("\n")[0],
-        epilog="Everything else is as for run_train.sh: CONFIG.toml and --section.key=value.",
+        epilog="Other arguments are those of run_train.sh: CONFIG.toml and --section.key=value.",
         allow_abbrev=False,
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--step", type=int, default=1, help="the optimizer step, from 1 (default: 1)")
-    where.add_argument("--sample", type=int, help="instead of a step: the first global sample to show")
-    parser.add_argument("--micro-batch", type=int, default=0, help="of the step, from 0 (default: 0)")
+    position = parser.add_mutually_exclusive_group()
+    position.add_argument("--step", type=int, default=1, help="optimizer step, from 1 (default: 1)")
+    position.add_argument("--sample", type=int, help="first global sample to show, instead of a step")
+    parser.add_argument("--micro-batch", type=int, default=0, help="micro-batch of the step, from 0 (default: 0)")
     parser.add_argument("--rank", type=int, default=0, help="data-parallel rank (default: 0)")
     parser.add_argument("--ranks", type=int, default=1, help="number of data-parallel ranks (default: 1)")
-    parser.add_argument("--count", type=int, help="show this many samples at most")
-    parser.add_argument("--ids", action="store_true", help="show the ids as well")
+    parser.add_argument("--count", type=int, help="largest number of samples to show")
+    parser.add_argument("--ids", action="store_true", help="also show the ids")
     options, rest = parser.parse_known_args(arguments)
     try:
         command = parse_arguments(rest)
@@ -63,38 +62,40 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
-    """The lines to print. Raises ConfigError, ValueError or OSError."""
+    """Yield the lines to print. Raises ConfigError, ValueError or OSError."""
     recipe = config.recipe
     size = recipe.training.micro_batch_size
     start, micro_batch = (options.sample, 0) if options.sample is not None else (None, options.micro_batch)
     if start is None:
         start, micro_batches = samples_before(config, options.step, options.ranks)
         if not 0 <= micro_batch < micro_batches:
-            raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, from 0")
+            raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, counted from 0")
         which = f"micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
         yield f"step {options.step}, {which}"
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
     with config_errors_at(config, "data"):
-        samples = recipe.data.build(
+        dataset = recipe.data.build(
             tokenizer=tokenizer,
             sequence_length=recipe.training.sequence_length,
             cache_dir=recipe.run.cache_dir,
             progress=lambda line: print(line, file=sys.stderr),
         )
-    layout: dict[str, Any] = {"micro_batch_size": size, "dp_rank": options.rank, "dp_size": options.ranks}
+    loader_options: dict[str, Any] = {"micro_batch_size": size, "dp_rank": options.rank, "dp_size": options.ranks}
     if options.sample is not None:
-        layout = {"micro_batch_size": options.count or size}
-    with MicroBatchLoader(samples, seed=recipe.run.seed, start=start, **layout) as loader:
+        loader_options = {"micro_batch_size": options.count or size}
+    with MicroBatchLoader(dataset, seed=recipe.run.seed, start=start, **loader_options) as loader:
         *_, seen = loader.next_step(micro_batch + 1)
-    apart = recipe.training.document_masking
-    yield from shown(seen, samples, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids, apart=apart)
+    masking = recipe.training.document_masking
+    yield from format_samples(
+        seen, dataset, tokenizer, seed=recipe.run.seed, count=options.count, ids=options.ids, document_masking=masking
+    )
 
 
 def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
-    """(samples trained on before `step`, micro-batches of it on each rank). Raises ValueError where nobody knows."""
+    """Return the samples before `step` and its micro-batches on each rank. Raises ValueError if they are unknown."""
     recipe = config.recipe
-    layout = BatchRounding(recipe.training.micro_batch_size, ranks)
+    rounding = BatchRounding(recipe.training.micro_batch_size, ranks)
     clock = TrainingClock(recipe.training.total_tokens, recipe.training.sequence_length)
     if step < 1:
         raise ValueError(f"--step {step}: steps count from 1")
@@ -102,48 +103,43 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     for row in read_rows(metrics):
         if row["step"] == step and "global_batch_size" in row:
             batch = row["global_batch_size"]
-            if batch % layout.samples_per_micro_step:
+            if batch % rounding.samples_per_micro_step:
                 raise ValueError(
                     f"--ranks {ranks}: {metrics} has {batch} samples in step {step}, which {ranks} ranks with "
-                    f"micro-batches of {layout.micro_batch_size} cannot have taken"
+                    f"micro-batches of {rounding.micro_batch_size} cannot have taken"
                 )
-            return row["samples"] - batch, batch // layout.samples_per_micro_step
+            return row["samples"] - batch, batch // rounding.samples_per_micro_step
     with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
     if policy.is_adaptive:
-        raise ValueError(
-            f"--step {step}: the batch follows the gradient, and {metrics} does not have this step; use --sample"
-        )
+        raise ValueError(f"--step {step}: the batch is adaptive, and {metrics} does not have this step; use --sample")
     with config_errors_at(config, "batch"):
         while not clock.done:
-            batch = layout.round_up(policy.next_batch_size(clock))
+            batch = rounding.round_up(policy.next_batch_size(clock))
             if clock.step == step - 1:
                 return clock.samples, batch.micro_batches
             clock.advance(batch.samples)
     raise ValueError(f"--step {step}: the run ends with step {clock.step}")
 
 
-def shown(
+def format_samples(
     seen: MicroBatch,
-    samples: PackedDataset,
+    dataset: PackedDataset,
     tokenizer: Tokenizer,
     *,
     seed: int,
     count: int | None,
     ids: bool,
-    apart: bool,
+    document_masking: bool,
 ) -> Iterator[str]:
-    """Each sample of a micro-batch: its numbers, then its text token by token, the label of the last one after `>`.
-
-    `apart`: documents are.
-    """
-    epochs, indices = build_order(samples, seed=seed)(seen.sample_ids.numpy())
-    describe = getattr(samples, "describe", "sequence {}".format)
+    """Yield the position and then the text of each sample of a micro-batch, with the last label after `>`."""
+    epochs, indices = build_order(dataset, seed=seed)(seen.sample_ids.numpy())
+    describe = getattr(dataset, "describe", "sequence {}".format)
     for row in range(len(seen.sample_ids))[:count]:
         tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])
         yield f"\nsample {seen.sample_ids[row]}, epoch {epochs[row]}, {describe(int(indices[row]))}"
         first = (document_positions(seen.tokens[row : row + 1] == tokenizer.end_of_document)[0] == 0).tolist()
-        bars = [DOUBLE_BAR if apart and starts else BAR for starts in first]
+        bars = [DOUBLE_BAR if document_masking and starts else BAR for starts in first]
         text = "".join(map(add, bars, format_token(tokens, tokenizer)))
         yield f"{text}{BAR}>{format_token([last], tokenizer)[0]}"
         if ids:
@@ -151,7 +147,7 @@ def shown(
 
 
 def format_token(tokens: Sequence[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each token; <id> for one that is no whole character, or for nothing."""
+    """Return the text of each token; <id> if that is empty or not a whole character."""
     known: dict[int, str] = {}
     for token in set(tokens):
         try:

@@ -7,10 +7,10 @@
 `runs`: loss (each step faint, its running mean on top, validation as points), learning rate, batch size with the
 gradient noise scale where it was measured, and gradient norm, against tokens.
 
-`schedule`: learning rate and batch size, also as a table; nothing is trained. A recipe and its keys are given as to the
-launcher, by default the debug recipe. An adaptive batch is shown at its first size and at its largest, each with the
+`schedule`: learning rate and batch size, also as a table; nothing is trained. The recipe and its keys are given as to
+the launcher (default: the debug recipe). An adaptive batch is shown at its first size and at its largest, each with the
 learning rate it gets. With --metrics the batches are those that a run has taken, under the schedule of the recipe.
-Without --output there is only the table.
+Without --output only the table is printed.
 
 A figure needs the `plot` extra. Exit status: 0 done, 2 for a user error.
 """
@@ -39,7 +39,7 @@ from recipes.errors import config_errors_at
 from recipes.recipe import complete_recipe
 
 PANELS = {
-    "loss": "loss, nats a token",
+    "loss": "loss, nats per token",
     "lr": "learning rate",
     "global_batch_size": "batch size, and gradient noise scale (faint), samples",
     "grad_norm": "gradient norm",
@@ -176,7 +176,7 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
     recipe = config.recipe
     if complete_recipe(recipe).dry_run is not None:
         message = (
-            f"{type(recipe).__name__} is many runs, each with its own learning rate and batch; give a recipe of one"
+            f"{type(recipe).__name__} is many runs, each with another learning rate and batch; give a recipe of one run"
         )
         raise ConfigError([config.problem("recipe", message)])
     with config_errors_at(config, "parallel"):
@@ -214,14 +214,14 @@ def steps_taken(recipe: Any, run: Path) -> list[PlannedStep]:
 
 def plot_schedule(curves: Sequence[ScheduleCurve], sequence_length: int, output: Path) -> None:
     """Plot learning rate above batch size. Raises ValueError without matplotlib, or for a bad file type."""
-    figure, (rates, batches) = import_pyplot().subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    figure, (lrs, batches) = import_pyplot().subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
     for curve in curves:
         tokens, lr, batch = curve.points(sequence_length)
-        rates.plot(tokens, lr, label=curve.label)
+        lrs.plot(tokens, lr, label=curve.label)
         batches.plot(tokens, batch, drawstyle="steps-post")
-    rates.set(title="learning rate", ylim=(0, None))
+    lrs.set(title="learning rate", ylim=(0, None))
     batches.set(title="batch size, samples", ylim=(0, None))
-    rates.legend()
+    lrs.legend()
     label_tokens(batches)
     save_figure(figure, output)
 

@@ -1,9 +1,9 @@
-"""Tokenise the data of a recipe before the run, with a progress bar; a run does the same by itself on first use.
+"""Tokenize the data of a recipe before the run, with a progress bar; otherwise a run does so on first use.
 
     python -m tools.prepare_data CONFIG.toml [--section.key=value]...
 
-Interrupted or killed, it goes on where it was when it is started again.
-Exit status: 0 done, also when there was nothing to do; 2 for what the user can put right; 130 interrupted.
+If it is interrupted or killed, the same command continues where it stopped.
+Exit status: 0 done or nothing to do, 2 for a user error, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; start again to go on: what is encoded so far is kept", file=sys.stderr)
+        print("interrupted; the same command continues, and what is encoded so far is kept", file=sys.stderr)
         return 130
     return 0
 
 
 def prepare_recipe(config: Config) -> None:
-    """Prepare [data] and [validation.data], and open both as the run will. Raises ConfigError."""
+    """Tokenize [data] and [validation.data], and build both as the run will. Raises ConfigError."""
     recipe = config.recipe
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
@@ -51,21 +51,21 @@ def prepare_recipe(config: Config) -> None:
         sections["validation.data"] = recipe.validation.data
     for section, data in sections.items():
         with config_errors_at(config, section):
-            for name, source in _sources(section, data):
+            for name, source in _text_sources(section, data):
                 _prepare_with_bar(name, source, tokenizer, recipe)
-            samples = data.build(
+            dataset = data.build(
                 tokenizer=tokenizer,
                 sequence_length=recipe.training.sequence_length,
                 cache_dir=recipe.run.cache_dir,
                 progress=print,
             )
-        for name, part in getattr(samples, "sources", {section: samples}).items():
+        for name, part in getattr(dataset, "sources", {section: dataset}).items():
             index = getattr(part, "index", "ready")
             print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
 
 
-def _sources(section: str, data: DataConfig) -> Iterator[tuple[str, TextSource]]:
-    """The sources of text in a section: itself, or those of a mixture."""
+def _text_sources(section: str, data: DataConfig) -> Iterator[tuple[str, TextSource]]:
+    """Yield the text sources of a section, which may be a mixture, with their names."""
     for name, part in sources_in(section, data).items():
         if isinstance(part, TextSource):
             yield name, part
@@ -82,10 +82,10 @@ def _prepare_with_bar(section: str, data: TextSource, tokenizer: Tokenizer, reci
     with Progress(*columns, console=Console(stderr=True)) as bars:
         task = bars.add_task(f"[{section}]".replace("[", r"\["), total=None)
 
-        def show(state: Preparation) -> None:
+        def update(state: Preparation) -> None:
             bars.update(task, completed=state.done_bytes, total=state.total_bytes or None)
 
-        data.cache_entry(tokenizer, recipe.run.cache_dir).prepare(show, 0.1)
+        data.cache_entry(tokenizer, recipe.run.cache_dir).prepare(update, 0.1)
         bars.update(task, total=data.size_bytes(), completed=data.size_bytes())
 
 

@@ -2,9 +2,9 @@
 
     python -m tools.schema [--output FILE]
 
-Generated from the types that decode a recipe, so it cannot disagree with them: the sections of the recipes, and
-for every slot all the shipped classes that fit it, told apart by `use`. Draft 7, and alternatives as `oneOf`: what
-Taplo (Even Better TOML) reads. Nothing is required, since a file may leave to others what it extends or is extended by.
+The schema is generated from the types that decode a recipe, so it cannot disagree with them: the sections of the
+recipes, and for every slot all shipped classes that fit it, selected by `use`. It is draft 7, with alternatives as
+`oneOf`, which is what Taplo (Even Better TOML) reads. No key is required, since other files may provide it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from recipes.config import describe
 from recipes.config.imports import import_path
 from recipes.config.schema import Field, FieldKind, fields_of, type_adapter
 from recipes.config.toml import to_toml_value
-from tools.shipped import PACKAGES, Shipped, fits, generate, shipped_classes, summary
+from tools.component_catalog import (
+    PACKAGES,
+    CatalogEntry,
+    component_classes,
+    docstring_summary,
+    fits_slot,
+    run_generator,
+)
 
 Schema = dict[str, Any]
 
@@ -32,14 +39,14 @@ _IMPORT_PATH = r"^[\w.]+:[\w.]+$"
 
 
 def recipe_schema(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -> Schema:
-    """The schema of files for `recipes`; components are looked for in `packages`."""
-    writer = _Writer(list(shipped_classes(packages, recipes)))
+    """Return the schema of files for `recipes`, with the components found in `packages`."""
+    writer = _Writer(list(component_classes(packages, recipes)))
     known = [import_path(recipe) for recipe in recipes]
     first, *others = (
         writer.table(recipe, "recipe", [name], _EVERY_FILE) for recipe, name in zip(recipes, known, strict=True)
     )
     strict = [first, *({**table, "required": ["recipe"]} for table in others)]
-    other = {"title": "another recipe", "properties": {"recipe": _foreign(known)}, "required": ["recipe"]}
+    other = {"title": "another recipe", "properties": {"recipe": _unknown_import_path(known)}, "required": ["recipe"]}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Powertrain recipe",
@@ -50,27 +57,27 @@ def recipe_schema(recipes: Sequence[type], packages: Sequence[str] = PACKAGES) -
 
 
 class _Writer:
-    """Writes the schemas of classes; those of slots and sections, which may nest in themselves, into `definitions`."""
+    """Collects the schemas of slots and sections in `definitions`, since these may contain themselves."""
 
-    def __init__(self, shipped: Sequence[Shipped]) -> None:
+    def __init__(self, catalog: Sequence[CatalogEntry]) -> None:
         self.definitions: dict[str, Schema] = {}
-        self._shipped = shipped
+        self._catalog = catalog
 
     def table(self, cls: type, selector: str, uses: Sequence[str], more: dict[str, Schema] | None = None) -> Schema:
-        """The table of one class, which its `selector` may name in any of the ways `uses`; `more` are further keys."""
-        said, docs = summary(cls), describe(cls)
-        selected = {selector: {"enum": list(uses), "description": said}}
+        """Return the table of one class, whose `selector` key takes any of `uses`; `more` holds additional keys."""
+        description, docs = docstring_summary(cls), describe(cls)
+        selected = {selector: {"enum": list(uses), "description": description}}
         keys = {name: self._key(key, docs.get(name)) for name, key in fields_of(cls).items()}
         return {
             "title": uses[-1],
-            "description": said,
+            "description": description,
             "properties": {**selected, **(more or {}), **keys},
             "additionalProperties": False,
         }
 
     def _key(self, key: Field, doc: str | None) -> Schema:
         schema = self._any(key.kind)
-        if "$ref" in schema:  # draft 7 ignores what stands beside it
+        if "$ref" in schema:  # draft 7 ignores all keys next to $ref
             schema = {"anyOf": [schema]}
         if doc:
             schema = {**schema, "description": doc}
@@ -83,46 +90,55 @@ class _Writer:
         return {"anyOf": [schema, {"const": "none", "description": "without"}]} if kind.optional else schema
 
     def _present(self, kind: FieldKind) -> Schema:
-        """The schema, were the key not optional."""
+        """Return the schema of the kind without its "none"."""
         if kind.form == "slot":
             return self._reference(kind.annotation, self._slot)
         if kind.form == "section":
             return self._reference(kind.annotation, self._section)
         if kind.item is None or kind.form == "leaf":
             schema = type_adapter(kind.annotation).json_schema()
-            return {} if "$defs" in schema else schema  # its references are to its own root, not to ours: say less
-        of = self._any(kind.item)
-        return {"type": "array", "items": of} if kind.form == "list" else {"type": "object", "additionalProperties": of}
+            return {} if "$defs" in schema else schema  # its references start at another root: leave it open
+        item = self._any(kind.item)
+        if kind.form == "list":
+            return {"type": "array", "items": item}
+        return {"type": "object", "additionalProperties": item}
 
     def _reference(self, cls: type, write: Callable[[type], Schema]) -> Schema:
         name = import_path(cls).replace(":", ".")
         if name not in self.definitions:
-            self.definitions[name] = {}  # begun: what it holds may refer to it
+            self.definitions[name] = {}  # defined before it is written: it may refer to itself
             self.definitions[name] = write(cls)
         return {"$ref": f"#/definitions/{name}"}
 
     def _section(self, cls: type) -> Schema:
-        """The section's own class, or a replacement that `use` names."""
+        """Return the schema of the section's default class, or of a replacement that `use` names."""
         known = [import_path(cls)]
-        return {"type": "object", "description": summary(cls), "oneOf": [self.table(cls, "use", known), _own(known)]}
+        return {
+            "type": "object",
+            "description": docstring_summary(cls),
+            "oneOf": [self.table(cls, "use", known), _custom_class(known)],
+        }
 
     def _slot(self, slot: type) -> Schema:
-        """Any shipped class that fits, a class of the user's, or a table whose `use` stands in another file."""
-        fitting = [shipped for shipped in self._shipped if fits(shipped.cls, slot)]
-        tables = [{**self.table(each.cls, "use", each.uses), "required": ["use"]} for each in fitting]
+        """Return the schema of a shipped class that fits the slot, a custom class, or a table without `use`.
+
+        Another file may hold the `use`.
+        """
+        fitting = [entry for entry in self._catalog if fits_slot(entry.cls, slot)]
+        tables = [{**self.table(each.cls, "use", each.import_paths), "required": ["use"]} for each in fitting]
         names = sorted({name for table in tables for name in table["properties"]} - {"use"})
         elsewhere = {"title": "`use` is in another file", "propertyNames": {"enum": names}}
-        own = _own([use for each in fitting for use in each.uses])
-        return {"type": "object", "description": summary(slot), "oneOf": [*tables, own, elsewhere]}
+        custom = _custom_class([use for each in fitting for use in each.import_paths])
+        return {"type": "object", "description": docstring_summary(slot), "oneOf": [*tables, custom, elsewhere]}
 
 
-def _own(known: Sequence[str]) -> Schema:
-    """The free table of a class that is none of those `known`."""
-    return {"title": "a class of your own", "properties": {"use": _foreign(known)}, "required": ["use"]}
+def _custom_class(known: Sequence[str]) -> Schema:
+    """Return an open table for a class that is not in `known`."""
+    return {"title": "a custom class", "properties": {"use": _unknown_import_path(known)}, "required": ["use"]}
 
 
-def _foreign(known: Sequence[str]) -> Schema:
-    """An import path that is none of those `known`."""
+def _unknown_import_path(known: Sequence[str]) -> Schema:
+    """Return the schema of an import path that is not in `known`."""
     return {
         "type": "string",
         "pattern": _IMPORT_PATH,
@@ -135,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def text(recipes: Sequence[type]) -> str:
         return json.dumps(recipe_schema(recipes), indent=2, ensure_ascii=False) + "\n"
 
-    return generate("tools.schema", "JSON Schema of recipe files, for TOML editors.", text, arguments)
+    return run_generator("tools.schema", "JSON Schema of recipe files, for TOML editors.", text, arguments)
 
 
 if __name__ == "__main__":

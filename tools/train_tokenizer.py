@@ -1,11 +1,11 @@
-"""Train a byte-pair encoding and write it as a tiktoken rank file, and as a tokenizer.json beside it.
+"""Train a byte-pair encoding and write it as a tiktoken rank file and as a tokenizer.json.
 
     python -m tools.train_tokenizer --vocab-size 4096 --output my.tiktoken                     # on the default corpus
     python -m tools.train_tokenizer --vocab-size 32_000 --output my.tiktoken --path "corpus/**/*.jsonl.gz"
     python -m tools.train_tokenizer --vocab-size 32_000 --output my.tiktoken --recipe my.toml   # on its [data]
 
 Use the file with [tokenizer] use = "components.tokenizers:TiktokenFile", path = ..., pattern = the same; or
-my.tokenizer.json with use = "components.tokenizers:TokenizerJson".
+my.tokenizer.json with use = "components.tokenizers:TokenizerJson". Exit status: 0 done, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -26,46 +26,47 @@ from components.tokenizers.patterns import PATTERNS, resolve_pattern
 from recipes.config import ConfigError, load
 
 END_OF_DOCUMENT = "<|endoftext|>"
-_PROOF_CHARACTERS = 2_000_000
+_VERIFIED_CHARACTERS = 2_000_000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m tools.train_tokenizer", description=__doc__.split("\n")[0])
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, the end of a document among them")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, including the end of a document")
     parser.add_argument("--output", type=Path, required=True, help="the rank file to write")
     parser.add_argument(
         "--pattern", default="cl100k", help=f"{', '.join(PATTERNS)} or a regular expression (default: cl100k)"
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--source", choices=["stdlib"], default="stdlib", help="the default corpus, its training split")
-    source.add_argument("--path", nargs="+", help="instead: files, directories or globs, or hf://dataset/config/split")
-    source.add_argument("--recipe", type=Path, help="instead: the [data] of a recipe, all sources of a mixture")
-    parser.add_argument("--text-key", default="text", help="the key or column of the text (default: text)")
+    source.add_argument(
+        "--source", choices=["stdlib"], default="stdlib", help="the training split of the default corpus"
+    )
+    source.add_argument("--path", nargs="+", help="files, directories or globs, or hf://dataset/config/split")
+    source.add_argument("--recipe", type=Path, help="the [data] of a recipe, or all sources of its mixture")
+    parser.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
     options = parser.parse_args(arguments)
     try:
-        corpus = list(sources(options.path, options.recipe, options.text_key))
+        corpus = list(text_sources(options.path, options.recipe, options.text_key))
         pattern = resolve_pattern(options.pattern)
-        ranks = train(corpus, vocab_size=options.vocab_size, pattern=pattern)
+        ranks = train_ranks(corpus, vocab_size=options.vocab_size, pattern=pattern)
         write_ranks(options.output, ranks)
-        as_json = options.output.with_suffix(".tokenizer.json")
-        to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(as_json))
-        print(prove(options.output, as_json, corpus, pattern))
+        json_path = options.output.with_suffix(".tokenizer.json")
+        to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(json_path))
+        print(verify_equal_encodings(options.output, json_path, corpus, pattern))
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f'wrote {options.output}: {len(ranks):,} ranks; use it with pattern = "{options.pattern}"')
-    print(f"wrote {as_json}: the same for Hugging Face")
+    print(f"wrote {json_path}: the same for Hugging Face")
     return 0
 
 
-def sources(paths: Sequence[str] | None, recipe: Path | None, text_key: str) -> Iterator[TextSource]:
-    """What the command line names. Raises ConfigError or ValueError."""
+def text_sources(paths: Sequence[str] | None, recipe: Path | None, text_key: str) -> Iterator[TextSource]:
+    """Yield the text sources of the command line. Raises ConfigError or ValueError."""
     if recipe is not None:
         data = load(recipe, []).recipe.data
         for name, source in (data.sources if isinstance(data, Mixture) else {"[data]": data}).items():
             if not isinstance(source, TextSource):
-                raise ValueError(f"--recipe {recipe}: {name} is no source of text")
+                raise ValueError(f"--recipe {recipe}: {name} is not a text source")
             yield source
         return
     files = [Path(path) for path in paths or () if not path.startswith("hf://")]
@@ -76,10 +77,10 @@ def sources(paths: Sequence[str] | None, recipe: Path | None, text_key: str) -> 
         yield StandardLibrary(split="train")
 
 
-def train(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dict[bytes, int]:
-    """Token bytes -> rank, for `vocab_size` - 1 tokens: the last id is left for the end of a document.
+def train_ranks(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dict[bytes, int]:
+    """Return token bytes -> rank, for `vocab_size` - 1 tokens: the last id is reserved for the end of a document.
 
-    Raises ValueError if the `tokenizers` library is missing or the text does not hold that many tokens.
+    Raises ValueError if the `tokenizers` library is missing or the text is too short for that many tokens.
     """
     if vocab_size < 257:
         raise ValueError(f"--vocab-size {vocab_size}: expected at least 257, the bytes and the end of a document")
@@ -91,7 +92,7 @@ def train(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dic
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_texts(corpus), trainer)
+    tokenizer.train_from_iterator(_read_texts(corpus), trainer)
     byte_of = {character: byte for byte, character in byte_characters().items()}
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in tokenizer.get_vocab().items()}
     if len(ranks) < vocab_size - 1:
@@ -103,37 +104,37 @@ def train(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) -> dic
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
-    """A tiktoken rank file: `base64(token) rank` a line, by rank."""
+    """Write a tiktoken rank file: a line `base64(token) rank` for each token, by rank."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    with aside.open("wb") as file:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
         for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
             file.write(base64.b64encode(token) + b" %d\n" % rank)
-    aside.replace(path)
+    temporary.replace(path)
 
 
-def prove(path: Path, as_json: Path, corpus: Sequence[TextSource], pattern: str) -> str:
-    """Encode the corpus' first documents with tiktoken and with `tokenizers`, each from its file: a line about it.
+def verify_equal_encodings(path: Path, json_path: Path, corpus: Sequence[TextSource], pattern: str) -> str:
+    """Encode the first documents with tiktoken and with `tokenizers`, each from its file; return a line of statistics.
 
-    Raises ValueError at the first document on which they differ, or that does not come back as it was.
+    Raises ValueError at the first document that they encode differently, or that does not decode to itself.
     """
-    ours = TiktokenFile(path=path, pattern=pattern).build()
-    theirs = TokenizerJson(path=as_json).build()
+    by_tiktoken = TiktokenFile(path=path, pattern=pattern).build()
+    by_tokenizers = TokenizerJson(path=json_path).build()
     characters = tokens = 0
-    for text in _texts(corpus):
-        ids = ours.encode_batch([text])[0].tolist()
-        if ids != theirs.encode_batch([text])[0].tolist():
+    for text in _read_texts(corpus):
+        ids = by_tiktoken.encode_batch([text])[0].tolist()
+        if ids != by_tokenizers.encode_batch([text])[0].tolist():
             raise ValueError(f"tiktoken and tokenizers encode {text[:80]!r}... differently under {pattern!r}")
-        if ours.decode(ids) != text:
-            raise ValueError(f"{text[:80]!r}... does not come back from its ids")
+        if by_tiktoken.decode(ids) != text:
+            raise ValueError(f"{text[:80]!r}... does not decode to itself")
         characters, tokens = characters + len(text), tokens + len(ids)
-        if characters > _PROOF_CHARACTERS:
+        if characters > _VERIFIED_CHARACTERS:
             break
     return f"tiktoken and tokenizers agree on {characters:,} characters: {characters / tokens:.2f} characters per token"
 
 
-def _texts(corpus: Sequence[TextSource]) -> Iterator[str]:
-    """As they would be prepared: half of a surrogate pair, which has no bytes, is put right."""
+def _read_texts(corpus: Sequence[TextSource]) -> Iterator[str]:
+    """Yield the documents as they would be tokenized: a lone surrogate, which UTF-8 cannot encode, is replaced."""
     log = ReadStats()
     return (to_utf8(document.text, log)[0] for source in corpus for document in source.documents(log))
 

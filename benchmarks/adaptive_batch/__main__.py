@@ -1,16 +1,16 @@
-"""Is a batch that follows the gradient worth it? Equal tokens, tuned rates, three seeds: loss and optimizer steps.
+"""Compare batch policies at equal tokens, each with its tuned learning rate and three seeds: loss and steps.
 
     python -m benchmarks.adaptive_batch --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
-    python -m benchmarks.adaptive_batch --report     # the tables and figures of what is done so far; needs no text
+    python -m benchmarks.adaptive_batch --report     # tables and figures of the stored results; needs no text
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
-For every method and schedule the rate is tuned first, over three values some root of two apart, and on while the best
-is at the edge, with one seed and a quarter of the tokens. The best rate falls with the length of a run, by the law of
-Power to half for four times the tokens: at full length the first seed tries two, the next two below under WSD and
-cosine, and under Power, whose law has the length in it, the tuned amplitude and the next below. The better one gets the
-other seeds. Runs in the file of results are not run again, so it can be stopped at any time.
-The default takes some four hours on two cores of their own, half of it for each schedule; it leaves out larger models
-and longer runs.
+For every method and schedule the learning rate is tuned first, with one seed and a quarter of the tokens: three values
+about a factor sqrt(2) apart, extended while the best one is at the edge. The best learning rate decreases with the
+length of a run; by the law of Power it halves for four times the tokens. At full length the first seed therefore tries
+two values: the next two below the tuned one under WSD and cosine; the tuned amplitude and the next below under Power,
+whose law contains the length. The better one gets the other seeds. Runs in the file of results are not run again, so
+the comparison can be stopped at any time. The default takes about four hours on two otherwise idle cores, half of it
+for each schedule; it does not include larger models or longer runs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.adaptive_batch.methods import FIRST, METHODS, RATES, SMALL, VARIANTS
-from benchmarks.adaptive_batch.report import Rows, report
-from benchmarks.adaptive_batch.runs import Book, Row, Run
+from benchmarks.adaptive_batch.methods import FIRST, LRS, METHODS, SMALL, VARIANTS
+from benchmarks.adaptive_batch.report import Rows, write_report
+from benchmarks.adaptive_batch.runs import ResultBook, Row, Run
 from tools.sweep.runner import Results, report_stop
 
-AT_THE_SAME_MEAN = "norm test, eta 2.0"
+SAME_MEAN_AS = "norm test, eta 2.0"
 """The method whose mean batch is also tried as a constant."""
 TUNING = 4
-"""Of the tokens, tuning takes one part in so many."""
+"""Tuning runs have this fraction of the tokens: one part in `TUNING`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train", type=Path, help="text to train on")
-    parser.add_argument("--valid", type=Path, help="text to hold out")
+    parser.add_argument("--valid", type=Path, help="text to validate on")
     parser.add_argument("--tokenizer", type=Path, help="a tiktoken file of 2048 entries")
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="of each final run")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of each final run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -51,13 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
     text = {key: path for key, path in paths.items() if path is not None}
     if len(text) < len(paths) and (text or not options.report):
-        parser.error("--train, --valid and --tokenizer are required, all three; --report does without them")
+        parser.error("--train, --valid and --tokenizer are required together; only --report works without them")
     try:
-        book = Book(Results(options.results), text or None, options.tokens, options.jobs)
+        book = ResultBook(Results(options.results), text or None, options.tokens, options.jobs)
         if not options.report:
             for kind in options.schedules:
-                compare(book, kind, options.seeds)
-        report(rows_of(book), options.tokens, options.pictures)
+                compare_methods(book, kind, options.seeds)
+        write_report(rows_of(book), options.tokens, options.pictures)
     except KeyboardInterrupt as stop:
         return report_stop(stop)
     except (ValueError, OSError) as error:
@@ -66,56 +66,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare(book: Book, kind: str, seeds: int) -> None:
-    """All methods under one schedule, and then the constant batch that an adaptive one came to."""
+def compare_methods(book: ResultBook, kind: str, seeds: int) -> None:
+    """Run all methods under one schedule, and then a constant batch of the mean size of an adaptive one."""
     rows = [(name, kind if kind == "power" else method.decay) for name, method in METHODS.items()]
-    rows = [row for row in rows if row != ("Seesaw", "power")]  # it needs the root rule
-    finish(book, rows, seeds)
-    _, (model, *_) = rows_of(book)[AT_THE_SAME_MEAN, kind]
+    rows = [row for row in rows if row != ("Seesaw", "power")]  # it needs the square-root rule
+    run_rows(book, rows, seeds)
+    _, (model, *_) = rows_of(book)[SAME_MEAN_AS, kind]
     same_mean = max(SMALL, round(model.mean_batch / 4) * 4)
-    finish(book, [(f"constant {same_mean}", kind)], seeds)
+    run_rows(book, [(f"constant {same_mean}", kind)], seeds)
 
 
-def finish(book: Book, rows: Sequence[Row], seeds: int) -> None:
-    """Tune, and run at the better of two rates with every seed; of the variants of a ramp the best alone."""
-    best = tune(book, rows)
+def run_rows(book: ResultBook, rows: Sequence[Row], seeds: int) -> None:
+    """Tune each row and run every seed at the better of two learning rates; of the ramp variants only the best."""
+    best = tune_lrs(book, rows)
     variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: best[row][1])
-    rates = {row: at_full_length(rate, row[1]) for row, (rate, _) in best.items() if row not in variants[1:]}
-    book.run(Run(row, rate, 0, book.final_tokens) for row, two in rates.items() for rate in two)
-    better = {row: rate for row, (rate, _) in rows_of(book).items() if row in rates}
-    book.run(Run(row, rate, seed, book.final_tokens) for seed in range(1, seeds) for row, rate in better.items())
+    lrs = {row: full_length_lrs(lr, row[1]) for row, (lr, _) in best.items() if row not in variants[1:]}
+    book.run(Run(row, lr, 0, book.final_tokens) for row, two in lrs.items() for lr in two)
+    better = {row: lr for row, (lr, _) in rows_of(book).items() if row in lrs}
+    book.run(Run(row, lr, seed, book.final_tokens) for seed in range(1, seeds) for row, lr in better.items())
 
 
-def at_full_length(tuned: float, kind: str) -> Sequence[float]:
-    """Two rates to try, lower ones first."""
-    rates = RATES[kind]
-    at = rates.index(tuned) + (kind == "power")
-    return rates[max(0, at - 2) : max(at, 1)]
+def full_length_lrs(tuned: float, kind: str) -> Sequence[float]:
+    """Return the learning rates to try at full length, in increasing order."""
+    lrs = LRS[kind]
+    at = lrs.index(tuned) + (kind == "power")
+    return lrs[max(0, at - 2) : max(at, 1)]
 
 
-def tune(book: Book, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
-    """The best rate of each row, and its loss."""
-    tried = {row: set(RATES[row[1]][FIRST]) for row in rows}
+def tune_lrs(book: ResultBook, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
+    """Return the best learning rate of each row, and its loss."""
+    tried = {row: set(LRS[row[1]][FIRST]) for row in rows}
     while True:
-        runs = [Run(row, rate, 0, book.final_tokens // TUNING) for row in rows for rate in sorted(tried[row])]
+        runs = [Run(row, lr, 0, book.final_tokens // TUNING) for row in rows for lr in sorted(tried[row])]
         losses = {run: outcome.loss for run, outcome in zip(runs, book.run(runs), strict=True)}
-        best = {row: min((loss, run.rate) for run, loss in losses.items() if run.row == row) for row in rows}
-        neighbours = {row: set(around(best[row][1], RATES[row[1]])) for row in rows}
-        if all(neighbours[row] <= tried[row] for row in rows):
-            return {row: (rate, loss) for row, (loss, rate) in best.items()}
-        tried = {row: tried[row] | neighbours[row] for row in rows}
+        best = {row: min((loss, run.lr) for run, loss in losses.items() if run.row == row) for row in rows}
+        neighbors = {row: set(with_neighbors(best[row][1], LRS[row[1]])) for row in rows}
+        if all(neighbors[row] <= tried[row] for row in rows):
+            return {row: (lr, loss) for row, (loss, lr) in best.items()}
+        tried = {row: tried[row] | neighbors[row] for row in rows}
 
 
-def around(rate: float, rates: Sequence[float]) -> Sequence[float]:
-    """`rate` and those next to it."""
-    at = rates.index(rate)
-    return rates[max(0, at - 1) : at + 2]
+def with_neighbors(lr: float, lrs: Sequence[float]) -> Sequence[float]:
+    """Return a learning rate and its neighbors in the list."""
+    at = lrs.index(lr)
+    return lrs[max(0, at - 1) : at + 2]
 
 
-def rows_of(book: Book) -> Rows:
-    """What there is; of a row that was run at several rates, the one with which the first seed did best."""
+def rows_of(book: ResultBook) -> Rows:
+    """Return the final runs of each row, at the learning rate with the lowest loss of the first seed."""
     finals = book.finals()
-    return {row: min(by_rate.items(), key=lambda item: item[1][0].loss) for row, by_rate in finals.items()}
+    return {row: min(by_lr.items(), key=lambda item: item[1][0].loss) for row, by_lr in finals.items()}
 
 
 if __name__ == "__main__":

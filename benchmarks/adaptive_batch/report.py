@@ -13,50 +13,51 @@ from components.plotting import import_pyplot, label_tokens, save_figure
 from tools.sweep.runner import Outcome
 
 BASELINES = ("constant 8", "constant 24", "constant 64")
-"""Columns: optimizer steps to the loss these end with."""
+"""Methods whose final loss is the goal of a column of steps."""
 PANELS = (("wsd", "cosine"), ("power",))
-"""Schedules that are set side by side."""
-
+"""Schedules that share a table and a panel."""
 
 COLORS = [f"C{number}" for number in range(10) if number != 7]
-"""Of the methods: all of the default cycle but its grey, which is for constant batches."""
+"""Colors of the methods: the default cycle without grey, which is for constant batches."""
 
 Rows = dict[Row, tuple[float, list[Outcome]]]
-"""The rate of each row, and its final runs by seed."""
+"""The learning rate of each row, and its final runs by seed."""
 
 
-def report(rows: Rows, tokens: int, pictures: Path) -> None:
-    """Print a table for each schedule, and draw loss against steps and the batches over tokens."""
+def write_report(rows: Rows, tokens: int, figures: Path) -> None:
+    """Print the tables, and plot loss against steps and batches over tokens."""
     for kinds in PANELS:
-        here = {row: found for row, found in rows.items() if row[1] in kinds}
-        if here:
+        in_panel = {row: found for row, found in rows.items() if row[1] in kinds}
+        if in_panel:
             print(f"\n{', '.join(kinds)}; {tokens:,} tokens; {machine()}\n")
-            table(here)
+            print_table(in_panel)
     if rows:
-        plot_losses(rows, pictures / "adaptive_batch_loss.svg")
-        plot_sizes(rows, pictures / "adaptive_batch_size.svg")
+        plot_losses(rows, figures / "adaptive_batch_loss.svg")
+        plot_sizes(rows, figures / "adaptive_batch_size.svg")
 
 
-def table(here: Rows) -> None:
+def print_table(in_panel: Rows) -> None:
     names = " | ".join(name.removeprefix("constant ") for name in BASELINES)
-    columns = "method | rate | held-out loss | training loss at the end | seeds | steps | mean batch | seconds"
+    columns = (
+        "method | learning rate | validation loss | training loss at the end | seeds | steps | mean batch | seconds"
+    )
     print(f"| {columns} | steps to the end of {names} |")
     print("|---" * (columns.count("|") + 1 + len(BASELINES)) + "|")
-    baselines = {name: at_the_end(results) for (name, _), (_, results) in here.items() if name in BASELINES}
+    baselines = {name: final_train_losses(results) for (name, _), (_, results) in in_panel.items() if name in BASELINES}
     goals = {name: statistics.mean(losses) for name, losses in baselines.items() if losses}
-    for row, (rate, results) in sorted(here.items(), key=lambda item: mean_loss(item[1][1])):
-        reached = [steps_to(results, goals.get(name)) for name in BASELINES]
+    for row, (lr, results) in sorted(in_panel.items(), key=lambda item: mean_loss(item[1][1])):
+        reached = [format_steps_to(results, goals.get(name)) for name in BASELINES]
         print(
-            f"| {row[0]} | {rate:g} | {over_seeds([r.loss for r in results])} "
-            f"| {over_seeds(at_the_end(results))} "
+            f"| {row[0]} | {lr:g} | {format_losses([r.loss for r in results])} "
+            f"| {format_losses(final_train_losses(results))} "
             f"| {len(results)} | {statistics.mean(r.steps for r in results):.0f} "
             f"| {statistics.mean(r.mean_batch for r in results):.1f} "
             f"| {statistics.mean(r.seconds for r in results):.0f} | {' | '.join(reached)} |"
         )
 
 
-def over_seeds(losses: list[float]) -> str:
-    """Mean, lowest and highest; "-" if every run failed."""
+def format_losses(losses: list[float]) -> str:
+    """Return mean, lowest and highest as text; "-" if every run failed."""
     return f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})" if losses else "-"
 
 
@@ -64,13 +65,13 @@ def mean_loss(results: list[Outcome]) -> float:
     return statistics.mean(result.loss for result in results)
 
 
-def at_the_end(results: list[Outcome]) -> list[float]:
-    """The smoothed training loss that each seed ended with."""
+def final_train_losses(results: list[Outcome]) -> list[float]:
+    """Return the final smoothed training loss of each seed."""
     return [result.train_loss for result in results if result.train_loss is not None]
 
 
-def steps_to(results: list[Outcome], loss: float | None) -> str:
-    """Mean over the seeds; "-" where one did not come to it."""
+def format_steps_to(results: list[Outcome], loss: float | None) -> str:
+    """Return the mean steps to a loss over the seeds; "-" if one did not reach it."""
     steps = [result.steps_to(loss) for result in results] if loss is not None else []
     reached = [each for each in steps if each is not None]
     return f"{statistics.mean(reached):.0f}" if reached and len(reached) == len(steps) else "-"

@@ -1,4 +1,4 @@
-"""Runs of the comparison: a method under a schedule, at one rate and seed and of one length, by tools.sweep."""
+"""Runs of the comparison by tools.sweep: a method under a schedule, with a learning rate, a seed and a length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.sweep.runner import Outcome, Results, Runner
 
 RECIPE = ROOT / "train_configs" / "own_text.toml"
 POINTS = 200
-"""Points that are kept of the loss curve of a final run."""
+"""Points kept of the loss curve of a final run."""
 
 Row = tuple[str, str]
 """A method and a schedule."""
@@ -22,46 +22,48 @@ Row = tuple[str, str]
 
 @dataclass(frozen=True)
 class Run:
-    """One of them."""
+    """One run."""
 
     row: Row
-    rate: float
+    lr: float
+    """The peak learning rate; under Power its amplitude a."""
     seed: int
     tokens: int
 
     @property
     def labels(self) -> Settings:
         method, kind = self.row
-        told = {"method": method, "schedule": kind, "rate": self.rate, "seed": self.seed, "tokens": self.tokens}
-        return {name: str(value) for name, value in told.items()}
+        values = {"method": method, "schedule": kind, "lr": self.lr, "seed": self.seed, "tokens": self.tokens}
+        return {name: str(value) for name, value in values.items()}
 
     @staticmethod
-    def labelled(labels: Settings) -> Run:
+    def from_labels(labels: Settings) -> Run:
         row = (labels["method"], labels["schedule"])
-        return Run(row, float(labels["rate"]), int(labels["seed"]), int(labels["tokens"]))
+        return Run(row, float(labels["lr"]), int(labels["seed"]), int(labels["tokens"]))
 
 
 def settings_of(run: Run) -> dict[str, str]:
-    """The keys of a recipe that make a run what it is, but for its text."""
+    """Return the recipe keys of a run, except the paths of its text."""
     name, kind = run.row
     method = method_of(name)
     settings = {
         "run.seed": run.seed, "run.device": "cpu", "training.precision": "float32",
-        "training.total_tokens": run.tokens, **SIZE, **method.settings, **schedule(kind, run.rate, method),
+        "training.total_tokens": run.tokens, **SIZE, **method.settings, **schedule(kind, run.lr, method),
         "validation.interval_steps": "none", "validation.max_sequences": 512, "validation.micro_batch_size": 16,
     }  # fmt: skip
     return {key: str(value) for key, value in settings.items()}
 
 
-class Book:
-    """Outcomes by run, kept in a file: what is in it is not run again, unless it was set up otherwise."""
+class ResultBook:
+    """Outcomes by run, stored in a file: a run in it is not run again, unless its settings have changed."""
 
     def __init__(
         self, results: Results, text: Mapping[str, Path] | None, final_tokens: int, at_a_time: int = 1
     ) -> None:
-        """`text`: the paths of data, validation data and tokenizer, by key; None to report only.
+        """Open the results.
 
-        The curve of runs of `final_tokens` is kept.
+        `text`: the paths of data, validation data and tokenizer, by key; None to report only. `final_tokens`: the
+        length of the runs whose curve is kept.
         """
         self.results, self.text, self.final_tokens = results, text, final_tokens
         self._runners = {final: Runner(results, at_a_time, curve_points=POINTS * final) for final in (False, True)}
@@ -69,7 +71,7 @@ class Book:
         self._fingerprints: Fingerprints = {}
 
     def run(self, runs: Iterable[Run]) -> list[Outcome]:
-        """Those of `runs`, from the file or, minutes each, from a run. Raises ValueError for bad input."""
+        """Return the outcomes of `runs`; run those that are not in the file. Raises ValueError for bad input."""
         runs = list(runs)
         for final, runner in self._runners.items():
             killed = runner.run([self._job(run) for run in runs if (run.tokens == self.final_tokens) == final])
@@ -80,14 +82,14 @@ class Book:
     def finals(self) -> dict[Row, dict[float, list[Outcome]]]:
         """Return the outcomes of the final runs in the file, by learning rate, in the order of their seeds.
 
-        Without the text they are known by their labels alone, and the latest of each label counts.
+        Without the text, runs are identified by their labels only, and the latest of each label counts.
         """
         found: dict[Row, dict[float, list[Outcome]]] = {}
-        labelled = {Run.labelled(varied): outcome for varied, outcome in self.results.items()}
-        for run in sorted((run for run in labelled if run.tokens == self.final_tokens), key=lambda run: run.seed):
-            outcome = labelled[run] if self.text is None else self.results.get(self._job(run))
+        outcomes = {Run.from_labels(varied): outcome for varied, outcome in self.results.items()}
+        for run in sorted((run for run in outcomes if run.tokens == self.final_tokens), key=lambda run: run.seed):
+            outcome = outcomes[run] if self.text is None else self.results.get(self._job(run))
             if outcome is not None:  # None: its recipe has changed since
-                found.setdefault(run.row, {}).setdefault(run.rate, []).append(outcome)
+                found.setdefault(run.row, {}).setdefault(run.lr, []).append(outcome)
         return found
 
     def _job(self, run: Run) -> Job:

@@ -1,12 +1,12 @@
-"""Does one learning-rate setting serve every width, batch and length? WSD, WSD with muP, and Power with muP.
+"""Does one learning-lr setting suit every width, batch and length? Compare WSD, WSD with muP, and Power with muP.
 
     python -m benchmarks.lr_transfer --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
-    python -m benchmarks.lr_transfer ... --report        # the table and the picture of what is done so far
+    python -m benchmarks.lr_transfer ... --report        # table and figure of the results so far
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
-Every rate is tried in every cell, by tools.sweep: runs in the file of results are not run again, so it can be stopped
-at any time. The default, 3 widths x 2 batches x 2 lengths at 18 settings, is 216 runs of 7 s to two minutes,
-about two hours on two cores that do nothing else.
+Every learning rate is tried in every group, by tools.sweep: runs in the file of results are not run again, so the
+comparison can be stopped at any time. The default, 3 widths x 2 batches x 2 lengths at 18 settings, has 216 runs of 7 s
+to two minutes, about two hours on two otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.lr_transfer.groups import Group, group_results
-from benchmarks.lr_transfer.methods import METHODS, Grid, Method, cost, sweep_of
-from benchmarks.lr_transfer.report import draw, lines
+from benchmarks.lr_transfer.methods import METHODS, Grid, Method, relative_cost, sweep_of
+from benchmarks.lr_transfer.report import plot_regret, report_lines
 from benchmarks.measure import machine
 from tools.sweep.runner import Results, Runner, report_stop
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to hold out")
+    parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
     for key in ("widths", "batches", "tokens"):
         parser.add_argument(f"--{key}", type=int, nargs="+", default=getattr(Grid, key))
@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         jobs = {method: sweep_of(method, grid, text).jobs() for method in METHODS}
         results = Results(options.results)
-        every = sorted((job for each in jobs.values() for job in each), key=cost)
+        every = sorted((job for each in jobs.values() for job in each), key=relative_cost)
         killed = 0 if options.report else Runner(results, options.jobs).run(every)
         found: dict[Method, list[Group]] = {}
         for method in METHODS:
             done = [(job, outcome) for job in jobs[method] if (outcome := results.get(job)) is not None]
-            if cells := group_results(done, method.rate_key):
-                found[method] = cells
+            if groups := group_results(done, method.lr_key):
+                found[method] = groups
         print(f"{sum(results.get(job) is not None for job in every)} of {len(every)} runs are done; {machine()}\n")
         if found:
-            print("\n".join(lines(found)))
-            draw(found, options.picture)
+            print("\n".join(report_lines(found)))
+            plot_regret(found, options.picture)
     except KeyboardInterrupt as stop:
         return report_stop(stop)
     except (ValueError, OSError) as error:

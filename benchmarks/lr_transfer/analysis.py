@@ -73,12 +73,12 @@ def analysis_lines(groups: Sequence[Group], lr_key: str) -> Iterator[str]:
 
 def group_table(groups: Sequence[Group], lr_key: str) -> Iterator[str]:
     """Yield a row for each group: mean loss at each learning rate, the best in bold, and the vertex of the parabola."""
-    rates = sorted({lr for group in groups for lr in group.outcomes})
+    lrs = sorted({lr for group in groups for lr in group.outcomes})
     names = list(groups[0].key)
-    yield f"| {' | '.join([*names, *(f'{lr:g}' for lr in rates), f'best {lr_key}', 'at the vertex'])} |"
-    yield "|---" * (len(names) + len(rates) + 2) + "|"
+    yield f"| {' | '.join([*names, *(f'{lr:g}' for lr in lrs), f'best {lr_key}', 'at the vertex'])} |"
+    yield "|---" * (len(names) + len(lrs) + 2) + "|"
     for group in groups:
-        losses = [_format_loss(group, lr) for lr in rates]
+        losses = [_format_loss(group, lr) for lr in lrs]
         yield f"| {' | '.join([*group.key.values(), *losses, f'{group.best:g}', format_vertex(group)])} |"
 
 
@@ -100,7 +100,7 @@ def format_vertex(group: Group) -> str:
 
 
 def law_lines(groups: Sequence[Group]) -> Iterator[str]:
-    """Yield gamma = eta_opt / beta = a T^b beside the published law; eta is the peak learning rate."""
+    """Yield gamma = eta_opt / beta = a T^b next to the published law; eta is the peak learning rate."""
     if unknown := sum(not group.peak_lr_factor for group in groups):
         yield f"in {unknown} groups the peak learning rate is not a fixed multiple of the one tuned: they have no law"
     try:

@@ -88,8 +88,8 @@ def group_results(done: Iterable[tuple[Job, Outcome]], lr_key: str) -> list[Grou
 
 def minimax_lr(groups: Sequence[Group]) -> tuple[float, float]:
     """Return the learning rate whose worst regret over the groups is the smallest, and that regret."""
-    rates = sorted({lr for group in groups for lr in group.outcomes})
-    worst = {lr: max(group.regret(lr) for group in groups) for lr in rates}
+    lrs = sorted({lr for group in groups for lr in group.outcomes})
+    worst = {lr: max(group.regret(lr) for group in groups) for lr in lrs}
     chosen = min(worst, key=worst.__getitem__)
     return chosen, worst[chosen]
 

@@ -2,7 +2,7 @@
 
 beta is the batch in sequences of 4096 tokens, T the tokens of a run. The optimum of a group is the vertex of a parabola
 through losses against log learning rate. The law is a line through the logarithms of the optima, by least squares; its
-intervals are Student's t from the residuals, so they cover noise, seeds and a law that does not fit alike.
+intervals are Student's t from the residuals, so they cover noise, seeds and the misfit of the law.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Optimum:
         return math.exp(self.log_lr)
 
 
-NoOptimum = Literal["below the grid", "above the grid", "beside a failed run", "no minimum"]
+NoOptimum = Literal["below the grid", "above the grid", "next to a failed run", "no minimum"]
 """Why a group has no optimum; "no minimum": the parabola opens downwards, or there is one learning rate only."""
 
 
@@ -53,9 +53,9 @@ def find_optimum(losses: Mapping[float, Sequence[float]]) -> Optimum | NoOptimum
         return "no minimum"
     best = usable.index(min(usable, key=means.__getitem__))
     if best == 0:
-        return "below the grid" if usable[0] == min(means) else "beside a failed run"
+        return "below the grid" if usable[0] == min(means) else "next to a failed run"
     if best == len(usable) - 1:
-        return "above the grid" if usable[-1] == max(means) else "beside a failed run"
+        return "above the grid" if usable[-1] == max(means) else "next to a failed run"
     near = {usable[best + offset] for offset in (-1, 0, 1)}
     near |= {lr for lr in usable if max(lr / usable[best], usable[best] / lr) <= FIT_RADIUS}
     points = [(math.log(lr / usable[best]), loss) for lr in sorted(near) for loss in losses[lr]]

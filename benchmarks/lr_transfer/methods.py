@@ -1,4 +1,4 @@
-"""What is compared: three ways to set a learning rate, on every width, batch and length."""
+"""The methods compared: three ways to set a learning rate, for every width, batch and length."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pathlib import Path
 from recipes.cli import ROOT
 from tools.sweep.grid import Job, Settings, Sweep
 
-SEQUENCE = 128
+SEQUENCE_LENGTH = 128
 HEAD_DIM = 32
 BASE_WIDTH = 256
-"""Of muP, as published: rates and amplitudes are those of a model this wide."""
-WARMUP = 60_000
-"""Tokens, at every length, as Power has it: 59 steps of a batch of 8, 15 of 32."""
+"""The published base width of muP: learning rates and amplitudes are those of a model of this width."""
+WARMUP_TOKENS = 60_000
+"""In tokens, equal at every length, as in Power: 59 steps of a batch of 8, 15 of 32."""
 
 SHARED: Settings = {
-    "model.layers": "2", "training.sequence_length": str(SEQUENCE), "training.micro_batch_size": "8",
+    "model.layers": "2", "training.sequence_length": str(SEQUENCE_LENGTH), "training.micro_batch_size": "8",
     "training.precision": "float32", "run.device": "cpu", "gradient_noise.interval_steps": "none",
     "validation.interval_steps": "none", "validation.max_sequences": "1024", "validation.micro_batch_size": "16",
-    "lr_schedule.warmup_tokens": str(WARMUP), "lr_schedule.decay": "exponential", "lr_schedule.decay_fraction": "0.2",
+    "lr_schedule.warmup_tokens": str(WARMUP_TOKENS),
+    "lr_schedule.decay": "exponential", "lr_schedule.decay_fraction": "0.2",
 }  # fmt: skip
 MUP: Settings = {
     "model.init_std": "0.1", "model.mup.base_width": str(BASE_WIDTH), "model.mup.embedding_multiplier": "12",
     "model.mup.residual_multiplier": "1",
 }  # fmt: skip
-"""PowerLM's, but for the residual multiplier: theirs, 0.22 to 0.26, is for 32 and 40 layers."""
+"""The settings of PowerLM, except the residual multiplier: the published 0.22 to 0.26 is for 32 and 40 layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A way to set the rate, and the values of its one setting."""
+    """A way to set the learning rate, and the values of its tuned key."""
 
     name: str
     settings: Settings
-    rate_key: str
-    rates: Sequence[str]
+    lr_key: str
+    lrs: Sequence[str]
 
 
 METHODS = (
@@ -53,7 +54,7 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells."""
+    """The groups."""
 
     widths: Sequence[int] = (64, 128, 256)
     batches: Sequence[int] = (8, 32)
@@ -62,7 +63,7 @@ class Grid:
 
 
 def sweep_of(method: Method, grid: Grid, text: Mapping[str, Path]) -> Sweep:
-    """Every rate in every cell. `text`: where data, held-out data and tokenizer lie, by key."""
+    """Return the sweep of a method. `text`: the paths of data, validation data and tokenizer, by key."""
     widths = [
         {
             "model.dim": str(width),
@@ -79,12 +80,12 @@ def sweep_of(method: Method, grid: Grid, text: Mapping[str, Path]) -> Sweep:
             [{"training.total_tokens": str(tokens)} for tokens in grid.tokens],
             [{"batch.initial_size": str(batch)} for batch in grid.batches],
             widths,
-            [{method.rate_key: rate} for rate in method.rates],
+            [{method.lr_key: lr} for lr in method.lrs],
             [{"run.seed": str(seed)} for seed in range(grid.seeds)],
         ],
     )
 
 
-def cost(job: Job) -> int:
-    """Grows with the time a run takes: short ones first, so that a report tells something early."""
+def relative_cost(job: Job) -> int:
+    """Return a number that grows with the time of a run: short runs go first, so that early reports have results."""
     return int(job.varied["training.total_tokens"]) * int(job.varied["model.dim"])

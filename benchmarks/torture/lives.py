@@ -1,4 +1,4 @@
-"""One real run, killed at random instants and always started again, held against the same run left in peace."""
+"""A run that is killed at random instants and restarted, compared with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ keep_last = 2
 tensorboard = false
 """
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes")
-"""What two runs that are the same may differ in."""
+"""Metrics in which two equal runs may differ."""
 INSTANTS = ("start", "any", "save", "metrics")
-_PATIENCE_SECONDS = 120.0
-_PATIENCE_OF_THE_BEREAVED_SECONDS = 10.0
-"""Of a process whose partner was killed: where the two had not met yet, it would wait for it for half an hour."""
+_TIMEOUT_SECONDS = 120.0
+_ORPHAN_TIMEOUT_SECONDS = 10.0
+"""Timeout of a process whose peer was killed: before they have connected, it would wait for half an hour."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a run is run."""
+    """The processes and the saves of a run."""
 
     ranks: int = 1
     async_save: bool = False
@@ -79,7 +79,7 @@ class Kind:
 
 @dataclass
 class Tally:
-    """What was survived."""
+    """The kills and the lives so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     lives: int = 0
@@ -93,44 +93,44 @@ def make_recipe(folder: Path) -> Path:
     return recipe
 
 
-def live(recipe: Path, directory: Path, kind: Kind, kills: int, chance: random.Random, tally: Tally) -> None:
-    """A run in `directory` that is killed up to `kills` times and then left to end. Raises AssertionError if it fails.
+def run_life(recipe: Path, directory: Path, kind: Kind, kills: int, rng: random.Random, tally: Tally) -> None:
+    """Kill a run in `directory` up to `kills` times, then let it finish. Raises AssertionError if it fails.
 
-    The processes are forked from this one, which has imported everything and computed nothing: starting takes a moment.
+    Its processes are forked from this one, which has imported everything and computed nothing, so they start quickly.
     """
     for _ in range(kills):
-        instant = chance.choice(INSTANTS)
-        ended = _attempt(recipe, directory, kind, lambda i=instant: _wait_for(i, directory, chance), chance)  # type: ignore[misc]
+        instant = rng.choice(INSTANTS)
+        ended = _attempt(recipe, directory, kind, lambda i=instant: _wait_for(i, directory, rng), rng)  # type: ignore[misc]
         if ended is not None:
             assert ended == 0, f"status {ended}; see {directory}.log"
             break
         tally.kills[instant] += 1
     else:
-        ended = _attempt(recipe, directory, kind, None, chance)
+        ended = _attempt(recipe, directory, kind, None, rng)
         assert ended == 0, f"status {ended}; see {directory}.log"
     tally.lives += 1
 
 
-def compare(run: Path, peaceful: Path) -> None:
-    """Raises AssertionError unless `run` is bitwise what `peaceful` is, and left nothing else behind."""
-    ours, theirs = list_checkpoints(run / "checkpoints"), list_checkpoints(peaceful / "checkpoints")
-    assert [path.name for path in ours] == [path.name for path in theirs]
-    for one, other in zip(ours, theirs, strict=True):
+def compare(run: Path, uninterrupted: Path) -> None:
+    """Raise AssertionError unless `run` is bitwise equal to `uninterrupted` and has the same files."""
+    killed, reference = list_checkpoints(run / "checkpoints"), list_checkpoints(uninterrupted / "checkpoints")
+    assert [path.name for path in killed] == [path.name for path in reference]
+    for one, other in zip(killed, reference, strict=True):
         verify(one)
         first, second = _tensors(one), _tensors(other)
         assert first.keys() == second.keys()
         different = [name for name in first if not torch.equal(first[name], second[name])]
         assert not different, f"{one}: {different[:3]}"
         assert (one / "state.json").read_text() == (other / "state.json").read_text()
-    assert list(_rows(run)) == list(_rows(peaceful)), "metrics.jsonl"
-    names = [{str(path.relative_to(each)) for path in each.rglob("*")} for each in (run, peaceful)]
+    assert list(_rows(run)) == list(_rows(uninterrupted)), "metrics.jsonl"
+    names = [{str(path.relative_to(each)) for path in each.rglob("*")} for each in (run, uninterrupted)]
     assert names[0] == names[1], f"left behind: {sorted(names[0] ^ names[1])}"
 
 
 def _attempt(
-    recipe: Path, directory: Path, kind: Kind, until: Callable[[], None] | None, chance: random.Random
+    recipe: Path, directory: Path, kind: Kind, until: Callable[[], None] | None, rng: random.Random
 ) -> int | None:
-    """Start the run, and kill it when `until` returns; its status if it ended first, None if it was killed."""
+    """Start the run and kill it when `until` returns; return its exit status, or None if it was killed."""
     started = bool(list_checkpoints(directory / "checkpoints"))
     arguments = [str(recipe), f"--run.dir={directory}", f"--checkpoint.async_save={str(kind.async_save).lower()}"]
     arguments += ["--resume"] if started else ["--run.if_exists=replace"]
@@ -140,12 +140,12 @@ def _attempt(
     children = [_fork(arguments, environment, rank, directory) for rank in range(kind.ranks)]
     if until is not None:
         until()
-        # now and then all die together, as when a machine does
-        victims = children if chance.random() < 0.5 else [chance.choice(children)]
+        # half of the time all are killed, as in the failure of a machine
+        victims = children if rng.random() < 0.5 else [rng.choice(children)]
         for child in victims:
             os.kill(child, signal.SIGKILL)
-    patience = _PATIENCE_SECONDS if until is None else _PATIENCE_OF_THE_BEREAVED_SECONDS
-    statuses = [_status(child, patience) for child in children]
+    timeout = _TIMEOUT_SECONDS if until is None else _ORPHAN_TIMEOUT_SECONDS
+    statuses = [_status(child, timeout) for child in children]
     if any(status < 0 for status in statuses):
         return None
     return max(statuses)
@@ -157,9 +157,9 @@ def _fork(arguments: list[str], environment: dict[str, str], rank: int, director
         return child
     status = 1
     try:
-        said = os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        log = os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
         os.environ.update(environment)
         if environment:
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -168,9 +168,9 @@ def _fork(arguments: list[str], environment: dict[str, str], rank: int, director
         os._exit(status)
 
 
-def _status(child: int, patience: float) -> int:
-    """Its exit status; minus the signal that ended it, which it gets from here after so many seconds."""
-    deadline = time.monotonic() + patience
+def _status(child: int, timeout: float) -> int:
+    """Return the exit status, negative for a signal; after `timeout` seconds the child is killed."""
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -180,25 +180,25 @@ def _status(child: int, patience: float) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _wait_for(instant: str, directory: Path, chance: random.Random) -> None:
-    """Until a moment of that kind: while it starts, at any time, in a save, in a write of metrics."""
+def _wait_for(instant: str, directory: Path, rng: random.Random) -> None:
+    """Wait for an instant: while the run starts, at any time, during a save, or after a write of metrics."""
     if instant in ("start", "any"):
-        time.sleep(chance.uniform(0, 0.4 if instant == "start" else 2.5))
+        time.sleep(rng.uniform(0, 0.4 if instant == "start" else 2.5))
         return
     metrics, deadline = directory / "metrics.jsonl", time.monotonic() + 2.5
-    time.sleep(chance.uniform(0.2, 1.0))
+    time.sleep(rng.uniform(0.2, 1.0))
     before = _size(metrics)
     while time.monotonic() < deadline:
         if instant == "metrics" and _size(metrics) > before:
             break
         if instant == "save" and any((directory / "checkpoints").glob(".*")):
-            time.sleep(chance.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, 0.03))
             break
         time.sleep(0.0005)
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, by name."""
+    """Return all tensors of a checkpoint, unsharded, by name."""
     entries = read_index(checkpoint).entries
     tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items() if entry.dtype}
     load_tensors(checkpoint, tensors, no_dist=True)

@@ -1,4 +1,4 @@
-"""The comparison of batch policies: what it remembers, how it tunes, and what it reads off a curve."""
+"""The comparison of batch policies: stored results, tuning and its report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.adaptive_batch import __main__ as comparison
 from benchmarks.adaptive_batch import methods, runs
-from benchmarks.adaptive_batch.runs import Book, Run
+from benchmarks.adaptive_batch.runs import ResultBook, Run
 from tools.sweep.runner import Outcome, Results, Runner
 
 pytestmark = pytest.mark.quick
@@ -18,7 +18,7 @@ ROW = ("constant 8", "wsd")
 
 @pytest.fixture
 def text(tmp_path):
-    """What a digest reads: it is never trained on."""
+    """The files that a digest reads; nothing is trained on them."""
     contents = {"data.path": "some text", "validation.data.path": "other text", "tokenizer.path": ranks()}
     for key, content in contents.items():
         (tmp_path / f"{key}.txt").write_text(content)
@@ -31,13 +31,13 @@ def ranks() -> str:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs whose loss is the distance of the rate from 0.0075; the jobs that were run."""
+    """Runs whose loss is the distance of the learning rate from 0.0075; returns the jobs that were run."""
     jobs = []
 
     def train(runner, job):
         jobs.append(job)
         curve = [(5, 500, 5.0, 8), (10, 1000, 4.0, 8)] if runner.curve_points else []
-        loss = abs(float(job.varied["rate"]) - 0.0075)
+        loss = abs(float(job.varied["lr"]) - 0.0075)
         outcome = Outcome(val_loss=loss, train_loss=4.0, steps=10, samples=80, tokens=1000, seconds=1.0, curve=curve)
         runner.results.add(job, outcome)
         return outcome
@@ -46,25 +46,25 @@ def trained(monkeypatch):
     return jobs
 
 
-def test_tuning_goes_on_while_the_best_rate_is_at_the_edge(trained, text, tmp_path):
-    book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
-    assert comparison.tune(book, [ROW]) == {ROW: (0.008, pytest.approx(0.0005))}
-    assert sorted(float(job.varied["rate"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
+def test_tuning_continues_while_the_best_lr_is_at_the_edge(trained, text, tmp_path):
+    book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+    assert comparison.tune_lrs(book, [ROW]) == {ROW: (0.008, pytest.approx(0.0005))}
+    assert sorted(float(job.varied["lr"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
     assert {job.varied["tokens"] for job in trained} == {"375000"}
 
 
-def test_a_row_is_run_at_the_rate_below_the_tuned_one_that_is_better(trained, text, tmp_path):
-    book = Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
-    comparison.finish(book, [ROW], seeds=3)
-    finals = [(job.varied["seed"], job.varied["rate"]) for job in trained if job.varied["tokens"] == "1500000"]
+def test_a_row_is_run_at_the_better_lr_below_the_tuned_one(trained, text, tmp_path):
+    book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+    comparison.run_rows(book, [ROW], seeds=3)
+    finals = [(job.varied["seed"], job.varied["lr"]) for job in trained if job.varied["tokens"] == "1500000"]
     assert finals == [("0", "0.004"), ("0", "0.0056"), ("1", "0.0056"), ("2", "0.0056")]
-    ((rate, outcomes),) = comparison.rows_of(book).values()
-    assert (rate, len(outcomes)) == (0.0056, 3)
+    ((lr, outcomes),) = comparison.rows_of(book).values()
+    assert (lr, len(outcomes)) == (0.0056, 3)
 
 
 def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, text, tmp_path, monkeypatch):
     def book():
-        return Book(Results(tmp_path / "results"), text, final_tokens=1_500_000)
+        return ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
 
     run = Run(ROW, 0.004, 0, 1_500_000)
     (first,) = book().run([run])
@@ -84,8 +84,8 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     found = capsys.readouterr().out
     finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
-    methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps the best alone
-    # the first seed tries two rates where there are two below the tuned one; Seesaw is run under one schedule
+    methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps only the best
+    # the first seed tries two learning rates where there are two below the tuned one; Seesaw is run under one schedule
     assert len(finals) == 3 * methods_run + 2 * (methods_run - 1)
     assert all(f"| {job['method']} | " in found for job in finals)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"adaptive_batch_loss.svg", "adaptive_batch_size.svg"}
@@ -107,7 +107,7 @@ EVERY = [(name, kind) for name in [*methods.METHODS, "constant 20"] for kind in 
 
 @pytest.mark.parametrize("name, kind", [row for row in EVERY if row != ("Seesaw", "power")])  # refused by design
 def test_every_method_is_a_recipe(name, kind, tmp_path):
-    """Up to what needs the text: keys, types and cross-checks."""
+    """Keys, types and cross-checks, which need no text."""
     from recipes import cli
 
     settings = runs.settings_of(Run((name, kind), 0.002, 0, 100_000))

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, in tiny shapes on the CPU: no machine of ours would otherwise run it before it matters."""
+"""The GPU benchmark in tiny shapes on the CPU, where it would otherwise never run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import Row, reason, run_case, table, verdicts
+from benchmarks.gpu import Row, failure_reason, run_case, table, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def test_a_smoke_run_fills_its_table(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_case_that_fails_says_why_in_its_row(tmp_path):
+def test_a_failed_case_reports_its_reason(tmp_path):
     row = Row("300M", "no such kind")
     run_case(row, ["--smoke"], limit=60)
     assert row.note.startswith("failed (2): ") and "invalid choice" in row.note
@@ -44,7 +44,7 @@ def test_a_case_that_fails_says_why_in_its_row(tmp_path):
 
 
 @pytest.mark.quick
-def test_cases_for_which_no_time_is_left_are_told(tmp_path, monkeypatch, capsys):
+def test_cases_without_time_left_are_reported(tmp_path, monkeypatch, capsys):
     output = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu", "--smoke", "--minutes=0", "--output", str(output)])
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
@@ -88,11 +88,11 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_reason_is_the_error_itself(output, said):
-    assert reason(output, 1) == said
+    assert failure_reason(output, 1) == said
 
 
 @pytest.mark.quick
-def test_goals_are_judged_by_the_medians():
+def test_goals_are_compared_with_the_medians():
     ours = Row("1.1B", "compiled", mfu=0.55, step_seconds=[1.0, 1.0, 9.0], tokens_per_step=10)
     theirs = Row("1.1B", "plain", step_seconds=[1.2], tokens_per_step=10)
     assert verdicts([ours, theirs, Row("3B", "compiled")]) == [
@@ -104,7 +104,7 @@ def test_goals_are_judged_by_the_medians():
 
 
 @pytest.mark.quick
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_a_missing_gpu_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
     assert gpu.main() == 2

@@ -1,4 +1,4 @@
-"""An optimizer that notes every collective between its steps, also of a run whose FSDP2 is left to itself."""
+"""An optimizer that records every collective between its steps, also with FSDP2 at its defaults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
     "reduce_scatter_tensor": "tp scatter",
     "all_reduce": "tp reduce",
 }
-"""Operation -> what the tests call it. FSDP2 and torch.distributed call those of c10d, DTensor functional ones."""
+"""Operation -> its name in the tests. FSDP2 and torch.distributed call those of c10d, DTensor functional ones."""
 FROM_FSDP2 = {
     name: getattr(FSDPModule, name)
     for name in (
@@ -45,7 +45,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(each, DTensor) for each in types):
-            return NotImplemented  # what DTensor makes of it comes by again
+            return NotImplemented  # DTensor dispatches to plain tensors, which are counted
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and func._opname != "wait_tensor":
             self._add(func._opname, args, result)
@@ -66,17 +66,17 @@ class Collectives(TorchDispatchMode):
 
 
 active: list[Collectives] = []
-"""The mode of the run of this process; it outlasts it until the first step of the next."""
+"""The mode of the last run of this process, removed at the first step of the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CountingAdamW(AdamW):
-    """Notes what is between the end of one step and the end of the next, a line for each step but the first."""
+    """Records the collectives from the end of one step to the end of the next: a line for each step but the first."""
 
     notes: Path
-    """The file, of rank 0."""
+    """The file that rank 0 writes."""
     plain: bool = False
-    """FSDP2 decides itself what to gather and when, as if nothing had been told to it."""
+    """Whether FSDP2 decides by its defaults what to gather and when."""
 
     def __post_init__(self) -> None:
         for name, setter in FROM_FSDP2.items():

@@ -1,4 +1,4 @@
-"""Runs of several processes for the tests of this folder: started as a user starts them, and sabotaged on request."""
+"""Runs of several processes for the tests of this folder: started as by a user, with failures on request."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHORT += ["--validation.interval_steps=none", "--training.grad_sync=once_per_ste
 
 
 def start(tiny: TinyRun, *arguments: str, sabotage: dict[int, str] | None = None, **environment: str):
-    """A launcher in a process of its own; `sabotage` by restart count, environment such as NPROC="2"."""
+    """Start a launcher in another process; `sabotage` by restart count, environment such as NPROC="2"."""
     (tiny.folder / "sabotage.py").write_text(SABOTAGE)
     orders = {f"SABOTAGE_{restart}": order for restart, order in (sabotage or {}).items()}
     return start_process(
@@ -60,7 +60,7 @@ def start(tiny: TinyRun, *arguments: str, sabotage: dict[int, str] | None = None
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """(exit status, everything it said)"""
+    """Return the exit status and all output."""
     said, _ = process.communicate()
     return process.returncode, said
 

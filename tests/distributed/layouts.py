@@ -1,4 +1,4 @@
-"""The layouts that must all train alike, and a way to run many recipes on many processes."""
+"""The layouts that must train equally, and a function that runs many recipes on several processes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "two replicas": (2, ["--parallel.dp_replicate=2"]),
     "two shards": (2, []),
-    "two slices": (2, ["--parallel.tp=2"]),
+    "two TP ranks": (2, ["--parallel.tp=2"]),
     "four shards": (4, []),
     "two replicas of two shards": (4, ["--parallel.dp_replicate=2"]),
-    "two shards of two slices": (4, ["--parallel.tp=2"]),
+    "two shards of two TP ranks": (4, ["--parallel.tp=2"]),
 }
 """Name -> processes, arguments."""
 
 
 @dataclass(kw_only=True)
 class RecordedText(TextFiles):
-    """Text files that note, in a file for each process, which sequences were read."""
+    """Text files that record the sequences read, in a file for each process."""
 
     notes: Path
     """The folder for those files."""

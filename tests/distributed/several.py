@@ -23,9 +23,9 @@ def main(commands: Path) -> int:
     place = os.environ["RENDEZVOUS"]
     dist.init_process_group(
         "gloo", init_method=place, rank=rank, world_size=world_size
-    )  # once: a mesh does not survive its process group, nor do DTensor's caches
+    )  # once: neither a mesh nor DTensor's caches survive their process group
     for arguments in json.loads(commands.read_text()):
-        gc.freeze()  # a run collects all garbage after its first step: none of it is among what was imported
+        gc.freeze()  # a run collects garbage after its first step; skip the imported objects
         status = cli.main(arguments)
         if status:
             print(f"rank {os.environ['RANK']}: status {status} of {arguments}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A batch that follows the gradient, up and down, is the same on every layout, and after a resume on another."""
+"""An adaptive batch, up and down, is equal on every layout, and after a resume on another layout."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ RECIPE = [
     "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
     "--validation=none", "--training.grad_sync=once_per_step",
 ]  # fmt: skip
-"""A multiple of 8 samples is whole micro-batches of two on four ranks, too."""
+"""A multiple of 8 samples is whole micro-batches of two, also on four ranks."""
 UNSAVED = "--checkpoint.interval_steps=none"
 SAVED = "--checkpoint.interval_steps=2"
 SOURCES = ("one process", "two shards")
 WHOLE = (*SOURCES, "four shards")
 RESUMED = {  # the first change is in step 34, and ten steps change the batch
     "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
-    "two slices": 50, "two shards of two slices": 54,
+    "two TP ranks": 50, "two shards of two TP ranks": 54,
 }  # fmt: skip
-"""Layout -> the step, one that is saved, after which it takes over from another."""
+"""Layout -> the saved step after which it continues the run of another layout."""
 
 
 class Runs:
@@ -70,7 +70,7 @@ class Runs:
         return [row["global_batch_size"] for row in map(json.loads, lines) if "loss" in row]
 
     def samples(self, name: str, layout: str) -> list[int]:
-        """Ids in the order of the global batches: micro-batch by micro-batch, rank by rank."""
+        """Return the ids in the order of the global batches: by micro-batch, then by rank."""
         processes, arguments = LAYOUTS[layout]
         tp = 2 if "--parallel.tp=2" in arguments else 1
         folder = self.folder / "reads" / name.replace(" ", "-")
@@ -86,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("adaptive"))
 
 
-def test_the_batch_changes_often_enough_to_tell(runs):
+def test_the_batch_changes_often_enough(runs):
     batches = runs.batches("one process")
     assert len(batches) >= 60
     changes = [later - earlier for earlier, later in pairwise(batches)]
@@ -103,7 +103,7 @@ def test_every_layout_takes_the_same_batches_of_the_same_samples(runs, layout):
 
 
 @pytest.mark.parametrize("layout, step", RESUMED.items())
-def test_another_layout_takes_over_at_any_step(runs, layout, step):
+def test_another_layout_continues_at_any_step(runs, layout, step):
     name = runs.name(layout)
     batches = runs.batches("one process")
     assert runs.batches(name) == batches[step:]

@@ -1,4 +1,4 @@
-"""What several processes do once for all of them when they save and load: reading the metadata, planning a save."""
+"""Several processes read the metadata of a checkpoint once and plan a save once, for all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses processes in a step: counted on every layout, in both modes, with and without measuring the noise."""
+"""The collectives of a step, counted on every layout, in both modes, with and without gradient noise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ pytestmark = [
 
 MICRO_BATCHES, MICRO_BATCH, SEQUENCE, STEPS, LAYERS = 3, 2, 24, 3, 2
 SMALL = 1024
-"""Bytes: what is smaller is no gradient, but a few numbers that all processes agree on."""
+"""In bytes. Smaller collectives are not gradients, but a few numbers that all processes agree on."""
 MESHES = {
     "two replicas": MeshShape(2, 1, 1),
     "two shards": MeshShape(1, 2, 1),
-    "two slices": MeshShape(1, 1, 2),
+    "two TP ranks": MeshShape(1, 1, 2),
     "two replicas of two shards": MeshShape(2, 2, 1),
-    "two shards of two slices": MeshShape(1, 2, 2),
+    "two shards of two TP ranks": MeshShape(1, 2, 2),
 }
 MODES = ("every_micro_batch", "once_per_step")
 SIX = ["--model.layers=6"]
@@ -74,7 +74,7 @@ class Runs:
         return [[(kind, ranks, size) for kind, ranks, size in json.loads(line)] for line in lines]
 
     def count(self, name: str) -> list[dict[str, int]]:
-        """Of both steps: kind -> collectives, those of a few numbers apart."""
+        """Return kind -> collectives of both steps, with small ones separate."""
         kinds = [
             [f"small {kind}" if size < SMALL and kind == "reduce" else kind for kind, _, size in step]
             for step in self.steps(name)
@@ -91,7 +91,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False) -> dict[str, int]:
-    """What a step should need.
+    """Return the collectives that a step should need.
 
     Untied there is a unit for each block, one for the embedding and one for norm and head. For backward all blocks are
     gathered again. Tied, what is outside of the blocks is gathered once and the last block is kept.
@@ -114,24 +114,24 @@ def counted(layout: str, mode: str, layers: int = LAYERS, *, tied: bool = False)
 
 
 @pytest.mark.parametrize("name", [f"{layout}, {mode}" for layout in MESHES for mode in MODES])
-def test_every_layout_exchanges_what_it_must_and_measuring_the_noise_adds_nothing(runs, name):
+def test_every_layout_communicates_the_minimum_and_measuring_noise_adds_nothing(runs, name):
     unmeasured, measured = runs.count(name)
     layout, mode, _ = CASES[name]
     tp = MESHES[layout].tp > 1
     for found in (unmeasured, measured):
-        # the loss, the norms with the moments, and a request to stop; in a loss of slices three a micro-batch
+        # loss, norms and noise, and a stop request; three per micro-batch in a vocabulary-parallel loss
         assert found.pop("small reduce") <= 3 + 3 * MICRO_BATCHES * tp
-        # the gradient of a norm: a sum over the slices, to be taken when it is reduced, or before it is squared
+        # the gradient of a norm: a sum over the TP shards, when it is reduced, or before it is squared
         norms = 2 * LAYERS + 1
         assert found.pop("tp reduce", 0) == tp * norms * (
             1 if found is unmeasured and mode == "once_per_step" else MICRO_BATCHES
         )
-        found.pop("_wrap_tensor_autograd", None)  # exchanges nothing
+        found.pop("_wrap_tensor_autograd", None)  # communicates nothing
         assert found == counted(layout, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_outside_of_the_blocks_of_a_tied_model_is_gathered_once(runs, mode):
+def test_parameters_outside_of_the_blocks_of_a_tied_model_are_gathered_once(runs, mode):
     for found in runs.count(f"tied, {mode}"):
         del found["small reduce"]
         assert found == counted("two shards", mode, tied=True)
@@ -155,7 +155,7 @@ def test_gathering_less_changes_no_bit_of_loss_norm_and_noise(runs, mode):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "plain" not in name])
-def test_a_dry_run_foresees_the_bytes(runs, name):
+def test_a_dry_run_predicts_the_bytes(runs, name):
     layout, mode, _ = CASES[name]
     file, *arguments = runs.command(name)
     pairs = (argument.removeprefix("--").split("=", 1) for argument in arguments)

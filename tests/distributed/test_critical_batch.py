@@ -1,4 +1,4 @@
-"""A critical-batch measurement on two processes: the numbers of one, also when a process dies in a branch."""
+"""A critical-batch measurement on two processes gives the numbers of one, also if a process dies in a branch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEASURE = [
 """Four steps of 8 samples of 24 tokens, two of 16."""
 
 
-def test_two_processes_measure_what_one_does_and_a_dead_one_is_started_again(tiny):
+def test_two_processes_measure_what_one_does_and_a_dead_one_is_restarted(tiny):
     assert finish(start(tiny))[0] == 0
 
     def measure(name: str, **how) -> tuple[dict, str]:
@@ -39,7 +39,7 @@ def test_two_processes_measure_what_one_does_and_a_dead_one_is_started_again(tin
         assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-4)
 
 
-def test_a_mistake_is_told_once(tiny):
+def test_bad_input_is_reported_once(tiny):
     status, said = finish(start(tiny, *MEASURE, f"--branches.checkpoint={tiny.folder}", NPROC="2"))
     assert status == 2
     assert said.count("is neither a checkpoint nor a run directory") == 1

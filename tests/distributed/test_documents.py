@@ -1,4 +1,4 @@
-"""Documents are kept apart alike on one process, on two shards and on two slices, compiled or recomputed."""
+"""Document masking is equal on one process, two FSDP shards and two TP shards, compiled or with checkpointing."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "one process, across documents": ("one process", []),
     "one process, experts": ("one process", [WITHIN, *EXPERTS]),
     "two shards": ("two shards", [WITHIN]),
-    "two slices": ("two slices", [WITHIN]),
-    "two slices, compiled and recomputed": ("two slices", [WITHIN, COMPILED, RECOMPUTED]),
-    "two slices, experts": ("two slices", [WITHIN, *EXPERTS]),
+    "two TP ranks": ("two TP ranks", [WITHIN]),
+    "two TP ranks, compiled and recomputed": ("two TP ranks", [WITHIN, COMPILED, RECOMPUTED]),
+    "two TP ranks, experts": ("two TP ranks", [WITHIN, *EXPERTS]),
 }
 """Name -> layout, arguments."""
 MOVED = "one process to two shards"
 EQUAL = 1e-5
-"""Relative: float32 sums taken in another order."""
+"""Relative tolerance: float32 sums in another order."""
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, list[dict]]:
-    """Of the steps of every run."""
+    """Return the metrics of the steps of every run."""
     folder: Path = tmp_path_factory.mktemp("documents")
     tiny = TinyRun(folder)
     texts = [TEXT[number * 5 :][: 2 + 11 * number % 45] for number in range(24)]

@@ -1,4 +1,4 @@
-"""A checkpoint of shards, evaluated on any layout: what one process finds, and what its export gives."""
+"""A sharded checkpoint evaluated on any layout gives the results of one process and of its export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools import export_hf
 
 
 def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
-    # five sequences: of the last pass one rank has half, the other nothing
+    # five sequences: in the last pass one rank has half a batch, the other none
     methods = {"packed": ["--evaluation.limit=5"], "documents": ["--evaluation.method=documents"]}
     layouts = {name: more for name, (processes, more) in LAYOUTS.items() if processes == 2}
     common = [f"--evaluation.cache_dir={tiny.folder / 'cache'}", "--evaluation.device=cpu"]
@@ -52,12 +52,12 @@ def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
             assert found["nats"] == pytest.approx(expected["nats"], rel=1e-6), name  # float32 in another order
 
 
-def test_damage_in_the_share_of_either_process_is_told(tiny):
+def test_damage_in_the_shard_of_either_process_is_reported(tiny):
     assert cli.main([str(tiny.recipe), "--training.total_tokens=1100"]) == 0
     checkpoint = max((tiny.directory / "checkpoints").iterdir())
     names = sorted(json.loads((checkpoint / "manifest.json").read_text())["files"])
     command = [sys.executable, ROOT / "recipes", CONFIG, f"--evaluation.checkpoint={tiny.directory}"]
-    for name in names[:2]:  # of the files one process reads every second, beginning with the first
+    for name in names[:2]:  # one process reads every second file, starting with the first
         file = checkpoint / name
         whole = file.read_bytes()
         file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])

@@ -1,4 +1,4 @@
-"""A tiny PowerMoE on every kind of layout: the same losses, numbers of the router, gradient moments and checkpoints."""
+"""A tiny PowerMoE on every kind of layout has the same losses, router metrics, gradient noise and checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNEVEN = ["--model.experts=5"]
 RUNS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "two shards": (2, []),
-    "two slices": (2, ["--parallel.tp=2"]),
+    "two TP ranks": (2, ["--parallel.tp=2"]),
     "two replicas": (2, ["--parallel.dp_replicate=2", *SHORT]),
     "one process, five experts": (1, [*UNEVEN, *SHORT]),
     "two shards, five experts": (2, [*UNEVEN, *SHORT, "--training.grad_sync=every_micro_batch"]),
@@ -50,11 +50,11 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "two shards, cheap ones recomputed": (2, ["--training.activation_checkpoint=selective", *SHORT]),
     "two shards, bf16": (2, ["--training.precision=bf16", *SHORT]),
 }
-"""Name -> processes, arguments. Of five experts two ranks cut each in two, of six each has three."""
-LONG = ("two shards", "two slices")
+"""Name -> processes, arguments. Two ranks split each of five experts, or have three of six experts each."""
+LONG = ("two shards", "two TP ranks")
 NUMBERS = ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load_max", "expert_load_min")
 EQUAL, BF16 = 1e-5, 5e-3
-"""Relative: float32 sums in another order; 8 bits of every activation and gradient."""
+"""Relative tolerances: float32 sums in another order; bf16 with 8 bits of every activation and gradient."""
 
 
 class Runs:
@@ -72,12 +72,12 @@ class Runs:
         ]  # fmt: skip
 
     def rows(self, name: str) -> list[dict]:
-        """Of every step."""
+        """Return the metrics of every step."""
         lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
         return [row for row in map(json.loads, lines) if "loss" in row]
 
     def model(self, name: str) -> dict[str, torch.Tensor]:
-        """The parameters of the last checkpoint."""
+        """Return the parameters of the last checkpoint."""
         checkpoint = max((self.folder / "runs" / name / "checkpoints").iterdir())
         with torch.device("meta"):
             shapes = {key: p.shape for key, p in built(EXPERTS).named_parameters()}
@@ -87,10 +87,10 @@ class Runs:
         return tensors
 
     def moments(self, name: str) -> list[GradientMoments]:
-        """Of every step. All processes must have been told the same."""
-        told = {path.read_text() for path in (self.folder / "moments" / name).iterdir()}
-        assert len(told) == 1
-        return [GradientMoments(*json.loads(line)) for line in told.pop().splitlines()]
+        """Return the measurement of every step, which must be equal on all processes."""
+        reported = {path.read_text() for path in (self.folder / "moments" / name).iterdir()}
+        assert len(reported) == 1
+        return [GradientMoments(*json.loads(line)) for line in reported.pop().splitlines()]
 
 
 def built(experts: int) -> torch.nn.Module:
@@ -118,7 +118,7 @@ def test_every_step_is_that_of_one_process(runs, name):
     assert len(found) == (STEPS if name in LONG else 3)
     for key in ("loss", "grad_norm", *NUMBERS[:3]):
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=limit), key
-    if limit == EQUAL:  # not one token goes to another expert
+    if limit == EQUAL:  # every token is routed to the same expert
         for key in NUMBERS[3:]:
             assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-12), key
 
@@ -129,7 +129,7 @@ def test_every_parameter_ends_as_on_one_process(runs, name):
     assert all((together[key] - weight).abs().max() < 1e-4 for key, weight in alone.items())
 
 
-def test_the_router_learns_to_share(runs):
+def test_the_router_learns_to_balance(runs):
     rows = runs.rows("one process")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert 1 <= rows[-1]["load_balancing_loss"] < rows[0]["load_balancing_loss"]
@@ -138,7 +138,7 @@ def test_the_router_learns_to_share(runs):
 
 @pytest.fixture(scope="module")
 def truth(runs: Runs) -> dict[int, GradientMoments]:
-    """Number of experts -> the moments of the first step in float64, a backward for each micro-batch by itself."""
+    """Number of experts -> gradient noise of the first step in float64, with a separate backward per micro-batch."""
     text = (runs.folder / "reads" / "one process" / "rank-0").read_text().splitlines()
     groups = [json.loads(line) for line in text[: SAMPLES // MICRO_BATCH]]
     return {experts: brute_force(runs, groups, experts) for experts in (5, EXPERTS)}
@@ -165,7 +165,7 @@ def brute_force(runs: Runs, groups: list[list[int]], experts: int) -> GradientMo
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_moments_are_those_of_separate_backwards_in_float64(runs, truth, name):
+def test_the_noise_equals_that_of_separate_backwards_in_float64(runs, truth, name):
     found, expected = runs.moments(name)[0], truth[5 if name.endswith("five experts") else EXPERTS]
     limit = BF16 if name.endswith("bf16") else EQUAL
     for key in ("sum_micro_grad_sq_norms", "mean_grad_sq_norm", "grad_cov_trace", "grad_sq_norm"):

@@ -1,4 +1,4 @@
-"""One process of several dies: the others end, the cause is told, and the run goes on from its newest checkpoint."""
+"""If one process dies, the others end, the cause is reported, and the run continues from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.launching import SHORT, final_loss, finish, start, steps
 from tests.end_to_end.test_signals import wait_for_steps
 
 
-def test_a_killed_rank_is_started_again_and_the_run_ends_where_it_would_have(new_tiny):
+def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_uninterrupted(new_tiny):
     alone, killed = new_tiny("alone"), new_tiny("killed")
     assert alone.launch(*SHORT) == 0
     status, said = finish(
@@ -26,8 +26,8 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_where_it_would_have(new
     assert final_loss(killed) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
-def test_each_end_is_told_once_and_without_a_restart_nobody_is_left(tiny):
-    """First rank 1 raises, then, started again, it is killed and there is no third time."""
+def test_each_failure_is_reported_once_and_the_last_ends_all_processes(tiny):
+    """Rank 1 raises first; after the restart it is killed, and there is no further restart."""
     status, said = finish(start(tiny, sabotage={0: "raise:1:6", 1: "kill:1:3"}, NPROC="2", MAX_RESTARTS="1"))
     assert status == 1, said
     assert said.count("ArithmeticError: sabotage") == 1
@@ -49,7 +49,7 @@ def test_a_restart_before_the_first_checkpoint_starts_over(new_tiny):
     assert "resumed" not in said
     assert steps(again) == steps(alone)
     assert final_loss(again) == final_loss(alone)
-    # What a restart may do in its own directory, a new launch may not; and a refusal is no failure to try again.
+    # A restart may replace the files in its directory, a new launch may not; a refusal is not retried.
     status, said = finish(start(again, **once))
     assert status == 2, said
     assert said.count("already holds a run") == 1

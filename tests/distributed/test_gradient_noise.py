@@ -1,4 +1,4 @@
-"""Gradient moments on every layout, against a float64 backward for each micro-batch by itself."""
+"""Gradient noise on every layout, against a separate float64 backward for each micro-batch."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ pytestmark = [
 
 SAMPLES, MICRO_BATCH, SEQUENCE, STEPS = 16, 2, 24, 2
 BF16 = 5e-3
-"""Relative: bf16 keeps 8 bits of every activation and gradient."""
+"""Relative tolerance: bf16 keeps 8 bits of every activation and gradient."""
 EXACT = 1e-5
-"""Relative, of float32 sums of squares over some 14,000 weights against float64."""
+"""Relative tolerance of float32 sums of squares over about 14,000 weights against float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notes(Constant):
-    """A constant batch that notes the moments of every step, in a file for each process."""
+    """A constant batch that records the measurement of every step, in a file for each process."""
 
     folder: Path
 
     def observe(self, progress, noise):
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank-{os.environ.get('RANK', '0')}").open("a") as file:
-            told = noise.moments
+            reported = noise.moments
             file.write(
                 json.dumps(
                     [
-                        told.num_micro_batches,
-                        told.micro_batch_size,
-                        told.sum_micro_grad_sq_norms,
-                        told.mean_grad_sq_norm,
+                        reported.num_micro_batches,
+                        reported.micro_batch_size,
+                        reported.sum_micro_grad_sq_norms,
+                        reported.mean_grad_sq_norm,
                     ]
                 )
                 + "\n"
@@ -63,16 +63,16 @@ for what, arguments, layouts in (
     (
         "recomputed",
         "--training.activation_checkpoint=full",
-        ("one process", "two replicas", "two shards of two slices"),
+        ("one process", "two replicas", "two shards of two TP ranks"),
     ),
-    ("bf16", "--training.precision=bf16", ("one process", "two replicas", "two shards", "two shards of two slices")),
-    ("compiled", "--training.compile=true", ("two shards", "two slices")),
+    ("bf16", "--training.precision=bf16", ("one process", "two replicas", "two shards", "two shards of two TP ranks")),
+    ("compiled", "--training.compile=true", ("two shards", "two TP ranks")),
 ):
     CASES |= {f"{layout}, {what}": (layout, [arguments, *BOTH["reduce"]]) for layout in layouts}
 
 
 class Measured:
-    """Two steps of every case."""
+    """Run two steps of every case."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,10 +95,10 @@ class Measured:
         ]  # fmt: skip
 
     def moments(self, name: str) -> list[GradientMoments]:
-        """Of both steps. All processes must have been told the same."""
-        told = {path.read_text() for path in (self.folder / "moments" / name.replace(" ", "-")).iterdir()}
-        assert len(told) == 1
-        return [GradientMoments(*json.loads(line)) for line in told.pop().splitlines()]
+        """Return the measurements of both steps, which must be equal on all processes."""
+        reported = {path.read_text() for path in (self.folder / "moments" / name.replace(" ", "-")).iterdir()}
+        assert len(reported) == 1
+        return [GradientMoments(*json.loads(line)) for line in reported.pop().splitlines()]
 
     def read(self) -> torch.Tensor:
         """(groups, MICRO_BATCH): the first samples of the run, as one process read them."""
@@ -113,7 +113,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 @pytest.fixture(scope="module")
 def truth(measured: Measured) -> dict[bool, GradientMoments]:
-    """Whether the embeddings are tied -> the moments of the first step in float64, a backward for each group."""
+    """Tied embeddings or not -> gradient noise of the first step in float64, one backward per micro-batch."""
     text = TextFiles(path=measured.folder / "text" / "*.txt").build(
         tokenizer=Bytes().build(), sequence_length=SEQUENCE, cache_dir=measured.folder / "cache", progress=print
     )
@@ -138,7 +138,7 @@ def brute_force(groups: list[torch.Tensor], tied: bool) -> GradientMoments:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_moments_are_those_of_separate_backwards_in_float64(measured, truth, name):
+def test_the_noise_equals_that_of_separate_backwards_in_float64(measured, truth, name):
     expected = truth[name.endswith("tied")]
     found, _ = measured.moments(name)
     assert (found.num_micro_batches, found.micro_batch_size) == (expected.num_micro_batches, expected.micro_batch_size)

@@ -1,4 +1,4 @@
-"""Export from, and a start on, any sharding: the same bits as on one process."""
+"""An export from any sharding, and a start on it, have the same bits as on one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.distributed.layouts import LAYOUTS, run_all
 from tools.export_hf import main
 
 STANDSTILL = ["--lr_schedule.max_lr=1e-30", "--lr_schedule.warmup_tokens=0", "--training.total_tokens=100"]
-"""One step that changes no weight."""
+"""Arguments of one step that changes no weight."""
 
 
 @pytest.fixture

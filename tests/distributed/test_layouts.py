@@ -1,4 +1,4 @@
-"""One recipe on every layout: the same samples, the same losses, and checkpoints that move between them."""
+"""A recipe has the same samples and losses on every layout, and checkpoints move between layouts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RECIPE = [
     "--model.kv_heads=2",
     f"--checkpoint.interval_steps={SAVED_AT}",
     "--validation.interval_steps=5",
-    "--training.grad_sync=once_per_step",  # "auto" estimates the memory of every run first
+    "--training.grad_sync=once_per_step",  # "auto" would estimate the memory of every run first
 ]
 EQUAL = 1e-5
-"""Relative: float32 sums taken in another order differ by 2e-7 here after ten steps of Adam."""
+"""Relative tolerance: float32 sums in another order differ by 2e-7 here after ten steps of Adam."""
 
 
 class Runs:
-    """The run of every layout, made once: a directory and the sequences it read for each."""
+    """The run of every layout, made once: its directory and the sequences it read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,7 +45,7 @@ class Runs:
         return self.folder / "reads" / name.replace(" ", "-")
 
     def launch(self, processes: int, runs: dict[str, tuple[str, list[str]]]) -> None:
-        """Those of `runs`, name -> (layout, arguments), that take this many processes: started once for all."""
+        """Start those of `runs`, name -> (layout, arguments), that have this many processes, in the same processes."""
         commands = [
             [str(self.tiny.recipe), *RECIPE, *LAYOUTS[layout][1], *arguments,
              f"--run.dir={self.directory(name)}", f"--data.notes={self.reads(name)}",
@@ -65,7 +65,7 @@ class Runs:
         return self.directory(name) / "checkpoints" / f"step-{step:08d}"
 
     def read(self, name: str) -> dict[str, list[list[int]]]:
-        """Process -> the sequences of each micro-batch."""
+        """Return process -> the sequences of each micro-batch."""
         return {
             path.name: [json.loads(line) for line in path.read_text().splitlines()]
             for path in self.reads(name).iterdir()
@@ -82,13 +82,13 @@ VARIANTS = {
 COMPARED = 3
 SHORT = ["--validation=none", "--checkpoint.interval_steps=none"]
 SHORT += [f"--training.total_tokens={(COMPARED + 1) * SAMPLES * SEQUENCE}"]
-"""The rate decays over the last tenth of a run, so all steps of this one but the last are those of the long one."""
+"""The learning rate decays over the last tenth of a run, so all steps but the last equal those of the long run."""
 VARIED = {
     f"{layout}, {what}": (layout, [*VARIANTS[what], *SHORT])
     for layout, numbers in {
         "two shards": (0, 1, 3),
         "two replicas of two shards": (0, 1),
-        "two shards of two slices": (0, 2, 4),
+        "two shards of two TP ranks": (0, 2, 4),
     }.items()
     for what in [list(VARIANTS)[number] for number in numbers]
 }
@@ -96,15 +96,15 @@ MOVES = {f"{source} to {target}": (source, target) for source in LAYOUTS for tar
 ROUNDED = {
     f"{layout}, {what}": (layout, [argument, *SHORT])
     for what, argument, layouts in (
-        ("bf16", "--training.precision=bf16", ("one process", "two shards", "two shards of two slices")),
-        ("compiled", "--training.compile=true", ("one process", "two shards of two slices")),
+        ("bf16", "--training.precision=bf16", ("one process", "two shards", "two shards of two TP ranks")),
+        ("compiled", "--training.compile=true", ("one process", "two shards of two TP ranks")),
     )
     for layout in layouts
 }
 MUP = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=3", "--model.mup.residual_multiplier=0.4"]
 WITH_MUP = {
     f"{layout}, muP": (layout, [*MUP, *SHORT])
-    for layout in ("one process", "two shards", "two slices", "two shards of two slices")
+    for layout in ("one process", "two shards", "two TP ranks", "two shards of two TP ranks")
 }
 
 
@@ -115,7 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     whole: dict[str, tuple[str, list[str]]] = {layout: (layout, []) for layout in LAYOUTS}
 
     def moves(*sources: int) -> dict[str, tuple[str, list[str]]]:
-        """From the layouts with so many processes."""
+        """Return the moves from layouts with this many processes."""
         return {
             name: (target, [f"--resume={made.checkpoint(source, SAVED_AT)}", "--validation=none",
                             "--checkpoint.interval_steps=none"])
@@ -135,7 +135,7 @@ OTHERS = [layout for layout in LAYOUTS if layout != "one process"]
 
 
 @pytest.mark.parametrize("layout", OTHERS)
-def test_every_step_and_every_parameter_is_that_of_one_process(runs, layout):
+def test_every_step_and_parameter_equals_that_of_one_process(runs, layout):
     for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         expected, found = ([row[key] for row in runs.rows(name) if key in row] for name in ("one process", layout))
         assert found == pytest.approx(expected, rel=EQUAL), key
@@ -179,13 +179,13 @@ def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
 
 
 @pytest.mark.parametrize("name", VARIED)
-def test_how_gradients_are_gathered_and_activations_kept_changes_nothing(runs, name):
+def test_gradient_sync_and_activation_checkpointing_change_nothing(runs, name):
     layout, _ = VARIED[name]
     assert runs.losses(name)[:COMPARED] == pytest.approx(runs.losses(layout)[:COMPARED], rel=1e-6)
 
 
 BF16 = 1e-3
-"""Relative, of a loss against float32: bf16 keeps 8 bits of each factor, and a mean over 192 tokens rounds less."""
+"""Relative tolerance of a loss against float32: bf16 keeps 8 bits; the mean over 192 tokens rounds less."""
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -197,7 +197,7 @@ def test_bf16_and_compile_change_nothing_beyond_rounding(runs, name):
 
 
 @pytest.mark.parametrize("name", [name for name in WITH_MUP if name != "one process, muP"])
-def test_mup_finds_its_parameters_however_they_are_divided(runs, name):
+def test_mup_finds_its_parameters_on_every_layout(runs, name):
     for key in ("loss", "grad_norm"):
         expected, found = ([row[key] for row in runs.rows(run) if key in row] for run in ("one process, muP", name))
         assert found == pytest.approx(expected, rel=EQUAL), key

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe or a layout is told once, before any process starts."""
+"""Errors of a recipe or a layout are reported once, before any process starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("--parallel.dp_shard=3", "1 (dp_replicate) x 3 (dp_shard) x 1 (tp) is not the 2 processes"),
     ],
 )
-def test_a_mistake_is_told_once_before_any_process_starts(tiny, mistake, said):
+def test_bad_input_is_reported_once_before_any_process_starts(tiny, mistake, said):
     done = subprocess.run(
         [ROOT / "run_train.sh", tiny.recipe, mistake],
         env={**os.environ, "PYTHON": sys.executable, "NPROC": "2"},

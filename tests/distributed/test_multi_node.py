@@ -1,4 +1,4 @@
-"""Two launchers that find each other are one run."""
+"""Two launchers that connect form one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fenced examples of README.md and docs/, and what a shell makes of those that are commands."""
+"""The fenced examples of README.md and docs/, and the commands in them as a shell parses them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Fence:
 
     page: Path
     line: int
-    """Of its first line in the page."""
+    """Number of its first line in the page."""
     language: str
-    """`toml`, `python`, `sh` for commands, or empty for what a program wrote."""
+    """`toml`, `python`, `sh` for commands, or empty for the output of a program."""
     text: str
 
     @property
     def file(self) -> str | None:
-        """The name that a comment in its first line gives: `# my_parts.py, beside my.toml`."""
+        """The file name in a comment on its first line, such as `# my_parts.py, beside my.toml`."""
         found = re.match(r"# ([\w/]+\.(py|toml))\b", self.text)
         return found[1] if found else None
 
@@ -41,7 +41,7 @@ class Fence:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a fence, as a shell reads it."""
+    """One command of a fence, as a shell parses it."""
 
     fence: Fence
     environment: dict[str, str]
@@ -64,7 +64,7 @@ def read_fences(page: Path) -> list[Fence]:
 
 
 def take_commands(text: str) -> str:
-    """Return the commands that a block begins with, up to what they write."""
+    """Return the commands at the start of a block, before their output."""
     kept: list[str] = []
     for line in text.splitlines(keepends=True):
         within = bool(kept) and (kept[-1].endswith("\\\n") or "".join(kept).count("; do\n") > kept.count("done\n"))
@@ -84,11 +84,11 @@ _BUILTINS = ("source", "cd", "kill", "touch", "python", "pip", "git")
 
 
 def read_commands(fence: Fence, folder: Path) -> list[Command]:
-    """Return the commands of a fence: a shell runs it with every command replaced by one that notes its words."""
+    """Return the commands of a fence: a shell runs it with every command replaced by one that records its words."""
     recorded, stub = folder / "recorded", folder / "stub"
     stub.write_text(f'#!/usr/bin/env bash\n{_RECORD}\nrecord "$0" "$@"\n')
     stub.chmod(0o755)
-    text = re.sub(r"<[a-z ]+>|\bSEED\b|\bPID\b", "1", fence.text)  # what a reader fills in
+    text = re.sub(r"<[a-z ]+>|\bSEED\b|\bPID\b", "1", fence.text)  # placeholders
     text = re.sub(r"(^| )\.\.\. (?=\./)", r"\1", text, flags=re.MULTILINE)
     for path in set(re.findall(r"(?<![\w/.=])(?:\./)?[\w./]+/bin/[\w.-]+(?=\s)|\./\w+\.sh", text)):
         target = folder / path

@@ -1,7 +1,7 @@
 """Every fenced command, recipe and Python file of README.md and docs/ works, at a tiny size.
 
 The examples of a page are run in order, in this process, in a folder that holds what pages take for granted: a text, a
-recipe of one's own, a run that was trained. What cannot be run here is in `NOT_RUN`, with the reason, and is parsed.
+custom recipe, a trained run. Commands that cannot be run here are listed in `NOT_RUN`, with the reason, and parsed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ SEVERAL = {"NPROC", "NNODES"}
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the pages take for granted."""
+    """Create a folder with the files that the pages refer to."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("assets", "tests", "tools"):
         (folder / name).symlink_to(ROOT / name)
@@ -103,7 +103,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(prepared: Path) -> Path:
-    """That folder with what runs, exports and the like leave in it."""
+    """Add the results of runs, exports and other tools to the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(prepared)
         patch.setenv("XDG_CACHE_HOME", str(prepared.parent / "docs-cache"))
@@ -122,7 +122,7 @@ def trained(prepared: Path) -> Path:
 
 @pytest.fixture
 def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of it for one page."""
+    """Return a copy of the folder for one page."""
     place = tmp_path / "place"
     shutil.copytree(trained, place, symlinks=True)
     monkeypatch.chdir(place)
@@ -132,13 +132,13 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     for name in ("RANK", "WORLD_SIZE", "NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(name, raising=False)
     yield place
-    for name in set(sys.modules) - known:  # modules of the examples; those of two pages may have one name
+    for name in set(sys.modules) - known:  # modules of the examples; two pages may use the same name
         if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(place)):
             del sys.modules[name]
 
 
 def shrink(arguments: list[str]) -> list[str]:
-    """The arguments of a launch with what makes it a step of a small model; every checkpoint is that of its step."""
+    """Return launch arguments that make the run one step of a small model; checkpoint paths name that step."""
     arguments = [re.sub(r"step-\d{8}", "step-00000001", argument) for argument in arguments]
     command = cli.parse(arguments)
     if command.print_config or command.dry_run is not None:
@@ -169,7 +169,7 @@ def test_the_examples_of_a_page_work(page: Path, folder: Path, tmp_path: Path) -
 
 
 def check_recipe(fence: Fence) -> None:
-    """A table of a recipe is laid over the debug recipe; all that is in it must be known, and of the right type."""
+    """Merge a table over the debug recipe; all its keys must exist and have the right type."""
     tables = tomllib.loads(fence.text)
     recipe = Path("example.toml") if "extends" in tables else Path("train_configs/example.toml")
     text = fence.text if "extends" in tables else f'extends = ["debug.toml"]\n{fence.text}'
@@ -201,7 +201,7 @@ def run(command: Command) -> None:
             assert launch_here(shrink(arguments)) in (0, 143), str(command)
     elif module.startswith("tools."):
         if module in ("tools.export_hf", "tools.import_hf"):
-            shutil.rmtree(arguments[1], ignore_errors=True)  # those of the fixture
+            shutil.rmtree(arguments[1], ignore_errors=True)  # made by the fixture
         if module == "tools.train_tokenizer":
             Path(arguments[arguments.index("--output") + 1]).unlink(missing_ok=True)
         assert not main_of(module)([*arguments, *TOOLS.get(module, [])]), str(command)
@@ -216,7 +216,7 @@ def main_of(module: str) -> Callable[[list[str]], int]:
 
 
 def check_options(module: str, arguments: list[str], command: Command) -> None:
-    """Of a program that takes too long: it is there, and its help names every option."""
+    """Check a program that takes too long to run: it exists, and its help names every option."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as said:
         patch.setattr(sys, "argv", [module, "--help"])
         main_of(module)()
@@ -226,5 +226,5 @@ def check_options(module: str, arguments: list[str], command: Command) -> None:
 
 
 def test_a_shell_reads_the_commands_of_the_docs() -> None:
-    """Enough of them to be sure that the pattern that tells commands from output still fits."""
+    """Enough of them to show that the pattern still separates commands from output."""
     assert sum(fence.language in SHELLS for page in PAGES for fence in read_fences(page)) > 20

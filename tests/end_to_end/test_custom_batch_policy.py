@@ -85,7 +85,7 @@ def test_the_dry_run_shows_what_is_not_known(own, capsys):
 @pytest.mark.quick
 def test_samples_of_a_step_that_is_not_known_are_not_shown(own, capsys):
     assert inspect_data.main([str(own.recipe), "--step", "3"]) == 2
-    assert "the batch follows the gradient" in capsys.readouterr().err
+    assert "the batch is adaptive" in capsys.readouterr().err
 
 
 @pytest.mark.quick

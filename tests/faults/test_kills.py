@@ -15,13 +15,13 @@ HANDFUL = """
 import random, sys
 from pathlib import Path
 import torch
-from benchmarks.torture.lives import Kind, Tally, compare, live, make_recipe
+from benchmarks.torture.lives import Kind, Tally, compare, make_recipe, run_life
 
 torch.set_num_threads(1)
 folder, kind, tally = Path(sys.argv[1]), Kind(int(sys.argv[2]), sys.argv[3] == "async"), Tally()
 recipe = make_recipe(folder)
-live(recipe, folder / "peaceful", kind, 0, random.Random(0), Tally())
-live(recipe, folder / "killed", kind, 3, random.Random(int(sys.argv[4])), tally)
+run_life(recipe, folder / "peaceful", kind, 0, random.Random(0), Tally())
+run_life(recipe, folder / "killed", kind, 3, random.Random(int(sys.argv[4])), tally)
 compare(folder / "killed", folder / "peaceful")
 print(tally.kills.total(), "kills")
 """

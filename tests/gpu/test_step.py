@@ -1,4 +1,4 @@
-"""A run on a GPU: it waits for nothing, computes what the CPU does, and resumes bitwise."""
+"""A run on a GPU does not synchronize, computes what the CPU does, and resumes bitwise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
-    """torch raises at every synchronisation while a step is launched, from the third step on."""
+    """From the third step on, torch raises at every synchronization while a step is launched."""
     from recipes.pretrain import Trainer
 
     launch = Trainer.launch
@@ -51,14 +51,14 @@ def test_no_step_waits_for_the_device(tiny, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["dense", "experts"])
-def test_float32_is_that_of_the_cpu(new_tiny, name):
+def test_float32_equals_the_cpu(new_tiny, name):
     rows = {}
     for device in ("cpu", "cuda"):
         run = new_tiny(device)
         keys = [*CASES[name], "--training.precision=float32", "--training.compile=false", f"--run.device={device}"]
         assert run.launch(*CUDA, *keys) == 0
         rows[device] = [row["loss"] for row in run.rows()]
-    # rounding in other orders, grown over 14 steps
+    # rounding in another order, accumulated over 14 steps
     assert rows["cuda"] == pytest.approx(rows["cpu"], rel=2e-4)
 
 
@@ -83,7 +83,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tiny):
     assert_same_tensors(tiny.checkpoint(last), tiny.folder / "resumed" / "checkpoints" / f"step-{last:08d}")
 
 
-def test_a_step_that_is_not_finite_is_left_out_on_the_device(tiny, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_on_the_device(tiny, monkeypatch):
     from tests.end_to_end.test_bad_steps import BAD, SMALL
     from tests.end_to_end.test_resume import tensors
 

@@ -26,7 +26,7 @@ from models.mup import MuP, MuPConfig, rule_of
 from models.parallel_plan import llama_parallel_plan
 from models.presets import PRESETS, LlamaShape
 from models.rope import apply_rope, rope_table
-from tools.coord_check import slope
+from tools.coord_check import fit_slope
 
 pytestmark = pytest.mark.quick
 
@@ -243,7 +243,7 @@ def test_all_gradients_shrink_with_width_alike_so_one_eps_serves_every_group():
         model(tokens, labels).backward()
         found[width] = {name: float(p.grad.square().mean().sqrt()) for name, p in model.named_parameters()}
     for name in found[32]:
-        assert slope(widths, [found[width][name] for width in widths]) == pytest.approx(-1, abs=0.25), name
+        assert fit_slope(widths, [found[width][name] for width in widths]) == pytest.approx(-1, abs=0.25), name
 
 
 def test_a_table_in_a_recipe_is_laid_over_that_of_the_size():

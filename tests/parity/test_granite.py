@@ -1,4 +1,4 @@
-"""With muP, the same function as `transformers.GraniteForCausalLM` with the same weights: logits and every gradient."""
+"""With muP and the same weights, logits and gradients equal those of `transformers.GraniteForCausalLM`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = {
     "narrower than the base, grouped heads": replace(SMALL, kv_heads=2, mup=replace(MUP, base_width=256)),
     "tied head, wide heads": replace(SMALL, head_dim=40, tied_embeddings=True, mup=MUP),
     "multipliers of one": replace(SMALL, mup=MuP(base_width=96)),
-    # one key-value head for each of two query heads, two layers; the multipliers are theirs
+    # one key-value head for each of two query heads, two layers; with the published multipliers
     **{
         f"shrunk {name}": replace(size, dim=128, layers=2, heads=2, kv_heads=2, ffn_dim=96)
         for name, size in PRESETS.items()
@@ -37,14 +37,14 @@ shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
 def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
-    """Ours and theirs. Logits have a spread of some units and norm gains differ: what is confused or lost shows."""
+    """Return our model and theirs. Logits spread over some units and norm gains differ, so any mix-up is visible."""
     mup = size.mup
     ours = Decoder(size, V, init_std=1.5 / math.sqrt(mup.base_width), depth_scaled_init=False)
     ours.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if name == "norm.weight":  # else logits would be the flatter, the wider the model
+            if name == "norm.weight":  # otherwise logits would get flatter in wider models
                 parameter.fill_(math.sqrt(size.dim / mup.base_width))
             if "norm" in name:
                 parameter *= torch.empty_like(parameter).uniform_(0.5, 1.5, generator=generator)
@@ -83,5 +83,5 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         grad = gradients[hf_names(size)[name]]
-        # asked: 1e-3 of the norm
+        # requirement: 1e-3 of the norm
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name

@@ -49,7 +49,7 @@ shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
 def theirs_of(ours: Decoder, folder: Path) -> nn.Module:
-    """Written under the names files have, and opened as anyone would; float32."""
+    """Write the weights under the names of files and load them with transformers, in float32."""
     safetensors = pytest.importorskip("safetensors.torch")
     config = hf_config(ours.size, ours.vocab_size) | {
         "model_type": "granitemoe",
@@ -61,7 +61,10 @@ def theirs_of(ours: Decoder, folder: Path) -> nn.Module:
 
 
 def opened(folder: Path) -> nn.Module:
-    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}  # nothing of torch's that we use, too
+    plain = {
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }  # no torch function that our model also uses
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, **plain
     )
@@ -70,7 +73,7 @@ def opened(folder: Path) -> nn.Module:
 
 
 def random_model(size: LlamaShape) -> Decoder:
-    """Logits of some units, and norm gains that differ: what is confused or lost shows."""
+    """Logits spread over some units and norm gains differ, so that any mix-up is visible."""
     base_width = size.dim if size.mup is None else size.mup.base_width
     model = Decoder(size, V, init_std=1.5 / math.sqrt(base_width), depth_scaled_init=False, router=OFF)
     model.init_weights(0)
@@ -100,7 +103,7 @@ def assert_same_function(ours: Decoder, theirs: nn.Module) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     loss.backward()
     expected.backward()
-    in_memory = {  # version 5 renames what it reads
+    in_memory = {  # version 5 renames tensors on load
         "router.layer.weight": "router.weight",
         "input_linear.weight": "experts.gate_up_proj",
         "output_linear.weight": "experts.down_proj",
@@ -110,10 +113,12 @@ def assert_same_function(ours: Decoder, theirs: nn.Module) -> None:
         for file, memory in in_memory.items():
             stored = stored.replace(file, memory)
         grad = theirs.get_parameter(stored).grad
-        if "router" in name and ours.size.top_k == 1:  # a softmax of one logit: the router learns by its losses alone
+        if (
+            "router" in name and ours.size.top_k == 1
+        ):  # a softmax of one logit: only the auxiliary losses train the router
             assert grad.norm() < 1e-6 and parameter.grad.norm() < 1e-6
             continue
-        # asked: 1e-3 of the norm
+        # requirement: 1e-3 of the norm
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
 
 
@@ -123,7 +128,7 @@ def test_logits_loss_and_gradients_with_random_weights(size, tmp_path):
     assert_same_function(ours, theirs_of(ours, tmp_path))
 
 
-def test_what_transformers_saves_comes_back_bitwise(tmp_path):
+def test_weights_saved_by_transformers_are_loaded_bitwise(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     ours = random_model(SHAPES["tied head, an odd width"])
     theirs_of(ours, tmp_path).save_pretrained(tmp_path / "again")
@@ -132,7 +137,7 @@ def test_what_transformers_saves_comes_back_bitwise(tmp_path):
     assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
 
 
-def test_of_one_layer_their_load_balancing_loss_is_ours_times_top_k(tmp_path):
+def test_the_load_balancing_loss_of_one_layer_is_ours_times_top_k(tmp_path):
     ours = random_model(replace(SHAPES["muP"], layers=1))
     tokens, labels = given()
     found = theirs_of(ours, tmp_path)(tokens, output_router_logits=True).aux_loss
@@ -149,7 +154,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_model_is_exported_opened_and_imported_again(tiny, kind, capsys):
-    """After some steps of our own trainer, at a rate at which routers and logits come to differ."""
+    """After a few steps of the trainer, at a learning rate that makes routers and logits differ."""
     mup = ["--model.mup.base_width=8", "--model.mup.embedding_multiplier=12", "--model.mup.residual_multiplier=0.22"]
     more = ["--model.init_std=0.1", "--training.total_tokens=1100", "--lr_schedule.max_lr=5e-2"]
     assert tiny.launch(*KINDS[kind], *mup, *more) == 0
@@ -184,7 +189,7 @@ def test_a_trained_model_is_exported_opened_and_imported_again(tiny, kind, capsy
     assert check_initial_weights(ours, imported) == []
 
 
-def test_a_start_from_another_number_of_chosen_experts_or_other_multipliers_is_warned_of(tmp_path):
+def test_another_top_k_or_other_multipliers_are_warned_of(tmp_path):
     size = SHAPES["muP"]
     ours = random_model(size)
     theirs_of(ours, tmp_path)

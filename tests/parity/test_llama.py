@@ -1,4 +1,4 @@
-"""The same function as `transformers.LlamaForCausalLM` with the same weights: logits, loss and every gradient."""
+"""With the same weights, logits, loss and gradients equal those of `transformers.LlamaForCausalLM`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 V, B, T = 97, 2, 80
 SMALL = LlamaShape(dim=64, layers=2, heads=4, kv_heads=4, ffn_dim=96)
-STRETCHED = RopeScaling(factor=4.0, original_max_position=64)  # some waves are kept, some stretched, some in between
+SCALED_ROPE = RopeScaling(
+    factor=4.0, original_max_position=64
+)  # some frequencies are kept, some scaled, some in between
 
 
 def shrunk(size: LlamaShape) -> LlamaShape:
-    """A named size, its head width, grouping, epsilon, rotation and head; but of two layers and two key-value heads."""
+    """Return a preset with its head width, grouping, epsilon, rotation and head, but two layers and key-value heads."""
     heads = 2 * size.heads // size.kv_heads
     dim = heads * size.head_width
     return replace(size, dim=dim, head_dim=size.head_width, layers=2, heads=heads, kv_heads=2, ffn_dim=96)
@@ -41,11 +43,11 @@ SHAPES = {
     "one key-value head": replace(SMALL, kv_heads=1),
     "head dimension 100": replace(SMALL, dim=200, heads=2, kv_heads=2, head_dim=None),
     "heads wider than dim": replace(SMALL, heads=4, kv_heads=2, head_dim=40),
-    "scaled rotation": replace(SMALL, rope_theta=500_000.0, rope_scaling=STRETCHED),
+    "scaled rotation": replace(SMALL, rope_theta=500_000.0, rope_scaling=SCALED_ROPE),
     "tied head": replace(SMALL, tied_embeddings=True),
     "large epsilon": replace(SMALL, norm_eps=0.1),
     "all at once": replace(
-        SMALL, dim=120, layers=3, heads=6, kv_heads=2, head_dim=100, rope_scaling=STRETCHED, tied_embeddings=True
+        SMALL, dim=120, layers=3, heads=6, kv_heads=2, head_dim=100, rope_scaling=SCALED_ROPE, tied_embeddings=True
     ),
     "debug": PRESETS["debug"],
     **{f"shrunk {name}": shrunk(size) for name, size in PRESETS.items() if name != "debug" and size.mup is None},
@@ -54,7 +56,7 @@ shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 
 
 def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
-    """Ours and theirs. Logits have a spread of 1 and norm gains differ: a confused name or a lost gain shows."""
+    """Return our model and theirs. Logits have a spread of 1 and norm gains differ, so that any mix-up is visible."""
     ours = Decoder(size, V, init_std=1.2 / math.sqrt(size.dim), depth_scaled_init=False)
     ours.init_weights(0)
     generator = torch.Generator().manual_seed(1)
@@ -75,7 +77,7 @@ def tokens() -> Tensor:
 
 def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
     assert theirs.std() > 1, "else the tolerance says nothing"
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)  # asked: 1e-4; float32 gives up to 1.5e-5
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)  # requirement: 1e-4; float32 gives up to 1.5e-5
 
 
 @shapes
@@ -92,7 +94,7 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     targets[0, 10:20] = IGNORE_INDEX
     shifted = torch.cat((targets[:, 1:], torch.full((B, 1), IGNORE_INDEX)), 1)
     loss = ours(tokens(), shifted) / (shifted != IGNORE_INDEX).sum()
-    reference = theirs(tokens(), labels=targets).loss  # shifts by itself, and takes the mean over what is not ignored
+    reference = theirs(tokens(), labels=targets).loss  # shifts the labels, and averages over those not ignored
     torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)  # float32
     loss.backward()
     reference.backward()
@@ -100,11 +102,11 @@ def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
     assert gradients.keys() == set(hf_names(size).values())
     for name, parameter in ours.named_parameters():
         grad = gradients[hf_names(size)[name]]
-        # asked: 1e-3; float32 gives up to 4e-6
+        # requirement: 1e-3; float32 gives up to 4e-6
         assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
 
 
-def test_documents_kept_apart_are_those_of_a_mask_and_of_positions_given_by_hand():
+def test_document_masking_equals_an_explicit_mask_with_positions():
     ours, theirs = pair(SHAPES["all at once"])
     ours.enable_document_masking(end_of_document := 5)
     given = tokens()
@@ -118,8 +120,8 @@ def test_documents_kept_apart_are_those_of_a_mask_and_of_positions_given_by_hand
 
 
 @pytest.mark.parametrize("name", [name for name, size in PRESETS.items() if size.rope_scaling])
-@pytest.mark.parametrize("scaling", [None, STRETCHED, RopeScaling(factor=1)], ids=["its own", "stretched", "off"])
-def test_scaled_frequencies_are_those_of_transformers(name, scaling):
+@pytest.mark.parametrize("scaling", [None, SCALED_ROPE, RopeScaling(factor=1)], ids=["default", "scaled", "off"])
+def test_scaled_frequencies_equal_those_of_transformers(name, scaling):
     size = replace(PRESETS[name], rope_scaling=scaling or PRESETS[name].rope_scaling)
     config = transformers.LlamaConfig(**hf_config(size, V))
     reference, factor = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -141,7 +143,7 @@ def test_names_are_exactly_those_of_transformers():
     assert set(hf_names(SMALL).values()) == set(theirs.state_dict())
 
 
-def test_what_transformers_saves_comes_back_bitwise(tmp_path):
+def test_weights_saved_by_transformers_are_loaded_bitwise(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     for size in (SMALL, SHAPES["tied head"]):
         ours, theirs = pair(size)
@@ -151,7 +153,7 @@ def test_what_transformers_saves_comes_back_bitwise(tmp_path):
         assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
 
 
-def test_what_we_export_is_what_transformers_loads(tmp_path):
+def test_transformers_loads_our_export(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     for size in (SHAPES["grouped heads"], SHAPES["all at once"]):
         ours, _ = pair(size)

@@ -18,7 +18,7 @@ from recipes.config.errors import Origin
 from recipes.config.imports import import_class
 from recipes.config.schema import Field, FieldKind, decode_value, fields_of, kind_of
 from recipes.config.tree import Array, Leaf, Node
-from tools.shipped import PACKAGES, RECIPES, fits, shipped_classes
+from tools.component_catalog import PACKAGES, RECIPES, component_classes, fits_slot
 
 MAY_BE_NEGATIVE = {("ParallelConfig.dp_replicate", -1), ("ParallelConfig.dp_shard", -1), ("Power.b", -1)}
 """-1: the rest of the processes; an exponent."""
@@ -39,12 +39,12 @@ def is_numeric(annotation: object) -> bool:
 def numeric_keys() -> Iterator[tuple[type, Field]]:
     """Those that a recipe can have, whatever its components are."""
     recipes = [import_class(recipe) for recipe in RECIPES]
-    shipped = [each.cls for each in shipped_classes(PACKAGES, recipes)]
+    shipped = [each.cls for each in component_classes(PACKAGES, recipes)]
     waiting, seen = [FieldKind("section", recipe) for recipe in recipes], set()
     while waiting:
         kind = waiting.pop()
         kind = kind.item or kind
-        fitting = [cls for cls in shipped if kind.form == "slot" and fits(cls, kind.annotation)]
+        fitting = [cls for cls in shipped if kind.form == "slot" and fits_slot(cls, kind.annotation)]
         for cls in fitting or ([kind.annotation] if kind.form == "section" else []):
             if cls in seen:
                 continue

@@ -1,4 +1,4 @@
-"""A reader of exported models that shares nothing with the project: safetensors' numpy API and a forward by hand."""
+"""An independent reader of exported models: the numpy API of safetensors and a written-out forward pass."""
 
 from __future__ import annotations
 

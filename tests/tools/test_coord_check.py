@@ -1,4 +1,4 @@
-"""The coordinate check tells muP from the standard parametrisation, and from muP with any one rule missing."""
+"""The coordinate check passes muP, and fails the standard parametrization and muP without any one rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from models import mup
 from models.mup import MuP, Rule
-from tools.coord_check import Check, CheckConfig, check, main, slope
+from tools.coord_check import Check, CheckConfig, fit_slope, main, run_check
 
 pytestmark = pytest.mark.quick
 
@@ -21,13 +21,13 @@ INNER = {f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", ".fe
 
 @pytest.mark.parametrize("experts", [0, 6])
 def test_mup_passes(experts):
-    assert check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
+    assert run_check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
 
 
-def test_the_standard_parametrisation_fails_in_all_that_depends_on_width():
-    found = check(SMALL, "standard")
+def test_the_standard_parametrization_fails_in_all_that_depends_on_width():
+    found = run_check(SMALL, "standard")
     assert set(found.failures(TOLERANCE)) == {*INNER, "output"}
-    assert all(found.steepest[name] > 1 for name in INNER)
+    assert all(found.worst_slope[name] > 1 for name in INNER)
 
 
 @pytest.mark.parametrize(
@@ -36,27 +36,27 @@ def test_the_standard_parametrisation_fails_in_all_that_depends_on_width():
 def test_mup_without_one_rule_of_the_table_fails(without, caught, monkeypatch):
     for pattern, rule in mup.RULES.items():
         monkeypatch.setitem(mup.RULES, pattern, rule._replace(**without))
-    assert caught in check(SMALL, "mup").failures(TOLERANCE)
+    assert caught in run_check(SMALL, "mup").failures(TOLERANCE)
 
 
 def test_a_head_that_learns_slower_in_a_wider_model_fails_to_keep_up(monkeypatch):
-    """Neither the division of logits nor the full rate of the head may be left out or done twice."""
+    """Neither the division of logits nor the full learning rate of the head may be left out or applied twice."""
     with monkeypatch.context() as patch:
         patch.setattr(MuP, "width_multiple", lambda self, dim: 1.0)
-        assert "output" in check(SMALL, "mup").failures(TOLERANCE)
+        assert "output" in run_check(SMALL, "mup").failures(TOLERANCE)
     patient = CheckConfig(widths=SMALL.widths, head_dim=8, base_width=16, steps=20)
-    right = check(patient, "mup").slopes["output"][-1]
+    right = run_check(patient, "mup").slopes["output"][-1]
     monkeypatch.setitem(mup.RULES, "output.weight", Rule(init_std=0, lr=-1))
-    assert check(patient, "mup").slopes["output"][-1] < right - 0.1
+    assert run_check(patient, "mup").slopes["output"][-1] < right - 0.1
 
 
 def test_the_slope_is_the_exponent():
-    assert slope([8, 16, 64], [3 * width**0.7 for width in (8, 16, 64)]) == pytest.approx(0.7)
-    assert math.isnan(slope([8, 16], [1.0, math.inf]))
-    assert math.isnan(slope([8, 16], [1.0, 0.0]))
+    assert fit_slope([8, 16, 64], [3 * width**0.7 for width in (8, 16, 64)]) == pytest.approx(0.7)
+    assert math.isnan(fit_slope([8, 16], [1.0, math.inf]))
+    assert math.isnan(fit_slope([8, 16], [1.0, 0.0]))
 
 
-def test_a_size_that_is_no_number_is_a_failure():
+def test_a_size_that_is_not_finite_is_a_failure():
     blown_up = Check("mup", {8: {"layers.0": [1.0, 1.0]}, 16: {"layers.0": [1.0, math.inf]}})
     assert blown_up.failures(1e9) == ["layers.0"]
 
@@ -65,13 +65,13 @@ ARGUMENTS = ["--widths", "16", "32", "64", "--head-dim", "8", "--base-width", "1
 
 
 def test_the_exit_status_is_the_verdict(capsys):
-    assert main([*ARGUMENTS, "--parametrisation", "mup"]) == 0
+    assert main([*ARGUMENTS, "--parametrization", "mup"]) == 0
     assert "mup: pass (tolerance 0.15)" in capsys.readouterr().out
-    assert main([*ARGUMENTS, "--parametrisation", "standard"]) == 1
+    assert main([*ARGUMENTS, "--parametrization", "standard"]) == 1
     assert "standard: FAIL, 7 of 8 modules" in capsys.readouterr().out
 
 
-def test_both_are_drawn_side_by_side_and_mup_is_judged(tmp_path, capsys):
+def test_both_are_plotted_and_mup_decides_the_exit_status(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     assert main([*ARGUMENTS, "--output", str(tmp_path / "new" / "a.svg")]) == 0
     printed = capsys.readouterr().out
@@ -82,11 +82,11 @@ def test_both_are_drawn_side_by_side_and_mup_is_judged(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--widths", "64"], "--widths: [64] has no slope; give two or more"),
-        (["--widths", "32", "40"], "--widths: 40 is no multiple of two heads of --head-dim 16"),
-        (["--steps", "0"], "--steps and --seeds: at least 1 of each"),
+        (["--widths", "64"], "--widths: [64]: expected two or more widths"),
+        (["--widths", "32", "40"], "--widths: 40 is not a multiple of 32, two heads of --head-dim"),
+        (["--steps", "0"], "--steps 0, --seeds 2: expected at least 1"),
     ],
 )
-def test_what_cannot_be_checked_is_told(wrong, message, capsys):
+def test_bad_input_is_reported(wrong, message, capsys):
     assert main(wrong) == 2
     assert capsys.readouterr().err.strip() == message

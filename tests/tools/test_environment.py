@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import ROOT
-from tools.requirements import missing
+from tools.requirements import missing_requirements
 
 pytestmark = pytest.mark.quick
 
@@ -78,7 +78,7 @@ def test_an_environment_is_made_once_with_the_pinned_versions(checkout: Path, in
     assert set_up(checkout, "dev").communicate() == (f"{checkout}/.venv/bin/python\n", "")
 
 
-def test_a_set_up_that_failed_says_so_and_is_continued(checkout: Path) -> None:
+def test_a_failed_set_up_is_reported_and_continued(checkout: Path) -> None:
     (checkout / "broken").touch()
     process = set_up(checkout)
     assert "Run the same command again to continue" in process.communicate()[1]
@@ -89,22 +89,26 @@ def test_a_set_up_that_failed_says_so_and_is_continued(checkout: Path) -> None:
     assert (checkout / ".venv" / "kept").exists()
 
 
-def test_without_a_python_that_is_supported_it_says_how_to_name_one(checkout: Path) -> None:
+def test_a_missing_supported_python_is_reported(checkout: Path) -> None:
     process = set_up(checkout, PYTHON="/nowhere/python")
-    assert "needs Python 3.10 to 3.13, which is not at: /nowhere/python" in process.communicate()[1]
+    assert "needs Python 3.10 to 3.13; not found as: /nowhere/python" in process.communicate()[1]
     assert process.returncode == 2
 
 
-def test_what_is_missing_or_too_old_is_named() -> None:
+def test_missing_and_old_requirements_are_named() -> None:
     project = {
         "name": "ours",
         "optional-dependencies": {"more": ["absent-one", "pytest>=3", "ours[most]"], "most": ["b"]},
     }
-    assert list(missing(project, ["torch>=99", "torch>=1", "ours[more]"])) == ["torch>=99", "absent-one", "b"]
+    assert list(missing_requirements(project, ["torch>=99", "torch>=1", "ours[more]"])) == [
+        "torch>=99",
+        "absent-one",
+        "b",
+    ]
 
 
 def test_installing_the_project_installs_no_package_of_a_common_name(tmp_path: Path) -> None:
-    """Packages named models or tools would hide, or overwrite, those of other projects."""
+    """Packages named models or tools would shadow or overwrite those of other projects."""
     pytest.importorskip("setuptools", minversion="77")
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)

@@ -1,4 +1,4 @@
-"""An exported model is the trained one, to `transformers` and to a reader that shares no code with either."""
+"""An exported model equals the trained one, for `transformers` and for an independent reader."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODELS = {
 
 
 def trained(tiny, *arguments: str) -> Decoder:
-    """A tiny model after a few steps at a rate that makes its logits differ, and its checkpoint in `tiny`."""
+    """A tiny model after a few steps at a learning rate that makes its logits differ, and its checkpoint in `tiny`."""
     assert tiny.launch("--training.total_tokens=1100", "--lr_schedule.max_lr=5e-2", *arguments) == 0
     checkpoint = max((tiny.directory / "checkpoints").iterdir())
     state = json.loads((checkpoint / "state.json").read_text())
@@ -158,7 +158,7 @@ def test_a_tokenizer_that_is_gone_or_cannot_be_converted_is_left_out_with_a_warn
     transformers.AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
 
 
-def test_what_cannot_be_exported_is_told_with_status_2(tiny, capsys):
+def test_a_failed_export_is_reported_with_status_2(tiny, capsys):
     def refused(*arguments) -> str:
         assert main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/generate writes what `transformers` does, of each prompt what it gives alone, and the same again by seed."""
+"""tools/generate writes what `transformers` does, the same for a prompt alone or in a batch, and repeats it by seed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def told(capsys):
-    """Run the tool: (exit status, standard output, standard error)."""
+def run_tool(capsys):
+    """Return a function that runs the tool and returns (exit status, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -51,19 +51,19 @@ def greedy_of_transformers(directory: Path, prompt: str, tokens: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["bytes, grouped heads", "all at once"])
-def test_greedy_is_what_transformers_generates_from_the_export(tiny, told, name):
+def test_greedy_is_what_transformers_generates_from_the_export(tiny, run_tool, name):
     trained(tiny, *MODELS[name])
     exported = tiny.folder / "exported"
     assert export_hf.main([str(tiny.directory), str(exported)]) == 0
     expected = greedy_of_transformers(exported, PROMPTS[0], 60)
     assert len(set(expected)) > 8, "else it says little"
     for source in (tiny.directory, max((tiny.directory / "checkpoints").iterdir()), exported):
-        status, out, _ = told(source, PROMPTS[0], "--greedy", "--max-tokens", 60, "--precision", "float32")
+        status, out, _ = run_tool(source, PROMPTS[0], "--greedy", "--max-tokens", 60, "--precision", "float32")
         assert (status, out) == (0, expected + "\n"), source
 
 
 def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(reference, tmp_path):
-    """Its tokenizer is not there: by ids."""
+    """The checkpoint has no tokenizer, so ids are compared."""
     directory = tmp_path / "imported"
     assert import_hf.main([str(reference("checkpoints/tiny-random-llama")), str(directory)]) == 0
     found = load_pretrained(directory)
@@ -84,31 +84,31 @@ def test_greedy_is_what_transformers_generates_from_a_checkpoint_of_others(refer
 
 
 @pytest.mark.parametrize("how", [["--greedy"], ["--temperature=1.3", "--top-k=40", "--top-p=0.95", "--seed=5"]])
-def test_a_batch_is_its_prompts_alone_and_a_seed_is_repeated(run, told, tmp_path, how):
+def test_a_batch_gives_what_its_prompts_give_alone_and_a_seed_is_repeated(run, run_tool, tmp_path, how):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (*PROMPTS, "")))
     together = [run, "--prompts", prompts, "--json", "--max-tokens=40", *how]
-    status, out, _ = told(*together)
+    status, out, _ = run_tool(*together)
     assert status == 0
-    assert told(*together)[1] == told(*together, "--batch=3")[1] == out
+    assert run_tool(*together)[1] == run_tool(*together, "--batch=3")[1] == out
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["prompt"] for row in rows] == [*PROMPTS, ""]
     assert len({row["text"] for row in rows}) == 4
     for number, row in enumerate(rows):
         own = [*how[:-1], f"--seed={5 + number}"] if len(how) > 1 else how
-        _, alone, _ = told(run, row["prompt"], "--json", "--max-tokens=40", *own)
+        _, alone, _ = run_tool(run, row["prompt"], "--json", "--max-tokens=40", *own)
         assert json.loads(alone) == row
         assert row["tokens"] == min(40, 50 - max(1, len(row["prompt"]))), "no further than its sequences go"
     if len(how) > 1:
-        assert told(*together, "--seed=6")[1] != out
+        assert run_tool(*together, "--seed=6")[1] != out
 
 
-def test_it_stops_where_the_document_ends(run, told, monkeypatch):
-    _, whole, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
+def test_it_stops_where_the_document_ends(run, run_tool, monkeypatch):
+    _, whole, _ = run_tool(run, "It was", "--greedy", "--max-tokens=30", "--json")
     text = json.loads(whole)["text"]
     encoder = type(load_pretrained(run).tokenizer.build())
     monkeypatch.setattr(encoder, "end_of_document", ord(text[9]))
-    status, out, _ = told(run, "It was", "--greedy", "--max-tokens=30", "--json")
+    status, out, _ = run_tool(run, "It was", "--greedy", "--max-tokens=30", "--json")
     expected = text[: text.index(text[9])]
     assert (status, json.loads(out)) == (
         0,
@@ -116,18 +116,18 @@ def test_it_stops_where_the_document_ends(run, told, monkeypatch):
     )
 
 
-def test_characters_stream_out_whole(run, told, monkeypatch):
+def test_characters_stream_out_whole(run, run_tool, monkeypatch):
     writes = []
     monkeypatch.setattr(generate, "emit", writes.append)
     forced = iter("🐋x鯨".encode())
     monkeypatch.setattr(Sampling, "choose", lambda self, logits, uniform: torch.tensor([next(forced)]))
-    assert told(run, "a", "--max-tokens=8")[0] == 0
+    assert run_tool(run, "a", "--max-tokens=8")[0] == 0
     assert [written for written in writes if written] == ["a", "🐋", "x", "鯨", "\n"]
 
 
-def test_several_prompts_and_standard_input(run, told, monkeypatch):
+def test_several_prompts_and_standard_input(run, run_tool, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
-    status, out, _ = told(run, "--prompts=-", "--greedy", "--max-tokens=5")
+    status, out, _ = run_tool(run, "--prompts=-", "--greedy", "--max-tokens=5")
     parts = out.split("--- ")
     assert status == 0
     assert [part[:5] for part in parts[1:]] == ["1\none", "2\ntwo"]
@@ -143,7 +143,7 @@ def test_only_the_end_of_a_line_ends_a_prompt(tmp_path, name):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_an_interrupt_shows_what_is_there(run, told, monkeypatch, arguments):
+def test_an_interrupt_prints_what_is_generated(run, run_tool, monkeypatch, arguments):
     drawn = iter(b"ab\xf0")
 
     def choose(self, logits, uniform):
@@ -153,17 +153,20 @@ def test_an_interrupt_shows_what_is_there(run, told, monkeypatch, arguments):
         return torch.tensor([id])
 
     monkeypatch.setattr(Sampling, "choose", choose)
-    status, out, err = told(run, "It", *arguments)
-    assert (status, err) == (130, "note: the model was trained on 24 tokens at a time; beyond them it writes blindly\n")
+    status, out, err = run_tool(run, "It", *arguments)
+    assert (status, err) == (
+        130,
+        "note: the model was trained on sequences of 24 tokens; quality beyond that is untested\n",
+    )
     if arguments:
         assert json.loads(out) == {"prompt": "It", "text": "ab\ufffd", "tokens": 3, "end": "interrupted"}
     else:
         assert out == "Itab\ufffd\n"
 
 
-def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
+def test_bad_input_is_reported_with_status_2(tiny, run_tool, monkeypatch):
     def refused(*arguments: object) -> str:
-        status, out, err = told(*arguments)
+        status, out, err = run_tool(*arguments)
         assert (status, out) == (2, "")
         assert "Traceback" not in err
         return err
@@ -173,10 +176,10 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     assert "neither a checkpoint nor a run directory with one; nor is there a config.json" in said
     trained(tiny, *TOKENIZER, "--model.max_sequence_length=50", "--run.seed=3")  # greedy texts that differ
     run = tiny.directory
-    assert "51 tokens, and a sequence of this model at most 50" in refused(run, "x\n\t" * 17)
-    assert "holds no prompt" in refused(run, "--prompts", "/dev/null")
+    assert "51 tokens; at most 49 leave room" in refused(run, "x\n\t" * 17)
+    assert "has no prompt" in refused(run, "--prompts", "/dev/null")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # also where it is closed: a command then finds it empty
-    assert refused(run, "--prompts=-") == "standard input holds no prompt\n"
+    assert refused(run, "--prompts=-") == "standard input has no prompt\n"
     assert "top_p: 2.0" in refused(run, "x", "--top-p=2")
     assert "No such file" in refused(run, "--prompts", tiny.folder / "prompts.txt")
     bad = tiny.folder / "bad.jsonl"
@@ -185,7 +188,7 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     checkpoint = max((run / "checkpoints").iterdir())
     assert "lost.tiktoken does not exist" in refused(run, "x", "--tokenizer", tiny.folder / "lost.tiktoken")
     ranks = Path(TOKENIZER[1].partition("=")[2])
-    assert told(run, "x", "--tokenizer", ranks, "--max-tokens=1")[0] == 0
+    assert run_tool(run, "x", "--tokenizer", ranks, "--max-tokens=1")[0] == 0
     fewer = tiny.folder / "fewer.tiktoken"
     fewer.write_bytes(b"".join(ranks.read_bytes().splitlines(keepends=True)[:4000]))
     assert "trained with a vocabulary of" in refused(run, "x", "--tokenizer", fewer)
@@ -193,7 +196,7 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     assert export_hf.main([str(run), str(exported)]) == 0
     moved = shutil.move(exported / "tokenizer.json", tiny.folder)
     assert "has no tokenizer.json" in refused(exported, "x")
-    assert told(exported, "x", "--tokenizer", moved, "--max-tokens=1")[0] == 0
+    assert run_tool(exported, "x", "--tokenizer", moved, "--max-tokens=1")[0] == 0
     assert "is not a tokenizer.json" in refused(exported, "x", "--tokenizer", ranks)
     assert "nowhere.json does not exist" in refused(exported, "x", "--tokenizer", tiny.folder / "nowhere.json")
     for file in checkpoint.glob("*.distcp"):
@@ -206,7 +209,7 @@ def test_mistakes_are_told_with_status_2(tiny, told, monkeypatch):
     [["x", "--prompts=y"], ["--greedy", "--temperature=1"], ["--batch=0"], ["--max-tokens=0"],
      ["--seed=-1"], ["--seed=99999999999999999999"]],
 )  # fmt: skip
-def test_a_command_line_that_makes_no_sense_has_status_2(arguments):
+def test_contradictory_or_invalid_options_have_status_2(arguments):
     with pytest.raises(SystemExit) as stopped:
         generate.main(["runs/debug", *arguments])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""Models of others, old and new, become what a recipe starts from; what is damaged, hostile or unknown does not."""
+"""Other models, old and new, are converted for a recipe; damaged, malicious and unknown ones are refused."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_old_pickles_with_frequencies_and_without_key_value_heads(tmp_path, caps
     output = imported(directory, tmp_path)
     assert_holds(output, model)
     out = capsys.readouterr().out
-    assert "left out 2 tensors that are computed anew: model.layers.0.self_attn.rotary_emb.inv_freq" in out
+    assert "left out 2 tensors that are recomputed: model.layers.0.self_attn.rotary_emb.inv_freq" in out
     assert "copied tokenizer.json" in out
     assert json.loads((output / "config.json").read_text())["num_key_value_heads"] == 2
 
@@ -106,7 +106,7 @@ def test_a_tied_head_under_either_name_or_both(tmp_path, capsys):
     assert "differ, but config.json ties them" in capsys.readouterr().err
 
 
-def test_what_a_configuration_says_beside_the_shape_is_kept_but_no_code(tmp_path):
+def test_other_entries_of_a_configuration_are_kept_except_code(tmp_path):
     directory, _ = foreign(tmp_path / "theirs", eos_token_id=7, auto_map={"AutoModel": "x.Y"}, torch_dtype="float16")
     config = json.loads((imported(directory, tmp_path) / "config.json").read_text())
     assert config["eos_token_id"] == 7
@@ -174,7 +174,7 @@ def test_refused_with_a_reason_and_nothing_written(tmp_path, monkeypatch, capsys
 def test_a_directory_is_not_imported_over_itself(tmp_path, capsys):
     directory, _ = foreign(tmp_path / "theirs")
     assert main([str(directory), str(directory), "--force"]) == 2
-    assert "is the model itself" in capsys.readouterr().err
+    assert "is the input directory" in capsys.readouterr().err
 
 
 def test_a_real_old_checkpoint_gives_the_logits_transformers_gives(tmp_path, reference):

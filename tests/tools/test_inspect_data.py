@@ -1,4 +1,4 @@
-"""The inspection tool shows what the loader gives, at any step, rank and micro-batch."""
+"""The inspection tool shows what the loader yields, at any step, rank and micro-batch."""
 
 import re
 
@@ -73,7 +73,7 @@ def test_a_double_bar_stands_where_attention_begins(tiny, samples, capsys):
     assert shown.replace("║", "│") == plain.splitlines()[-1]
 
 
-def test_a_token_that_is_no_character_shows_its_id():
+def test_a_token_that_is_not_a_character_shows_its_id():
     assert format_token([*"é".encode(), ord("a"), 256], Bytes().build()) == ["<195>", "<169>", "a", "<|endoftext|>"]
 
 
@@ -82,13 +82,13 @@ def test_a_token_that_is_no_character_shows_its_id():
     [
         (["--step", "0"], "steps count from 1"),
         (["--step", "99"], "--step 99: the run ends with step 14"),
-        (["--step", "1", "--micro-batch", "4"], "--micro-batch 4: step 1 has 4, from 0"),
+        (["--step", "1", "--micro-batch", "4"], "--micro-batch 4: step 1 has 4, counted from 0"),
         (["--rank", "2", "--ranks", "2"], "dp_rank = 2"),
         (["--data.pathh=x"], "did you mean path"),
         (["--stepp", "1"], "unknown option --stepp"),
     ],
 )
-def test_mistakes_are_one_message(tiny, capsys, arguments, message):
+def test_bad_input_is_one_message(tiny, capsys, arguments, message):
     error = output(tiny, capsys, *arguments, status=2)
     assert message in error
     assert "Traceback" not in error

@@ -1,4 +1,4 @@
-"""An exported model is the same to CTranslate2, an engine of its own. Optional: docs/huggingface.md installs it."""
+"""CTranslate2, an independent engine, reads an exported model. Optional: docs/huggingface.md installs it."""
 
 from __future__ import annotations
 

@@ -56,18 +56,18 @@ def test_the_running_mean_is_that_of_the_last_values():
         ([step(1, 2.0)], "{\n", "jsonl:2 is not a row of metrics"),
     ],
 )
-def test_a_run_that_cannot_be_drawn_is_told(tmp_path, capsys, rows, tail, message):
+def test_a_run_that_cannot_be_plotted_is_reported(tmp_path, capsys, rows, tail, message):
     run = write_run(tmp_path / "run", rows, tail)
     assert main(["runs", str(run), "--output", str(tmp_path / "x.svg")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_directory_that_is_no_run(tmp_path, capsys):
+def test_a_directory_that_is_not_a_run(tmp_path, capsys):
     assert main(["runs", str(tmp_path), "--output", str(tmp_path / "x.svg")]) == 2
     assert "give a run directory" in capsys.readouterr().err
 
 
-def test_an_unknown_kind_of_picture_names_those_there_are(tmp_path, capsys):
+def test_an_unknown_file_type_is_reported_with_the_known_ones(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     run = write_run(tmp_path / "run", [step(1, 3.0)])
     assert main(["runs", str(run), "--output", str(tmp_path / "x.xyz")]) == 2
@@ -94,7 +94,7 @@ def config_of(tiny, *arguments):
 
 
 def as_trained(rows):
-    """(step, rate, batch) of every step."""
+    """Return (step, learning rate, batch) of every step."""
     return [(row["step"], row["lr"], row["global_batch_size"]) for row in rows if "loss" in row]
 
 
@@ -103,7 +103,7 @@ def as_drawn(curve):
 
 
 def test_what_is_drawn_is_what_is_trained(tiny):
-    """Across a change of the batch, at a rate that follows it; and again from what the run wrote."""
+    """Across a change of the batch, with a learning rate that scales with it; and again from the metrics of the run."""
     assert tiny.launch(*POWER) == 0
     config = config_of(tiny, *POWER)
     trained = as_trained(tiny.rows())
@@ -132,8 +132,8 @@ def test_the_batch_is_what_as_many_processes_make_of_it(tiny):
 def test_a_long_run_has_few_points_and_every_change_of_the_batch(tiny):
     stages = "--batch.stages=[{ from_tokens = 500_000, samples = 12 }]"
     (curve,) = schedule_curves(config_of(tiny, "--training.total_tokens=1M", stages), 1, None)
-    tokens, rates, batches = curve.points(24)
-    assert len(curve.steps) > 4000 > len(tokens) == len(rates) == len(batches)
+    tokens, lrs, batches = curve.points(24)
+    assert len(curve.steps) > 4000 > len(tokens) == len(lrs) == len(batches)
     assert tokens[0] == 0 and tokens[-1] >= 10**6
     grown = next(step for step in curve.steps if step.batch == 12)
     assert tokens[batches.index(12)] == grown.tokens
@@ -163,7 +163,7 @@ def test_table_and_picture(tiny, capsys, tmp_path):
         (["--parallel.dp_shard=3"], "processes of this run"),
     ],
 )
-def test_a_schedule_that_cannot_be_drawn_is_told(tiny, capsys, monkeypatch, arguments, said):
+def test_a_schedule_that_cannot_be_plotted_is_reported(tiny, capsys, monkeypatch, arguments, said):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     monkeypatch.chdir(tiny.folder)
     assert main(["schedule", str(tiny.recipe), *arguments]) == 2

@@ -52,7 +52,7 @@ def test_the_counts_are_those_of_the_text(tiny, capsys):
         ("--nonsense", "unknown option --nonsense"),
     ],
 )
-def test_what_the_user_can_put_right_is_told_without_a_traceback(tiny, capsys, argument, message):
+def test_bad_input_is_reported_without_a_traceback(tiny, capsys, argument, message):
     assert main([str(tiny.recipe), argument]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -89,7 +89,7 @@ def test_a_mixture_is_prepared_and_trained_on_with_the_epochs_of_its_sources(tin
 
 
 @pytest.mark.usefixtures("terminal_signals")
-def test_an_interruption_is_no_traceback(tiny, capsys, monkeypatch):
+def test_an_interruption_prints_no_traceback(tiny, capsys, monkeypatch):
     monkeypatch.setattr("tools.prepare_data.prepare_recipe", lambda config: signal.raise_signal(signal.SIGINT))
     assert main([str(tiny.recipe)]) == 130
-    assert "start again to go on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err

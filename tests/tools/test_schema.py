@@ -10,15 +10,15 @@ from jsonschema import Draft7Validator
 
 from recipes.config.imports import import_class
 from tests.recipes import config_parts as parts
+from tools.component_catalog import RECIPES
 from tools.schema import Schema, main, recipe_schema
-from tools.shipped import RECIPES
 
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
 
 
 @pytest.fixture(scope="module")
 def schema() -> Schema:
-    """Of the small recipe in config_parts, whose components are "shipped" in tests.recipes."""
+    """The schema of the small recipe in config_parts, whose components are those of tests.recipes."""
     return recipe_schema([parts.Recipe], ["tests.recipes"])
 
 

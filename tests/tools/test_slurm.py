@@ -1,4 +1,4 @@
-"""The SLURM script, on a cluster that is two shell scripts."""
+"""The SLURM script, with a cluster faked by two shell scripts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def submit(folder: Path, *arguments: str, **environment: str) -> int:
     ).returncode
 
 
-def test_it_is_a_script():
+def test_its_syntax_is_valid():
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
 
 
@@ -65,11 +65,11 @@ def test_every_node_starts_with_what_it_needs_to_find_the_others(tmp_path):
 
 @pytest.mark.parametrize(("status", "requeued"), [(143, True), (130, False), (1, False), (2, False)])
 def test_only_a_run_that_was_stopped_by_a_limit_is_queued_again(tmp_path, status, requeued):
-    """130 is that of the stop file: whoever made it wants the nodes back."""
+    """130 is the status of a stop file, after which the run must stay stopped."""
     assert submit(tmp_path, RUN_STATUS=str(status)) == status
     assert (tmp_path / "requeued").exists() == requeued
 
 
-def test_a_recipe_that_is_wrong_reaches_no_node(tmp_path):
+def test_an_invalid_recipe_reaches_no_node(tmp_path):
     assert submit(tmp_path, CHECK_STATUS="2") == 2
     assert not (tmp_path / "runs.log").exists()

@@ -1,4 +1,4 @@
-"""The tokenizer tool: what it writes is a rank file that two independent encoders read alike."""
+"""The tokenizer tool writes a rank file that two independent encoders read alike."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from components.data.document import ReadStats
 from components.data.sources.text_files import TextFiles
 from components.tokenizers.patterns import PATTERNS
 from components.tokenizers.tiktoken_file import TiktokenFile
-from tools.train_tokenizer import main, sources, train
+from tools.train_tokenizer import main, text_sources, train_ranks
 
 tokenizers = pytest.importorskip("tokenizers", reason="training needs the [hf] extra")
 pytestmark = pytest.mark.quick
 
-# Repetition gives merges; accents, CJK and an emoji give bytes that are no characters of their own.
+# Repetition gives merges; accents, CJK and an emoji give bytes that are not whole characters.
 TEXT = (
     "The whale swam. The whale's été: 鯨 🐋 1851, 1851!\n" * 3 + "I had written; they'd laughed.\n\n  indented\ttext\n"
 )
@@ -43,7 +43,7 @@ def test_the_file_holds_every_byte_and_the_ids_asked_for(corpus, tmp_path, capsy
 
 def test_training_twice_gives_the_same_ranks(corpus):
     source = TextFiles(path=corpus)
-    assert train([source], vocab_size=290, pattern=PATTERNS["gpt2"]) == train(
+    assert train_ranks([source], vocab_size=290, pattern=PATTERNS["gpt2"]) == train_ranks(
         [source], vocab_size=290, pattern=PATTERNS["gpt2"]
     )
 
@@ -60,7 +60,7 @@ def test_two_encoders_give_the_same_ids_on_text_neither_was_trained_on(pattern, 
     assert theirs.token_to_id("<|endoftext|>") == theirs.get_vocab_size() - 1 == 309
 
 
-def test_half_a_surrogate_pair_is_put_right_as_in_preparation(tmp_path):
+def test_a_lone_surrogate_is_replaced_as_in_preparation(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "the whale \\ud83d the whale the whale"}\n')
     output = tmp_path / "my.tiktoken"
     assert main(["--vocab-size", "260", "--output", str(output), "--path", str(tmp_path / "a.jsonl")]) == 0
@@ -86,7 +86,7 @@ def test_json_lines_are_read_by_their_key(tmp_path):
         ({"--path": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_the_user_can_put_right_is_one_message_and_no_file(change, message, corpus, tmp_path, capsys):
+def test_bad_input_is_one_message_and_writes_no_file(change, message, corpus, tmp_path, capsys):
     options = {"--vocab-size": "300", "--output": str(tmp_path / "my.tiktoken"), "--path": str(corpus)} | change
     assert main([part for option in options.items() for part in option]) == 2
     error = capsys.readouterr().err
@@ -96,19 +96,19 @@ def test_what_the_user_can_put_right_is_one_message_and_no_file(change, message,
 
 
 def test_a_recipe_gives_its_data_and_every_source_of_a_mixture(tiny, tmp_path):
-    assert [str(source) for source in sources(None, tiny.recipe, "text")] == [str(tiny.folder / "text/*.txt")]
+    assert [str(source) for source in text_sources(None, tiny.recipe, "text")] == [str(tiny.folder / "text/*.txt")]
     mixture = tmp_path / "mixture.toml"
     mixture.write_text(
         'extends = ["tiny.toml"]\n[data]\nuse = "components.data:Mixture"\nweights = { a = 1, b = 1 }\n'
         'sources.a = { use = "components.data:TextFiles", path = "text/held_out" }\n'
         'sources.b = { use = "components.data:StandardLibrary" }\n'
     )
-    assert [type(source).__name__ for source in sources(None, mixture, "text")] == ["TextFiles", "StandardLibrary"]
+    assert [type(source).__name__ for source in text_sources(None, mixture, "text")] == ["TextFiles", "StandardLibrary"]
     output = tmp_path / "my.tiktoken"
     assert main(["--vocab-size", "262", "--output", str(output), "--recipe", str(tiny.recipe)]) == 0
 
 
 def test_paths_may_name_a_data_set_of_the_hub():
-    found = list(sources(["hf://me/tales/default/train", "a.txt", "b"], None, "body"))
+    found = list(text_sources(["hf://me/tales/default/train", "a.txt", "b"], None, "body"))
     assert [str(source) for source in found] == ["hf://me/tales/default/train", "a.txt, b"]
     assert {source.text_key for source in found} == {"body"}

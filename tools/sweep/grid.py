@@ -96,7 +96,7 @@ def parse_grid(texts: Sequence[str]) -> Grid:
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-        raise ValueError(f"--grid: keys of one grid need equally many values: {counts}; or give each its own --grid")
+        raise ValueError(f"--grid: keys of one grid need equally many values: {counts}; or give each a separate --grid")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -33,13 +33,13 @@ def analyzed(command: list[str], capsys) -> str:
 
 
 def law_abiding(settings) -> float:
-    """A valley whose best rate is that of the published law."""
+    """A valley whose best learning rate is that of the published law."""
     tokens, batch = parse_count(settings["training.total_tokens"]), int(settings["batch.initial_size"])
     best = batch * LENGTH / 4096 * 4.6 * tokens**-0.51
     return 4 + 0.1 * math.log(float(settings["lr_schedule.max_lr"]) / best) ** 2
 
 
-def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, capsys):
+def test_the_law_is_recovered_from_runs_that_follow_it(tiny, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     launched = pretend(monkeypatch, law_abiding)
     command = [str(tiny.recipe), *GRIDS, *CONSTANT, "--results", str(tmp_path / "results.jsonl"), "--jobs", "2"]
@@ -54,8 +54,8 @@ def test_the_law_is_found_in_runs_that_obey_it(tiny, tmp_path, monkeypatch, caps
     assert ET.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
 
 
-def test_the_law_is_that_of_the_rate_that_was_applied(tiny, tmp_path, monkeypatch, capsys):
-    """Under a rule for the batch: the best `max_lr` does not follow the batch, as its reference says what it is for."""
+def test_the_law_uses_the_applied_lr(tiny, tmp_path, monkeypatch, capsys):
+    """With batch scaling the best `max_lr` does not depend on the batch, since it is for the reference batch."""
     rule = ["--lr_schedule.batch_scaling=linear", "--lr_schedule.reference_batch_tokens=4096"]
 
     def loss(settings):
@@ -76,7 +76,7 @@ def test_a_cap_that_does_not_bind_has_no_law(tiny, tmp_path, monkeypatch, capsys
     assert "no law of the best learning rates" in said
 
 
-def test_the_table_shows_each_cell_and_what_one_rate_costs(tiny, tmp_path, monkeypatch, capsys):
+def test_the_table_shows_each_group_and_the_cost_of_one_lr(tiny, tmp_path, monkeypatch, capsys):
     losses = {("16", "1e-3"): 2.0, ("16", "2e-3"): 1.0, ("16", "4e-3"): 1.5, ("32", "1e-3"): 4.0, ("32", "2e-3"): 4.04}
 
     def loss(settings):

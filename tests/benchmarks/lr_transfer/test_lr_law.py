@@ -1,4 +1,4 @@
-"""The best rate and its law: exact on exact data, and intervals that hold the truth as often as they say."""
+"""The best learning rate and its law are exact on exact data, and intervals have their nominal coverage."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.lr_transfer.lr_law import Optimum, OptimumPoint, Regression, fin
 pytest.importorskip("scipy", reason="needs the [plot] extra")
 pytestmark = pytest.mark.quick
 
-RATES = [2.0**power for power in range(-12, -3)]
+LRS = [2.0**power for power in range(-12, -3)]
 
 
 def parabola(best: float, curvature: float = 0.1) -> dict[float, list[float]]:
-    return {rate: [4 + curvature * math.log(rate / best) ** 2] for rate in RATES}
+    return {lr: [4 + curvature * math.log(lr / best) ** 2] for lr in LRS}
 
 
 @pytest.mark.parametrize("best", [0.0021, 0.01, 2**-7.5])
@@ -32,18 +32,18 @@ def test_the_vertex_of_a_parabola_is_found_exactly(best):
     [
         ({1e-3: [1.0], 2e-3: [2.0], 4e-3: [3.0]}, "below the grid"),
         ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0]}, "above the grid"),
-        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]}, "beside a failed run"),
-        ({1e-3: [math.inf], 2e-3: [2.0], 4e-3: [3.0]}, "beside a failed run"),
+        ({1e-3: [3.0], 2e-3: [2.0], 4e-3: [1.0, math.inf]}, "next to a failed run"),
+        ({1e-3: [math.inf], 2e-3: [2.0], 4e-3: [3.0]}, "next to a failed run"),
         ({1e-3: [math.inf]}, "no minimum"),
         ({1e-3: [3.0]}, "no minimum"),
     ],
 )
-def test_a_best_rate_without_neighbours_is_no_optimum(losses, why):
+def test_a_best_lr_without_neighbors_is_not_an_optimum(losses, why):
     assert find_optimum(losses) == why
 
 
 def test_a_failed_run_further_up_does_not_matter():
-    losses = {**parabola(0.004), RATES[-1]: [math.inf]}
+    losses = {**parabola(0.004), LRS[-1]: [math.inf]}
     found = find_optimum(losses)
     assert isinstance(found, Optimum) and found.lr == pytest.approx(0.004, rel=1e-9)
 
@@ -54,11 +54,11 @@ def test_an_interval_is_that_of_the_published_tables_of_students_t(freedom, publ
     assert (found.low, found.high) == pytest.approx((3 - 2 * published, 3 + 2 * published), abs=2e-3)
 
 
-def test_the_error_of_a_vertex_holds_the_truth_as_often_as_it_says():
-    """Five rates and three seeds: 12 degrees of freedom in the window of three rates make 6."""
+def test_the_error_of_a_vertex_has_its_nominal_coverage():
+    """Five learning rates and three seeds: the window of three learning rates has 6 degrees of freedom."""
     generator, held, trials = np.random.default_rng(0), 0, 500
     for _ in range(trials):
-        losses = {rate: list(each + generator.normal(0, 0.005, 3)) for rate, each in parabola(0.0085).items()}
+        losses = {lr: list(each + generator.normal(0, 0.005, 3)) for lr, each in parabola(0.0085).items()}
         found = find_optimum(losses)
         assert isinstance(found, Optimum) and found.error is not None
         held += abs(found.log_lr - math.log(0.0085)) <= 2.447 * found.error  # t of 6 degrees of freedom
@@ -80,13 +80,13 @@ def test_a_law_without_noise_is_found_exactly():
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(1)
 
 
-def test_a_rate_that_follows_the_root_of_the_batch_is_seen():
+def test_an_lr_proportional_to_the_root_of_the_batch_is_found():
     law = fit_law([OptimumPoint(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in CELLS])
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(0.5)
 
 
-def test_intervals_hold_the_true_law_as_often_as_they_say():
-    """From losses with noise, a valley that is steeper on the high side, and factors of two between rates.
+def test_intervals_of_the_law_have_their_nominal_coverage():
+    """Losses have noise and a valley that is steeper on the high side; learning rates are a factor of two apart.
 
     The bias of a steep side moves a, and not b: it is the same in every cell. So b and the exponent of the batch are
     judged; a and gamma are with a symmetric valley.
@@ -99,11 +99,11 @@ def test_intervals_hold_the_true_law_as_often_as_they_say():
             found = []
             for tokens, beta in CELLS:
                 best = best_rate(tokens, beta)
-                # each cell has its own place between the rates, as real ones have
-                rates = best * 2.0 ** (np.arange(-4, 5) + generator.uniform(-0.5, 0.5))
-                x = np.log(rates / best)
+                # the optimum of each group lies elsewhere between the learning rates
+                lrs = best * 2.0 ** (np.arange(-4, 5) + generator.uniform(-0.5, 0.5))
+                x = np.log(lrs / best)
                 y = 4 + 0.1 * x**2 + steepness * x**3 + generator.normal(0, 0.005, len(x))
-                cell = find_optimum({rate: [loss] for rate, loss in zip(rates, y, strict=True)})
+                cell = find_optimum({lr: [loss] for lr, loss in zip(lrs, y, strict=True)})
                 assert isinstance(cell, Optimum)
                 found.append(OptimumPoint(tokens, beta, cell.lr))
             law = fit_law(found)
@@ -117,14 +117,14 @@ def test_intervals_hold_the_true_law_as_often_as_they_say():
             held["gamma"] += law.gamma.low <= A * middle**B <= law.gamma.high
             held["batch"] += law.batch_exponent.low <= 1 <= law.batch_exponent.high
     shares = {name: count / trials for name, count in held.items()}
-    # 0.95, with three standard deviations of 300 trials, and a little for an error that is not quite normal
+    # 0.95, with three standard deviations of 300 trials, and a margin for an error that is not quite normal
     assert all(0.90 <= share <= 0.99 for share in shares.values()), shares
 
 
 @pytest.mark.parametrize(
     "cells", [CELLS[:2], [(3e5, 1.0)] * 5, [(300_032, 0.25), (303_104, 1.0), (300_032, 4.0), (303_104, 0.3)]]
 )
-def test_too_few_cells_have_no_law(cells):
+def test_too_few_groups_have_no_law(cells):
     with pytest.raises(ValueError, match="three groups or more"):
         fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
 
@@ -134,6 +134,6 @@ def test_a_law_that_is_hardly_known_has_wide_intervals_and_no_error():
     assert (law.a.low, law.a.high) == (0, math.inf)
 
 
-def test_lengths_and_batches_that_grow_together_tell_no_exponent_of_the_batch():
+def test_collinear_lengths_and_batches_give_no_batch_exponent():
     points = [OptimumPoint(t, t / 1e6, best_rate(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
     assert fit_law(points).batch_exponent is None

@@ -1,4 +1,4 @@
-"""Runs that cost nothing: what they leave, written down."""
+"""Fake runs: only their results are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LENGTH, BATCH = 128, 32
 
 
 def highest_rate(settings: Mapping[str, str]) -> float:
-    """As WSD has it, with a linear rule for the batch where there is a reference."""
+    """Return the learning rate of WSD, with linear batch scaling if there is a reference."""
     rate = float(settings.get("lr_schedule.max_lr", 1.0))
     reference = int(settings.get("lr_schedule.reference_batch_tokens", 0))
     return rate * int(settings.get("batch.initial_size", BATCH)) * LENGTH / reference if reference else rate
@@ -27,7 +27,7 @@ def pretend(
     lr: Callable[[Mapping[str, str]], float] = highest_rate,
     error: dict | None = None,
 ) -> list[dict]:
-    """Every run leaves `loss(settings)` and `lr(settings)`, and the settings are listed; it ends as said."""
+    """Let every run report `loss(settings)` and `lr(settings)` and end as given; return the list of settings."""
     launched: list[dict] = []
 
     def launch(self: Runner, recipe: Path, settings: Mapping[str, str]) -> tuple[int, str, dict | None]:

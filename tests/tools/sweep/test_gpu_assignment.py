@@ -1,4 +1,4 @@
-"""How the GPUs of a machine are shared by the runs of a sweep."""
+"""The assignment of the GPUs of a machine to the runs of a sweep."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.quick
         ("4 6", 3, ["4", "6", "4"]),
     ],
 )
-def test_each_run_has_equally_many_and_its_own(devices, runs, wanted):
+def test_each_run_has_equally_many_separate_gpus(devices, runs, wanted):
     assert [assigned.get(VISIBLE_GPUS) for assigned in gpu_assignments(devices.split(), runs)] == wanted
 
 
@@ -31,7 +31,7 @@ def test_each_run_has_equally_many_and_its_own(devices, runs, wanted):
     ("named", "nproc", "runs", "count"),
     [("0,1,2,3", None, 1, 4), ("0,1,2,3", None, 2, 2), ("0,1,2,3", "1", 2, 1), ("", None, 2, 1), ("0", "3", 2, 3)],
 )
-def test_a_run_has_a_process_for_each_of_its_devices_unless_it_is_told(monkeypatch, named, nproc, runs, count):
+def test_a_run_has_a_process_for_each_of_its_devices_unless_nproc_is_set(monkeypatch, named, nproc, runs, count):
     monkeypatch.setenv(VISIBLE_GPUS, named)
     for name in ("NPROC", "NGPU", "NNODES"):
         monkeypatch.delenv(name, raising=False)
@@ -43,7 +43,7 @@ def test_a_run_has_a_process_for_each_of_its_devices_unless_it_is_told(monkeypat
     assert processes_per_run(runs, on_cpu) == int(nproc or 1)
 
 
-def test_a_run_finds_its_share_in_its_environment_and_leaves_it_to_the_next(tmp_path, monkeypatch):
+def test_a_run_gets_its_gpus_by_environment_and_releases_them(tmp_path, monkeypatch):
     monkeypatch.setenv(VISIBLE_GPUS, "0,1,2,3")
     root = tmp_path / "root"
     root.mkdir()

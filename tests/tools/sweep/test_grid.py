@@ -1,4 +1,4 @@
-"""Which runs a sweep is, and when two of them are the same."""
+"""The runs of a sweep, and when two of them are equal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_keys_of_one_grid_go_together_and_grids_are_crossed(tiny):
     assert len({job.digest for job in jobs}) == 6
 
 
-def test_a_run_that_comes_up_twice_is_one(tiny):
+def test_equal_runs_are_run_once(tiny):
     assert len(jobs_of(tiny.recipe, ["lr_schedule.max_lr=1e-3,0.001,2e-3"])) == 2
 
 
@@ -58,24 +58,24 @@ def test_a_run_that_comes_up_twice_is_one(tiny):
         (["a=1,2", "a=3,4"], "a is given twice"),
     ],
 )
-def test_a_grid_that_is_none_is_told(texts, said):
+def test_an_invalid_grid_is_reported(texts, said):
     with pytest.raises(ValueError, match=said):
         parse_grid(texts)
 
 
-def test_a_key_in_two_grids_or_also_for_all_runs_is_told(tiny):
+def test_a_key_in_two_grids_or_also_for_all_runs_is_reported(tiny):
     with pytest.raises(ValueError, match=r"model\.dim is given twice"):
         jobs_of(tiny.recipe, ["model.dim=16,32"], ["model.dim=16,32"])
     with pytest.raises(ValueError, match=r"model\.dim is given twice"):
         jobs_of(tiny.recipe, ["model.dim=16,32"], model__dim="16")
 
 
-def test_a_run_that_cannot_be_is_told_before_any_is_started(tiny):
+def test_an_invalid_run_is_reported_before_any_is_started(tiny):
     with pytest.raises(ValueError, match=r"(?s)with model\.kv_heads = 3:.*does not divide"):
         jobs_of(tiny.recipe, ["model.kv_heads=1,3"])
 
 
-def test_what_a_run_learns_tells_it_from_another(tiny):
+def test_keys_that_change_training_change_the_digest(tiny):
     before = digest_of(tiny.recipe)
     for key, value in (("run.seed", "1"), ("lr_schedule.max_lr", "0.02"), ("data.document_separator", "x")):
         assert digest_of(tiny.recipe, **{key: value}) != before, key
@@ -91,7 +91,7 @@ def test_what_a_run_learns_tells_it_from_another(tiny):
         'use = "components.data:TokenFiles"\npath = "a.txt"\n',
     ],
 )
-def test_so_does_the_content_of_mixtures_and_of_token_files(tiny, data):
+def test_the_content_of_mixtures_and_token_files_changes_the_digest(tiny, data):
     recipe = tiny.recipe.read_text()
     head, section, rest = recipe.partition("[data]\n")
     assert section
@@ -105,7 +105,7 @@ def test_so_does_the_content_of_mixtures_and_of_token_files(tiny, data):
     assert digest_of(tiny.recipe) in digests  # the file moved
 
 
-def test_so_does_the_number_of_processes_which_rounds_the_batch(tiny):
+def test_the_number_of_processes_changes_the_digest(tiny):
     grid = [parse_grid(["lr_schedule.max_lr=1e-3"])]
     of_one = Sweep(tiny.recipe, {}, grid).jobs()[0].digest
     digests = [Sweep(tiny.recipe, {}, grid, lambda recipe, n=n: n).jobs()[0].digest for n in (1, 2, 4)]
@@ -113,7 +113,7 @@ def test_so_does_the_number_of_processes_which_rounds_the_batch(tiny):
     assert len(set(digests)) == 3
 
 
-def test_where_a_run_is_and_what_it_writes_does_not(tiny, tmp_path):
+def test_locations_and_outputs_do_not_change_the_digest(tiny, tmp_path):
     before = digest_of(tiny.recipe)
     assert digest_of(tiny.recipe, run__name="other", checkpoint__keep_last="1", metrics__tensorboard="true") == before
     moved = tmp_path / "moved"
@@ -122,8 +122,8 @@ def test_where_a_run_is_and_what_it_writes_does_not(tiny, tmp_path):
     assert digest_of(moved / "tiny.toml") == before
 
 
-def test_a_key_that_is_left_at_its_default_does_not_either(tiny):
-    """A component that is given one more key must not make every result be forgotten."""
+def test_a_key_at_its_default_does_not_change_the_digest(tiny):
+    """A new key of a component must not invalidate stored results."""
     recipe = tiny.recipe.read_text()
     (tiny.folder / "parts.py").write_text(
         "from dataclasses import dataclass\n"
@@ -144,6 +144,6 @@ def test_a_key_that_is_left_at_its_default_does_not_either(tiny):
     assert digests[0] == digests[1]
 
 
-def test_data_that_is_not_there_is_told(tiny):
+def test_missing_data_is_reported(tiny):
     with pytest.raises(ValueError, match="matches no file"):
         jobs_of(tiny.recipe, data__path="/nowhere")

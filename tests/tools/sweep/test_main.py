@@ -45,14 +45,14 @@ def test_the_table_has_the_mean_over_seeds_of_each_setting_and_nothing_is_run_tw
         (["--grid", "lr_schedule.max_lr=1,2", "--resume"], "options of ./run_train.sh"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_started(tiny, tmp_path, monkeypatch, capsys, arguments, said):
+def test_bad_input_is_reported_and_nothing_is_started(tiny, tmp_path, monkeypatch, capsys, arguments, said):
     launched = pretend(monkeypatch, lambda settings: 1.0)
     assert main([str(tiny.recipe), *arguments, "--results", str(tmp_path / "results.jsonl")]) == 2
     assert said in capsys.readouterr().err
     assert not launched
 
 
-def test_runs_are_those_of_the_launcher_and_one_that_fails_is_told(tiny, tmp_path, monkeypatch, capsys):
+def test_runs_are_those_of_the_launcher_and_one_that_fails_is_reported(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
     command = [str(tiny.recipe), "--grid", "lr_schedule.max_lr=1e-2,1e9", "--training.max_grad_norm=none"]
@@ -73,7 +73,7 @@ def test_the_status_of_a_sweep_that_was_stopped_names_the_signal():
     assert report_stop(KeyboardInterrupt(signal.SIGTERM)) == 143
 
 
-def test_a_signal_ends_the_runs_and_what_was_under_way_is_not_remembered(tiny, tmp_path):
+def test_a_signal_ends_the_runs_and_unfinished_ones_are_not_stored(tiny, tmp_path):
     results, kept = tmp_path / "results.jsonl", tmp_path / "kept"
     command = ["--grid", "lr_schedule.max_lr=1e-3,2e-3", "--training.total_tokens=1B"]
     sweep = start_process(
@@ -88,5 +88,5 @@ def test_a_signal_ends_the_runs_and_what_was_under_way_is_not_remembered(tiny, t
     assert sweep.returncode == 143, said
     assert "stopped; the same command continues" in said and "Traceback" not in said
     assert not results.exists()
-    (started,) = kept.iterdir()  # the second was not begun
+    (started,) = kept.iterdir()  # the second was not started
     assert "stopped by signal" in (started / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""What is run, what is remembered, and what is run again."""
+"""Which jobs are run, stored, and run again."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_is_in_the_file_is_not_run_again(jobs, tmp_path, monkeypatch):
     assert all("path" not in key for line in path.read_text().splitlines() for key in json.loads(line)["settings"])
 
 
-def test_a_line_that_its_writer_was_killed_amid_is_run_again_and_replaced(jobs, tmp_path, monkeypatch):
+def test_the_run_of_an_incomplete_line_is_run_again_and_replaced(jobs, tmp_path, monkeypatch):
     launched = pretend(monkeypatch, rate)
     path = tmp_path / "results.jsonl"
     Runner(Results(path)).run(jobs[:2])
@@ -56,7 +56,7 @@ def test_a_line_that_its_writer_was_killed_amid_is_run_again_and_replaced(jobs, 
 
 
 @pytest.mark.parametrize("status", [-9, 130, 137, 143])
-def test_a_run_that_was_killed_is_not_remembered(jobs, tmp_path, monkeypatch, capsys, status):
+def test_a_killed_run_is_not_stored(jobs, tmp_path, monkeypatch, capsys, status):
     pretend(monkeypatch, rate, status)
     path = tmp_path / "results.jsonl"
     assert Runner(Results(path)).run(jobs) == 3
@@ -64,7 +64,7 @@ def test_a_run_that_was_killed_is_not_remembered(jobs, tmp_path, monkeypatch, ca
     assert "killed: it is run again next time" in capsys.readouterr().err
 
 
-def test_a_run_that_failed_is_remembered_with_its_reason_and_run_again_when_asked(jobs, tmp_path, monkeypatch):
+def test_a_failed_run_is_stored_with_its_reason_and_run_again_on_request(jobs, tmp_path, monkeypatch):
     said = "step 7\nstep 8 (samples 56 to 63): loss nan, gradient norm 1.0. The parameters were not updated; the last\n"
     launched = pretend(monkeypatch, rate, 1, said)
     path = tmp_path / "results.jsonl"
@@ -85,8 +85,8 @@ def test_bad_input_ends_the_sweep_and_names_the_run(jobs, tmp_path, monkeypatch)
     assert len(launched) == 1
 
 
-def test_a_run_that_ends_on_the_way_by_what_it_is_given_is_remembered_as_any_that_fails(jobs, tmp_path, monkeypatch):
-    """As one that is out of memory: the others may have enough."""
+def test_a_run_that_fails_after_its_start_by_its_settings_is_stored(jobs, tmp_path, monkeypatch):
+    """For example out of memory: the other runs may have enough."""
     problem = Problem("command line", "training.micro_batch_size", "out of memory. Take\nless", "64")
     error = ConfigError([problem], started=True)
     launched = pretend(monkeypatch, rate, 2, f"step 1\n{error}\n", error=error.fields())
@@ -96,7 +96,7 @@ def test_a_run_that_ends_on_the_way_by_what_it_is_given_is_remembered_as_any_tha
     assert Results(path).get(jobs[0]).failure == "out of memory"
 
 
-def test_run_directories_are_kept_when_asked_and_else_write_no_checkpoints(jobs, tmp_path, monkeypatch):
+def test_run_directories_are_kept_on_request_and_otherwise_have_no_checkpoints(jobs, tmp_path, monkeypatch):
     launched = pretend(monkeypatch, rate)
     Runner(Results(tmp_path / "a.jsonl"), keep_in=tmp_path / "kept").run(jobs)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == sorted(job.digest for job in jobs)
@@ -105,7 +105,7 @@ def test_run_directories_are_kept_when_asked_and_else_write_no_checkpoints(jobs,
 
 
 @pytest.mark.parametrize("text", ["nonsense\n", '{"digest": "a"}\n', '{"digest": "a", "outcome": {"x": 1}}\n'])
-def test_a_file_of_something_else_is_refused(tmp_path, text):
+def test_a_file_with_other_content_is_refused(tmp_path, text):
     path = tmp_path / "results.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"results\.jsonl:1 is not a result of a sweep"):
@@ -117,7 +117,7 @@ def test_the_reason_is_the_first_sentence_of_the_last_line():
     assert failure_reason("\n") == "no output"
 
 
-def test_a_step_that_was_stepped_over_does_not_cost_the_loss(tmp_path):
+def test_a_skipped_step_does_not_spoil_the_loss(tmp_path):
     rows = [{**row, "step_seconds": 1.0, "lr": 0.1} for row in steps_of(4, 400)]
     rows[5]["loss"] = None
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -156,7 +156,7 @@ def test_a_curve_ends_with_the_last_step_and_has_no_more_points_than_asked_for(p
     assert found == [(step, 40 * step, round(5 - 4 * step / 100, 5), 4) for step in wanted]
 
 
-def test_steps_to_a_loss_are_those_of_its_first_reaching():
+def test_steps_to_a_loss_end_where_it_is_first_reached():
     outcome = Outcome(curve=[(10, 1, 5.0, 8), (20, 2, 4.0, 8), (30, 3, 4.5, 8), (40, 4, 3.0, 8)])
     assert outcome.steps_to(4.2) == 20
     assert outcome.steps_to(2.0) is None

@@ -1,4 +1,4 @@
-"""Which recipes and components come with the project, and which slot each fits: for what is generated from them."""
+"""The recipes and components of the project, and the slots they fit, for documents generated from them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from recipes.config.imports import import_class, import_path, protocol_error
 from recipes.config.schema import SignatureError, fields_of
 
 RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
-"""The first is what a file is for that names none."""
+"""The first is the default of a file without `recipe`."""
 PACKAGES = ("components", "models")
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """A class of the project, with every import path that may name it, its home first."""
+class CatalogEntry:
+    """A class of the project, with every import path that may name it, the defining module first."""
 
     cls: type
-    uses: tuple[str, ...]
+    import_paths: tuple[str, ...]
 
 
-def shipped_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> Iterator[Shipped]:
-    """Every public class defined in `packages`, but those that are a section of one of `recipes` already.
+def component_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> Iterator[CatalogEntry]:
+    """Yield every public class defined in `packages`, except those that are a section of one of `recipes`.
 
-    A package that re-exports a class is one more way to name it.
+    Packages that re-export a class add their import paths.
     """
     modules = [importlib.import_module(name) for name in packages]
     for package in list(modules):
@@ -44,10 +44,10 @@ def shipped_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> It
                 parents = [other for other in modules if module.__name__.startswith(f"{other.__name__}.")]
                 uses = [f"{parent.__name__}:{name}" for parent in parents if getattr(parent, name, None) is cls]
                 if cls not in placed:
-                    yield Shipped(cls, (import_path(cls), *uses))
+                    yield CatalogEntry(cls, (import_path(cls), *uses))
 
 
-def fits(cls: type, slot: type) -> bool:
+def fits_slot(cls: type, slot: type) -> bool:
     """Return whether `cls` is a component that fits `slot`. Nothing fits one without methods, such as [hooks.NAME]."""
     if not any(inspect.isfunction(member) and not name.startswith("_") for name, member in inspect.getmembers(slot)):
         return False
@@ -58,17 +58,17 @@ def fits(cls: type, slot: type) -> bool:
     return protocol_error(cls, slot) is None
 
 
-def summary(cls: type) -> str:
-    """The first paragraph of the class's docstring, on one line."""
+def docstring_summary(cls: type) -> str:
+    """Return the first paragraph of the class's docstring, on one line."""
     return " ".join((inspect.getdoc(cls) or cls.__name__).split("\n\n")[0].split())
 
 
-def generate(
+def run_generator(
     name: str, description: str, text_of: Callable[[Sequence[type]], str], arguments: Sequence[str] | None
 ) -> int:
-    """The command line of a tool that writes something of the shipped recipes."""
+    """Run the command line of a tool that writes `text_of` of the shipped recipes; return its exit status."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
-    parser.add_argument("--output", type=Path, help="file to write; standard output if left out")
+    parser.add_argument("--output", type=Path, help="file to write (default: standard output)")
     output = parser.parse_args(arguments).output
     text = text_of([import_class(recipe) for recipe in RECIPES])
     if output is None:
@@ -79,7 +79,7 @@ def generate(
 
 
 def _module(name: str, packages: Sequence[str]) -> ModuleType | None:
-    """None for a module that needs an extra which is not installed."""
+    """Import a module; return None if it needs an extra that is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,9 +1,9 @@
-"""What attention within documents costs or saves: forward and backward against those across documents.
+"""The speed of document masking: forward and backward passes with it and without it.
 
-    python -m benchmarks.documents [--rounds 12] [--lengths 16 128 512 4096] [--device cpu]
+    python -m benchmarks.document_masking [--rounds 12] [--lengths 16 128 512 4096] [--device cpu]
 
-One model of 7M parameters on micro-batches of 4 x 1,024 random ids that end a document every so many tokens on average.
-One pass within documents and one across, in turn: the machine's mood falls out of a pair.
+A model of 7M parameters gets micro-batches of 4 x 1,024 random ids, whose documents have the given mean lengths. Passes
+with and without masking take turns, so that the varying speed of the machine cancels in a pair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WARM_UP = 2
 
 
 def seconds(model: Decoder, tokens: Tensor, end_of_document: int | None) -> float:
-    """Of a forward and a backward pass."""
+    """Return the seconds of a forward and a backward pass."""
     model.end_of_document = end_of_document
     synchronize(tokens)
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def main() -> None:
         model = Decoder(SIZE, VOCAB)
     model.init_weights(0)
     print(f"{machine()}, {arguments.rounds} rounds: medians, lowest to highest; quartiles of the pairs\n")
-    print("| tokens of a document | tokens/s across documents | within | ratio of a pair |\n|---|---|---|---|")
+    print("| tokens per document | tokens/s without masking | with | ratio of a pair |\n|---|---|---|---|")
     for length in arguments.lengths:
         across, within = [], []
         for _ in range(WARM_UP + arguments.rounds):
@@ -65,7 +65,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(pairs, n=4)
         speeds = [spread([ROWS * LENGTH / each for each in times[WARM_UP:]], ",.0f") for times in (across, within)]
         print(f"| {length:,} | {speeds[0]} | {speeds[1]} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
-    print(f"\nRepeat with:\n\n    python -m benchmarks.documents {shlex.join(sys.argv[1:])}".rstrip())
+    print(f"\nRepeat with:\n\n    python -m benchmarks.document_masking {shlex.join(sys.argv[1:])}".rstrip())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What measuring gradient moments costs: the time of steps that measure against those that do not, and memory.
+"""The cost of measuring gradient noise: time of steps with and without it, and memory.
 
-    python -m benchmarks.moments_cost [--steps 60] [--processes 1 2] [--section.key=value ...]
+    python -m benchmarks.gradient_noise_cost [--steps 60] [--processes 1 2] [--section.key=value ...]
 
-Every second step of one run measures, and a pair is two neighbouring steps: the machine's mood falls out. Memory is
-compared between a run that measures at every step and one that never does. On the CPU with gloo, one thread a process,
-unless --run.device=cuda is given.
+Every second step of a run measures; a pair is two neighboring steps, so that the varying speed of the machine cancels.
+Memory is compared between a run that measures at every step and one that never does. Runs are on the CPU with gloo, one
+thread per process, unless --run.device=cuda is given.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SHAPE = {
     "model.dim": 384, "model.layers": 6, "model.heads": 6, "model.kv_heads": 6, "model.ffn_dim": 1024,
     "training.micro_batch_size": 2, "training.sequence_length": 256, "batch.initial_size": 8,
 }  # fmt: skip
-"""14M parameters, and a small micro-batch: squaring gradients takes the same time however many tokens made them."""
+"""14M parameters and a small micro-batch: the time of squaring gradients does not depend on the number of tokens."""
 
 
 def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[list[float], float]:
-    """Seconds of every step after the warm-up, and the most MiB of a rank."""
+    """Return the seconds of every step after the warm-up, and the largest peak MiB of a rank."""
     with tempfile.TemporaryDirectory() as folder:
         peaks, directory = Path(folder) / "peaks", Path(folder) / "run"
         peaks.mkdir()
@@ -51,7 +51,7 @@ def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help=f"that are timed, after {WARM_UP} of warm-up")
+    parser.add_argument("--steps", type=int, default=60, help=f"timed steps, after {WARM_UP} of warm-up")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     arguments, extra = parser.parse_known_args()
     table = []
@@ -67,9 +67,9 @@ def main() -> None:
         print(f"{processes} processes: measured", file=sys.stderr, flush=True)
     print(f"\n{machine()}, {os.cpu_count()} cores; {arguments.steps} steps, medians (lowest to highest; quartiles of")
     print("the pairs); memory of two runs each\n")
-    print("| processes | s a step, not measured | measured | of a pair | peak MiB of a rank, never | always |")
+    print("| processes | s per step, not measured | measured | of a pair | peak MiB of a rank, never | always |")
     print("|---|---|---|---|---|---|\n" + "\n".join(table))
-    print(f"\nRepeat with:\n\n    python -m benchmarks.moments_cost {shlex.join(sys.argv[1:])}".rstrip())
+    print(f"\nRepeat with:\n\n    python -m benchmarks.gradient_noise_cost {shlex.join(sys.argv[1:])}".rstrip())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of every key says what the classes say."""
+"""The reference of all keys agrees with the classes."""
 
 import re
 from pathlib import Path
@@ -8,19 +8,19 @@ import pytest
 from recipes.config.imports import import_class
 from recipes.config.schema import fields_of
 from tests.recipes import config_parts as parts
-from tools.reference import main, page
-from tools.shipped import RECIPES
+from tools.component_catalog import RECIPES
+from tools.generate_reference import main, page
 
 pytestmark = pytest.mark.quick
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_page_is_that_of_the_classes_as_they_are(tmp_path):
+def test_the_page_is_up_to_date(tmp_path):
     assert main([f"--output={tmp_path / 'keys.md'}"]) == 0
     written = (DOCS / "keys.md").read_text(encoding="utf-8")
     assert (tmp_path / "keys.md").read_text(encoding="utf-8") == written, (
-        "python -m tools.reference --output docs/keys.md"
+        "python -m tools.generate_reference --output docs/keys.md"
     )
     sections = {name for recipe in RECIPES for name in fields_of(import_class(recipe))}
     assert set(re.findall(r"^### `\[(\w+)\]`$", written, re.MULTILINE)) == sections
