@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.init import fill_normal, parameter_seed, runs
+from models.init import contiguous_runs, fill_normal, parameter_seed
 from models.presets import LlamaShape
 
 pytestmark = pytest.mark.quick
@@ -153,9 +153,9 @@ def test_a_part_of_a_tensor_is_runs_of_its_elements():
         [np.array([4]), np.array([0, 3]), np.array([2, 3, 4])],
         [None, None, np.array([], dtype=np.int64)],
     ):
-        starts, length = runs(elements.shape, indices)
+        starts, length = contiguous_runs(elements.shape, indices)
         found = (starts[:, None] + np.arange(length)).reshape(-1)
         own = [np.arange(size) if some is None else some for size, some in zip(elements.shape, indices, strict=True)]
         assert found.tolist() == elements[np.ix_(*own)].reshape(-1).tolist(), indices
-    assert runs((5, 4, 6), [np.array([1, 2]), None, None])[1] == 48, "neighbours are one run"
-    assert runs((), [])[0].tolist() == [0]
+    assert contiguous_runs((5, 4, 6), [np.array([1, 2]), None, None])[1] == 48, "neighbours are one run"
+    assert contiguous_runs((), [])[0].tolist() == [0]

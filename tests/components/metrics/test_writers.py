@@ -9,7 +9,8 @@ from components.metrics.tensorboard import TensorBoardWriter
 
 ROW = {
     "step": 1, "tokens": 4096, "samples": 16, "epoch": 0.01, "loss": 3.5, "lr": 1e-3, "grad_norm": 0.7,
-    "global_batch_size": 16, "requested_batch_size": 16, "micro_batches": 2, "noise_scale": None, "noise_scale_over_batch": None,
+    "global_batch_size": 16, "requested_batch_size": 16, "micro_batches": 2,
+    "noise_scale": None, "noise_scale_over_batch": None,
     "tokens_per_second": 2048.0, "step_seconds": 2.0, "data_seconds": 0.01, "mfu": 0.5, "memory_bytes": 10**8,
 }  # fmt: skip
 
