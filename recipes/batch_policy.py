@@ -40,6 +40,7 @@ def require_measurable_noise(policy: BatchPolicy, rounding: BatchRounding, progr
     if not rounding.can_measure_noise(batch):
         raise InputError(
             "initial_size",
-            f"a step of {batch.samples} samples is one micro-batch, and gradient noise needs at least 2 per step, so the "
-            f"batch could never change; use {2 * rounding.samples_per_micro_step} or lower training.micro_batch_size",
+            f"a step of {batch.samples} samples is one micro-batch, and gradient noise needs at least 2 per step, so "
+            "the batch could never change; use "
+            f"{2 * rounding.samples_per_micro_step} or lower training.micro_batch_size",
         )
