@@ -120,19 +120,19 @@ def test_the_parts_are_disjoint_complete_and_share_what_is_encoded(tmp_path):
     tokenizer = Watched()
     texts = tuple(f"{n} different documents" for n in range(400))
     train = texts_of(build(Given(text=texts, validation_fraction=0.2), tmp_path, tokenizer))
-    held_out = texts_of(build(Given(text=texts, validation_fraction=0.2, held_out=True), tmp_path, tokenizer))
+    held_out = texts_of(build(Given(text=texts, validation_fraction=0.2, split="validation"), tmp_path, tokenizer))
     assert sorted(train + held_out) == sorted(texts)
     assert len(tokenizer.seen) == 400
     assert 50 < len(held_out) < 110  # 80 of 400, 8 is a standard deviation
-    with pytest.raises(ValueError, match=r"^held_out: nothing is held out"):
-        build(Given(text=texts, held_out=True), tmp_path)
+    with pytest.raises(ValueError, match=r"^split: validation_fraction = 0"):
+        build(Given(text=texts, split="validation"), tmp_path)
 
 
 @pytest.mark.quick
 def test_the_report_says_what_was_dropped_and_why(tmp_path):
     source = Given(text=("one", "two", "one", " ", "one", "three"), deduplicate=True)
     assert str(build(source, tmp_path).index) == (
-        "3 documents, 11 bytes, 14 tokens, 0.79 bytes a token; dropped: 2 duplicate, 1 empty"
+        "3 documents, 11 bytes, 14 tokens, 0.79 bytes per token; dropped: 2 duplicate, 1 empty"
     )
 
 
