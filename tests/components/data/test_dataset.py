@@ -108,7 +108,7 @@ def test_outside_is_an_error(packed):
     samples = packed(["0123456789"], 5)
     assert len(samples) == 2
     for index in (2, -1):
-        with pytest.raises(IndexError, match=f"sequence {index} of 2"):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for 2 sequences"):
             samples[index]
 
 

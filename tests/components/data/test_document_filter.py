@@ -84,22 +84,22 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
     texts=st.lists(st.sampled_from(LINES[:20]) | st.just(" "), min_size=1, max_size=30),
     deduplicate=st.booleans(),
     validation_fraction=st.sampled_from([0.0, 0.1, 0.5]),
-    split=st.sampled_from(["train", "validation"]),
+    in_validation=st.booleans(),
     shard_tokens=st.sampled_from([1, 100, 10**6]),
 )
 def test_the_documents_are_those_that_were_selected(
-    tmp_path_factory, texts, deduplicate, validation_fraction, split, shard_tokens
+    tmp_path_factory, texts, deduplicate, validation_fraction, in_validation, shard_tokens
 ):
     expected = [text for text in texts if text.strip()]
     if deduplicate:
         expected = list(dict.fromkeys(expected))
     if validation_fraction:
-        expected = [text for text in expected if held(text, validation_fraction) == (split == "validation")]
+        expected = [text for text in expected if held(text, validation_fraction) == in_validation]
     source = Given(
         text=tuple(texts),
         deduplicate=deduplicate,
         validation_fraction=validation_fraction,
-        split=split if validation_fraction else "train",
+        split="validation" if in_validation and validation_fraction > 0 else "train",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("components.data.cache.tokenize_missing", partial(tokenize_missing, shard_tokens=shard_tokens))
@@ -120,11 +120,11 @@ def test_the_parts_are_disjoint_complete_and_share_what_is_encoded(tmp_path):
     tokenizer = Watched()
     texts = tuple(f"{n} different documents" for n in range(400))
     train = texts_of(build(Given(text=texts, validation_fraction=0.2), tmp_path, tokenizer))
-    held_out = texts_of(build(Given(text=texts, validation_fraction=0.2, split="validation"), tmp_path, tokenizer))
-    assert sorted(train + held_out) == sorted(texts)
+    in_validation = texts_of(build(Given(text=texts, validation_fraction=0.2, split="validation"), tmp_path, tokenizer))
+    assert sorted(train + in_validation) == sorted(texts)
     assert len(tokenizer.seen) == 400
-    assert 50 < len(held_out) < 110  # 80 of 400, 8 is a standard deviation
-    with pytest.raises(ValueError, match=r"^split: there is no validation split"):
+    assert 50 < len(in_validation) < 110  # 80 of 400, 8 is a standard deviation
+    with pytest.raises(ValueError, match=r"^split: validation_fraction = 0"):
         build(Given(text=texts, split="validation"), tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_the_parts_are_disjoint_complete_and_share_what_is_encoded(tmp_path):
 def test_the_report_says_what_was_dropped_and_why(tmp_path):
     source = Given(text=("one", "two", "one", " ", "one", "three"), deduplicate=True)
     assert str(build(source, tmp_path).index) == (
-        "3 documents, 11 bytes, 14 tokens, 0.79 bytes a token; dropped: 2 duplicate, 1 empty"
+        "3 documents, 11 bytes, 14 tokens, 0.79 bytes per token; dropped: 2 duplicate, 1 empty"
     )
 
 

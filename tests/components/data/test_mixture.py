@@ -114,7 +114,7 @@ def test_sequences_of_all_sources_can_be_read_in_any_order(tmp_path):
     assert samples.describe(0).startswith("a: ")
     assert samples.describe(len(samples) - 1).startswith("b: ")
     for outside in (-1, len(whole)):
-        with pytest.raises(IndexError, match=f"sequence {outside} of {len(whole)}"):
+        with pytest.raises(IndexError, match=f"index {outside} is out of range for {len(whole)} sequences"):
             samples[outside]
 
 

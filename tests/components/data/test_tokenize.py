@@ -274,7 +274,7 @@ def test_progress_has_bytes_tokens_and_eta(tmp_path):
     Slow(text=()).cache_entry(Bytes().build(), tmp_path).prepare(seen.append, 0)
     assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in [*range(1, 11), 10]]  # last: the end
     assert "3.0 of 10.0 MB (30%)" in str(seen[2])
-    assert "s left" in str(seen[2])
+    assert "eta " in str(seen[2])
 
 
 @pytest.mark.quick
