@@ -53,7 +53,7 @@ def test_a_restart_before_the_first_checkpoint_starts_over(new_tiny):
     status, said = finish(start(again, **once))
     assert status == 2, said
     assert said.count("already holds a run") == 1
-    assert "again, from" not in said
+    assert "restarting all processes" not in said
 
 
 @pytest.mark.parametrize(
@@ -69,5 +69,5 @@ def test_a_signal_to_the_launcher_stops_all_processes_after_saving(tiny, number,
     assert ended == status, said
     assert "continue with --resume" in said
     assert "Traceback" not in said
-    assert "again, from" not in said
+    assert "restarting all processes" not in said
     assert tiny.checkpoint(steps(tiny)[-1]).is_dir()

@@ -1,4 +1,4 @@
-"""What the hooks sees of a model."""
+"""The hooks measure the same as the gradients of each micro-batch, computed separately."""
 
 from __future__ import annotations
 
