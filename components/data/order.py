@@ -23,7 +23,7 @@ class SampleOrder:
     def __init__(self, length: int, *, seed: int, shuffle: bool = True):
         """`length` is the number of sequences in the data, at least 1."""
         if length < 1:
-            raise ValueError(f"length = {length}: expected an integer >= 1")
+            raise ValueError(f"the dataset has {length} samples; it needs at least 1")
         self.length = length
         self.seed = seed
         self.shuffle = shuffle

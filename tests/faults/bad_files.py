@@ -164,7 +164,7 @@ IDS = "torch.full((25,), {}, dtype=torch.int64)"
 
 FRESH: dict[str, tuple[Spoil, str]] = {
     "a link to nothing in a folder of text": (dangling, "more is a link to"),
-    "an archive that is called text": (text(b"PK\x03\x04" + bytes(60)), "is a zip file by its content"),
+    "an archive that is called text": (text(b"PK\x03\x04" + bytes(60)), "is not text but a zip file"),
     "text of no bytes": (text(b""), "holds no text"),
     "text of nothing but blanks": (text(b" \n\n \t\n"), "holds no text"),
     "text shorter than a sequence": (text(b"abc"), "one sequence needs"),
@@ -235,7 +235,7 @@ AFTER_A_RUN: dict[str, tuple[Spoil, str]] = {
     "a state that is a list": (checkpoint(write("state.json", "[]")), "is damaged"),
     "a state that was altered": (checkpoint(state(vocab_size=9)), "is damaged"),
     "tensors that are gone": (checkpoint(drop("*.distcp")), "is missing"),
-    "tensors that are cut": (checkpoint(cut("*.distcp")), "where"),
+    "tensors that are cut": (checkpoint(cut("*.distcp")), "is damaged"),
     "a bit of the tensors": (checkpoint(flip("*.distcp")), "its SHA-256 differs"),
     "a bit of the metadata": (checkpoint(flip(".metadata")), "its SHA-256 differs"),
     "a configuration that was altered": (checkpoint(flip("config.toml")), "its SHA-256 differs"),
