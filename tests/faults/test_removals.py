@@ -194,7 +194,7 @@ def results_of_a_sweep(folder: Path, others: Others) -> None:
     """A last line without its end is cut off: of another file it might be all there is."""
     others.write(folder / "notes.md")
     (folder / "results.jsonl").symlink_to(folder / "notes.md")
-    with pytest.raises(ValueError, match="is no result of a sweep"):
+    with pytest.raises(ValueError, match="is not a result of a sweep"):
         Results(folder / "results.jsonl")
 
 
