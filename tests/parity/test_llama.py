@@ -177,7 +177,7 @@ def test_a_real_checkpoint_gives_the_logits_transformers_gives(tiny_random_llama
         max_sequence_length=config["max_position_embeddings"],
     )
     ours = llama.build(vocab_size=config["vocab_size"], sequence_length=128)
-    ours.load_state_dict(from_hf(weights, llama.shape))
+    ours.load_state_dict(from_hf(weights, llama.resolved_shape))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tiny_random_llama, local_files_only=True)
     given = torch.randint(config["vocab_size"], (2, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
