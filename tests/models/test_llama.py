@@ -122,7 +122,7 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
         ({"experts": 4}, r"^top_k: required with experts; use 1 to 4$"),
-        ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
+        ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; use 1 to 4$"),
         ({"top_k": 2}, r"^top_k: has no effect without experts; set experts, or remove top_k$"),
         ({"router": RouterLossConfig()}, r"^router: has no effect without experts; set experts, or remove router$"),
     ],
