@@ -123,7 +123,7 @@ def test_more_than_there_is_room_for_is_refused():
 def test_a_packed_model_computes_the_same(size, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
-    monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
+    monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)
     model, rows = decoder(size), prompts(3, 6)
     reference = [uncached(model, prompt, 6) for prompt in rows]
     model.use_mkldnn_linear()
@@ -141,7 +141,7 @@ def test_a_packed_model_computes_the_same(size, monkeypatch):
 def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
-    monkeypatch.setattr(mkldnn_linear, "SMALLEST", 1)
+    monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(mkldnn_linear, "has_bf16_kernels", lambda: False)
     model = decoder(SMALL).bfloat16()
     model.use_mkldnn_linear()

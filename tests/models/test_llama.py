@@ -39,12 +39,12 @@ def test_every_number_of_a_size_has_another_value_here():
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_overrides_its_number_and_no_other(key):
-    assert Llama(**{key: OTHER[key]}).shape == replace(PRESETS["debug"], **{key: OTHER[key]})
+    assert Llama(**{key: OTHER[key]}).resolved_shape == replace(PRESETS["debug"], **{key: OTHER[key]})
 
 
 def test_experts_can_be_given_to_a_size_and_taken_from_one():
-    assert Llama(**EXPERTS).shape == replace(PRESETS["debug"], **EXPERTS)
-    assert Llama(size="powermoe3b", top_k=2).shape == replace(PRESETS["powermoe3b"], top_k=2)
+    assert Llama(**EXPERTS).resolved_shape == replace(PRESETS["debug"], **EXPERTS)
+    assert Llama(size="powermoe3b", top_k=2).resolved_shape == replace(PRESETS["powermoe3b"], top_k=2)
     dense = Llama(size="powermoe3b", layers=1, experts=0).build(vocab_size=9, sequence_length=5)
     assert {name.split(".")[-2] for name in dense.state_dict() if "feed_forward" in name} == {
         "w_gate",
@@ -55,7 +55,7 @@ def test_experts_can_be_given_to_a_size_and_taken_from_one():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_name_alone_is_its_row(name):
-    assert Llama(size=name).shape == PRESETS[name]
+    assert Llama(size=name).resolved_shape == PRESETS[name]
 
 
 def test_overrides_reach_the_decoder():
@@ -82,18 +82,18 @@ def test_overrides_reach_the_decoder():
 
 
 def test_an_override_of_false_is_an_override():
-    assert Llama(size="llama3_1b", tied_embeddings=False).shape.tied_embeddings is False
+    assert Llama(size="llama3_1b", tied_embeddings=False).resolved_shape.tied_embeddings is False
 
 
 def test_a_factor_of_one_switches_the_scaling_of_a_size_off():
-    shape = Llama(size="llama3_1b", rope_scaling=RopeScaling(factor=1)).shape
+    shape = Llama(size="llama3_1b", rope_scaling=RopeScaling(factor=1)).resolved_shape
     frequencies = rope_frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)
     assert frequencies == pytest.approx(rope_frequencies(64, 500_000.0), rel=1e-15)
 
 
 def test_head_dim_follows_an_overridden_dim_unless_given():
-    assert Llama(size="llama3_1b", dim=1024).shape.head_width == 32
-    assert Llama(size="llama3_1b", dim=1024, head_dim=64).shape.head_width == 64
+    assert Llama(size="llama3_1b", dim=1024).resolved_shape.head_width == 32
+    assert Llama(size="llama3_1b", dim=1024, head_dim=64).resolved_shape.head_width == 64
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_padded():
@@ -122,7 +122,7 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"rope_theta": -1.0}, r"^rope_theta: -1.0 must be above 0$"),
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
         ({"experts": 4}, r"^top_k: required with experts; use 1 to 4$"),
-        ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; take 1 to 4$"),
+        ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; use 1 to 4$"),
         ({"top_k": 2}, r"^top_k: has no effect without experts; set experts, or remove top_k$"),
         ({"router": RouterLossConfig()}, r"^router: has no effect without experts; set experts, or remove router$"),
     ],

@@ -89,7 +89,7 @@ def gradients(model: Decoder, loss: Tensor) -> list[Tensor]:
 
 
 def test_without_mup_it_is_the_plain_llama_to_the_bit():
-    off = Llama(mup=MuPConfig(enabled=False, base_width=16, embedding_multiplier=3.0)).shape
+    off = Llama(mup=MuPConfig(enabled=False, base_width=16, embedding_multiplier=3.0)).resolved_shape
     assert off == PRESETS["debug"] and off.mup is None
     model = decoder(PLAIN, init_std=0.2)
     tokens, labels = batch()
@@ -247,12 +247,12 @@ def test_all_gradients_shrink_with_width_alike_so_one_eps_serves_every_group():
 
 
 def test_a_table_in_a_recipe_is_laid_over_that_of_the_size():
-    assert Llama(size="powerlm3b").shape.mup == MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
-    over = Llama(size="powerlm3b", mup=MuPConfig(base_width=128)).shape.mup
+    assert Llama(size="powerlm3b").resolved_shape.mup == MuP(embedding_multiplier=12.0, residual_multiplier=0.22)
+    over = Llama(size="powerlm3b", mup=MuPConfig(base_width=128)).resolved_shape.mup
     assert over == MuP(base_width=128, embedding_multiplier=12.0, residual_multiplier=0.22)
-    assert Llama(size="powerlm3b", mup=MuPConfig(enabled=False)).shape.mup is None
-    assert Llama(mup=MuPConfig()).shape.mup == MuP() == MuP(base_width=256)
-    assert Llama(mup=MuPConfig(residual_multiplier=0.5)).shape.mup == MuP(residual_multiplier=0.5)
+    assert Llama(size="powerlm3b", mup=MuPConfig(enabled=False)).resolved_shape.mup is None
+    assert Llama(mup=MuPConfig()).resolved_shape.mup == MuP() == MuP(base_width=256)
+    assert Llama(mup=MuPConfig(residual_multiplier=0.5)).resolved_shape.mup == MuP(residual_multiplier=0.5)
 
 
 def test_it_costs_no_flops_and_no_parameters():

@@ -72,7 +72,10 @@ def test_a_stage_starts_at_one_place(keys):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"stages": [Stage(from_tokens=5, samples=8), Stage(from_fraction=0.5, samples=8)]}, r"^stages: .* same key in all stages"),
+        (
+            {"stages": [Stage(from_tokens=5, samples=8), Stage(from_fraction=0.5, samples=8)]},
+            r"^stages: .* same key in all stages",
+        ),
         (
             {"stages": [Stage(from_fraction=0.5, samples=8), Stage(from_fraction=0.5, samples=8)]},
             r"^stages: .* 0.5 follows",

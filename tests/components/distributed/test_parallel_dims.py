@@ -26,7 +26,7 @@ pytestmark = pytest.mark.quick
     ],
 )
 def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expected):
-    assert ParallelConfig(**keys).sizes(world, local) == MeshShape(*expected)
+    assert ParallelConfig(**keys).mesh_shape(world, local) == MeshShape(*expected)
 
 
 @pytest.mark.parametrize(
@@ -41,5 +41,5 @@ def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expect
 )
 def test_sizes_that_do_not_multiply_out_are_an_error_with_the_arithmetic(keys, said):
     with pytest.raises(ValueError, match="8 processes") as error:
-        ParallelConfig(**keys).sizes(8)
+        ParallelConfig(**keys).mesh_shape(8)
     assert said in str(error.value)

@@ -87,7 +87,7 @@ def test_powermoe_is_the_size_of_that_name():
         ({"attention_multiplier": None}, "attention_multiplier = 1"),
         ({"logits_scaling": 7.0}, "logits_scaling = 7 is not hidden_size = 1536 divided by an integer base width"),
         ({"residual_multiplier": 0}, "residual_multiplier = 0"),
-        ({"num_experts_per_tok": 41}, "num_experts_per_tok = 41 of num_local_experts = 40"),
+        ({"num_experts_per_tok": 41}, "num_experts_per_tok = 41 exceeds num_local_experts = 40"),
         ({"num_local_experts": 10**6}, "num_local_experts = 1000000 is not an integer from 1 to 4,096"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ],
