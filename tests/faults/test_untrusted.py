@@ -199,7 +199,7 @@ def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(untr
     (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20, b"\0"))  # what follows its end is not read
     assert tensor_names(checkpoint)
     (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20 + 1, b"\0"))
-    with pytest.raises(ValueError, match=r"\.metadata has [\d,]+ bytes; .* at most [\d,]+ are read"):
+    with pytest.raises(ValueError, match=r"\.metadata has [\d,]+ bytes; .* at most [\d,]+ are accepted"):
         tensor_names(checkpoint)
 
 
@@ -233,7 +233,7 @@ def test_tensors_that_unpack_to_more_than_their_size_are_refused(untrusted: Tiny
             place.offset, place.length = start, length
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     target = torch.zeros(metadata.state_dict_metadata[name].size)
-    with pytest.raises(ValueError, match="unpack to more than its size"):
+    with pytest.raises(ValueError, match="it is compressed, and"):
         load_tensors(checkpoint, {name: target}, no_dist=True)
 
 

@@ -120,7 +120,7 @@ def test_the_norm_divides_by_the_root_mean_square_and_multiplies_by_its_gain():
 
 def test_a_tied_head_is_the_embedding_and_gathers_both_gradients():
     tied = decoder(SHAPES["tied and scaled"])
-    untied = Decoder(replace(tied.size, tied_embeddings=False), V)
+    untied = Decoder(replace(tied.shape, tied_embeddings=False), V)
     assert set(untied.state_dict()) - set(tied.state_dict()) == {"output.weight"}
     untied.load_state_dict(tied.state_dict() | {"output.weight": tied.tok_embeddings.weight})
     for model in (tied, untied):
