@@ -140,10 +140,10 @@ def test_parameters_outside_of_the_blocks_of_a_tied_model_are_gathered_once(runs
 def test_a_step_over_eight_units_gathers_8_times_or_42_where_fsdp2_by_itself_gathers_46_times(runs):
     gathers = {name: runs.count(name)[1]["gather"] for name in CASES if name.startswith(("six", "plain"))}
     assert gathers == {
-        "plain FSDP2, reduce": 46,
-        "plain FSDP2, local": 46,
-        "six layers, reduce": 42,
-        "six layers, local": 8,
+        "plain FSDP2, every_micro_batch": 46,
+        "plain FSDP2, once_per_step": 46,
+        "six layers, every_micro_batch": 42,
+        "six layers, once_per_step": 8,
     }
 
 
