@@ -88,11 +88,11 @@ class Generator:
         materialize(model, torch.device("cpu"))
         trained.load_weights(model, single_process=True)
         model.to(self.device, precision.dtype_of(precision.resolve_precision(options.precision, self.device))).eval()
-        if (pack := getattr(model, "pack", None)) is not None:
-            pack()
+        if (use_mkldnn_linear := getattr(model, "use_mkldnn_linear", None)) is not None:
+            use_mkldnn_linear()
         self.model: Any = model
         self.trained_length = trained.sequence_length
-        self.longest = int(getattr(getattr(model, "size", None), "max_sequence_length", trained.sequence_length))
+        self.longest = int(getattr(getattr(model, "shape", None), "max_sequence_length", trained.sequence_length))
 
     def start_completion(self, prompt: str) -> Completion:
         """Start a completion. Raises ValueError for a prompt that leaves no room for another token."""

@@ -140,7 +140,7 @@ def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def shrink(arguments: list[str]) -> list[str]:
     """Return launch arguments that make the run one step of a small model; checkpoint paths name that step."""
     arguments = [re.sub(r"step-\d{8}", "step-00000001", argument) for argument in arguments]
-    command = cli.parse(arguments)
+    command = cli.parse_arguments(arguments)
     if command.print_config or command.dry_run is not None:
         return arguments
     recipe = load(command.config, command.overrides).recipe

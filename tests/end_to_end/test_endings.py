@@ -166,7 +166,7 @@ def test_a_state_that_is_not_finite_is_never_saved_and_removes_no_checkpoint(run
     arguments += [f"--run.dir={run.directory}", "--guard.on_nonfinite=roll_back"]
     assert run.launch(*arguments) == 0
     said = capsys.readouterr().out
-    assert said.count("parameters and optimizer are those of step-00000003 again") == 1
+    assert said.count("rolled back to step-00000003") == 1
     assert all(tensor.isfinite().all() for tensor in tensors(run.checkpoint(6)).values())
 
 

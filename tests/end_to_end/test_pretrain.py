@@ -236,7 +236,7 @@ def test_dry_run_starts_nothing(tiny, capsys):
         (["--training.total_token=5"], "did you mean total_tokens"),
         (["--data.path=nowhere/*.txt"], "nowhere"),
         (["--batch.initial_size=0"], "batch.initial_size"),
-        (["--lr_schedule.warmup_tokens=1M"], "do not end within training.total_tokens = 3600"),
+        (["--lr_schedule.warmup_tokens=1M"], "is more than training.total_tokens = 3600"),
         (["--model.kv_heads=3"], "3 does not divide the 2 heads"),
         (["--run.device=cuda"], "no CUDA device"),
         (["--tokenizer.use=components.tokenizers:Byte"], "Bytes"),

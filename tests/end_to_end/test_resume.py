@@ -161,7 +161,9 @@ def test_a_tokenizer_of_other_content_is_refused(tiny, capsys, monkeypatch):
     assert tiny.launch("--training.total_tokens=400") == 0
     monkeypatch.setattr(ByteEncoder, "fingerprint", "bytes-of-another-order")
     assert tiny.launch("--resume", "--training.total_tokens=600") == 2
-    assert "trained with another tokenizer of 257 ids: bytes-1, not bytes-of-another-order" in capsys.readouterr().err
+    assert (
+        "trained with a different tokenizer of 257 ids: bytes-1, not bytes-of-another-order" in capsys.readouterr().err
+    )
     assert tiny.launch("--resume", "--training.total_tokens=600", f"--run.dir={before_it_was_kept}") == 0
 
 

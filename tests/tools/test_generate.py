@@ -173,7 +173,7 @@ def test_bad_input_is_reported_with_status_2(tiny, run_tool, monkeypatch):
 
     assert "is not a directory" in refused(tiny.folder / "nowhere", "x")
     said = refused(tiny.folder, "x")
-    assert "neither a checkpoint nor a run directory with one; nor is there a config.json" in said
+    assert "neither a checkpoint nor a run directory with one; it is not a Hugging Face directory either" in said
     trained(tiny, *TOKENIZER, "--model.max_sequence_length=50", "--run.seed=3")  # greedy texts that differ
     run = tiny.directory
     assert "51 tokens; at most 49 leave room" in refused(run, "x\n\t" * 17)

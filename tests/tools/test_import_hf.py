@@ -149,11 +149,11 @@ REFUSED = {
     "another shape": (lambda d: change(d, model__norm__weight=torch.ones(7)), {}, "model.norm.weight is [7], not [16]"),
     "no weights": (lambda d: (d / MODEL).unlink(), {}, "neither model.safetensors nor"),
     "no configuration": (lambda d: (d / "config.json").unlink(), {}, "config.json does not exist"),
-    "another architecture": (None, {"architectures": ["GPT2LMHeadModel"]}, "known are LlamaForCausalLM"),
+    "another architecture": (None, {"architectures": ["GPT2LMHeadModel"]}, "supported are LlamaForCausalLM"),
     "a bias": (None, {"attention_bias": True}, "config.json: attention_bias = True"),
     "an absurd number of layers": (None, {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
     "many layers that are not there": (None, {"num_hidden_layers": 50}, "432 missing"),
-    "a width that is not there": (None, {"hidden_size": 2**20}, "tensors have another shape"),
+    "a width that is not there": (None, {"hidden_size": 2**20}, "tensors do not have the shapes of the model"),
 }
 
 
