@@ -87,7 +87,7 @@ def test_a_batch_that_needs_noise_that_is_never_measured_is_refused(tiny, capsys
     assert tiny.launch(*POLICIES["unbiased"], "--gradient_noise.interval_steps=none", *how) == 2
     said = "".join(capsys.readouterr())
     assert "gradient_noise.interval_steps" in said
-    assert "gives NormTest nothing to follow" in said
+    assert "NormTest needs the gradient noise" in said
     assert not tiny.directory.exists()
 
 

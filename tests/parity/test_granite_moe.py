@@ -51,12 +51,12 @@ shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 def theirs_of(ours: Decoder, folder: Path) -> nn.Module:
     """Write the weights under the names of files and load them with transformers, in float32."""
     safetensors = pytest.importorskip("safetensors.torch")
-    config = hf_config(ours.size, ours.vocab_size) | {
+    config = hf_config(ours.shape, ours.vocab_size) | {
         "model_type": "granitemoe",
         "architectures": ["GraniteMoeForCausalLM"],
     }
     (folder / "config.json").write_text(json.dumps(config))
-    safetensors.save_file(to_hf(ours.state_dict(), ours.size), folder / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(to_hf(ours.state_dict(), ours.shape), folder / "model.safetensors", {"format": "pt"})
     return opened(folder)
 
 
@@ -109,12 +109,12 @@ def assert_same_function(ours: Decoder, theirs: nn.Module) -> None:
         "output_linear.weight": "experts.down_proj",
     }
     for name, parameter in ours.named_parameters():
-        stored = hf_names(ours.size)[name]
+        stored = hf_names(ours.shape)[name]
         for file, memory in in_memory.items():
             stored = stored.replace(file, memory)
         grad = theirs.get_parameter(stored).grad
         if (
-            "router" in name and ours.size.top_k == 1
+            "router" in name and ours.shape.top_k == 1
         ):  # a softmax of one logit: only the auxiliary losses train the router
             assert grad.norm() < 1e-6 and parameter.grad.norm() < 1e-6
             continue
@@ -132,7 +132,7 @@ def test_weights_saved_by_transformers_are_loaded_bitwise(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     ours = random_model(SHAPES["tied head, an odd width"])
     theirs_of(ours, tmp_path).save_pretrained(tmp_path / "again")
-    back = from_hf(safetensors.load_file(tmp_path / "again" / "model.safetensors"), ours.size)
+    back = from_hf(safetensors.load_file(tmp_path / "again" / "model.safetensors"), ours.shape)
     assert back.keys() == ours.state_dict().keys()
     assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
 
@@ -184,7 +184,7 @@ def test_a_trained_model_is_exported_opened_and_imported_again(tiny, kind, capsy
     back = config.recipe.model.build(vocab_size=257, sequence_length=24)
     with Weights(imported) as weights:
         copy_weights(back, weights)
-    assert back.shape == replace(ours.size, head_dim=back.shape.head_dim)
+    assert back.shape == replace(ours.shape, head_dim=back.shape.head_dim)
     assert all(torch.equal(back.state_dict()[name], weight) for name, weight in ours.state_dict().items())
     assert check_initial_weights(ours, imported) == []
 

@@ -85,7 +85,7 @@ def test_every_weight_is_bitwise_in_one_file_or_many(tiny):
         output = export(tiny, *arguments)
         assert len(list(output.glob("*.safetensors"))) == files
         with Weights(output) as weights:
-            back = from_hf({name: weights.read(name) for name in weights.specs}, ours.size)
+            back = from_hf({name: weights.read(name) for name in weights.specs}, ours.shape)
         assert back.keys() == ours.state_dict().keys()
         assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
         theirs = transformers.AutoModelForCausalLM.from_pretrained(output, local_files_only=True)
