@@ -33,7 +33,7 @@ def test_each_failure_is_reported_once_and_the_last_ends_all_processes(tiny):
     assert said.count("ArithmeticError: sabotage") == 1
     assert said.index("ArithmeticError: sabotage") > said.index("rank 1 (process")
     assert said.count("was killed by SIGKILL") == 1
-    assert said.count("starting all processes again") == 1
+    assert said.count("restarting all processes") == 1
     assert "torch.distributed.elastic" not in said, "the launcher's own words, not the agent's"
     for number in re.findall(r"\(process (\d+)\)", said):
         with pytest.raises(ProcessLookupError):

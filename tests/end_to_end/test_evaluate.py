@@ -119,7 +119,7 @@ def test_the_result_of_a_broken_model_is_still_json(tmp_path):
     keys = Evaluation(checkpoint=tmp_path, method="documents", output=output, table=table)
     rows = [LossTotals(math.nan, 3, 2), LossTotals(1.0, 1, 0)]
     about = {"checkpoint": "broken", "data": "text"}
-    Evaluate(evaluation=keys).report({**about, **metrics_of(rows[0])}, rows)
+    Evaluate(evaluation=keys).write_report({**about, **metrics_of(rows[0])}, rows)
     written = [output.read_text(), *table.read_text().splitlines()]
     found = [json.loads(text, parse_constant=pytest.fail) for text in written]
     assert [row["loss"] for row in found] == [None, None, 1.0]
@@ -145,7 +145,7 @@ def test_mistakes_are_reported_in_one_message(evaluated, capsys):
 
     for dry in ([], ["--dry-run"]):
         assert "is not a directory" in refused("--evaluation.checkpoint=nowhere", *dry)
-        assert 'takes method = "documents"' in refused("--evaluation.stride=3", *dry)
+        assert 'only valid with method = "documents"' in refused("--evaluation.stride=3", *dry)
         long = refused("--evaluation.method=documents", "--evaluation.stride=25", *dry)
         assert "evaluation.stride" in long and "more than sequence_length = 24" in long
         assert "max_sequence_length: 2048 is below" in refused("--evaluation.sequence_length=4096", *dry)

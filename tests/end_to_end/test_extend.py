@@ -63,7 +63,7 @@ def test_a_cosine_that_is_extended_had_another_learning_rate_from_its_warm_up_on
     assert short.launch(*cosine, SHORT) == 0
     capsys.readouterr()
     assert short.launch(*cosine, LONG, "--resume") == 0
-    assert "from 192 tokens on" in " ".join(capsys.readouterr().out.split())
+    assert "the steps after 192 tokens used a different learning rate" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_stable_phase_is_decayed_at_three_lengths_and_trained_once(new_tiny, tmp_path, capsys):

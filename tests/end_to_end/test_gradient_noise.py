@@ -37,7 +37,7 @@ def test_measuring_less_often_or_never_changes_nothing_else(tiny):
         measured = (sometimes["step"] - 1) % 3 == 0
         assert all((sometimes[key] is not None) == measured for key in KEYS)
         if measured:
-            assert sometimes["grad_cov_trace"] == always["gradient_noise"]
+            assert sometimes["grad_cov_trace"] == always["grad_cov_trace"]
 
 
 def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(tiny):

@@ -64,12 +64,12 @@ def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
     (exported / "model.safetensors.index.json").write_text("of a save before")
     assert again(tiny, "continued", exported, *STANDSTILL, "--model.rope_theta=500000.0") == 0
     said = (tiny.folder / "continued" / "log.txt").read_text()
-    assert "run.init_from: rope_theta = 10000.0 there, 500000.0 in [model]" in said
-    assert "model.safetensors is read, and model.safetensors.index.json beside it" in said
+    assert "run.init_from: rope_theta = 10000.0 in config.json, 500000.0 in [model]" in said
+    assert "model.safetensors.index.json exist, and only the first is read" in said
     assert again(tiny, "planned", exported, "--model.rope_theta=500000.0", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "rope_theta = 10000.0 there, 500000.0 in [model]" in out
-    assert "model.safetensors.index.json beside it" in out
+    assert "rope_theta = 10000.0 in config.json, 500000.0 in [model]" in out
+    assert "model.safetensors.index.json exist, and only the first is read" in out
     (tiny.directory / "config.json").write_bytes((exported / "config.json").read_bytes())
     with pytest.raises(ValueError, match="holds both a Hugging Face model and checkpoints"):
         load_pretrained(tiny.directory)
@@ -121,4 +121,4 @@ def test_damaged_and_missing_weights_are_reported_without_a_traceback(tiny, expo
     file.rename(exported / "pytorch_model.bin")
     assert "tools.import_hf" in refused(exported)
     (exported / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "known are LlamaForCausalLM" in refused(exported)
+    assert "supported are LlamaForCausalLM" in refused(exported)

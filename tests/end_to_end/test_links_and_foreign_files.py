@@ -36,7 +36,7 @@ def test_a_run_behind_links_is_resumed_killed_and_started_again_and_loses_nothin
     elsewhere = link_everything(tiny, "checkpoints", "metrics.jsonl", "log.txt", "config.toml")
     status, said = finish(start(tiny, "--resume", sabotage={0: "kill:0:6"}, NPROC="1", MAX_RESTARTS="1"))
     assert status == 0, said
-    assert "was killed by SIGKILL" in said and "starting all processes again" in said
+    assert "was killed by SIGKILL" in said and "restarting all processes" in said
     assert said.count("resumed from") == 2, "by --resume, and by the restart"
     assert saved(elsewhere / "checkpoints") == steps(tiny) == list(range(1, 9))
     assert (tiny.directory / "checkpoints").is_symlink()

@@ -69,7 +69,7 @@ def test_before_a_run_is_ready_sigusr1_does_nothing(tiny, monkeypatch) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     try:
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
-        monkeypatch.setattr(cli, "run", lambda arguments: os.kill(os.getpid(), signal.SIGUSR1) or 0)
+        monkeypatch.setattr(cli, "run_command", lambda arguments: os.kill(os.getpid(), signal.SIGUSR1) or 0)
         assert cli.main([]) == 0
     finally:
         signal.signal(signal.SIGUSR1, before)

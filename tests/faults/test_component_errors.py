@@ -50,11 +50,11 @@ SECTIONS = {
 AT_THE_START = [
     ("tokenizer", METHOD, "build"), ("tokenizer", BUILT, "vocab_size"), ("tokenizer", BUILT, "fingerprint"),
     ("data", METHOD, "build"), ("data", BUILT, "__len__"), ("data", BUILT, "fingerprint"),
-    ("validation.data", METHOD, "build"), ("validation", METHOD, "open"),
+    ("validation.data", METHOD, "build"), ("validation", METHOD, "build"),
     ("model", METHOD, "build"), ("model", BUILT, "init_weights"), ("model", BUILT, "flops_per_token"),
     ("optimizer", METHOD, "build"),
     ("batch", METHOD, "build"), ("gradient_noise", METHOD, "build"), ("guard", METHOD, "build"),
-    ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "sizes"),
+    ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "mesh_shape"),
     ("parallel", METHOD, "build"),
 ]  # fmt: skip
 IN_THE_LOOP = [("batch", "next_batch_size"), ("batch", "measures_noise"), ("batch", "observe"), ("lr_schedule", "lr")]

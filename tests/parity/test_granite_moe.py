@@ -196,7 +196,7 @@ def test_another_top_k_or_other_multipliers_are_warned_of(tmp_path):
     for other, key in ((replace(size, top_k=3), "top_k"), (replace(size, mup=replace(MUP, base_width=96)), "mup")):
         (warning,) = check_initial_weights(Decoder(other, V), tmp_path)
         assert warning.startswith(f"{key} = ")
-    with pytest.raises(ValueError, match=r"holds a GraniteMoeForCausalLM, and \[model\] is a GraniteForCausalLM"):
+    with pytest.raises(ValueError, match=r"holds a GraniteMoeForCausalLM, but \[model\] is a GraniteForCausalLM"):
         check_initial_weights(Decoder(replace(size, experts=0), V), tmp_path)
     with pytest.raises(ValueError, match=r"has experts = 6; \[model\] has experts = 7"):
         check_initial_weights(Decoder(replace(size, experts=7), V), tmp_path)

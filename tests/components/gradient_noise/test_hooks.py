@@ -64,5 +64,5 @@ def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
         setattr(model, name, nn.Parameter(getattr(model, name).detach()))
     hooks.start(measure=True)
     model(torch.ones(2, 3)).sum().backward()
-    with pytest.raises(RuntimeError, match=f"{len(replaced)} of 2 gradients .* replace its parameters"):
+    with pytest.raises(RuntimeError, match=f"{len(replaced)} of 2 gradients .* replaces its parameters"):
         finish(hooks, model)
