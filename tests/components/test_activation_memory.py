@@ -67,7 +67,7 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
     """The partitioner is the one torch.compile uses before it makes kernels, so no compiler is needed."""
     torch._dynamo.reset()
     block = Block(size).to(torch.bfloat16)
-    compiled = torch.compile(block, backend="aot_eager_decomp_partition")
+    compiled = torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)  # whatever was compiled before
     rope = rope_table(LENGTH, torch.tensor(rope_frequencies(size.head_width, size.rope_theta)))
     x = torch.randn(BATCH, LENGTH, size.dim, dtype=torch.bfloat16, requires_grad=True)
     parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
