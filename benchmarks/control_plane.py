@@ -140,7 +140,7 @@ def measure_plans(model: str, ranks: int) -> str:
     first = seconds(lambda: plans.planner().create_global_plan(all_plans))
     unchanged = [SavePlan([], usable=False)] * ranks
     again = seconds(lambda: plans.planner().create_global_plan(unchanged))
-    plans.forget()
+    plans.clear()
     return f"| {model} | {ranks:,} | {old:.1f} s | {first:.1f} s | {again:.3f} s |"
 
 

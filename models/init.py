@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 
@@ -191,15 +191,3 @@ def _table() -> np.ndarray:
     table[1, first:] = (4 * middle - 3 * begin - end) / edge
     table[2, first:] = (2 * begin - 4 * middle + 2 * end) / edge**2
     return table
-
-
-def materialize(model: nn.Module, device: torch.device) -> None:
-    """Allocate `model` on `device`, uninitialized, and keep shared parameters shared, which `to_empty` does not."""
-    uses: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            uses.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device=device)
-    for (owner, own_name), *others in uses.values():
-        for module, name in others:
-            module.register_parameter(name, owner.get_parameter(own_name))

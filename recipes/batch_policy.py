@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from components.batch import BatchPolicy, BatchRounding, Progress, complete_policy
+from components.batch import AdaptivePolicy, BatchPolicy, BatchRounding, Progress, complete_policy
 from components.errors import InputError
 from recipes.interfaces import complete_schedule
 
@@ -39,7 +39,7 @@ def require_measurable_noise(policy: BatchPolicy, rounding: BatchRounding, progr
     batch = rounding.round_up(policy.next_batch_size(progress))
     if not rounding.can_measure_noise(batch):
         raise InputError(
-            "initial_size",
+            "initial_size" if isinstance(policy, AdaptivePolicy) else "",
             f"a step of {batch.samples} samples is one micro-batch, and gradient noise needs at least 2 per step, so "
             "the batch could never change; use "
             f"{2 * rounding.samples_per_micro_step} or lower training.micro_batch_size",

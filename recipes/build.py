@@ -32,14 +32,13 @@ from components.profiler import Profiler
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
-from models.init import materialize
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import config_errors_at
 from recipes.hooks import Hook, HookContext, complete_hook
 from recipes.model_setup import build_model, enable_document_masking
-from recipes.parallelize import parallelize
+from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
 from recipes.run_setup import Environment
 from recipes.training_state import DataIdentity, TrainingState
@@ -53,14 +52,6 @@ def build_policy(config: Config) -> BatchPolicy:
         return build_batch_policy(config.recipe)
 
 
-def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims, BatchRounding]:
-    """Build the mesh of the processes, and the rule that rounds batches up to it."""
-    recipe = config.recipe
-    with config_errors_at(config, "parallel"):
-        mesh = recipe.parallel.build(world)
-    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.dp.size)
-
-
 def build_hooks(config: Config) -> dict[str, Hook]:
     """Return the hooks of [hooks] by name, in the order of the recipe."""
     hooks = {}
@@ -68,6 +59,14 @@ def build_hooks(config: Config) -> dict[str, Hook]:
         with config_errors_at(config, f"hooks.{name}"):
             hooks[name] = complete_hook(hook)
     return hooks
+
+
+def build_mesh(config: Config, world: DistributedContext) -> tuple[ParallelDims, BatchRounding]:
+    """Build the mesh of the processes, and the rule that rounds batches up to it."""
+    recipe = config.recipe
+    with config_errors_at(config, "parallel"):
+        mesh = recipe.parallel.build(world)
+    return mesh, BatchRounding(recipe.training.micro_batch_size, mesh.dp.size)
 
 
 @dataclass(frozen=True)

@@ -50,17 +50,20 @@ def raised_in(section: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not hasattr(error, "section"):
-            error.section = section  # type: ignore[attr-defined]
+        if not hasattr(error, "config_section"):
+            error.config_section = section  # type: ignore[attr-defined]
         raise
 
 
 def failing_component(config: Config, error: BaseException) -> str | None:
-    """Return the path of the innermost component with a method on the traceback of `error`; None if there is none."""
+    """Return the path of the innermost component with a method on the traceback of `error`.
+
+    Without one, return the section that `raised_in` marked; None if there is no mark either.
+    """
     known = {id(component): path for path, component in config.components()}
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     found = [path for frame in frames if (path := known.get(id(frame.f_locals.get("self"))))]
-    return found[-1] if found else getattr(error, "section", None)
+    return found[-1] if found else getattr(error, "config_section", None)
 
 
 def _cache_at_fault(config: Config, path: str, error: Exception) -> str | None:

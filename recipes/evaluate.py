@@ -25,12 +25,11 @@ from components.metrics.jsonl import json_object
 from components.precision import Precision, WorkingWeights
 from components.units import PositiveCount
 from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
-from models.init import materialize
 from recipes.config import Config
 from recipes.errors import call_on_all_ranks, config_errors_at
 from recipes.interfaces import HasParallelPlan, TokenizerConfig
 from recipes.model_setup import enable_document_masking, require_document_masking
-from recipes.parallelize import parallelize
+from recipes.parallelize import materialize, parallelize
 from recipes.pretrained import PretrainedModel, load_pretrained
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume

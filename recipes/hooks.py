@@ -50,14 +50,18 @@ class Hook:
     def on_gradients_ready(self, context: HookContext) -> None:
         """Called after the gradients of a step are reduced and clipped, before the optimizer update.
 
-        On a GPU the work may still be queued. Not called for a step that is skipped as bad.
+        Not called for a step that is skipped as bad. On a GPU the work may still be queued, so that it is also called
+        for a step whose gradients are not finite; the device then skips the update.
         """
 
     def on_step_end(self, context: HookContext) -> None:
         """Called after a step, before a checkpoint or validation that is due at it."""
 
     def on_run_end(self, context: HookContext) -> None:
-        """Called when the run ends or is stopped, after the last checkpoint and validation."""
+        """Called when the run ends or is stopped, after the last checkpoint and validation.
+
+        Not called after an error, nor if no step was left to train.
+        """
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the state to save in every checkpoint, as JSON values."""

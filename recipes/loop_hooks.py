@@ -112,7 +112,8 @@ class Validate(Hook):
         if context.rank or not (context.clock.done or is_due(self._interval_steps, context.clock)):
             return False
         rows = last_rows(self.metrics)
-        return bool(rows) and rows[-1]["step"] == context.clock.step and not any("val_loss" in row for row in rows)
+        trained = any("loss" in row and row["step"] == context.clock.step for row in rows)
+        return trained and not any("val_loss" in row for row in rows)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Parallelize a model that is still on the meta device."""
+"""Parallelize a model on the meta device, and allocate it."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def parallelize(
                 module.compile()
     if mesh.fsdp is not None:
         fsdp.apply_fsdp(model, plan.fsdp_groups if plan is not None else [], mesh.fsdp, compute_dtype)
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Allocate `model` on `device`, uninitialized, and keep shared parameters shared, which `to_empty` does not."""
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            uses.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for (owner, own_name), *others in uses.values():
+        for module, name in others:
+            module.register_parameter(name, owner.get_parameter(own_name))

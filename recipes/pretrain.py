@@ -134,7 +134,7 @@ class Trainer:
     """Builds the parts of a run in order, and runs the training loop."""
 
     def __init__(self, config: Config, resume: Resume | None, cleanup: ExitStack) -> None:
-        """Raises ConfigError at the section that is at fault, before anything of an old run is removed."""
+        """Raises ConfigError at the section that is at fault. An old run is removed only by `start.commit()`."""
         recipe: Pretrain = config.recipe
         self.config, self.recipe = config, recipe
         environment = build_environment(config, resume, cleanup)

@@ -33,6 +33,7 @@ RULES: dict[str, Rule] = {
     "lr_schedule": "warn",
     "batch": "warn",
     "gradient_noise": "warn",
+    "hooks": "warn",
     "run.seed": "warn",
     "training.max_grad_norm": "warn",
     "training.precision": "warn",

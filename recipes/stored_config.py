@@ -29,7 +29,7 @@ def load_stored_config(
     path = checkpoint / "config.toml"
     if not trust_code:
         leaves = trusted_config.leaves if trusted_config is not None else {}
-        known = [leaf.value for key, leaf in leaves.items() if _names_untrusted_code(key)]
+        known = [leaf.value for key, leaf in leaves.items() if _names_code(key)]
         places = leaves["import_paths"].value if "import_paths" in leaves else []
         _require_trusted(path, {override.path for override in overrides}, known, places, remedy)
     return load(path, overrides, own_code=trust_code)
@@ -45,7 +45,7 @@ def _require_trusted(
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():
-        if _names_untrusted_code(key) and key not in overridden and value not in known and not _is_project_class(value):
+        if _names_code(key) and key not in overridden and value not in known and not _is_project_class(value):
             raise ValueError(
                 f"{path} names code that is not part of this project, {key} = {value!r}, which would be run; if you "
                 f"trust its source, {remedy}"
@@ -57,7 +57,7 @@ def _require_trusted(
             )
 
 
-def _names_untrusted_code(key: str) -> bool:
+def _names_code(key: str) -> bool:
     return key == "recipe" or key.rpartition(".")[2] == "use"
 
 

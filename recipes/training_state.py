@@ -16,6 +16,7 @@ from components.checkpoint import StateTensors, read_state
 from components.clock import TrainingClock
 from components.gradient_noise import GradientNoise, NoiseEstimator
 from components.guard import StepGuard
+from recipes.errors import raised_in
 from recipes.hooks import Hook
 
 log = logging.getLogger("powertrain")
@@ -47,13 +48,14 @@ class _State(BaseModel):
     clock: _Clock
     batch: dict[str, Any]
     loader: _Loader
+    hooks: dict[str, dict[str, Any]]
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
-    tokenizer: str | None = None
-    """Fingerprint of the tokenizer; older checkpoints have none."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """Return `state.json` of a checkpoint. Raises ValueError if it is missing, damaged or too new."""
+    """Return `state.json` of a checkpoint. Raises ValueError if it is missing, damaged or of another format."""
     state = read_state(checkpoint)
     try:
         _State.model_validate(state)
@@ -103,7 +105,7 @@ class TrainingState:
             "gradient_noise": self.noise.state_dict(),
             "observations": [[after.state_dict(), noise and noise.state_dict()] for after, noise in self.observations],
             "guard": self.guard.state_dict(),
-            "hooks": {name: dict(state) for name, hook in self.hooks.items() if (state := hook.state_dict())},
+            "hooks": {name: dict(hook.state_dict()) for name, hook in self.hooks.items()},
             "loader": {"epoch_length": data.epoch_length, "content": data.content},
             "vocab_size": data.vocab_size,
             "tokenizer": data.tokenizer,
@@ -111,20 +113,26 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any], *, clock: bool = True) -> None:
         """Restore what `state_dict` returned; without `clock`, except the clock."""
+        self._load_parts(state, clock=clock)
+        self._load_hooks(state["hooks"])
+
+    def _load_parts(self, state: dict[str, Any], *, clock: bool) -> None:
         if clock:
             self.clock.load_state_dict(state["clock"])
         self.policy.load_state_dict(state["batch"])
-        for name, part in (("gradient_noise", self.noise), ("guard", self.guard)):
-            if name in state:  # older checkpoints do not have them
-                part.load_state_dict(state[name])
-        for name, hook in self.hooks.items():
-            if name in state.get("hooks", {}):
-                hook.load_state_dict(state["hooks"][name])
+        self.noise.load_state_dict(state["gradient_noise"])
+        self.guard.load_state_dict(state["guard"])
         self.observations.clear()
-        for progress, noise in state.get("observations", []):
+        for progress, noise in state["observations"]:
             after = replace(self.clock)
             after.load_state_dict(progress)
             self.observations.append((after, noise and GradientNoise.from_state_dict(noise)))
+
+    def _load_hooks(self, states: dict[str, Any]) -> None:
+        for name, hook in self.hooks.items():
+            if name in states:  # else it is new in the recipe
+                with raised_in(f"hooks.{name}"):
+                    hook.load_state_dict(states[name])
 
     def restore(self, checkpoint: Path) -> None:
         """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer."""
@@ -133,14 +141,13 @@ class TrainingState:
             raise ValueError(
                 f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {data.vocab_size}"
             )
-        if state.get("tokenizer") not in (None, data.tokenizer):
+        if state["tokenizer"] != data.tokenizer:
             raise ValueError(
                 f"{checkpoint} was trained with a different tokenizer of {data.vocab_size} ids: "
                 f"{state['tokenizer']}, not {data.tokenizer}"
             )
         self.tensors.restore(checkpoint)
-        self.clock.load_state_dict(state["clock"])
-        self._load(checkpoint, state)
+        self._load(checkpoint, state, clock=True)
         before = state["loader"].get("content")
         if state["loader"]["epoch_length"] != data.epoch_length:
             log.warning(
@@ -155,12 +162,13 @@ class TrainingState:
         """Restore `checkpoint` except the clock, so that training continues with the samples after the bad step."""
         consecutive = self.guard.consecutive
         self.tensors.restore(checkpoint)
-        self._load(checkpoint, read_run_state(checkpoint))
+        self._load(checkpoint, read_run_state(checkpoint), clock=False)
         self.guard.consecutive = consecutive
 
-    def _load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Load everything except tensors and clock. Raises ValueError that names `checkpoint`."""
+    def _load(self, checkpoint: Path, state: dict[str, Any], *, clock: bool) -> None:
+        """Load everything except tensors. Raises ValueError that names `checkpoint`; an error of a hook is its own."""
         try:
-            self.load_state_dict(state, clock=False)
+            self._load_parts(state, clock=clock)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{checkpoint} is damaged: state.json: {type(error).__name__} {error}") from None
+        self._load_hooks(state["hooks"])

@@ -24,8 +24,8 @@ from components import precision
 from components.generation import Sampling, generate_tokens, uniform_numbers
 from components.standard_streams import run_command
 from components.tokenizers.detokenizer import IncrementalDetokenizer
-from models.init import materialize
 from recipes.config import ConfigError
+from recipes.parallelize import materialize
 from recipes.pretrained import load_pretrained
 
 

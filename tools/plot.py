@@ -45,7 +45,7 @@ PANELS = {
     "grad_norm": "gradient norm",
 }
 SMOOTHING = 50
-"""The running mean of the loss is over this fraction of the run: one step in fifty."""
+"""The running mean of the loss is over one part in this many of the steps."""
 MAX_POINTS = 2000
 """Points of a curve, in addition to every change of the batch: a long run has more steps than a figure has dots."""
 

@@ -16,8 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from components.data import HuggingFaceDataset, Mixture, StandardLibrary, TextFiles
+from components.atomic_files import atomic_write
+from components.data import HuggingFaceDataset, StandardLibrary, TextFiles
 from components.data.document import ReadStats, to_utf8
+from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
@@ -64,9 +66,9 @@ def text_sources(paths: Sequence[str] | None, recipe: Path | None, text_key: str
     """Yield the text sources of the command line. Raises ConfigError or ValueError."""
     if recipe is not None:
         data = load(recipe, []).recipe.data
-        for name, source in (data.sources if isinstance(data, Mixture) else {"[data]": data}).items():
+        for section, source in sources_in("data", data).items():
             if not isinstance(source, TextSource):
-                raise ValueError(f"--recipe {recipe}: {name} is not a text source")
+                raise ValueError(f"--recipe {recipe}: [{section}] is not a text source")
             yield source
         return
     files = [Path(path) for path in paths or () if not path.startswith("hf://")]
@@ -106,11 +108,8 @@ def train_ranks(corpus: Sequence[TextSource], *, vocab_size: int, pattern: str) 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     """Write a tiktoken rank file: a line `base64(token) rank` for each token, by rank."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            file.write(base64.b64encode(token) + b" %d\n" % rank)
-    temporary.replace(path)
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    atomic_write(path, "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in in_order))
 
 
 def verify_equal_encodings(path: Path, json_path: Path, corpus: Sequence[TextSource], pattern: str) -> str:

@@ -168,7 +168,10 @@ class AdaptivePolicy(BatchPolicy):
         return {"samples": self._size, "changed_at": self._changed_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept another policy's state (absent fields are kept) and clamp the size to the current bounds."""
+        """Restore the state, also that of another policy, and clamp the size to the current bounds.
+
+        Without `samples` the size is kept; without `changed_at` no change is remembered.
+        """
         self._size = self.config.bounded(int(state.get("samples", self._size)))
         changed_at = state.get("changed_at")
         self._changed_at = None if changed_at is None else int(changed_at)

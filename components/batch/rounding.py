@@ -33,6 +33,9 @@ class BatchRounding:
         """Samples of one micro-batch on every data-parallel rank: every batch size is a multiple of it."""
         return self.micro_batch_size * self.dp_size
 
+    def __str__(self) -> str:
+        return f"{self.samples_per_micro_step} = {self.dp_size} ranks x {self.micro_batch_size} a micro-batch"
+
     def round_up(self, requested: int) -> StepBatch:
         """Return the batch of `requested` samples, rounded up to a multiple of `samples_per_micro_step`."""
         if requested < 1:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from components.checkpoint.tensor_index import TensorIndex
 
-FORMAT = 2
-"""Version of the checkpoint layout; newer ones are refused. Since version 2, a checkpoint has a manifest."""
+FORMAT = 3
+"""Version of the checkpoint layout and of the names in its state.json and config.toml; others are refused."""
 
 NO_DIST_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
 _LARGEST_STATE = 2**26
@@ -39,7 +39,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return `state.json` of a checkpoint. Raises DamagedError if it is unreadable, ValueError for a newer format."""
+    """Return `state.json` of a checkpoint. Raises DamagedError if it is unreadable, ValueError for another format."""
     path = checkpoint / "state.json"
     try:
         if (size := path.stat().st_size) > _LARGEST_STATE:
@@ -51,9 +51,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise DamagedError(f"{checkpoint} is damaged: state.json: {error}") from None
     if not isinstance(state, dict) or type(state.get("format")) is not int:
         raise DamagedError(f"{checkpoint} is damaged: state.json has no format number")
-    if state["format"] > FORMAT:
+    if state["format"] != FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {state['format']}; this version reads up to {FORMAT}: update Powertrain"
+            f"{checkpoint} has format {state['format']} and this version reads format {FORMAT}; use the version of "
+            "Powertrain that wrote it"
         )
     return state
 

@@ -68,13 +68,10 @@ def run_of(checkpoint: Path) -> str | None:
 def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     """Check every file of `checkpoint` against its manifest; each of several `ranks` hashes a part of the files.
 
-    Raises DamagedError, or ValueError for a newer format. Checkpoints of format 1 have no manifest; only their
-    state.json is checked.
+    Raises DamagedError, or ValueError for another format.
     """
-    state = read_state(checkpoint)
+    read_state(checkpoint)
     path = checkpoint / MANIFEST
-    if state["format"] == 1 and not path.exists():
-        return
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes; at most {_LARGEST_BYTES:,} are accepted")

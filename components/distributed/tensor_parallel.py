@@ -29,11 +29,20 @@ SEQUENCE = Shard(1)
 """Placement of (B, T, D), sharded along T."""
 
 
-class VocabShard:
-    """The rows of the vocabulary that this rank holds, and the reductions that a softmax over all rows needs."""
+class TensorParallelReducer:
+    """Reductions over the TP ranks, which hold the other shards of the sequence or of the vocabulary."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the TP ranks, in place, and return it."""
+        dist.all_reduce(tensor, group=self.mesh.get_group())
+        return tensor
+
+
+class VocabShard(TensorParallelReducer):
+    """The rows of the vocabulary that this rank holds, and the reductions that a softmax over all rows needs."""
 
     def local(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int]:
         """Return `x` as a plain tensor, this rank's rows of `weight`, and the index of the first of them.
@@ -50,11 +59,6 @@ class VocabShard:
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """Take the element-wise maximum over the TP ranks, in place, and return it."""
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.mesh.get_group())
-        return tensor
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the TP ranks, in place, and return it."""
-        dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
 
 
@@ -95,23 +99,11 @@ class ReplicatedParams(ParallelStyle):
         return module
 
 
-class SequenceReducer:
-    """Reductions over the ranks that hold the other shards of the sequence."""
-
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh = mesh
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the TP ranks, in place, and return it."""
-        dist.all_reduce(tensor, group=self.mesh.get_group())
-        return tensor
-
-
 class SequenceAllReduce(ParallelStyle):
     """Give a module without parameters a `sequence_reduce`, to sum its statistics over the tokens of all TP ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.sequence_reduce = SequenceReducer(device_mesh)  # type: ignore[assignment]
+        module.sequence_reduce = TensorParallelReducer(device_mesh)  # type: ignore[assignment]
         return module
 
 

@@ -79,7 +79,7 @@ class ConsoleLogger:
         if "loss" not in row:  # a row of a hook
             return
         self._steps.append(row)
-        mean = format_tokens_per_second(self._steps)
+        mean = mean_tokens_per_second(self._steps)
         mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
         row = {**row, "tokens_per_second": mean, "mfu": mfu}
         eta = seconds_left(row, self.total_tokens)
@@ -98,7 +98,7 @@ class ConsoleLogger:
             self._bar.stop()
 
 
-def format_tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:
+def mean_tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the mean tokens per second of `rows`: a single step may have been slowed by a disk or another program."""
     seconds = sum(row["step_seconds"] for row in rows)
     return sum(row["tokens_per_second"] * row["step_seconds"] for row in rows) / seconds if seconds else 0.0

@@ -124,9 +124,8 @@ def _eager(plan: RunPlan) -> Iterator[Finding]:
 def _batch(plan: RunPlan) -> Iterator[Finding]:
     rounding, policy = plan.batch_rounding, plan.policy
     for requested, samples in list(plan.schedule.rounded_batches.items())[:3]:
-        unit = f"{rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
         level: Level = "warning" if samples > 1.1 * requested else "note"
-        yield Finding(level, "batch", f"{requested} samples become {samples}: a multiple of {unit}")
+        yield Finding(level, "batch", f"{requested} samples become {samples}: a multiple of {rounding}")
     if policy.is_adaptive:
         yield from _adaptive_batch(plan, policy)
     largest = plan.schedule.largest_batch if policy.max_size is None else rounding.round_up(policy.max_size).samples
@@ -135,7 +134,7 @@ def _batch(plan: RunPlan) -> Iterator[Finding]:
         message = (
             f"the data has about {epoch:,} sequences, so a step of {largest:,} would use some of them more than once"
         )
-        yield Finding("warning", "batch.max_size" if policy.is_adaptive else "batch", message)
+        yield Finding("warning", "batch" if policy.max_size is None else _batch_key(plan, "max_size"), message)
 
 
 def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
@@ -147,12 +146,12 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
     remedy = f"use {2 * rounding.samples_per_micro_step} or a smaller micro-batch"
     if not measurable[initial]:  # the run refuses it
         message = "gradient noise needs at least 2 micro-batches per step, so the batch could never change"
-        yield Finding("error", "batch.initial_size", f"{message}; {remedy}")
+        yield Finding("error", _batch_key(plan, "initial_size"), f"{message}; {remedy}")
     elif not measurable[smallest]:
         message = (
             "gradient noise needs at least 2 micro-batches per step, so the batch could never grow again from here"
         )
-        yield Finding("warning", "batch.min_size", f"{message}; {remedy}")
+        yield Finding("warning", _batch_key(plan, "min_size"), f"{message}; {remedy}")
     name = type(plan.recipe.batch).__name__
     most = -(-training.total_tokens // (rounding.round_up(smallest).samples * training.sequence_length))
     if (maximum := policy.max_size) is None:
@@ -160,16 +159,22 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
             "note", "batch", f"the measurements of {name} are not known: up to {most:,} steps, depending on its batch"
         )
         return
-    unit = f"{rounding.samples_per_micro_step} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
     largest = rounding.round_up(maximum).samples
     if largest != maximum:
-        yield Finding("warning", "batch.max_size", f"{maximum} samples become {largest}: a multiple of {unit}")
+        yield Finding(
+            "warning", _batch_key(plan, "max_size"), f"{maximum} samples become {largest}: a multiple of {rounding}"
+        )
     elif policy.multiple_of % rounding.samples_per_micro_step:
-        message = f"{policy.multiple_of} is not a multiple of {unit}, to which sizes will be rounded up"
-        yield Finding("note", "batch.multiple_of", message)
+        message = f"{policy.multiple_of} is not a multiple of {rounding}, to which sizes will be rounded up"
+        yield Finding("note", _batch_key(plan, "multiple_of"), message)
     fewest = -(-training.total_tokens // (largest * training.sequence_length))
     message = f"the measurements of {name} are not known: {fewest:,} to {most:,} steps, depending on its batch"
     yield Finding("note", "batch", message)
+
+
+def _batch_key(plan: RunPlan, name: str) -> str:
+    """Return the key `name` of [batch], or the section for a batch policy without such a key."""
+    return f"batch.{name}" if hasattr(plan.recipe.batch, name) else "batch"
 
 
 def _schedule(plan: RunPlan) -> Iterator[Finding]:

@@ -55,7 +55,6 @@ def _run(plan: RunPlan) -> Iterator[str]:
     numels = [(parameter.numel(), parameter.ndim) for parameter in plan.model.parameters()]
     parameters, matrices = sum(n for n, _ in numels), sum(n for n, ndim in numels if ndim > 1)
     replicas, shards, tp = plan.mesh_shape
-    unit = f"{rounding.samples_per_micro_step} = {rounding.dp_size} ranks x {rounding.micro_batch_size} a micro-batch"
     yield f"run            {recipe.run.directory}"
     yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
     experts = sum(n for n, ndim in numels if ndim == 3)
@@ -64,7 +63,7 @@ def _run(plan: RunPlan) -> Iterator[str]:
         yield f"experts        {experts:,} of the parameters; one token uses {active():,} in the layers"
     world_size = plan.mesh_shape.world_size
     yield f"processes      {world_size} = {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp)"
-    yield f"batch          multiples of {unit}"
+    yield f"batch          multiples of {rounding}"
     yield (
         f"length         {format_count(schedule.tokens)} tokens = {schedule.samples:,} samples of {length:,}, "
         f"in {schedule.num_steps:,} steps; mean batch {schedule.mean_batch:,.0f}"

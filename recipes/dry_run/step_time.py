@@ -29,7 +29,7 @@ LAUNCH_SECONDS = {
     "dense": {"none": 1.5e-3, "full": 3.7e-3, "selective": 8.7e-3, "compiled": 0.85e-3},
     "experts": {"none": 4.0e-3, "full": 9.8e-3, "selective": 18e-3, "compiled": 2.1e-3},
     "tp": {"eager": 34e-3, "compiled": 12e-3},
-    "fsdp": {"reduce": 6.8e-3, "local": 2.5e-3},
+    "fsdp": {"every_micro_batch": 6.8e-3, "once_per_step": 2.5e-3},
 }
 """CPU seconds to launch forward and backward of a block, measured on a small two-core machine. Those of "tp" include
 FSDP2; those of "fsdp" are added to a block's own."""
@@ -154,7 +154,7 @@ def launch_seconds(plan: RunPlan, *, local: bool) -> float:
     else:
         block = costs[mode]
     if plan.mesh_shape.world_size > 1:
-        block += LAUNCH_SECONDS["fsdp"]["local" if local else "reduce"]
+        block += LAUNCH_SECONDS["fsdp"]["once_per_step" if local else "every_micro_batch"]
     return blocks * block / HOST_SPEEDUP
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -67,19 +66,6 @@ def test_the_batch_changes_and_a_run_resumed_amid_its_changes_goes_on_the_same(t
         assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
         assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
         shutil.rmtree(tiny.directory)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_checkpoint_of_before_noise_was_measured_is_continued(tiny):
-    policy = [*POLICIES["unbiased"], "--batch.delay_tokens=1K"]
-    assert tiny.launch(*policy, "--training.total_tokens=1K") == 0
-    state = max(tiny.directory.glob("checkpoints/*/state.json"))
-    old = json.loads(state.read_text())
-    del old["gradient_noise"]
-    state.write_text(json.dumps(old))
-    assert tiny.launch(*policy, "--resume") == 0
-    assert steps(tiny)[-1]["noise_scale"] is not None
-    assert steps(tiny)[-1]["global_batch_size"] > 4
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])

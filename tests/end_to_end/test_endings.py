@@ -27,7 +27,7 @@ ENDINGS = {
     "data: a bug": (None, "KeyError: 'text'"),
     "validation: cannot be read": (2, "[Errno 5] Input/output error: '/data/shard-7.bin'"),
     "validation: no such id": (2, "token id 70000 is outside the vocabulary of 257"),
-    "validation: another length": (2, "24 token ids"),
+    "validation: another length": (2, "the dataset returns samples of 24 token ids"),
     "validation: a bug": (2, "KeyError: 'text'"),
     "schedule: nan": (1, "step 4: [lr_schedule] Schedule returns the learning rate nan after 576 tokens"),
     "schedule: inf": (1, "[lr_schedule] Schedule returns the learning rate inf"),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from components.tokenizers.bytes import ByteEncoder
-from recipes.training_state import TrainingState
+from tests.checkpoints import rewrite_manifest
 
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"}
 
@@ -152,19 +152,22 @@ def test_a_run_resumed_by_another_name_of_its_place_is_continued_and_not_replace
 
 
 def test_a_tokenizer_of_other_content_is_refused(tiny, capsys, monkeypatch):
-    before_it_was_kept = tiny.folder / "old"
-    with monkeypatch.context() as patch:
-        whole = TrainingState.state_dict
-        without = lambda state: {key: value for key, value in whole(state).items() if key != "tokenizer"}  # noqa: E731
-        patch.setattr(TrainingState, "state_dict", without)
-        assert tiny.launch("--training.total_tokens=400", f"--run.dir={before_it_was_kept}") == 0
     assert tiny.launch("--training.total_tokens=400") == 0
     monkeypatch.setattr(ByteEncoder, "fingerprint", "bytes-of-another-order")
     assert tiny.launch("--resume", "--training.total_tokens=600") == 2
-    assert (
-        "trained with a different tokenizer of 257 ids: bytes-1, not bytes-of-another-order" in capsys.readouterr().err
-    )
-    assert tiny.launch("--resume", "--training.total_tokens=600", f"--run.dir={before_it_was_kept}") == 0
+    message = "trained with a different tokenizer of 257 ids: bytes-1, not bytes-of-another-order"
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_and_stays(tiny, capsys):
+    assert tiny.launch("--training.total_tokens=400") == 0
+    newest = max((tiny.directory / "checkpoints").iterdir())
+    state = newest / "state.json"
+    state.write_text(state.read_text().replace('"format": 3', '"format": 2'))
+    rewrite_manifest(newest)
+    assert tiny.launch("--resume", "--training.total_tokens=600") == 2
+    assert "has format 2 and this version reads format 3" in capsys.readouterr().err
+    assert newest.is_dir(), "it is not taken for a damaged one"
 
 
 def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, capsys):

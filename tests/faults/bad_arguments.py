@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "a gradient norm that is not a number": ("--training.max_grad_norm=nan", "training.max_grad_norm = nan"),
     "a precision there is not": ("--training.precision=fp4", 'expected one of "auto"'),
     "compile as a word": ("--training.compile=maybe", "or true or false"),
-    "an accumulation there is not": ("--training.grad_sync=never", "expected one of"),
+    "a grad_sync there is not": ("--training.grad_sync=never", "expected one of"),
     "recompute there is not": ("--training.activation_checkpoint=some", "training.activation_checkpoint"),
     "negative workers": ("--training.num_workers=-1", "training.num_workers = -1"),
     "a name with a slash": ("--run.name=a/b", "run.name"),

@@ -9,6 +9,8 @@ from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.checkpoints import rewrite_manifest
+
 Spoil = Callable[[Path], list[str]]
 """Changes the folder; returns the arguments."""
 
@@ -114,12 +116,11 @@ def checkpoint(change: Callable[[Path], object], *arguments: str) -> Spoil:
 
 
 def unsigned(change: Callable[[Path], object]) -> Spoil:
-    """As `checkpoint`, of the format that had no manifest: what was changed shows only when it is used."""
+    """As `checkpoint`, with a manifest that describes the change, which shows only when the file is used."""
 
     def both(path: Path) -> None:
-        state(format=1)(path)
-        (path / "manifest.json").unlink()
         change(path)
+        rewrite_manifest(path)
 
     return checkpoint(both)
 
@@ -231,11 +232,11 @@ AFTER_A_RUN: dict[str, tuple[Spoil, str]] = {
     ),
     "a newer format": (checkpoint(state(format=99)), "format 99"),
     "a checkpoint without state": (checkpoint(drop("state.json")), "state.json"),
-    "a state that is not JSON": (checkpoint(write("state.json", "{")), "is damaged"),
+    "a state that is not JSON": (checkpoint(write("state.json", "{")), "is damaged: state.json"),
     "a state that is a list": (checkpoint(write("state.json", "[]")), "is damaged"),
     "a state that was altered": (checkpoint(state(vocab_size=9)), "is damaged"),
     "tensors that are gone": (checkpoint(drop("*.distcp")), "is missing"),
-    "tensors that are cut": (checkpoint(cut("*.distcp")), "is damaged"),
+    "tensors that are cut": (checkpoint(cut("*.distcp")), "were written"),
     "a bit of the tensors": (checkpoint(flip("*.distcp")), "its SHA-256 differs"),
     "a bit of the metadata": (checkpoint(flip(".metadata")), "its SHA-256 differs"),
     "a configuration that was altered": (checkpoint(flip("config.toml")), "its SHA-256 differs"),
@@ -251,7 +252,7 @@ AFTER_A_RUN: dict[str, tuple[Spoil, str]] = {
     "an invalid batch": (unsigned(state(batch=3)), "batch"),
     "invalid noise": (unsigned(state(gradient_noise={"noise": 1})), "state.json"),
     "an invalid guard": (unsigned(state(guard={"mean": "x"})), "state.json"),
-    "metadata that is gone": (unsigned(drop(".metadata")), ".metadata is missing"),
+    "metadata that is gone": (unsigned(drop(".metadata")), "does not list .metadata"),
     "metadata that is cut": (unsigned(cut(".metadata")), "is not the metadata of a checkpoint"),
     "metadata that is text": (unsigned(write(".metadata", "hello")), "is not the metadata of a checkpoint"),
     "tensors that are cut, unsigned": (unsigned(cut("*.distcp")), "beyond the end"),

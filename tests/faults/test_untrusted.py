@@ -15,9 +15,9 @@ import torch
 from components.checkpoint import load_tensors, tensor_names
 from components.safetensors import PickledWeights
 from recipes import cli
-from recipes.config import ConfigError
 from recipes.resume import schedule_mismatch
 from recipes.stored_config import load_stored_config
+from tests.checkpoints import rewrite_manifest
 from tests.conftest import TinyRun
 from tools import export_hf, generate, import_hf
 
@@ -43,17 +43,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def untrusted(trained: Path, tmp_path: Path) -> TinyRun:
-    """A run directory that someone else sent, of the format that had no manifest: they would have made one to match."""
+    """A run directory that someone else sent."""
     folder = tmp_path / "untrusted"
     shutil.copytree(trained, folder)
     tiny = TinyRun.__new__(TinyRun)
     tiny.folder, tiny.recipe, tiny.directory = folder, folder / "tiny.toml", folder / "run"
-    newest, *others = sorted((tiny.directory / "checkpoints").iterdir(), reverse=True)
-    for other in others:
-        shutil.rmtree(other)
-    (newest / "manifest.json").unlink()
-    state = newest / "state.json"
-    state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    for older in sorted((tiny.directory / "checkpoints").iterdir())[:-1]:
+        shutil.rmtree(older)
     return tiny
 
 
@@ -63,6 +59,7 @@ def newest(tiny: TinyRun) -> Path:
 
 def in_metadata(checkpoint: Path, evil: Evil) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(evil))
+    rewrite_manifest(checkpoint)
 
 
 def beside_metadata(checkpoint: Path, evil: Evil) -> None:
@@ -70,6 +67,7 @@ def beside_metadata(checkpoint: Path, evil: Evil) -> None:
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.planner_data = evil
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    rewrite_manifest(checkpoint)
 
 
 def in_tensors(checkpoint: Path, evil: Evil) -> None:
@@ -86,6 +84,7 @@ def in_tensors(checkpoint: Path, evil: Evil) -> None:
         place.offset, place.length = start, len(planted)
     file.write_bytes(bytes(content) + planted)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    rewrite_manifest(checkpoint)
 
 
 PLANTED = [in_metadata, beside_metadata, in_tensors]
@@ -267,10 +266,11 @@ def test_the_configuration_in_a_checkpoint_may_not_name_code(untrusted: TinyRun,
     text = f"[lr_schedule]\n{named}\n" if named.startswith("use") else f"{named}\n"
     head, _, rest = stored.partition("[lr_schedule]")
     (checkpoint / "config.toml").write_text(text + head.replace("\n[", "\n[", 1) + "[other]" + rest)
-    with pytest.raises((ValueError, ConfigError)):
+    rewrite_manifest(checkpoint)
+    with pytest.raises(ValueError, match="if you trust its source"):
         load_stored_config(checkpoint)
     assert export_hf.main([str(checkpoint), str(tmp_path / "out")]) == 2
-    assert "trust" in capsys.readouterr().err
+    assert "if you trust its source, use --trust-code" in capsys.readouterr().err
     assert not mark.exists()
 
 

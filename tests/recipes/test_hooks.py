@@ -56,6 +56,16 @@ class Record:
         self.seen = state["seen"]
 
 
+class Early:
+    """Logs a metric before the first step, and cannot read its state."""
+
+    def on_run_begin(self, context):
+        context.log_metrics({"early": 1})
+
+    def load_state_dict(self, state):
+        raise ValueError("not my state")
+
+
 class Halve:
     """Has one method only."""
 
@@ -191,3 +201,17 @@ def test_hooks_are_printed_as_they_are_configured(hooked, monkeypatch, capsys):
     monkeypatch.chdir(hooked.folder)
     assert cli.main([str(hooked.recipe), "--print-config"]) == 0
     assert '[hooks.record]\nuse = "mine_hooks:Record"' in capsys.readouterr().out
+
+
+def test_a_metric_logged_before_the_first_step_is_not_taken_for_a_step_without_its_validation(hooked):
+    early = ["--hooks.record.use=mine_hooks:Early", SHORT, "--validation.interval_steps=2"]
+    assert hooked.launch(*early) == 0
+    assert [row["step"] for row in hooked.rows() if "val_loss" in row] == [2, 3]
+
+
+def test_a_hook_that_cannot_load_its_state_is_named_and_the_checkpoint_is_not_called_damaged(hooked, capsys):
+    early = ["--hooks.record.use=mine_hooks:Early"]
+    assert hooked.launch(*early, SHORT) == 0
+    assert hooked.launch(*early, "--training.total_tokens=700", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "hooks.record" in error and "not my state" in error and "damaged" not in error

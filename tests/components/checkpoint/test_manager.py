@@ -145,7 +145,7 @@ def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
         (None, "is not a checkpoint"),
         ("{", "damaged"),
         ("[]", "has no format number"),
-        (json.dumps({"format": 99}), "format 99; this version reads up to 2"),
+        (json.dumps({"format": 99}), "format 99 and this version reads format 3"),
     ],
 )
 def test_a_state_that_cannot_be_read_says_why(tmp_path, text, message):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from components.metrics.console import format_duration, format_step, format_tokens_per_second
+from components.metrics.console import format_duration, format_step, mean_tokens_per_second
 from components.metrics.jsonl import JsonLinesWriter
 from components.metrics.tensorboard import TensorBoardWriter
 
@@ -65,7 +65,7 @@ def test_line_for_people():
 @pytest.mark.quick
 def test_speed_on_the_console_is_that_of_all_steps_since_the_last_line():
     fast, slow = ({**ROW, "step_seconds": s, "tokens_per_second": 4096 / s} for s in (1.0, 3.0))
-    assert format_tokens_per_second([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
+    assert mean_tokens_per_second([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
 
 
 @pytest.mark.quick

@@ -69,7 +69,7 @@ def test_sizes_that_an_adaptive_batch_may_reach_are_findings_of_the_dry_run(tiny
 @pytest.mark.parametrize(
     ("arguments", "key", "level", "said"),
     [
-        (["--batch.initial_size=9"], "batch", "warning", "9 samples become 10: a multiple of 1 ranks x 2"),
+        (["--batch.initial_size=9"], "batch", "warning", "9 samples become 10: a multiple of 2 = 1 ranks x 2"),
         (
             ["--batch.initial_size=1000", "--batch.stages=[]"],
             "batch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from models.init import materialize
+from recipes.parallelize import materialize
 
 
 def test_a_parameter_that_modules_share_stays_one():
