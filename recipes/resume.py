@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import list_checkpoints, step_of
-from components.units import expand_home, format_count
+from components.paths import expand_home
+from components.units import format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
 from recipes.stored_config import load_stored_config
