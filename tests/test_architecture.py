@@ -23,6 +23,7 @@ SHARED = {
         "activation_checkpointing",
         "profiler_range",
         "token_ids",
+        "unicode_text",
         "units",
     )
 }
