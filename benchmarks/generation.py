@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--unpacked", action="store_true", help="do not pack the weights of our model")
+    parser.add_argument("--unpacked", action="store_true", help="keep the weights in torch's layout, not in oneDNN's")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))
