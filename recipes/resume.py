@@ -209,6 +209,7 @@ def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
         )
         return before, now
 
+    # compare a sample of the past steps, then find the first differing step after the last equal sample
     every = max(1, clock["step"] // LR_SAMPLES)
     coarse = [*range(0, clock["step"], every), clock["step"] - 1]
     mismatch = next((step for step in coarse if not math.isclose(*old_and_new_lr(step))), None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from components.data import TextFiles
 from components.data.document import SourceFile
-from components.data.tokenize import Preparation, group_neighbours, tokenize_missing
+from components.data.tokenize import Preparation, group_neighbors, tokenize_missing
 from components.tokenizers import Bytes
 from components.tokenizers.bytes import ByteEncoder
 from tests.components.data.conftest import Given
@@ -165,6 +165,6 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
 def test_groups_are_all_source_files_in_order_and_not_too_large(sizes):
     source_files = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
-    groups = list(group_neighbours(source_files, 60))
+    groups = list(group_neighbors(source_files, 60))
     assert [source_file for group in groups for source_file in group] == source_files
     assert all(len(group) == 1 or sum(source_file.size_bytes for source_file in group) <= 60 for group in groups)
