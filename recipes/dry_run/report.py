@@ -71,7 +71,7 @@ def _run(plan: RunPlan) -> Iterator[str]:
     if plan.epoch_tokens:
         epochs = schedule.tokens / plan.epoch_tokens
         yield f"data           about {format_count(plan.epoch_tokens)} tokens: {epochs:.3g} epochs"
-    yield f"FLOPs          {plan.flops_per_token:.4g} a token, {plan.flops:.4g} in all"
+    yield f"FLOPs          {plan.flops_per_token:.4g} per token, {plan.flops:.4g} in total"
     if isinstance(plan.memory, Memory):
         kept = recipe.checkpoint.keep_last
         how_many = "all kept" if kept is None else f"the last {kept} kept"

@@ -75,11 +75,11 @@ def test_a_policy_that_could_never_adapt_is_refused(own, capsys, arguments, said
 @pytest.mark.quick
 def test_the_dry_run_shows_what_is_not_known(own, capsys):
     assert own.launch("--dry-run") == 0
-    assert "the measurements of Doubling are not known:" in capsys.readouterr().out
+    assert "Doubling depends on the gradient noise, which is unknown" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.first=2") == 2
     assert "needs at least 2 micro-batches per step, so the batch could never change" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.most=15") == 0
-    assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 a micro-batch" in capsys.readouterr().out
+    assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 per micro-batch" in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -39,12 +39,12 @@ def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny
 @pytest.mark.parametrize(
     ("keys", "key", "level", "said"),
     [
-        (["max_size=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
+        (["max_size=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 per"),
         (
             ["max_size=64", "multiple_of=1"],
             "batch.multiple_of",
             "note",
-            "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch",
+            "1 is not a multiple of 2 = 1 ranks x 2 per micro-batch",
         ),
         (["max_size=60", "multiple_of=4"], "batch.multiple_of", None, None),
         (["max_size=50", "multiple_of=2"], "batch.max_size", None, None),
@@ -55,7 +55,7 @@ def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny
             "a step of 90 would use some of them more than once",
         ),
         (["max_size=75", "min_size=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
-        (["max_size=75"], "batch", "note", "the measurements of NoiseScale are not known: 2 to 19 steps"),
+        (["max_size=75"], "batch", "note", "which is unknown before training: 2 to 19 steps"),
     ],
 )
 def test_sizes_that_an_adaptive_batch_may_reach_are_findings_of_the_dry_run(tiny, keys, key, level, said):
