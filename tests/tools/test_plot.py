@@ -179,7 +179,7 @@ def test_metrics_of_another_sequence_length_are_refused(tiny, capsys):
 def test_a_recipe_of_many_runs_is_refused(capsys, tmp_path):
     recipe = cli.ROOT / "train_configs" / "critical_batch.toml"
     assert main(["schedule", str(recipe), f"--branches.checkpoint={tmp_path}"]) == 2
-    assert "CriticalBatch is many runs" in capsys.readouterr().err
+    assert "CriticalBatch trains many runs" in capsys.readouterr().err
 
 
 def test_a_curve_of_one_step_is_a_curve(tiny):

@@ -80,7 +80,7 @@ class Outcome:
     """The result of a run."""
 
     val_loss: float | None = None
-    """The validation loss at the end, nats a token; None without a [validation]."""
+    """The validation loss at the end, nats per token; None without [validation]."""
     train_loss: float | None = None
     """The smoothed training loss at the end."""
     steps: int = 0
@@ -117,7 +117,7 @@ class Outcome:
 
 
 class Results:
-    """Outcomes by the digest of their job, stored in a file: what is in it is not run again."""
+    """Outcomes by the digest of their job, stored in a file. A job with an outcome is not run again."""
 
     def __init__(self, path: Path) -> None:
         """Read the file, if it exists. Raises ValueError if it holds something else."""
@@ -178,7 +178,7 @@ class Runner:
         self._stopping = threading.Event()
 
     def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
-        """Run what has no outcome yet, or failed and is tried `again`; return how many runs were killed.
+        """Run the jobs without an outcome, and with `again` also the failed ones; return how many runs were killed.
 
         Raises ValueError for bad input, and KeyboardInterrupt also for SIGTERM and SIGHUP; either ends the others.
         """
@@ -191,7 +191,7 @@ class Runner:
                     job, outcome = futures[future], future.result()
                     if outcome is None:
                         killed += 1
-                    result = "killed: it is run again next time" if outcome is None else str(outcome)
+                    result = "killed; the next start runs it again" if outcome is None else str(outcome)
                     print(f"[{number}/{len(missing)}] {job}: {result}", file=sys.stderr, flush=True)
             except BaseException:
                 self._stopping.set()
@@ -253,7 +253,7 @@ class Runner:
 
 def report_stop(stop: KeyboardInterrupt) -> int:
     """Report that a sweep was stopped; return its exit status."""
-    print("stopped; the same command continues with what is not done", file=sys.stderr)
+    print("stopped; the same command runs the remaining runs", file=sys.stderr)
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
@@ -281,7 +281,7 @@ def failure_reason(output: str) -> str:
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
-    """Return the outcome by metrics.jsonl, which a run that failed early does not have."""
+    """Return the outcome from metrics.jsonl, which a run that failed early does not have."""
     rows = read_rows(run.metrics)
     steps = [row for row in rows if "loss" in row]
     if not steps:
