@@ -123,7 +123,7 @@ def test_checkpointing_keeps_less_and_computes_one_block_again(checkpointing, by
     assert BLOCKS.peak(checkpointing) == bytes_kept
 
 
-def test_tensor_parallel_ranks_share_all_but_two_gathered_inputs():
+def test_tensor_parallel_ranks_split_all_but_two_gathered_inputs():
     assert BLOCKS.blocks[0].per_tp_rank(4) == BlockActivations(20 + 80 // 4, 10 // 4, 10)
 
 

@@ -40,7 +40,7 @@ def test_rows_end_by_themselves_and_all_end_with_the_last():
     assert written([[5]], 9) == []
 
 
-def test_no_more_than_asked_for():
+def test_at_most_the_requested_tokens_are_generated():
     assert written([[0], [2]], 2) == [[1, 3], [2, 4]]
 
 

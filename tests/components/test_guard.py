@@ -22,7 +22,7 @@ def test_numbers_that_are_not_finite() -> None:
     assert guard.check(1.0, 1.0) is None
 
 
-def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
+def test_a_spike_is_a_loss_far_above_the_previous_mean() -> None:
     """Against mean and deviation computed over the whole memory, to a tenth: the guard's are exponential."""
     chance = random.Random(0)
     guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
@@ -39,7 +39,7 @@ def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
     assert bad is not None and bad.action == "roll_back" and bad.finite
 
 
-def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
+def test_no_spike_is_detected_in_few_steps_or_without_a_rule() -> None:
     early, off = GuardConfig(on_spike="skip", spike_window_steps=10).build(), GuardConfig().build()
     for _ in range(9):
         assert early.check(1.0, 1.0) is None
@@ -48,7 +48,7 @@ def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
     assert off.check(1e9, 1.0) is None
 
 
-def test_bad_numbers_leave_no_trace() -> None:
+def test_bad_numbers_do_not_enter_the_statistics() -> None:
     clean, dirty = (GuardConfig(on_spike="skip", on_nonfinite="skip", spike_window_steps=5).build() for _ in range(2))
     for step in range(40):
         loss = 2 + 0.01 * (step % 3)

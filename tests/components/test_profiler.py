@@ -87,7 +87,7 @@ def test_the_kind_of_a_recorded_name(name: str, kind: str | None) -> None:
         ("aten::add", None, None),
     ],
 )  # fmt: skip
-def test_what_surrounds_a_name_decides_except_for_communication(
+def test_the_surrounding_range_decides_the_kind_except_for_communication(
     name: str, surrounding: str | None, kind: str | None
 ) -> None:
     assert kinds.kind_within(name, surrounding) == kind

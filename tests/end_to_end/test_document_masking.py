@@ -156,7 +156,7 @@ def test_a_resumed_run_may_change_document_masking_with_a_warning(tmp_path, run,
     assert "training.document_masking was True, is False" in capsys.readouterr().out
 
 
-def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
+def test_unsupported_combinations_are_refused_in_one_message(tiny, run, capsys):
     (tiny.folder / "of_mine.py").write_text(MODEL)
     for arguments, message in {
         ("--model.use=of_mine:Model", WITHIN): "Tagger has no enable_document_masking(end_of_document)",

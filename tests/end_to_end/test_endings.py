@@ -58,7 +58,7 @@ def undisturbed(run):
 
 
 @pytest.mark.parametrize("fault", ENDINGS)
-def test_an_ending_with_a_sound_state_saves_it(run, undisturbed, monkeypatch, capsys, fault: str) -> None:
+def test_a_run_that_ends_with_a_consistent_state_saves_it(run, undisturbed, monkeypatch, capsys, fault: str) -> None:
     status, message = ENDINGS[fault]
     run.directory = run.folder / fault.replace(": ", "-")
     arguments = [*ARGUMENTS, f"--run.dir={run.directory}", "--checkpoint.interval_steps=none"]

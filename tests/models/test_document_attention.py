@@ -128,7 +128,7 @@ def uncompiled(starts_BT: Tensor, head_width: int) -> FlexDocumentAttention:
 
 
 @shapes
-def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
+def test_flex_attention_equals_attention_per_document(size, monkeypatch):
     """As on a GPU, but with the kernel that materializes all scores; backward too, which torch refuses on a CPU."""
     found = []
     for way in (document_attention, uncompiled):
@@ -144,7 +144,7 @@ def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("length", [256, 200], ids=["whole blocks", "a part of one"])
-def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
+def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
     for way in (lambda starts_BT, head_width: PerDocumentSDPA(starts_BT), document_attention):

@@ -120,7 +120,7 @@ def test_more_than_there_is_room_for_is_refused():
 
 @shapes
 @torch.no_grad()
-def test_a_packed_model_computes_the_same(size, monkeypatch):
+def test_a_model_with_mkldnn_linear_computes_the_same(size, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
     monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)
@@ -138,7 +138,7 @@ def test_a_packed_model_computes_the_same(size, monkeypatch):
         model(torch.tensor([rows[0]]), torch.tensor([rows[0]]))
 
 
-def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
+def test_mkldnn_linear_is_not_used_in_bf16_without_hardware_support(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
     monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)

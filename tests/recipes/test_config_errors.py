@@ -375,7 +375,7 @@ USERS_MODULES = {
 
 
 @pytest.mark.parametrize("source", USERS_MODULES)
-def test_what_is_wrong_with_a_users_module(tmp_path: Path, source: str) -> None:
+def test_mistakes_in_a_custom_module_are_reported(tmp_path: Path, source: str) -> None:
     file = tmp_path / "my_module.py"
     fitting = "\n  name = 'mine'\n  def samples(self, step): ...\n  def observe(self, step, *, moments): ...\n"
     file.write_text(source + (fitting if "class Mine" in source else ""))

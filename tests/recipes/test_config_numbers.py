@@ -67,7 +67,7 @@ def complaint(cls: type, key: Field, number: float) -> str:
     return ""
 
 
-def test_what_is_no_number_for_it_is_refused() -> None:
+def test_values_out_of_range_are_refused() -> None:
     keys = {f"{cls.__name__}.{key.name}": (cls, key) for cls, key in numeric_keys()}
     assert len(keys) > 80
     assert keys.keys() >= {

@@ -100,6 +100,6 @@ def test_the_table_shows_each_group_and_the_cost_of_one_lr(tiny, tmp_path, monke
         ([], "is not varied by a --grid"),
     ],
 )
-def test_a_sweep_of_no_learning_rate_is_refused(tiny, tmp_path, capsys, arguments, said):
+def test_a_sweep_without_a_learning_rate_is_refused(tiny, tmp_path, capsys, arguments, said):
     assert main([str(tiny.recipe), *arguments, "--results", str(tmp_path / "results.jsonl")]) == 2
     assert said in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_too_few_groups_have_no_law(cells):
         fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
 
 
-def test_a_law_that_is_hardly_known_has_wide_intervals_and_no_error():
+def test_a_poorly_determined_law_has_wide_intervals_and_no_error():
     law = fit_law([OptimumPoint(3e5, 1.0, 1e-9), OptimumPoint(5e5, 1.0, 1e-2), OptimumPoint(5e5, 1.0, 1e-9)])
     assert (law.a.low, law.a.high) == (0, math.inf)
 

@@ -46,7 +46,7 @@ def store(tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_is_saved_is_the_moment_of_the_call_bitwise(tmp_path, store, monkeypatch):
+def test_the_saved_state_is_bitwise_that_of_the_call(tmp_path, store, monkeypatch):
     model, optimizer = training(0)
     tensors = StateTensors(model, optimizer, Alone())
     plain = CheckpointManager(tmp_path / "sync", Alone())
@@ -93,7 +93,7 @@ def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named
 
 
 @pytest.mark.quick
-def test_pruning_comes_after(tmp_path):
+def test_pruning_follows_a_complete_save(tmp_path):
     store = CheckpointConfig(keep_last=2, async_save=True).build(tmp_path, Alone())
     for number in (1, 2, 3):
         store.save(number, {"x": torch.ones(1)}, {}, "")

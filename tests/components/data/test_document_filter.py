@@ -116,7 +116,7 @@ def test_the_documents_are_those_that_were_selected(
 
 
 @pytest.mark.quick
-def test_the_parts_are_disjoint_complete_and_share_what_is_encoded(tmp_path):
+def test_the_splits_are_disjoint_and_complete_and_share_shards(tmp_path):
     tokenizer = Watched()
     texts = tuple(f"{n} different documents" for n in range(400))
     train = texts_of(build(Given(text=texts, validation_fraction=0.2), tmp_path, tokenizer))

@@ -152,7 +152,7 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
 
 
 @pytest.mark.quick
-def test_what_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
+def test_shards_that_another_process_finished_are_not_replaced(tmp_path):
     @dataclass(kw_only=True)
     class Overtaken(Given):
         before: Callable[[], object] = bool

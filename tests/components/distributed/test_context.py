@@ -55,7 +55,7 @@ def wait_for_main(rank: int, folder: Path) -> None:
     joined.close()
 
 
-def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
+def test_work_of_the_main_process_may_take_longer_than_a_collective(tmp_path):
     call_in_ranks(wait_for_main, tmp_path, 2)
 
 
@@ -69,7 +69,7 @@ def say(rank: int, folder: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_what_processes_say_to_one_another(tmp_path):
+def test_collectives_of_small_values(tmp_path):
     call_in_ranks(say, tmp_path, 2)
 
 
@@ -82,7 +82,7 @@ def run_late(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 
-def test_a_collective_is_given_up_after_its_time(tmp_path):
+def test_a_collective_times_out(tmp_path):
     """Without this the test above would say nothing."""
     call_in_ranks(run_late, tmp_path, 2)
 
@@ -100,5 +100,5 @@ def shorten(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 
-def test_after_the_first_step_nothing_is_waited_for_as_long_as_for_data(tmp_path):
+def test_timeouts_are_shorter_after_the_first_step(tmp_path):
     call_in_ranks(shorten, tmp_path, 2)

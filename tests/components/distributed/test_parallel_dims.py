@@ -25,7 +25,7 @@ pytestmark = pytest.mark.quick
         (64, 8, {"dp_replicate": 2, "tp": 2}, (2, 16, 2)),
     ],
 )
-def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expected):
+def test_a_node_holds_a_replica_by_default(world, local, keys, expected):
     assert ParallelConfig(**keys).mesh_shape(world, local) == MeshShape(*expected)
 
 

@@ -70,7 +70,7 @@ def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(earlier):
+def test_the_first_measurement_after_unmeasured_steps_has_ordinary_weight(earlier):
     """A run that begins to measure late, or again: its first step, far off, must not stand against the next ten."""
     smoothed = NoiseEstimator(100)
     if earlier:
@@ -82,13 +82,13 @@ def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(
     assert later.grad_cov_trace == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
 
 
-def test_measuring_every_other_step_weighs_each_alike():
+def test_measuring_every_other_step_weighs_each_equally():
     smoothed, kept = NoiseEstimator(100), math.exp(-0.16)
     found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
     assert found.grad_cov_trace == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
 
 
-def test_what_tells_nothing_is_left_out():
+def test_a_step_without_information_is_ignored():
     smoothed = NoiseEstimator(100)
     smoothed.update(8, GradientMoments(4, 2, 10.0, 2.0))
     state = smoothed.state_dict()
@@ -99,7 +99,7 @@ def test_what_tells_nothing_is_left_out():
         assert smoothed.state_dict() == state
 
 
-def test_a_restored_average_goes_on_as_if_nothing_had_happened():
+def test_a_restored_average_continues_unchanged():
     steps = [GradientMoments(4, 2, 8.0 + number, 1.0 + number / 9) for number in range(6)]
     whole, first, second = NoiseEstimator(30), NoiseEstimator(30), NoiseEstimator(30)
     expected = [whole.update(8 * (number + 1), step) for number, step in enumerate(steps)]
@@ -109,13 +109,13 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened():
     assert [second.update(8 * (number + 4), step) for number, step in enumerate(steps[3:])] == expected[3:]
 
 
-def test_a_lost_signal_has_no_noise_scale():
+def test_a_signal_that_is_not_positive_has_no_noise_scale():
     noise = NoiseEstimator(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
     assert noise.grad_sq_norm < 0
     assert noise.noise_scale is None and noise.noise_scale_over_batch is None
 
 
-def test_the_norm_test_is_the_noise_scale_in_batches():
+def test_noise_scale_over_batch_is_in_units_of_the_batch():
     told = GradientMoments(4, 2, 10.0, 2.0)
     noise = NoiseEstimator(10).update(8, told)
     assert noise.noise_scale == pytest.approx(told.grad_cov_trace / told.grad_sq_norm)

@@ -14,7 +14,7 @@ def finish(hooks: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
     return tuple(hooks.sums(gradients).tolist())
 
 
-def test_the_meter_squares_every_backward_by_itself():
+def test_the_hooks_square_every_backward_separately():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
     model[0].bias.requires_grad_(False)
@@ -57,7 +57,7 @@ def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
 
 
 @pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
-def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
+def test_gradients_that_bypass_the_hooks_are_an_error(replaced):
     model = nn.Linear(3, 1)
     hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     for name in replaced:

@@ -34,7 +34,7 @@ def rate(settings) -> float:
     return float(settings["lr_schedule.max_lr"])
 
 
-def test_what_is_in_the_file_is_not_run_again(jobs, tmp_path, monkeypatch):
+def test_stored_runs_are_not_run_again(jobs, tmp_path, monkeypatch):
     launched = pretend(monkeypatch, rate)
     path = tmp_path / "new" / "results.jsonl"
     assert Runner(Results(path)).run(jobs[:2]) == 0

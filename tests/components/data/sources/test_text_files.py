@@ -221,7 +221,7 @@ def test_c4_and_peps_are_read_as_json_lines(texts):
     assert read(TextFiles(path=texts / "peps/valid.jsonl.gz"))[0] == valid
 
 
-def test_tinystories_are_five(texts):
+def test_tinystories_has_five_documents(texts):
     stories, _ = read(TextFiles(path=texts / "tinystories", document_separator="<|endoftext|>"))
     assert len([story for story in stories if story.strip()]) == 5
 
