@@ -81,7 +81,7 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
         compiled(x, rope)
     really = sum(storage.nbytes() for number, storage in kept.items() if number not in parameters)
     counted_block = counted(torch.bfloat16, size).blocks[1].compiled()
-    # experts: what the partitioner recomputes of the routing is not modelled
+    # experts: what the partitioner recomputes of the routing is not modeled
     assert counted_block.kept == pytest.approx(really, rel=0.2 if size.experts else 0.05)
 
 

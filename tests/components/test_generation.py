@@ -21,7 +21,7 @@ class Counts:
 
     def __call__(self, tokens, *, cache):
         cache.room -= tokens.shape[1]
-        assert cache.room >= 0, "more tokens than it asked room for"
+        assert cache.room >= 0, "more tokens than its capacity"
         logits = torch.zeros(len(tokens), 1, PADDED)
         logits[..., VOCAB:] = 50.0
         logits.scatter_(-1, (tokens[:, -1:, None] + 1).clamp(max=END), 20.0)

@@ -1,4 +1,4 @@
-"""What makes a step a bad one, and that bad numbers never enter what others are compared with."""
+"""Which steps are bad, and that their numbers never enter the statistics."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_numbers_that_are_not_finite() -> None:
 
 
 def test_a_spike_is_a_loss_far_above_the_previous_mean() -> None:
-    """Against mean and deviation computed over the whole memory, to a tenth: the guard's are exponential."""
+    """Compared to a tenth with mean and deviation over the whole window, because those of the guard are exponential."""
     chance = random.Random(0)
     guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     losses = [chance.gauss(3.0, 0.1) for _ in range(400)]
     assert [guard.check(loss, 1.0) for loss in losses] == [None] * 400
     mean = sum(losses[-100:]) / 100
     deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses[-100:]) / 100)
-    assert guard.check(mean - 20 * deviation, 1.0) is None, "a loss that falls is none"
+    assert guard.check(mean - 20 * deviation, 1.0) is None, "a falling loss is not a spike"
     guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     for loss in losses:
         guard.check(loss, 1.0)

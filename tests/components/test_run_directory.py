@@ -119,7 +119,7 @@ def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(atomic_files.Path, "replace", killed)
-        patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
+        patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # a killed process does not clean up
         atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
     with directory.lock():

@@ -1,4 +1,4 @@
-"""A command whose output is closed, full, read by nobody or in another encoding ends with one message, or none."""
+"""A command whose output is closed, full, unread or in another encoding ends with at most one message."""
 
 from __future__ import annotations
 

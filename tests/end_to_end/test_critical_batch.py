@@ -62,7 +62,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
     before = tiny.rows()
     assert measured.launch() == 0
     said = capsys.readouterr().out
-    assert tiny.rows() == before, "the run branched from is left alone"
+    assert tiny.rows() == before, "the original run is unchanged"
     clock = json.loads((tiny.checkpoint(FROM) / "state.json").read_text())["clock"]
     for multiplier, steps in ((1, 10), (2, 5)):
         hand = tiny.folder / f"hand-{multiplier}"
@@ -104,7 +104,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
+    """Like a kill, it cannot be caught."""
 
 
 def at_its_step(count: int, sends):

@@ -1,4 +1,4 @@
-"""An adaptive policy of the user's, derived from none of ours, is treated as one of ours by every tool."""
+"""Every tool treats a custom adaptive policy, derived from no class of the project, like a built-in one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`document_masking = true`: what runs and evaluations say is what every document alone would say."""
+"""`document_masking = true`: runs and evaluations give the results of every document alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(tmp_path_factory) -> Short:
 
 
 def model_of(run: Short, checkpoint: Path | None = None) -> Decoder:
-    """In float64, attending to whole sequences: as initialised, or as saved."""
+    """In float64, attending to whole sequences: as initialized, or as saved."""
     component = load(run.recipe, [Override("model.init_std", str(INIT_STD))]).recipe.model
     assert isinstance(component, Llama)
     model = component.build(vocab_size=257, sequence_length=LENGTH)

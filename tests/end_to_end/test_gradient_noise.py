@@ -1,4 +1,4 @@
-"""What a run says of its gradient's noise, under a batch that does not follow it."""
+"""The gradient noise that a run logs when its batch does not depend on it."""
 
 from __future__ import annotations
 

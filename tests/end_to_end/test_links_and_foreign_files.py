@@ -79,7 +79,7 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     elsewhere.mkdir()
     assert tiny.launch(*ONE_STEP) == 0
     assert saved(elsewhere) == [1]
-    # Another run that is given the same folder neither takes these for its own nor removes them.
+    # Another run that is given the same folder neither uses nor removes these.
     other = tiny.folder / "other"
     other.mkdir()
     (other / "checkpoints").symlink_to(elsewhere)

@@ -1,4 +1,4 @@
-"""A model of the user's that is built unlike ours: weights shared between modules, parameters that get no gradient."""
+"""A custom model with weights shared between modules and parameters that get no gradient."""
 
 from __future__ import annotations
 

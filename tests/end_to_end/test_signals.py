@@ -83,6 +83,6 @@ def test_two_processes_save_when_their_terminal_closes(tiny, monkeypatch):
     os.close(end)
     wait_for_steps(tiny, 3, process)
     os.close(terminal)
-    assert process.wait() in (129, 120), "120: Python could not write its last words"
+    assert process.wait() in (129, 120), "120: Python could not flush its output"
     assert_saved(tiny)
     assert "stopped by signal 1 after step" in (tiny.directory / "log.txt").read_text()

@@ -41,7 +41,7 @@ def texts(path: Path) -> list[str]:
 
 
 def write_parquet(path: Path, values: list[bytes | None]) -> None:
-    """A column of strings whose bytes nobody has looked at, as other writers make it."""
+    """A column of strings with unchecked bytes, as other writers make it."""
     pa = pytest.importorskip("pyarrow", reason="needs the [data] extra")
     parquet = pytest.importorskip("pyarrow.parquet")
     raw = pa.array(values, pa.binary())
@@ -129,7 +129,7 @@ def test_a_foreign_last_line_is_not_taken_for_an_incomplete_result(tmp_path):
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that other users may enter, with a folder `shut` that nobody may list."""
+    """A folder that other users may enter, with a folder `shut` that cannot be listed."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     (path / "open").mkdir()

@@ -1,4 +1,4 @@
-"""Documents that share a sequence: each is computed as it would be alone, and none knows of another."""
+"""Documents that share a sequence: each is computed as it would be alone, independently of the others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = {
 }
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 ENDS = [[4, 5, 13], [0, 9], [T - 1], []]
-"""Of each row: neighbours, the two edges of a sequence, and no end at all."""
+"""Of each row: neighbors, the two edges of a sequence, and no end at all."""
 EXACT = {"rtol": 0, "atol": 1e-12}
 """float64, whose sums are in another order."""
 

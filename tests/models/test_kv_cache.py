@@ -1,4 +1,4 @@
-"""With a cache the decoder computes what it does without, whatever the batch, and packed what it does unpacked."""
+"""With a cache the decoder computes the same as without, in any batch and with either memory layout of the weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
-    """The greedy continuation and the logits (steps, V) that chose it, each from the whole text anew."""
+    """The greedy continuation and the logits (steps, V) that chose it, each computed from the whole text."""
     ids, logits = list(prompt), []
     for _ in range(steps):
         logits.append(model(torch.tensor([ids]))[0, -1])

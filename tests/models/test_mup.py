@@ -215,7 +215,7 @@ def test_groups_scale_the_capped_lr_of_the_power_law(tokens, expected):
     optimizer = step_at(model, lr, weight_decay=0.0)
     assert groups(model, optimizer, "lr") == dict.fromkeys(MATRICES, lr / 4) | dict.fromkeys(OTHERS, lr)
     for name, parameter in model.named_parameters():
-        moved = (before[name] - parameter.detach()).mean()  # Adam's first step is the rate
+        moved = (before[name] - parameter.detach()).mean()  # Adam's first step is the learning rate
         torch.testing.assert_close(moved.item(), lr / 4 if name in MATRICES else lr, rtol=1e-3, atol=0)
 
 

@@ -36,7 +36,7 @@ def complaint(folder: Path, text: str | bytes, *overrides: str) -> str:
 
 
 CASES = {
-    "a misspelt key, and it is not called missing too": (
+    "a misspelled key, and it is not called missing too": (
         f'batch.use = "{parts.HERE}:Ramp"\n[training]\ntotal_token = "4B"',
         'mine.toml:3  training.total_token = "4B"\n    unknown key in [training]; did you mean total_tokens?',
     ),
@@ -44,7 +44,7 @@ CASES = {
         MINIMAL + "run.compile = true",
         "mine.toml:3  run.compile = true\n    unknown key in [run]; compile is a key of [training]",
     ),
-    "a misspelt key of another section": (
+    "a misspelled key of another section": (
         MINIMAL + "run.Precisions = 3",
         "mine.toml:3  run.Precisions = 3\n    unknown key in [run]; precision is a key of [training]",
     ),
@@ -61,7 +61,7 @@ CASES = {
         "compile = true\n" + MINIMAL,
         "mine.toml:1  compile = true\n    unknown key; compile is a key of [training]",
     ),
-    "a misspelt section": (
+    "a misspelled section": (
         MINIMAL + "[runs]\nname = 3",
         "mine.toml:3  runs\n    unknown section [runs]; did you mean [run]?",
     ),
@@ -178,16 +178,16 @@ CASES = {
         'mine.toml:2  batch.use = "./my_batch.py:Mine"\n    write the module\'s name, not its file: my_batch:Mine'
         " (add its directory to import_paths, unless it is next to the recipe)",
     ),
-    "a misspelt module": (
+    "a misspelled module": (
         MINIMAL.replace("config_parts:", "config_part:"),
         'mine.toml:2  batch.use = "tests.recipes.config_part:Ramp"\n'
         "    no module named tests.recipes.config_part; did you mean tests.recipes.config_parts?",
     ),
-    "a misspelt package": (
+    "a misspelled package": (
         MINIMAL.replace("tests.", "test."),
         None,
     ),
-    "a misspelt class": (
+    "a misspelled class": (
         MINIMAL.replace(":Ramp", ":Rampe"),
         f'mine.toml:2  batch.use = "{parts.HERE}:Rampe"\n    {parts.HERE} ({parts.__file__}) has no Rampe; '
         "did you mean Ramp?",
@@ -274,7 +274,7 @@ CASES = {
     ),
 }
 LOOSE = {
-    "a misspelt package": "no module named test.recipes",
+    "a misspelled package": "no module named test.recipes",
     "a base that is a directory": "a directory, not a recipe file",
 }
 

@@ -1,4 +1,4 @@
-"""Several nodes do not wait for a text to be tokenised; one does."""
+"""Several nodes do not wait for a text to be tokenized; one does."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Odd:
 
 """
 PLACES = {
-    # where it fails: (source of a batch policy, what is written, the key it is told at)
+    # where it fails: (source of a batch policy, message, the key it is reported at)
     "a constructor": ("class Mine(Constant):\n  def __init__(self, *, initial_size: int): fail()", "", "batch"),
     "what comes after it": (
         "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  def __post_init__(self): fail()",

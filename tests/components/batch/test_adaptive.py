@@ -1,4 +1,4 @@
-"""The mechanics that all adaptive batches share, on a policy whose target is what the test says."""
+"""What all adaptive batches share, on a policy whose target the test sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 
 def sizes(policy: Adaptive | BatchPolicy, *targets: float | Moments | None, start: int = 0) -> list[int]:
-    """The batch after each step, of the size wanted before it; a float is the target, None an unmeasured step."""
+    """Return the size after each step of the requested size; a float is the target, None an unmeasured step."""
     policy = policy if isinstance(policy, BatchPolicy) else built(policy)
     progress, found = clock(start), []
     for target in targets:
@@ -187,13 +187,13 @@ bounds = st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 100))
 
 
 def make(keys: dict[str, Any], bounds: tuple[int, int, int]) -> NoiseScale:
-    """Minimum, and what initial and maximum lie above it, in quanta."""
-    quantum, (lowest, above, span) = keys["multiple_of"], bounds
+    """Minimum, and how far initial and maximum are above it, in units of multiple_of."""
+    multiple, (lowest, above, span) = keys["multiple_of"], bounds
     initial = lowest + above
     return NoiseScale(
-        min_size=quantum * lowest,
-        initial_size=quantum * initial,
-        max_size=quantum * (initial + span),
+        min_size=multiple * lowest,
+        initial_size=multiple * initial,
+        max_size=multiple * (initial + span),
         coefficient=1.0,
         **keys,
     )
@@ -241,13 +241,13 @@ def test_a_resumed_policy_equals_an_uninterrupted_one(keys, bounds, run, share):
     assert resumed.state_dict() == policy.state_dict()
 
 
-@given(growth=st.floats(1.01, 4), quantum=st.integers(1, 16), lowest=st.integers(1, 50))
-def test_an_accepted_growth_limit_lets_the_batch_reach_both_bounds(growth, quantum, lowest):
-    bounds = {"initial_size": lowest * quantum, "max_size": 3 * lowest * quantum, "multiple_of": quantum}
+@given(growth=st.floats(1.01, 4), multiple=st.integers(1, 16), lowest=st.integers(1, 50))
+def test_an_accepted_growth_limit_lets_the_batch_reach_both_bounds(growth, multiple, lowest):
+    bounds = {"initial_size": lowest * multiple, "max_size": 3 * lowest * multiple, "multiple_of": multiple}
     try:
         policy = NoiseScale(max_growth=growth, shrink=True, **bounds)
     except ValueError:
-        assert lowest * quantum * growth < (lowest + 1) * quantum
+        assert lowest * multiple * growth < (lowest + 1) * multiple
         return
     assert sizes(policy, *[1e9] * 500)[-1] == policy.max_size
     assert sizes(policy, *[0.0] * 500)[-1] == policy.initial_size

@@ -1,4 +1,4 @@
-"""The norm test against its definition on explicit gradients, and against what theory says of it."""
+"""The norm test against its definition on explicit gradients, and against theory."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def test_the_paper_reads_no_smoothed_moment():
 def test_the_papers_value_is_biased_and_capped_by_the_number_of_workers():
     """E T is about (J - 1) B / (eta^2 (b + B)), with B = tr(Sigma) / |G|^2 the noise scale.
 
-    The spread of J workers of b / J samples is in the mean S (J - 1) / b with S = tr(Sigma), and ||g||^2 is in the mean
+    The spread of J workers of b / J samples is on average S (J - 1) / b with S = tr(Sigma), and ||g||^2 is on average
     |G|^2 + S / b: the ratio is (J - 1) (S / b) / (|G|^2 + S / b), over eta^2. It depends on J, where the error of g
     does not, and however large the noise it is never above (J - 1) / eta^2: J = 4 and eta = 0.15 ask for 133 samples
-    at the very most.
+    at most.
     """
     eta, parameters = 0.15, 400
     random = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_the_unbiased_estimates_are_those_of_a_known_distribution():
         error = values.std(ddof=1) / math.sqrt(draws)
         assert abs(values.mean() - truth) < 3 * error
         assert error < 0.02 * truth, "a test that can fail"
-    # the gradient norm itself is no estimate of the signal: it holds S / b besides
+    # the gradient norm is not an estimate of the signal: it also contains S / b
     assert np.mean([step.mean_grad_sq_norm for step in steps]) > 1.3 * square
 
     smoothed = Moments(

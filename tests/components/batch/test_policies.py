@@ -40,7 +40,7 @@ def test_a_policy_that_requests_no_samples_is_reported():
 
 
 class Own:
-    """A policy of the user's, derived from nothing."""
+    """A custom policy that derives from nothing."""
 
     def next_batch_size(self, progress):
         return 7

@@ -1,4 +1,4 @@
-"""Ramps by tokens, by share of the run, and linear ones."""
+"""Ramps by tokens, by fraction of the run, and linear ones."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_a_stage_may_start_at_once():
 @given(
     starts=st.lists(st.integers(0, 1000), unique=True, max_size=4).map(sorted),
     units=st.lists(st.integers(1, 50), min_size=5, max_size=5),
-    quantum=st.integers(1, 8),
+    multiple=st.integers(1, 8),
     tokens=st.integers(0, 1000),
 )
-def test_linear_sizes_are_multiples_between_neighboring_stages(starts, units, quantum, tokens):
-    stages = [Stage(from_tokens=at, samples=n * quantum) for at, n in zip(starts, units[1:], strict=False)]
-    steps = Ramp(initial_size=units[0] * quantum, stages=stages)
-    ramp = Ramp(initial_size=units[0] * quantum, stages=stages, linear=True, multiple_of=quantum)
+def test_linear_sizes_are_multiples_between_neighboring_stages(starts, units, multiple, tokens):
+    stages = [Stage(from_tokens=at, samples=n * multiple) for at, n in zip(starts, units[1:], strict=False)]
+    steps = Ramp(initial_size=units[0] * multiple, stages=stages)
+    ramp = Ramp(initial_size=units[0] * multiple, stages=stages, linear=True, multiple_of=multiple)
     size = ramp.next_batch_size(clock(tokens, 1000))
     here = steps.next_batch_size(clock(tokens, 1000))
     following = next((stage.samples for stage in stages if (stage.from_tokens or 0) > tokens), here)
-    assert size % quantum == 0
+    assert size % multiple == 0
     assert min(here, following) <= size <= max(here, following)
 
 

@@ -79,7 +79,7 @@ def test_documents_and_their_bytes_are_kept(tmp_path, monkeypatch):
 
 
 def test_the_end_token_stands_where_documents_end_and_nowhere_else(tmp_path):
-    """So attention within documents goes by it; text that spells it is text."""
+    """Document masking relies on it; text that spells it is ordinary text."""
     tokenizer = TiktokenFile(path=RANKS, pattern="cl100k").build()
     text = ("one", "<|endoftext|>", "two <|endoftext|> three", "four")
     samples = Given(text=text).build(tokenizer=tokenizer, sequence_length=1, cache_dir=tmp_path, progress=print)

@@ -63,7 +63,7 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
     (folder / "f.txt").write_text("file b")  # the same content again needs no encoding
     grown = build(TextFiles(path=folder), tmp_path / "cache", tokenizer)
     assert tokenizer.seen[2:] == ["file a", "file c", "file e"]
-    # How it came about does not show: the order of samples is that of a preparation from nothing.
+    # The order of samples does not depend on how the cache was built.
     assert texts_of(grown) == [f"file {name}" for name in "abcde"] + ["file b"]
     fresh = build(TextFiles(path=folder), tmp_path / "fresh")
     assert texts_of(fresh) == texts_of(grown)

@@ -282,7 +282,7 @@ def test_workers_live_through_signals_and_end_with_the_loader():
 
 @pytest.mark.parametrize("ending", ["", "raise RuntimeError('lost')"])
 def test_a_process_that_forgets_to_close_still_ends(ending):
-    """Its workers have ended before multiprocessing, when the interpreter ends, waits for them: without end."""
+    """Its workers end before multiprocessing waits for them at interpreter exit, which it would do forever."""
     script = f"""
 import atexit, multiprocessing.util, os
 import tests.components.data.test_loader as t

@@ -61,7 +61,7 @@ def test_a_stage_continues_each_source_where_the_previous_one_ended(data, source
 
 
 def test_the_pattern_is_this_one_on_every_machine():
-    # Not to be changed: a run that is resumed counts on it.
+    # Do not change: resumed runs rely on it.
     assert MixingSchedule([7, 3])(np.arange(10))[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
     assert MixingSchedule([3, 0, 2, 1])(np.arange(6))[0].tolist() == [0, 2, 0, 2, 0, 3]
 

@@ -95,7 +95,7 @@ def test_a_stage_begins_with_the_first_sample_that_starts_in_it():
         samples = mixed({"a": 99, "b": 99}, {"a": 1}, [(from_tokens, {"b": 1})])
         seen = stream(samples, 6)
         assert [number >= 1000 for number in seen] == [n >= first_b for n in range(6)]
-    # Of two stages that start within one sample the later one holds.
+    # Of two stages that start within one sample the later one is used.
     seen = stream(mixed({"a": 9, "b": 9, "c": 9}, {"a": 1}, [(11, {"b": 1}), (12, {"c": 1})]), 4)
     assert [number // 1000 for number in seen] == [0, 0, 2, 2]
 

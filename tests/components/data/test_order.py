@@ -33,7 +33,7 @@ def test_a_sample_is_the_same_alone_and_with_others(length, seed, samples):
 
 
 def test_the_order_is_this_one_on_every_machine():
-    # Not to be changed: a run that is resumed counts on it.
+    # Do not change: resumed runs rely on it.
     assert epoch_of(10, seed=0).tolist() == GOLDEN_10
     assert epoch_of(10**6, seed=7, epoch=3)[:5].tolist() == GOLDEN_MILLION
 

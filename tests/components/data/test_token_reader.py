@@ -53,7 +53,7 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
     assert read(copy, 85, 5) == list(range(85, 90))
     taken = []
     with pytest.raises(OSError, match="Too many open files"):
-        while True:  # others of the process take all there is
+        while True:  # the rest of the process uses all descriptors
             taken.append(os.open(os.devnull, os.O_RDONLY))
     for tokens in sources:
         assert read(tokens, 0, 400) == list(range(400))

@@ -1,4 +1,4 @@
-"""accumulation = "auto": one rule, by the memory estimate, for a dry run and for a run."""
+"""grad_sync = "auto": one rule, by the memory estimate, for a dry run and for a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_dry_run_uses_the_mode_of_each_device(tiny):
 
 
 def test_once_per_step_adds_whole_weights_and_a_whole_float32_gradient(tiny):
-    """Of 8 bytes a parameter in float32; what is gathered at a time, and the head's reduction, are inside of it."""
+    """8 bytes per parameter in float32, which include what is gathered at a time and the reduction of the head."""
     memory = plan_of(tiny, processes=2).memory
     assert isinstance(memory, Memory)
     added = memory.local_peak - memory.peak + memory.parts["weights in use"][0]
