@@ -107,7 +107,7 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
     recipe += '[lr_schedule]\nuse = "my_parts:Steady"\nrate = 0.01\n[batch]\nuse = "my_parts:Doubling"\n'
     tiny.recipe.write_text(recipe)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(  # the whole launcher, from somewhere else: nothing of the user's is on the path by accident
+    done = subprocess.run(  # from another directory, so that the custom code is not importable by accident
         [ROOT / "run_train.sh", tiny.recipe],
         env={**environment, "PYTHON": sys.executable},
         cwd="/",

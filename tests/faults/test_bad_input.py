@@ -1,4 +1,4 @@
-"""Every mistake of a user ends with status 2 and one clear message, whatever it is a mistake in."""
+"""Every mistake of a user ends with status 2 and one clear message."""
 
 from __future__ import annotations
 

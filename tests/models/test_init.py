@@ -1,4 +1,4 @@
-"""Initial weights come from (seed, name) alone: whatever the device, the dtype, the depth and the order."""
+"""Initial weights depend only on (seed, name), not on device, dtype, depth or order."""
 
 from __future__ import annotations
 

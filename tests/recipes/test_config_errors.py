@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a configuration, and the very words that say so."""
+"""Everything that can be wrong with a configuration, and the exact messages."""
 
 import sys
 from collections.abc import Iterator
@@ -87,13 +87,13 @@ CASES = {
         "training.total_tokens = 1\n[batch]\neta = 1",
         f'mine.toml:2  batch.use\n    name the batch policy ({parts.HERE}:BatchPolicy): use = "package.module:Name"',
     ),
-    "a slot that is no table": (
+    "a slot that is not a table": (
         "training.total_tokens = 1\nbatch = 3",
         'mine.toml:2  batch = 3\n    expected a table [batch] with use = "package.module:Name", '
         f"naming the batch policy ({parts.HERE}:BatchPolicy)",
     ),
-    "a section that is no table": (MINIMAL + "run = 3", "mine.toml:3  run = 3\n    expected a table, [run]"),
-    "an array that is no array": (
+    "a section that is not a table": (MINIMAL + "run = 3", "mine.toml:3  run = 3\n    expected a table, [run]"),
+    "an array that is not an array": (
         MINIMAL + 'sources = "x"',
         'mine.toml:3  sources = "x"\n    expected an array of tables, [[sources]]',
     ),
@@ -134,7 +134,7 @@ CASES = {
         MINIMAL + 'training.precision = "bf17"',
         'mine.toml:3  training.precision = "bf17"\n    expected one of "bf16", "float32"',
     ),
-    "a count that is none": (
+    "text that is not a count": (
         MINIMAL.replace("= 1\n", '= "4 gigs"\n'),
         'mine.toml:1  training.total_tokens = "4 gigs"\n    expected a count such as 20_000_000, "20M" or "1.5B"',
     ),
@@ -163,12 +163,12 @@ CASES = {
         f'training.total_tokens = 1\n[batch]\nuse = "{parts.HERE}:Ramp"\neta = 1000',
         "mine.toml:2  batch\n    too noisy",
     ),
-    "a table that is no key": (
+    "a table that is not a key": (
         MINIMAL + "[training.x]",
         "mine.toml:3  training.x\n    unknown key in [training]; its keys are total_tokens, precision, compile, "
         "max_grad_norm, seed",
     ),
-    "no import path": (
+    "not an import path": (
         MINIMAL.replace(":Ramp", ".Ramp"),
         f'mine.toml:2  batch.use = "{parts.HERE}.Ramp"\n'
         f"    expected an import path, package.module:Name; did you mean {parts.HERE}:Ramp?",
@@ -264,7 +264,7 @@ CASES = {
         MINIMAL + 'extends = ["mine.toml"]',
         'mine.toml:3  extends = ["mine.toml"]\n    files extend each other in a circle: mine.toml -> mine.toml',
     ),
-    "extends that is no list": (
+    "extends that is not a list": (
         MINIMAL + 'extends = "base.toml"',
         'mine.toml:3  extends = "base.toml"\n    expected a list of paths, such as extends = ["base/cpu.toml"]',
     ),

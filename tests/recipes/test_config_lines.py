@@ -1,4 +1,4 @@
-"""The line of every key, whatever way TOML allows to write it."""
+"""The line of every key, in every form that TOML allows."""
 
 import pytest
 import tomli

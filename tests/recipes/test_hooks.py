@@ -1,4 +1,4 @@
-"""Hooks: the points at which a class of the user's is called, their order, their state and their errors."""
+"""Hooks: the points at which a custom class is called, their order, state and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Halve:
 
 
 class Nothing:
-    """Is no hook."""
+    """Not a hook."""
 '''
 
 
@@ -98,7 +98,7 @@ def test_hooks_are_called_in_a_fixed_order():
     assert calls == ["profile", "own", "other", "save"], "a checkpoint holds the state after the step"
     calls.clear()
     hooks.call("on_run_end", CONTEXT)
-    assert calls == ["profile", "save", "own", "other"], "all is saved when a hook of the user's is called"
+    assert calls == ["profile", "save", "own", "other"], "everything is saved when a custom hook is called"
 
 
 @pytest.mark.quick

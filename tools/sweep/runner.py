@@ -31,7 +31,7 @@ EMA_FRACTION = 0.02
 THROWAWAY_OVERRIDES = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
 """Overrides of a run whose directory is deleted: what it need not write."""
 _LINE_PREFIX = b'{"digest": "'
-"""The beginning of each line of the result file. An incomplete last line is only cut off if it begins so."""
+"""The beginning of each line of the result file. An incomplete last line is removed only if it begins like this."""
 INPUT, KILLED = 2, (129, 130, 137, 143)
 """Exit statuses: bad input, and ended by SIGHUP, SIGINT, SIGKILL or SIGTERM."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -168,7 +168,7 @@ class Runner:
         """Prepare to run `at_a_time` jobs at once.
 
         `keep_in`: the directory for run directories, named by digest; without it they are deleted. `curve_points`: at
-        most so many points of each run's loss curve are kept with its outcome.
+        most this many points of each run's loss curve are kept with its outcome.
         """
         self.results, self.at_a_time, self.keep_in, self.curve_points = results, at_a_time, keep_in, curve_points
         self._free_gpus: queue.SimpleQueue[Settings] = queue.SimpleQueue()

@@ -69,7 +69,7 @@ def test_the_saved_state_is_bitwise_that_of_the_call(tmp_path, store, monkeypatc
 
 @pytest.mark.quick
 def test_writing_a_copy_takes_no_stream_of_a_gpu(store, monkeypatch):
-    """The thread's GPU is the first one, whatever the rank's: each rank would hold some of its memory."""
+    """A thread uses GPU 0, also on other ranks, and each of them would allocate memory there."""
     held = HeldBack(monkeypatch)
     store.save(1, {"x": torch.ones(3)}, {}, "")
     assert held.started.wait(30)

@@ -227,7 +227,7 @@ def test_tinystories_has_five_documents(texts):
 
 
 def test_an_existing_folder_is_not_a_pattern(tmp_path):
-    """The folder a recipe lies in is put before its relative paths, and may be called anything."""
+    """Relative paths are prefixed with the folder of the recipe, which may have any name."""
     folder = tmp_path / "run[1]" / "a*"
     folder.mkdir(parents=True)
     (folder / "b.txt").write_text("It was the best of times.")
