@@ -72,7 +72,7 @@ def test_a_cap_that_does_not_bind_has_no_law(tiny, tmp_path, monkeypatch, capsys
     power = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
     pretend(monkeypatch, law_abiding, lr=lambda settings: 1e-3)
     said = analyzed([str(tiny.recipe), *GRIDS, *CONSTANT, *power, "--results", str(tmp_path / "results.jsonl")], capsys)
-    assert "in 6 groups the peak learning rate is not a fixed multiple of the one tuned" in said
+    assert "in 6 groups the peak learning rate is not a fixed multiple of the tuned one" in said
     assert "no law of the best learning rates" in said
 
 
