@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.document_attention import document_attention, document_positions
-from models.init import fill_normal
 from models.kv_cache import KeyValueCache
 from models.loss import VocabReduce, chunked_cross_entropy, working_bytes
 from models.mkldnn_linear import use_mkldnn_linear
 from models.moe import MoE
 from models.presets import LlamaShape
+from models.random_weights import fill_normal
 from models.rope import RopeFrequencies, apply_rope, rope_frequencies, rope_table
 from models.router_loss import RouterLoss, RouterLossConfig
 

@@ -15,7 +15,7 @@ from recipes.config import Config
 from recipes.data_checks import BadSamples
 from recipes.errors import RunError, config_errors_at
 from recipes.interfaces import LRSchedule
-from recipes.launched_step import LaunchedStep
+from recipes.step_results import LaunchedStep
 
 log = logging.getLogger("powertrain")
 

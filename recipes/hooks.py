@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from components.clock import TrainingClock
-from components.defaults import with_defaults
 from components.errors import InputError
+from components.protocol_defaults import with_defaults
 from recipes.errors import raised_in
 
 

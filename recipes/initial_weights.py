@@ -15,7 +15,7 @@ from components.errors import InputError, MissingFileError
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
-from models.init import copy_sharded
+from models.random_weights import copy_sharded
 
 log = logging.getLogger("powertrain")
 

@@ -13,7 +13,7 @@ from components.gradient_noise import GradientNoise
 from components.hardware import peak_memory_bytes
 from components.interfaces import PackedDataset
 from recipes.interfaces import ReportsMetrics
-from recipes.launched_step import LaunchedStep, StepResult
+from recipes.step_results import LaunchedStep, StepResult
 
 
 @dataclass(frozen=True)

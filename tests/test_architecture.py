@@ -15,7 +15,7 @@ SHARED = {
         "atomic_files",
         "cpu",
         "distributed.collectives",
-        "defaults",
+        "protocol_defaults",
         "errors",
         "interfaces",
         "interrupts",

@@ -1,6 +1,6 @@
 """Batch policies: how many samples each optimizer step takes."""
 
-from components.batch.adaptive import Adaptive, AdaptivePolicy
+from components.batch.adaptive_base import Adaptive, AdaptivePolicy
 from components.batch.constant import Constant
 from components.batch.noise_scale import NoiseScale
 from components.batch.norm_test import NormTest

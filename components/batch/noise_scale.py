@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive
+from components.batch.adaptive_base import Adaptive
 from components.batch.policy import GradientNoise
 
 

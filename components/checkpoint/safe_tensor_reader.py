@@ -20,7 +20,7 @@ class UntrustedReader(FileSystemReader):
     """A FileSystemReader that, unlike torch's, unpickles neither the metadata nor objects other than tensors."""
 
     def __init__(self, checkpoint: Path, metadata: Metadata) -> None:
-        """`metadata` must have been checked (see metadata.py)."""
+        """`metadata` must have been checked (see metadata_unpickler.py)."""
         super().__init__(checkpoint)
         self.metadata = metadata
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from components.gradient_noise.estimator import GradientMoments, NoiseEstimator
+from components.gradient_noise.moments import GradientMoments, NoiseEstimator
 
 
 def moments(groups: torch.Tensor, samples: int) -> GradientMoments:
