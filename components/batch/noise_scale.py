@@ -1,4 +1,7 @@
-"""A batch proportional to the gradient noise scale."""
+"""A batch proportional to the gradient noise scale.
+
+The noise is measured and smoothed in components/gradient_noise/; this only chooses the batch.
+"""
 
 from __future__ import annotations
 

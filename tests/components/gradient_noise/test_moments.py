@@ -1,4 +1,4 @@
-"""What moments say, and how they are smoothed."""
+"""The estimates of one step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from components.gradient_noise.moments import GradientMoments, NoiseEstimator
+from components.gradient_noise.moments import GradientMoments
 
 
 def moments(groups: torch.Tensor, samples: int) -> GradientMoments:
@@ -43,80 +43,3 @@ def test_groups_of_any_size_measure_the_noise_of_one_sample():
         assert told.grad_sq_norm + told.grad_cov_trace / 512 == pytest.approx(
             float(each.mean(0).square().sum()), rel=1e-12
         )
-
-
-def test_smoothing_depends_on_samples_and_not_on_steps():
-    """A constant measurement is kept as it is; a step of 64 samples moves the average like eight steps of 8."""
-    before, after, large = (estimates(*each) for each in ((2.0, 1.0, 8), (12.0, 1.5, 8), (12.0, 1.5, 64)))
-    coarse, fine = NoiseEstimator(100), NoiseEstimator(100)
-    for smoothed in (coarse, fine):
-        first = smoothed.update(8, before)
-        assert (first.grad_cov_trace, first.grad_sq_norm) == pytest.approx((before.grad_cov_trace, before.grad_sq_norm))
-    many = [fine.update(8 + 8 * number, after) for number in range(1, 9)][-1]
-    once = coarse.update(8 + 64, large)
-    assert (once.grad_cov_trace, once.grad_sq_norm) == pytest.approx(
-        (many.grad_cov_trace, many.grad_sq_norm), rel=1e-12
-    )
-    kept = math.exp(-64 / 100)
-    weight = kept * (1 - math.exp(-0.08))
-    expected = (weight * before.grad_cov_trace + (1 - kept) * after.grad_cov_trace) / (weight + 1 - kept)
-    assert once.grad_cov_trace == pytest.approx(expected, rel=1e-12)
-
-
-def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
-    """A step of two groups that tells these."""
-    mean_grad_sq_norm = signal + noise / samples
-    return GradientMoments(2, samples // 2, noise / (samples // 2) + 2 * mean_grad_sq_norm, mean_grad_sq_norm)
-
-
-@pytest.mark.parametrize("earlier", [False, True])
-def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(earlier):
-    """A run that begins to measure late, or again: its first step, far off, must not stand against the next ten."""
-    smoothed = NoiseEstimator(100)
-    if earlier:
-        smoothed.update(8, estimates(7.0, 1.0, 8))
-    assert smoothed.update(10_000, estimates(90.0, 1.0, 8)).grad_cov_trace == pytest.approx(90.0)
-    later = [smoothed.update(10_000 + 8 * number, estimates(2.0, 1.0, 8)) for number in range(1, 11)][-1]
-    kept = math.exp(-0.08)
-    weights = [kept**age for age in range(11)]
-    assert later.grad_cov_trace == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
-
-
-def test_measuring_every_other_step_weighs_each_alike():
-    smoothed, kept = NoiseEstimator(100), math.exp(-0.16)
-    found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
-    assert found.grad_cov_trace == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
-
-
-def test_what_tells_nothing_is_left_out():
-    smoothed = NoiseEstimator(100)
-    smoothed.update(8, GradientMoments(4, 2, 10.0, 2.0))
-    state = smoothed.state_dict()
-    for useless in (
-        GradientMoments(1, 8, 2.0, 2.0), GradientMoments(4, 2, math.nan, 2.0), GradientMoments(4, 2, 1.0, math.inf)
-    ):  # fmt: skip
-        assert smoothed.update(16, useless) is None
-        assert smoothed.state_dict() == state
-
-
-def test_a_restored_average_goes_on_as_if_nothing_had_happened():
-    steps = [GradientMoments(4, 2, 8.0 + number, 1.0 + number / 9) for number in range(6)]
-    whole, first, second = NoiseEstimator(30), NoiseEstimator(30), NoiseEstimator(30)
-    expected = [whole.update(8 * (number + 1), step) for number, step in enumerate(steps)]
-    for number, step in enumerate(steps[:3]):
-        first.update(8 * (number + 1), step)
-    second.load_state_dict(first.state_dict())
-    assert [second.update(8 * (number + 4), step) for number, step in enumerate(steps[3:])] == expected[3:]
-
-
-def test_a_lost_signal_has_no_noise_scale():
-    noise = NoiseEstimator(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
-    assert noise.grad_sq_norm < 0
-    assert noise.noise_scale is None and noise.noise_scale_over_batch is None
-
-
-def test_the_norm_test_is_the_noise_scale_in_batches():
-    told = GradientMoments(4, 2, 10.0, 2.0)
-    noise = NoiseEstimator(10).update(8, told)
-    assert noise.noise_scale == pytest.approx(told.grad_cov_trace / told.grad_sq_norm)
-    assert noise.noise_scale_over_batch == pytest.approx(told.grad_cov_trace / told.grad_sq_norm / 8)
