@@ -1,4 +1,7 @@
-"""Reads the tensors of a checkpoint from an untrusted source: stored code is never executed, sizes are checked."""
+"""Reads the tensors of a checkpoint from an untrusted source: stored code is never executed, sizes are checked.
+
+metadata_unpickler.py has the allowlist of what `.metadata` may name; here torch's `weights_only` decides.
+"""
 
 from __future__ import annotations
 
