@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from models.decoder import Decoder
 from models.presets import LlamaShape
-from models.random_weights import copy_sharded
+from recipes.initial_weights import copy_sharded
 from tests.processes import call_in_ranks
 
 SIZE = LlamaShape(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
