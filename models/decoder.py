@@ -1,5 +1,8 @@
 """The Llama decoder (Touvron et al. 2023, arXiv 2302.13971).
 
+`Attention`, `FeedForward` and `RMSNorm` are here; a new number of a shape is a field of `LlamaShape` (presets.py) and a
+key of `Llama` (llama.py). `Decoder.initial_std` sets the scale of each initial weight.
+
 It contains no code for devices, precision or parallelism, which refer to its modules by name:
 
     tok_embeddings

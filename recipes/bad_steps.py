@@ -1,4 +1,7 @@
-"""Handle a step whose loss, gradient norm, learning rate or samples are bad."""
+"""Handle a step whose loss, gradient norm, learning rate or samples are bad: skip, roll back or stop.
+
+components/guard.py detects bad losses and gradients and decides; this carries out the decision.
+"""
 
 from __future__ import annotations
 

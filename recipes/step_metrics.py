@@ -1,4 +1,9 @@
-"""The row of metrics.jsonl of a training step."""
+"""The row of metrics.jsonl of a training step.
+
+A value known on the host is added to `StepMetrics.row`. One that is summed over ranks also needs a line in
+`Trainer._summands` (pretrain.py) and in `StepResult` (step_results.py). TensorBoard's groups are TAG_GROUPS of
+components/metrics/tensorboard.py. A custom hook logs values without changes here (docs/hooks.md).
+"""
 
 from __future__ import annotations
 
