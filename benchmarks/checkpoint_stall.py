@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import DEBUG, machine, spread
+from benchmarks.shared import DEBUG, machine, spread
 from recipes.config import Override, load
 from recipes.pretrain import Trainer
 
@@ -44,7 +44,7 @@ def measure(
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         batch, steps = 8, WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
         settings = {
-            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": str(batch),
+            "run.dir": directory, "batch.use": "benchmarks.shared:StopwatchBatch", "batch.initial_size": str(batch),
             "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "checkpoint.keep_last": "2",
             "checkpoint.async_save": str(asynchronous).lower(), "lr_schedule.warmup_tokens": "0",
         }  # fmt: skip

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measure import ROOT
+from benchmarks.shared import ROOT
 from components.data import StandardLibrary, TextFiles
 from components.data.document import ReadStats
 from components.data.sources.base import TextSource

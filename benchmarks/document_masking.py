@@ -17,7 +17,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine, spread
+from benchmarks.shared import machine, spread
 from models.decoder import Decoder
 from models.presets import LlamaShape
 

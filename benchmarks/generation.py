@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.shared import machine
 from benchmarks.throughput import quartiles
 from components.generation import Sampling, generate_tokens
 from models.decoder import Decoder

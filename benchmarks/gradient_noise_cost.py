@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, spread
 from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
@@ -37,7 +37,7 @@ def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[li
         settings = {
             "run.dir": directory, "run.device": "cpu", "training.precision": "float32", **SHAPE,
             "training.total_tokens": (steps + WARM_UP) * int(SHAPE["batch.initial_size"]) * 256,
-            "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.folder": peaks,
+            "batch.use": "benchmarks.shared:PeakMemoryBatch", "batch.folder": peaks,
             "lr_schedule.warmup_tokens": 0, "gradient_noise.interval_steps": interval,
             "validation.interval_steps": "none", "validation.max_sequences": 1, "checkpoint.interval_steps": "none",
         }  # fmt: skip

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.measure import machine, spread
+from benchmarks.shared import machine, spread
 from models.moe import MoE
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import ROOT, machine, spread
+from benchmarks.shared import ROOT, machine, spread
 from recipes.config import Config, Override, load
 from recipes.pretrain import Trainer
 
@@ -51,8 +51,8 @@ def narrow_recipe(recipe: str, directory: Path, *, compiled: bool, steps: int) -
         "run.dir": directory, "run.device": "cpu", "training.precision": "float32", "training.compile": compiled,
         "model.dim": 32, "model.heads": 2, "model.kv_heads": 1, "model.head_dim": 16, "model.ffn_dim": 32,
         "model.vocab_size": 128,
-        "tokenizer.use": "benchmarks.measure:Vocabulary", "tokenizer.vocab_size": 128,
-        "data.use": "benchmarks.measure:RandomTokens", "validation.data.use": "benchmarks.measure:RandomTokens",
+        "tokenizer.use": "benchmarks.shared:Vocabulary", "tokenizer.vocab_size": 128,
+        "data.use": "benchmarks.shared:RandomTokens", "validation.data.use": "benchmarks.shared:RandomTokens",
         "validation.interval_steps": "none", "validation.max_sequences": 1, "validation.micro_batch_size": 1,
         "training.sequence_length": TOKENS, "training.micro_batch_size": 1, "lr_schedule.warmup_tokens": 0,
         "training.total_tokens": (steps + WARM_UP + 1) * MICRO_BATCHES * TOKENS,

@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.measure import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, spread
 from components.metrics.jsonl import read_rows
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -60,7 +60,7 @@ def run(row: Row, processes: int, layout: list[str], arguments: argparse.Namespa
         settings = {
             "run.dir": directory, "run.device": "cpu", "training.precision": "float32", **SHAPE,
             "training.total_tokens": (arguments.steps + WARM_UP) * BATCH * arguments.sequence_length,
-            "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.initial_size": BATCH, "batch.folder": peaks,
+            "batch.use": "benchmarks.shared:PeakMemoryBatch", "batch.initial_size": BATCH, "batch.folder": peaks,
             "training.sequence_length": arguments.sequence_length, "lr_schedule.warmup_tokens": 0,
             "validation.interval_steps": "none", "validation.max_sequences": 1, "checkpoint.interval_steps": "none",
         }  # fmt: skip

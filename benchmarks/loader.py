@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torchdata.nodes import Batcher, Loader, Mapper, MapStyleWrapper
 
-from benchmarks.measure import machine, spread
+from benchmarks.shared import machine, spread
 from components.data import TokenFiles
 from components.data.loader import MicroBatchLoader
 from components.data.order import SampleOrder

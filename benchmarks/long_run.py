@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import machine
-from benchmarks.torture.lives import make_recipe
+from benchmarks.shared import machine
+from benchmarks.torture.killed_run import make_recipe
 from recipes.config import Override, load
 from recipes.pretrain import Trainer
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEBUG, machine, spread
+from benchmarks.shared import DEBUG, machine, spread
 from recipes.config import Override, load
 from recipes.pretrain import Trainer
 
@@ -45,7 +45,7 @@ def measure_overhead(steps: int) -> tuple[float, float]:
     """Return (overhead, clipping) as fractions of step time."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as cleanup:
         settings = {
-            "run.dir": directory, "batch.use": "benchmarks.measure:StopwatchBatch", "batch.initial_size": "16",
+            "run.dir": directory, "batch.use": "benchmarks.shared:StopwatchBatch", "batch.initial_size": "16",
             "validation.interval_steps": "none", "checkpoint.interval_steps": "none",
             "validation.max_sequences": "1", "lr_schedule.warmup_tokens": "0",
             "training.total_tokens": str((steps + WARM_UP + 1) * 16 * 256),

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.corpus import tokenizer, write_files
-from benchmarks.measure import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, spread
 from components.data import TextFiles
 
 _PREPARE = """
@@ -115,7 +115,7 @@ def training_peak(folder: Path, cache: Path, out: Path) -> int:
         "data.use": "components.data:TextFiles", "data.path": str(folder), "validation": "none",
         "run.dir": f"{out}/run",
         "run.cache_dir": str(cache), "training.total_tokens": "80K", "lr_schedule.warmup_tokens": "10K",
-        "batch.use": "benchmarks.measure:PeakMemoryBatch", "batch.initial_size": "16", "batch.folder": str(out),
+        "batch.use": "benchmarks.shared:PeakMemoryBatch", "batch.initial_size": "16", "batch.folder": str(out),
         "checkpoint.interval_steps": "none",
     }  # fmt: skip
     arguments = [f"--{key}={value}" for key, value in settings.items()]

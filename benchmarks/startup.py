@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.measure import ROOT, machine, spread
+from benchmarks.shared import ROOT, machine, spread
 
 
 def seconds_to_first_step() -> float:

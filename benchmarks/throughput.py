@@ -19,7 +19,7 @@ import time
 
 import torch
 
-from benchmarks.measure import DEBUG, READY, ROOT, machine, wait_for_turn
+from benchmarks.shared import DEBUG, READY, ROOT, machine, wait_for_turn
 
 SIZES = {
     "7M": {"dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "head_dim": 32, "ffn_dim": 768},
@@ -37,7 +37,7 @@ def train_recipe(size: str, steps: int) -> None:
         settings = {
             "run.dir": directory, "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
             "training.precision": "float32", "training.total_tokens": steps * SEQUENCE * MICRO_BATCH,
-            "batch.use": "benchmarks.measure:TurnsBatch", "batch.initial_size": MICRO_BATCH,
+            "batch.use": "benchmarks.shared:TurnsBatch", "batch.initial_size": MICRO_BATCH,
             "model.vocab_size": VOCAB, "model.tied_embeddings": "false", "validation.max_sequences": 1,
             "lr_schedule.warmup_tokens": 0, "checkpoint.interval_steps": "none",
             **{f"model.{key}": value for key, value in SIZES[size].items()},

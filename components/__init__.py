@@ -1,0 +1,35 @@
+"""The mechanisms of a run, independent of each other and of the models. tests/test_architecture.py checks the imports.
+
+Packages: batch (batch policies), checkpoint, data, distributed, gradient_noise, metrics, profiler, safetensors,
+tokenizers, validation. Their docstrings have a line for each file.
+
+Training
+train_step.py                one optimizer step: micro-batches, clipping, update
+lr_schedules.py              [lr_schedule]: warm-up, decay shapes, scaling with the batch
+optimizers.py                [optimizer]: parameter groups, weight decay, learning-rate multipliers
+precision.py                 float32 or bf16, and bf16 copies of the weights
+activation_checkpointing.py  which operations are kept, and which are recomputed
+guard.py                     [guard]: detects bad steps and decides what to do (recipes/bad_steps.py does it)
+clock.py                     steps, samples and tokens trained so far
+garbage_collection.py        Python's garbage collector, at the same steps on every rank
+critical_batch.py            evaluation of branched training
+generation.py                sampling of text
+
+Run and machine
+run_directory.py             the files of a run directory, its owner and lock
+interrupts.py                signals, stop file and time limit; their exit statuses
+hardware.py                  peak FLOP/s and memory of devices
+cpu.py                       the number of CPUs of this process
+profiler_range.py            named ranges that the profiler package reads
+plotting.py                  style of all figures
+
+Shared by all
+interfaces.py                protocols between components
+protocol_defaults.py         defaults of the optional members that a custom class lacks
+errors.py                    InputError: bad input, with its key
+units.py                     "20M" tokens, and other quantities as written in recipes
+token_ids.py                 checks of token ids, and the label that is ignored
+atomic_files.py              files and directories that are complete or do not exist
+paths.py                     finding, listing and hashing files
+standard_streams.py          robust standard output of commands
+"""

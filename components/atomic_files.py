@@ -51,7 +51,8 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
     The caller must fsync the files it writes there. Several processes may write the same directory at once: the content
     of the first to finish is kept, that of the others is discarded silently. The temporary directory is locked while it
-    is written, so that one of a killed process can be recognized and removed.
+    is written, so that one of a killed process can be recognized and removed. Checkpoints, which all ranks write, do
+    not use it: see components/checkpoint/commit.py.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     for leftover in directory.parent.glob(f".{directory.name}.*.part"):

@@ -1,4 +1,7 @@
-"""[guard]: detect steps with a bad loss or gradient before they update the parameters."""
+"""[guard]: detect steps with a bad loss or gradient before they update the parameters, and decide what to do.
+
+recipes/bad_steps.py carries out the decision: skip, roll back or stop.
+"""
 
 from __future__ import annotations
 

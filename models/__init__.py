@@ -1,0 +1,18 @@
+"""Models. They import only one another, and shared modules of components/.
+
+llama.py                [model]: the keys of a Llama
+presets.py              the shapes of the named models
+decoder.py              the decoder: attention, feed-forward, norms, head; the initial std of each matrix
+random_weights.py       random weights from (seed, name), equal with every sharding
+mup.py                  muP: RULES for initial weights, learning rates and multipliers
+rope.py                 rotary position embedding
+document_attention.py   attention within documents
+moe.py                  mixture of experts
+grouped_linear.py       one matrix product for all experts
+router_loss.py          auxiliary losses of the routers
+loss.py                 cross-entropy in chunks of tokens
+parallel_plan.py        tensor-parallel styles and FSDP groups, by module name
+kv_cache.py             key-value cache of generation
+mkldnn_linear.py        fast linear layers for generation on CPUs (oneDNN, formerly MKL-DNN)
+hf/                     architectures.py (one row each), weights.py (names), config.py (config.json)
+"""

@@ -1,5 +1,8 @@
 """The Llama decoder (Touvron et al. 2023, arXiv 2302.13971).
 
+`Attention`, `FeedForward` and `RMSNorm` are here; a new number of a shape is a field of `LlamaShape` (presets.py) and a
+key of `Llama` (llama.py). `Decoder.initial_std` sets the scale of each initial weight.
+
 It contains no code for devices, precision or parallelism, which refer to its modules by name:
 
     tok_embeddings
@@ -21,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.document_attention import document_attention, document_positions
-from models.init import fill_normal
 from models.kv_cache import KeyValueCache
 from models.loss import VocabReduce, chunked_cross_entropy, working_bytes
 from models.mkldnn_linear import use_mkldnn_linear
 from models.moe import MoE
 from models.presets import LlamaShape
+from models.random_weights import fill_normal
 from models.rope import RopeFrequencies, apply_rope, rope_frequencies, rope_table
 from models.router_loss import RouterLoss, RouterLossConfig
 

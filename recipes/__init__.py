@@ -1,0 +1,38 @@
+"""Recipes: what a run is, from the command line to the training loop.
+
+Command line and configuration
+__main__.py             `python -m recipes`
+cli.py                  options, exit codes, start of the workers
+config/                 TOML files to typed components
+recipe.py               optional attributes of a recipe
+run_config.py           [run] and [training]
+interfaces.py           the protocols that components implement
+errors.py               places an error at its recipe line; RunError; remedies
+process_environment.py  environment variables for NCCL and the allocator
+
+Pre-training
+pretrain.py             the recipe, and Trainer.train, the training loop
+build.py                builds the parts of a run, in order
+run_setup.py            process group, run directory, log, choice of the checkpoint
+model_setup.py          builds the model and checks what it supports
+initial_weights.py      [run] init_from: weights of a Hugging Face directory
+parallelize.py          tensor parallelism, activation checkpointing, compile, FSDP2
+batch_policy.py         builds the batch policy (the policies: components/batch/)
+prepared_data.py        refuses untokenized text on several nodes
+data_checks.py          checks the micro-batches of a step
+step_results.py         a step queued on the device, and its results read later
+step_metrics.py         the row of a step in metrics.jsonl
+bad_steps.py            skips, rolls back or stops as components/guard.py decides
+hooks.py                the points of the loop, for custom hooks
+builtin_hooks.py        saving, validation, profiling, garbage collection
+checkpointing.py        saves and restores the run (the files: components/checkpoint/)
+training_state.py       what a checkpoint saves
+resume.py               what a resumed run may change: RULES
+
+Other uses
+dry_run/                --dry-run
+critical_batch/         critical batch size by branched training
+evaluate.py             loss of a trained model on any text
+trained_model.py        loads a trained model, for evaluation and generation
+stored_config.py        the configuration in an untrusted checkpoint
+"""

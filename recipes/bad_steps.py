@@ -1,4 +1,7 @@
-"""Handle a step whose loss, gradient norm, learning rate or samples are bad."""
+"""Handle a step whose loss, gradient norm, learning rate or samples are bad: skip, roll back or stop.
+
+components/guard.py detects bad losses and gradients and decides; this carries out the decision.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from recipes.config import Config
 from recipes.data_checks import BadSamples
 from recipes.errors import RunError, config_errors_at
 from recipes.interfaces import LRSchedule
-from recipes.launched_step import LaunchedStep
+from recipes.step_results import LaunchedStep
 
 log = logging.getLogger("powertrain")
 

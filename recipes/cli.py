@@ -1,6 +1,7 @@
 """The command line: load one recipe, then run it in one process or start worker processes.
 
-`--help` lists the options, the environment variables and the exit codes.
+`--help` lists the options, the environment variables and the exit codes (EPILOG). The exit status of a run that is
+stopped comes from `exit_status` of components/interrupts.py.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ from recipes.errors import call_on_all_ranks, config_errors_at
 from recipes.interfaces import HasParallelPlan, TokenizerConfig
 from recipes.model_setup import enable_document_masking, require_document_masking
 from recipes.parallelize import materialize, parallelize
-from recipes.pretrained import PretrainedModel, load_pretrained
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
 from recipes.run_config import default_cache_dir
+from recipes.trained_model import PretrainedModel, load_pretrained
 
 log = logging.getLogger("powertrain")
 

@@ -1,4 +1,8 @@
-"""Hooks: code that the training loop calls at named points, in a fixed order."""
+"""Hooks: code that the training loop calls at named points, in a fixed order.
+
+To add a point, add a method `on_...` to `Hook`, and call it with `self.hooks.call("on_...", self.context)` where it
+belongs in `Trainer.train` or `Trainer.launch` of pretrain.py. builtin_hooks.py has the hooks of the loop itself.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ import torch
 from torch import nn
 
 from components.clock import TrainingClock
-from components.defaults import with_defaults
 from components.errors import InputError
+from components.protocol_defaults import with_defaults
 from recipes.errors import raised_in
 
 

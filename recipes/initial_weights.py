@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from components.errors import InputError, MissingFileError
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
-from models.init import copy_sharded
 
 log = logging.getLogger("powertrain")
 
@@ -94,6 +93,17 @@ def require_equal_copies(weights: Weights | PickledWeights, places: dict[str, st
         twin = places["tok_embeddings.weight"]
         if weights.specs[extra] != weights.specs[twin] or not torch.equal(weights.read(extra), weights.read(twin)):
             raise ValueError(f"{extra} and {twin} differ, but config.json ties them; set tie_word_embeddings to false")
+
+
+@torch.no_grad()
+def copy_sharded(parameter: Tensor, full: Tensor) -> None:
+    """Copy a full CPU tensor into a parameter of any sharding, device and dtype, without communication."""
+    if isinstance(parameter, DTensor):
+        # src_data_rank=None: every rank takes its shard from its own copy of the full tensor
+        shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(full)
 
 
 def _copy_parameter(parameter: Tensor, weights: Weights | PickledWeights, stored: str) -> None:

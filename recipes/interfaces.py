@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from components.defaults import with_defaults
 from components.interfaces import Tokenizer
+from components.protocol_defaults import with_defaults
 
 
 @runtime_checkable

@@ -33,6 +33,7 @@ from components.validation import ValidationConfig
 from recipes import build
 from recipes.bad_steps import compute_lr, handle_bad_samples, handle_bad_step
 from recipes.batch_policy import uses_adaptive_batch
+from recipes.builtin_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
 from recipes.data_checks import BadSamples, MicroBatchReader
@@ -49,12 +50,11 @@ from recipes.interfaces import (
     TokenizerConfig,
     complete_schedule,
 )
-from recipes.launched_step import LaunchedStep, StepResult, metrics_delay, request_counts
-from recipes.loop_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.resume import Resume
 from recipes.run_config import RunConfig, TrainingConfig
 from recipes.run_setup import build_environment
 from recipes.step_metrics import StepMetrics
+from recipes.step_results import LaunchedStep, StepResult, metrics_delay, request_counts
 
 log = logging.getLogger("powertrain")
 

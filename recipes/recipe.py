@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from components.defaults import with_defaults
+from components.protocol_defaults import with_defaults
 
 
 class RecipeDefaults:

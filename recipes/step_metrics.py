@@ -1,4 +1,9 @@
-"""The row of metrics.jsonl of a training step."""
+"""The row of metrics.jsonl of a training step.
+
+A value known on the host is added to `StepMetrics.row`. One that is summed over ranks also needs a line in
+`Trainer._summands` (pretrain.py) and in `StepResult` (step_results.py). TensorBoard's groups are TAG_GROUPS of
+components/metrics/tensorboard.py. A custom hook logs values without changes here (docs/hooks.md).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ from components.gradient_noise import GradientNoise
 from components.hardware import peak_memory_bytes
 from components.interfaces import PackedDataset
 from recipes.interfaces import ReportsMetrics
-from recipes.launched_step import LaunchedStep, StepResult
+from recipes.step_results import LaunchedStep, StepResult
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The direction of imports: tools, tests, benchmarks -> recipes -> components, models."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,11 @@ SHARED = {
         "atomic_files",
         "cpu",
         "distributed.collectives",
-        "defaults",
+        "protocol_defaults",
         "errors",
         "interfaces",
         "interrupts",
         "paths",
-        "activation_checkpointing",
         "profiler_range",
         "token_ids",
         "unicode_text",
@@ -144,3 +144,21 @@ def test_import_cycles_are_found():
     assert "torch" not in graph["recipes.build"]
     assert "recipes.initial_weights" in graph["recipes.build"], "an import in a function"
     assert "components.distributed.context" in graph["recipes.errors"], "an import for types"
+
+
+MAPPED = [
+    package
+    for name in ("recipes", "components", "models")
+    for package in sorted((ROOT / name).rglob("__init__.py"))
+    if re.search(r"^\w+\.py  ", ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or "", re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("package", MAPPED, ids=lambda package: module_name(package))
+def test_the_docstring_of_a_package_lists_its_files(package):
+    listed = re.findall(r"^(\w+\.py)  ", package.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(file.name for file in package.parent.glob("*.py") if file != package)
+
+
+def test_package_maps_are_found():
+    assert len(MAPPED) >= 12

@@ -1,4 +1,7 @@
-"""The recipes and components of the project, and the slots they fit, for documents generated from them."""
+"""The recipes and components of the project, and the slots they fit.
+
+generate_keys_doc.py and generate_json_schema.py write documents from it.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ use_environment() {
 
 _is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
-_is_complete() { [ -x "$PYTHON" ] && "$PYTHON" "$root/tools/requirements.py" "$extra" >/dev/null 2>&1; }
+_is_complete() { [ -x "$PYTHON" ] && "$PYTHON" "$root/tools/check_requirements.py" "$extra" >/dev/null 2>&1; }
 
 _make_venv() {
   local install=("$PYTHON" -m pip install --disable-pip-version-check) make=("$base" -m venv --clear)

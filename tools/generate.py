@@ -26,7 +26,7 @@ from components.standard_streams import run_command
 from components.tokenizers.detokenizer import IncrementalDetokenizer
 from recipes.config import ConfigError
 from recipes.parallelize import materialize
-from recipes.pretrained import load_pretrained
+from recipes.trained_model import load_pretrained
 
 
 @dataclass

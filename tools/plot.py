@@ -34,6 +34,7 @@ from components.standard_streams import run_command
 from recipes.batch_policy import build_batch_policy
 from recipes.cli import UsageError, parse_recipe, resolve_world_shape
 from recipes.config import Config, ConfigError, load
+from recipes.dry_run.report import schedule_table
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps, summarize_steps
 from recipes.errors import config_errors_at
 from recipes.recipe import complete_recipe
@@ -163,7 +164,7 @@ def preview_schedule(arguments: Sequence[str], metrics: Path | None, output: Pat
     curves = schedule_curves(config, resolve_world_shape(os.environ).world_size, metrics)
     length = config.recipe.training.sequence_length
     for curve in curves:
-        print("\n".join([curve.label, *summarize_steps(curve.steps, config.recipe).table(length), ""]))
+        print("\n".join([curve.label, *schedule_table(summarize_steps(curve.steps, config.recipe), length), ""]))
     if output is not None:
         plot_schedule(curves, length, output)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.adaptive_batch.runs import Row
-from benchmarks.measure import machine
+from benchmarks.shared import machine
 from components.plotting import import_pyplot, label_tokens, save_figure
 from tools.sweep.runner import Outcome
 

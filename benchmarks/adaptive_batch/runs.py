@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.adaptive_batch.methods import SIZE, method_of, schedule
-from benchmarks.measure import ROOT
+from benchmarks.shared import ROOT
 from recipes.config import Override, load
 from tools.sweep.grid import Fingerprints, Job, Settings, digest
 from tools.sweep.runner import Outcome, Results, Runner

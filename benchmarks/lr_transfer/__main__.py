@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.lr_transfer.groups import Group, group_results
 from benchmarks.lr_transfer.methods import METHODS, Grid, Method, relative_cost, sweep_of
 from benchmarks.lr_transfer.report import plot_regret, report_lines
-from benchmarks.measure import machine
+from benchmarks.shared import machine
 from tools.sweep.runner import Results, Runner, report_stop
 
 

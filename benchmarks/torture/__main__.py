@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.torture.lives import Kind, Tally, compare, make_recipe, run_life
+from benchmarks.torture.killed_run import Kind, Tally, compare, make_recipe, run_life
 
 KINDS = [Kind(ranks, async_save) for ranks in (1, 2) for async_save in (False, True)]
 

@@ -1,6 +1,18 @@
-"""Batch policies: how many samples each optimizer step takes."""
+"""Batch policies: how many samples each optimizer step takes.
 
-from components.batch.adaptive import Adaptive, AdaptivePolicy
+policy.py         the interface of policies, with defaults
+adaptive_base.py  base class of the policies that follow the gradient noise: bounds, pace, state
+norm_test.py      NormTest: relative error of the mean gradient at most eta
+noise_scale.py    NoiseScale: proportional to the noise scale
+seesaw.py         Seesaw: grows where the schedule would lower the learning rate
+ramp.py           Ramp: stages at given tokens
+constant.py       Constant
+rounding.py       rounds a requested size up to whole micro-batches on every rank
+
+The gradient noise is measured and smoothed in components/gradient_noise/. recipes/batch_policy.py builds the policy.
+"""
+
+from components.batch.adaptive_base import Adaptive, AdaptivePolicy
 from components.batch.constant import Constant
 from components.batch.noise_scale import NoiseScale
 from components.batch.norm_test import NormTest

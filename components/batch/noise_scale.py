@@ -1,4 +1,7 @@
-"""A batch proportional to the gradient noise scale."""
+"""A batch proportional to the gradient noise scale.
+
+The noise is measured and smoothed in components/gradient_noise/; this only chooses the batch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive
+from components.batch.adaptive_base import Adaptive
 from components.batch.policy import GradientNoise
 
 

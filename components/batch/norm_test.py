@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from components.batch.adaptive import Adaptive
+from components.batch.adaptive_base import Adaptive
 from components.batch.policy import GradientNoise
 from components.errors import InputError
 from components.units import PositiveCount

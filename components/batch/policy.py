@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from components.defaults import with_defaults
 from components.errors import InputError
+from components.protocol_defaults import with_defaults
 
 
 class Progress(Protocol):

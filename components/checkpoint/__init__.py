@@ -10,10 +10,22 @@ A checkpoint is written to a temporary directory (`.writing-RUN-step-00000123`),
 directory with the final name is therefore complete, and an interrupted save leaves only a directory that is never read.
 An asynchronous save does the same in a thread, on a copy of the tensors.
 
+manager.py              [checkpoint]: when to save, and which checkpoints to keep
+commit.py               writes a checkpoint, fsyncs and renames it; removes checkpoints and partial saves
+async_saver.py          the thread of an asynchronous save
+tensor_writer.py        writes *.distcp with cached plans
+manifest.py             writes and verifies manifest.json
+load.py                 lists checkpoints, and loads state and tensors
+metadata_unpickler.py   unpickles .metadata: the allowlist of classes and operations
+safe_tensor_reader.py   reads *.distcp without executing stored code
+tensor_index.py         the tensors of a checkpoint and the places of their chunks
+state_tensors.py        which tensors of a run are saved
+
 torch.distributed.checkpoint takes most of a second to import, so it is imported where it is used: a typo in a recipe is
 reported before that.
 """
 
+from components.checkpoint.commit import remove_all, remove_partial_saves
 from components.checkpoint.load import (
     DamagedError,
     list_checkpoints,
@@ -22,7 +34,7 @@ from components.checkpoint.load import (
     step_of,
     tensor_names,
 )
-from components.checkpoint.manager import CheckpointConfig, CheckpointManager, remove_all, remove_partial_saves
+from components.checkpoint.manager import CheckpointConfig, CheckpointManager
 from components.checkpoint.manifest import run_of, verify
 from components.checkpoint.state_tensors import StateTensors
 

@@ -69,7 +69,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool, in
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
     from torch.distributed.checkpoint.api import CheckpointException
 
-    from components.checkpoint.safe_reader import UntrustedReader
+    from components.checkpoint.safe_tensor_reader import UntrustedReader
 
     index = index or tensor_index(checkpoint, no_dist=no_dist)
     reader = UntrustedReader(checkpoint, index.metadata(flatten_state_dict(tensors)[0]))
@@ -89,7 +89,7 @@ def tensor_index(checkpoint: Path, *, no_dist: bool) -> TensorIndex:
 
     The main process reads and checks it and sends it to all ranks; with `no_dist`, every process reads it itself.
     """
-    from components.checkpoint.metadata import read_index
+    from components.checkpoint.metadata_unpickler import read_index
 
     return read_index(checkpoint) if no_dist else run_on_main(lambda: read_index(checkpoint))
 

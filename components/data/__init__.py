@@ -4,7 +4,7 @@ A source is tokenized into shards on first use and read as packed sequences. Dat
 
 1. `sources/` read documents from files or the Hub;
 2. `tokenize.py` tokenizes documents into shards on disk (`shards.py`, `shard_writer.py`);
-3. `cache.py` and `index.py` select and order the documents of a data set;
+3. `cache.py` and `document_index.py` select and order the documents of a data set;
 4. `dataset.py` packs their tokens into sequences, and `mixture.py` mixes several sources;
 5. `loader.py` reads micro-batches in the global order of `order.py`.
 """

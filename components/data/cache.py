@@ -3,7 +3,7 @@
     <cache_dir>/
         file-hashes.json         SHA-256 of unchanged source files (file_hash_cache.py)
         encoded-<tokenizer>/     shards of token ids (shards.py), shared by all data sets with the same tokenizer
-        TextFiles-<content>/     a data set: its documents in the shards, in order (index.py)
+        TextFiles-<content>/     a data set: its documents in the shards, in order (document_index.py)
 
 Names are hashes of content, settings and tokenizer, so an entry never has to be invalidated.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 from components.atomic_files import remove_atomic
 from components.data.dataset import TextDataset
 from components.data.document import SourceFile
+from components.data.document_index import INDEX, SOURCE_FILES, SPANS, DocumentFilter, Index, open_index, write_index
 from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache
-from components.data.index import INDEX, SOURCE_FILES, SPANS, DocumentFilter, Index, open_index, write_index
 from components.data.shards import FORMAT, read_record, store_name
 from components.data.tokenize import Preparation, tokenize_missing
 from components.interfaces import Tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.data.index import SOURCE_FILES, FileCounts, Index
+from components.data.document_index import SOURCE_FILES, FileCounts, Index
 from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, rebuild_error
 from components.data.token_reader import TokenReader
 

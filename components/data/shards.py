@@ -7,7 +7,7 @@
 
 Source files that are encoded together form a group; a large group has several shards, and the last one is marked. A
 document never crosses shards. The order of files and the selection of documents are stored in the index of a data set
-(index.py), which refers to shards. Nothing is unpickled, and all sizes are checked.
+(document_index.py), which refers to shards. Nothing is unpickled, and all sizes are checked.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ context.py          the processes of a run, and the collectives of all of them
 collectives.py      exchange of strings and errors between processes
 parallel_dims.py    [parallel]: the mesh of replicas, shards and tensor-parallel ranks
 fsdp.py             FSDP2: sharded parameters, gradients and optimizer state
-tensor_parallel.py  tensor parallelism with sequence parallelism
+tensor_parallel.py  tensor parallelism with sequence parallelism: the styles
+
+FSDP groups and styles of modules come from the model's plan (models/parallel_plan.py).
 """
 
 from components.distributed.parallel_dims import ParallelConfig

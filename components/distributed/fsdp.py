@@ -1,5 +1,7 @@
 """FSDP2: sharded parameters, gradients and optimizer state, gathered one group of modules at a time.
 
+The groups come from the model's plan (models/parallel_plan.py).
+
 torch.distributed.fsdp takes most of a second to import. It is imported where it is used, so that mistakes in a recipe
 are reported before.
 """

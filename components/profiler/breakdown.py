@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from components.profiler import kinds
+from components.profiler import kernel_kinds as kinds
 
 STEP = "ProfilerStep#"
 """Prefix of the range of a step, by the convention of torch.profiler, which other trace readers use too."""

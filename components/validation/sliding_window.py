@@ -1,4 +1,7 @@
-"""SlidingWindow: the loss of whole documents, each token predicted once from the part of a window before it."""
+"""SlidingWindow: the loss of whole documents, each token predicted once from the part of a window before it.
+
+The stride is `evaluation.stride` (recipes/evaluate.py). [validation] uses validator.py, without a stride.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,13 @@
 """Typed TOML: turn recipe files and `--section.key=value` into components, and back into TOML.
 
+load.py     reads files, merges the overrides, builds and checks, in this order
+toml.py     the line of every key; writing TOML
+tree.py     merged tables and values, each with its place
+schema.py   the keys of a class, from its signature
+imports.py  imports what `use` names
+build.py    decodes values and constructs components
+errors.py   problems with place and key; did_you_mean
+
 The signature is the schema: the typed keyword-only parameters of a component's constructor are the keys of its table,
 those of a recipe's constructor are its sections. There is no registry and no second declaration.
 """

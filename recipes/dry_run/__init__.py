@@ -1,6 +1,10 @@
 """`--dry-run`: report the parameters, memory, steps, time and problems of a run without starting it.
 
-`plan` gathers what can be known, `schedule_preview` simulates batch sizes and learning rates, `memory` and `step_time`
-estimate a rank's memory and a step's time, `preflight` finds problems, and `report` prints all of it. A run itself uses
-`memory` to decide how often it synchronizes gradients.
+plan.py               everything that is known before a run starts
+schedule_preview.py   simulates batch sizes and learning rates
+memory.py             memory of a rank; a run itself uses it to decide how often it synchronizes gradients
+activation_memory.py  counts the activations that a forward pass keeps
+step_time.py          what bounds the time of a step
+preflight.py          problems
+report.py             prints all of it
 """

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.activation_memory import count_activations
 from components.distributed.context import DistributedContext
 from components.distributed.fsdp import GradSyncMode, shard_dim
 from components.distributed.parallel_dims import MeshShape
 from components.hardware import device_memory
+from recipes.dry_run.activation_memory import count_activations
 from recipes.model_setup import transformer_blocks
 
 RESERVED_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}

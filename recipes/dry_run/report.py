@@ -1,4 +1,4 @@
-"""The printed report of `--dry-run`: the plan of a run, and its problems."""
+"""The printed report of `--dry-run`: all of its tables, and the problems of the run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from recipes.config.errors import Problem
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory
 from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.preflight import preflight_checks
+from recipes.dry_run.schedule_preview import SchedulePreview
 from recipes.dry_run.step_time import estimate_step_time
 
 DEFAULT_DEVICES = ("A100", "H100", "H200", "B200")
@@ -41,12 +42,22 @@ def report_lines(plan: RunPlan) -> Iterator[str]:
     yield ""
     yield from _memory(plan)
     yield ""
-    yield from plan.schedule.table(plan.recipe.training.sequence_length)
+    yield from schedule_table(plan.schedule, plan.recipe.training.sequence_length)
     yield ""
     device = plan.target.device
     devices = [device_spec(name) for name in DEFAULT_DEVICES] if device is None else [device]
     yield from _devices(plan, devices)
     yield from _step(plan, devices)
+
+
+def schedule_table(schedule: SchedulePreview, sequence_length: int) -> Iterator[str]:
+    """Yield the lines of a table of the milestones."""
+    yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
+    for reasons, step in schedule.milestones:
+        yield (
+            f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} "
+            f"{format_count(step.batch * sequence_length):>12} {step.micro_batches:>6,} {step.lr:>10.3g}  {reasons}"
+        )
 
 
 def _run(plan: RunPlan) -> Iterator[str]:

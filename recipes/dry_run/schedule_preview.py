@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from components.batch import BatchPolicy, BatchRounding
 from components.clock import TrainingClock
-from components.units import format_count
 from recipes.batch_policy import build_batch_policy
 from recipes.interfaces import complete_schedule
 
@@ -61,15 +60,6 @@ class SchedulePreview:
     @property
     def mean_batch(self) -> float:
         return self.samples / self.num_steps
-
-    def table(self, sequence_length: int) -> Iterator[str]:
-        """Yield the lines of a table of the milestones."""
-        yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
-        for reasons, step in self.milestones:
-            yield (
-                f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} "
-                f"{format_count(step.batch * sequence_length):>12} {step.micro_batches:>6,} {step.lr:>10.3g}  {reasons}"
-            )
 
 
 def planned_steps(recipe: Any, rounding: BatchRounding, policy: BatchPolicy | None = None) -> Iterator[PlannedStep]:

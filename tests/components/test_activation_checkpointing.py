@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.activation_checkpointing import OPS_TO_SAVE, apply_activation_checkpointing
-from components.activation_memory import count_activations
+from recipes.dry_run.activation_memory import count_activations
 
 pytestmark = pytest.mark.quick
 

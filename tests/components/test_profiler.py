@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.profiler import ProfilerConfig, break_down, kinds
+from components.profiler import ProfilerConfig, break_down
+from components.profiler import kernel_kinds as kinds
 from components.profiler.breakdown import STEP, Interval, exclusive_times
 
 pytestmark = pytest.mark.quick

@@ -101,4 +101,4 @@ def test_every_command_uses_it():
     commands = [path for path in commands if "if __name__ ==" in path.read_text(encoding="utf-8")]
     without = [path.name for path in commands if "run_command(" not in path.read_text(encoding="utf-8")]
     assert len(commands) > 12
-    assert without == ["requirements.py"], "which runs before anything is installed"
+    assert without == ["check_requirements.py"], "which runs before anything is installed"

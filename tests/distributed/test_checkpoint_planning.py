@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from components.checkpoint import CheckpointManager, load_tensors
-from components.checkpoint.metadata import read_index
+from components.checkpoint.metadata_unpickler import read_index
 from tests.components.distributed.test_context import join
 from tests.processes import call_in_ranks
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from components.profiler import break_down, kinds, read_trace
+from components.profiler import break_down, read_trace
+from components.profiler import kernel_kinds as kinds
 from tests.distributed.layouts import run_all
 
 

@@ -17,8 +17,8 @@ from components.clock import TrainingClock
 from components.train_step import TrainStep
 from recipes import cli
 from recipes.bad_steps import NonFiniteError
+from recipes.builtin_hooks import Validate
 from recipes.critical_batch.report import Branch, Report
-from recipes.loop_hooks import Validate
 from recipes.pretrain import Pretrain
 from tests.end_to_end.test_resume import timeless
 from tests.faults.test_removals import Others, moved_and_linked

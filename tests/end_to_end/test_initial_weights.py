@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from recipes.pretrained import load_pretrained
+from recipes.trained_model import load_pretrained
 from tools import export_hf, import_hf
 
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from components.profiler import break_down, kinds, read_trace
+from components.profiler import break_down, read_trace
+from components.profiler import kernel_kinds as kinds
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -15,7 +15,7 @@ HANDFUL = """
 import random, sys
 from pathlib import Path
 import torch
-from benchmarks.torture.lives import Kind, Tally, compare, make_recipe, run_life
+from benchmarks.torture.killed_run import Kind, Tally, compare, make_recipe, run_life
 
 torch.set_num_threads(1)
 folder, kind, tally = Path(sys.argv[1]), Kind(int(sys.argv[2]), sys.argv[3] == "async"), Tally()

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from models.init import fill_runs, normal_from_bits, parameter_seed
+from models.random_weights import fill_runs, normal_from_bits, parameter_seed
 
 pytestmark = pytest.mark.quick
 N = 2**20

@@ -165,7 +165,7 @@ def test_gradients_that_a_hook_changes_are_those_of_the_update(hooked, monkeypat
     import torch
 
     from components.checkpoint import load_tensors
-    from recipes.pretrained import load_pretrained
+    from recipes.trained_model import load_pretrained
 
     weights = []
     for step in (1, 3):

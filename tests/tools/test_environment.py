@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipes.cli import ROOT
-from tools.requirements import missing_requirements
+from tools.check_requirements import missing_requirements
 
 pytestmark = pytest.mark.quick
 
@@ -33,7 +33,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with what sets up its environment, and a Python without libraries as the only one on the path."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "programs").mkdir()
-    for name in ("tools/environment.sh", "tools/requirements.py", "pyproject.toml", "constraints.txt"):
+    for name in ("tools/environment.sh", "tools/check_requirements.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     stub = tmp_path / "programs" / "python3"
     stub.write_text(STUB.replace("REAL", sys.executable))

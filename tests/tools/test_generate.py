@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.generation import Sampling, generate_tokens
-from recipes.pretrained import load_pretrained
+from recipes.trained_model import load_pretrained
 from tests.conftest import TinyRun
 from tests.tools.test_export_hf import MODELS, TOKENIZER, trained
 from tools import export_hf, generate, import_hf

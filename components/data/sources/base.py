@@ -20,8 +20,8 @@ from components.cpu import num_cpus
 from components.data.cache import CacheEntry
 from components.data.dataset import TextDataset
 from components.data.document import Document, ReadStats, SourceFile
+from components.data.document_index import DocumentFilter
 from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache, stat_signature
-from components.data.index import DocumentFilter
 from components.errors import InputError
 from components.interfaces import Tokenizer
 

@@ -1,4 +1,8 @@
-"""Streams that decompress gzip and Zstandard files and detect truncated or damaged ones."""
+"""Streams that decompress gzip and Zstandard files and detect truncated or damaged ones.
+
+A new compression is a subclass of `Decompressed` here, and is registered in text_io.py (COMPRESSED, _SIGNATURES and
+`open_text`).
+"""
 
 from __future__ import annotations
 

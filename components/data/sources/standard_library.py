@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from components.data.document import Document, ReadStats
-from components.data.index import DocumentFilter
+from components.data.document_index import DocumentFilter
 from components.data.sources.base import FileSource
 from components.data.sources.text_io import decode, normalize_newlines
 from components.errors import InputError

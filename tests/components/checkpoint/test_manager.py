@@ -95,7 +95,7 @@ def test_a_save_that_fails_is_logged_and_leaves_nothing(tmp_path, monkeypatch, c
     tensors = {"x": torch.ones(3)}
     store.save(1, tensors, {}, "")
     for dies_in in (
-        "components.checkpoint.manager.write_fsync",
+        "components.checkpoint.commit.write_fsync",
         "torch.distributed.checkpoint.save",
         "pathlib.Path.rename",
     ):

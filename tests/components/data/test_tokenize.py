@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from components.data import TextFiles
 from components.data.document import Document, ReadStats
+from components.data.document_index import Index
 from components.data.file_hash_cache import FileHashCache, hash_file
-from components.data.index import Index
 from components.data.shards import Shard, check_shard, read_record
 from components.tokenizers import Bytes
 from tests.components.data.conftest import Given

@@ -9,7 +9,7 @@ from recipes.config.imports import import_class
 from recipes.config.schema import fields_of
 from tests.recipes import config_parts as parts
 from tools.component_catalog import RECIPES
-from tools.generate_reference import main, page
+from tools.generate_keys_doc import main, page
 
 pytestmark = pytest.mark.quick
 
@@ -20,7 +20,7 @@ def test_the_page_is_up_to_date(tmp_path):
     assert main([f"--output={tmp_path / 'keys.md'}"]) == 0
     written = (DOCS / "keys.md").read_text(encoding="utf-8")
     assert (tmp_path / "keys.md").read_text(encoding="utf-8") == written, (
-        "python -m tools.generate_reference --output docs/keys.md"
+        "python -m tools.generate_keys_doc --output docs/keys.md"
     )
     sections = {name for recipe in RECIPES for name in fields_of(import_class(recipe))}
     assert set(re.findall(r"^### `\[(\w+)\]`$", written, re.MULTILINE)) == sections

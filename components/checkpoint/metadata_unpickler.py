@@ -1,7 +1,8 @@
-"""Safe reading of `.metadata`, the untrusted pickle in which torch.distributed.checkpoint lists tensors and places.
+"""Safe unpickling of `.metadata`, the untrusted pickle in which torch.distributed.checkpoint lists tensors and places.
 
 Unpickling can import and call anything. Here every class that the pickle may name is replaced by a stand-in that only
 stores its arguments, and every other class is refused; the stored values are then checked and written to arrays.
+safe_tensor_reader.py reads the tensors themselves.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.init import contiguous_runs, fill_normal, parameter_seed
 from models.presets import LlamaShape
+from models.random_weights import contiguous_runs, fill_normal, parameter_seed
 
 pytestmark = pytest.mark.quick
 

@@ -11,7 +11,7 @@ from jsonschema import Draft7Validator
 from recipes.config.imports import import_class
 from tests.recipes import config_parts as parts
 from tools.component_catalog import RECIPES
-from tools.schema import Schema, main, recipe_schema
+from tools.generate_json_schema import Schema, main, recipe_schema
 
 FILES = sorted((Path(__file__).parents[2] / "train_configs").glob("**/*.toml"))
 

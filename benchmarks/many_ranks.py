@@ -1,6 +1,6 @@
 """Costs of many ranks outside training: checkpoint metadata, save plans, sockets and initial weights.
 
-    python -m benchmarks.control_plane [--ranks 8 64 512 1024] [--models 8b 70b] [--parts metadata plans ...]
+    python -m benchmarks.many_ranks [--ranks 8 64 512 1024] [--models 8b 70b] [--parts metadata plans ...]
 
 The ranks are simulated: this process makes and reads the metadata and plans of that many ranks. Sockets are counted in
 2, 4 and 8 real processes and extrapolated linearly. 70B on 1,024 ranks takes about 12 GB. Times are processor seconds
@@ -33,14 +33,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from benchmarks.measure import machine
+from benchmarks.shared import machine
 from components.checkpoint.manager import CheckpointManager
-from components.checkpoint.metadata import read_index
+from components.checkpoint.metadata_unpickler import read_index
 from components.checkpoint.tensor_writer import SavePlans
 from components.distributed.context import DistributedContext
 from models.decoder import Decoder
-from models.init import fill_runs
 from models.presets import LlamaShape
+from models.random_weights import fill_runs
 
 SIZES = {
     "8b": LlamaShape(dim=4096, layers=32, heads=32, kv_heads=8, ffn_dim=14336),

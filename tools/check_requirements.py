@@ -1,4 +1,4 @@
-"""Check that this interpreter has all dependencies of pyproject.toml, and of EXTRA: requirements.py [EXTRA].
+"""Check that this interpreter has all dependencies of pyproject.toml, and of EXTRA: check_requirements.py [EXTRA].
 
 Exit status: 0 if they are installed, 1 if not: those missing or too old are printed. It also fails if the libraries
 that it imports are missing.

@@ -1,4 +1,6 @@
-"""Initial weights from (seed, parameter name) alone: equal on every device, in every dtype, with every sharding.
+"""Random weights from (seed, parameter name) alone: equal on every device, in every dtype, with every sharding.
+
+The distribution of each matrix is chosen elsewhere: `Decoder.initial_std` in decoder.py, and RULES in mup.py.
 
 Normal numbers are indexed by position: number i of a stream can be computed without those before it. Philox4x64-10
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; numpy guarantees that its stream does not change)
@@ -83,17 +85,6 @@ def contiguous_runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]
         else:
             starts = (held[:, None] * stride + starts[None, :]).reshape(-1)
     return starts, length
-
-
-@torch.no_grad()
-def copy_sharded(parameter: Tensor, full: Tensor) -> None:
-    """Copy a full CPU tensor into a parameter of any sharding, device and dtype, without communication."""
-    if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank takes its shard from its own copy of the full tensor
-        shard = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(shard.to_local())
-    else:
-        parameter.copy_(full)
 
 
 _PER_COUNT = 8

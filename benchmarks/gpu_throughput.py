@@ -1,6 +1,6 @@
 """Tokens/s, MFU and memory of the published recipes on one GPU, against a plain loop over transformers' model.
 
-    python -m benchmarks.gpu [--minutes 8.5] [--models 1.1B 3B 300M] [--kinds compiled plain] [--micro-batch 1.1B=8]
+    python -m benchmarks.gpu_throughput [--minutes 8.5] [--models 1.1B 3B 300M] [--kinds compiled plain] ...
 
 Each case runs in a separate process on random tokens in bf16, so running out of memory or time affects only its row.
 The most important cases come first; those that do not fit in the minutes are reported as skipped. A recipe runs with
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_case import KINDS, MODELS, options
-from benchmarks.measure import ROOT, machine, spread
+from benchmarks.gpu_throughput_case import KINDS, MODELS, options
+from benchmarks.shared import ROOT, machine, spread
 
 ORDER = [
     ("1.1B", "compiled"), ("3B", "compiled"), ("MoE-1B", "compiled"), ("1.1B", "plain"), ("1.1B", "no noise"),
@@ -111,7 +111,8 @@ def run_case(row: Row, extra: list[str], limit: float) -> None:
     """Measure in a separate process for at most `limit` seconds; `row.note` reports failures."""
     with tempfile.TemporaryDirectory() as directory:
         report, errors = Path(directory) / "report.jsonl", Path(directory) / "errors.txt"
-        command = [sys.executable, "-m", "benchmarks.gpu_case", row.model, row.kind, "--report", str(report), *extra]
+        case = "benchmarks.gpu_throughput_case"
+        command = [sys.executable, "-m", case, row.model, row.kind, "--report", str(report), *extra]
         started = time.monotonic()
         with errors.open("w") as file:
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
@@ -245,7 +246,7 @@ def main() -> int:
     if not arguments.smoke:
         print("\n" + "\n".join(verdicts(rows)))
     print(f"\nAll rows: {arguments.output}. Repeat with:\n")
-    print(f"    python -m benchmarks.gpu {shlex.join(sys.argv[1:])}".rstrip())
+    print(f"    python -m benchmarks.gpu_throughput {shlex.join(sys.argv[1:])}".rstrip())
     return status
 
 

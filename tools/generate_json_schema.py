@@ -1,6 +1,6 @@
 """Write a JSON Schema of recipe files, for the completion and hover help of TOML editors.
 
-    python -m tools.schema [--output FILE]
+    python -m tools.generate_json_schema [--output FILE]
 
 The schema is generated from the types that decode a recipe, so it cannot disagree with them: the sections of the
 recipes, and for every slot all shipped classes that fit it, selected by `use`. It is draft 7, with alternatives as
@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def text(recipes: Sequence[type]) -> str:
         return json.dumps(recipe_schema(recipes), indent=2, ensure_ascii=False) + "\n"
 
-    return run_generator("tools.schema", "JSON Schema of recipe files, for TOML editors.", text, arguments)
+    return run_generator(
+        "tools.generate_json_schema", "JSON Schema of recipe files, for TOML editors.", text, arguments
+    )
 
 
 if __name__ == "__main__":

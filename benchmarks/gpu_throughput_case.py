@@ -1,6 +1,6 @@
-"""One case of benchmarks.gpu: train a recipe or a plain loop for a few steps on random tokens, in this process.
+"""One case of benchmarks.gpu_throughput: train a recipe or a plain loop for a few steps, in this process.
 
-    python -m benchmarks.gpu_case 1.1B compiled --report report.jsonl [--steps 13] [--micro-batch 8] [--smoke]
+    python -m benchmarks.gpu_throughput_case 1.1B compiled --report report.jsonl [--steps 13] [--smoke] ...
 
 The report gets a line of JSON before the first step and after each step, so that a killed case still has its
 measurements. The run ends with an exception after its last step, because its checkpoint would have tens of gigabytes.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import ROOT
+from benchmarks.shared import ROOT
 from components.hardware import peak_flops, peak_memory_bytes
 from recipes.config import Config, Override, load
 
@@ -87,8 +87,8 @@ def configure(arguments: argparse.Namespace, directory: str) -> Config:
     case = MODELS[arguments.model]
     settings: dict[str, object] = {
         "run.dir": directory, "run.device": "cpu" if arguments.smoke else "cuda",
-        "tokenizer.use": "benchmarks.measure:Vocabulary", "tokenizer.vocab_size": VOCAB, "model.vocab_size": VOCAB,
-        "data.use": "benchmarks.measure:RandomTokens", "validation.data.use": "benchmarks.measure:RandomTokens",
+        "tokenizer.use": "benchmarks.shared:Vocabulary", "tokenizer.vocab_size": VOCAB, "model.vocab_size": VOCAB,
+        "data.use": "benchmarks.shared:RandomTokens", "validation.data.use": "benchmarks.shared:RandomTokens",
         "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "lr_schedule.warmup_tokens": 0,
         "training.micro_batch_size": case.micro_batch, "training.precision": "bf16",
         "training.activation_checkpoint": arguments.activation_checkpoint or case.activation_checkpoint,
@@ -190,7 +190,7 @@ def train_plain_loop(config: Config, report: Report, *, compiled: bool) -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    """Return the parser of the options that benchmarks.gpu passes to every case."""
+    """Return the parser of the options that benchmarks.gpu_throughput passes to every case."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps, including the warm-up")
     parser.add_argument("--accumulation", type=int, default=4, help="micro-batches per step")

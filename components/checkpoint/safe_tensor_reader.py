@@ -1,4 +1,7 @@
-"""Reads the tensors of a checkpoint from an untrusted source: stored code is never executed, sizes are checked."""
+"""Reads the tensors of a checkpoint from an untrusted source: stored code is never executed, sizes are checked.
+
+metadata_unpickler.py has the allowlist of what `.metadata` may name; here torch's `weights_only` decides.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class UntrustedReader(FileSystemReader):
     """A FileSystemReader that, unlike torch's, unpickles neither the metadata nor objects other than tensors."""
 
     def __init__(self, checkpoint: Path, metadata: Metadata) -> None:
-        """`metadata` must have been checked (see metadata.py)."""
+        """`metadata` must have been checked (see metadata_unpickler.py)."""
         super().__init__(checkpoint)
         self.metadata = metadata
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu import Row, failure_reason, run_case, table, verdicts
+from benchmarks import gpu_throughput
+from benchmarks.gpu_throughput import Row, failure_reason, run_case, table, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,8 +21,8 @@ def test_a_smoke_run_fills_its_table(tmp_path):
     pytest.importorskip("transformers")
     output = tmp_path / "gpu.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--steps=5", "--models=300M", "--kinds", "eager", "plain",
-         "--output", output],
+        [sys.executable, "-m", "benchmarks.gpu_throughput", "--smoke", "--steps=5", "--models=300M",
+         "--kinds", "eager", "plain", "--output", output],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -47,10 +47,10 @@ def test_a_failed_case_reports_its_reason(tmp_path):
 def test_cases_without_time_left_are_reported(tmp_path, monkeypatch, capsys):
     output = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu", "--smoke", "--minutes=0", "--output", str(output)])
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
-    assert gpu.main() == 0
-    assert capsys.readouterr().out.count("skipped: 0 s were left") == len(gpu.ORDER)
-    assert len(json.loads(output.read_text())["rows"]) == len(gpu.ORDER)
+    monkeypatch.setattr(gpu_throughput.signal, "signal", lambda *_: None)
+    assert gpu_throughput.main() == 0
+    assert capsys.readouterr().out.count("skipped: 0 s were left") == len(gpu_throughput.ORDER)
+    assert len(json.loads(output.read_text())["rows"]) == len(gpu_throughput.ORDER)
 
 
 @pytest.mark.quick
@@ -61,13 +61,13 @@ def test_an_interrupted_run_prints_what_it_has(tmp_path, monkeypatch, capsys):
         row.step_seconds, row.tokens_per_step = [0.5], 100
 
     monkeypatch.setattr(sys, "argv", ["gpu", "--smoke", "--models=3B", "--output", str(tmp_path / "gpu.json")])
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(gpu, "run_case", interrupted)
-    assert gpu.main() == 130
+    monkeypatch.setattr(gpu_throughput.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_throughput, "run_case", interrupted)
+    assert gpu_throughput.main() == 130
     out = capsys.readouterr().out
     assert (
         "| 3B | compiled | 200 (200 to 200) |" in out
-        and out.count("not run: interrupted") == sum(model == "3B" for model, _ in gpu.ORDER) - 1
+        and out.count("not run: interrupted") == sum(model == "3B" for model, _ in gpu_throughput.ORDER) - 1
     )
 
 
@@ -105,7 +105,7 @@ def test_goals_are_compared_with_the_medians():
 
 @pytest.mark.quick
 def test_a_missing_gpu_is_reported(monkeypatch, capsys):
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_throughput.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu"])
-    assert gpu.main() == 2
+    assert gpu_throughput.main() == 2
     assert "no CUDA device" in capsys.readouterr().err

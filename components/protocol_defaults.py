@@ -1,4 +1,4 @@
-"""Default values of optional attributes of components."""
+"""Defaults for the optional members of a protocol, so that a custom class may leave them out."""
 
 from __future__ import annotations
 

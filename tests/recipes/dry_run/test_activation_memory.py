@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from components.activation_memory import Activations, BlockActivations, count_activations
 from models.decoder import Block, Decoder
 from models.presets import LlamaShape
 from models.rope import rope_frequencies, rope_table
+from recipes.dry_run.activation_memory import Activations, BlockActivations, count_activations
 
 pytestmark = pytest.mark.quick
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from components.checkpoint import list_checkpoints, load_tensors, verify
-from components.checkpoint.metadata import read_index
+from components.checkpoint.metadata_unpickler import read_index
 from recipes import cli
 
 RECIPE = """

@@ -5,16 +5,13 @@ tr(Sigma), the trace of the covariance of one sample's gradient, and |G|^2, the 
 
     S = m / (K - 1) * (sum_k |g_k|^2 - K |g|^2)        |G|^2 = |g|^2 - S / (K m)
 
-(McCandlish et al., arXiv 1812.06162, appendix A).
+(McCandlish et al., arXiv 1812.06162, appendix A). smoothing.py averages them over steps.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from components.units import PositiveCount
 
 
 @dataclass(frozen=True)
@@ -106,60 +103,3 @@ class GradientNoise:
     def noise_scale_over_batch(self) -> float | None:
         """Noise scale / global batch size. The norm test with eta passes while this is at most eta^2."""
         return None if self.noise_scale is None else self.noise_scale / self.moments.samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientNoiseConfig:
-    """[gradient_noise]: how often gradient noise is measured, with any batch policy, and how it is smoothed."""
-
-    interval_steps: PositiveCount | None = 1
-    """Steps between two measurements; "none": never measure."""
-    smoothing_samples: PositiveCount = 1000
-    """Samples after which the weight of a measurement has decayed to 1/e. Counted in samples, not steps, so that the
-    smoothing window does not grow with the batch (AdaptDL)."""
-
-    def build(self) -> NoiseEstimator:
-        return NoiseEstimator(self.smoothing_samples)
-
-
-@dataclass
-class NoiseEstimator:
-    """Exponential averages of S and |G|^2, separately: the average of a ratio of noisy terms would be biased."""
-
-    smoothing_samples: int
-    _grad_cov_trace: float = field(default=0.0, init=False)
-    _grad_sq_norm: float = field(default=0.0, init=False)
-    _weight: float = field(default=0.0, init=False)
-    _samples: int = field(default=0, init=False)
-
-    def update(self, samples: int, moments: GradientMoments) -> GradientNoise | None:
-        """Add the moments of a step that ended after `samples` trained samples, and return the smoothed noise.
-
-        Returns None, and changes nothing, for a step with a single micro-batch or with values that are not finite.
-        """
-        if moments.num_micro_batches < 2 or not (
-            math.isfinite(moments.grad_cov_trace) and math.isfinite(moments.grad_sq_norm)
-        ):
-            return None
-        kept = math.exp(-(samples - self._samples) / self.smoothing_samples)
-        # The weight of a step is that of the samples it measured, without the unmeasured ones before it. Otherwise the
-        # first measurement after a long pause would outweigh all others.
-        weight = 1 - math.exp(-moments.samples / self.smoothing_samples)
-        self._grad_cov_trace = kept * self._grad_cov_trace + weight * moments.grad_cov_trace
-        self._grad_sq_norm = kept * self._grad_sq_norm + weight * moments.grad_sq_norm
-        self._weight = kept * self._weight + weight
-        self._samples = samples
-        # dividing by the total weight removes the bias of the averages' start at zero
-        return GradientNoise(moments, self._grad_cov_trace / self._weight, self._grad_sq_norm / self._weight)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "grad_cov_trace": self._grad_cov_trace,
-            "grad_sq_norm": self._grad_sq_norm,
-            "weight": self._weight,
-            "samples": self._samples,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._grad_cov_trace, self._grad_sq_norm = state["grad_cov_trace"], state["grad_sq_norm"]
-        self._weight, self._samples = state["weight"], state["samples"]

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from models.decoder import Decoder
-from models.init import copy_sharded
 from models.presets import LlamaShape
+from recipes.initial_weights import copy_sharded
 from tests.processes import call_in_ranks
 
 SIZE = LlamaShape(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
