@@ -104,8 +104,7 @@ def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametr
         mup=MuPConfig(enabled=parametrization == "mup", base_width=config.base_width, residual_multiplier=0.5),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
-    parameters = model.named_parameters()
-    optimizer = AdamW(weight_decay=0.0).build(parameters=parameters, lr_multiplier=model.lr_multiplier)
+    optimizer = AdamW(weight_decay=0.0).build(model=model)
     drawn = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
     tokens, labels = drawn[:, :-1], drawn[:, 1:]
     sizes: Sizes = {}
