@@ -131,6 +131,9 @@ class MuonOptimizer(BatchScaledAdamW):
             started = following
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects `step` in all
+
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Collect nothing of a group of Muon, so that AdamW skips it."""
         return False if id(group["params"][0]) in self._on_muon else super()._init_group(group, *lists)
