@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.defaults import with_defaults
-from components.interfaces import Tokenizer
+from components.interfaces import Tokenizer, UpdateCost
 
 
 @runtime_checkable
@@ -111,6 +111,15 @@ class OptimizerConfig(Protocol):
         Each parameter group has a key `lr_multiplier`; `lr` is set before every step. Parameters are DTensors if there
         are several processes.
         """
+        ...
+
+
+@runtime_checkable
+class HasUpdateCost(Protocol):
+    """An [optimizer] whose update takes matrix products and communication, which `--dry-run` then counts."""
+
+    def update_cost(self, model: Any) -> UpdateCost:
+        """Return the cost of one step of `model`, on the meta device and not sharded."""
         ...
 
 

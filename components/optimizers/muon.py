@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +13,10 @@ from pydantic import Field
 from torch import nn
 
 from components.errors import InputError
+from components.interfaces import UpdateCost
 from components.optimizers.adamw import AdamW, Beta
 from components.optimizers.muon_step import LRScale, MatrixParameter, MuonOptimizer
-from components.optimizers.orthogonalize import CoefficientsName, resolve_coefficients
+from components.optimizers.orthogonalize import CoefficientsName, orthogonalize_flops, resolve_coefficients
 from components.optimizers.parameter_groups import OptimizedModel, parameter_groups
 from components.units import PositiveCount
 
@@ -89,6 +91,18 @@ class Muon(AdamW):
             for name, parameter in group["params"]
         ]
         return MuonOptimizer(self, matrices, others, described, self.options(model))
+
+    def update_cost(self, model: OptimizedModel) -> UpdateCost:
+        """Return the cost of one step of `model`, which is not sharded."""
+        parameters = dict(model.named_parameters())
+        flops, elements = 0, 0
+        for name in self._names_on_muon(parameters):
+            merged = model.merged_matrices(name, per_head=self.per_head) if isinstance(model, DescribesMatrices) else 1
+            *experts, rows, columns = parameters[name].shape
+            steps = len(resolve_coefficients(self.coefficients))
+            flops += math.prod(experts) * merged * orthogonalize_flops(rows // merged, columns, steps)
+            elements += parameters[name].numel()
+        return UpdateCost(flops, elements)
 
     def _names_on_muon(self, parameters: dict[str, nn.Parameter]) -> set[str]:
         """Return the names of the parameters that Muon updates."""

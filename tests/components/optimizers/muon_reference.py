@@ -1,4 +1,4 @@
-"""Muon and NorMuon written out in float64 for one matrix at a time, from their papers. Shares no code with the product."""
+"""Muon and NorMuon written out in float64 for one matrix at a time, from their papers, without code of the product."""
 
 from __future__ import annotations
 
