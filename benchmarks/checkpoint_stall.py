@@ -67,7 +67,7 @@ def measure(
                 run.checkpoints.save()
                 stalls.append(time.perf_counter() - start)
 
-        run.metric_logger.write = after_step  # type: ignore[method-assign]
+        run.metric_logger.write = after_step  # type: ignore[method-assign, assignment]
         run.train()
         store = run.checkpoints.manager
         store.wait()

@@ -87,7 +87,7 @@ def write_checkpoint(shapes: dict[str, torch.Size], ranks: int, directory: Path)
         with (directory / f"__{rank}_0.distcp").open("wb") as file:
             file.truncate(end)
     with (directory / ".metadata").open("wb") as file:
-        pickle.dump(Metadata(entries, {}, places, StorageMeta()), file)
+        pickle.dump(Metadata(dict(entries), {}, places, StorageMeta()), file)
 
 
 def seconds(work: Callable[[], object]) -> float:

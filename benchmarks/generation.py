@@ -4,7 +4,7 @@
 
 Both continue the same prompts greedily by the same number of tokens in the same precision, with random weights; this
 project's side is what tools/generate runs. They take turns, because the speed of a shared machine drifts by more than
-they differ; the ratio is that of a turn.
+they differ; the ratio is that of a pair.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZE, default=["2M", "20M", "100M"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--unpacked", action="store_true", help="do not pack the weights of our model")
+    parser.add_argument("--unpacked", action="store_true", help="keep the weights in torch's layout, not in oneDNN's")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sizes, batches = " ".join(arguments.sizes), " ".join(map(str, arguments.batches))
@@ -102,7 +102,7 @@ def main() -> None:
     command += f" --device {device}" + " --unpacked" * arguments.unpacked
     print(f"python -m benchmarks.generation {command}")
     print(f"{machine()}; after {PROMPT} tokens; medians, with the quartiles\n")
-    print("| model | texts | tokens/s, ours | tokens/s, transformers | ratio of a turn | same tokens |")
+    print("| model | texts | tokens/s, ours | tokens/s, transformers | ratio of a pair | same tokens |")
     print("|---|---|---|---|---|---|")
     for name in arguments.sizes:
         for rows in arguments.batches:

@@ -118,7 +118,7 @@ def train_recipe(config: Config, report: Report) -> None:
     from recipes.pretrain import Trainer
 
     # A run draws its weights on the CPU, equal for every layout; 3B takes half a minute, which is not measured.
-    models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined]
+    models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined, assignment]
     with ExitStack() as cleanup, suppress(AllStepsDone):
         run = Trainer(config, None, cleanup)
         write = run.metric_logger.write

@@ -41,7 +41,8 @@ def run(processes: int, interval: str, steps: int, extra: list[str]) -> tuple[li
             "lr_schedule.warmup_tokens": 0, "gradient_noise.interval_steps": interval,
             "validation.interval_steps": "none", "validation.max_sequences": 1, "checkpoint.interval_steps": "none",
         }  # fmt: skip
-        command = [ROOT / "run_train.sh", DEBUG, *(f"--{key}={value}" for key, value in settings.items()), *extra]
+        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        command = [str(ROOT / "run_train.sh"), str(DEBUG), *arguments, *extra]
         environment = {"PYTHON": sys.executable, "NPROC": str(processes), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         rows = read_rows(directory / "metrics.jsonl")

@@ -50,7 +50,7 @@ def memory_map(path: Path, length: int, sequences: int, size: int) -> Iterator[t
         yield block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
-class Sequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class Sequences(torch.utils.data.Dataset):
     """A dataset for torchdata or a DataLoader: one sequence of the memory map per item."""
 
     def __init__(self, path: Path, length: int, sequences: int):

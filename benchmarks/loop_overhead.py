@@ -62,7 +62,7 @@ def measure_overhead(steps: int) -> tuple[float, float]:
         marks: list[tuple[float, float]] = []
         next_batch_size = run.policy.next_batch_size
 
-        def marked(progress: object) -> int:
+        def marked(progress: Any) -> int:
             marks.append((work.seconds, clip.seconds))
             return next_batch_size(progress)
 

@@ -76,6 +76,7 @@ class Activations:
         """Return the most that is kept at once: all blocks, and the one that is being recomputed."""
         blocks = [(block.compiled() if compiled else block).per_tp_rank(tp) for block in self.blocks]
         kept = [block.kept_with(mode, index) for index, block in enumerate(blocks)]
+        # during its backward pass, a checkpointed block holds everything again
         recomputed = [block.kept - resident for block, resident in zip(blocks, kept, strict=True)]
         return self.outside_blocks // tp + sum(kept) + max(recomputed, default=0)
 
@@ -133,9 +134,8 @@ class _SavedTensorRecorder(TorchDispatchMode):
         if isinstance(first, Tensor):
             name = func._opname
             read = [_storage(argument) for argument in args if isinstance(argument, Tensor)]
-            if (
-                _storage(first) not in read
-            ):  # a view or an in-place result has the storage of an argument: not a new tensor
+            # a view or an in-place result has the storage of an argument: it is not a new tensor
+            if _storage(first) not in read:
                 self._made_by[_storage(first)] = name
                 self._read_by_saved_ops.discard(_storage(first))
             if is_saved_op(func):
@@ -150,6 +150,7 @@ class _SavedTensorRecorder(TorchDispatchMode):
         def of(entries: dict[int, tuple[str, Tensor]], name: str) -> int:
             return sum(_nbytes(tensor) for block, tensor in entries.values() if block == name)
 
+        # an element-wise result, unless a saved operation reads it or a block receives it as its input
         fused = {
             storage: entry
             for storage, entry in self._kept.items()
@@ -182,9 +183,8 @@ class _SavedTensorRecorder(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage not in self._parameters:
-            self._kept.setdefault(
-                storage, (self._block, tensor)
-            )  # the reference keeps the address of the storage from being reused
+            # the reference keeps the address of the storage from being reused
+            self._kept.setdefault(storage, (self._block, tensor))
         return tensor
 
 

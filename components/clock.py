@@ -36,7 +36,7 @@ class TrainingClock:
         return {"step": self.step, "samples": self.samples, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the saved tokens are not samples x sequence_length."""
+        """Restore the counts. Raises ValueError if the saved tokens are not samples x sequence_length."""
         step, samples, tokens = (int(state[key]) for key in ("step", "samples", "tokens"))
         if tokens != samples * self.sequence_length:
             raise ValueError(

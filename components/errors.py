@@ -32,6 +32,12 @@ class MissingFileError(InputError, FileNotFoundError):
     """A file or directory that a key names is not on this machine."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of the message of a torch error, up to 200 characters, or its type if it is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def message_of(error: Exception) -> str:
     """Return the text of an error without its key."""
     return error.message if isinstance(error, InputError) else str(error)

@@ -125,5 +125,5 @@ class DataConfig(Protocol):
     def build(
         self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> PackedDataset:
-        """`progress` is called with lines to display. Raises ValueError or OSError for bad input."""
+        """Return the dataset; `progress` receives lines to display. Raises ValueError or OSError for bad input."""
         ...

@@ -1,4 +1,4 @@
-"""File lookups that raise an error for files and directories that cannot be accessed, instead of skipping them.
+"""Paths: file lookups raise an error for files and directories that cannot be accessed, instead of skipping them.
 
 This module imports nothing of the project, so that every component may import it.
 """
@@ -16,6 +16,14 @@ from typing import NoReturn
 _BLOCK_BYTES = 2**20
 _SYSTEM = {"lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir"}
 """Directories created by file systems, operating systems and archive tools."""
+
+
+def expand_home(path: str | Path) -> Path:
+    """Return `path` with a leading `~` or `~user` expanded. Raises ValueError if there is no such home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home directory") from None
 
 
 def is_file(path: Path) -> bool:

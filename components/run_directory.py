@@ -56,7 +56,7 @@ class RunDirectory:
         """Make a run of this kind the owner of the directory, unless it is already owned by one.
 
         `also` lists files that a run of this kind writes in addition to those of every run. Raises ValueError for the
-        directory of a run of another kind, and for files that no run has written and this run would overwrite.
+        directory of a run of another kind, and for files that no run wrote and this run would overwrite.
         """
         owner = self._read_owner()
         if owner:
@@ -114,9 +114,9 @@ class RunDirectory:
     def lock(self) -> Iterator[bool]:
         """Create the directory and lock it for this process.
 
-        Yields False if the file system does not support locks, as some network file systems. The kernel releases the
-        lock when the process ends. An empty directory is removed afterwards. Raises ValueError while another run has
-        the lock.
+        Yields False if the file system, such as some network file systems, does not support locks. The kernel releases
+        the lock when the process ends. An empty directory is removed afterwards. Raises ValueError while another run
+        has the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:

@@ -7,7 +7,6 @@ components. This module imports nothing of the project.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -63,11 +62,3 @@ Tokens = Count
 
 PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(gt=0, lt=2**62), _SCHEMA]
 """A whole number >= 1 that TOML may write as "20M"."""
-
-
-def expand_home(path: str | Path) -> Path:
-    """Return `path` with a leading `~` or `~user` expanded. Raises ValueError if there is no such home directory."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{path}: there is no such home directory") from None

@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         self.end_of_document = end_of_document
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
-        """Return a key-value cache of `capacity` tokens a row; `padding` has each row's number of padding tokens."""
+        """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens."""
         weight = self.tok_embeddings.weight
         return KeyValueCache(
             self.shape,

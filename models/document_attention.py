@@ -72,6 +72,7 @@ class FlexDocumentAttention:
         rows, length = starts_BT.shape
         document_BT = starts_BT.cumsum(-1)  # index of each token's document within its row
 
+        # flex attention calls it with scalar indices, vectorized over the scores (B, H, T, T)
         def can_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (query >= key) & (document_BT[row, query] == document_BT[row, key])
 

@@ -185,7 +185,7 @@ def _loss_of_chunk(
 
 
 def _fusible_loss(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
-    """`_loss_of_chunk` of a single process, in float32, from operations that compile to one pass over the logits."""
+    """Return `_loss_of_chunk` of a single process, from float32 operations that compile to one pass over the logits."""
     z_nV = logits_nV.float()
     log_sum_n1 = torch.logsumexp(z_nV, -1, keepdim=True)
     counted_n = labels_n != IGNORE_INDEX

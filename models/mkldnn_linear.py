@@ -25,7 +25,7 @@ class MkldnnLinear(nn.Module):
         self.product = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: Tensor, labels: None = None, tied_weight: Tensor | None = None) -> Tensor:
-        """(..., I) -> (..., O). The other arguments are those of `models.decoder.LMHead`; a loss is not supported."""
+        """Return (..., O) for `x` (..., I). The other arguments are those of `LMHead`; a loss is not supported."""
         if labels is not None:
             raise ValueError("a model with MkldnnLinear layers returns logits only; call it without labels")
         y: Tensor = self.product(x, self.reordered_weight, None, "none", [], "")

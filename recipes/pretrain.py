@@ -217,7 +217,7 @@ class Trainer:
             numbers = self.step.accumulate(
                 micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
             )
-        after = replace(self.clock)
+        after = replace(self.clock)  # the clock itself advances after the update; a bad step saves the state before it
         after.advance(batch.samples)
         launched = LaunchedStep(after, batch, lr, numbers, self.mesh.dp.size, measured, data_seconds)
         if numbers is not None:

@@ -12,10 +12,9 @@ from torch import nn
 
 from components.checkpoint import list_checkpoints, load_tensors, verify
 from components.interfaces import Tokenizer
-from components.paths import is_file
+from components.paths import expand_home, is_file
 from components.safetensors import Weights, read_json
 from components.tokenizers import TokenizerJson
-from components.units import expand_home
 from models.hf.architectures import architecture_from_config
 from models.hf.weights import RECOMPUTED_BUFFERS
 from recipes.config import Override

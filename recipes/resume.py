@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import list_checkpoints, step_of
-from components.units import expand_home, format_count
+from components.paths import expand_home
+from components.units import format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
 from recipes.stored_config import load_stored_config
@@ -211,6 +212,7 @@ def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:
         )
         return before, now
 
+    # compare a sample of the past steps, then find the first differing step after the last equal sample
     every = max(1, clock["step"] // LR_SAMPLES)
     coarse = [*range(0, clock["step"], every), clock["step"] - 1]
     mismatch = next((step for step in coarse if not math.isclose(*old_and_new_lr(step))), None)

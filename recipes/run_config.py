@@ -12,8 +12,9 @@ from pydantic import Field
 from components.activation_checkpointing import ACMode
 from components.distributed.fsdp import GradSyncMode
 from components.errors import InputError
+from components.paths import expand_home
 from components.precision import Precision
-from components.units import Count, PositiveCount, Tokens, expand_home
+from components.units import Count, PositiveCount, Tokens
 
 _LONGEST_NAME = 200
 """Maximum bytes of a run's name, below the limit of 255 of most file systems."""

@@ -160,7 +160,7 @@ class TrainingState:
 
     def roll_back(self, checkpoint: Path) -> None:
         """Restore `checkpoint` except the clock, so that training continues with the samples after the bad step."""
-        consecutive = self.guard.consecutive
+        consecutive = self.guard.consecutive  # with the count of the checkpoint, max_bad_steps would never be reached
         self.tensors.restore(checkpoint)
         self._load(checkpoint, read_run_state(checkpoint), clock=False)
         self.guard.consecutive = consecutive

@@ -23,12 +23,11 @@ SHARED = {
         "activation_checkpointing",
         "profiler_range",
         "token_ids",
+        "unicode_text",
         "units",
     )
 }
-"""Errors of bad input, defaults of what a class lacks, types as users write them, activation checkpointing
-(its memory is estimated elsewhere), how files are written and found, what processes tell one another, ranges of a
-profile and what token ids are; they import at most one another, so everyone may import them."""
+"""Modules that import at most one another, so that every component may import them."""
 
 
 def imports(file: Path) -> set[str]:

@@ -213,7 +213,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=at_least_one, default=8, help="prompts continued at a time (default: 8)")
     parser.add_argument(
-        "--max-tokens", type=at_least_one, default=100, help="tokens to generate at most (default: 100)"
+        "--max-tokens", type=at_least_one, default=100, help="maximum number of tokens to generate (default: 100)"
     )
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--greedy", action="store_true", help="always choose the most probable token")

@@ -175,9 +175,7 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
     """
     recipe = config.recipe
     if complete_recipe(recipe).dry_run is not None:
-        message = (
-            f"{type(recipe).__name__} is many runs, each with another learning rate and batch; give a recipe of one run"
-        )
+        message = f"{type(recipe).__name__} trains many runs with different schedules; give a recipe of a single run"
         raise ConfigError([config.problem("recipe", message)])
     with config_errors_at(config, "parallel"):
         mesh_shape = recipe.parallel.mesh_shape(world_size)

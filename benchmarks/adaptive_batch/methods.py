@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SEQUENCE_LENGTH = 128
@@ -100,7 +100,11 @@ def method_of(name: str) -> Method:
 
 
 _PEAK_LRS = (0.7e-3, 1e-3, 1.4e-3, 2e-3, 2.8e-3, 4e-3, 5.6e-3, 8e-3, 11e-3)
-LRS = {"wsd": _PEAK_LRS, "cosine": _PEAK_LRS, "power": (2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0, 23.0, 32.0)}
+LRS: Mapping[str, Sequence[float]] = {
+    "wsd": _PEAK_LRS,
+    "cosine": _PEAK_LRS,
+    "power": (2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0, 23.0, 32.0),
+}
 """Schedule -> values to try, about a factor sqrt(2) apart: the peak learning rate, or the amplitude a of Power."""
 FIRST = slice(2, 5)
 """The values to try first. Tuning continues with their neighbors while the best one is at the edge."""

@@ -1,4 +1,4 @@
-"""Does one learning-lr setting suit every width, batch and length? Compare WSD, WSD with muP, and Power with muP.
+"""Does one learning-rate setting suit every width, batch and length? Compare WSD, WSD with muP, and Power with muP.
 
     python -m benchmarks.lr_transfer --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
     python -m benchmarks.lr_transfer ... --report        # table and figure of the results so far

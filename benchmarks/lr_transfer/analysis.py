@@ -102,7 +102,7 @@ def format_vertex(group: Group) -> str:
 def law_lines(groups: Sequence[Group]) -> Iterator[str]:
     """Yield gamma = eta_opt / beta = a T^b next to the published law; eta is the peak learning rate."""
     if unknown := sum(not group.peak_lr_factor for group in groups):
-        yield f"in {unknown} groups the peak learning rate is not a fixed multiple of the one tuned: they have no law"
+        yield f"in {unknown} groups the peak learning rate is not a fixed multiple of the tuned one: they are left out"
     try:
         law = fit_law(optimum_points(groups))
     except ValueError as error:

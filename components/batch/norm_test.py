@@ -15,10 +15,10 @@ from components.units import PositiveCount
 
 @dataclass(frozen=True, kw_only=True)
 class NormTest(Adaptive):
-    """Grows the batch until the error of its mean gradient g is below eta times its length (arXiv 2412.21124).
+    """Grows the batch until the error of its mean gradient is at most eta times the gradient norm (arXiv 2412.21124).
 
-    For b independent samples whose gradients have the covariance Sigma, E ||g - G||^2 = tr(Sigma) / b, so the test
-    ||g - G|| <= eta ||G|| holds, in the mean, from b = tr(Sigma) / (eta^2 ||G||^2) on.
+    For the mean g of b independent gradients with mean G and covariance Sigma, E ||g - G||^2 = tr(Sigma) / b,
+    so the test ||g - G|| <= eta ||G|| holds on average from b = tr(Sigma) / (eta^2 ||G||^2) on.
     """
 
     eta: Annotated[float, Field(gt=0)]

@@ -34,7 +34,7 @@ class BatchRounding:
         return self.micro_batch_size * self.dp_size
 
     def __str__(self) -> str:
-        return f"{self.samples_per_micro_step} = {self.dp_size} ranks x {self.micro_batch_size} a micro-batch"
+        return f"{self.samples_per_micro_step} = {self.dp_size} ranks x {self.micro_batch_size} per micro-batch"
 
     def round_up(self, requested: int) -> StepBatch:
         """Return the batch of `requested` samples, rounded up to a multiple of `samples_per_micro_step`."""

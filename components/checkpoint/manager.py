@@ -50,7 +50,7 @@ class CheckpointConfig:
     keep_every: PositiveCount | None = None
     """Checkpoints whose step is a multiple of this are never deleted."""
     async_save: bool = False
-    """Write in the background: training waits only until the state is copied; the copy takes as much memory again."""
+    """Write in the background: training waits only until the state is copied, which takes as much memory again."""
 
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
         return CheckpointManager(
@@ -195,6 +195,7 @@ class CheckpointManager:
                 self._commit(temporary, final, state, config)
 
         try:
+            # every stage ends on all ranks before the next one starts, so an error on one rank fails the save on all
             for stage in (prepare, write, commit):
                 run_on_all_ranks(stage, gather)
         except Exception as error:
@@ -209,7 +210,7 @@ class CheckpointManager:
         return True
 
     def _commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
-        """Complete `temporary`, which holds the files of all ranks, rename it to `final`, delete old checkpoints."""
+        """Complete `temporary`, which holds the files of all ranks, rename it to `final` and delete old checkpoints."""
         write_fsync(temporary / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
         write_fsync(temporary / "config.toml", config)
         write_manifest(temporary, self.world.size, self.run)
@@ -218,6 +219,7 @@ class CheckpointManager:
         if os.path.lexists(final):
             if run_of(final) != self.run:
                 raise OSError("a checkpoint of this name exists that this run did not write")
+            # if this process is killed before the next rename, `remove_partial_saves` restores it
             final.rename(replaced)
         try:
             temporary.rename(final)

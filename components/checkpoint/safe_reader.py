@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
+from components.errors import first_line
+
 
 class UntrustedReader(FileSystemReader):
     """A FileSystemReader that, unlike torch's, unpickles neither the metadata nor objects other than tensors."""
@@ -72,7 +74,7 @@ def _load(content: bytes, what: str) -> Any:
             raise ValueError("it holds tensors where only settings are expected")
         return loaded
     except Exception as error:  # a damaged archive may raise any exception
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"{what} is damaged, or holds more than tensors, which is never loaded: {reason}") from None
 
 

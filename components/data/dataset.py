@@ -20,7 +20,7 @@ from components.data.token_reader import TokenReader
 class TokenDataset:
     """Sequence i is tokens [i*T, i*T + T + 1) of the concatenated documents, where T is `sequence_length`.
 
-    Neighbouring sequences share one token, the last target of one and the first input of the next, so every token but
+    Neighboring sequences share one token, the last target of one and the first input of the next, so every token but
     the first is a target exactly once. Fewer than T tokens at the end are dropped.
     """
 

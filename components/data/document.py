@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from components.unicode_text import replace_surrogates
+
 
 class Document(NamedTuple):
     """A document, or a part of one that is too large to hold in memory at once."""
@@ -41,10 +43,10 @@ class SourceFile:
 
 
 def to_utf8(text: str, log: ReadStats) -> tuple[str, bytes]:
-    """Return `text` and its UTF-8 bytes. Lone surrogates, which JSON can contain, become U+FFFD and are counted."""
+    """Return `text` and its UTF-8 bytes. Lone surrogates become U+FFFD and are counted."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:
-        repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        repaired = replace_surrogates(text)
         log.fixups["replaced characters"] += repaired.count("\ufffd") - text.count("\ufffd")
         return repaired, repaired.encode()

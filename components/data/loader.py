@@ -83,7 +83,7 @@ class MicroBatchLoader:
         prefetch_factor: int = 4,
         timeout_seconds: float = 600.0,
     ):
-        """`start` is the first global sample not trained on yet; it may be any number, also of a run on other ranks.
+        """`start` is the first global sample not trained on yet; it may come from a run on any number of ranks.
 
         `prefetch_factor` is the number of micro-batches that each of `num_workers` processes reads ahead; without
         workers, a micro-batch is read when it is requested. If workers give none for `timeout_seconds`, reading raises
@@ -227,7 +227,7 @@ class _OrderedDataset:
         self._indices: list[int] = []  # of the samples from `_first` on: computing the order is fast only in bulk
 
     def __getitems__(self, sample_ids: range) -> _Block | Exception:
-        """Errors of reading are returned, not raised, so that torch does not wrap them in a worker's traceback."""
+        """Return the block, or the error of reading it: torch would wrap a raised error in a worker's traceback."""
         if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
             self._first = sample_ids.start
             bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + ORDER_CHUNK))

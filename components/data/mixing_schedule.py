@@ -59,12 +59,13 @@ class MixingSchedule:
         self._before = np.empty(self.period, dtype=np.int64)
         for source in range(len(weights)):
             places = np.flatnonzero(self._sources == source)
-            self._before[places] = np.arange(len(places))
+            self._before[places] = np.arange(len(places))  # earlier samples of the source in this period
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Map (n,) sample numbers from 0 to (n,) int32 sources and (n,) int64 indices within the source."""
         rounds, places = np.divmod(samples, self.period)
         sources = self._sources[places]
+        # a period contains exactly weights[i] samples of source i
         return sources, rounds * self.weights[sources] + self._before[places]
 
     def counts(self, samples: int) -> np.ndarray:
@@ -110,8 +111,8 @@ def _schedule(weights: Sequence[int]) -> list[int]:
     for slot in range(period):
         while unreleased and unreleased[0][0] <= slot:  # the window of sample j of the source starts
             _, source, j = heapq.heappop(unreleased)
-            heapq.heappush(ready, (-(-j * period // weights[source]), source, j))
+            heapq.heappush(ready, (-(-j * period // weights[source]), source, j))  # deadline: ceil(j P / W_i)
         _, source, j = heapq.heappop(ready)  # earliest deadline first
         order.append(source)
-        heapq.heappush(unreleased, (j * period // weights[source], source, j + 1))
+        heapq.heappush(unreleased, (j * period // weights[source], source, j + 1))  # release: floor(j P / W_i)
     return order

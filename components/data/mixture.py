@@ -66,7 +66,7 @@ class Mixture:
     def build(
         self, *, tokenizer: Tokenizer, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]
     ) -> MixedDataset:
-        """Prepare and open every source as it would be alone. Raises InputError or OSError at the key of the source."""
+        """Prepare and open every source. Raises InputError or OSError at the key of the source."""
         opened: dict[str, PackedDataset] = {}
         for name, source in self.sources.items():
             try:
@@ -75,6 +75,7 @@ class Mixture:
                 )
             except (ValueError, OSError) as error:
                 raise InputError.below(f"sources.{name}", error) from error
+        # in samples, rounded up: a stage starts at the first sample that begins at or after from_tokens
         starts = [0, *(-(-stage.from_tokens // sequence_length) for stage in self.stages)]
         whole = [integer_weights(weights) for weights in self._weights()]
         stages = [

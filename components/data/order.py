@@ -12,7 +12,7 @@ from math import isqrt
 import numpy as np
 
 _ROUNDS = 10
-"""With fewer rounds, orders of a few samples are visibly biased: neighbours stay neighbours too often."""
+"""With fewer rounds, orders of a few samples are visibly biased: neighbors stay neighbors too often."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 2**64 - 1
 
@@ -27,7 +27,7 @@ class SampleOrder:
         self.length = length
         self.seed = seed
         self.shuffle = shuffle
-        # Indices are cells of a nearly square rectangle a x b, the smallest with a*b >= length.
+        # Index x is the point (i, j) with x = b*i + j of a nearly square rectangle a x b with a*b >= length.
         a = isqrt(length - 1) + 1
         self._sides = np.uint64(a), np.uint64(-(-length // a))
         self._key = _mix(np.array([seed & _MASK], dtype=np.uint64))
@@ -53,7 +53,8 @@ class SampleOrder:
         return permuted
 
     def _permute_rectangle(self, numbers: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Apply a Feistel network to x = b*i + j: i and j are shifted in turn by a hash of the other."""
+        """Permute x = b*i + j by a Feistel network: each round shifts i by a hash of j or j by a hash of i, and is
+        therefore invertible."""
         a, b = self._sides
         i, j = numbers // b, numbers % b
         for turn in range(_ROUNDS):

@@ -5,9 +5,9 @@
         tokens.bin       token ids, little-endian uint16 or uint32, each document followed by end_of_document
         documents.bin    of each document: tokens including the end token, bytes of text, BLAKE2b-128 of the text
 
-Source files that are encoded together form a group; a large group has several shards, and the
-last one is marked. A document never crosses shards. The order of files and the selection of documents are stored in the
-index of a data set (index.py), which refers to shards. Nothing is unpickled, and all sizes are checked.
+Source files that are encoded together form a group; a large group has several shards, and the last one is marked. A
+document never crosses shards. The order of files and the selection of documents are stored in the index of a data set
+(index.py), which refers to shards. Nothing is unpickled, and all sizes are checked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tokenizing documents into shards, the slow part of preparing a data set. The steps of `tokenize_missing`:
 
-1. group neighbouring files, and skip those that are in the store already;
+1. group neighboring files, and skip those that are in the store already;
 2. `tokenize_group`, on all processors (tokenize_workers.py): find the existing shards of the group,
 3. read the documents after those (`_read_chunks`),
 4. encode them in batches (`_batches`, `_encode`),
@@ -32,7 +32,7 @@ SHARD_TOKENS = 2**26
 
 _GROUP_BYTES = 2**25
 _GROUP_FILES = 2**12
-"""Neighbouring files form a group up to this size and number; a larger file is a group by itself."""
+"""Neighboring files form a group up to this size and number; a larger file is a group by itself."""
 
 _BATCH_CHARACTERS = 2**22
 _BATCH_CHUNKS = 2**12
@@ -102,7 +102,7 @@ def tokenize_missing(
     wanted = list({source_file.content: source_file for source_file in source_files}.values())
     groups = [
         missing
-        for group in group_neighbours(wanted, group_bytes)
+        for group in group_neighbors(wanted, group_bytes)
         if (missing := [source_file for source_file in group if source_file.content not in existing])
     ]
     if not groups:
@@ -120,8 +120,8 @@ def tokenize_missing(
     return list_encoded(store)
 
 
-def group_neighbours(source_files: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
-    """Yield groups of neighbouring source files of at most `group_bytes`."""
+def group_neighbors(source_files: Sequence[SourceFile], group_bytes: int) -> Iterator[list[SourceFile]]:
+    """Yield groups of neighboring source files of at most `group_bytes`."""
     group: list[SourceFile] = []
     size = 0
     for source_file in source_files:

@@ -84,9 +84,8 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
     # Each restart needs a new store: in a shared one, workers would find the addresses of the previous, dead workers.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("agent.server.api", "multiprocessing.api"):
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(
-            "CRITICAL"
-        )  # this module reports the same itself
+        # this module reports failures itself
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel("CRITICAL")
     with tempfile.TemporaryDirectory(prefix="powertrain-") as folder:
         exit_dir = Path(folder) / "exits"
         exit_dir.mkdir()
@@ -147,7 +146,7 @@ class WorkerAgent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, exit_dir: Path) -> None:
         super().__init__(spec, logs)
         self._exit_dir = exit_dir
-        self._signalled, self._signalled_at = 0, 0.0
+        self._signaled, self._signaled_at = 0, 0.0
 
     def run_to_exit_status(self) -> int:
         """Run the workers to their end, and return the exit status of the run."""
@@ -156,10 +155,11 @@ class WorkerAgent(LocalElasticAgent):
         except SignalException as error:  # a second signal, which stops the workers at once
             return 128 + int(error.sigval)
         reported = [status for status, _ in self._read_reported_exits().values()]
-        if not result.is_failed():
+        if not result.is_failed():  # workers that saved after a signal exited 0 and reported 128 + n
             return max(reported, default=0)
         if all(map(self._interrupted, result.failures.values())):
-            return 128 + self._signalled
+            return 128 + self._signaled
+        # the status of a run that stopped itself, or 1 for a worker that crashed or was killed
         return max((status for status in reported if status < 128), default=1)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -167,18 +167,18 @@ class WorkerAgent(LocalElasticAgent):
         for number in not_ignored(STOPPING):
             signal.signal(number, self._forward_signal)  # replaces the agent's handler, which kills the workers
         signal.signal(signal.SIGUSR1, self._signal_workers)
-        if self._signalled:  # the signal came during a restart, so there is nothing new to save
-            raise SignalException("signalled during a restart", signal.Signals(self._signalled))
+        if self._signaled:  # the signal came during a restart, so there is nothing new to save
+            raise SignalException("signaled during a restart", signal.Signals(self._signaled))
         return started
 
     def _forward_signal(self, number: int, frame: FrameType | None) -> None:
         """Forward the signal and keep watching the workers, which save and exit; a second signal stops them at once."""
         now = time.monotonic()
-        if self._signalled and is_repeated(number, now - self._signalled_at):
+        if self._signaled and is_repeated(number, now - self._signaled_at):
             raise SignalException("a second signal", signal.Signals(number))
-        if self._signalled:
+        if self._signaled:
             return
-        self._signalled, self._signalled_at = number, now
+        self._signaled, self._signaled_at = number, now
         self._signal_workers(number, frame)
 
     def _signal_workers(self, number: int, frame: FrameType | None) -> None:
@@ -191,7 +191,7 @@ class WorkerAgent(LocalElasticAgent):
         if result.is_failed():
             reported = {rank: end for rank, end in self._read_reported_exits().items() if end[0] < 128}
             # A run that stopped itself, or was asked to stop, is not restarted.
-            if reported or self._signalled:
+            if reported or self._signaled:
                 self._remaining_restarts = 0
             if not reported:
                 for rank, failure in sorted(result.failures.items(), key=lambda item: _failure_order(item[1])):
@@ -205,7 +205,7 @@ class WorkerAgent(LocalElasticAgent):
 
     def _interrupted(self, failure: ProcessFailure) -> bool:
         """Return whether a worker died of the forwarded signal, because it was not ready to save yet."""
-        return self._signalled > 0 and failure.exitcode in (-self._signalled, 128 + self._signalled)
+        return self._signaled > 0 and failure.exitcode in (-self._signaled, 128 + self._signaled)
 
     def _read_reported_exits(self) -> dict[int, tuple[int, str]]:
         """Return rank -> (status, message) of the workers that called `report_exit`."""

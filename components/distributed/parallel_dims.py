@@ -62,7 +62,7 @@ class ParallelConfig:
         replicas, shards, tp = self.dp_replicate, self.dp_shard, self.tp
         if replicas == shards == -1:
             node = local_size or world_size
-            # TP ranks are neighbours; if a node does not hold a whole number of TP groups, shard over all processes
+            # TP ranks are neighbors; if a node does not hold a whole number of TP groups, shard over all processes
             shards = node // tp if world_size % node == 0 and node % tp == 0 else world_size // tp
         if shards < 1:
             shards = max(1, world_size // (replicas * tp))
@@ -83,7 +83,7 @@ class ParallelConfig:
 
 
 class ParallelDims:
-    """The device mesh of a run, and this process's place in it. TP ranks are neighbours; one process has no mesh."""
+    """The device mesh of a run, and this process's place in it. TP ranks are neighbors; one process has no mesh."""
 
     def __init__(self, world: DistributedContext, mesh_shape: MeshShape) -> None:
         self.mesh_shape = mesh_shape

@@ -61,7 +61,7 @@ class Breakdown:
         per_step = 1e3 * self.steps
         unused = sum(self.times.get(kind, 0.0) for kind in (kinds.IDLE, kinds.DATA, kinds.BETWEEN_STEPS))
         busy = 1 - unused / self.window
-        lines = [f"{title}: {self.window / per_step:.2f} ms a step, {self.device} busy {busy:.1%}"]
+        lines = [f"{title}: {self.window / per_step:.2f} ms per step, {self.device} busy {busy:.1%}"]
         for kind in kinds.KINDS:
             if time := self.times.get(kind):
                 lines.append(f"  {kind:<24}{time / per_step:>10.2f} ms{time / self.window:>8.1%}")
@@ -71,7 +71,7 @@ class Breakdown:
         if self.device == "cuda":
             lines.append(
                 f"  {self.kernels / self.steps:,.0f} kernels and {self.synchronizations / self.steps:g} "
-                f"synchronizations a step; the host waits {self.synchronizing / per_step:.2f} ms in them"
+                f"synchronizations per step; the host waits {self.synchronizing / per_step:.2f} ms in them"
             )
         return "\n".join(lines)
 

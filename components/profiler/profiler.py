@@ -123,9 +123,7 @@ class Profiler:
         name = self._name()
         try:
             self._write(profile, name)
-        except (
-            Exception
-        ) as error:  # a full disk, or an unknown trace format of another torch version: training continues
+        except Exception as error:  # a full disk, or a trace format of another torch version: training continues
             log.warning(f"the profile of steps {self._steps()} is not complete: {type(error).__name__}: {error}")
 
     def _write(self, profile: torch.profiler.profile, name: str) -> None:

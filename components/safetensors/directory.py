@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import fsync_directory, remove_files, write_fsync
-from components.paths import is_file
-from components.units import expand_home
+from components.paths import expand_home, is_file
 
 MARK = "powertrain.json"
 """Lists the files that were written to a directory: `new_directory` replaces only those."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from components.errors import first_line
 from components.paths import is_file
 from components.safetensors.directory import choose_files
 from components.safetensors.reader import DTYPES, INDEX, SINGLE, TensorSpec
@@ -60,7 +61,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"{path} is damaged, or holds more than tensors, which is never loaded: {reason}; convert it to safetensors"
         ) from None

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from components.unicode_text import replace_surrogates
+
 _END = 256
 
 
@@ -60,4 +62,4 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+        return replace_surrogates(text).encode("utf-8")

@@ -52,7 +52,7 @@ def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> 
 def to_hugging_face(ranks: dict[bytes, int], pattern: str | None, special: Mapping[str, int] | None = None) -> Any:
     """Return the encoding of a rank file as a `tokenizers.Tokenizer`; without a pattern, text is not split first.
 
-    tiktoken merges any two neighbours whose joined bytes are a token, lowest rank first. The merges are therefore *all*
+    tiktoken merges any two neighbors whose joined bytes are a token, lowest rank first. The merges are therefore *all*
     ways to split each token into two tokens, in the order of the ranks, not only the merges found in training.
     """
     library = import_tokenizers()

@@ -37,7 +37,7 @@ PATTERNS = {
 def resolve_pattern(pattern: str) -> str:
     """Return the regular expression of a name, or `pattern` itself if it is one.
 
-    Raises InputError for a single word, probably a misspelt name: as a pattern it would match almost no text.
+    Raises InputError for a single word, probably a misspelled name: as a pattern it would match almost no text.
     """
     if pattern in PATTERNS:
         return PATTERNS[pattern]

@@ -17,6 +17,7 @@ import tiktoken
 from components.cpu import num_cpus
 from components.errors import InputError, MissingFileError
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
+from components.unicode_text import replace_surrogates
 
 _MAX_RANKS = 2**22
 """Limits the memory for a damaged or malicious file; the largest vocabulary in use is about 2**18."""
@@ -205,8 +206,7 @@ class RankEncoder:
         try:
             return self._encoding.encode_to_numpy(text, allowed_special=self._parsed, disallowed_special=())
         except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot represent
-            repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encode_part(repaired)
+            return self._encode_part(replace_surrogates(text))
 
 
 def split_long_runs(text: str, longest: int = _MAX_RUN) -> Iterator[str]:

@@ -112,17 +112,17 @@ class ComponentBuilder:
             nodes["use"] = Leaf(use_of(table), table.entries["use"].origin)
         unknown = [key for key in table.entries if key not in fields and key != "use"]
         self._unknown += [_Unknown((*path, key), table.entries[key], list(fields), use_of(table)) for key in unknown]
-        misspelt = {did_you_mean(key, fields) for key in unknown}
+        misspelled = {did_you_mean(key, fields) for key in unknown}
         arguments: dict[str, Any] = {}
         for name, field in fields.items():
             self._tables_with.setdefault(name, []).append(path)
-            arguments[name], nodes[name] = self._field(field, cls, table, path, name in misspelt)
+            arguments[name], nodes[name] = self._field(field, cls, table, path, name in misspelled)
         tree = Table(nodes, table.origin)
         if any(value is FAILED for value in arguments.values()):
             return FAILED, tree
         return self._construct(cls, arguments, kind, tree, path), tree
 
-    def _field(self, field: Field, cls: type, table: Table, parent: KeyPath, is_misspelt: bool) -> tuple[Any, Node]:
+    def _field(self, field: Field, cls: type, table: Table, parent: KeyPath, is_misspelled: bool) -> tuple[Any, Node]:
         path, kind = (*parent, field.name), field.kind
         nothing = Leaf(None, self._default, unset=not field.required)
         node = table.entries.get(field.name)
@@ -144,7 +144,7 @@ class ComponentBuilder:
             node = default
         elif is_layer and isinstance(default, Table):
             node = merge(default, node, self.problems, path)
-        if node is None and is_misspelt:
+        if node is None and is_misspelled:
             return FAILED, nothing
         if node is None:
             what = describe_kind(kind) if kind.form == "leaf" else _describe_table(kind, path)

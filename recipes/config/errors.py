@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from components.units import expand_home
+from components.paths import expand_home
 
 PROJECT = Path(__file__).parents[2]
 """The directory that holds recipes, components and models."""

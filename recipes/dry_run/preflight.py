@@ -101,7 +101,7 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
             yield Finding("error", "run.init_from", message_of(error))
     directory = RunDirectory(recipe.run.directory)
     if foreign := directory.unowned_files():
-        message = f"{directory.path} holds {', '.join(foreign)}, which no run has written; move them away"
+        message = f"{directory.path} holds {', '.join(foreign)}, which no run wrote; move them away"
         yield Finding("warning", "run.name", message)
     if directory.has_run:
         if recipe.run.if_exists == "replace":
@@ -152,12 +152,10 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
             "gradient noise needs at least 2 micro-batches per step, so the batch could never grow again from here"
         )
         yield Finding("warning", _batch_key(plan, "min_size"), f"{message}; {remedy}")
-    name = type(plan.recipe.batch).__name__
+    unknown = f"{type(plan.recipe.batch).__name__} depends on the gradient noise, which is unknown before training"
     most = -(-training.total_tokens // (rounding.round_up(smallest).samples * training.sequence_length))
     if (maximum := policy.max_size) is None:
-        yield Finding(
-            "note", "batch", f"the measurements of {name} are not known: up to {most:,} steps, depending on its batch"
-        )
+        yield Finding("note", "batch", f"{unknown}: up to {most:,} steps")
         return
     largest = rounding.round_up(maximum).samples
     if largest != maximum:
@@ -168,8 +166,7 @@ def _adaptive_batch(plan: RunPlan, policy: BatchPolicy) -> Iterator[Finding]:
         message = f"{policy.multiple_of} is not a multiple of {rounding}, to which sizes will be rounded up"
         yield Finding("note", _batch_key(plan, "multiple_of"), message)
     fewest = -(-training.total_tokens // (largest * training.sequence_length))
-    message = f"the measurements of {name} are not known: {fewest:,} to {most:,} steps, depending on its batch"
-    yield Finding("note", "batch", message)
+    yield Finding("note", "batch", f"{unknown}: {fewest:,} to {most:,} steps")
 
 
 def _batch_key(plan: RunPlan, name: str) -> str:

@@ -72,11 +72,11 @@ def _run(plan: RunPlan) -> Iterator[str]:
     if plan.epoch_tokens:
         epochs = schedule.tokens / plan.epoch_tokens
         yield f"data           about {format_count(plan.epoch_tokens)} tokens: {epochs:.3g} epochs"
-    yield f"FLOPs          {plan.flops_per_token:.4g} a token, {plan.flops:.4g} in all"
+    yield f"FLOPs          {plan.flops_per_token:.4g} per token, {plan.flops:.4g} in total"
     if isinstance(recipe.optimizer, HasUpdateCost):
         cost = recipe.optimizer.update_cost(plan.model)
         size = _format_bytes(sum(round(each.size) for each in update_collectives(plan) if each.ranks > 1))
-        yield f"update         {cost.flops:.4g} FLOPs a step on all processes; each receives {size}"
+        yield f"update         {cost.flops:.4g} FLOPs per step over all processes; each receives {size}"
     if isinstance(plan.memory, Memory):
         kept = recipe.checkpoint.keep_last
         how_many = "all kept" if kept is None else f"the last {kept} kept"

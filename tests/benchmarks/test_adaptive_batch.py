@@ -62,7 +62,7 @@ def test_a_row_is_run_at_the_better_lr_below_the_tuned_one(trained, text, tmp_pa
     assert (lr, len(outcomes)) == (0.0056, 3)
 
 
-def test_what_is_in_the_file_is_not_run_again_unless_it_was_set_up_otherwise(trained, text, tmp_path, monkeypatch):
+def test_stored_runs_are_not_run_again_unless_their_settings_changed(trained, text, tmp_path, monkeypatch):
     def book():
         return ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
 

@@ -32,7 +32,7 @@ def test_a_smoke_run_fills_its_table(tmp_path):
         assert len(row["step_seconds"]) == 2 and row["tokens_per_step"] == 4 * 2 * 32
         assert row["memory_bytes"] > 0 and row["start_seconds"] > 0
         assert f"| 300M | {row['kind']} | " in done.stdout
-        assert all(abs(loss - math.log(512)) < 0.2 for loss in row["losses"]), "random tokens cannot be foreseen"
+        assert all(abs(loss - math.log(512)) < 0.2 for loss in row["losses"]), "random tokens cannot be predicted"
 
 
 @pytest.mark.quick

@@ -81,7 +81,7 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
         compiled(x, rope)
     really = sum(storage.nbytes() for number, storage in kept.items() if number not in parameters)
     counted_block = counted(torch.bfloat16, size).blocks[1].compiled()
-    # experts: what the partitioner recomputes of the routing is not modelled
+    # experts: what the partitioner recomputes of the routing is not modeled
     assert counted_block.kept == pytest.approx(really, rel=0.2 if size.experts else 0.05)
 
 
@@ -123,7 +123,7 @@ def test_checkpointing_keeps_less_and_computes_one_block_again(checkpointing, by
     assert BLOCKS.peak(checkpointing) == bytes_kept
 
 
-def test_tensor_parallel_ranks_share_all_but_two_gathered_inputs():
+def test_tensor_parallel_ranks_split_all_but_two_gathered_inputs():
     assert BLOCKS.blocks[0].per_tp_rank(4) == BlockActivations(20 + 80 // 4, 10 // 4, 10)
 
 

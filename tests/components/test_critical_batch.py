@@ -11,7 +11,7 @@ from components.critical_batch import largest_factor, smooth_losses
 pytestmark = pytest.mark.quick
 
 
-def test_the_average_weighs_each_step_by_the_share_of_an_exponential_that_its_tokens_cover():
+def test_the_average_weighs_each_step_by_its_tokens():
     losses, batch, scale = [5.0, 4.0, 7.0, 3.5], 24, 60.0
     for count in range(1, len(losses) + 1):
         end = count * batch
@@ -29,11 +29,11 @@ def test_a_loss_that_is_not_finite_leaves_the_average_as_it_was():
     assert found[3] == pytest.approx(smooth_losses([2.0, 3.0], [8] * 2, 20.0)[-1], rel=1e-12)
 
 
-def test_a_constant_is_itself_from_the_first_step_on():
+def test_the_average_of_a_constant_is_the_constant():
     assert smooth_losses([2.5] * 4, [8] * 4, 100.0) == pytest.approx([2.5] * 4)
 
 
-def test_the_same_curve_in_steps_twice_as_long_is_averaged_alike():
+def test_the_same_curve_in_steps_twice_as_long_has_the_same_average():
     pairs = [6.0, 5.0, 4.5, 4.2]
     fine = smooth_losses([loss for loss in pairs for _ in range(2)], [10] * 8, 45.0)
     assert smooth_losses(pairs, [20] * 4, 45.0) == pytest.approx(fine[1::2], rel=1e-12)

@@ -1,4 +1,4 @@
-"""Cyclic garbage goes at the step it should, and the collector is Python's own again afterwards."""
+"""Cyclic garbage is collected at the configured steps, and the collector is restored afterwards."""
 
 import gc
 import weakref

@@ -21,7 +21,7 @@ class Counts:
 
     def __call__(self, tokens, *, cache):
         cache.room -= tokens.shape[1]
-        assert cache.room >= 0, "more tokens than it asked room for"
+        assert cache.room >= 0, "more tokens than its capacity"
         logits = torch.zeros(len(tokens), 1, PADDED)
         logits[..., VOCAB:] = 50.0
         logits.scatter_(-1, (tokens[:, -1:, None] + 1).clamp(max=END), 20.0)
@@ -40,7 +40,7 @@ def test_rows_end_by_themselves_and_all_end_with_the_last():
     assert written([[5]], 9) == []
 
 
-def test_no_more_than_asked_for():
+def test_at_most_the_requested_tokens_are_generated():
     assert written([[0], [2]], 2) == [[1, 3], [2, 4]]
 
 

@@ -1,4 +1,4 @@
-"""What makes a step a bad one, and that bad numbers never enter what others are compared with."""
+"""Which steps are bad, and that their numbers never enter the statistics."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def test_numbers_that_are_not_finite() -> None:
     assert guard.check(1.0, 1.0) is None
 
 
-def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
-    """Against mean and deviation computed over the whole memory, to a tenth: the guard's are exponential."""
+def test_a_spike_is_a_loss_far_above_the_previous_mean() -> None:
+    """Compared to a tenth with mean and deviation over the whole window, because those of the guard are exponential."""
     chance = random.Random(0)
     guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     losses = [chance.gauss(3.0, 0.1) for _ in range(400)]
     assert [guard.check(loss, 1.0) for loss in losses] == [None] * 400
     mean = sum(losses[-100:]) / 100
     deviation = math.sqrt(sum((loss - mean) ** 2 for loss in losses[-100:]) / 100)
-    assert guard.check(mean - 20 * deviation, 1.0) is None, "a loss that falls is none"
+    assert guard.check(mean - 20 * deviation, 1.0) is None, "a falling loss is not a spike"
     guard = GuardConfig(on_spike="roll_back", spike_window_steps=50, spike_std=5).build()
     for loss in losses:
         guard.check(loss, 1.0)
@@ -39,7 +39,7 @@ def test_a_spike_is_what_lies_far_above_the_mean_of_the_steps_before() -> None:
     assert bad is not None and bad.action == "roll_back" and bad.finite
 
 
-def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
+def test_no_spike_is_detected_in_few_steps_or_without_a_rule() -> None:
     early, off = GuardConfig(on_spike="skip", spike_window_steps=10).build(), GuardConfig().build()
     for _ in range(9):
         assert early.check(1.0, 1.0) is None
@@ -48,7 +48,7 @@ def test_few_steps_show_no_spike_and_without_a_rule_there_is_none() -> None:
     assert off.check(1e9, 1.0) is None
 
 
-def test_bad_numbers_leave_no_trace() -> None:
+def test_bad_numbers_do_not_enter_the_statistics() -> None:
     clean, dirty = (GuardConfig(on_spike="skip", on_nonfinite="skip", spike_window_steps=5).build() for _ in range(2))
     for step in range(40):
         loss = 2 + 0.01 * (step % 3)

@@ -1,4 +1,4 @@
-"""One request to stop is one, however often it arrives; the next acts at once."""
+"""Signals within a second are one request to stop; a later one acts at once."""
 
 import signal
 import time

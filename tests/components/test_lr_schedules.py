@@ -40,7 +40,7 @@ def test_power_leaves_its_cap_where_the_formula_says():
         assert before == schedule.max_lr > after
 
 
-def test_power_follows_the_batch_of_the_very_step_linearly():
+def test_power_is_linear_in_the_batch_of_the_step():
     schedule = Power()
     one, two = (schedule.lr(10**11, n * 4096, TRILLION) for n in (100, 200))
     assert two == pytest.approx(2 * one, rel=1e-12)
@@ -108,7 +108,7 @@ def test_moving_the_end_leaves_the_stable_phase_as_it_was(kind, tokens, batch, t
 
 @pytest.mark.parametrize("shape", DECAYS)
 @pytest.mark.parametrize("kind", [WSD, Power])
-def test_a_decay_of_every_shape_ends_at_its_share_of_the_rate_where_it_starts(kind, shape):
+def test_every_decay_ends_at_its_fraction_of_the_lr_at_its_start(kind, shape):
     schedule = kind(max_lr=0.02, decay=shape, decay_tokens=2 * 10**9, min_lr_ratio=0.25)
     total, batch = 10**10, 64 * 4096
     start = schedule.lr(8 * 10**9, batch, total)
@@ -139,7 +139,7 @@ RULED = [Constant, Cosine, Linear, WSD]
 
 @pytest.mark.parametrize("kind", RULED)
 @given(tokens=st.integers(0, 10**6), batch=st.integers(1, 10**6))
-def test_a_batch_rule_is_a_factor_on_the_rate_of_that_very_step(kind, tokens, batch):
+def test_batch_scaling_is_a_factor_on_the_lr_of_the_step(kind, tokens, batch):
     plain = kind(max_lr=0.01, warmup_tokens=1000)
     for rule, exponent in (("sqrt", 0.5), ("linear", 1.0)):
         ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_scaling=rule, reference_batch_tokens=4096)
@@ -149,7 +149,7 @@ def test_a_batch_rule_is_a_factor_on_the_rate_of_that_very_step(kind, tokens, ba
 
 @pytest.mark.parametrize("kind", RULED)
 @pytest.mark.parametrize("rule", ["sqrt", "linear"])
-def test_at_its_reference_a_rule_changes_nothing_at_all(kind, rule):
+def test_batch_scaling_changes_nothing_at_its_reference(kind, rule):
     plain = kind(max_lr=0.01, warmup_tokens=1000)
     ruled = kind(max_lr=0.01, warmup_tokens=1000, batch_scaling=rule, reference_batch_tokens=300)
     for tokens in (0, 500, 5000, 9900):
@@ -157,7 +157,7 @@ def test_at_its_reference_a_rule_changes_nothing_at_all(kind, rule):
 
 
 @pytest.mark.parametrize("kind", RULED)
-def test_without_a_rule_the_batch_does_not_matter_after_the_warm_up(kind):
+def test_without_batch_scaling_the_batch_does_not_matter_after_warm_up(kind):
     schedule = kind(max_lr=0.01)
     assert schedule.lr(500, 1, 1000) == schedule.lr(500, 10**6, 1000)
 
@@ -170,7 +170,7 @@ def test_without_a_rule_the_batch_does_not_matter_after_the_warm_up(kind):
         ({"reference_batch_tokens": 4096}, r"^reference_batch_tokens: has no effect without batch_scaling"),
     ],
 )
-def test_a_rule_and_its_reference_come_together(kind, keys, said):
+def test_batch_scaling_and_its_reference_require_each_other(kind, keys, said):
     with pytest.raises(ValueError, match=said):
         kind(max_lr=0.01, **keys)
 
@@ -183,7 +183,7 @@ def test_a_rule_and_its_reference_come_together(kind, keys, said):
         ({"reference_batch_tokens": 4096}, "reference_batch_tokens"),
     ],
 )
-def test_power_refuses_a_second_rule(keys, key):
+def test_power_refuses_batch_scaling(keys, key):
     with pytest.raises(ValueError, match=rf"^{key}: Power already scales linearly with the batch"):
         Power(**keys)
     assert Power(batch_scaling="none") == Power()

@@ -87,7 +87,7 @@ def test_the_kind_of_a_recorded_name(name: str, kind: str | None) -> None:
         ("aten::add", None, None),
     ],
 )  # fmt: skip
-def test_what_surrounds_a_name_decides_except_for_communication(
+def test_the_surrounding_range_decides_the_kind_except_for_communication(
     name: str, surrounding: str | None, kind: str | None
 ) -> None:
     assert kinds.kind_within(name, surrounding) == kind
@@ -159,7 +159,7 @@ def test_the_table_of_a_trace_of_a_gpu() -> None:
     assert (found.kernels, found.synchronizations, found.synchronizing) == (7, 1, 12)
     table = found.table("profile")
     assert "communication takes 0.03 ms, 75% overlapped" in table
-    assert "4 kernels and 0.5 synchronizations a step; the host waits 0.01 ms in them" in table
+    assert "4 kernels and 0.5 synchronizations per step; the host waits 0.01 ms in them" in table
 
 
 def test_a_trace_without_a_step_is_refused() -> None:

@@ -42,7 +42,7 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
         assert not kept_out
 
 
-def test_each_node_that_took_part_in_a_launch_knows_the_directory_again(tmp_path):
+def test_every_node_of_a_launch_recognizes_the_directory(tmp_path):
     directory = RunDirectory(tmp_path)
     assert not directory.owned_by("one")
     directory.claim()
@@ -51,7 +51,7 @@ def test_each_node_that_took_part_in_a_launch_knows_the_directory_again(tmp_path
     assert not any(directory.owned_by(launch) for launch in ("on", "one\ntwo", None))
 
 
-def test_what_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
     directory = RunDirectory(tmp_path)
     directory.claim()
     directory.metrics.mkdir()
@@ -59,7 +59,7 @@ def test_what_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
         directory.clear()
 
 
-def test_of_the_log_the_part_of_the_new_run_is_kept(tmp_path):
+def test_the_part_of_the_log_of_the_new_run_is_kept(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.claim()
     directory.log.write_text("old\n")
@@ -119,7 +119,7 @@ def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(atomic_files.Path, "replace", killed)
-        patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # nobody tidies up after a kill
+        patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # a killed process does not clean up
         atomic_write(directory.config, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
     with directory.lock():

@@ -68,7 +68,7 @@ def test_the_same_distribution_as_transformers(keys):
     assert by_hand(**keys) == pytest.approx(logits.softmax(-1)[0].tolist(), abs=1e-6)
 
 
-def test_greedy_takes_the_largest_and_draws_nothing():
+def test_greedy_takes_the_largest_and_uses_no_random_numbers():
     logits = torch.tensor([LOGITS, LOGITS[::-1]])
     nothing = torch.full((2,), math.nan, dtype=torch.float64)
     assert Sampling(temperature=0.0).choose(logits, nothing).tolist() == [4, 4]
@@ -83,7 +83,7 @@ def test_the_ends_of_the_interval_are_tokens_too(keys):
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 5e-324])
-def test_next_to_no_temperature_is_greedy(temperature):
+def test_a_tiny_temperature_is_greedy(temperature):
     points = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert Sampling(temperature=temperature).choose(torch.tensor([LOGITS] * 3), points).tolist() == [4, 4, 4]
 
@@ -109,6 +109,6 @@ def test_numbers_are_those_of_the_seed_and_uniform():
     [({"temperature": -1.0}, "temperature"), ({"temperature": math.nan}, "temperature"), ({"top_k": 0}, "top_k"),
      ({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p")],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(keys, message):
+def test_invalid_settings_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**keys)

@@ -1,4 +1,4 @@
-"""A command whose output is closed, full, read by nobody or in another encoding ends with one message, or none."""
+"""A command whose output is closed, full, unread or in another encoding ends with at most one message."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def closed(*descriptors: int):
 
 
 @pytest.mark.parametrize("body", [PRINT, "print('one line')"])
-def test_nobody_reads_on(body):
+def test_the_reader_closes_the_pipe(body):
     """As in `| head`: also where all of it is still in the buffer when the command ends."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -57,7 +57,7 @@ def test_the_disk_of_the_output_is_full(body):
         assert run("raise ValueError('input')", stderr=full) == (2, "")
 
 
-def test_closed_streams_are_no_error_and_their_descriptors_stay_taken(tmp_path):
+def test_closed_streams_are_not_an_error_and_their_descriptors_stay_reserved(tmp_path):
     """Descriptor 1 of a file of the run would get what a library prints."""
     body = (
         "assert sys.stdin.read() == ''; "

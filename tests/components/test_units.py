@@ -12,12 +12,12 @@ pytestmark = pytest.mark.quick
     ("text", "count"),
     [("20M", 20_000_000), ("4b", 4 * 10**9), ("1.5K", 1500), ("20_000", 20_000), (" 7 ", 7), ("0.1M", 100_000)],
 )
-def test_counts_as_people_write_them(text, count):
+def test_counts_with_suffixes_and_separators(text, count):
     assert TypeAdapter(Count).validate_python(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "M", "twenty", "-3", "1.2345K", "1e6", "20MB", "0x10"])
-def test_what_is_no_count_is_refused(text):
+def test_text_that_is_not_a_count_is_refused(text):
     with pytest.raises(ValueError, match=r"whole number|a count such as"):
         parse_count(text)
 

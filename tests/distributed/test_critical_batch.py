@@ -28,7 +28,7 @@ def test_two_processes_measure_what_one_does_and_a_dead_one_is_restarted(tiny):
 
     alone, _ = measure("alone")
     two, said = measure("two", NPROC="2")
-    assert said.count("k* =") == said.count("branches of ") == 1, "one process speaks"
+    assert said.count("k* =") == said.count("branches of ") == 1, "only one process logs"
     again, said = measure("again", NPROC="2", MAX_RESTARTS="1", sabotage={0: "kill:1:6"})
     assert "was killed by SIGKILL" in said
     assert "resumed from" in said

@@ -73,7 +73,7 @@ def test_a_skipped_step_leaves_the_parameters_as_they_were(tiny, train, factor: 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("factor", ["nan", "1e4"])
-def test_rolling_back_returns_to_the_checkpoint_and_steps_over_the_samples(tiny, train, factor: str) -> None:
+def test_rolling_back_returns_to_the_checkpoint_and_skips_the_samples(tiny, train, factor: str) -> None:
     rules = ["--guard.on_nonfinite=roll_back", "--guard.on_spike=roll_back", *SPIKE, "--checkpoint.interval_steps=4"]
     status, said = train(f"7:{factor}", *rules)
     assert status == 0, said

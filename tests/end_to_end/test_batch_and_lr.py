@@ -46,7 +46,7 @@ POLICIES = {
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_batch_changes_and_a_run_resumed_amid_its_changes_goes_on_the_same(tiny, tmp_path, name):
+def test_a_run_resumed_between_batch_changes_equals_an_uninterrupted_one(tiny, tmp_path, name):
     policy = POLICIES[name]
     assert tiny.launch(*policy) == 0
     rows, last = tiny.rows(), steps(tiny)[-1]["step"]
@@ -77,7 +77,7 @@ def test_a_batch_that_needs_noise_that_is_never_measured_is_refused(tiny, capsys
     assert not tiny.directory.exists()
 
 
-def test_the_dry_run_shows_the_course_of_seesaw(tiny, capsys):
+def test_the_dry_run_shows_the_schedule_of_seesaw(tiny, capsys):
     assert tiny.launch(*SEESAW, "--dry-run") == 0
     shown = capsys.readouterr().out
     assert tiny.launch(*SEESAW) == 0

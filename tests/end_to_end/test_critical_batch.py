@@ -62,7 +62,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
     before = tiny.rows()
     assert measured.launch() == 0
     said = capsys.readouterr().out
-    assert tiny.rows() == before, "the run branched from is left alone"
+    assert tiny.rows() == before, "the original run is unchanged"
     clock = json.loads((tiny.checkpoint(FROM) / "state.json").read_text())["clock"]
     for multiplier, steps in ((1, 10), (2, 5)):
         hand = tiny.folder / f"hand-{multiplier}"
@@ -104,7 +104,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
 
 
 class Killed(BaseException):
-    """Nothing catches it, as nothing catches a kill."""
+    """Like a kill, it cannot be caught."""
 
 
 def at_its_step(count: int, sends):
@@ -233,7 +233,7 @@ def test_the_recipe_of_an_adaptive_run_need_not_measure_noise(measured):
     assert measured.launch(*adaptive, "--gradient_noise.interval_steps=none", "--dry-run") == 0
 
 
-def test_it_needs_no_picture(measured, monkeypatch, capsys):
+def test_the_plot_is_optional(measured, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert measured.launch() == 0
     assert "pip install -e '.[plot]'" in capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measure
 
 
 @pytest.mark.quick
-def test_a_branch_with_a_step_that_was_stepped_over_is_not_within():
+def test_a_branch_with_a_skipped_step_is_not_within_tolerance():
     losses = {1: (3.0, 2.9), 2: (3.0, math.nan)}
     branches = [Branch(k, 8 * k, 64 * k, 0.1, 2, each, None, ()) for k, each in losses.items()]
     report = Report(tuple(branches), 100, 0.01, 8)

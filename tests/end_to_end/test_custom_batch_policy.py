@@ -1,4 +1,4 @@
-"""An adaptive policy of the user's, derived from none of ours, is treated as one of ours by every tool."""
+"""Every tool treats a custom adaptive policy, derived from no class of the project, like a built-in one."""
 
 from __future__ import annotations
 
@@ -73,23 +73,23 @@ def test_a_policy_that_could_never_adapt_is_refused(own, capsys, arguments, said
 
 
 @pytest.mark.quick
-def test_the_dry_run_shows_what_is_not_known(own, capsys):
+def test_the_dry_run_reports_what_is_unknown(own, capsys):
     assert own.launch("--dry-run") == 0
-    assert "the measurements of Doubling are not known:" in capsys.readouterr().out
+    assert "Doubling depends on the gradient noise, which is unknown" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.first=2") == 2
     assert "needs at least 2 micro-batches per step, so the batch could never change" in capsys.readouterr().out
     assert own.launch("--dry-run", "--batch.most=15") == 0
-    assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 a micro-batch" in capsys.readouterr().out
+    assert "15 samples become 16: a multiple of 2 = 1 ranks x 2 per micro-batch" in capsys.readouterr().out
 
 
 @pytest.mark.quick
-def test_samples_of_a_step_that_is_not_known_are_not_shown(own, capsys):
+def test_samples_of_an_unknown_step_are_not_shown(own, capsys):
     assert inspect_data.main([str(own.recipe), "--step", "3"]) == 2
     assert "the batch is adaptive" in capsys.readouterr().err
 
 
 @pytest.mark.quick
-def test_its_schedule_is_drawn_at_both_ends(own, capsys):
+def test_its_schedule_is_plotted_at_both_bounds(own, capsys):
     assert plot.main(["schedule", str(own.recipe)]) == 0
     output = capsys.readouterr().out
     assert "batch at initial_size = 4" in output
@@ -97,14 +97,14 @@ def test_its_schedule_is_drawn_at_both_ends(own, capsys):
 
 
 @pytest.mark.quick
-def test_a_run_leaves_its_recipe_as_it_is(own):
+def test_a_run_does_not_change_its_recipe(own):
     config = load(own.recipe)
     before = vars(config.recipe.batch).copy()
     assert config.recipe.main(config, None) == 0
     assert vars(config.recipe.batch) == before
 
 
-def test_an_error_of_what_it_built_is_named_with_its_section(own, capsys):
+def test_an_error_of_the_policy_names_its_section(own, capsys):
     with pytest.raises(ArithmeticError, match="by hand"):
         own.launch("--batch.most=17")
     assert "the run crashed in [batch]; the traceback is also in log.txt" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`document_masking = true`: what runs and evaluations say is what every document alone would say."""
+"""`document_masking = true`: runs and evaluations give the results of every document alone."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def run(tmp_path_factory) -> Short:
 
 
 def model_of(run: Short, checkpoint: Path | None = None) -> Decoder:
-    """In float64, attending to whole sequences: as initialised, or as saved."""
+    """In float64, attending to whole sequences: as initialized, or as saved."""
     component = load(run.recipe, [Override("model.init_std", str(INIT_STD))]).recipe.model
     assert isinstance(component, Llama)
     model = component.build(vocab_size=257, sequence_length=LENGTH)
@@ -156,7 +156,7 @@ def test_a_resumed_run_may_change_document_masking_with_a_warning(tmp_path, run,
     assert "training.document_masking was True, is False" in capsys.readouterr().out
 
 
-def test_what_cannot_be_is_refused_in_one_message(tiny, run, capsys):
+def test_unsupported_combinations_are_refused_in_one_message(tiny, run, capsys):
     (tiny.folder / "of_mine.py").write_text(MODEL)
     for arguments, message in {
         ("--model.use=of_mine:Model", WITHIN): "Tagger has no enable_document_masking(end_of_document)",

@@ -1,4 +1,4 @@
-"""However a run ends whose state is sound: that state is saved, and --resume continues it to the same end."""
+"""However a run ends, a consistent state is saved, and --resume continues it to the same result."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def run(tmp_path_factory) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def undisturbed(run):
-    """The directory of a run that nothing happened to, with its checkpoints of steps 3 and 6."""
+    """The directory of an uninterrupted run, with its checkpoints of steps 3 and 6."""
     directory = run.folder / "undisturbed"
     assert run.launch(*ARGUMENTS, f"--run.dir={directory}", "--checkpoint.interval_steps=3") == 0
     return directory
 
 
 @pytest.mark.parametrize("fault", ENDINGS)
-def test_an_ending_with_a_sound_state_saves_it(run, undisturbed, monkeypatch, capsys, fault: str) -> None:
+def test_a_run_that_ends_with_a_consistent_state_saves_it(run, undisturbed, monkeypatch, capsys, fault: str) -> None:
     status, message = ENDINGS[fault]
     run.directory = run.folder / fault.replace(": ", "-")
     arguments = [*ARGUMENTS, f"--run.dir={run.directory}", "--checkpoint.interval_steps=none"]

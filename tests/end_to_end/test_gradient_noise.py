@@ -1,4 +1,4 @@
-"""What a run says of its gradient's noise, under a batch that does not follow it."""
+"""The gradient noise that a run logs when its batch does not depend on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def steps(tiny) -> list[dict]:
     return [row for row in tiny.rows() if "loss" in row]
 
 
-def test_a_constant_batch_shows_what_the_norm_test_would_have_said(tiny):
+def test_a_constant_batch_logs_the_noise_scale(tiny):
     assert tiny.launch(*CONSTANT) == 0
     for row in steps(tiny):
         b = row["global_batch_size"]
@@ -40,7 +40,7 @@ def test_measuring_less_often_or_never_changes_nothing_else(tiny):
             assert sometimes["grad_cov_trace"] == always["grad_cov_trace"]
 
 
-def test_one_micro_batch_alone_says_once_that_it_shows_no_noise_and_what_would(tiny):
+def test_a_single_micro_batch_warns_once_that_noise_is_not_measured(tiny):
     assert tiny.launch(*CONSTANT, "--training.micro_batch_size=8") == 0
     assert all(row["noise_scale"] is None for row in steps(tiny))
     log = (tiny.directory / "log.txt").read_text()

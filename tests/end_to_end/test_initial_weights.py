@@ -60,7 +60,7 @@ def test_a_resumed_run_does_not_ask_for_them_again(tiny, exported):
     assert max(row["tokens"] for row in rows) >= 800
 
 
-def test_what_computes_otherwise_is_warned_of(tiny, exported, capsys):
+def test_keys_that_change_the_function_are_warned_about(tiny, exported, capsys):
     (exported / "model.safetensors.index.json").write_text("of a save before")
     assert again(tiny, "continued", exported, *STANDSTILL, "--model.rope_theta=500000.0") == 0
     said = (tiny.folder / "continued" / "log.txt").read_text()
@@ -95,7 +95,7 @@ def test_another_shape_is_refused_before_training_and_in_the_dry_run(tiny, expor
     assert message in capsys.readouterr().out
 
 
-def test_a_dry_run_and_the_printed_configuration_know_of_them(tiny, exported, capsys):
+def test_a_dry_run_and_the_printed_configuration_show_them(tiny, exported, capsys):
     capsys.readouterr()
     assert again(tiny, "planned", exported, "--dry-run") == 0
     assert "init_from" not in capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     elsewhere.mkdir()
     assert tiny.launch(*ONE_STEP) == 0
     assert saved(elsewhere) == [1]
-    # Another run that is given the same folder neither takes these for its own nor removes them.
+    # Another run that is given the same folder neither uses nor removes these.
     other = tiny.folder / "other"
     other.mkdir()
     (other / "checkpoints").symlink_to(elsewhere)
@@ -88,7 +88,7 @@ def test_a_link_to_an_empty_folder_is_an_empty_folder_and_one_to_nowhere_is_an_e
     assert saved(elsewhere) == [1]
 
 
-def test_a_directory_of_somebodys_keeps_every_file_whatever_it_is_called(tiny, capsys, monkeypatch):
+def test_a_directory_with_other_files_keeps_all_of_them(tiny, capsys, monkeypatch):
     others, work = Others(tiny.folder), tiny.folder / "work"
     others.write(work / "checkpoints" / "epoch=3.ckpt", work / "checkpoints" / "keep" / "last.ckpt")
     others.write(work / "tensorboard" / "old", work / ".notes.1.part", work / "damaged-step-00000001" / "x")

@@ -38,7 +38,7 @@ def test_without_adaptation_the_delay_changes_nothing(new_tiny, delay):
     assert_same_tensors(now.checkpoint(14), later.checkpoint(14))
 
 
-def test_a_policy_hears_of_a_step_one_step_later_however_often_the_run_is_saved(new_tiny, delay):
+def test_a_policy_observes_one_step_later_however_often_the_run_is_saved(new_tiny, delay):
     """Resuming from any checkpoint, or saving at other steps, gives the same batches and the same parameters."""
     policy = [*MEASURED, *UNBIASED, "--validation.interval_steps=none"]
     unsaved = [*policy, "--checkpoint.interval_steps=none"]
@@ -75,7 +75,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_parameters(tiny, delay, cap
         assert newest.name == "step-00000006", "the step that was under way is saved with it"
 
 
-def test_the_device_leaves_out_what_the_host_would(new_tiny, delay, monkeypatch):
+def test_the_device_skips_the_updates_that_the_host_would_skip(new_tiny, delay, monkeypatch):
     monkeypatch.setenv("BAD", "5:inf")
     runs = []
     for steps_later in (0, 1):

@@ -1,4 +1,4 @@
-"""A model of the user's that is built unlike ours: weights shared between modules, parameters that get no gradient."""
+"""A custom model with weights shared between modules and parameters that get no gradient."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Model:
 '''
 
 
-def test_it_is_trained_and_continued_as_if_it_had_not_stopped(tiny, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
     (tiny.folder / "tagger.py").write_text(MODEL)
     other = ["--model.use=tagger:Model"]
     assert tiny.launch(*other) == 0

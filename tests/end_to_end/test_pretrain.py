@@ -67,7 +67,7 @@ class Numbers:
 '''
 
 
-def test_a_run_leaves_what_the_documentation_names(tiny):
+def test_a_run_writes_the_documented_files(tiny):
     assert tiny.launch("--metrics.tensorboard=true") == 0
     rows = tiny.rows()
     steps, validations = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
@@ -107,7 +107,7 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
     recipe += '[lr_schedule]\nuse = "my_parts:Steady"\nrate = 0.01\n[batch]\nuse = "my_parts:Doubling"\n'
     tiny.recipe.write_text(recipe)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(  # the whole launcher, from somewhere else: nothing of the user's is on the path by accident
+    done = subprocess.run(  # from another directory, so that the custom code is not importable by accident
         [ROOT / "run_train.sh", tiny.recipe],
         env={**environment, "PYTHON": sys.executable},
         cwd="/",
@@ -138,7 +138,7 @@ def test_a_corpus_is_prepared_by_several_processes_in_a_run(tiny, processes):
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_folders_of_the_same_names_where_one_stands_are_not_taken_for_ours(tiny, tmp_path, processes):
+def test_packages_of_the_same_names_in_the_current_directory_are_not_imported(tiny, tmp_path, processes):
     for name in ("recipes", "components", "models", "tools"):
         (tmp_path / "elsewhere" / name).mkdir(parents=True)
         (tmp_path / "elsewhere" / name / "__init__.py").write_text(f"raise ImportError('{name} of another project')")
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_loses_nothing(tiny,
     assert [row["step"] for row in tiny.rows()] == [1, 2]
 
 
-def test_a_loss_that_is_not_finite_can_be_stepped_over(tiny, capsys):
+def test_a_loss_that_is_not_finite_can_be_skipped(tiny, capsys):
     (tiny.folder / "poison.py").write_text(POISON)
     arguments = ["--model.use=poison:Poisoned", "--model.size=debug", "--model.dim=16", "--model.layers=2"]
     arguments += ["--model.heads=2", "--model.kv_heads=1", "--model.head_dim=8", "--guard.on_nonfinite=skip"]

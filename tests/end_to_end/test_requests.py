@@ -57,7 +57,7 @@ def test_a_limit_counts_from_the_launch_not_from_a_restart(tiny, capsys, monkeyp
     assert "stopped by run.max_minutes after step 1" in capsys.readouterr().out
 
 
-def test_sigusr1_saves_and_goes_on(tiny, capsys, monkeypatch) -> None:
+def test_sigusr1_saves_and_continues(tiny, capsys, monkeypatch) -> None:
     after_steps(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     assert tiny.launch("--training.total_tokens=2000", *LONG[1:]) == 0
     steps = [int(path.name[5:]) for path in sorted((tiny.directory / "checkpoints").iterdir())]

@@ -181,7 +181,7 @@ def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, caps
 
 
 @pytest.mark.parametrize("wrong", ["--data.path=nowhere/*.txt", "--training.sequence_length=100000"])
-def test_a_run_that_cannot_begin_replaces_nothing(tiny, capsys, wrong):
+def test_a_run_that_cannot_start_replaces_nothing(tiny, capsys, wrong):
     assert tiny.launch("--training.total_tokens=400") == 0
     before = {
         path: path.read_bytes() for path in tiny.directory.rglob("*") if path.is_file() and path.name != "log.txt"

@@ -57,7 +57,7 @@ def assert_saved(tiny):
     assert saved == tiny.checkpoint([row["step"] for row in tiny.rows() if "loss" in row][-1])
 
 
-def test_two_processes_under_nohup_go_on_when_the_terminal_is_gone(tiny, monkeypatch):
+def test_two_processes_under_nohup_continue_when_the_terminal_closes(tiny, monkeypatch):
     monkeypatch.setenv("NPROC", "2")
     process = start(tiny, "--training.total_tokens=50M", before=ignore_hangup, start_new_session=True)
     wait_for_steps(tiny, 3, process)
@@ -83,6 +83,6 @@ def test_two_processes_save_when_their_terminal_closes(tiny, monkeypatch):
     os.close(end)
     wait_for_steps(tiny, 3, process)
     os.close(terminal)
-    assert process.wait() in (129, 120), "120: Python could not write its last words"
+    assert process.wait() in (129, 120), "120: Python could not flush its output"
     assert_saved(tiny)
     assert "stopped by signal 1 after step" in (tiny.directory / "log.txt").read_text()

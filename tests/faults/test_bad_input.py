@@ -1,4 +1,4 @@
-"""Every mistake of a user ends with status 2 and one clear message, whatever it is a mistake in."""
+"""Every mistake of a user ends with status 2 and one clear message."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_in_a_recipe(tiny: TinyRun, capsys, monkeypatch, name: str) -> None:
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_to_turn_down(tiny: TinyRun, capsys, monkeypatch, error: Exception) -> None:
+def test_out_of_memory_names_the_keys_to_lower(tiny: TinyRun, capsys, monkeypatch, error: Exception) -> None:
     def accumulate(*args: object, **kwargs: object) -> float:
         raise error
 
@@ -115,7 +115,7 @@ def test_in_text_tokenizers_and_datasets(tiny: TinyRun, capsys, name: str) -> No
 
 
 @pytest.mark.parametrize("name", AFTER_A_RUN)
-def test_in_what_a_run_left(trained: Path, tmp_path: Path, capsys, name: str) -> None:
+def test_in_run_directories(trained: Path, tmp_path: Path, capsys, name: str) -> None:
     spoil, said = AFTER_A_RUN[name]
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)

@@ -77,7 +77,7 @@ def breaking(tiny: TinyRun, number: int, section: str, source: str, method: str,
     return [str(recipe), "--run.if_exists=replace", "--training.total_tokens=400", "--run.deterministic=false"]
 
 
-def test_what_fails_before_the_first_step_is_reported_at_its_key(tiny: TinyRun, capsys: pytest.CaptureFixture[str]):
+def test_a_failure_before_the_first_step_is_reported_at_its_key(tiny: TinyRun, capsys: pytest.CaptureFixture[str]):
     for number, (section, source, method) in enumerate(AT_THE_START):
         arguments = breaking(tiny, number, section, source, method, "ValueError('too odd')")
         capsys.readouterr()
@@ -89,7 +89,7 @@ def test_what_fails_before_the_first_step_is_reported_at_its_key(tiny: TinyRun, 
         assert not (tiny.directory / "metrics.jsonl").exists(), where
 
 
-def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFixture[str]):
+def test_a_failure_in_the_loop_names_its_section(tiny: TinyRun, capsys: pytest.CaptureFixture[str]):
     """It is not an input error: the traceback shows the mistake."""
     for number, (section, method) in enumerate(IN_THE_LOOP):
         arguments = breaking(tiny, 100 + number, section, METHOD, method, "ArithmeticError('by hand')")
@@ -104,7 +104,7 @@ def test_what_fails_in_the_loop_is_named(tiny: TinyRun, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "tiny.toml", "/proc/nobody"])
-def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_data(tiny: TinyRun, capsys, cache: str):
+def test_a_cache_that_cannot_be_written_is_not_reported_at_the_data(tiny: TinyRun, capsys, cache: str):
     assert cli.main([str(tiny.recipe), f"--run.cache_dir={tiny.folder / cache}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith('command line  run.cache_dir = "') and "\n    [Errno" in said

@@ -125,7 +125,7 @@ def test_a_quota_stops_no_training(tiny, capsys, limit, asynchronous: str) -> No
 
 
 @pytest.mark.quick
-def test_records_wait_for_room_and_none_is_torn_or_lost(tmp_path) -> None:
+def test_records_are_kept_until_there_is_space_and_none_is_incomplete_or_lost(tmp_path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     file = AppendOnlyFile(tmp_path / "f")
     file.append(b"x" * 99 + b"\n")
@@ -143,7 +143,7 @@ def test_records_wait_for_room_and_none_is_torn_or_lost(tmp_path) -> None:
     assert [line[:1] for line in (tmp_path / "f").read_bytes().splitlines()] == [b"x", b"y", b"z", b"w", b"v"]
 
 
-def test_whoever_reads_along_may_leave(tiny, monkeypatch) -> None:
+def test_the_reader_of_the_output_may_exit(tiny, monkeypatch) -> None:
     """`./run_train.sh | head -1`"""
 
     class Gone(io.StringIO):

@@ -1,4 +1,4 @@
-"""Whatever bytes a file holds, reading it gives what it says or one clear error: found by hypothesis, not by hand."""
+"""Files of any bytes are read correctly or give one clear error; the bytes come from hypothesis."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def checkpoint(trained: Path) -> Path:
 
 @st.composite
 def mutations(draw: st.DrawFn) -> list[tuple[int, int, bytes]]:
-    """Edits: at a place in a thousandth of the length, so many bytes are replaced by others."""
+    """Edits: (position in thousandths of the length, number of bytes to replace, other bytes)."""
     edit = st.tuples(st.integers(0, 1000), st.sampled_from([0, 1, 2, 8, 10**6]), st.binary(max_size=9))
     return draw(st.lists(edit, min_size=1, max_size=4))
 

@@ -41,7 +41,7 @@ def texts(path: Path) -> list[str]:
 
 
 def write_parquet(path: Path, values: list[bytes | None]) -> None:
-    """A column of strings whose bytes nobody has looked at, as other writers make it."""
+    """A column of strings with unchecked bytes, as other writers make it."""
     pa = pytest.importorskip("pyarrow", reason="needs the [data] extra")
     parquet = pytest.importorskip("pyarrow.parquet")
     raw = pa.array(values, pa.binary())
@@ -110,7 +110,7 @@ def test_bytes_that_are_not_utf_8_are_replaced_and_counted_in_every_format_of_te
     assert log.fixups == {"replaced characters": 4}
 
 
-def test_a_bad_row_of_metrics_does_not_cost_the_rows_behind_it(tmp_path, caplog):
+def test_a_bad_row_of_metrics_keeps_the_rows_after_it(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step}) + "\n" for step in range(1, 9)]
     path.write_text("".join([*rows[:2], "\0\0\n", *rows[3:], '{"step": 9']))
@@ -119,7 +119,7 @@ def test_a_bad_row_of_metrics_does_not_cost_the_rows_behind_it(tmp_path, caplog)
     assert "metrics.jsonl:3 is not a row" in caplog.text
 
 
-def test_a_last_line_of_somebody_elses_is_not_taken_for_a_result_that_was_being_written(tmp_path):
+def test_a_foreign_last_line_is_not_taken_for_an_incomplete_result(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("what I did today")
     with pytest.raises(ValueError, match=r"notes\.txt:1 is not a result of a sweep"):
@@ -129,7 +129,7 @@ def test_a_last_line_of_somebody_elses_is_not_taken_for_a_result_that_was_being_
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder that other users may enter, with a folder `shut` that nobody may list."""
+    """A folder that other users may enter, with a folder `shut` that cannot be listed."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     (path / "open").mkdir()

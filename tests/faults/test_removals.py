@@ -191,7 +191,7 @@ def an_exported_model(folder: Path, others: Others) -> None:
 
 
 def results_of_a_sweep(folder: Path, others: Others) -> None:
-    """A last line without its end is cut off: of another file it might be all there is."""
+    """An incomplete last line is removed; in another file it might be the only content."""
     others.write(folder / "notes.md")
     (folder / "results.jsonl").symlink_to(folder / "notes.md")
     with pytest.raises(ValueError, match="is not a result of a sweep"):

@@ -126,7 +126,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(untrusted: TinyRun, tmp_path, c
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_the_test_would_notice(untrusted: TinyRun, tmp_path, plant) -> None:
+def test_the_planted_code_runs_where_torch_loads_it(untrusted: TinyRun, tmp_path, plant) -> None:
     """The same files do execute code where torch loads them."""
     import torch.distributed.checkpoint as dcp
 

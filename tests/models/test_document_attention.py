@@ -1,4 +1,4 @@
-"""Documents that share a sequence: each is computed as it would be alone, and none knows of another."""
+"""Documents that share a sequence: each is computed as it would be alone, independently of the others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = {
 }
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 ENDS = [[4, 5, 13], [0, 9], [T - 1], []]
-"""Of each row: neighbours, the two edges of a sequence, and no end at all."""
+"""Of each row: neighbors, the two edges of a sequence, and no end at all."""
 EXACT = {"rtol": 0, "atol": 1e-12}
 """float64, whose sums are in another order."""
 
@@ -105,7 +105,7 @@ def test_logits_and_gradients_are_those_of_every_document_alone(size):
 
 
 @shapes
-@pytest.mark.parametrize("blocks", [False, True], ids=["one by one", "in blocks"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["per document", "flex"])
 def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr(module, "document_attention", uncompiled)
@@ -128,7 +128,7 @@ def uncompiled(starts_BT: Tensor, head_width: int) -> FlexDocumentAttention:
 
 
 @shapes
-def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
+def test_flex_attention_equals_attention_per_document(size, monkeypatch):
     """As on a GPU, but with the kernel that materializes all scores; backward too, which torch refuses on a CPU."""
     found = []
     for way in (document_attention, uncompiled):
@@ -144,7 +144,7 @@ def test_blocks_find_what_one_by_one_finds(size, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("length", [256, 200], ids=["whole blocks", "a part of one"])
-def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
+def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
     for way in (lambda starts_BT, head_width: PerDocumentSDPA(starts_BT), document_attention):
@@ -158,7 +158,7 @@ def test_the_kernel_of_a_gpu_finds_what_one_by_one_finds(length, monkeypatch):
 
 
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
-    """Whole, where attention is in blocks; the lengths of one by one are not for the compiler."""
+    """As a whole with flex attention; attention per document is not compiled, because its lengths vary."""
     for way, whole in ((document_attention, False), (uncompiled, True)):
         monkeypatch.setattr(module, "document_attention", way)
         eager, compiled, counter = apart(SMALL), apart(SMALL), CompileCounter()

@@ -1,4 +1,4 @@
-"""Initial weights come from (seed, name) alone: whatever the device, the dtype, the depth and the order."""
+"""Initial weights depend only on (seed, name), not on device, dtype, depth or order."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_random_state_of_the_process_is_neither_read_nor_changed():
     torch.manual_seed(2)
     assert_equal(weights(), first)
     torch.manual_seed(1)
-    Decoder(SIZE, V)  # torch's own initialisation of a Linear draws; ours on top must not
+    Decoder(SIZE, V)  # torch's own initialization of a Linear draws; ours on top must not
     assert torch.equal(torch.rand(3), drawn)
 
 
@@ -157,5 +157,5 @@ def test_a_part_of_a_tensor_is_runs_of_its_elements():
         found = (starts[:, None] + np.arange(length)).reshape(-1)
         own = [np.arange(size) if some is None else some for size, some in zip(elements.shape, indices, strict=True)]
         assert found.tolist() == elements[np.ix_(*own)].reshape(-1).tolist(), indices
-    assert contiguous_runs((5, 4, 6), [np.array([1, 2]), None, None])[1] == 48, "neighbours are one run"
+    assert contiguous_runs((5, 4, 6), [np.array([1, 2]), None, None])[1] == 48, "neighbors are one run"
     assert contiguous_runs((), [])[0].tolist() == [0]

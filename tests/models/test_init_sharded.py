@@ -1,4 +1,4 @@
-"""Four processes, each with its share: together exactly the weights of one process, however they are cut."""
+"""Four processes, each with its shard, have exactly the weights of one process, with any sharding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from models.presets import LlamaShape
 from tests.processes import call_in_ranks
 
 SIZE = LlamaShape(dim=24, layers=2, heads=4, kv_heads=2, ffn_dim=44)
-V = 53  # odd: the last share of a dimension is smaller
+V = 53  # odd: the last shard of a dimension is smaller
 SEED = 7
 LAYOUTS = ("four shards", "two replicas of two shards", "two shards of two tensor-parallel shards")
 

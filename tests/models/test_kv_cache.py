@@ -1,4 +1,4 @@
-"""With a cache the decoder computes what it does without, whatever the batch, and packed what it does unpacked."""
+"""With a cache the decoder computes the same as without, in any batch and with either memory layout of the weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], Tensor]:
-    """The greedy continuation and the logits (steps, V) that chose it, each from the whole text anew."""
+    """The greedy continuation and the logits (steps, V) that chose it, each computed from the whole text."""
     ids, logits = list(prompt), []
     for _ in range(steps):
         logits.append(model(torch.tensor([ids]))[0, -1])
@@ -120,7 +120,7 @@ def test_more_than_there_is_room_for_is_refused():
 
 @shapes
 @torch.no_grad()
-def test_a_packed_model_computes_the_same(size, monkeypatch):
+def test_a_model_with_mkldnn_linear_computes_the_same(size, monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
     monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)
@@ -138,7 +138,7 @@ def test_a_packed_model_computes_the_same(size, monkeypatch):
         model(torch.tensor([rows[0]]), torch.tensor([rows[0]]))
 
 
-def test_nothing_is_packed_in_bf16_where_the_processor_cannot(monkeypatch):
+def test_mkldnn_linear_is_not_used_in_bf16_without_hardware_support(monkeypatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN, and packs nothing")
     monkeypatch.setattr(mkldnn_linear, "MIN_WEIGHTS", 1)

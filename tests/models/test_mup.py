@@ -142,7 +142,7 @@ def test_matrices_of_a_layer_learn_slower_by_their_width_and_all_else_does_not(b
     assert multipliers == dict.fromkeys(MATRICES, base_width / 64) | dict.fromkeys(OTHERS, 1.0)
 
 
-def test_a_tied_matrix_has_the_start_and_the_rate_that_both_its_uses_have():
+def test_a_tied_matrix_has_the_init_and_the_lr_of_both_its_uses():
     model = decoder(replace(WIDE, tied_embeddings=True), init_std=0.1)
     name = "tok_embeddings.weight"
     assert "output.weight" not in dict(model.named_parameters())
@@ -158,7 +158,7 @@ def test_at_the_base_width_only_the_multipliers_are_left():
     assert all(torch.equal(weight, plain.state_dict()[name]) for name, weight in at_base.state_dict().items())
 
 
-def test_a_parameter_that_nobody_thought_of_is_refused():
+def test_a_parameter_without_a_rule_is_refused():
     with pytest.raises(ValueError, match=r"no rule for the parameter layers\.0\.router\.weight; add one"):
         rule_of("layers.0.router.weight")
 
@@ -173,7 +173,7 @@ def four_ranks() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rules_find_their_parameters_in_slices_and_shards(tied, four_ranks):
+def test_rules_find_their_parameters_under_tensor_parallelism_and_fsdp(tied, four_ranks):
     size = replace(WIDE, tied_embeddings=tied)
     with torch.device("meta"):
         alone, divided = Decoder(size, V), Decoder(size, V)
@@ -206,7 +206,7 @@ def step_at(model: Decoder, lr: float, **keys) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(10**9, 0.02), (10**11, 0.0101)])
-def test_groups_scale_the_capped_rate_of_the_power_law(tokens, expected):
+def test_groups_scale_the_capped_lr_of_the_power_law(tokens, expected):
     """At a batch of 1024 sequences of 4096: on the cap, and below it."""
     model = decoder(WIDE)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -215,7 +215,7 @@ def test_groups_scale_the_capped_rate_of_the_power_law(tokens, expected):
     optimizer = step_at(model, lr, weight_decay=0.0)
     assert groups(model, optimizer, "lr") == dict.fromkeys(MATRICES, lr / 4) | dict.fromkeys(OTHERS, lr)
     for name, parameter in model.named_parameters():
-        moved = (before[name] - parameter.detach()).mean()  # Adam's first step is the rate
+        moved = (before[name] - parameter.detach()).mean()  # Adam's first step is the learning rate
         torch.testing.assert_close(moved.item(), lr / 4 if name in MATRICES else lr, rtol=1e-3, atol=0)
 
 

@@ -69,7 +69,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a.astype(np.float64) * b).mean() * math.sqrt(len(a)))
 
 
-def test_neighbours_are_independent(numbers: np.ndarray) -> None:
+def test_neighbors_are_independent(numbers: np.ndarray) -> None:
     for lag in (1, 2, 3, 4, 7, 8, 16, 64, 1024, 4096):
         assert abs(correlation(numbers[:-lag], numbers[lag:])) < 4, lag
         # of the sizes too, which numbers that are made in pairs can share

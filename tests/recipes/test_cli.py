@@ -89,7 +89,7 @@ def test_dry_run(arguments, claim):
         (["a.toml", "--print-config", "b.toml"], "expected one recipe, got 2: a.toml b.toml"),
     ],
 )
-def test_what_makes_no_sense_is_reported(arguments, said):
+def test_invalid_arguments_are_reported(arguments, said):
     with pytest.raises(UsageError, match=said):
         parse_arguments(arguments)
 
@@ -148,7 +148,7 @@ def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be
 
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])
-def test_processes_that_are_no_number(environment):
+def test_an_invalid_number_of_processes_is_reported(environment):
     with pytest.raises(UsageError, match="expected a whole number >= 1"):
         resolve_world_shape(environment)
 
@@ -167,7 +167,7 @@ def test_nodes_that_cannot_meet_are_reported_with_the_reason(environment, said):
         launch_workers(WorldShape(8, 2), environment, ["my.toml"])
 
 
-def test_a_rank_that_nobody_has_started_is_reported(tiny, monkeypatch, capsys):
+def test_rank_variables_without_torchrun_are_reported(tiny, monkeypatch, capsys):
     """As some schedulers set it for each machine."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

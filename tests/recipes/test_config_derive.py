@@ -1,4 +1,4 @@
-"""A configuration made of another: what changes, what stays, and where each value says it comes from."""
+"""A configuration derived from another: what changes, what stays, and the origin of each value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a configuration, and the very words that say so."""
+"""Everything that can be wrong with a configuration, and the exact messages."""
 
 import sys
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def complaint(folder: Path, text: str | bytes, *overrides: str) -> str:
 
 
 CASES = {
-    "a misspelt key, and it is not called missing too": (
+    "a misspelled key, and it is not called missing too": (
         f'batch.use = "{parts.HERE}:Ramp"\n[training]\ntotal_token = "4B"',
         'mine.toml:3  training.total_token = "4B"\n    unknown key in [training]; did you mean total_tokens?',
     ),
@@ -44,7 +44,7 @@ CASES = {
         MINIMAL + "run.compile = true",
         "mine.toml:3  run.compile = true\n    unknown key in [run]; compile is a key of [training]",
     ),
-    "a misspelt key of another section": (
+    "a misspelled key of another section": (
         MINIMAL + "run.Precisions = 3",
         "mine.toml:3  run.Precisions = 3\n    unknown key in [run]; precision is a key of [training]",
     ),
@@ -61,7 +61,7 @@ CASES = {
         "compile = true\n" + MINIMAL,
         "mine.toml:1  compile = true\n    unknown key; compile is a key of [training]",
     ),
-    "a misspelt section": (
+    "a misspelled section": (
         MINIMAL + "[runs]\nname = 3",
         "mine.toml:3  runs\n    unknown section [runs]; did you mean [run]?",
     ),
@@ -87,13 +87,13 @@ CASES = {
         "training.total_tokens = 1\n[batch]\neta = 1",
         f'mine.toml:2  batch.use\n    name the batch policy ({parts.HERE}:BatchPolicy): use = "package.module:Name"',
     ),
-    "a slot that is no table": (
+    "a slot that is not a table": (
         "training.total_tokens = 1\nbatch = 3",
         'mine.toml:2  batch = 3\n    expected a table [batch] with use = "package.module:Name", '
         f"naming the batch policy ({parts.HERE}:BatchPolicy)",
     ),
-    "a section that is no table": (MINIMAL + "run = 3", "mine.toml:3  run = 3\n    expected a table, [run]"),
-    "an array that is no array": (
+    "a section that is not a table": (MINIMAL + "run = 3", "mine.toml:3  run = 3\n    expected a table, [run]"),
+    "an array that is not an array": (
         MINIMAL + 'sources = "x"',
         'mine.toml:3  sources = "x"\n    expected an array of tables, [[sources]]',
     ),
@@ -134,7 +134,7 @@ CASES = {
         MINIMAL + 'training.precision = "bf17"',
         'mine.toml:3  training.precision = "bf17"\n    expected one of "bf16", "float32"',
     ),
-    "a count that is none": (
+    "text that is not a count": (
         MINIMAL.replace("= 1\n", '= "4 gigs"\n'),
         'mine.toml:1  training.total_tokens = "4 gigs"\n    expected a count such as 20_000_000, "20M" or "1.5B"',
     ),
@@ -163,12 +163,12 @@ CASES = {
         f'training.total_tokens = 1\n[batch]\nuse = "{parts.HERE}:Ramp"\neta = 1000',
         "mine.toml:2  batch\n    too noisy",
     ),
-    "a table that is no key": (
+    "a table that is not a key": (
         MINIMAL + "[training.x]",
         "mine.toml:3  training.x\n    unknown key in [training]; its keys are total_tokens, precision, compile, "
         "max_grad_norm, seed",
     ),
-    "no import path": (
+    "not an import path": (
         MINIMAL.replace(":Ramp", ".Ramp"),
         f'mine.toml:2  batch.use = "{parts.HERE}.Ramp"\n'
         f"    expected an import path, package.module:Name; did you mean {parts.HERE}:Ramp?",
@@ -178,16 +178,16 @@ CASES = {
         'mine.toml:2  batch.use = "./my_batch.py:Mine"\n    write the module\'s name, not its file: my_batch:Mine'
         " (add its directory to import_paths, unless it is next to the recipe)",
     ),
-    "a misspelt module": (
+    "a misspelled module": (
         MINIMAL.replace("config_parts:", "config_part:"),
         'mine.toml:2  batch.use = "tests.recipes.config_part:Ramp"\n'
         "    no module named tests.recipes.config_part; did you mean tests.recipes.config_parts?",
     ),
-    "a misspelt package": (
+    "a misspelled package": (
         MINIMAL.replace("tests.", "test."),
         None,
     ),
-    "a misspelt class": (
+    "a misspelled class": (
         MINIMAL.replace(":Ramp", ":Rampe"),
         f'mine.toml:2  batch.use = "{parts.HERE}:Rampe"\n    {parts.HERE} ({parts.__file__}) has no Rampe; '
         "did you mean Ramp?",
@@ -264,7 +264,7 @@ CASES = {
         MINIMAL + 'extends = ["mine.toml"]',
         'mine.toml:3  extends = ["mine.toml"]\n    files extend each other in a circle: mine.toml -> mine.toml',
     ),
-    "extends that is no list": (
+    "extends that is not a list": (
         MINIMAL + 'extends = "base.toml"',
         'mine.toml:3  extends = "base.toml"\n    expected a list of paths, such as extends = ["base/cpu.toml"]',
     ),
@@ -274,7 +274,7 @@ CASES = {
     ),
 }
 LOOSE = {
-    "a misspelt package": "no module named test.recipes",
+    "a misspelled package": "no module named test.recipes",
     "a base that is a directory": "a directory, not a recipe file",
 }
 
@@ -375,7 +375,7 @@ USERS_MODULES = {
 
 
 @pytest.mark.parametrize("source", USERS_MODULES)
-def test_what_is_wrong_with_a_users_module(tmp_path: Path, source: str) -> None:
+def test_mistakes_in_a_custom_module_are_reported(tmp_path: Path, source: str) -> None:
     file = tmp_path / "my_module.py"
     fitting = "\n  name = 'mine'\n  def samples(self, step): ...\n  def observe(self, step, *, moments): ...\n"
     file.write_text(source + (fitting if "class Mine" in source else ""))

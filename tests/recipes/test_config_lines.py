@@ -1,4 +1,4 @@
-"""The line of every key, whatever way TOML allows to write it."""
+"""The line of every key, in every form that TOML allows."""
 
 import pytest
 import tomli
@@ -70,6 +70,6 @@ def test_a_joined_key_splits_into_its_parts(keys: list[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a..b", "a.", "a b", "a = 1\nb", '"a', "a=b"])
-def test_what_is_no_key_is_refused(text: str) -> None:
+def test_text_that_is_not_a_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         split_key(text)

@@ -37,7 +37,7 @@ def is_numeric(annotation: object) -> bool:
 
 
 def numeric_keys() -> Iterator[tuple[type, Field]]:
-    """Those that a recipe can have, whatever its components are."""
+    """Return the numeric keys that a recipe can have with any components."""
     recipes = [import_class(recipe) for recipe in RECIPES]
     shipped = [each.cls for each in component_classes(PACKAGES, recipes)]
     waiting, seen = [FieldKind("section", recipe) for recipe in recipes], set()
@@ -57,7 +57,7 @@ def numeric_keys() -> Iterator[tuple[type, Field]]:
 
 
 def complaint(cls: type, key: Field, number: float) -> str:
-    """What is said of this value of a key of `cls`, whose other keys are as good as can be; empty: it is taken."""
+    """Return the error for this value of a key of `cls`, whose other keys are valid; empty if it is accepted."""
     try:
         decoded = decode_value(key.kind, written(number, key.kind))
         required = {name: 1 for name, each in fields_of(cls).items() if each.required and name != key.name}
@@ -67,7 +67,7 @@ def complaint(cls: type, key: Field, number: float) -> str:
     return ""
 
 
-def test_what_is_no_number_for_it_is_refused() -> None:
+def test_values_out_of_range_are_refused() -> None:
     keys = {f"{cls.__name__}.{key.name}": (cls, key) for cls, key in numeric_keys()}
     assert len(keys) > 80
     assert keys.keys() >= {

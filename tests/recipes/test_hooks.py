@@ -1,4 +1,4 @@
-"""Hooks: the points at which a class of the user's is called, their order, their state and their errors."""
+"""Hooks: the points at which a custom class is called, their order, state and errors."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Halve:
 
 
 class Nothing:
-    """Is no hook."""
+    """Not a hook."""
 '''
 
 
@@ -98,7 +98,7 @@ def test_hooks_are_called_in_a_fixed_order():
     assert calls == ["profile", "own", "other", "save"], "a checkpoint holds the state after the step"
     calls.clear()
     hooks.call("on_run_end", CONTEXT)
-    assert calls == ["profile", "save", "own", "other"], "all is saved when a hook of the user's is called"
+    assert calls == ["profile", "save", "own", "other"], "everything is saved when a custom hook is called"
 
 
 @pytest.mark.quick
@@ -132,7 +132,7 @@ def calls(tiny) -> list:
 SHORT = "--training.total_tokens=400"  # 3 steps of 8 samples of 24 tokens
 
 
-def test_a_hook_of_a_users_file_is_called_at_its_points_and_its_state_survives(hooked, monkeypatch):
+def test_a_custom_hook_is_called_at_its_points_and_its_state_survives(hooked, monkeypatch):
     monkeypatch.chdir(hooked.folder)
     assert hooked.launch(SHORT) == 0
     in_steps = [
@@ -187,7 +187,7 @@ def test_the_example_of_the_documentation_runs(tiny, clean_imports):
 
 
 @pytest.mark.quick
-def test_what_is_no_hook_is_reported_at_its_key(hooked, monkeypatch, capsys):
+def test_a_class_that_is_not_a_hook_is_reported_at_its_key(hooked, monkeypatch, capsys):
     monkeypatch.chdir(hooked.folder)
     assert hooked.launch("--hooks.odd.use=mine_hooks:Nothing") == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several nodes do not wait for a text to be tokenised; one does."""
+"""Several nodes do not wait for a text to be tokenized; one does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Several(DistributedContext):
     nodes = 2  # type: ignore[assignment]
 
 
-def test_text_that_is_not_tokenised_is_refused_on_two_nodes(tiny: TinyRun) -> None:
+def test_text_that_is_not_tokenized_is_refused_on_two_nodes(tiny: TinyRun) -> None:
     config = load(tiny.recipe, [])
     tokenizer = config.recipe.tokenizer.build()
     one, two = DistributedContext(0, 1, torch.device("cpu")), Several(0, 1, torch.device("cpu"))

@@ -14,7 +14,7 @@ from recipes.dry_run.plan import HardwareTarget, make_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.toml"))
-"""What `base/` holds is extended, and no recipe."""
+"""Files in `base/` are extended by recipes and are not recipes."""
 FROM_A_CHECKPOINT = {"critical_batch": "branches.checkpoint", "evaluate": "evaluation.checkpoint"}
 """What starts from one, and the key that names it: tests/end_to_end/ has a test for each."""
 TRAINED = [name for name in SHIPPED if name not in FROM_A_CHECKPOINT]

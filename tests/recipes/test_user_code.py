@@ -25,7 +25,7 @@ class Odd:
 
 """
 PLACES = {
-    # where it fails: (source of a batch policy, what is written, the key it is told at)
+    # where it fails: (source of a batch policy, message, the key it is reported at)
     "a constructor": ("class Mine(Constant):\n  def __init__(self, *, initial_size: int): fail()", "", "batch"),
     "what comes after it": (
         "@dataclass(frozen=True, kw_only=True)\nclass Mine(Constant):\n  def __post_init__(self): fail()",
@@ -94,7 +94,7 @@ def test_a_message_for_the_user_is_reported_unchanged(tiny):
         assert key == "batch.use" or ".py" not in problem.message
 
 
-def test_what_a_check_across_sections_asks_may_fail(tiny):
+def test_a_check_across_sections_may_fail(tiny):
     (tiny.folder / "mine_a.py").write_text(
         "from models.llama import Llama\nfrom components.lr_schedules import WSD\n"
         "class Model(Llama):\n  def plan(self, *, tp): return {}['plan']\n"

@@ -188,7 +188,7 @@ def test_a_real_old_checkpoint_gives_the_logits_transformers_gives(tmp_path, ref
     given = torch.randint(32_000, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = transformers.LlamaForCausalLM.from_pretrained(original, local_files_only=True)(given).logits
-        normalised = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)(given).logits
+        normalized = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)(given).logits
         tolerance = 1e-6 * expected.abs().max().item() + 1e-7
         torch.testing.assert_close(ours(given), expected, rtol=0, atol=tolerance)
-        torch.testing.assert_close(normalised, expected, rtol=0, atol=0)
+        torch.testing.assert_close(normalized, expected, rtol=0, atol=0)

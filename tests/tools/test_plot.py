@@ -28,7 +28,7 @@ def step(number, loss):
 VALIDATION = {"step": 2, "tokens": 200, "val_loss": 2.0}
 
 
-def test_two_runs_in_one_picture_and_the_same_picture_again(tmp_path):
+def test_two_runs_in_one_figure_that_is_reproducible(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     runs = [str(write_run(tmp_path / name, [step(1, 3.0), step(2, 2.5), VALIDATION])) for name in ("one", "two")]
     pictures = [tmp_path / "new" / "a.svg", tmp_path / "b.svg"]
@@ -102,7 +102,7 @@ def as_drawn(curve):
     return [(step.number, step.lr, step.batch) for step in curve.steps]
 
 
-def test_what_is_drawn_is_what_is_trained(tiny):
+def test_the_plotted_schedule_is_the_trained_one(tiny):
     """Across a change of the batch, with a learning rate that scales with it; and again from the metrics of the run."""
     assert tiny.launch(*POWER) == 0
     config = config_of(tiny, *POWER)
@@ -124,7 +124,7 @@ def test_a_batch_that_follows_the_gradient_is_two_curves(tiny):
             assert step.lr == config.recipe.lr_schedule.lr(step.tokens, step.batch * 24, 3600)
 
 
-def test_the_batch_is_what_as_many_processes_make_of_it(tiny):
+def test_the_batch_is_rounded_for_the_number_of_processes(tiny):
     (curve,) = schedule_curves(config_of(tiny), 3, None)
     assert [step.batch for step in curve.steps[:5]] == [12, 12, 12, 12, 12]  # 8 is not a multiple of 3 x 2
 
@@ -139,7 +139,7 @@ def test_a_long_run_has_few_points_and_every_change_of_the_batch(tiny):
     assert tokens[batches.index(12)] == grown.tokens
 
 
-def test_table_and_picture(tiny, capsys, tmp_path):
+def test_table_and_figure(tiny, capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     pictures = [tmp_path / "new" / "a.svg", tmp_path / "b.svg"]
     for picture in pictures:
@@ -179,7 +179,7 @@ def test_metrics_of_another_sequence_length_are_refused(tiny, capsys):
 def test_a_recipe_of_many_runs_is_refused(capsys, tmp_path):
     recipe = cli.ROOT / "train_configs" / "critical_batch.toml"
     assert main(["schedule", str(recipe), f"--branches.checkpoint={tmp_path}"]) == 2
-    assert "CriticalBatch is many runs" in capsys.readouterr().err
+    assert "CriticalBatch trains many runs" in capsys.readouterr().err
 
 
 def test_a_curve_of_one_step_is_a_curve(tiny):

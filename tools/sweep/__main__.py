@@ -4,8 +4,8 @@
         --grid model.dim=64,128 model.heads=2,4 --grid batch.initial_size=8,32 --grid training.total_tokens=300K,1.2M \\
         --grid lr_schedule.max_lr=1e-3,2e-3,4e-3,8e-3 --grid run.seed=0,1 --training.precision=float32
 
-Keys of one --grid vary together, value by value; grids are crossed. All other --section.key=value hold for every run.
-Each run is started as by ./run_train.sh. What is in the result file is not run again, so a sweep can be stopped at any
+Keys of one --grid vary together, value by value; grids are crossed. All other --section.key=value apply to every run.
+Each run is started as by ./run_train.sh. Runs in the result file are not run again, so a sweep can be stopped at any
 time and continues with the same command; a run is recognized by its configuration and the content of its data.
 The table has the mean loss over seeds (run.seed) of each setting, the lowest in bold. The best learning rates and their
 scaling law: python -m benchmarks.lr_transfer.analysis, with the same arguments.
@@ -32,7 +32,7 @@ SEED = "run.seed"
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser("python -m tools.sweep", __doc__)
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the run directories here")
-    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--retry", action="store_true", help="also run the failed runs again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options, rest = parser.parse_known_args(arguments)
     try:
@@ -53,8 +53,8 @@ def build_parser(prog: str, description: str) -> argparse.ArgumentParser:
     usage += "[--section.key=value]..."
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--grid", nargs="+", action="append", default=[], metavar="KEY=VALUE,...")
-    parser.add_argument("--results", type=Path, required=True, help="file of JSON lines, one a run; made if absent")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1); they share the cores")
+    parser.add_argument("--results", type=Path, required=True, help="one JSON line per run; created if missing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     return parser
 
 

@@ -26,7 +26,7 @@ Fingerprints = dict[tuple[tuple[str, str], ...], str]
 """Keys of a section -> fingerprint of the files it reads, which is the same for many runs."""
 
 RUN_LOCATION_KEYS = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
-"""Keys and sections that set where a run is and what it writes, but do not change what it learns."""
+"""Keys and sections that set where a run is stored and what it writes, but do not affect training."""
 OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"
 
 
@@ -61,11 +61,11 @@ class Sweep:
         seen = set(self.common)
         for grid in self.grids:
             if twice := sorted(seen & grid[0].keys()):
-                raise ValueError(f"{twice[0]} is given twice: in a --grid and in another, or for all runs")
+                raise ValueError(f"{twice[0]} is given twice: in two grids, or in a grid and for all runs")
             seen |= grid[0].keys()
 
     def jobs(self) -> list[Job]:
-        """Return every run once, the last grid fastest. Raises ValueError with all problems of the first bad one."""
+        """Return every run once, the last grid varying fastest. Raises ValueError with the problems of a bad run."""
         jobs: dict[str, Job] = {}
         fingerprints: Fingerprints = {}
         for points in itertools.product(*self.grids):
@@ -121,7 +121,7 @@ def digest(config: Config, fingerprints: Fingerprints, processes: int = 1) -> st
     """Return the digest of what a run learns from: keys that were set, content of text and tokenizer, and processes.
 
     Defaults are left out, so that a new key of a component does not invalidate every result; so are locations.
-    `fingerprints` caches what was read. Raises ValueError or OSError if the data is not there.
+    `fingerprints` caches what was read. Raises ValueError or OSError if the data is missing.
     """
     content = {section: _fingerprint(config, section, source, fingerprints) for section, source in _sources(config)}
     keys = {

@@ -31,7 +31,7 @@ EMA_FRACTION = 0.02
 THROWAWAY_OVERRIDES = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
 """Overrides of a run whose directory is deleted: what it need not write."""
 _LINE_PREFIX = b'{"digest": "'
-"""The beginning of each line of the result file. An incomplete last line is only cut off if it begins so."""
+"""The beginning of each line of the result file. An incomplete last line is removed only if it begins like this."""
 INPUT, KILLED = 2, (129, 130, 137, 143)
 """Exit statuses: bad input, and ended by SIGHUP, SIGINT, SIGKILL or SIGTERM."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -80,7 +80,7 @@ class Outcome:
     """The result of a run."""
 
     val_loss: float | None = None
-    """The validation loss at the end, nats a token; None without a [validation]."""
+    """The validation loss at the end, nats per token; None without [validation]."""
     train_loss: float | None = None
     """The smoothed training loss at the end."""
     steps: int = 0
@@ -117,7 +117,7 @@ class Outcome:
 
 
 class Results:
-    """Outcomes by the digest of their job, stored in a file: what is in it is not run again."""
+    """Outcomes by the digest of their job, stored in a file. A job with an outcome is not run again."""
 
     def __init__(self, path: Path) -> None:
         """Read the file, if it exists. Raises ValueError if it holds something else."""
@@ -168,7 +168,7 @@ class Runner:
         """Prepare to run `at_a_time` jobs at once.
 
         `keep_in`: the directory for run directories, named by digest; without it they are deleted. `curve_points`: at
-        most so many points of each run's loss curve are kept with its outcome.
+        most this many points of each run's loss curve are kept with its outcome.
         """
         self.results, self.at_a_time, self.keep_in, self.curve_points = results, at_a_time, keep_in, curve_points
         self._free_gpus: queue.SimpleQueue[Settings] = queue.SimpleQueue()
@@ -178,7 +178,7 @@ class Runner:
         self._stopping = threading.Event()
 
     def run(self, jobs: Sequence[Job], *, again: bool = False) -> int:
-        """Run what has no outcome yet, or failed and is tried `again`; return how many runs were killed.
+        """Run the jobs without an outcome, and with `again` also the failed ones; return how many runs were killed.
 
         Raises ValueError for bad input, and KeyboardInterrupt also for SIGTERM and SIGHUP; either ends the others.
         """
@@ -191,7 +191,7 @@ class Runner:
                     job, outcome = futures[future], future.result()
                     if outcome is None:
                         killed += 1
-                    result = "killed: it is run again next time" if outcome is None else str(outcome)
+                    result = "killed; the next start runs it again" if outcome is None else str(outcome)
                     print(f"[{number}/{len(missing)}] {job}: {result}", file=sys.stderr, flush=True)
             except BaseException:
                 self._stopping.set()
@@ -253,7 +253,7 @@ class Runner:
 
 def report_stop(stop: KeyboardInterrupt) -> int:
     """Report that a sweep was stopped; return its exit status."""
-    print("stopped; the same command continues with what is not done", file=sys.stderr)
+    print("stopped; the same command continues with the remaining runs", file=sys.stderr)
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
@@ -281,7 +281,7 @@ def failure_reason(output: str) -> str:
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
-    """Return the outcome by metrics.jsonl, which a run that failed early does not have."""
+    """Return the outcome from metrics.jsonl, which a run that failed early does not have."""
     rows = read_rows(run.metrics)
     steps = [row for row in rows if "loss" in row]
     if not steps:

@@ -72,7 +72,7 @@ def test_a_cap_that_does_not_bind_has_no_law(tiny, tmp_path, monkeypatch, capsys
     power = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
     pretend(monkeypatch, law_abiding, lr=lambda settings: 1e-3)
     said = analyzed([str(tiny.recipe), *GRIDS, *CONSTANT, *power, "--results", str(tmp_path / "results.jsonl")], capsys)
-    assert "in 6 groups the peak learning rate is not a fixed multiple of the one tuned" in said
+    assert "in 6 groups the peak learning rate is not a fixed multiple of the tuned one" in said
     assert "no law of the best learning rates" in said
 
 
@@ -100,6 +100,6 @@ def test_the_table_shows_each_group_and_the_cost_of_one_lr(tiny, tmp_path, monke
         ([], "is not varied by a --grid"),
     ],
 )
-def test_a_sweep_of_no_learning_rate_is_refused(tiny, tmp_path, capsys, arguments, said):
+def test_a_sweep_without_a_learning_rate_is_refused(tiny, tmp_path, capsys, arguments, said):
     assert main([str(tiny.recipe), *arguments, "--results", str(tmp_path / "results.jsonl")]) == 2
     assert said in capsys.readouterr().err

@@ -65,30 +65,30 @@ def test_the_error_of_a_vertex_has_its_nominal_coverage():
     assert 0.92 <= held / trials <= 0.98  # 0.95, with three standard deviations of 500 trials
 
 
-CELLS = [(tokens, beta) for tokens in (3e5, 1.2e6, 5e6) for beta in (0.25, 1.0)]
+GROUPS = [(tokens, beta) for tokens in (3e5, 1.2e6, 5e6) for beta in (0.25, 1.0)]
 A, B = 4.6, -0.51
 
 
-def best_rate(tokens: float, beta: float) -> float:
+def best_lr(tokens: float, beta: float) -> float:
     return beta * A * tokens**B
 
 
 def test_a_law_without_noise_is_found_exactly():
-    law = fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in CELLS])
+    law = fit_law([OptimumPoint(tokens, beta, best_lr(tokens, beta)) for tokens, beta in GROUPS])
     assert (law.a.value, law.b.value) == (pytest.approx(A), pytest.approx(B))
     assert law.gamma.value == pytest.approx(A * law.middle**B)
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(1)
 
 
 def test_an_lr_proportional_to_the_root_of_the_batch_is_found():
-    law = fit_law([OptimumPoint(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in CELLS])
+    law = fit_law([OptimumPoint(tokens, beta, math.sqrt(beta) * tokens**B) for tokens, beta in GROUPS])
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(0.5)
 
 
 def test_intervals_of_the_law_have_their_nominal_coverage():
     """Losses have noise and a valley that is steeper on the high side; learning rates are a factor of two apart.
 
-    The bias of a steep side moves a, and not b: it is the same in every cell. So b and the exponent of the batch are
+    The bias of a steep side moves a, and not b: it is the same in every group. So b and the exponent of the batch are
     judged; a and gamma are with a symmetric valley.
     """
     trials = 300
@@ -97,18 +97,18 @@ def test_intervals_of_the_law_have_their_nominal_coverage():
     for _ in range(trials):
         for steepness in (0.0, 0.02):
             found = []
-            for tokens, beta in CELLS:
-                best = best_rate(tokens, beta)
+            for tokens, beta in GROUPS:
+                best = best_lr(tokens, beta)
                 # the optimum of each group lies elsewhere between the learning rates
                 lrs = best * 2.0 ** (np.arange(-4, 5) + generator.uniform(-0.5, 0.5))
                 x = np.log(lrs / best)
                 y = 4 + 0.1 * x**2 + steepness * x**3 + generator.normal(0, 0.005, len(x))
-                cell = find_optimum({lr: [loss] for lr, loss in zip(lrs, y, strict=True)})
-                assert isinstance(cell, Optimum)
-                found.append(OptimumPoint(tokens, beta, cell.lr))
+                group = find_optimum({lr: [loss] for lr, loss in zip(lrs, y, strict=True)})
+                assert isinstance(group, Optimum)
+                found.append(OptimumPoint(tokens, beta, group.lr))
             law = fit_law(found)
             assert law.batch_exponent is not None
-            middle = math.exp(np.mean([math.log(tokens) for tokens, _ in CELLS]))
+            middle = math.exp(np.mean([math.log(tokens) for tokens, _ in GROUPS]))
             if steepness:
                 held["b, steep"] += law.b.low <= B <= law.b.high
                 continue
@@ -122,18 +122,18 @@ def test_intervals_of_the_law_have_their_nominal_coverage():
 
 
 @pytest.mark.parametrize(
-    "cells", [CELLS[:2], [(3e5, 1.0)] * 5, [(300_032, 0.25), (303_104, 1.0), (300_032, 4.0), (303_104, 0.3)]]
+    "groups", [GROUPS[:2], [(3e5, 1.0)] * 5, [(300_032, 0.25), (303_104, 1.0), (300_032, 4.0), (303_104, 0.3)]]
 )
-def test_too_few_groups_have_no_law(cells):
+def test_too_few_groups_have_no_law(groups):
     with pytest.raises(ValueError, match="three groups or more"):
-        fit_law([OptimumPoint(tokens, beta, best_rate(tokens, beta)) for tokens, beta in cells])
+        fit_law([OptimumPoint(tokens, beta, best_lr(tokens, beta)) for tokens, beta in groups])
 
 
-def test_a_law_that_is_hardly_known_has_wide_intervals_and_no_error():
+def test_a_poorly_determined_law_has_wide_intervals_and_no_error():
     law = fit_law([OptimumPoint(3e5, 1.0, 1e-9), OptimumPoint(5e5, 1.0, 1e-2), OptimumPoint(5e5, 1.0, 1e-9)])
     assert (law.a.low, law.a.high) == (0, math.inf)
 
 
 def test_collinear_lengths_and_batches_give_no_batch_exponent():
-    points = [OptimumPoint(t, t / 1e6, best_rate(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
+    points = [OptimumPoint(t, t / 1e6, best_lr(t, t / 1e6)) for t in (1e6, 2e6, 4e6, 8e6)]
     assert fit_law(points).batch_exponent is None

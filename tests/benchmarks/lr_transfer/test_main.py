@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture
 def text(tmp_path):
-    """Train, valid and a tokenizer; what they hold does not matter here."""
+    """Text to train and validate on and a tokenizer; their content does not matter."""
     for name in ("train", "valid"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("It was the best of times.")

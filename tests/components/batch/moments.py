@@ -1,4 +1,4 @@
-"""Measured steps, made up: what a policy is told of the gradient."""
+"""Made-up measurements of the gradient noise, as policies receive them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wants(target: float, batch: int = 1) -> Moments:
 
 
 def of_gradients(groups: np.ndarray, micro_batch_size: int) -> Moments:
-    """Of the mean gradients (K, parameters) of K groups: the raw moments, and the estimates of this step alone."""
+    """Return the moments of K mean gradients (K, parameters), with the estimates of this step alone."""
     count, mean = len(groups), groups.mean(axis=0)
     squares, mean_grad_sq_norm = float((groups**2).sum()), float((mean**2).sum())
     noise = micro_batch_size / (count - 1) * (squares - count * mean_grad_sq_norm)

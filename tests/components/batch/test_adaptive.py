@@ -1,4 +1,4 @@
-"""The mechanics that all adaptive batches share, on a policy whose target is what the test says."""
+"""What all adaptive batches share, on a policy whose target the test sets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.quick
 
 
 def sizes(policy: Adaptive | BatchPolicy, *targets: float | Moments | None, start: int = 0) -> list[int]:
-    """The batch after each step, of the size wanted before it; a float is the target, None an unmeasured step."""
+    """Return the size after each step of the requested size; a float is the target, None an unmeasured step."""
     policy = policy if isinstance(policy, BatchPolicy) else built(policy)
     progress, found = clock(start), []
     for target in targets:
@@ -54,11 +54,11 @@ def test_without_shrink_it_never_gets_smaller():
     assert sizes(NoiseScale(initial_size=8, max_size=100, min_size=4), 50, 5, 60) == [50, 50, 60]
 
 
-def test_sizes_are_rounded_up_to_the_quantum():
+def test_sizes_are_rounded_up_to_multiple_of():
     assert sizes(NoiseScale(initial_size=8, max_size=96, multiple_of=8), 8.5, 17, 95, 1000) == [16, 24, 96, 96]
 
 
-def test_one_change_is_at_most_max_growth_and_still_a_multiple_of_the_quantum():
+def test_a_change_is_at_most_max_growth_and_stays_a_multiple():
     policy = NoiseScale(initial_size=16, max_size=1000, min_size=8, multiple_of=8, max_growth=2.5, shrink=True)
     assert sizes(policy, 900, 900, 900, 0, 0) == [40, 96, 240, 96, 40]
 
@@ -80,7 +80,7 @@ def test_a_target_within_the_hysteresis_changes_nothing():
     assert sizes(policy, 124, 76, 125, 94, 93) == [100, 100, 125, 125, 93]
 
 
-def test_the_hysteresis_keeps_no_one_from_a_maximum_that_is_near():
+def test_hysteresis_does_not_keep_the_batch_from_a_near_maximum():
     assert sizes(NoiseScale(initial_size=90, max_size=100, hysteresis=0.5), 120, 150) == [90, 100]
 
 
@@ -89,7 +89,7 @@ def test_nothing_is_decided_during_the_delay():
     assert sizes(policy, 50, 50, 60, 70) == [10, 10, 60, 70], "decides after the third step, at 30 tokens"
 
 
-def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
+def test_a_layout_that_rounds_up_may_already_reach_the_target():
     policy = built(NoiseScale(initial_size=10, max_size=100))
     batch = BatchRounding(micro_batch_size=8, dp_size=2).round_up(policy.next_batch_size(clock()))
     assert batch.samples == 16
@@ -99,7 +99,7 @@ def test_a_layout_that_rounds_up_may_already_give_what_is_wanted():
     assert policy.next_batch_size(clock()) == 17
 
 
-def test_measuring_ends_at_the_maximum_only_where_the_recipe_says_so():
+def test_measuring_ends_at_the_maximum_only_if_configured():
     for always in (True, False):
         policy = built(NoiseScale(initial_size=8, max_size=16, measure_at_maximum=always))
         assert policy.measures_noise(clock())
@@ -119,7 +119,7 @@ def test_a_target_that_overflows_is_ignored():
 
 
 @pytest.mark.parametrize("signal", [0.0, -1.0])
-def test_a_signal_that_is_not_positive_decides_nothing(signal):
+def test_a_signal_that_is_not_positive_changes_nothing(signal):
     policy = NoiseScale(initial_size=8, max_size=100, min_size=1, shrink=True)
     assert sizes(policy, replace(wants(50), grad_sq_norm=signal)) == [8]
 
@@ -144,7 +144,7 @@ def test_keys_that_contradict_each_other_are_refused(keys, said):
         NoiseScale(**{"initial_size": 8, "max_size": 100, **keys})
 
 
-def test_a_state_under_other_bounds_keeps_to_them():
+def test_a_restored_size_is_clamped_to_the_current_bounds():
     state = {"samples": 60, "changed_at": 5}
     for keys, expected in (
         ({"max_size": 40}, 40),
@@ -157,7 +157,7 @@ def test_a_state_under_other_bounds_keeps_to_them():
         assert policy.next_batch_size(clock()) == expected
 
 
-def test_the_state_of_a_policy_that_has_none_leaves_it_at_its_beginning():
+def test_the_state_of_a_stateless_policy_leaves_the_initial_size():
     policy = built(NoiseScale(initial_size=8, max_size=100))
     policy.load_state_dict({})
     assert sizes(policy, None, 50) == [8, 50]
@@ -187,20 +187,20 @@ bounds = st.tuples(st.integers(1, 8), st.integers(0, 8), st.integers(0, 100))
 
 
 def make(keys: dict[str, Any], bounds: tuple[int, int, int]) -> NoiseScale:
-    """Minimum, and what initial and maximum lie above it, in quanta."""
-    quantum, (lowest, above, span) = keys["multiple_of"], bounds
+    """Minimum, and how far initial and maximum are above it, in units of multiple_of."""
+    multiple, (lowest, above, span) = keys["multiple_of"], bounds
     initial = lowest + above
     return NoiseScale(
-        min_size=quantum * lowest,
-        initial_size=quantum * initial,
-        max_size=quantum * (initial + span),
+        min_size=multiple * lowest,
+        initial_size=multiple * initial,
+        max_size=multiple * (initial + span),
         coefficient=1.0,
         **keys,
     )
 
 
 @given(keys=keys, bounds=bounds, run=runs)
-def test_whatever_is_measured_the_limits_hold(keys, bounds, run):
+def test_limits_hold_for_any_measurement(keys, bounds, run):
     config, progress = make(keys, bounds), clock()
     policy = built(config)
     changed_at, before = None, policy.next_batch_size(progress)
@@ -223,7 +223,7 @@ def test_whatever_is_measured_the_limits_hold(keys, bounds, run):
 
 
 @given(keys=keys, bounds=bounds, run=runs, share=st.floats(0, 1))
-def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(keys, bounds, run, share):
+def test_a_resumed_policy_equals_an_uninterrupted_one(keys, bounds, run, share):
     policy, progress, stop = built(make(keys, bounds)), clock(), int(share * len(run))
 
     def play(policy: BatchPolicy, progress: Any, part: list[Moments | None]) -> list[int]:
@@ -241,13 +241,13 @@ def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(keys, bounds, run, 
     assert resumed.state_dict() == policy.state_dict()
 
 
-@given(growth=st.floats(1.01, 4), quantum=st.integers(1, 16), lowest=st.integers(1, 50))
-def test_a_growth_limit_that_is_accepted_never_keeps_a_run_from_either_bound(growth, quantum, lowest):
-    bounds = {"initial_size": lowest * quantum, "max_size": 3 * lowest * quantum, "multiple_of": quantum}
+@given(growth=st.floats(1.01, 4), multiple=st.integers(1, 16), lowest=st.integers(1, 50))
+def test_an_accepted_growth_limit_lets_the_batch_reach_both_bounds(growth, multiple, lowest):
+    bounds = {"initial_size": lowest * multiple, "max_size": 3 * lowest * multiple, "multiple_of": multiple}
     try:
         policy = NoiseScale(max_growth=growth, shrink=True, **bounds)
     except ValueError:
-        assert lowest * quantum * growth < (lowest + 1) * quantum
+        assert lowest * multiple * growth < (lowest + 1) * multiple
         return
     assert sizes(policy, *[1e9] * 500)[-1] == policy.max_size
     assert sizes(policy, *[0.0] * 500)[-1] == policy.initial_size

@@ -1,4 +1,4 @@
-"""The norm test against its definition on explicit gradients, and against what theory says of it."""
+"""The norm test against its definition on explicit gradients, and against theory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_papers_value_is_equation_5_of_explicit_gradients(groups):
     assert paper(eta=eta, workers=groups).target(noise) == paper(eta=eta).target(noise)
 
 
-def test_the_papers_value_for_other_workers_is_that_of_other_groups_of_the_same_samples_in_the_mean():
+def test_the_papers_value_for_other_workers_is_on_average_that_of_other_groups():
     """From 16 groups of 2 samples, the mean of ||g_j - g||^2 that 4 workers of 8 samples each would have found."""
     random = np.random.default_rng(1)
     samples = random.normal(0.2, 1.0, (4000, 32, 10))
@@ -52,7 +52,7 @@ def test_the_papers_value_for_other_workers_is_that_of_other_groups_of_the_same_
     assert 0 < 3 * difference.std() / math.sqrt(len(samples)) < 0.03 * np.mean(wanted), "a test that can fail"
 
 
-def test_it_grows_only_if_the_value_is_above_the_batch_of_the_step_and_then_to_it_rounded_up():
+def test_it_grows_to_the_value_rounded_up_only_if_that_exceeds_the_batch():
     # spread = 80 - 4 * 10 = 40, T = (40 / 4) / (0.5**2 * 10) = 4 ... on a batch of 4 samples
     noise = Moments(num_micro_batches=4, micro_batch_size=1, sum_micro_grad_sq_norms=80.0, mean_grad_sq_norm=10.0)
     assert paper(eta=0.5).target(noise) == 4.0
@@ -74,10 +74,10 @@ def test_the_paper_reads_no_smoothed_moment():
 def test_the_papers_value_is_biased_and_capped_by_the_number_of_workers():
     """E T is about (J - 1) B / (eta^2 (b + B)), with B = tr(Sigma) / |G|^2 the noise scale.
 
-    The spread of J workers of b / J samples is in the mean S (J - 1) / b with S = tr(Sigma), and ||g||^2 is in the mean
+    The spread of J workers of b / J samples is on average S (J - 1) / b with S = tr(Sigma), and ||g||^2 is on average
     |G|^2 + S / b: the ratio is (J - 1) (S / b) / (|G|^2 + S / b), over eta^2. It depends on J, where the error of g
     does not, and however large the noise it is never above (J - 1) / eta^2: J = 4 and eta = 0.15 ask for 133 samples
-    at the very most.
+    at most.
     """
     eta, parameters = 0.15, 400
     random = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_the_unbiased_estimates_are_those_of_a_known_distribution():
         error = values.std(ddof=1) / math.sqrt(draws)
         assert abs(values.mean() - truth) < 3 * error
         assert error < 0.02 * truth, "a test that can fail"
-    # the gradient norm itself is no estimate of the signal: it holds S / b besides
+    # the gradient norm is not an estimate of the signal: it also contains S / b
     assert np.mean([step.mean_grad_sq_norm for step in steps]) > 1.3 * square
 
     smoothed = Moments(
@@ -128,7 +128,7 @@ def test_the_unbiased_estimates_are_those_of_a_known_distribution():
         assert abs(target - truth) < 3 * math.sqrt(gradient @ covariance @ gradient / draws)  # delta method
 
 
-def test_unbiased_grows_while_the_batch_is_below_the_target_and_may_follow_it_down():
+def test_unbiased_grows_to_the_target_and_may_shrink_to_it():
     noise = Moments(num_micro_batches=4, micro_batch_size=2, grad_cov_trace=10.0, grad_sq_norm=1.0)  # b = 8
     assert after(NormTest(eta=1.0, initial_size=8, max_size=100), noise) == 10
     assert after(NormTest(eta=0.5, initial_size=8, max_size=100), noise) == 40
@@ -136,18 +136,18 @@ def test_unbiased_grows_while_the_batch_is_below_the_target_and_may_follow_it_do
     assert after(NormTest(eta=2.0, initial_size=8, max_size=100, min_size=1, shrink=True), noise) == 3  # 2.5
 
 
-def test_a_signal_that_is_estimated_below_zero_decides_nothing():
+def test_a_negative_signal_estimate_changes_nothing():
     policy = NormTest(eta=1.0, initial_size=8, max_size=100, min_size=1, shrink=True)
     assert after(policy, Moments(grad_cov_trace=10.0, grad_sq_norm=-1.0)) == 8
 
 
-def test_the_noise_scale_is_the_same_target_by_another_number():
+def test_the_noise_scale_policy_has_the_target_of_the_norm_test():
     noise = Moments(grad_cov_trace=123.0, grad_sq_norm=4.0)
     assert NoiseScale(coefficient=4.0, **ANY).target(noise) == NormTest(eta=0.5, **ANY).target(noise) == 123.0
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "paper"])
-def test_no_gradient_decides_nothing(estimator):
+def test_an_unmeasured_step_changes_nothing(estimator):
     zero = Moments(
         num_micro_batches=4, sum_micro_grad_sq_norms=1.0, mean_grad_sq_norm=0.0, grad_cov_trace=1.0, grad_sq_norm=0.0
     )
@@ -166,7 +166,7 @@ def test_one_group_has_no_spread():
     assert paper(eta=0.5, workers=4).target(Moments(num_micro_batches=1)) is None
 
 
-def test_equal_groups_have_no_spread_even_where_rounding_says_less():
+def test_equal_groups_have_zero_spread_despite_rounding():
     rounded = Moments(num_micro_batches=3, sum_micro_grad_sq_norms=3.0 - 1e-9, mean_grad_sq_norm=1.0)
     assert paper(eta=0.5).target(rounded) == 0.0
 

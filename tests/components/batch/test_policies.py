@@ -34,19 +34,19 @@ def test_a_batch_is_rounded_up_to_whole_micro_batches_on_every_rank(requested, m
     assert requested <= batch.samples < requested + micro * ranks
 
 
-def test_a_policy_that_asks_for_nothing_is_told():
+def test_a_policy_that_requests_no_samples_is_reported():
     with pytest.raises(ValueError, match="asked for 0 samples"):
         BatchRounding(4, 2).round_up(0)
 
 
 class Own:
-    """A policy of the user's, derived from nothing."""
+    """A custom policy that derives from nothing."""
 
     def next_batch_size(self, progress):
         return 7
 
 
-def test_a_class_of_ones_own_gets_the_defaults_of_what_it_leaves_out():
+def test_a_custom_class_gets_defaults_for_missing_members():
     policy = complete_policy(Own())
     assert policy.next_batch_size(at(0)) == 7
     assert policy.measures_noise(at(0)) is True
@@ -55,7 +55,7 @@ def test_a_class_of_ones_own_gets_the_defaults_of_what_it_leaves_out():
     policy.load_state_dict({"samples": 3})
 
 
-def test_a_class_of_ones_own_that_observes_is_adaptive_unless_it_says_otherwise():
+def test_a_custom_class_that_observes_is_adaptive_by_default():
     class Observing(Own):
         max_size = 64
 
@@ -76,7 +76,7 @@ def test_a_class_of_ones_own_that_observes_is_adaptive_unless_it_says_otherwise(
     assert complete_policy(Logging()).is_adaptive is False
 
 
-def test_a_policy_of_ours_is_taken_as_it_is_and_what_has_no_size_is_refused():
+def test_a_batch_policy_is_unchanged_and_an_object_without_size_is_refused():
     constant: BatchPolicy = Constant(initial_size=3)
     assert complete_policy(constant) is constant
     with pytest.raises(ValueError, match=r"^use: its build\(\) returned a dict without next_batch_size"):

@@ -46,7 +46,7 @@ def store(tmp_path):
 
 @pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_is_saved_is_the_moment_of_the_call_bitwise(tmp_path, store, monkeypatch):
+def test_the_saved_state_is_bitwise_that_of_the_call(tmp_path, store, monkeypatch):
     model, optimizer = training(0)
     tensors = StateTensors(model, optimizer, Alone())
     plain = CheckpointManager(tmp_path / "sync", Alone())
@@ -69,7 +69,7 @@ def test_what_is_saved_is_the_moment_of_the_call_bitwise(tmp_path, store, monkey
 
 @pytest.mark.quick
 def test_writing_a_copy_takes_no_stream_of_a_gpu(store, monkeypatch):
-    """The thread's GPU is the first one, whatever the rank's: each rank would hold some of its memory."""
+    """A thread uses GPU 0, also on other ranks, and each of them would allocate memory there."""
     held = HeldBack(monkeypatch)
     store.save(1, {"x": torch.ones(3)}, {}, "")
     assert held.started.wait(30)
@@ -93,7 +93,7 @@ def test_an_unfinished_save_is_waited_for_before_the_next_and_before_it_is_named
 
 
 @pytest.mark.quick
-def test_pruning_comes_after(tmp_path):
+def test_pruning_follows_a_complete_save(tmp_path):
     store = CheckpointConfig(keep_last=2, async_save=True).build(tmp_path, Alone())
     for number in (1, 2, 3):
         store.save(number, {"x": torch.ones(1)}, {}, "")

@@ -79,7 +79,7 @@ def test_documents_and_their_bytes_are_kept(tmp_path, monkeypatch):
 
 
 def test_the_end_token_stands_where_documents_end_and_nowhere_else(tmp_path):
-    """So attention within documents goes by it; text that spells it is text."""
+    """Document masking relies on it; text that spells it is ordinary text."""
     tokenizer = TiktokenFile(path=RANKS, pattern="cl100k").build()
     text = ("one", "<|endoftext|>", "two <|endoftext|> three", "four")
     samples = Given(text=text).build(tokenizer=tokenizer, sequence_length=1, cache_dir=tmp_path, progress=print)
@@ -89,7 +89,7 @@ def test_the_end_token_stands_where_documents_end_and_nowhere_else(tmp_path):
     assert len(lengths) == len(text)
 
 
-def test_labels_stand_for_every_byte_but_the_first(packed):
+def test_every_byte_but_the_first_is_a_label(packed):
     samples = packed(TEXTS, 1)
     labels = samples.__getitems__(range(len(samples)))[:, 1:]
     text_bytes = sum(len(text.encode()) for text in TEXTS if text.strip())

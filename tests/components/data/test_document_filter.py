@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from components.data import TextFiles
 from components.data.document import SourceFile
-from components.data.tokenize import Preparation, group_neighbours, tokenize_missing
+from components.data.tokenize import Preparation, group_neighbors, tokenize_missing
 from components.tokenizers import Bytes
 from components.tokenizers.bytes import ByteEncoder
 from tests.components.data.conftest import Given
@@ -63,7 +63,7 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
     (folder / "f.txt").write_text("file b")  # the same content again needs no encoding
     grown = build(TextFiles(path=folder), tmp_path / "cache", tokenizer)
     assert tokenizer.seen[2:] == ["file a", "file c", "file e"]
-    # How it came about does not show: the order of samples is that of a preparation from nothing.
+    # The order of samples does not depend on how the cache was built.
     assert texts_of(grown) == [f"file {name}" for name in "abcde"] + ["file b"]
     fresh = build(TextFiles(path=folder), tmp_path / "fresh")
     assert texts_of(fresh) == texts_of(grown)
@@ -116,7 +116,7 @@ def test_the_documents_are_those_that_were_selected(
 
 
 @pytest.mark.quick
-def test_the_parts_are_disjoint_complete_and_share_what_is_encoded(tmp_path):
+def test_the_splits_are_disjoint_and_complete_and_share_shards(tmp_path):
     tokenizer = Watched()
     texts = tuple(f"{n} different documents" for n in range(400))
     train = texts_of(build(Given(text=texts, validation_fraction=0.2), tmp_path, tokenizer))
@@ -165,6 +165,6 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
 @given(sizes=st.lists(st.integers(0, 50), max_size=30))
 def test_groups_are_all_source_files_in_order_and_not_too_large(sizes):
     source_files = [SourceFile(str(n), str(n), size, iter) for n, size in enumerate(sizes)]
-    groups = list(group_neighbours(source_files, 60))
+    groups = list(group_neighbors(source_files, 60))
     assert [source_file for group in groups for source_file in group] == source_files
     assert all(len(group) == 1 or sum(source_file.size_bytes for source_file in group) <= 60 for group in groups)

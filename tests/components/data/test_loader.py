@@ -152,7 +152,7 @@ def test_micro_batches_are_read_when_asked_for_and_a_step_may_be_left():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_closed_loader_goes_on_where_it_was(workers):
+def test_a_closed_loader_continues_where_it_stopped(workers):
     loader = MicroBatchLoader(Numbers(), seed=0, micro_batch_size=2, num_workers=workers)
     list(loader.next_step(3))
     loader.close()
@@ -172,7 +172,7 @@ def test_an_error_of_reading_arrives_as_it_was_raised(workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyError("text")])
-def test_after_a_sample_that_cannot_be_read_it_goes_on_with_the_next(workers, error):
+def test_after_a_sample_that_cannot_be_read_it_continues_with_the_next(workers, error):
     samples = Numbers(100)
     good = MicroBatchLoader(samples, seed=0, micro_batch_size=2, dp_size=2, dp_rank=1)
     expected = [micro.tokens[:, 0].tolist() for micro in good.next_step(6)]
@@ -258,7 +258,7 @@ class Mixed(Numbers):
     start=st.integers(0, 100),
     samples=st.sampled_from([Numbers(), Mixed()]),
 )
-def test_any_course_of_ranks_workers_micro_batches_and_batches_is_one_order(parts, start, samples):
+def test_any_sequence_of_layouts_and_batches_gives_one_order(parts, start, samples):
     seen, cursor = [], start
     for steps, layout in parts:  # each continues where the last one stopped
         stream, cursor = global_stream(steps, **layout, start=cursor, samples=samples)
@@ -282,7 +282,7 @@ def test_workers_live_through_signals_and_end_with_the_loader():
 
 @pytest.mark.parametrize("ending", ["", "raise RuntimeError('lost')"])
 def test_a_process_that_forgets_to_close_still_ends(ending):
-    """Its workers have ended before multiprocessing, when the interpreter ends, waits for them: without end."""
+    """Its workers end before multiprocessing waits for them at interpreter exit, which it would do forever."""
     script = f"""
 import atexit, multiprocessing.util, os
 import tests.components.data.test_loader as t
@@ -298,7 +298,7 @@ print(next(loader.next_step(1)).sample_ids)
 
 
 @pytest.mark.quick
-def test_torchs_own_random_numbers_are_left_alone():
+def test_the_global_random_state_of_torch_is_unchanged():
     before = torch.random.get_rng_state()
     list(MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1).next_step(3))
     assert torch.equal(before, torch.random.get_rng_state())

@@ -20,7 +20,7 @@ def brute_counts(schedule, samples: int, sources: int) -> np.ndarray:
 
 @settings(max_examples=300, deadline=None)
 @given(weights=WEIGHTS)
-def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
+def test_every_prefix_has_exact_proportions_within_one_sample(weights):
     schedule = MixingSchedule(weights)
     samples = 2 * sum(weights) + 3
     counts = brute_counts(schedule, samples, len(weights))
@@ -33,7 +33,7 @@ def test_every_prefix_holds_each_share_to_less_than_one_sample(weights):
 
 @settings(max_examples=200, deadline=None)
 @given(weights=WEIGHTS, sample=st.integers(0, 10**12))
-def test_a_sample_is_the_same_asked_alone_from_afar(weights, sample):
+def test_a_sample_does_not_depend_on_those_requested_with_it(weights, sample):
     schedule = MixingSchedule(weights)
     (source,), (number,) = schedule(np.array([sample]))
     counts = schedule.counts(sample)
@@ -44,7 +44,7 @@ def test_a_sample_is_the_same_asked_alone_from_afar(weights, sample):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), sources=st.integers(1, 4), stages=st.integers(1, 4))
-def test_stages_go_on_where_the_last_left_each_source(data, sources, stages):
+def test_a_stage_continues_each_source_where_the_previous_one_ended(data, sources, stages):
     weights = st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any)
     starts = [0, *sorted(data.draw(st.sets(st.integers(1, 80), min_size=stages - 1, max_size=stages - 1)))]
     course = [(start, data.draw(weights)) for start in starts]
@@ -61,7 +61,7 @@ def test_stages_go_on_where_the_last_left_each_source(data, sources, stages):
 
 
 def test_the_pattern_is_this_one_on_every_machine():
-    # Not to be changed: a run that is resumed counts on it.
+    # Do not change: resumed runs rely on it.
     assert MixingSchedule([7, 3])(np.arange(10))[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1]
     assert MixingSchedule([3, 0, 2, 1])(np.arange(6))[0].tolist() == [0, 2, 0, 2, 0, 3]
 
@@ -101,6 +101,6 @@ def test_impossible_weights_are_refused(weights, message):
         integer_weights(weights)
 
 
-def test_the_longest_period_is_laid_out():
+def test_the_longest_period_is_supported():
     weights = [MAX_PERIOD - 3, 2, 1]
     assert MixingSchedule(weights).counts(10 * MAX_PERIOD).tolist() == [10 * weight for weight in weights]

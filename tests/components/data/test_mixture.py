@@ -64,7 +64,7 @@ def test_a_mixture_of_one_is_the_source_itself():
     assert stream(mixed({"a": 7}, {"a": 0.3}), 30) == alone
 
 
-def test_each_source_keeps_its_own_order_and_epochs():
+def test_each_source_has_a_separate_order_and_epochs():
     samples = mixed({"a": 7, "b": 3, "c": 11}, {"a": 5, "b": 2, "c": 3}, [(500, {"a": 1, "c": 1})])
     seen = stream(samples, 200)
     for first, length in ((0, 7), (1000, 3), (2000, 11)):
@@ -90,12 +90,12 @@ def test_the_order_is_the_same_on_any_layout_and_from_any_sample(ranks, micro_ba
     assert stream(samples, 120, start=start, micro_batch_size=micro_batch_size, dp_size=ranks) == uninterrupted[start:]
 
 
-def test_a_stage_holds_from_the_first_sample_that_starts_in_it():
+def test_a_stage_begins_with_the_first_sample_that_starts_in_it():
     for from_tokens, first_b in ((1, 1), (10, 1), (11, 2), (30, 3)):
         samples = mixed({"a": 99, "b": 99}, {"a": 1}, [(from_tokens, {"b": 1})])
         seen = stream(samples, 6)
         assert [number >= 1000 for number in seen] == [n >= first_b for n in range(6)]
-    # Of two stages that start within one sample the later one holds.
+    # Of two stages that start within one sample the later one is used.
     seen = stream(mixed({"a": 9, "b": 9, "c": 9}, {"a": 1}, [(11, {"b": 1}), (12, {"c": 1})]), 4)
     assert [number // 1000 for number in seen] == [0, 0, 2, 2]
 

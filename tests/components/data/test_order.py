@@ -23,7 +23,7 @@ def test_every_epoch_is_a_permutation(length, seed, epoch):
 
 
 @given(length=st.integers(1, 2**40), seed=st.integers(0, 2**32), samples=st.lists(st.integers(0, 2**50), max_size=50))
-def test_a_sample_is_the_same_alone_and_in_company(length, seed, samples):
+def test_a_sample_is_the_same_alone_and_with_others(length, seed, samples):
     order = SampleOrder(length, seed=seed)
     epochs, indices = order(np.array(samples, dtype=np.int64))
     assert indices.min(initial=0) >= 0 and indices.max(initial=0) < length
@@ -33,13 +33,13 @@ def test_a_sample_is_the_same_alone_and_in_company(length, seed, samples):
 
 
 def test_the_order_is_this_one_on_every_machine():
-    # Not to be changed: a run that is resumed counts on it.
+    # Do not change: resumed runs rely on it.
     assert epoch_of(10, seed=0).tolist() == GOLDEN_10
     assert epoch_of(10**6, seed=7, epoch=3)[:5].tolist() == GOLDEN_MILLION
 
 
 @pytest.mark.parametrize("length", [100, 4096, 5003])
-def test_epochs_and_seeds_have_nothing_in_common(length):
+def test_epochs_and_seeds_are_independent(length):
     orders = [epoch_of(length, seed=seed, epoch=epoch) for seed in range(4) for epoch in range(4)]
     correlation = np.corrcoef(np.array([np.arange(length), *orders]))[np.triu_indices(17, 1)]
     assert np.abs(correlation).max() < 5 / length**0.5  # independent ones stay below 4.5 sigma in 136 pairs
@@ -69,6 +69,6 @@ def test_unshuffled_is_in_order():
     assert epochs.tolist() == [0] * 5 + [1] * 5 + [2] * 2
 
 
-def test_an_order_of_nothing_is_refused():
+def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="needs at least 1"):
         SampleOrder(0, seed=0)

@@ -53,7 +53,7 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
     assert read(copy, 85, 5) == list(range(85, 90))
     taken = []
     with pytest.raises(OSError, match="Too many open files"):
-        while True:  # others of the process take all there is
+        while True:  # the rest of the process uses all descriptors
             taken.append(os.open(os.devnull, os.O_RDONLY))
     for tokens in sources:
         assert read(tokens, 0, 400) == list(range(400))
@@ -70,14 +70,14 @@ def test_a_limit_of_open_files_that_is_too_low_is_reported_when_data_is_opened(t
         build_reader(tmp_path, 3)
 
 
-def test_reads_that_signals_cut_short_are_completed(tmp_path, monkeypatch):
+def test_reads_interrupted_by_signals_are_completed(tmp_path, monkeypatch):
     pread = os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, offset: pread(file, min(count, 7), offset))
     assert read(build_reader(tmp_path, 2), 3, 14) == list(range(3, 17))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_cut_while_it_is_in_use_is_an_error_and_not_the_end_of_the_process(tmp_path, workers):
+def test_a_file_truncated_while_in_use_is_an_error(tmp_path, workers):
     tokens = build_reader(tmp_path, 3, ids=100)
     samples = TokenDataset(tokens, sequence_length=10, vocab_size=1000, source="a test")
     os.truncate(tmp_path / "1", 44)

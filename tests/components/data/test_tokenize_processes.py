@@ -77,7 +77,7 @@ def test_a_killed_preparation_continues_and_gives_identical_shards(tmp_path, mon
         assert process.wait() == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("Many-*"))
     before = contents(tmp_path / "killed")
-    # Who takes it up is not confused by what was left, and sweeps it away once it is old enough to be nobody's.
+    # The next process ignores the leftovers, and removes them once they are old enough to be abandoned.
     monkeypatch.setattr("components.atomic_files._ABANDONED_SECONDS", -1.0)
     monkeypatch.setattr("components.data.cache.tokenize_missing", partial(tokenize_missing, shard_tokens=1_200_000))
     resumed = build(tmp_path / "killed", Many(kill_at=0, by=0))
@@ -152,7 +152,7 @@ def test_processes_that_prepare_the_same_thing_at_once_all_succeed(tmp_path):
 
 
 @pytest.mark.quick
-def test_what_another_process_made_meanwhile_is_left_as_it_is(tmp_path):
+def test_shards_that_another_process_finished_are_not_replaced(tmp_path):
     @dataclass(kw_only=True)
     class Overtaken(Given):
         before: Callable[[], object] = bool

@@ -1,4 +1,4 @@
-"""What processes do for one another, in real ones."""
+"""Collectives, timeouts and errors of real processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.processes import call_in_ranks
 SHORT = timedelta(seconds=2)
 
 
-def join(rank: int, folder: Path, patience: timedelta = context.COLLECTIVE_TIMEOUT) -> DistributedContext:
+def join(rank: int, folder: Path, timeout: timedelta = context.COLLECTIVE_TIMEOUT) -> DistributedContext:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    context.COLLECTIVE_TIMEOUT = patience
+    context.COLLECTIVE_TIMEOUT = timeout
     dist_init = dist.init_process_group
-    # both are here before the patience of either begins to run: a busy machine starts them at different times
+    # both have joined before the timeout of either starts: a busy machine starts them at different times
     Path(folder, str(rank)).touch()
     while not Path(folder, str(1 - rank)).exists():
         time.sleep(0.01)
@@ -47,15 +47,15 @@ def wait_for_main(rank: int, folder: Path) -> None:
         return rank
 
     for who in (0, 1):
-        told = "" if rank == who else rf" \(rank {who}\)"
-        with pytest.raises(ValueError, match=rf"^path: no text{told}$"):
+        suffix = "" if rank == who else rf" \(rank {who}\)"
+        with pytest.raises(ValueError, match=rf"^path: no text{suffix}$"):
             joined.main_process_first(partial(fail, who, InputError("path", "no text")))
         with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
             joined.main_process_first(partial(fail, who, ZeroDivisionError("by hand")))
     joined.close()
 
 
-def test_what_the_main_process_does_alone_may_take_longer_than_a_collective(tmp_path):
+def test_work_of_the_main_process_may_take_longer_than_a_collective(tmp_path):
     call_in_ranks(wait_for_main, tmp_path, 2)
 
 
@@ -69,7 +69,7 @@ def say(rank: int, folder: Path) -> None:
     assert not dist.is_initialized()
 
 
-def test_what_processes_say_to_one_another(tmp_path):
+def test_collectives_of_small_values(tmp_path):
     call_in_ranks(say, tmp_path, 2)
 
 
@@ -82,8 +82,8 @@ def run_late(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 
-def test_a_collective_is_given_up_after_its_time(tmp_path):
-    """Without this the test above would say nothing."""
+def test_a_collective_times_out(tmp_path):
+    """Otherwise the test above would prove nothing."""
     call_in_ranks(run_late, tmp_path, 2)
 
 
@@ -100,5 +100,5 @@ def shorten(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo aborts a process that leaves it in this state
 
 
-def test_after_the_first_step_nothing_is_waited_for_as_long_as_for_data(tmp_path):
+def test_timeouts_are_shorter_after_the_first_step(tmp_path):
     call_in_ranks(shorten, tmp_path, 2)

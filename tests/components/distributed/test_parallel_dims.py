@@ -1,4 +1,4 @@
-"""The mesh of a run, from what is set and where its processes are."""
+"""The mesh of a run, from its keys and the placement of its processes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.quick
         (16, 8, {}, (2, 8, 1)),
         (64, 8, {"tp": 4}, (8, 2, 4)),
         (4, 1, {}, (4, 1, 1)),
-        (16, 4, {"tp": 8}, (1, 2, 8)),  # slices of more than a node leave no whole node to shard in
-        (6, 4, {}, (1, 6, 1)),  # nor do nodes of different sizes
+        (16, 4, {"tp": 8}, (1, 2, 8)),  # TP groups larger than a node: all processes share one replica
+        (6, 4, {}, (1, 6, 1)),  # nodes of different sizes: the same
         (64, 8, {"dp_shard": 64}, (1, 64, 1)),
         (64, 8, {"dp_shard": 16}, (4, 16, 1)),
         (64, 8, {"dp_replicate": 1}, (1, 64, 1)),
         (64, 8, {"dp_replicate": 2, "tp": 2}, (2, 16, 2)),
     ],
 )
-def test_a_node_holds_a_replica_unless_told_otherwise(world, local, keys, expected):
+def test_a_node_holds_a_replica_by_default(world, local, keys, expected):
     assert ParallelConfig(**keys).mesh_shape(world, local) == MeshShape(*expected)
 
 

@@ -1,4 +1,4 @@
-"""What moments say, and how they are smoothed."""
+"""Estimates of the gradient noise, and their smoothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from components.gradient_noise.estimator import GradientMoments, NoiseEstimator
 
 
 def moments(groups: torch.Tensor, samples: int) -> GradientMoments:
-    """Of gradients (K, dimension), each the mean over `samples`."""
+    """Return the moments of gradients (K, dimension), each the mean over `samples`."""
     mean = groups.mean(0)
     return GradientMoments(len(groups), samples, float(groups.square().sum()), float(mean.square().sum()))
 
@@ -23,24 +23,24 @@ def test_noise_and_signal_are_unbiased():
     scale = torch.linspace(0.1, 2.0, dimension, dtype=torch.float64)
     true = torch.linspace(-0.3, 0.3, dimension, dtype=torch.float64)
     draws = torch.randn(steps, groups, samples, dimension, generator=generator, dtype=torch.float64) * scale + true
-    told = [moments(step, samples) for step in draws.mean(2)]
+    estimate = [moments(step, samples) for step in draws.mean(2)]
     for found, expected in (
-        ([each.grad_cov_trace for each in told], float(scale.square().sum())),
-        ([each.grad_sq_norm for each in told], float(true.square().sum())),
+        ([each.grad_cov_trace for each in estimate], float(scale.square().sum())),
+        ([each.grad_sq_norm for each in estimate], float(true.square().sum())),
     ):
         values = torch.tensor(found, dtype=torch.float64)
         assert abs(float(values.mean()) - expected) < 3 * float(values.std()) / math.sqrt(steps)
-        assert float(values.std()) / math.sqrt(steps) < 0.02 * expected, "too few draws to tell"
+        assert float(values.std()) / math.sqrt(steps) < 0.02 * expected, "too few draws"
 
 
 def test_groups_of_any_size_measure_the_noise_of_one_sample():
     generator = torch.Generator().manual_seed(5)
     each = torch.randn(512, 30, generator=generator, dtype=torch.float64) + 0.5
     for samples in (1, 2, 8):
-        told = moments(each.view(-1, samples, 30).mean(1), samples)
-        assert told.samples == 512
-        assert told.grad_cov_trace == pytest.approx(30, rel=0.2)
-        assert told.grad_sq_norm + told.grad_cov_trace / 512 == pytest.approx(
+        estimate = moments(each.view(-1, samples, 30).mean(1), samples)
+        assert estimate.samples == 512
+        assert estimate.grad_cov_trace == pytest.approx(30, rel=0.2)
+        assert estimate.grad_sq_norm + estimate.grad_cov_trace / 512 == pytest.approx(
             float(each.mean(0).square().sum()), rel=1e-12
         )
 
@@ -64,14 +64,14 @@ def test_smoothing_depends_on_samples_and_not_on_steps():
 
 
 def estimates(noise: float, signal: float, samples: int) -> GradientMoments:
-    """A step of two groups that tells these."""
+    """A step of two micro-batches with these estimates."""
     mean_grad_sq_norm = signal + noise / samples
     return GradientMoments(2, samples // 2, noise / (samples // 2) + 2 * mean_grad_sq_norm, mean_grad_sq_norm)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(earlier):
-    """A run that begins to measure late, or again: its first step, far off, must not stand against the next ten."""
+def test_the_first_measurement_after_unmeasured_steps_has_ordinary_weight(earlier):
+    """The first measurement, an outlier, must not outweigh the next ten."""
     smoothed = NoiseEstimator(100)
     if earlier:
         smoothed.update(8, estimates(7.0, 1.0, 8))
@@ -82,13 +82,13 @@ def test_the_first_step_measured_after_many_that_were_not_weighs_like_any_other(
     assert later.grad_cov_trace == pytest.approx(2.0 + 88.0 * weights[-1] / sum(weights), rel=1e-9)
 
 
-def test_measuring_every_other_step_weighs_each_alike():
+def test_measuring_every_other_step_weighs_each_equally():
     smoothed, kept = NoiseEstimator(100), math.exp(-0.16)
     found = [smoothed.update(16 * number, estimates(float(number), 1.0, 8)) for number in (1, 2, 3)][-1]
     assert found.grad_cov_trace == pytest.approx((3 + 2 * kept + kept**2) / (1 + kept + kept**2), rel=1e-12)
 
 
-def test_what_tells_nothing_is_left_out():
+def test_a_step_without_information_is_ignored():
     smoothed = NoiseEstimator(100)
     smoothed.update(8, GradientMoments(4, 2, 10.0, 2.0))
     state = smoothed.state_dict()
@@ -99,7 +99,7 @@ def test_what_tells_nothing_is_left_out():
         assert smoothed.state_dict() == state
 
 
-def test_a_restored_average_goes_on_as_if_nothing_had_happened():
+def test_a_restored_average_continues_unchanged():
     steps = [GradientMoments(4, 2, 8.0 + number, 1.0 + number / 9) for number in range(6)]
     whole, first, second = NoiseEstimator(30), NoiseEstimator(30), NoiseEstimator(30)
     expected = [whole.update(8 * (number + 1), step) for number, step in enumerate(steps)]
@@ -109,14 +109,14 @@ def test_a_restored_average_goes_on_as_if_nothing_had_happened():
     assert [second.update(8 * (number + 4), step) for number, step in enumerate(steps[3:])] == expected[3:]
 
 
-def test_a_lost_signal_has_no_noise_scale():
+def test_a_signal_that_is_not_positive_has_no_noise_scale():
     noise = NoiseEstimator(10).update(8, GradientMoments(4, 2, 40.0, 1.0))
     assert noise.grad_sq_norm < 0
     assert noise.noise_scale is None and noise.noise_scale_over_batch is None
 
 
-def test_the_norm_test_is_the_noise_scale_in_batches():
-    told = GradientMoments(4, 2, 10.0, 2.0)
-    noise = NoiseEstimator(10).update(8, told)
-    assert noise.noise_scale == pytest.approx(told.grad_cov_trace / told.grad_sq_norm)
-    assert noise.noise_scale_over_batch == pytest.approx(told.grad_cov_trace / told.grad_sq_norm / 8)
+def test_noise_scale_over_batch_is_in_units_of_the_batch():
+    estimate = GradientMoments(4, 2, 10.0, 2.0)
+    noise = NoiseEstimator(10).update(8, estimate)
+    assert noise.noise_scale == pytest.approx(estimate.grad_cov_trace / estimate.grad_sq_norm)
+    assert noise.noise_scale_over_batch == pytest.approx(estimate.grad_cov_trace / estimate.grad_sq_norm / 8)

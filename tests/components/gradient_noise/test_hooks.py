@@ -14,19 +14,19 @@ def finish(hooks: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
     return tuple(hooks.sums(gradients).tolist())
 
 
-def test_the_meter_squares_every_backward_by_itself():
+def test_the_hooks_square_every_backward_separately():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
     model[0].bias.requires_grad_(False)
     hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     inputs = torch.randn(3, 4, 5)
-    for _ in range(2):  # a step begins from nothing
+    for _ in range(2):  # a step starts from zero
         model.zero_grad()
         hooks.start(measure=True)
         for micro_batch in inputs:
             (model(micro_batch).square().mean() / len(inputs)).backward()
             hooks.end_micro_batch()
-    told = GradientMoments.from_sums(*finish(hooks, model), num_micro_batches=3, dp_size=1, micro_batch_size=4)
+    estimate = GradientMoments.from_sums(*finish(hooks, model), num_micro_batches=3, dp_size=1, micro_batch_size=4)
 
     alone = []
     for micro_batch in inputs.double():
@@ -35,9 +35,9 @@ def test_the_meter_squares_every_backward_by_itself():
         gradients = torch.autograd.grad(loss, [each for each in copy.parameters() if each.requires_grad])
         alone.append(torch.cat([each.flatten() for each in gradients]))
     groups = torch.stack(alone)
-    assert (told.num_micro_batches, told.micro_batch_size) == (3, 4)
-    assert told.sum_micro_grad_sq_norms == pytest.approx(float(groups.square().sum()), rel=1e-5)
-    assert told.mean_grad_sq_norm == pytest.approx(float(groups.mean(0).square().sum()), rel=1e-5)
+    assert (estimate.num_micro_batches, estimate.micro_batch_size) == (3, 4)
+    assert estimate.sum_micro_grad_sq_norms == pytest.approx(float(groups.square().sum()), rel=1e-5)
+    assert estimate.mean_grad_sq_norm == pytest.approx(float(groups.mean(0).square().sum()), rel=1e-5)
 
 
 def copy_in_float64(model: nn.Module) -> nn.Module:
@@ -57,7 +57,7 @@ def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
 
 
 @pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
-def test_gradients_that_pass_the_hooks_by_are_an_error_and_not_a_zero(replaced):
+def test_gradients_that_bypass_the_hooks_are_an_error(replaced):
     model = nn.Linear(3, 1)
     hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
     for name in replaced:

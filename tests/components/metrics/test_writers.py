@@ -36,7 +36,7 @@ def test_a_resumed_file_has_neither_gaps_nor_duplicates(tmp_path):
 
 
 @pytest.mark.quick
-def test_a_torn_line_is_cut_even_when_it_is_within_the_resumed_steps(tmp_path):
+def test_an_incomplete_line_is_removed_even_within_the_resumed_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}')
     writer = JsonLinesWriter(path, after_step=5)
@@ -54,7 +54,7 @@ def test_json_has_no_nan(tmp_path):
 
 
 @pytest.mark.quick
-def test_line_for_people():
+def test_console_line():
     line = format_step(ROW, total_tokens=1_000_000)
     for part in ("step      1", "4.096K/1M", "loss  3.5000", "lr 1.00e-03", "batch   16", "2.048K tok/s", "mfu  50%"):
         assert part in line

@@ -86,7 +86,7 @@ def test_a_damaged_or_hostile_file_is_refused_by_name(tmp_path, content):
         Weights(tmp_path)
 
 
-def test_quantised_weights_are_refused_and_what_is_ignored_may_be_anything(tmp_path):
+def test_quantized_weights_are_refused_and_ignored_tensors_may_have_any_dtype(tmp_path):
     save_file({"w": torch.ones(3, dtype=torch.int8), "x.inv_freq": torch.ones(2, dtype=torch.int64)},
               tmp_path / "model.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match=r"w is stored as I8; only F64, F32, F16, BF16"):

@@ -81,7 +81,7 @@ def test_a_stride_of_one_gives_every_token_a_full_window():
     assert sum(window.counted for window in sliding_windows([30], 6, 1)) == 30
 
 
-def test_the_shares_of_ranks_add_up():
+def test_the_totals_of_ranks_add_up():
     texts, size = Texts(), 3
     whole = SlidingWindow(texts, VOCAB, END, 6, 2, 2).evaluate(SumsContext(), Rank(), nullcontext)
     shares = [

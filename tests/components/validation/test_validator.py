@@ -96,7 +96,7 @@ def test_ranks_share_the_sequences_and_each_counts_once():
     validation = build(micro_batch_size=2)
     worlds = [OneOfThree(rank) for rank in range(3)]
     for world in worlds:
-        with suppress(ZeroDivisionError):  # one rank's own share may be empty; the real sum is not
+        with suppress(ZeroDivisionError):  # a rank may have no sequences; the real sum is not empty
             validation.evaluate(Bigram(), world, nullcontext)
     nats, byte_count, tokens = by_hand(validation.dataset)
     total = sum(world.seen for world in worlds)

@@ -42,7 +42,7 @@ def decoder(size: LlamaShape) -> Decoder:
 
 
 @pytest.mark.parametrize("size", SIZES_AND_MORE.values(), ids=SIZES_AND_MORE)
-def test_what_is_written_reads_back_as_the_same_model(size):
+def test_a_written_config_reads_back_as_the_same_model(size):
     size = replace(size, layers=2)
     name, architecture = architecture_from_model(decoder(size))
     expected = "GraniteMoeForCausalLM" if size.experts else "LlamaForCausalLM" if size.mup is None else None
@@ -138,7 +138,7 @@ def test_scaling_as_versions_before_5_wrote_it(spelling):
         ({"rope_parameters": [1]}, "not a table"),
     ],
 )
-def test_what_the_decoder_does_not_do_is_refused(entries, message):
+def test_unsupported_features_are_refused(entries, message):
     with pytest.raises(ValueError, match=message):
         llama_config_from_hf({**CONFIG, **entries})
 

@@ -1,4 +1,4 @@
-"""accumulation = "auto": one rule, by the memory estimate, for a dry run and for a run."""
+"""grad_sync = "auto": one rule, by the memory estimate, for a dry run and for a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("once_per_step", (True, True)), ("every_micro_batch", (False, False))])
-def test_what_is_asked_for_is_done_on_any_device(mode, expected):
+def test_an_explicit_mode_is_used_on_any_device(mode, expected):
     assert (syncs_once_per_step(mode, 10, 1), syncs_once_per_step(mode, 1, 10)) == expected
 
 
-def test_auto_is_local_where_all_of_it_fits_what_may_be_planned():
+def test_auto_is_once_per_step_if_the_peak_fits_the_planned_fraction():
     assert syncs_once_per_step("auto", 900, 1000)
     assert not syncs_once_per_step("auto", 901, 1000)
 
 
-def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
+def test_a_dry_run_uses_the_mode_of_each_device(tiny):
     plan = plan_of(tiny, "--run.device=auto", processes=2)
     memory = plan.memory
     assert isinstance(memory, Memory)
@@ -37,8 +37,8 @@ def test_a_dry_run_reckons_with_the_mode_of_each_device(tiny):
     assert plan.peak_on(memory, tight) == memory.peak
 
 
-def test_local_adds_whole_weights_and_a_whole_float32_gradient(tiny):
-    """Of 8 bytes a parameter in float32; what is gathered at a time, and the head's reduction, are inside of it."""
+def test_once_per_step_adds_whole_weights_and_a_whole_float32_gradient(tiny):
+    """8 bytes per parameter in float32, which include what is gathered at a time and the reduction of the head."""
     memory = plan_of(tiny, processes=2).memory
     assert isinstance(memory, Memory)
     added = memory.local_peak - memory.peak + memory.parts["weights in use"][0]

@@ -34,12 +34,12 @@ def test_time_is_flops_over_what_the_devices_reach(tiny):
 
 
 @pytest.mark.parametrize(("text", "mfu"), [("", 0.4), ("H100@45%", 0.45), ("@0.5", 0.5)])
-def test_claims(text, mfu):
+def test_hardware_targets(text, mfu):
     assert HardwareTarget.parse(text).mfu == mfu
 
 
 @pytest.mark.parametrize(("text", "said"), [("TPU", "one of B200"), ("H100@x", "@x is not"), ("H100@140%", "@140% is")])
-def test_claims_that_make_no_sense(tiny, capsys, text, said):
+def test_invalid_hardware_targets_are_refused(tiny, capsys, text, said):
     assert tiny.launch(f"--dry-run={text}") == 2
     assert said in capsys.readouterr().err
 
@@ -74,7 +74,7 @@ def test_a_tokenizer_that_is_elsewhere_is_no_obstacle_given_the_vocabulary(tiny,
     assert "set model.vocab_size for a dry run without it" in capsys.readouterr().out
 
 
-def test_the_claimed_processes_need_not_exist(tiny, capsys, monkeypatch):
+def test_the_planned_processes_need_not_exist(tiny, capsys, monkeypatch):
     monkeypatch.setenv("NPROC", "8")
     monkeypatch.setenv("NNODES", "128")
     assert cli.main([str(Path(tiny.recipe)), "--dry-run"]) == 0

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.quick
 
 
 @pytest.mark.parametrize(
-    ("keys", "foreseen"),
+    ("keys", "expected"),
     [
         (["initial_size=2"], {"batch.initial_size": "error"}),
         (["initial_size=2", "shrink=true", "min_size=2"], {"batch.initial_size": "error"}),
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.quick
         (["initial_size=4", "shrink=true"], {}),
     ],
 )
-def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny, keys, foreseen):
+def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny, keys, expected):
     """Micro-batches of 2 on one process: a batch of 2 is one group. On two processes it is one group each.
 
     A run that starts there is refused, so it is an error; one that may come there stays.
@@ -32,19 +32,19 @@ def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny
     policy = ["--batch.use=components.batch.noise_scale:NoiseScale", "--batch.max_size=64"]
     policy += [f"--batch.{each}" for each in keys]
     found = findings_of(tiny, *policy)
-    assert {name: level for name, (level, message) in found.items() if "2 micro-batches" in message} == foreseen
+    assert {name: level for name, (level, message) in found.items() if "2 micro-batches" in message} == expected
     assert not any("2 micro-batches" in message for _, message in findings_of(tiny, *policy, processes=2).values())
 
 
 @pytest.mark.parametrize(
     ("keys", "key", "level", "said"),
     [
-        (["max_size=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 a micro"),
+        (["max_size=63"], "batch.max_size", "warning", "63 samples become 64: a multiple of 2 = 1 ranks x 2 per"),
         (
             ["max_size=64", "multiple_of=1"],
             "batch.multiple_of",
             "note",
-            "1 is not a multiple of 2 = 1 ranks x 2 a micro-batch",
+            "1 is not a multiple of 2 = 1 ranks x 2 per micro-batch",
         ),
         (["max_size=60", "multiple_of=4"], "batch.multiple_of", None, None),
         (["max_size=50", "multiple_of=2"], "batch.max_size", None, None),
@@ -54,8 +54,8 @@ def test_a_batch_whose_noise_cannot_be_measured_is_a_finding_of_the_dry_run(tiny
             "warning",
             "a step of 90 would use some of them more than once",
         ),
-        (["max_size=75", "min_size=4", "shrink=true"], "batch", "note", "not known: 2 to 38 steps"),
-        (["max_size=75"], "batch", "note", "the measurements of NoiseScale are not known: 2 to 19 steps"),
+        (["max_size=75", "min_size=4", "shrink=true"], "batch", "note", "unknown before training: 2 to 38 steps"),
+        (["max_size=75"], "batch", "note", "which is unknown before training: 2 to 19 steps"),
     ],
 )
 def test_sizes_that_an_adaptive_batch_may_reach_are_findings_of_the_dry_run(tiny, keys, key, level, said):

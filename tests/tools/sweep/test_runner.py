@@ -34,7 +34,7 @@ def rate(settings) -> float:
     return float(settings["lr_schedule.max_lr"])
 
 
-def test_what_is_in_the_file_is_not_run_again(jobs, tmp_path, monkeypatch):
+def test_stored_runs_are_not_run_again(jobs, tmp_path, monkeypatch):
     launched = pretend(monkeypatch, rate)
     path = tmp_path / "new" / "results.jsonl"
     assert Runner(Results(path)).run(jobs[:2]) == 0
@@ -61,7 +61,7 @@ def test_a_killed_run_is_not_stored(jobs, tmp_path, monkeypatch, capsys, status)
     path = tmp_path / "results.jsonl"
     assert Runner(Results(path)).run(jobs) == 3
     assert not path.exists()
-    assert "killed: it is run again next time" in capsys.readouterr().err
+    assert "killed; the next start runs it again" in capsys.readouterr().err
 
 
 def test_a_failed_run_is_stored_with_its_reason_and_run_again_on_request(jobs, tmp_path, monkeypatch):

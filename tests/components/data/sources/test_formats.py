@@ -48,7 +48,7 @@ def packed(content: str, packing: str) -> bytes:
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", CONTENT)
-def test_every_kind_in_every_packing(tmp_path, kind, packing):
+def test_every_format_in_every_compression(tmp_path, kind, packing):
     path = tmp_path / f"a{kind}{packing}"
     path.write_bytes(packed(CONTENT[kind], packing))
     assert read(TextFiles(path=path, document_separator="<|end|>")) == (TEXTS, {})
@@ -129,7 +129,7 @@ def test_an_error_names_its_place(tmp_path, name, content, message):
         read(TextFiles(path=write(tmp_path / name, content)))
 
 
-def test_a_line_without_end_is_no_line(tmp_path, monkeypatch):
+def test_a_line_above_the_limit_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("components.data.sources.text_io.MAX_LINE_BYTES", 100)
     path = write(tmp_path / "a.jsonl", '{"text": "short"}\n{"text": "' + "long" * 50 + '"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl:2: a line has more than 100 bytes"):

@@ -25,7 +25,7 @@ def names(split: str) -> set[str]:
     return set(StandardLibrary(split=split).files())
 
 
-def test_the_splits_are_disjoint_and_have_their_shares():
+def test_the_splits_are_disjoint_and_have_their_fractions():
     train, validation, test = names("train"), names("validation"), names("test")
     assert not train & validation and not train & test and not validation & test
     total = len(train | validation | test)

@@ -221,13 +221,13 @@ def test_c4_and_peps_are_read_as_json_lines(texts):
     assert read(TextFiles(path=texts / "peps/valid.jsonl.gz"))[0] == valid
 
 
-def test_tinystories_are_five(texts):
+def test_tinystories_has_five_documents(texts):
     stories, _ = read(TextFiles(path=texts / "tinystories", document_separator="<|endoftext|>"))
     assert len([story for story in stories if story.strip()]) == 5
 
 
 def test_an_existing_folder_is_not_a_pattern(tmp_path):
-    """The folder a recipe lies in is put before its relative paths, and may be called anything."""
+    """Relative paths are prefixed with the folder of the recipe, which may have any name."""
     folder = tmp_path / "run[1]" / "a*"
     folder.mkdir(parents=True)
     (folder / "b.txt").write_text("It was the best of times.")
