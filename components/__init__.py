@@ -1,12 +1,11 @@
 """The mechanisms of a run, independent of each other and of the models. tests/test_architecture.py checks the imports.
 
-Packages: batch (batch policies), checkpoint, data, distributed, gradient_noise, metrics, profiler, safetensors,
-tokenizers, validation. Their docstrings have a line for each file.
+Packages: batch (batch policies), checkpoint, data, distributed, gradient_noise, metrics, optimizers, profiler,
+safetensors, tokenizers, validation. Their docstrings have a line for each file.
 
 Training
 train_step.py                one optimizer step: micro-batches, clipping, update
 lr_schedules.py              [lr_schedule]: warm-up, decay shapes, scaling with the batch
-optimizers.py                [optimizer]: parameter groups, weight decay, learning-rate multipliers
 precision.py                 float32 or bf16, and bf16 copies of the weights
 activation_checkpointing.py  which operations are kept, and which are recomputed
 guard.py                     [guard]: detects bad steps and decides what to do (recipes/bad_steps.py does it)
@@ -30,6 +29,7 @@ errors.py                    InputError: bad input, with its key
 units.py                     "20M" tokens, and other quantities as written in recipes
 token_ids.py                 checks of token ids, and the label that is ignored
 atomic_files.py              files and directories that are complete or do not exist
+unicode_text.py              text without lone surrogates
 paths.py                     finding, listing and hashing files
 standard_streams.py          robust standard output of commands
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,6 +95,15 @@ class PackedDataset(Protocol):
     def __getitem__(self, index: int) -> Tensor:
         """Return (sequence_length + 1,) int64 token ids: inputs are [:-1], targets are [1:]."""
         ...
+
+
+class UpdateCost(NamedTuple):
+    """What an optimizer step of a whole model takes beyond element-wise operations."""
+
+    flops: float
+    """FLOPs of matrix products, in equal parts on all processes."""
+    elements: int
+    """Elements of the matrices that processes exchange: as shards to the one that updates a matrix, and back."""
 
 
 Order = Callable[["np.ndarray"], tuple["np.ndarray", "np.ndarray"]]

@@ -160,6 +160,19 @@ class Decoder(nn.Module):
         """Return the factor on the learning rate of the parameter `name`."""
         return 1.0 if self.mup is None else self.mup.lr_factor(name, self.shape.dim)
 
+    def muon_lr_multiplier(self, name: str, lr_scale: str) -> float:
+        """Return the factor on the learning rate of the matrix `name` if Muon updates it, with updates of
+        `lr_scale`."""
+        return 1.0 if self.mup is None else self.mup.muon_lr_factor(name, self.shape.dim, lr_scale)
+
+    def merged_matrices(self, name: str, *, per_head: bool) -> int:
+        """Return the number of matrices that `name` concatenates: gate and up of experts, and `per_head` q or k
+        heads."""
+        if name.endswith("w_gate_up.weight"):
+            return 2
+        heads = {"wq.weight": self.shape.heads, "wk.weight": self.shape.kv_heads}
+        return heads.get(name.rpartition("attention.")[2], 1) if per_head else 1
+
     def flops_per_token(self, sequence_length: int) -> float:
         """Return the FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H C T for attention.
 

@@ -174,7 +174,7 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     """Build the optimizer and the train step, which accumulates, measures and clips gradients, and updates."""
     recipe, model = config.recipe, built.model
     with config_errors_at(config, "optimizer"):
-        optimizer = recipe.optimizer.build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
+        optimizer = recipe.optimizer.build(model=model)
     return TrainStep(
         model,
         optimizer,

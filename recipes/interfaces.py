@@ -6,13 +6,13 @@ are passed to `build(...)` or to the methods. Any class with these methods fits;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from components.interfaces import Tokenizer
+from components.interfaces import Tokenizer, UpdateCost
 from components.protocol_defaults import with_defaults
 
 
@@ -105,10 +105,21 @@ class ModelConfig(Protocol):
 class OptimizerConfig(Protocol):
     """[optimizer]"""
 
-    def build(
-        self, *, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
-    ) -> torch.optim.Optimizer:
-        """Return the optimizer. Each parameter group has a key `lr_multiplier`; `lr` is set before every step."""
+    def build(self, *, model: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of the parameters of `model`, a `LanguageModel` that is already sharded.
+
+        Each parameter group has a key `lr_multiplier`; `lr` is set before every step. Parameters are DTensors if there
+        are several processes.
+        """
+        ...
+
+
+@runtime_checkable
+class HasUpdateCost(Protocol):
+    """An [optimizer] whose update takes matrix products and communication, which `--dry-run` then counts."""
+
+    def update_cost(self, model: Any) -> UpdateCost:
+        """Return the cost of one step of `model`, on the meta device and not sharded."""
         ...
 
 

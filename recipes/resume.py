@@ -27,6 +27,9 @@ RULES: dict[str, Rule] = {
     "model": "refuse",
     "tokenizer": "refuse",
     "optimizer.use": "refuse",
+    "optimizer.variant": "refuse",
+    "optimizer.muon_on": "refuse",
+    "optimizer.adamw_on": "refuse",
     "training.sequence_length": "refuse",
     # Allowed, with a warning: the curve is no longer one experiment.
     "data": "warn",

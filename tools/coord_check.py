@@ -4,6 +4,7 @@
     python -m tools.coord_check --parametrization standard           # exit status 1: it fails
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
     python -m tools.coord_check --experts 8 --top-k 2                # mixture of experts
+    python -m tools.coord_check --optimizer muon                     # also normuon, and --lr-scale spectral
 
 Small Llamas that differ only in width take a few steps on the same batch of random tokens. The size of a module is the
 mean absolute value of its output, and its slope is that of log size against log width. Under muP the slope is zero at
@@ -21,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from components.optimizers import AdamW
+from components.optimizers import AdamW, Muon
 from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
@@ -64,6 +65,10 @@ class CheckConfig:
     """experts of a feed-forward layer; 0: dense"""
     top_k: int = 2
     """experts that a token is routed to"""
+    optimizer: Literal["adamw", "muon", "normuon"] = "adamw"
+    """optimizer of the matrices of the blocks"""
+    lr_scale: Literal["match_rms_adamw", "spectral"] = "match_rms_adamw"
+    """scale of the updates of Muon"""
 
     def __post_init__(self) -> None:
         if len(set(self.widths)) < 2:
@@ -104,8 +109,7 @@ def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametr
         mup=MuPConfig(enabled=parametrization == "mup", base_width=config.base_width, residual_multiplier=0.5),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
-    parameters = model.named_parameters()
-    optimizer = AdamW(weight_decay=0.0).build(parameters=parameters, lr_multiplier=model.lr_multiplier)
+    optimizer = _build_optimizer(config, model)
     drawn = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
     tokens, labels = drawn[:, :-1], drawn[:, 1:]
     sizes: Sizes = {}
@@ -118,6 +122,12 @@ def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametr
             optimizer.zero_grad()
         model(tokens)
     return sizes
+
+
+def _build_optimizer(config: CheckConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return AdamW(weight_decay=0.0).build(model=model)  # type: ignore[arg-type]
+    return Muon(weight_decay=0.0, variant=config.optimizer, lr_scale=config.lr_scale).build(model=model)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -226,12 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices=["mup", "standard"],
         help="which one decides the exit status (default: muP; the standard one is shown for comparison)",
     )
+    types = get_type_hints(CheckConfig)
     for key, meaning in describe(CheckConfig).items():
         default = getattr(CheckConfig, key)
         is_list = key == "widths"
         parser.add_argument(
             f"--{key.replace('_', '-')}",
-            type=float if isinstance(default, float) else int,
+            type=int if is_list else type(default),
+            choices=get_args(types[key]) if isinstance(default, str) else None,
             nargs="+" if is_list else None,
             default=default,
             help=f"{meaning} (default: {' '.join(map(str, default)) if is_list else default})",

@@ -155,7 +155,7 @@ def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, f
     model = copy.deepcopy(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     try:
-        built = optimizer.build(parameters=model.named_parameters(), lr_multiplier=lambda name: 1.0)
+        built = optimizer.build(model=model)
         for parameter in names:
             parameter.grad = torch.empty_like(parameter)
         built.step()

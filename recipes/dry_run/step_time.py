@@ -14,7 +14,7 @@ from torch import nn
 from components.hardware import DeviceSpec
 from recipes.dry_run.memory import Memory, local_numel
 from recipes.dry_run.plan import RunPlan
-from recipes.interfaces import HasParallelPlan
+from recipes.interfaces import HasParallelPlan, HasUpdateCost
 from recipes.model_setup import transformer_blocks
 
 MATMUL_UTILIZATION = 0.65
@@ -47,6 +47,8 @@ class Collective:
     stride: int
     rounds: int = 1
     """2 for an all-reduce, which is a reduce-scatter and an all-gather."""
+    distinct: bool = False
+    """Whether the ranks of a node receive different data, as in an all-to-all."""
 
     def seconds(self, local_size: int, link_bytes: float) -> tuple[float, float]:
         """Return the seconds over NVLink (`link_bytes` per second) and InfiniBand, with `local_size` ranks per node.
@@ -57,7 +59,7 @@ class Collective:
         here = max(1, min(self.ranks, local_size // self.stride))
         size = self.rounds * self.size
         inside = size * (self.ranks - 1) / self.ranks if here > 1 else 0.0
-        entering = size * (1 - here / self.ranks) / here
+        entering = size * (1 - here / self.ranks) / (1 if self.distinct else here)
         return inside / (link_bytes * NVLINK_UTILIZATION), entering / INFINIBAND
 
 
@@ -91,12 +93,16 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
     if training.activation_checkpoint != "selective":  # which keeps the results of products
         products *= 1 + recomputed / 3
     compute = products / (device.flops * MATMUL_UTILIZATION) * (1 + OTHER_KERNELS[_model_kind(plan.model)])
+    if isinstance(plan.recipe.optimizer, HasUpdateCost):
+        flops = plan.recipe.optimizer.update_cost(plan.model).flops
+        compute += flops / plan.mesh_shape.world_size / (device.flops * MATMUL_UTILIZATION)
     local = isinstance(memory, Memory) and plan.syncs_once_per_step(memory, device)
     seconds = [
         collective.seconds(plan.local_size, device.link_bytes)
         for collective in (
             *fsdp_collectives(plan, micro_batches, local=local),
             *tp_collectives(plan, micro_batches, recomputed),
+            *update_collectives(plan),
         )
         if collective.ranks > 1
     ]
@@ -137,6 +143,18 @@ def tp_collectives(plan: RunPlan, micro_batches: int, recomputed: float) -> Iter
     # one of each around the embedding and one around the head, forward and backward together
     times = 8 + 4 * recomputed + 4 / blocks
     yield Collective(micro_batches * times * memory.block_inputs, plan.mesh_shape.tp, 1)
+
+
+def update_collectives(plan: RunPlan) -> Iterator[Collective]:
+    """Yield the exchange of matrices in an optimizer step: shards to the owner of each matrix, and updates back."""
+    if not isinstance(plan.recipe.optimizer, HasUpdateCost):
+        return
+    mesh_shape = plan.mesh_shape
+    size = plan.recipe.optimizer.update_cost(plan.model).elements * plan.dtype.itemsize
+    shards = mesh_shape.dp_shard * mesh_shape.tp
+    if shards > 1:
+        yield Collective(size / mesh_shape.world_size, mesh_shape.world_size, 1, distinct=True)
+    yield Collective(size / shards, mesh_shape.world_size, 1, distinct=True)
 
 
 def launch_seconds(plan: RunPlan, *, local: bool) -> float:

@@ -106,6 +106,26 @@ WITH_MUP = {
     f"{layout}, muP": (layout, [*MUP, *SHORT])
     for layout in ("one process", "two shards", "two TP ranks", "two shards of two TP ranks")
 }
+MUON = ["--optimizer.use=components.optimizers:Muon", "--optimizer.variant=normuon"]
+MUON += ["--optimizer.momentum_half_life_tokens=2000", "--optimizer.reference_batch_tokens=400"]
+SAVED_BY_MUON = 2
+WITH_MUON = {
+    f"{layout}, Muon": (layout, [*MUON, *SHORT, f"--checkpoint.interval_steps={SAVED_BY_MUON}"]) for layout in LAYOUTS
+} | {
+    f"{layout}, Muon, gradients reduced every time": (layout, [*MUON, *SHORT, "--training.grad_sync=every_micro_batch"])
+    for layout in ("two shards", "two replicas of two shards", "two shards of two TP ranks")
+}
+MUON_MOVES = {
+    f"{source} to {target}, Muon": (source, target)
+    for source, target in (
+        ("one process", "one process"),
+        ("one process", "two shards of two TP ranks"),
+        ("two shards", "one process"),
+        ("two TP ranks", "two replicas of two shards"),
+        ("two shards of two TP ranks", "two shards of two TP ranks"),
+        ("two shards of two TP ranks", "two TP ranks"),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +141,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
                             "--checkpoint.interval_steps=none"])
             for name, (source, target) in MOVES.items()
             if LAYOUTS[source][0] in sources
+        } | {
+            name: (target, [f"--resume={made.checkpoint(f'{source}, Muon', SAVED_BY_MUON)}", *MUON, *SHORT])
+            for name, (source, target) in MUON_MOVES.items()
+            if LAYOUTS[source][0] in sources
         }  # fmt: skip
 
-    made.launch(1, whole | ROUNDED | WITH_MUP)
-    made.launch(2, whole | VARIED | ROUNDED | WITH_MUP | moves(1, 2))
-    made.launch(4, whole | VARIED | ROUNDED | WITH_MUP | moves(1, 2, 4))
+    made.launch(1, whole | ROUNDED | WITH_MUP | WITH_MUON)
+    made.launch(2, whole | VARIED | ROUNDED | WITH_MUP | WITH_MUON | moves(1, 2))
+    made.launch(4, whole | VARIED | ROUNDED | WITH_MUP | WITH_MUON | moves(1, 2, 4))
     made.launch(2, moves(4))
     made.launch(1, moves(1, 2, 4))
     return made
@@ -202,3 +226,20 @@ def test_mup_finds_its_parameters_on_every_layout(runs, name):
         expected, found = ([row[key] for row in runs.rows(run) if key in row] for run in ("one process, muP", name))
         assert found == pytest.approx(expected, rel=EQUAL), key
     assert runs.losses(name)[-1] != pytest.approx(runs.losses("one process")[-1], rel=1e-3), "a test that can fail"
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_MUON if name != "one process, Muon"])
+def test_muon_trains_equally_on_every_layout(runs, name):
+    for key in ("loss", "grad_norm"):
+        expected, found = ([row[key] for row in runs.rows(run) if key in row] for run in ("one process, Muon", name))
+        assert found == pytest.approx(expected, rel=EQUAL), key
+    assert runs.losses(name)[-1] != pytest.approx(runs.losses("one process")[-1], rel=1e-3), "a test that can fail"
+
+
+@pytest.mark.parametrize("name", MUON_MOVES)
+def test_a_checkpoint_of_muon_continues_on_another_layout(runs, name):
+    source, target = MUON_MOVES[name]
+    whole = runs.losses(f"{target}, Muon")[SAVED_BY_MUON:]
+    if source == target:
+        assert runs.losses(name) == whole, "not bitwise"
+    assert runs.losses(name) == pytest.approx(whole, rel=EQUAL)

@@ -196,7 +196,7 @@ def groups(model: Decoder, optimizer: torch.optim.Optimizer, key: str) -> dict[s
 
 def step_at(model: Decoder, lr: float, **keys) -> torch.optim.Optimizer:
     """The optimizer after one step at `lr`, of gradients that are all 1."""
-    optimizer = AdamW(**keys).build(parameters=model.named_parameters(), lr_multiplier=model.lr_multiplier)
+    optimizer = AdamW(**keys).build(model=model)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
     unused = {"noise_hooks": None, "grad_sync": None, "max_grad_norm": None, "compute_context": nullcontext}
     for parameter in model.parameters():

@@ -24,6 +24,18 @@ def test_mup_passes(experts):
     assert run_check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
 
 
+@pytest.mark.parametrize("lr_scale", ["match_rms_adamw", "spectral"])
+@pytest.mark.parametrize("optimizer", ["muon", "normuon"])
+def test_mup_passes_under_muon(optimizer, lr_scale):
+    assert run_check(replace(SMALL, optimizer=optimizer, lr_scale=lr_scale), "mup").failures(TOLERANCE) == []
+
+
+def test_muon_without_its_rule_fails(monkeypatch):
+    muon = replace(SMALL, optimizer="muon", lr=0.05)
+    monkeypatch.setattr(MuP, "muon_lr_factor", lambda self, name, dim, lr_scale: 1.0)
+    assert "layers.0.feed_forward" in run_check(muon, "mup").failures(2 * TOLERANCE)
+
+
 def test_the_standard_parametrization_fails_in_all_that_depends_on_width():
     found = run_check(SMALL, "standard")
     assert set(found.failures(TOLERANCE)) == {*INNER, "output"}

@@ -30,7 +30,8 @@ def training(seed: int, tied: bool = False) -> tuple[nn.Module, torch.optim.Opti
     model = nn.Sequential(nn.Embedding(12, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 12, bias=False))
     if tied:
         model[3].weight = model[0].weight
-    optimizer = AdamW().build(parameters=model.named_parameters(), lr_multiplier=lambda name: 1.0)
+    model.lr_multiplier = lambda name: 1.0
+    optimizer = AdamW().build(model=model)
     return model, optimizer
 
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,9 +16,18 @@ from components.train_step import TrainStep
 pytestmark = pytest.mark.quick
 
 
-def model() -> nn.Module:
+def model(multiplier: Callable[[str], float] = lambda name: 1.0) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    net.lr_multiplier = multiplier
+    return net
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 4, bias=False)
+    net.lr_multiplier = lambda name: 1.0
+    return net
 
 
 def decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -28,15 +38,13 @@ def decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     ("rule", "expected"), [("matrices", (0.1, 0.1, 0.0, 0.0)), ("all", (0.1,) * 4), ("none", (0.0,) * 4)]
 )
 def test_decay_mask_by_rule(rule, expected):
-    built = AdamW(weight_decay_on=rule).build(parameters=model().named_parameters(), lr_multiplier=lambda name: 1.0)
+    built = AdamW(weight_decay_on=rule).build(model=model())
     names = ("0.weight", "1.weight", "1.bias", "2.weight")
     assert tuple(decays(built)[name] for name in names) == expected
 
 
 def test_groups_carry_the_multiplier_of_their_names():
-    built = AdamW().build(
-        parameters=model().named_parameters(), lr_multiplier=lambda name: 0.25 if name == "1.weight" else 1.0
-    )
+    built = AdamW().build(model=model(lambda name: 0.25 if name == "1.weight" else 1.0))
     multipliers = {name: g["lr_multiplier"] for g in built.param_groups for name in g["param_names"]}
     assert multipliers["1.weight"] == 0.25
     assert {multipliers[name] for name in multipliers if name != "1.weight"} == {1.0}
@@ -44,10 +52,8 @@ def test_groups_carry_the_multiplier_of_their_names():
 
 @pytest.mark.parametrize("follows", ["schedule", "group"])
 def test_a_multiplier_of_zero_freezes_a_parameter(follows):
-    net = model()
-    optimizer = AdamW(weight_decay_on="all", weight_decay_lr=follows).build(
-        parameters=net.named_parameters(), lr_multiplier=lambda name: float(name != "1.weight")
-    )
+    net = model(lambda name: float(name != "1.weight"))
+    optimizer = AdamW(weight_decay_on="all", weight_decay_lr=follows).build(model=net)
     assert {name for name, decay in decays(optimizer).items() if decay} == {"0.weight", "1.bias", "2.weight", "2.bias"}
     before = copy.deepcopy(net.state_dict())
     for group in optimizer.param_groups:
@@ -60,16 +66,14 @@ def test_a_multiplier_of_zero_freezes_a_parameter(follows):
 @pytest.mark.parametrize("multiplier", [-1.0, math.nan])
 def test_a_multiplier_that_is_none_is_refused(multiplier):
     with pytest.raises(ValueError, match=r"lr_multiplier\(.0\.weight.\) is (-1\.0|nan)"):
-        AdamW().build(parameters=model().named_parameters(), lr_multiplier=lambda name: multiplier)
+        AdamW().build(model=model(lambda name: multiplier))
 
 
 def test_update_is_the_formula_in_float64():
     """Three steps of decoupled AdamW, written out, on one matrix."""
     lr, betas, eps, decay = 1e-2, (0.9, 0.95), 1e-8, 0.1
-    net = nn.Linear(4, 4, bias=False)
-    optimizer = AdamW(betas=betas, eps=eps, weight_decay=decay).build(
-        parameters=net.named_parameters(), lr_multiplier=lambda name: 1.0
-    )
+    net = linear()
+    optimizer = AdamW(betas=betas, eps=eps, weight_decay=decay).build(model=net)
     weight = copy.deepcopy(net.weight.detach()).double()
     first, second = torch.zeros_like(weight), torch.zeros_like(weight)
     for t in range(1, 4):
@@ -91,9 +95,8 @@ REFERENCE = 100
 
 
 def training(**keys) -> tuple[nn.Module, TrainStep]:
-    torch.manual_seed(0)
-    net = nn.Linear(4, 4, bias=False)
-    optimizer = AdamW(**keys).build(parameters=net.named_parameters(), lr_multiplier=lambda name: 1.0)
+    net = linear()
+    optimizer = AdamW(**keys).build(model=net)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"), sum=lambda tensor: tensor)
     unused = {"noise_hooks": None, "grad_sync": None, "max_grad_norm": None, "compute_context": nullcontext}
     return net, TrainStep(net, optimizer, ranks, ranks, **unused)

@@ -1,0 +1,128 @@
+"""The runs of the comparison, and the search for the best learning rate of each setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from recipes.cli import ROOT
+from tools.sweep.grid import Job, Settings, Sweep
+from tools.sweep.runner import Outcome, Results
+
+SHARED: Settings = {
+    "training.sequence_length": "128", "training.micro_batch_size": "8", "training.precision": "float32",
+    "run.device": "cpu", "gradient_noise.interval_steps": "none", "validation.interval_steps": "none",
+    "validation.max_sequences": "none", "validation.micro_batch_size": "16",
+    "lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": "0.3",
+}  # fmt: skip
+WARMUP = 0.05
+"""Fraction of the tokens."""
+SIZES: dict[str, Settings] = {
+    "1M": {"model.dim": "128", "model.layers": "4", "model.heads": "4", "model.kv_heads": "4", "model.ffn_dim": "384"},
+    "5M": {"model.dim": "256", "model.layers": "6", "model.heads": "8", "model.kv_heads": "8", "model.ffn_dim": "768"},
+}
+MUON = {"optimizer.use": "components.optimizers:Muon"}
+OPTIMIZERS: dict[str, Settings] = {
+    "AdamW": {},
+    "Muon": MUON,
+    "NorMuon": {**MUON, "optimizer.variant": "normuon"},
+}
+FIRST_LR = {8: 2e-3, 32: 4e-3, 128: 5.7e-3}
+"""The lowest of the first four learning rates, by batch; other batches: 4e-3."""
+SHORTER = (0.5, 0.7)
+"""Fractions of the tokens at which Muon and NorMuon are also trained."""
+
+
+class Setting(NamedTuple):
+    """What is tuned by itself."""
+
+    size: str
+    batch: int
+    """In samples."""
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The learning rates tried so far."""
+
+    results: Results
+    text: Mapping[str, Path]
+    tokens: int
+    seeds: int
+
+    def job(self, setting: Setting, lr: float, seed: int = 0, fraction: float = 1.0) -> Job:
+        """Return the run of a setting at one learning rate."""
+        tokens = round(self.tokens * fraction)
+        varied = {
+            **SIZES[setting.size],
+            **OPTIMIZERS[setting.optimizer],
+            "batch.initial_size": str(setting.batch),
+            "training.total_tokens": str(tokens),
+            "lr_schedule.warmup_tokens": str(round(WARMUP * tokens)),
+            "lr_schedule.max_lr": f"{lr:.3g}",
+            "run.seed": str(seed),
+        }
+        paths = {key: str(path.absolute()) for key, path in self.text.items()}
+        (job,) = Sweep(ROOT / "train_configs" / "own_text.toml", {**SHARED, **paths}, [[varied]]).jobs()
+        return job
+
+    def losses(self, setting: Setting) -> dict[float, float]:
+        """Return learning rate -> validation loss of the first seed, for those tried, in ascending order."""
+        found = {}
+        for lr in _learning_rates(setting):
+            if (outcome := self.results.get(self.job(setting, lr))) is not None:
+                found[lr] = outcome.loss
+        return found
+
+    def best_lr(self, setting: Setting) -> float | None:
+        """Return the best learning rate if those on both sides of it are worse and four were tried, else None."""
+        losses = self.losses(setting)
+        tried = list(losses)
+        if len(tried) < 4:
+            return None
+        best = min(tried, key=losses.__getitem__)
+        return None if best in (tried[0], tried[-1]) else best
+
+    def outcomes(self, setting: Setting, fraction: float = 1.0) -> list[Outcome]:
+        """Return the outcomes of all seeds at the best learning rate."""
+        lr = self.best_lr(setting)
+        if lr is None:
+            return []
+        jobs = [self.job(setting, lr, seed, fraction) for seed in range(self.seeds)]
+        return [outcome for job in jobs if (outcome := self.results.get(job)) is not None]
+
+    def missing(self, setting: Setting) -> Iterator[Job]:
+        """Yield the next runs: learning rates until the best is between two others, then seeds and shorter runs."""
+        lr, losses = self.best_lr(setting), self.losses(setting)
+        if lr is None:
+            grid = _learning_rates(setting)
+            wanted = grid[_START : _START + 4]
+            if set(wanted) <= losses.keys():
+                best = min(losses, key=losses.__getitem__)
+                tried = [grid.index(each) for each in losses]
+                wanted = [grid[tried[0] - 1] if best == min(losses) else grid[tried[-1] + 1]]
+            yield from (job for each in wanted if self.results.get(job := self.job(setting, each)) is None)
+            return
+        fractions = [1.0, *(SHORTER if setting.optimizer != "AdamW" else ())]
+        for fraction in fractions:
+            for seed in range(self.seeds):
+                if self.results.get(job := self.job(setting, lr, seed, fraction)) is None:
+                    yield job
+
+
+_START = 8
+"""Position of FIRST_LR in a grid."""
+
+
+def _learning_rates(setting: Setting) -> list[float]:
+    first = FIRST_LR.get(setting.batch, 4e-3)
+    return [float(f"{first * math.sqrt(2) ** power:.3g}") for power in range(-_START, 13)]
+
+
+def next_jobs(tuning: Tuning, settings: Sequence[Setting]) -> list[Job]:
+    """Return the runs that can be started now; none when all settings are complete."""
+    return [job for setting in settings for job in tuning.missing(setting)]
