@@ -1,4 +1,7 @@
-"""The parallel plan of a Llama: tensor-parallel styles and FSDP groups, by module name."""
+"""The parallel plan of a Llama: tensor-parallel styles and FSDP groups, by module name.
+
+A new style is a class, and an entry of STYLES, in components/distributed/tensor_parallel.py.
+"""
 
 from __future__ import annotations
 

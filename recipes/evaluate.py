@@ -1,6 +1,8 @@
 """Evaluate a trained model: loss, perplexity and bits per byte on any text, on any number of processes.
 
 ./run_train.sh train_configs/evaluate.toml --evaluation.checkpoint=runs/debug
+
+components/validation/sliding_window.py makes the windows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The architectures of transformers that can be imported and exported, one row each.
 
-To add one, write a row of ARCHITECTURES and its functions; for a model that is not a Decoder, also a subclass of
+To add one, write a row of ARCHITECTURES and its functions (parameter names are in weights.py, the conversion of
+config.json in config.py); for a model that is not a Decoder, also a subclass of
 `Architecture` that overrides its methods.
 """
 

@@ -1,6 +1,6 @@
 """Parameter names of the decoder in `transformers`: Llama, Granite and GraniteMoe.
 
-The rows of architectures.py choose among these tables.
+`hf_names` chooses the names by the shape of the decoder; an architecture is a row of architectures.py.
 
 Only names differ. Both use the half-rotation layout of RoPE (models/rope.py) and (out, in) matrices, with stacked
 experts and gate before up. So no weight is permuted or transposed, and a round trip is bitwise.
