@@ -2,9 +2,9 @@
 
 Importing torch and its compiler takes six seconds of processor time, which is most of what a tiny run costs; a fork
 takes none of them. `ForkedPython` is a `subprocess.Popen` for the commands `python SCRIPT`, `python -m MODULE` and
-`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it, its signals,
-environment, working directory and standard streams are those of the call. Tests of the start itself (the interpreter,
-the environment, the order of imports) start a real one: `subprocess.Popen`.
+`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it but the speed of the
+processor, its signals, environment, working directory and standard streams are those of the call. Tests of the start
+itself (the interpreter, the environment, the order of imports) start a real one: `subprocess.Popen`.
 
 A server is a separate process, `python -m tests.fork_server`, that ends with its client. There is one for each hash
 seed, so that ranks that iterate over a set in different orders are found.
@@ -12,6 +12,7 @@ seed, so that ranks that iterate over a set in different orders are found.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -121,6 +122,8 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def _import_what_runs_need() -> None:
+    import psutil  # noqa: F401
+    import rich._emoji_codes
     import safetensors.torch  # noqa: F401
     import torch._dynamo
     import torch.distributed.checkpoint.state_dict
@@ -130,14 +133,26 @@ def _import_what_runs_need() -> None:
     import torch.testing._internal.distributed.fake_pg
     import torch.utils.tensorboard  # noqa: F401
 
+    import components.checkpoint.tensor_writer
+    import components.lr_schedules
+    import components.optimizers
+    import components.tokenizers
+    import models.decoder
+    import models.llama
     import recipes.cli
     import recipes.pretrain  # noqa: F401
+    from components.hardware import peak_flops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        peak_flops(torch.device("cpu"), dtype)
 
 
 def serve(client: socket.socket) -> None:
     """Fork a process for every request and report its end, until the client exits."""
     _import_what_runs_need()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads do not survive a fork"
+    gc.collect()
+    gc.freeze()  # a run collects garbage after its first step: half a second of every process for the imported objects
     running: dict[int, int] = {}
 
     def reap(*_: object) -> None:
