@@ -2,9 +2,9 @@
 
 Importing torch and its compiler takes six seconds of processor time, which is most of what a tiny run costs; a fork
 takes none of them. `ForkedPython` is a `subprocess.Popen` for the commands `python SCRIPT`, `python -m MODULE` and
-`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it but the speed of the
-processor, its signals, environment, working directory and standard streams are those of the call. Tests of the start
-itself (the interpreter, the environment, the order of imports) start a real one: `subprocess.Popen`.
+`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it but the speed
+of the processor, its signals, environment, working directory and standard streams are those of the call. Tests of the
+start itself (the interpreter, the environment, the order of imports) start a real one: `subprocess.Popen`.
 
 A server is a separate process, `python -m tests.fork_server`, that ends with its client. There is one for each hash
 seed, so that ranks that iterate over a set in different orders are found.
@@ -123,7 +123,7 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 def _import_what_runs_need() -> None:
     import psutil  # noqa: F401
-    import rich._emoji_codes
+    import rich._emoji_codes  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo
     import torch.distributed.checkpoint.state_dict
@@ -131,14 +131,14 @@ def _import_what_runs_need() -> None:
     import torch.distributed.run
     import torch.distributed.tensor.parallel
     import torch.testing._internal.distributed.fake_pg
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
     import components.checkpoint.tensor_writer
     import components.lr_schedules
     import components.optimizers
-    import components.tokenizers
+    import components.tokenizers  # noqa: F401
     import models.decoder
-    import models.llama
+    import models.llama  # noqa: F401
     import recipes.cli
     import recipes.pretrain  # noqa: F401
     from components.hardware import peak_flops
