@@ -35,10 +35,16 @@ _HEADER = struct.Struct("i")
 
 
 class ForkedPython(subprocess.Popen):
-    """A process forked from a server. Raises ValueError if `args` is not a command for this interpreter."""
+    """A process forked from a server, which ignores the signals `ignored` as one that nohup has started.
 
-    def __init__(self, args: Any, *, hash_seed: int = 0, **options: Any) -> None:
+    Raises ValueError if `args` is not a command for this interpreter.
+    """
+
+    def __init__(
+        self, args: Any, *, hash_seed: int = 0, ignored: tuple[signal.Signals, ...] = (), **options: Any
+    ) -> None:
         self._server = _server(hash_seed)
+        self._ignored = ignored
         super().__init__(args, **options)
 
     def _execute_child(  # type: ignore[override]
@@ -56,6 +62,7 @@ class ForkedPython(subprocess.Popen):
             "environment": dict(os.environ if env is None else env),
             "directory": os.fspath(cwd or Path.cwd()),
             "new_session": new_session,
+            "ignored": self._ignored,
         }
         _send(self._server, request, [*streams, status])
         os.close(status)
@@ -186,8 +193,9 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     if request["new_session"]:
         os.setsid()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # the descriptors of the streams may overlap
@@ -269,7 +277,10 @@ def _end(status: int) -> None:
 
 
 class _ForkedWorker(subprocess.Popen):
-    """A worker that a forked launcher starts: forked from the launcher, which is its parent as usual."""
+    """A worker that a forked launcher starts: forked from the launcher, which is its parent as usual.
+
+    As usual it ignores the signals that the launcher ignores, and those that the launcher handles have their default.
+    """
 
     def _execute_child(  # type: ignore[override]
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
@@ -294,6 +305,7 @@ class _ForkedWorker(subprocess.Popen):
                 "environment": dict(os.environ if env is None else env),
                 "directory": cwd or str(Path.cwd()),
                 "new_session": bool(more[5]),
+                "ignored": [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN],
             }
             try:
                 os.closerange(3, os.sysconf("SC_OPEN_MAX"))

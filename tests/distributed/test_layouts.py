@@ -11,10 +11,7 @@ from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_resume import tensors, timeless
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STEPS, SAVED_AT, SAMPLES, SEQUENCE = 6, 4, 8, 24
 RECIPE = [

@@ -19,13 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = ["--training.total_tokens=40000", "--checkpoint.interval_steps=none"]
 
 
-def start(tiny, *arguments, **options):
-    command = [sys.executable, ROOT / "recipes", str(tiny.recipe), *LONG, *arguments]
+def start(tiny, *arguments, before=(), **options):
+    command = [sys.executable, *before, ROOT / "recipes", str(tiny.recipe), *LONG, *arguments]
     return start_process(command, **({"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options))
 
 
-def ignore_hangup():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+IN_A_TERMINAL = """
+import os, runpy, sys
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # the first that a session opens is the one that controls it
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def wait_for_steps(tiny, count, process):
@@ -59,7 +63,7 @@ def assert_saved(tiny):
 
 def test_two_processes_under_nohup_go_on_when_the_terminal_is_gone(tiny, monkeypatch):
     monkeypatch.setenv("NPROC", "2")
-    process = start(tiny, "--training.total_tokens=50M", before=ignore_hangup, start_new_session=True)
+    process = start(tiny, "--training.total_tokens=50M", ignored=(signal.SIGHUP,), start_new_session=True)
     wait_for_steps(tiny, 3, process)
     os.killpg(process.pid, signal.SIGHUP)  # as the kernel does: to the launcher and to its workers
     wait_for_steps(tiny, len(tiny.rows()) + 20, process)
@@ -74,12 +78,8 @@ def test_two_processes_save_when_their_terminal_closes(tiny, monkeypatch):
     monkeypatch.setenv("NPROC", "2")
     terminal, end = pty.openpty()
 
-    def own_terminal():
-        os.setsid()
-        os.close(os.open(os.ttyname(end), os.O_RDWR))  # the first that a session opens is the one that controls it
-
-    streams = {"stdin": end, "stdout": end, "stderr": end, "text": False}
-    process = start(tiny, "--training.total_tokens=50M", before=own_terminal, **streams)
+    streams = {"stdin": end, "stdout": end, "stderr": end, "text": False, "start_new_session": True}
+    process = start(tiny, "--training.total_tokens=50M", before=("-c", IN_A_TERMINAL), **streams)
     os.close(end)
     wait_for_steps(tiny, 3, process)
     os.close(terminal)
