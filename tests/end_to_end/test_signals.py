@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from components.checkpoint import list_checkpoints, verify
+from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.processes import start_process, wait_until
 
@@ -37,22 +38,28 @@ def wait_for_steps(tiny, count, process):
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, process)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A finished run that nothing has stopped."""
+    run = TinyRun(tmp_path_factory.mktemp("undisturbed"))
+    assert run.launch(*LONG) == 0
+    return run
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_stopped_run_saves_and_continues_as_if_it_had_never_stopped(new_tiny, number, status):
-    stopped, undisturbed = new_tiny("stopped"), new_tiny("undisturbed")
-    process = start(stopped)
-    wait_for_steps(stopped, 5, process)
+def test_a_stopped_run_saves_and_continues_as_if_it_had_never_stopped(tiny, undisturbed, number, status):
+    process = start(tiny)
+    wait_for_steps(tiny, 5, process)
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == status, output
     assert "continue with --resume" in output
     assert "Traceback" not in output
-    assert stopped.launch(*LONG, "--resume") == 0
-    assert undisturbed.launch(*LONG) == 0
-    assert timeless(stopped.rows()) == timeless(undisturbed.rows())
-    last = stopped.rows()[-1]["step"]
-    assert_same_state(stopped.checkpoint(last), undisturbed.checkpoint(last))
+    assert tiny.launch(*LONG, "--resume") == 0
+    assert timeless(tiny.rows()) == timeless(undisturbed.rows())
+    last = tiny.rows()[-1]["step"]
+    assert_same_state(tiny.checkpoint(last), undisturbed.checkpoint(last))
 
 
 def assert_saved(tiny):
