@@ -57,7 +57,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak matrix FLOP/s of one process's device in `dtype`; None if unknown.
 
     For GPUs it is the published value. For a CPU it is measured once per process, for a tenth of a second, as the best
-    of several products of 1024 x 1024 matrices, so MFU is relative to this machine's matrix product.
+    of several products of matrices of up to 1024 x 1024, so MFU is relative to this machine's matrix product. One such
+    product in bf16 can take seconds of a core that has no instruction for it: the size grows while the time allows.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -65,14 +66,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return known if dtype == torch.bfloat16 else None
     if device.type != "cpu":
         return None
-    size = 1024
-    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    best, deadline = float("inf"), time.perf_counter() + 0.1
-    while time.perf_counter() < deadline:
+    size, best = 128, 0.0
+    now = time.perf_counter()
+    deadline = now + 0.1
+    while now < deadline:
+        a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
         start = time.perf_counter()
         a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        now = time.perf_counter()
+        best = max(best, 2 * size**3 / (now - start))
+        if size < 1024 and 8 * (now - start) < deadline - now:
+            size *= 2
+    return best
 
 
 def device_memory(device: torch.device) -> int:

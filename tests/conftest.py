@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -118,6 +119,20 @@ class TinyRun:
 
     def checkpoint(self, step: int) -> Path:
         return self.directory / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let all tests of a session, of every worker, share what the compiler of torch writes: minutes of a C++ compiler.
+
+    A run would use a folder of its own cache, which is new in every test.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
+        yield
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 Importing torch and its compiler takes six seconds of processor time, which is most of what a tiny run costs; a fork
 takes none of them. `ForkedPython` is a `subprocess.Popen` for the commands `python SCRIPT`, `python -m MODULE` and
-`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it, its signals,
-environment, working directory and standard streams are those of the call. Tests of the start itself (the interpreter,
-the environment, the order of imports) start a real one: `subprocess.Popen`.
+`python -c CODE`. The process is as new as one can be after the imports: nothing has been computed in it but the speed
+of the processor, its signals, environment, working directory and standard streams are those of the call. Tests of the
+start itself (the interpreter, the environment, the order of imports) start a real one: `subprocess.Popen`.
 
 A server is a separate process, `python -m tests.fork_server`, that ends with its client. There is one for each hash
 seed, so that ranks that iterate over a set in different orders are found.
@@ -12,6 +12,7 @@ seed, so that ranks that iterate over a set in different orders are found.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -34,10 +35,16 @@ _HEADER = struct.Struct("i")
 
 
 class ForkedPython(subprocess.Popen):
-    """A process forked from a server. Raises ValueError if `args` is not a command for this interpreter."""
+    """A process forked from a server, which ignores the signals `ignored` as one that nohup has started.
 
-    def __init__(self, args: Any, *, hash_seed: int = 0, **options: Any) -> None:
+    Raises ValueError if `args` is not a command for this interpreter.
+    """
+
+    def __init__(
+        self, args: Any, *, hash_seed: int = 0, ignored: tuple[signal.Signals, ...] = (), **options: Any
+    ) -> None:
         self._server = _server(hash_seed)
+        self._ignored = ignored
         super().__init__(args, **options)
 
     def _execute_child(  # type: ignore[override]
@@ -55,6 +62,7 @@ class ForkedPython(subprocess.Popen):
             "environment": dict(os.environ if env is None else env),
             "directory": os.fspath(cwd or Path.cwd()),
             "new_session": new_session,
+            "ignored": self._ignored,
         }
         _send(self._server, request, [*streams, status])
         os.close(status)
@@ -121,6 +129,8 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def _import_what_runs_need() -> None:
+    import psutil  # noqa: F401
+    import rich._emoji_codes  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo
     import torch.distributed.checkpoint.state_dict
@@ -128,16 +138,28 @@ def _import_what_runs_need() -> None:
     import torch.distributed.run
     import torch.distributed.tensor.parallel
     import torch.testing._internal.distributed.fake_pg
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
+    import components.checkpoint.tensor_writer
+    import components.lr_schedules
+    import components.optimizers
+    import components.tokenizers  # noqa: F401
+    import models.decoder
+    import models.llama  # noqa: F401
     import recipes.cli
     import recipes.pretrain  # noqa: F401
+    from components.hardware import peak_flops
+
+    for dtype in (torch.float32, torch.bfloat16):
+        peak_flops(torch.device("cpu"), dtype)
 
 
 def serve(client: socket.socket) -> None:
     """Fork a process for every request and report its end, until the client exits."""
     _import_what_runs_need()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads do not survive a fork"
+    gc.collect()
+    gc.freeze()  # a run collects garbage after its first step: half a second of every process for the imported objects
     running: dict[int, int] = {}
 
     def reap(*_: object) -> None:
@@ -171,8 +193,9 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     if request["new_session"]:
         os.setsid()
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python does when it starts
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     # the descriptors of the streams may overlap
@@ -254,7 +277,10 @@ def _end(status: int) -> None:
 
 
 class _ForkedWorker(subprocess.Popen):
-    """A worker that a forked launcher starts: forked from the launcher, which is its parent as usual."""
+    """A worker that a forked launcher starts: forked from the launcher, which is its parent as usual.
+
+    As usual it ignores the signals that the launcher ignores, and those that the launcher handles have their default.
+    """
 
     def _execute_child(  # type: ignore[override]
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
@@ -279,6 +305,7 @@ class _ForkedWorker(subprocess.Popen):
                 "environment": dict(os.environ if env is None else env),
                 "directory": cwd or str(Path.cwd()),
                 "new_session": bool(more[5]),
+                "ignored": [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN],
             }
             try:
                 os.closerange(3, os.sysconf("SC_OPEN_MAX"))

@@ -26,21 +26,21 @@ def reset_signals() -> None:
 
 
 def start_process(
-    command: list[Any], before: Callable[[], object] | None = None, **options: Any
+    command: list[Any], ignored: tuple[signal.Signals, ...] = (), **options: Any
 ) -> subprocess.Popen[str]:
     """Start `command` with the signals of a terminal, whatever this process ignores; a child inherits that.
 
-    A command for this interpreter is forked from a process that has imported torch already, unless `before` is given:
-    it is called in the child, before the command.
+    Of those signals it ignores `ignored`. A command for this interpreter is forked from a process that has imported
+    torch already.
     """
-    if before is None and sys.platform == "linux" and is_python(command):
-        return ForkedPython(command, **{"text": True, **options})
+    if sys.platform == "linux" and is_python(command):
+        return ForkedPython(command, ignored=ignored, **{"text": True, **options})
     options.pop("hash_seed", None)
 
     def prepare() -> None:
         _default_signals()
-        if before is not None:
-            before()
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
     return subprocess.Popen(command, preexec_fn=prepare, **{"text": True, **options})
 

@@ -11,10 +11,7 @@ import pytest
 from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 RECIPE = [
     "--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=24", "--batch.eta=0.8",

@@ -16,10 +16,7 @@ from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_resume import timeless
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 MICRO_BATCHES, MICRO_BATCH, SEQUENCE, STEPS, LAYERS = 3, 2, 24, 3, 2
 SMALL = 1024

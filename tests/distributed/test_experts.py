@@ -16,10 +16,7 @@ from models.router_loss import RouterLossConfig
 from tests.conftest import TinyRun
 from tests.distributed.layouts import run_all
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 STEPS, SAMPLES, MICRO_BATCH, SEQUENCE = 20, 8, 2, 24
 EXPERTS, TOP_K = 6, 2

@@ -19,10 +19,7 @@ from models.llama import Llama
 from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 SAMPLES, MICRO_BATCH, SEQUENCE, STEPS = 16, 2, 24, 2
 BF16 = 5e-3

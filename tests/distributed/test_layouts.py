@@ -11,12 +11,9 @@ from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
 from tests.end_to_end.test_resume import tensors, timeless
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-STEPS, SAVED_AT, SAMPLES, SEQUENCE = 10, 8, 8, 24
+STEPS, SAVED_AT, SAMPLES, SEQUENCE = 6, 4, 8, 24
 RECIPE = [
     "--batch.use=components.batch:Constant",
     f"--batch.initial_size={SAMPLES}",
@@ -24,7 +21,7 @@ RECIPE = [
     "--data.use=tests.distributed.layouts:RecordedText",
     "--model.kv_heads=2",
     f"--checkpoint.interval_steps={SAVED_AT}",
-    "--validation.interval_steps=5",
+    "--validation.interval_steps=3",
     "--training.grad_sync=once_per_step",  # "auto" would estimate the memory of every run first
 ]
 EQUAL = 1e-5

@@ -20,6 +20,7 @@ from recipes.bad_steps import NonFiniteError
 from recipes.builtin_hooks import Validate
 from recipes.critical_batch.report import Branch, Report
 from recipes.pretrain import Pretrain
+from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import timeless
 from tests.faults.test_removals import Others, moved_and_linked
 
@@ -34,11 +35,12 @@ ROUNDED = 2880
 class Measured:
     """A finished run, and measurements on its checkpoints."""
 
-    def __init__(self, tiny) -> None:
+    def __init__(self, tiny: TinyRun) -> None:
         self.tiny = tiny
         self.directory = tiny.folder / "measured"
         self.arguments = [RECIPE, f"--run.dir={self.directory}", f"--branches.checkpoint={tiny.checkpoint(FROM)}"]
         self.arguments += [f"--branches.tokens={TOKENS}", "--branches.batch_multipliers=[1,2]"]
+        self.arguments += ["--checkpoint.interval_steps=none"]
 
     def launch(self, *more: str) -> int:
         return self.tiny.launch(*self.arguments, *more)
@@ -51,9 +53,17 @@ class Measured:
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The run that every test measures a copy of."""
+    run = TinyRun(tmp_path_factory.mktemp("finished"))
+    assert run.launch() == 0
+    return run
+
+
 @pytest.fixture
-def measured(tiny) -> Measured:
-    assert tiny.launch() == 0
+def measured(tiny: TinyRun, finished: TinyRun) -> Measured:
+    shutil.copytree(finished.directory, tiny.directory)
     return Measured(tiny)
 
 
@@ -74,6 +84,7 @@ def test_each_branch_is_a_run_resumed_by_hand(measured, capsys):
             "--lr_schedule.use=components.lr_schedules:Constant",
             f"--lr_schedule.max_lr={0.01 * math.sqrt(multiplier)}",
             f"--training.total_tokens={clock['tokens'] + ROUNDED}",
+            "--checkpoint.interval_steps=none",
         )
         assert status == 0
         rows = [json.loads(line) for line in (hand / "metrics.jsonl").read_text().splitlines()]

@@ -98,7 +98,15 @@ def test_the_stored_configuration_launches_the_same_run(tiny, tmp_path, monkeypa
     assert [row["loss"] for row in tiny.rows() if "loss" in row] == losses
 
 
-def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
+def folders_of_our_names(folder: Path) -> Path:
+    """Return a working directory whose folders must not be taken for the packages of this project."""
+    for name in ("recipes", "components", "models", "tools"):
+        (folder / "elsewhere" / name).mkdir(parents=True)
+        (folder / "elsewhere" / name / "__init__.py").write_text(f"raise ImportError('{name} of another project')")
+    return folder / "elsewhere"
+
+
+def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny, tmp_path):
     (tiny.folder / "my_parts.py").write_text(USERS_PARTS)
     recipe = tiny.recipe.read_text()
     recipe = recipe.split("[lr_schedule]")[0].replace(
@@ -110,7 +118,7 @@ def test_schedule_policy_and_dataset_of_a_user_run_unchanged(tiny):
     done = subprocess.run(  # from another directory, so that the custom code is not importable by accident
         [ROOT / "run_train.sh", tiny.recipe],
         env={**environment, "PYTHON": sys.executable},
-        cwd="/",
+        cwd=folders_of_our_names(tmp_path),
         capture_output=True,
         text=True,
     )
@@ -137,15 +145,12 @@ def test_a_corpus_is_prepared_by_several_processes_in_a_run(tiny, processes):
     assert "documents, 6" in done.stdout and "done: 384 tokens" in done.stdout
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_packages_of_the_same_names_in_the_current_directory_are_not_imported(tiny, tmp_path, processes):
-    for name in ("recipes", "components", "models", "tools"):
-        (tmp_path / "elsewhere" / name).mkdir(parents=True)
-        (tmp_path / "elsewhere" / name / "__init__.py").write_text(f"raise ImportError('{name} of another project')")
+def test_packages_of_the_same_names_in_the_current_directory_are_not_imported(tiny, tmp_path):
+    """On two processes; a single one starts there in the test of custom components."""
     done = subprocess.run(
         [ROOT / "run_train.sh", tiny.recipe, "--training.total_tokens=384"],
-        env={**os.environ, "PYTHON": sys.executable, "NPROC": processes, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1"},
+        cwd=folders_of_our_names(tmp_path),
         capture_output=True,
         text=True,
     )

@@ -10,6 +10,7 @@ import pytest
 from models.presets import PRESETS
 from recipes import cli
 from recipes.config import Override, flatten, load
+from recipes.dry_run import memory
 from recipes.dry_run.plan import HardwareTarget, make_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "train_configs"
@@ -116,8 +117,23 @@ PARAMETERS |= {
 }
 
 
+@pytest.fixture
+def once_per_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count activations and optimizer state once for a recipe: on one process they are those on any number of them."""
+    for name in ("count_activations", "optimizer_bytes_per_element"):
+        count, counted = getattr(memory, name), {}
+
+        def remembered(model, *arguments, count=count, counted=counted, **sizes):
+            key = str(model), repr(arguments), tuple(sizes.items())
+            if key not in counted:
+                counted[key] = count(model, *arguments, **sizes)
+            return counted[key]
+
+        monkeypatch.setattr(memory, name, remembered)
+
+
 @pytest.mark.parametrize("name", TRAINED)
-def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys):
+def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys, once_per_recipe):
     """No GPU, no weights, and for the published ones neither data nor tokenizer."""
     monkeypatch.delenv("RANK", raising=False)
     for processes, nodes in ((1, 1), (8, 8)) if name in POWER else ((1, 1), (4, 1), (8, 1), (8, 8)):
