@@ -32,6 +32,7 @@ from components.profiler import Profiler
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
+from recipes.averages import Averages
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.dry_run.memory import decide_grad_sync
@@ -212,13 +213,16 @@ def build_state(
         noise = recipe.gradient_noise.build()
     with config_errors_at(config, "guard"):
         guard = recipe.guard.build()
+    with config_errors_at(config, "average"):
+        averages = Averages(step.model, recipe.average)
     state = TrainingState(
         clock=TrainingClock(training.total_tokens, training.sequence_length),
-        tensors=StateTensors(step.model, step.optimizer, environment.world),
+        tensors=StateTensors(step.model, step.optimizer, environment.world, averages.tensors),
         policy=policy,
         noise=noise,
         guard=guard,
         data=data,
+        averages=averages,
         hooks=hooks,
     )
     if (checkpoint := environment.start.checkpoint) is not None:

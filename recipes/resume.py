@@ -43,6 +43,7 @@ RULES: dict[str, Rule] = {
     "run": "allow",
     "parallel": "allow",
     "validation": "allow",
+    "average": "allow",
     "checkpoint": "allow",
     "metrics": "allow",
     "guard": "allow",
