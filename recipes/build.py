@@ -146,7 +146,7 @@ def build_sharded_model(
     with config_errors_at(config, "parallel"):
         parallelize(model, recipe.model, mesh, dtype, device, training)
     materialize(model, device)
-    _initialize(model, config, is_resumed=is_resumed)
+    _initialize(model, config, world, is_resumed=is_resumed)
     # FSDP2 already casts parameters to the compute dtype; a model that is not sharded computes with bf16 copies
     weights = WorkingWeights(model, torch.bfloat16) if mesh.fsdp is None and chosen == "bf16" else None
     return ShardedModel(
@@ -158,7 +158,7 @@ def build_sharded_model(
     )
 
 
-def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
+def _initialize(model: Any, config: Config, world: DistributedContext, *, is_resumed: bool) -> None:
     """Initialize the parameters at random or from [run] init_from; a checkpoint that is resumed replaces them later."""
     run = config.recipe.run
     if run.init_from is None or is_resumed:
@@ -168,7 +168,7 @@ def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
     from recipes.initial_weights import load_initial_weights  # not at the top: it imports every model
 
     with config_errors_at(config, "run"):
-        load_initial_weights(model, run.init_from)
+        load_initial_weights(model, config, world)
 
 
 def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDims, built: ShardedModel) -> TrainStep:

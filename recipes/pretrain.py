@@ -106,7 +106,7 @@ class Pretrain:
             )
         for name in self.average:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                yield f"average.{name}", f"{name!r}: the name must consist of letters, digits, _ and -"
+                yield "average", f"{name!r}: the name must consist of letters, digits, _ and -"
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
             yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
