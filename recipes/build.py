@@ -32,6 +32,7 @@ from components.profiler import Profiler
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
+from recipes.averages import Averages
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
 from recipes.dry_run.memory import decide_grad_sync
@@ -145,7 +146,7 @@ def build_sharded_model(
     with config_errors_at(config, "parallel"):
         parallelize(model, recipe.model, mesh, dtype, device, training)
     materialize(model, device)
-    _initialize(model, config, is_resumed=is_resumed)
+    _initialize(model, config, world, is_resumed=is_resumed)
     # FSDP2 already casts parameters to the compute dtype; a model that is not sharded computes with bf16 copies
     weights = WorkingWeights(model, torch.bfloat16) if mesh.fsdp is None and chosen == "bf16" else None
     return ShardedModel(
@@ -157,7 +158,7 @@ def build_sharded_model(
     )
 
 
-def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
+def _initialize(model: Any, config: Config, world: DistributedContext, *, is_resumed: bool) -> None:
     """Initialize the parameters at random or from [run] init_from; a checkpoint that is resumed replaces them later."""
     run = config.recipe.run
     if run.init_from is None or is_resumed:
@@ -167,7 +168,7 @@ def _initialize(model: Any, config: Config, *, is_resumed: bool) -> None:
     from recipes.initial_weights import load_initial_weights  # not at the top: it imports every model
 
     with config_errors_at(config, "run"):
-        load_initial_weights(model, run.init_from)
+        load_initial_weights(model, config, world)
 
 
 def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDims, built: ShardedModel) -> TrainStep:
@@ -212,13 +213,16 @@ def build_state(
         noise = recipe.gradient_noise.build()
     with config_errors_at(config, "guard"):
         guard = recipe.guard.build()
+    with config_errors_at(config, "average"):
+        averages = Averages(step.model, recipe.average)
     state = TrainingState(
         clock=TrainingClock(training.total_tokens, training.sequence_length),
-        tensors=StateTensors(step.model, step.optimizer, environment.world),
+        tensors=StateTensors(step.model, step.optimizer, environment.world, averages.tensors),
         policy=policy,
         noise=noise,
         guard=guard,
         data=data,
+        averages=averages,
         hooks=hooks,
     )
     if (checkpoint := environment.start.checkpoint) is not None:

@@ -66,7 +66,7 @@ class SaveCheckpoints(Hook):
 
 @dataclass
 class Validate(Hook):
-    """Writes a row with the validation loss at intervals and at the end.
+    """Writes a row with the validation loss, and that of every average of the weights, at intervals and at the end.
 
     Runs after the save, so that unreadable validation data does not prevent it. Raises ConfigError at [validation] if
     the data cannot be read.
@@ -93,12 +93,19 @@ class Validate(Hook):
             self.validate(context.model, context.clock)
 
     def validate(self, model: nn.Module, clock: TrainingClock) -> None:
-        """Evaluate `model` and write the row of this step."""
+        """Evaluate `model`, with its weights and with each average of them, and write the row of this step."""
         run = self.checkpoints
         run.read_launched()
-        values = call_on_all_ranks(
-            lambda: self.validation.evaluate(model, self.dp, self.compute), run.config, "validation", run.world
-        )
+
+        def evaluate() -> dict[str, float]:
+            return call_on_all_ranks(
+                lambda: self.validation.evaluate(model, self.dp, self.compute), run.config, "validation", run.world
+            )
+
+        values = evaluate()
+        for name in run.state.averages.started():
+            with run.state.averages.swapped(name):
+                values |= {f"{key}_average_{name}": value for key, value in evaluate().items()}
         run.metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
         run.restart_timer()
 

@@ -20,7 +20,7 @@ from torch import nn
 from components import precision
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import ParallelConfig
-from components.errors import InputError
+from components.errors import InputError, message_of
 from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
@@ -46,6 +46,8 @@ class Evaluation:
 
     checkpoint: Path
     """A run directory (its newest checkpoint), a checkpoint, or a Hugging Face directory."""
+    average: str | None = None
+    """Name of the average of the weights to evaluate; unset: the weights of the last step."""
     trust_code: bool = False
     """Allow the checkpoint to import custom code; without this it may name only code of this project."""
     method: Literal["packed", "documents"] = "packed"
@@ -134,13 +136,15 @@ class Evaluate:
         try:
             pretrained = load_pretrained(
                 cfg.checkpoint,
+                average=cfg.average,
                 trust_code=cfg.trust_code,
                 trust_option="--evaluation.trust_code=true",
                 rank=rank,
                 ranks=ranks,
             )
         except (ValueError, OSError) as error:
-            raise InputError("checkpoint", str(error)) from None
+            at_fault = "average" if getattr(error, "key", "") == "average" else "checkpoint"
+            raise InputError(at_fault, message_of(error)) from None
         length = cfg.sequence_length or pretrained.sequence_length
         tp = self.parallel.tp
         if cfg.stride is not None and cfg.stride > length:
@@ -201,6 +205,7 @@ class Evaluate:
             rows = total
             total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
         about = {"checkpoint": str(pretrained.path), "step": pretrained.step, "data": str(data), "method": cfg.method}
+        about |= {"average": cfg.average} if cfg.average else {}
         window: dict[str, Any] = {"sequence_length": length}
         if cfg.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}

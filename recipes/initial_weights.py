@@ -1,4 +1,4 @@
-"""Initialize a model from the weights of a Hugging Face directory: `[run] init_from`."""
+"""Initialize a model from the weights of a Hugging Face directory or a checkpoint: `[run] init_from`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from components.checkpoint import verify
+from components.checkpoint.load import tensor_index
+from components.distributed.collectives import run_on_all_ranks
+from components.distributed.context import DistributedContext
 from components.errors import InputError, MissingFileError
+from components.paths import is_file
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
+from recipes.averages import find_average, load_weights
+from recipes.config import Config
+from recipes.resume import diff_config, find_checkpoint_at
+from recipes.stored_config import load_stored_config
+from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
@@ -24,16 +34,25 @@ IGNORED_KEYS = ("size", "max_sequence_length")
 """Keys of [model] that are not compared."""
 
 
-def load_initial_weights(model: nn.Module, directory: Path) -> None:
-    """Fill every parameter of `model`, sharded or not, from `directory`. Each rank reads only its shards.
+def load_initial_weights(model: nn.Module, config: Config, world: DistributedContext) -> None:
+    """Fill every parameter of `model`, sharded or not, from [run] init_from. Each rank reads only its shards.
 
-    Raises InputError or MissingFileError at `init_from` before any parameter is changed.
+    Raises InputError or MissingFileError at `init_from` or `average` before any parameter is changed.
     """
+    run = config.recipe.run
+    directory: Path = run.init_from
     try:
         for warning in check_initial_weights(model, directory):
             log.warning(f"run.init_from: {warning}")
-        with Weights(directory, ignore=[RECOMPUTED_BUFFERS]) as weights:
-            copy_weights(model, weights)
+        if (checkpoint := find_initial_checkpoint(directory)) is not None:
+            _load_checkpoint(model, checkpoint, config, world)
+        elif run.average is not None:
+            raise InputError("average", f"{directory} is a Hugging Face directory, which has no averages; remove it")
+        else:
+            with Weights(directory, ignore=[RECOMPUTED_BUFFERS]) as weights:
+                copy_weights(model, weights)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise MissingFileError("init_from", str(error)) from None
     except ValueError as error:
@@ -41,11 +60,41 @@ def load_initial_weights(model: nn.Module, directory: Path) -> None:
     log.info(f"initialized the weights from {directory}")
 
 
+def find_initial_checkpoint(directory: Path) -> Path | None:
+    """Return the checkpoint at `directory`, or the newest of a run directory; None for a Hugging Face directory."""
+    if is_file(directory / "config.json"):
+        return None
+    try:
+        return find_checkpoint_at(directory)
+    except ValueError:
+        return None
+
+
+def _load_checkpoint(model: nn.Module, checkpoint: Path, config: Config, world: DistributedContext) -> None:
+    run_on_all_ranks(lambda: verify(checkpoint, rank=world.rank, ranks=world.size), world.gather)
+    average = None
+    if (name := config.recipe.run.average) is not None:
+        recipe = load_stored_config(checkpoint, trusted_config=config, remedy="name this code in the recipe").recipe
+        average = find_average(checkpoint, read_run_state(checkpoint), recipe, name)
+    for key, before, now in diff_config(checkpoint / "config.toml", config):
+        if key.startswith("model."):
+            log.warning(f"run.init_from: {key} = {before!r} in the checkpoint, {now!r} in the recipe")
+    load_weights(checkpoint, model.state_dict(), average, no_dist=world.size == 1)
+
+
 def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
     """Return warnings about what `model` computes differently from the model in `directory`. Reads no tensor.
 
     Raises ValueError if the weights do not fit, FileNotFoundError if there are none.
     """
+    if (checkpoint := find_initial_checkpoint(directory)) is not None:
+        entries = tensor_index(checkpoint, no_dist=True).entries
+        for name, parameter in model.named_parameters():
+            entry, shape = entries.get(f"model.{name}"), tuple(parameter.shape)
+            if entry is None or entry.shape != shape:
+                found = "nothing of this name" if entry is None else f"the shape {entry.shape}"
+                raise ValueError(f"{checkpoint} has {found} for {name}, {shape}; set the [model] of its config.toml")
+        return []
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")

@@ -172,3 +172,45 @@ class BatchConfig(Protocol):
         `schedule` has the attributes of `ScheduleDefaults`. Raises ValueError if the two cannot be combined.
         """
         ...
+
+
+class WeightAverage(Protocol):
+    """What [average.NAME] builds. Tensors are the local shards of this rank, one for each parameter, in one order."""
+
+    @property
+    def has_started(self) -> bool:
+        """Whether there is an average yet."""
+        ...
+
+    def update(self, weights: Sequence[Tensor], *, tokens: int, step_tokens: int) -> None:
+        """Called after each optimizer step, of `step_tokens` tokens, that ends at `tokens` of the run.
+
+        Not called for a step that is skipped as bad. On a GPU it is called before the host knows that, and the weights
+        are then those of the step before. Must not synchronize with the device.
+        """
+        ...
+
+    def copy_to(self, weights: Sequence[Tensor]) -> None:
+        """Copy the average to `weights`, of any floating-point dtype. Must leave its own state unchanged."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state that is not in tensors, as JSON values."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class AverageConfig(Protocol):
+    """[average.NAME]: an average of the weights over training, one table for each."""
+
+    num_copies: int
+    """The number of float32 copies of the weights that it keeps."""
+
+    def build(self, *, copies: Sequence[Sequence[Tensor]]) -> WeightAverage:
+        """Return the average of a run, which keeps its tensors in `copies`: `num_copies` lists of zeros, one for each
+        parameter. They are saved and restored with every checkpoint, on any layout."""
+        ...

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from recipes.errors import RunError, config_errors_at, raised_in
 from recipes.hooks import Hook, Hooks
 from recipes.interfaces import (
     AnyHook,
+    AverageConfig,
     BatchConfig,
     HasParallelPlan,
     LRSchedule,
@@ -80,6 +82,8 @@ class Pretrain:
     profile: ProfilerConfig = field(default_factory=ProfilerConfig)
     hooks: dict[str, AnyHook] = field(default_factory=dict)
     """Classes that are called at points of the training loop, by name; see docs/hooks.md."""
+    average: dict[str, AverageConfig] = field(default_factory=dict)
+    """Averages of the weights over training, by name; see docs/averages.md."""
 
     @property
     def device(self) -> str:
@@ -100,6 +104,9 @@ class Pretrain:
                 f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
                 "or use components.batch:Constant",
             )
+        for name in self.average:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                yield "average", f"{name!r}: the name must consist of letters, digits, _ and -"
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
             yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
@@ -180,9 +187,8 @@ class Trainer:
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, recipe.checkpoint.interval_steps)]
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
-            after.append(
-                Validate(validation, self.checkpoints, self.requests, self.mesh.dp, self.step.compute_context, metrics)
-            )
+            compute = self.step.compute_context
+            after.append(Validate(validation, self.checkpoints, self.requests, self.mesh.dp, compute, metrics))
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
         self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)
@@ -229,6 +235,7 @@ class Trainer:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_consistent = False
                 self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
+                self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
         self.clock.advance(batch.samples)
         self.state.is_consistent = True
         self.launched.append((launched, bad))

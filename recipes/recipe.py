@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from components.protocol_defaults import with_defaults
@@ -17,6 +18,8 @@ class RecipeDefaults:
     """The section with the run directory."""
     validation: Any = None
     """The section with the validation data."""
+    average: Mapping[str, Any] = MappingProxyType({})
+    """The sections of the averages of the weights, by name."""
     dry_run: Callable[..., int] | None = None
     """Called as `dry_run(config, world_size)` by --dry-run, instead of the dry run of pre-training."""
 

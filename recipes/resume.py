@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
     "run": "allow",
     "parallel": "allow",
     "validation": "allow",
+    "average": "allow",
     "checkpoint": "allow",
     "metrics": "allow",
     "guard": "allow",

@@ -42,7 +42,10 @@ class RunConfig:
     deterministic: bool = False
     """Use deterministic algorithms of torch; slower on GPUs. A single CPU process is always deterministic."""
     init_from: Path | None = None
-    """A Hugging Face directory with initial weights; unset: random weights. Ignored when a run is resumed."""
+    """A Hugging Face directory or a checkpoint with initial weights; unset: random weights. Ignored when a run is
+    resumed."""
+    average: str | None = None
+    """Name of the average of the weights to take from the checkpoint `init_from`; unset: those of its last step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The device; auto: CUDA if there is a GPU."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -50,6 +53,8 @@ class RunConfig:
     step and a checkpoint. Unset: no limit."""
 
     def __post_init__(self) -> None:
+        if self.average is not None and self.init_from is None:
+            raise InputError("average", "only valid with init_from; [average.NAME] averages the weights of this run")
         name = self.name
         if not name or name.strip() != name or name[0] in "-.~" or not name.isprintable() or set(name) & set("/\\\"'"):
             raise InputError(

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from components.checkpoint import list_checkpoints, load_tensors, verify
+from components.checkpoint import list_checkpoints, verify
+from components.errors import InputError
 from components.interfaces import Tokenizer
 from components.paths import expand_home, is_file
 from components.safetensors import Weights, read_json
 from components.tokenizers import TokenizerJson
 from models.hf.architectures import architecture_from_config
 from models.hf.weights import RECOMPUTED_BUFFERS
+from recipes.averages import StoredAverage, find_average, load_weights
 from recipes.config import Override
 from recipes.initial_weights import copy_weights
 from recipes.interfaces import ModelConfig, TokenizerConfig
@@ -50,6 +52,8 @@ class PretrainedModel:
     """The training step of the checkpoint."""
     recipe: Any = None
     """The recipe that trained the model; None for a Hugging Face model."""
+    average: StoredAverage | None = None
+    """The average to use instead of the weights of the last step."""
 
     def load_tokenizer(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
         """Build `tokenizer`, by default that of the model. Raises ValueError or OSError if there is none that fits."""
@@ -77,7 +81,7 @@ class PretrainedModel:
         Raises ValueError if a file is damaged.
         """
         if self.recipe is not None:
-            load_tensors(self.path, {"model": model.state_dict()}, no_dist=single_process)
+            load_weights(self.path, model.state_dict(), self.average, no_dist=single_process)
             return
         with Weights(self.path, ignore=[RECOMPUTED_BUFFERS]) as weights:
             for note in weights.notes:
@@ -89,6 +93,7 @@ def load_pretrained(
     path: Path,
     tokenizer: Path | None = None,
     *,
+    average: str | None = None,
     trust_code: bool = False,
     trust_option: str = "--trust-code",
     rank: int = 0,
@@ -96,9 +101,10 @@ def load_pretrained(
 ) -> PretrainedModel:
     """Load the model at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
-    `tokenizer` is the path of the tokenizer file if it has moved. The configuration of a checkpoint may name only code
-    of this project, unless `trust_code` is set (error messages name `trust_option`). Each of `ranks` processes
-    verifies a part of the checkpoint. Raises ValueError, OSError or ConfigError.
+    `tokenizer` is the path of the tokenizer file if it has moved, `average` the name of an average of the weights to
+    use. The configuration of a checkpoint may name only code of this project, unless `trust_code` is set (error
+    messages name `trust_option`). Each of `ranks` processes verifies a part of the checkpoint. Raises ValueError,
+    OSError or ConfigError; InputError at `average` if there is no such average.
     """
     path = expand_home(path).absolute()
     if is_file(path / "config.json"):
@@ -106,6 +112,8 @@ def load_pretrained(
             raise ValueError(
                 f"{path} holds both a Hugging Face model and checkpoints; move one of them to another directory"
             )
+        if average is not None:
+            raise InputError("average", f"{path} is a Hugging Face directory, which has no averages; name a checkpoint")
         return _load_hugging_face(path, tokenizer)
     try:
         checkpoint = find_checkpoint_at(path)
@@ -125,6 +133,7 @@ def load_pretrained(
         document_masking=recipe.training.document_masking,
         step=state["clock"]["step"],
         recipe=recipe,
+        average=find_average(checkpoint, state, recipe, average),
     )
 
 

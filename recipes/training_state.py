@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
 
 from components.batch import BatchPolicy
 from components.checkpoint import StateTensors, read_state
 from components.clock import TrainingClock
 from components.gradient_noise import GradientNoise, NoiseEstimator
 from components.guard import StepGuard
+from recipes.averages import Averages
 from recipes.errors import raised_in
 from recipes.hooks import Hook
 
@@ -40,6 +42,14 @@ class _Loader(BaseModel):
     """Fingerprint of the data; None for a dataset without one."""
 
 
+class _Average(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    use: str
+    num_copies: int
+    state: dict[str, Any]
+
+
 class _State(BaseModel):
     """The part of state.json that other code than the component that wrote it reads."""
 
@@ -49,6 +59,7 @@ class _State(BaseModel):
     batch: dict[str, Any]
     loader: _Loader
     hooks: dict[str, dict[str, Any]]
+    average: dict[str, _Average] = Field(default_factory=dict)
     vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
     tokenizer: str
     """Fingerprint of the tokenizer."""
@@ -89,6 +100,8 @@ class TrainingState:
     noise: NoiseEstimator
     guard: StepGuard
     data: DataIdentity
+    averages: Averages = field(default_factory=lambda: Averages(nn.Module(), {}))
+    """The averages of [average]."""
     hooks: Mapping[str, Hook] = field(default_factory=dict)
     """The hooks of [hooks], by name."""
     observations: deque[tuple[TrainingClock, GradientNoise | None]] = field(default_factory=deque)
@@ -105,6 +118,7 @@ class TrainingState:
             "gradient_noise": self.noise.state_dict(),
             "observations": [[after.state_dict(), noise and noise.state_dict()] for after, noise in self.observations],
             "guard": self.guard.state_dict(),
+            "average": self.averages.state_dict(),
             "hooks": {name: dict(hook.state_dict()) for name, hook in self.hooks.items()},
             "loader": {"epoch_length": data.epoch_length, "content": data.content},
             "vocab_size": data.vocab_size,
@@ -122,6 +136,7 @@ class TrainingState:
         self.policy.load_state_dict(state["batch"])
         self.noise.load_state_dict(state["gradient_noise"])
         self.guard.load_state_dict(state["guard"])
+        self.averages.load_state_dict(state.get("average", {}))
         self.observations.clear()
         for progress, noise in state["observations"]:
             after = replace(self.clock)
@@ -137,6 +152,11 @@ class TrainingState:
     def restore(self, checkpoint: Path) -> None:
         """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer."""
         state, data = read_run_state(checkpoint), self.data
+        if "merged" in state:
+            raise ValueError(
+                f"{checkpoint} holds only the mean of weights of several checkpoints, which cannot be resumed; start a "
+                "new run with run.init_from"
+            )
         if state["vocab_size"] != data.vocab_size:
             raise ValueError(
                 f"{checkpoint} was trained with a vocabulary of {state['vocab_size']}, not {data.vocab_size}"

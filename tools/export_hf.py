@@ -1,6 +1,6 @@
 """Convert a checkpoint to a Hugging Face directory, which `transformers` and most other readers open.
 
-    python -m tools.export_hf CHECKPOINT OUTPUT [--dtype bf16] [--max-shard-size 5GB]
+    python -m tools.export_hf CHECKPOINT OUTPUT [--average NAME] [--dtype bf16] [--max-shard-size 5GB]
 
 CHECKPOINT is a checkpoint, saved on any number of processes, or a run directory, whose newest checkpoint is taken.
 Exit status: 0 done, 2 for a user error.
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.checkpoint import load_tensors, verify
+from components.checkpoint import verify
 from components.safetensors import TensorSpec, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
 from components.tokenizers.hf_conversion import save
 from models.hf.architectures import architecture_from_model
+from recipes.averages import StoredAverage, find_average, load_weights
 from recipes.config import Config, ConfigError
 from recipes.resume import find_checkpoint_at
 from recipes.stored_config import load_stored_config
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory")
     parser.add_argument("output", type=Path, help="the directory to write")
+    parser.add_argument("--average", metavar="NAME", help="average of the weights to export (default: the last step)")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the exported weights (default: as saved)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of one weights file (default: 5GB)")
     parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
@@ -43,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         notes = export(
             options.checkpoint,
             options.output,
+            average=options.average,
             dtype=DTYPES[options.dtype] if options.dtype else None,
             max_shard_bytes=parse_bytes(options.max_shard_size),
             force=options.force,
@@ -60,12 +63,13 @@ def export(
     checkpoint: Path,
     output: Path,
     *,
+    average: str | None = None,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     force: bool = False,
     trust_code: bool = False,
 ) -> list[str]:
-    """Write the model of `checkpoint` to the directory `output`; return notes for the user.
+    """Write the model of `checkpoint`, or an average of it, to the directory `output`; return notes for the user.
 
     Raises ValueError, ConfigError or OSError.
     """
@@ -73,6 +77,7 @@ def export(
     verify(checkpoint)
     state = read_run_state(checkpoint)
     config = load_stored_config(checkpoint, trust_code=trust_code)
+    stored_average = find_average(checkpoint, state, config.recipe, average)
     with torch.device("meta"):
         model = config.recipe.model.build(
             vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length
@@ -90,7 +95,7 @@ def export(
         return {
             hf_name: tensor.to(tensors[hf_name].dtype)
             for hf_name, tensor in read_model(
-                checkpoint, parameters, {hf_name: model_names[hf_name] for hf_name in group}
+                checkpoint, parameters, {hf_name: model_names[hf_name] for hf_name in group}, stored_average
             ).items()
         }
 
@@ -102,16 +107,21 @@ def export(
         write_json(temporary / "generation_config.json", {**ids, "pad_token_id": end})
         files = write_weights(temporary, tensors, read, max_shard_bytes=max_shard_bytes)
     count = sum(parameter.numel() for parameter in parameters.values())
-    summary = f"{checkpoint.name}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
+    source = checkpoint.name if average is None else f"{checkpoint.name}, average {average}"
+    summary = f"{source}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
     return [summary, *notes]
 
 
 def read_model(
-    checkpoint: Path, parameters: Mapping[str, nn.Parameter], wanted: Mapping[str, str]
+    checkpoint: Path,
+    parameters: Mapping[str, nn.Parameter],
+    wanted: Mapping[str, str],
+    average: StoredAverage | None = None,
 ) -> dict[str, Tensor]:
     """Return the tensors that `wanted` names, unsharded and on the CPU; no others are read."""
     tensors = {key: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for key, name in wanted.items()}
-    load_tensors(checkpoint, {"model": {wanted[key]: tensor for key, tensor in tensors.items()}}, no_dist=True)
+    weights = {wanted[key]: tensor for key, tensor in tensors.items()}
+    load_weights(checkpoint, weights, average, no_dist=True)
     return tensors
 
 

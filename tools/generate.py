@@ -80,7 +80,9 @@ class Generator:
         self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is available")
-        trained = load_pretrained(options.checkpoint, options.tokenizer, trust_code=options.trust_code)
+        trained = load_pretrained(
+            options.checkpoint, options.tokenizer, average=options.average, trust_code=options.trust_code
+        )
         self.encoder = trained.load_tokenizer()
         model = trained.build(trained.sequence_length)
         if not hasattr(model, "new_cache"):  # a custom model may have none
@@ -229,6 +231,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one stored with the run)"
     )
+    parser.add_argument("--average", metavar="NAME", help="average of the weights to use (default: the last step)")
     parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class StateTensors:
     """Collects and restores model and optimizer state by parameter name, and the random state of this rank."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: WorldComm) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: WorldComm,
+        averages: Callable[[], Mapping[str, Mapping[str, torch.Tensor]]] = dict,
+    ) -> None:
+        """`averages` returns the tensors of each average of the weights, by its name."""
+        self.averages = averages
         self.model = model
         self.optimizer = optimizer
         self.world = world
@@ -31,6 +39,7 @@ class StateTensors:
             "model": get_model_state_dict(self.model),
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
             "random": {str(self.world.rank): self._random_state()},
+            "average": {name: dict(tensors) for name, tensors in self.averages().items()},
         }
 
     def find_nonfinite(self) -> list[str]:
@@ -54,7 +63,9 @@ class StateTensors:
         return [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
 
     def restore(self, checkpoint: Path) -> None:
-        """Load the model, the optimizer state and the random state of this rank from `checkpoint`.
+        """Load the model, the optimizer state, averages and the random state of this rank from `checkpoint`.
+
+        An average that the checkpoint does not have, with all its tensors, is left as it is.
 
         Options of the parameter groups are not restored: those of the recipe may have changed, and an optimizer may
         set them for the batch of one step.
@@ -72,6 +83,11 @@ class StateTensors:
         random = {name: tensor for name, tensor in random.items() if f"random.{rank}.{name}" in stored}
         if random:
             tensors["random"] = {rank: random}
+        tensors["average"] = {
+            name: average
+            for name, average in tensors["average"].items()
+            if all(f"average.{name}.{key}" in stored for key in average)
+        }
         # torch creates a state for every parameter; one without a gradient so far has none in the checkpoint
         state = tensors["optimizer"]["state"]
         stateless = {

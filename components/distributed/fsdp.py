@@ -76,6 +76,15 @@ def shard_dim(shape: Sequence[int], ranks: int) -> int:
     return 1 if len(shape) == 3 and shape[0] % ranks and shape[1] % ranks == 0 else 0
 
 
+def reshard(model: nn.Module) -> None:
+    """Release the gathered weights of all groups, so that the next forward gathers the shards as they are then."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class GradSync:
     """Controls when FSDP2 reduces gradients and reshards weights: after every micro-batch, or once per step.
 

@@ -118,9 +118,11 @@ def format_step(row: Mapping[str, Any], total_tokens: int) -> str:
 
 def format_validation(row: Mapping[str, Any]) -> str:
     """Return the log line of a validation."""
+    named = {key.removeprefix("val_loss_average_"): value for key, value in row.items() if "val_loss_average_" in key}
+    averages = [f"  average {name} {loss:.4f}" for name, loss in named.items()]
     return (
         f"step {row['step']:>6}  validation  loss {row['val_loss']:.4f}  perplexity {row['val_perplexity']:.2f}  "
-        f"bits per byte {row['val_bits_per_byte']:.4f}"
+        f"bits per byte {row['val_bits_per_byte']:.4f}{''.join(averages)}"
     )
 
 

@@ -33,7 +33,7 @@ TAG_GROUPS = {
     ),
     "experts": ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load_max", "expert_load_min"),
     "throughput": ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"),
-    "validation": ("val_loss", "val_perplexity", "val_bits_per_byte"),
+    "validation": ("val_loss", "val_perplexity", "val_bits_per_byte"),  # and each of them with _average_NAME
 }
 
 _TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
@@ -89,7 +89,8 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if isinstance(value, Mapping):
             yield from ((f"train/{name}/{key}", each) for key, each in value.items() if _is_finite(each))
         elif name not in _COUNTERS and _is_finite(value):
-            yield _TAGS.get(name, f"train/{name}"), value
+            group = _TAGS.get(name.partition("_average_")[0], "train/").partition("/")[0]
+            yield f"{group}/{name}", value
 
 
 def _is_finite(value: Any) -> bool:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_all
@@ -23,6 +24,11 @@ RECIPE = [
     f"--checkpoint.interval_steps={SAVED_AT}",
     "--validation.interval_steps=3",
     "--training.grad_sync=once_per_step",  # "auto" would estimate the memory of every run first
+    "--average.ema.use=components.average:Exponential",
+    "--average.ema.half_life_tokens=500",
+    "--average.w.use=components.average:Window",
+    f"--average.w.window_tokens={2 * SAVED_AT * SAMPLES * SEQUENCE}",
+    f"--average.w.interval_tokens={SAVED_AT * SAMPLES * SEQUENCE}",  # one sample, at the step that is resumed
 ]
 EQUAL = 1e-5
 """Relative tolerance: float32 sums in another order differ by 2e-7 here after ten steps of Adam."""
@@ -157,16 +163,18 @@ OTHERS = [layout for layout in LAYOUTS if layout != "one process"]
 
 @pytest.mark.parametrize("layout", OTHERS)
 def test_every_step_and_parameter_equals_that_of_one_process(runs, layout):
-    for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+    averages = ("val_loss_average_ema", "val_loss_average_w")
+    for key in ("loss", "grad_norm", "val_loss", "val_bits_per_byte", *averages):
         expected, found = ([row[key] for row in runs.rows(name) if key in row] for name in ("one process", layout))
         assert found == pytest.approx(expected, rel=EQUAL), key
+        assert found
     assert len(runs.losses(layout)) == STEPS
     alone, together = (tensors(runs.checkpoint(name, STEPS)) for name in ("one process", layout))
     assert {name for name in alone if not name.startswith("random")} == {
         name for name in together if not name.startswith("random")
     }
     for name, tensor in alone.items():
-        if name.startswith("model."):
+        if name.startswith(("model.", "average.")):
             assert (tensor - together[name]).abs().max() < 1e-4, name
 
 
@@ -197,6 +205,10 @@ def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
     if source == target:
         whole, moved = ([row for row in timeless(runs.rows(run)) if "loss" in row] for run in (source, name))
         assert moved == whole[SAVED_AT:], "not bitwise"
+    before, after = tensors(runs.checkpoint(source, SAVED_AT)), tensors(runs.checkpoint(name, STEPS))
+    averages = [key for key in before if key.startswith("average.w.")]
+    assert averages
+    assert all(torch.equal(before[key], after[key]) for key in averages), "the average is not the saved one, bitwise"
 
 
 @pytest.mark.parametrize("name", VARIED)

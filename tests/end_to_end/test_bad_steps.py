@@ -34,6 +34,7 @@ class Bad(Llama):
 SMALL = ["--model.use=bad:Bad", "--model.size=debug", "--model.dim=16", "--model.layers=2", "--model.heads=2"]
 SMALL += ["--model.kv_heads=1", "--model.head_dim=8", "--model.ffn_dim=32", "--training.total_tokens=1900"]
 SMALL += ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--validation.interval_steps=none"]
+SMALL += ["--average.ema.use=components.average:Exponential", "--average.ema.half_life_tokens=900"]
 """Ten steps of eight samples."""
 SPIKE = ["--guard.spike_window_steps=4"]
 
@@ -66,7 +67,9 @@ def test_a_skipped_step_leaves_the_parameters_as_they_were(tiny, train, factor: 
     assert "update skipped" in said
     before, after = tensors(tiny.checkpoint(5)), tensors(tiny.checkpoint(6))
     assert all(
-        torch.equal(before[name], after[name]) for name in before if name.startswith(("model.", "optimizer.state"))
+        torch.equal(before[name], after[name])
+        for name in before
+        if name.startswith(("model.", "optimizer.state", "average."))
     )
     assert samples(tiny) == list(range(8, 81, 8)), "the data continues"
 
@@ -94,6 +97,9 @@ def test_rolling_back_returns_to_the_checkpoint_and_skips_the_samples(tiny, trai
     assert status == 0, said
     tiny.directory = fork
     assert [row["loss"] for row in tiny.rows() if "loss" in row] == losses[7:]
+    expected = tensors(tiny.folder / "run" / "checkpoints" / "step-00000010")
+    found = tensors(tiny.checkpoint(10))
+    assert all(torch.equal(found[name], expected[name]) for name in expected), "the average is rolled back, too"
 
 
 def test_without_a_checkpoint_there_is_nothing_to_return_to(tiny, train) -> None:

@@ -13,6 +13,9 @@ from components.tokenizers.bytes import ByteEncoder
 from tests.checkpoints import rewrite_manifest
 
 TIMES = {"tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"}
+AVERAGES = ["--average.ema.use=components.average:Exponential", "--average.ema.half_life_tokens=900"]
+AVERAGES += ["--average.w.use=components.average:Window", "--average.w.window_tokens=1000"]
+AVERAGES += ["--average.w.interval_tokens=300", "--average.w.blocks=3"]
 
 
 def tensors(checkpoint):
@@ -41,7 +44,7 @@ def assert_same_state(one, other):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_from_every_step_across_a_batch_change_and_the_end_of_an_epoch(tiny, tmp_path):
-    assert tiny.launch() == 0
+    assert tiny.launch(*AVERAGES) == 0
     rows = tiny.rows()
     steps = [row for row in rows if "loss" in row]
     assert len({row["global_batch_size"] for row in steps}) == 2, "the run must change its batch"
@@ -55,7 +58,7 @@ def test_from_every_step_across_a_batch_change_and_the_end_of_an_epoch(tiny, tmp
         shutil.copytree(whole, tiny.directory)
         for later in range(stopped_at + 1, last + 1):
             shutil.rmtree(tiny.checkpoint(later))
-        assert tiny.launch("--resume", "--checkpoint.interval_steps=none") == 0
+        assert tiny.launch("--resume", "--checkpoint.interval_steps=none", *AVERAGES) == 0
         assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
         assert_same_state(tiny.checkpoint(last), whole / "checkpoints" / f"step-{last:08d}")
         shutil.rmtree(tiny.directory)

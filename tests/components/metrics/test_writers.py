@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from components.metrics.console import format_duration, format_step, mean_tokens_per_second
+from components.metrics.console import format_duration, format_step, format_validation, mean_tokens_per_second
 from components.metrics.jsonl import JsonLinesWriter
 from components.metrics.tensorboard import TensorBoardWriter
 
@@ -63,6 +63,15 @@ def test_console_line():
 
 
 @pytest.mark.quick
+def test_the_line_of_a_validation_shows_the_loss_of_each_average():
+    row = {"step": 50, "val_loss": 2.0, "val_perplexity": 7.389, "val_bits_per_byte": 1.1}
+    line = "step     50  validation  loss 2.0000  perplexity 7.39  bits per byte 1.1000"
+    assert format_validation(row) == line
+    averages = {"val_loss_average_ema": 1.9, "val_perplexity_average_ema": 6.7, "val_loss_average_w": 1.95}
+    assert format_validation(row | averages) == f"{line}  average ema 1.9000  average w 1.9500"
+
+
+@pytest.mark.quick
 def test_speed_on_the_console_is_that_of_all_steps_since_the_last_line():
     fast, slow = ({**ROW, "step_seconds": s, "tokens_per_second": 4096 / s} for s in (1.0, 3.0))
     assert mean_tokens_per_second([fast, slow]) == pytest.approx(2 * 4096 / 4.0)
@@ -87,6 +96,7 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
     for step in range(4, 7):
         second.write({**ROW, "step": step, "loss": float(step * 10)})
     second.write({"step": 6, "tokens": 1, "val_loss": 2.0, "val_perplexity": 7.4, "val_bits_per_byte": 1.1})
+    second.write({"step": 6, "tokens": 1, "val_loss_average_ema": 1.9, "my_average_loss": 1.0})
     second.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -99,4 +109,5 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
         "throughput/tokens_per_second", "throughput/step_seconds", "throughput/data_seconds", "throughput/mfu",
         "throughput/memory_bytes", "train/source_epochs/web", "train/my_metric",
         "validation/val_loss", "validation/val_perplexity", "validation/val_bits_per_byte",
+        "validation/val_loss_average_ema", "train/my_average_loss",
     }  # fmt: skip
