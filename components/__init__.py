@@ -6,6 +6,7 @@ safetensors, tokenizers, validation. Their docstrings have a line for each file.
 Training
 train_step.py                one optimizer step: micro-batches, clipping, update
 lr_schedules.py              [lr_schedule]: warm-up, decay shapes, scaling with the batch
+average.py                   [average.NAME]: exponential and window averages of the weights
 precision.py                 float32 or bf16, and bf16 copies of the weights
 activation_checkpointing.py  which operations are kept, and which are recomputed
 guard.py                     [guard]: detects bad steps and decides what to do (recipes/bad_steps.py does it)

@@ -15,7 +15,7 @@ pretrain.py             the recipe, and Trainer.train, the training loop
 build.py                builds the parts of a run, in order
 run_setup.py            process group, run directory, log, choice of the checkpoint
 model_setup.py          builds the model and checks what it supports
-initial_weights.py      [run] init_from: weights of a Hugging Face directory
+initial_weights.py      [run] init_from: weights of a Hugging Face directory, or of a checkpoint
 parallelize.py          tensor parallelism, activation checkpointing, compile, FSDP2
 batch_policy.py         builds the batch policy (the policies: components/batch/)
 prepared_data.py        refuses untokenized text on several nodes
@@ -27,6 +27,7 @@ hooks.py                the points of the loop, for custom hooks
 builtin_hooks.py        saving, validation, profiling, garbage collection
 checkpointing.py        saves and restores the run (the files: components/checkpoint/)
 training_state.py       what a checkpoint saves
+averages.py             [average.NAME]: averages of the weights in a run and in a checkpoint
 resume.py               what a resumed run may change: RULES
 
 Other uses
