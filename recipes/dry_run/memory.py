@@ -20,6 +20,7 @@ from components.distributed.context import DistributedContext
 from components.distributed.fsdp import GradSyncMode, shard_dim
 from components.distributed.parallel_dims import MeshShape
 from components.hardware import device_memory
+from recipes.averages import count_copies
 from recipes.dry_run.activation_memory import count_activations
 from recipes.model_setup import transformer_blocks
 
@@ -44,7 +45,7 @@ class Memory:
     parameters: int
     """Parameters of the whole model."""
     state_bytes: int
-    """Bytes of parameters and optimizer state of the whole model: the size of a checkpoint."""
+    """Bytes of parameters, averages and optimizer state of the whole model: the size of a checkpoint."""
 
 
 def estimate_memory(
@@ -87,7 +88,8 @@ def estimate_memory(
     loss = math.ceil(loss / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if dp > 1 else 0
-    resident = 4 * local_params + 4 * local_params + state + RESERVED_BYTES[device_type]
+    copies = count_copies(recipe)
+    resident = (8 + 4 * copies) * local_params + state + RESERVED_BYTES[device_type]
     peak = resident + max(gathered + kept + loss, reducing)
     # The head is reduced first, when the loss is freed and all blocks still wait for their backward.
     local = resident + math.ceil(whole) * (element + 4) + kept + max(loss, 4 * math.ceil(root)) if dp > 1 else peak
@@ -95,7 +97,8 @@ def estimate_memory(
         {
             "parameters": (4 * local_params, "float32"),
             "gradients": (4 * local_params, "float32"),
-            "optimizer state": (state, f"{full_state / total:.3g} bytes a parameter"),
+            "optimizer state": (state, f"{full_state / total:.3g} bytes per parameter"),
+            **({"averages": (4 * copies * local_params, "float32 copies")} if copies else {}),
             "weights in use": (gathered, why),
             "activations": (kept, f"{tokens:,} tokens, activation_checkpoint = {mode}{', compiled' * compiled}"),
             "loss": (loss, "one chunk of logits, and the gradients"),
@@ -105,7 +108,7 @@ def estimate_memory(
         local_peak=local,
         block_inputs=sum(block.input for block in activations.blocks),
         parameters=total,
-        state_bytes=4 * total + full_state,
+        state_bytes=(4 + 4 * copies) * total + full_state,
     )
 
 
