@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch.optim.adamw import adamw
 
 from components.optimizers.parameter_groups import OptimizedModel, WeightDecayLR, WeightDecayOn, parameter_groups
 from components.units import PositiveCount
@@ -37,11 +38,19 @@ class AdamW:
     reference_batch_tokens: PositiveCount | None = None
     """Tokens of the global batch that beta2 is given for. At a batch of B tokens it becomes beta2 ** (B / reference), a
     constant half-life in tokens (arXiv 2507.07101). Unset: the same beta2 at every batch size."""
+    state_dtype: Literal["float32", "bf16"] = "float32"
+    """dtype of AdamW's first moment; the second one stays float32. "bf16" takes 2 bytes per parameter less, and rounds
+    at random, so that the rounding errors of many steps have a mean of zero."""
 
     def build(self, *, model: OptimizedModel) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters of `model`; `param_names` of each group lists those in it."""
         groups = parameter_groups(model.named_parameters(), self, model.lr_multiplier)
-        return BatchScaledAdamW(groups, self.options(model), self.reference_batch_tokens)
+        return BatchScaledAdamW(groups, self.options(model), self.reference_batch_tokens, self.moment_dtype)
+
+    @property
+    def moment_dtype(self) -> torch.dtype:
+        """The dtype of the first moment."""
+        return torch.bfloat16 if self.state_dtype == "bf16" else torch.float32
 
     def options(self, model: OptimizedModel) -> dict[str, Any]:
         """Return the keyword arguments of torch's AdamW."""
@@ -56,11 +65,108 @@ class LocalAdamW(torch.optim.AdamW):
     On DTensors the host would run DTensor dispatch for every parameter.
     """
 
+    def __init__(self, groups: Iterable[dict[str, Any]], moment_dtype: torch.dtype, **options: Any) -> None:
+        """`moment_dtype` is that of the first moment: float32, or bfloat16."""
+        super().__init__(groups, **options)
+        self.moment_dtype = moment_dtype
+        if moment_dtype != torch.float32:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._create_state(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step. On a CUDA device it is skipped where `found_inf` is 1."""
+        loss: float | None
+        if self.moment_dtype == torch.float32:
+            loss = super().step(closure)
+            return loss
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            self._step_with_rounded_moment(group)
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._restore_moment_dtype()
+
     def _init_group(self, *arguments: Any) -> bool:
         has_complex: bool = super()._init_group(*arguments)
         for tensors in arguments[1:]:
             tensors[:] = [local_tensor(tensor) for tensor in tensors]
         return has_complex
+
+    def _create_state(self, parameter: torch.Tensor) -> None:
+        """Create the state of a parameter as torch's AdamW does at its first gradient."""
+        if parameter.requires_grad:
+            device = parameter.device if self.defaults["fused"] else "cpu"
+            self.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(parameter, dtype=self._dtype_of_moment(parameter)),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def _dtype_of_moment(self, parameter: torch.Tensor) -> torch.dtype:
+        return parameter.dtype if self.moment_dtype == torch.float32 else self.moment_dtype
+
+    def _restore_moment_dtype(self) -> None:
+        """Undo the cast to the dtype of the parameters in torch's `load_state_dict`, which is exact."""
+        for parameter, state in self.state.items():
+            if "exp_avg" in state and self.moment_dtype != torch.float32:
+                state["exp_avg"] = state["exp_avg"].to(self._dtype_of_moment(parameter))
+
+    def _step_with_rounded_moment(self, group: dict[str, Any]) -> None:
+        """Update one group, a few tensors at a time, with float32 copies of their first moments."""
+        parameters, gradients, moments, squares, unused, steps = ([] for _ in range(6))  # type: ignore[var-annotated]
+        self._init_group(group, parameters, gradients, moments, squares, unused, steps)
+        for part in _parts(moments):
+            copies = [moment.float() for moment in moments[part]]
+            adamw(
+                parameters[part],
+                gradients[part],
+                copies,
+                squares[part],
+                [],
+                steps[part],
+                fused=group["fused"],
+                found_inf=getattr(self, "found_inf", None),
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for moment, copy in zip(moments[part], copies, strict=True):
+                moment.copy_(round_at_random(copy))
+
+
+MOMENT_ELEMENTS = 2**24
+"""Elements whose first moments have a float32 copy at a time."""
+
+
+def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
+    """Yield slices of `tensors` of about MOMENT_ELEMENTS elements, at least one tensor each."""
+    first, elements = 0, 0
+    for index, tensor in enumerate(tensors):
+        if elements and elements + tensor.numel() > MOMENT_ELEMENTS:
+            yield slice(first, index)
+            first, elements = index, 0
+        elements += tensor.numel()
+    if first < len(tensors):
+        yield slice(first, len(tensors))
+
+
+def round_at_random(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 `x` in bf16, rounded up or down with probabilities that keep the expectation.
+
+    It draws from the random state of the device, which checkpoints contain. NaN and infinity stay.
+    """
+    # bf16 is the upper half of float32: adding a random lower half carries into it with the right probability
+    bits = x.view(torch.int32) + torch.randint_like(x, 2**16, dtype=torch.int32)
+    rounded = (bits & -(2**16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 class BatchScaledAdamW(LocalAdamW):
@@ -81,10 +187,14 @@ class BatchScaledAdamW(LocalAdamW):
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], options: dict[str, Any], reference_batch_tokens: int | None
+        self,
+        groups: Iterable[dict[str, Any]],
+        options: dict[str, Any],
+        reference_batch_tokens: int | None,
+        moment_dtype: torch.dtype,
     ) -> None:
         """Without `reference_batch_tokens` beta2 is the same at every batch size."""
-        super().__init__(groups, **options)
+        super().__init__(groups, moment_dtype, **options)
         self.reference_batch_tokens = reference_batch_tokens
         self.reference_betas: tuple[float, float] = options["betas"]
 

@@ -68,6 +68,8 @@ class MuonKeys(Protocol):
     def compute_dtype(self) -> Literal["auto", "bf16", "float32"]: ...
     @property
     def reference_batch_tokens(self) -> int | None: ...
+    @property
+    def moment_dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,16 @@ class MuonOptimizer(BatchScaledAdamW):
         options: dict[str, Any],
     ) -> None:
         """`options` are those of AdamW. Raises ValueError for rows that do not divide into the merged matrices."""
-        self._on_muon = {id(matrix.parameter) for matrix in matrices}
-        super().__init__([*matrix_groups, *other_groups], options, keys.reference_batch_tokens)
-        self.keys = keys
+        self.keys, self._on_muon = keys, {id(matrix.parameter) for matrix in matrices}
+        super().__init__([*matrix_groups, *other_groups], options, keys.reference_batch_tokens, keys.moment_dtype)
         self.momentum, self.normuon_beta2 = keys.momentum, keys.normuon_beta2
         self.coefficients: Coefficients = resolve_coefficients(keys.coefficients)
         self._margin = MARGIN.get(keys.coefficients, 1.0) if isinstance(keys.coefficients, str) else 1.0
         self._world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._rank = dist.get_rank() if self._world_size > 1 else 0
-        self._create_state()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._create_state(parameter)
         self._buckets = self._make_buckets(len(matrix_groups), matrices)
 
     def set_batch_tokens(self, batch_tokens: int) -> None:
@@ -133,25 +136,19 @@ class MuonOptimizer(BatchScaledAdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # Adam's expects `step` in all
+        self._restore_moment_dtype()
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         """Collect nothing of a group of Muon, so that AdamW skips it."""
         return False if id(group["params"][0]) in self._on_muon else super()._init_group(group, *lists)
 
-    def _create_state(self) -> None:
-        fused = self.defaults["fused"]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if id(parameter) in self._on_muon:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                    if self.keys.variant == "normuon":
-                        state["row_mean_square"] = _zeros_by_row(parameter)
-                elif parameter.requires_grad:
-                    # as torch's AdamW creates it
-                    state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    def _create_state(self, parameter: Tensor) -> None:
+        if id(parameter) not in self._on_muon:
+            super()._create_state(parameter)
+            return
+        self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        if self.keys.variant == "normuon":
+            self.state[parameter]["row_mean_square"] = _zeros_by_row(parameter)
 
     def _make_buckets(self, groups: int, matrices: Sequence[MatrixParameter]) -> list[_Bucket]:
         """Assign all matrices to processes, and divide them into buckets of one group and one size."""
@@ -308,7 +305,7 @@ def _unit_views(x_KRC: Tensor, units: Sequence[Unit]) -> list[Tensor]:
     return [part.view(unit.shape) for part, unit in zip(parts, units, strict=True)]
 
 
-def _zeros_by_row(parameter: nn.Parameter) -> Tensor:
+def _zeros_by_row(parameter: Tensor) -> Tensor:
     """Return zeros with one value for each row of `parameter`, sharded as the rows are."""
     shape = (*parameter.shape[:-1], 1)
     if not hasattr(parameter, "device_mesh"):

@@ -10,7 +10,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from components.checkpoint import StateTensors
-from components.optimizers import AdamW
+from components.optimizers import AdamW, Muon
+from components.optimizers.adamw import round_at_random
 from components.train_step import TrainStep
 
 pytestmark = pytest.mark.quick
@@ -197,3 +198,57 @@ def test_a_checkpoint_brings_its_moments_and_no_betas(tmp_path, before, after):
     assert torch.equal(loaded, moment)
     update(resumed, resumed_step, torch.ones(4, 4), 200)
     assert betas(resumed_step)[1] == pytest.approx(0.95**2 if after else 0.95)
+
+
+def test_rounding_at_random_keeps_the_expectation():
+    torch.manual_seed(0)
+    x = torch.tensor([1.0, 1.001, -1.001, 3e-39, -7.7e8, 0.0])
+    drawn = torch.stack([round_at_random(x) for _ in range(4000)])
+    below, above = drawn.amin(0).float(), drawn.amax(0).float()
+    assert torch.all((below <= x) & (x <= above)), "one of the two neighbours in bf16"
+    gap = above - below
+    standard_error = gap / 2 / 4000**0.5
+    assert torch.all((drawn.double().mean(0) - x).abs() <= 4 * standard_error)
+    assert torch.equal(gap == 0, torch.tensor([True, False, False, False, False, True])), "exact values stay"
+    assert round_at_random(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
+    assert round_at_random(torch.tensor([math.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, Muon])
+def test_a_first_moment_in_bf16_trains_as_one_in_float32_within_rounding(optimizer):
+    nets, kept = [], []
+    for dtype in ("float32", "bf16"):
+        net = model()
+        net.layers = nn.ModuleDict({"0": nn.Linear(4, 4)})
+        built = optimizer(state_dtype=dtype).build(model=net)
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            for group in built.param_groups:
+                group["lr"] = 0.01
+            built.step()
+        nets.append(net)
+        kept.append(built.state[net[0].weight])
+    assert kept[1]["exp_avg"].dtype == torch.bfloat16 and kept[1]["exp_avg_sq"].dtype == torch.float32
+    assert torch.equal(kept[0]["exp_avg_sq"], kept[1]["exp_avg_sq"])
+    # one rounding is 2^-8 of the moment, of which a step keeps 0.9: about 2^-8 / sqrt(1 - 0.9^2) in all
+    torch.testing.assert_close(kept[1]["exp_avg"].float(), kept[0]["exp_avg"], rtol=0.05, atol=0.01)
+    for one, two in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=20 * 0.01 * 0.02)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("saved", ["float32", "bf16"])
+def test_a_checkpoint_restores_a_first_moment_in_the_dtype_of_the_recipe(tmp_path, saved):
+    world = SimpleNamespace(rank=0, size=1, is_main=True, barrier=lambda: None)
+    net, step = training(state_dtype=saved)
+    update(net, step, torch.rand(4, 4), 100)
+    dcp.save(StateTensors(net, step.optimizer, world).collect(), checkpoint_id=tmp_path, no_dist=True)
+    resumed, resumed_step = training(state_dtype="bf16")
+    StateTensors(resumed, resumed_step.optimizer, world).restore(tmp_path)
+    restored, before = (each.optimizer.state[part.weight] for each, part in ((resumed_step, resumed), (step, net)))
+    assert restored["exp_avg"].dtype == torch.bfloat16
+    assert torch.equal(restored["exp_avg"], before["exp_avg"].to(torch.bfloat16))
+    assert torch.equal(restored["exp_avg_sq"], before["exp_avg_sq"])
+    update(resumed, resumed_step, torch.rand(4, 4), 100)
