@@ -19,12 +19,15 @@ WIDE = ["--model.dim=64", "--model.heads=2", "--model.kv_heads=1", "--model.head
 EXPERTS = [*WIDE, "--model.experts=4", "--model.top_k=2"]
 ADAPTIVE = ["--batch.use=components.batch:NormTest", "--batch.initial_size=4", "--batch.max_size=40"]
 ADAPTIVE += ["--batch.multiple_of=2", "--batch.eta=0.5", "--gradient_noise.smoothing_samples=50"]
+MUON = ["--optimizer.use=components.optimizers:Muon", "--optimizer.variant=normuon"]
 CASES = {
     "dense": [*WIDE, "--training.precision=bf16"],
     "dense, eager": [*WIDE, "--training.precision=bf16", "--training.compile=false"],
     "experts": [*EXPERTS, "--training.precision=bf16"],
     "experts, eager": [*EXPERTS, "--training.precision=bf16", "--training.compile=false"],
     "documents": [*WIDE, "--training.precision=bf16", "--training.document_masking=true"],
+    "muon": [*WIDE, *MUON, "--training.precision=bf16"],
+    "muon, experts": [*EXPERTS, *MUON, "--training.precision=bf16"],
     "adaptive": [*WIDE, *ADAPTIVE, "--training.precision=bf16"],
 }
 
@@ -62,7 +65,7 @@ def test_float32_equals_the_cpu(new_tiny, name):
     assert rows["cuda"] == pytest.approx(rows["cpu"], rel=2e-4)
 
 
-@pytest.mark.parametrize("name", ["dense", "experts", "adaptive"])
+@pytest.mark.parametrize("name", ["dense", "experts", "muon", "adaptive"])
 def test_bf16_learns_as_float32_does(new_tiny, name):
     rows = {}
     for precision in ("float32", "bf16"):

@@ -94,6 +94,8 @@ class Outcome:
     """The highest learning rate of the schedule at any step."""
     curve: Curve = field(default_factory=list)
     """Empty unless the curve of the run is kept."""
+    average_losses: dict[str, float] = field(default_factory=dict)
+    """The validation loss of each average of the weights at the end, by name."""
 
     @property
     def loss(self) -> float:
@@ -300,7 +302,18 @@ def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Ou
         failure=failure,
         peak_lr=max(row["lr"] for row in steps),
         curve=sample_curve(steps, losses, curve_points),
+        average_losses=_average_losses(rows),
     )
+
+
+def _average_losses(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the last validation loss of each average that has a finite one, by name."""
+    return {
+        key.removeprefix("val_loss_average_"): value
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("val_loss_average_") and value is not None
+    }
 
 
 def smoothed_losses(rows: Sequence[Mapping[str, Any]], window: float) -> list[float]:
