@@ -34,7 +34,11 @@ TOLERANCE = 0.005
 METHODS: dict[str, tuple[Settings, str, Sequence[float]]] = {
     "WSD": ({}, "lr_schedule.max_lr", (2.8e-3, 4e-3, 5.7e-3, 8e-3)),
     "Power": (
-        {"lr_schedule.use": "components.lr_schedules:Power", "lr_schedule.decay_tokens": "0", "lr_schedule.max_lr": "0.02"},
+        {
+            "lr_schedule.use": "components.lr_schedules:Power",
+            "lr_schedule.decay_tokens": "0",
+            "lr_schedule.max_lr": "0.02",
+        },
         "lr_schedule.a",
         (2.0, 2.8, 4.0, 5.7),
     ),

@@ -6,6 +6,7 @@ import pytest
 
 from components.hardware import device_spec
 from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
+from recipes.dry_run.report import report_lines
 from recipes.dry_run.step_time import INFINIBAND, Collective, StepTime, estimate_step_time
 from tests.recipes.dry_run.plans import config_of
 
@@ -87,3 +88,28 @@ def test_a_step_on_the_cpu_has_no_such_bounds(tiny, capsys):
     assert "bound by" not in capsys.readouterr().out
     assert tiny.launch("--dry-run=H100") == 0
     assert "bound by" in capsys.readouterr().out
+
+
+MUON = "--optimizer.use=components.optimizers:Muon"
+
+
+def test_muon_adds_its_products_and_its_exchange_to_a_step(tiny):
+    """The tiny model, dim 16 and ffn_dim 32, two blocks: q and o are 16 x 16, k and v 8 x 16, three of 32 x 16."""
+    plan, plain = step(tiny, 8, 8)
+    with_muon, found = step(tiny, 8, 8, MUON)
+    products = [(16, 16), (16, 16), (8, 16), (8, 16), (16, 32), (16, 32), (16, 32)]
+    flops = 2 * sum(5 * (4 * m * m * n + 2 * m**3) for m, n in products)
+    elements = 2 * sum(m * n for m, n in products)
+    cost = with_muon.recipe.optimizer.update_cost(with_muon.model)
+    assert (cost.flops, cost.elements) == (flops, elements)
+    assert found.compute - plain.compute == pytest.approx(flops / 8 / (H100.flops * 0.65), rel=1e-3)
+    link = H100.link_bytes * 0.73
+    assert found.nvlink - plain.nvlink == pytest.approx(2 * elements * 2 / 8 * 7 / 8 / link, rel=1e-3)
+    lines = "\n".join(report_lines(with_muon))
+    assert f"update         {flops:.4g} FLOPs per step over all processes; each receives 0.0 MB" in lines
+    assert "update  " not in "\n".join(report_lines(plan))
+
+
+def test_updates_of_muon_enter_a_node_once_for_each_of_its_ranks():
+    exchange = Collective(8e9, 8, 1, distinct=True)
+    assert exchange.seconds(4, 1e9 / 0.73) == pytest.approx((7.0, 4e9 / INFINIBAND))
