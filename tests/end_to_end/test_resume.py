@@ -91,6 +91,7 @@ def test_a_fork_of_another_runs_checkpoint_leaves_that_run_alone(tiny, tmp_path)
         ("--model.dim=32", "model.dim"),
         ("--model.layers=3", "model.layers"),
         ("--training.sequence_length=12", "training.sequence_length"),
+        ("--optimizer.use=components.optimizers:Muon", "optimizer.use"),
     ],
 )
 def test_a_change_that_makes_it_another_run_is_refused(tiny, capsys, change, said):
@@ -100,6 +101,16 @@ def test_a_change_that_makes_it_another_run_is_refused(tiny, capsys, change, sai
     assert said in error
     assert "in the checkpoint" in error
     assert "Traceback" not in error
+
+
+def test_a_change_of_what_muon_keeps_is_refused(tiny, capsys):
+    muon = "--optimizer.use=components.optimizers:Muon"
+    assert tiny.launch("--training.total_tokens=400", muon) == 0
+    for key, value in (("variant", "normuon"), ("adamw_on", '["*.wo.weight"]'), ("muon_on", '["layers.0.*"]')):
+        assert tiny.launch("--resume", "--training.total_tokens=800", muon, f"--optimizer.{key}={value}") == 2
+        assert f"optimizer.{key}" in capsys.readouterr().err
+    assert tiny.launch("--resume", "--training.total_tokens=800", muon, "--optimizer.lr_scale=spectral") == 0
+    assert "optimizer.lr_scale was 'match_rms_adamw', is 'spectral'" in capsys.readouterr().out
 
 
 def test_a_change_with_consequences_is_reported_and_one_without_is_applied(tiny, capsys):
