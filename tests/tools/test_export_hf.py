@@ -136,7 +136,7 @@ def test_the_optimizer_is_not_read(tiny, monkeypatch):
         read.append(tensors)
         load_tensors(checkpoint, tensors, no_dist=no_dist)
 
-    monkeypatch.setattr("tools.export_hf.load_tensors", noted)
+    monkeypatch.setattr("recipes.averages.load_tensors", noted)
     export(tiny, "--max-shard-size=9KB")
     assert {key for tensors in read for key in tensors} == {"model"}
     assert len(read) == 6  # no more than one file's worth at a time
