@@ -28,7 +28,7 @@ WARM_UP = 2
 
 def seconds(model: Decoder, tokens: Tensor, end_of_document: int | None) -> float:
     """Return the seconds of a forward and a backward pass."""
-    model.end_of_document = end_of_document
+    model.first_input = end_of_document
     synchronize(tokens)
     started = time.perf_counter()
     model(tokens, tokens).backward()

@@ -50,7 +50,10 @@ class WorldComm(Comm, Protocol):
 
 
 class Tokenizer(Protocol):
-    """A tokenizer with a vocabulary of V ids."""
+    """A tokenizer with a vocabulary of V ids.
+
+    Optional is `start_of_document`: the id that begins every document and every prompt, or None.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +76,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, without end_of_document. Special-token text in `texts` is ordinary text."""
+        """Return the ids of each text, without those that begin and end a document. Special-token text in `texts` is
+        ordinary text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

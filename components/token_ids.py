@@ -1,8 +1,10 @@
-"""Validation of token ids and labels. This module imports nothing of the project."""
+"""Token ids and labels: their validation, and the ids with which documents begin."""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+from components.interfaces import Tokenizer
 
 IGNORE_INDEX = -100
 """Label of a position that is excluded from the loss."""
@@ -18,3 +20,26 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> None:
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+
+
+def start_of_document(tokenizer: Tokenizer) -> int | None:
+    """Return the id that begins every document and every prompt; None if the tokenizer adds none."""
+    return getattr(tokenizer, "start_of_document", None)
+
+
+def prepended_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id to write before every document; None also if that is the end token, which precedes each already."""
+    start = start_of_document(tokenizer)
+    return None if start is None or start == tokenizer.end_of_document else start
+
+
+def first_input(tokenizer: Tokenizer) -> int:
+    """Return the first input of a document: its start token, or else the end token of the document before."""
+    start = start_of_document(tokenizer)
+    return tokenizer.end_of_document if start is None else start
+
+
+def describe_start(tokenizer: Tokenizer) -> str | None:
+    """Return the start token and its id for display; None if the tokenizer adds none."""
+    start = start_of_document(tokenizer)
+    return None if start is None else f"{tokenizer.decode([start])!r} (id {start})"

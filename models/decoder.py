@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
         self.output = LMHead(shape.dim, vocab_size, tied=shape.tied_embeddings)
         self.router_loss = RouterLoss(shape.experts, router or RouterLossConfig()) if shape.experts else None
-        self.end_of_document: int | None = None
+        self.first_input: int | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return logits (B, T, V), or with labels the sum of the cross-entropies, () float32. Label -100 is ignored.
@@ -104,18 +104,16 @@ class Decoder(nn.Module):
         if cache is not None:
             return cache.extend(length), cache.layers
         rope = rope_table(length, self.rope_frequencies.on(tokens_BT.device))
-        if self.end_of_document is None:
+        if self.first_input is None:
             return rope, [None] * len(self.layers)
-        # the end-of-document token is, as an input, the first token of the next document
-        starts_BT = tokens_BT == self.end_of_document
+        starts_BT = tokens_BT == self.first_input
         return rope[:, document_positions(starts_BT)], [document_attention(starts_BT, self.shape.head_width)] * len(
             self.layers
         )
 
-    def enable_document_masking(self, end_of_document: int) -> None:
-        """Restrict attention to documents, which start at the token `end_of_document`, and count positions from
-        there."""
-        self.end_of_document = end_of_document
+    def enable_document_masking(self, first_input: int) -> None:
+        """Restrict attention to documents, which start at the token `first_input`, and count positions from there."""
+        self.first_input = first_input
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
         """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens."""

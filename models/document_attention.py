@@ -1,8 +1,9 @@
 """Intra-document attention, for sequences that pack several documents.
 
-The end-of-document token is the last target of one document and, as an input, the first token of the next. So every
-token is predicted from its document alone, the first one from the end-of-document token before it, as in generation
-without a prompt. The beginning of a sequence is the start of a document too, also in the middle of one.
+A document begins with its start token. Without one, the end-of-document token is the last target of one document and,
+as an input, the first token of the next. So every token is predicted from its document alone, the first one from the
+start or end token before it, as in generation without a prompt. The beginning of a sequence is the start of a document
+too, also in the middle of one.
 
 B batch, T sequence, N = B T tokens, n tokens of one document, H query heads, K key-value heads, C head width
 """

@@ -29,6 +29,7 @@ from components.interfaces import PackedDataset
 from components.metrics.logger import MetricLogger
 from components.precision import WorkingWeights
 from components.profiler import Profiler
+from components.token_ids import describe_start, first_input
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
@@ -76,7 +77,8 @@ class TrainingData:
 
     dataset: PackedDataset
     identity: DataIdentity
-    end_of_document: int
+    first_input: int
+    """The id with which documents begin."""
     validation: Validator | None
 
 
@@ -86,6 +88,8 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
         vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
+    if (start := describe_start(tokenizer)) is not None:
+        log.info(f"documents begin with {start}")
     data_kwargs: dict[str, Any] = {
         "tokenizer": tokenizer,
         "sequence_length": recipe.training.sequence_length,
@@ -109,7 +113,7 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
                 validation_data, tokenizer=tokenizer, sequence_length=recipe.training.sequence_length
             )
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), data_fingerprint)
-    return TrainingData(dataset, identity, tokenizer.end_of_document, validation)
+    return TrainingData(dataset, identity, first_input(tokenizer), validation)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def build_sharded_model(
     local = decide_grad_sync(recipe, model, mesh.mesh_shape, world, dtype)
     if training.document_masking:
         with config_errors_at(config, "data"):
-            enable_document_masking(model, data.dataset, data.end_of_document)
+            enable_document_masking(model, data.dataset, data.first_input)
     if training.compiles(device):
         # lets the next run reuse compiled kernels; read when the compiler is first imported
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))

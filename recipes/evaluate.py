@@ -25,6 +25,7 @@ from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
 from components.precision import Precision, WorkingWeights
+from components.token_ids import describe_start, first_input, start_of_document
 from components.units import PositiveCount
 from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
 from recipes.config import Config
@@ -56,6 +57,8 @@ class Evaluation:
     """Tokens of a sequence or of the window; unset: as in training (at most 2048 for a Hugging Face model)."""
     document_masking: bool | None = None
     """Whether tokens attend only to tokens of their document; unset: as in training."""
+    add_special_tokens: bool = True
+    """Begin documents, and windows with method = "documents", with the start token of the training, if it had one."""
     stride: PositiveCount | None = None
     """Tokens by which the window moves; unset: half of it. Smaller values are slower and give more context."""
     micro_batch_size: PositiveCount = 8
@@ -137,6 +140,7 @@ class Evaluate:
             pretrained = load_pretrained(
                 cfg.checkpoint,
                 average=cfg.average,
+                add_special_tokens=cfg.add_special_tokens,
                 trust_code=cfg.trust_code,
                 trust_option="--evaluation.trust_code=true",
                 rank=rank,
@@ -180,11 +184,15 @@ class Evaluate:
             mesh = self.parallel.build(world)
         with config_errors_at(config, "tokenizer"):
             tokenizer = pretrained.load_tokenizer(self.tokenizer)
+        if (start := describe_start(tokenizer)) is not None:
+            log.info(
+                f"documents begin with {start}, which is not counted; evaluation.add_special_tokens = false omits it"
+            )
         with config_errors_at(config, "data"):
             data = self.select_data(pretrained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.uses_document_masking(pretrained):
-                enable_document_masking(model, evaluated.dataset, tokenizer.end_of_document)
+                enable_document_masking(model, evaluated.dataset, first_input(tokenizer))
         chosen = precision.resolve_precision(cfg.precision, world.device)
         with config_errors_at(config, "evaluation"):
             parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
@@ -240,6 +248,7 @@ class Evaluate:
             cfg.stride or max(1, length // 2),
             cfg.micro_batch_size,
             cfg.limit,
+            start_of_document(tokenizer),
         )
 
     def write_report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:

@@ -65,10 +65,10 @@ class ReportsMetrics(Protocol):
 class SupportsDocumentMasking(Protocol):
     """A model that supports training.document_masking = true."""
 
-    def enable_document_masking(self, end_of_document: int) -> None:
+    def enable_document_masking(self, first_input: int) -> None:
         """Mask attention between documents in all later forward passes.
 
-        A document starts at the beginning of a sequence and at every `end_of_document` token. A token attends only to
+        A document starts at the beginning of a sequence and at every `first_input` token. A token attends only to
         tokens of its document, and positions count from the start of the document.
         """
         ...

@@ -17,7 +17,7 @@ from recipes.interfaces import LanguageModel, SupportsDocumentMasking
 log = logging.getLogger("powertrain")
 
 SEQUENCES_SAMPLED = 64
-"""Number of sequences that are searched for the end-of-document id."""
+"""Number of sequences that are searched for the start of a document."""
 
 
 def build_model(config: Config, vocab_size: int) -> Any:
@@ -45,16 +45,16 @@ def require_document_masking(model: object) -> None:
     if not isinstance(model, SupportsDocumentMasking):
         raise InputError(
             "document_masking",
-            f"{type(model).__name__} has no enable_document_masking(end_of_document); set document_masking = false",
+            f"{type(model).__name__} has no enable_document_masking(first_input); set document_masking = false",
         )
 
 
-def enable_document_masking(model: Any, dataset: PackedDataset, end_of_document: int) -> None:
-    """Enable document masking in `model`, and warn if no document ends in a sample of the dataset."""
-    model.enable_document_masking(end_of_document)
+def enable_document_masking(model: Any, dataset: PackedDataset, first_input: int) -> None:
+    """Enable document masking in `model`, and warn if no document begins in a sample of the dataset."""
+    model.enable_document_masking(first_input)
     sampled = range(0, len(dataset), -(-len(dataset) // SEQUENCES_SAMPLED))
-    if not any(bool((dataset[index] == end_of_document).any()) for index in sampled):
+    if not any(bool((dataset[index] == first_input).any()) for index in sampled):
         log.warning(
-            f"document_masking = true: none of {len(sampled)} sampled sequences contains the end-of-document id "
-            f"{end_of_document}; without it, document masking has no effect"
+            f"document_masking = true: none of {len(sampled)} sampled sequences contains the id {first_input}, "
+            "with which documents begin; without it, document masking has no effect"
         )

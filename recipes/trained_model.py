@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,19 @@ class PretrainedModel:
     """The training step of the checkpoint."""
     recipe: Any = None
     """The recipe that trained the model; None for a Hugging Face model."""
+    add_special_tokens: bool = True
+    """Whether documents and prompts begin with the start token of the training, if it had one."""
     average: StoredAverage | None = None
     """The average to use instead of the weights of the last step."""
 
     def load_tokenizer(self, tokenizer: TokenizerConfig | None = None) -> Tokenizer:
         """Build `tokenizer`, by default that of the model. Raises ValueError or OSError if there is none that fits."""
-        tokenizer = tokenizer or self.tokenizer
-        if tokenizer is None:
+        chosen: Any = tokenizer or self.tokenizer
+        if chosen is None:
             raise ValueError(f"{self.path} has no tokenizer.json with an end-of-document token; name a tokenizer")
-        built = tokenizer.build()
+        if not self.add_special_tokens and getattr(chosen, "start_of_document", None) is not None:
+            chosen = replace(chosen, start_of_document=None)
+        built: Tokenizer = chosen.build()
         # the embedding of a Hugging Face model may have more rows than its tokenizer has ids
         fits = built.vocab_size == self.vocab_size if self.recipe else built.vocab_size <= self.vocab_size
         if not fits:
@@ -94,6 +98,7 @@ def load_pretrained(
     tokenizer: Path | None = None,
     *,
     average: str | None = None,
+    add_special_tokens: bool = True,
     trust_code: bool = False,
     trust_option: str = "--trust-code",
     rank: int = 0,
@@ -102,9 +107,9 @@ def load_pretrained(
     """Load the model at `path`: a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory.
 
     `tokenizer` is the path of the tokenizer file if it has moved, `average` the name of an average of the weights to
-    use. The configuration of a checkpoint may name only code of this project, unless `trust_code` is set (error
-    messages name `trust_option`). Each of `ranks` processes verifies a part of the checkpoint. Raises ValueError,
-    OSError or ConfigError; InputError at `average` if there is no such average.
+    use; `add_special_tokens` as in `PretrainedModel`. The configuration of a checkpoint may name only code of this
+    project, unless `trust_code` is set (error messages name `trust_option`). Each of `ranks` processes verifies a part
+    of the checkpoint. Raises ValueError, OSError or ConfigError; InputError at `average` if there is no such average.
     """
     path = expand_home(path).absolute()
     if is_file(path / "config.json"):
@@ -114,7 +119,7 @@ def load_pretrained(
             )
         if average is not None:
             raise InputError("average", f"{path} is a Hugging Face directory, which has no averages; name a checkpoint")
-        return _load_hugging_face(path, tokenizer)
+        return replace(_load_hugging_face(path, tokenizer), add_special_tokens=add_special_tokens)
     try:
         checkpoint = find_checkpoint_at(path)
     except ValueError as error:
@@ -133,6 +138,7 @@ def load_pretrained(
         document_masking=recipe.training.document_masking,
         step=state["clock"]["step"],
         recipe=recipe,
+        add_special_tokens=add_special_tokens,
         average=find_average(checkpoint, state, recipe, average),
     )
 
@@ -168,4 +174,6 @@ def _find_tokenizer(directory: Path, given: Path | None, end: Any) -> TokenizerC
         added = read_json(file).get("added_tokens") or []
         named = next((token for token in added if token.get("id") == end), None)
     named = named.get("content") if isinstance(named, dict) else named
-    return TokenizerJson(path=file, end_of_document=named) if isinstance(named, str) else None
+    if not isinstance(named, str):
+        return None
+    return TokenizerJson(path=file, end_of_document=named, start_of_document="auto")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from components.checkpoint import verify
 from components.safetensors import TensorSpec, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
+from components.token_ids import first_input
 from components.tokenizers.hf_conversion import save
 from models.hf.architectures import architecture_from_model
 from recipes.averages import StoredAverage, find_average, load_weights
@@ -100,8 +101,8 @@ def export(
         }
 
     with new_directory(output, force=force) as temporary:
-        end, notes = _write_tokenizer(config, state["vocab_size"], temporary, entries["max_position_embeddings"])
-        ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+        start, end, notes = _write_tokenizer(config, state["vocab_size"], temporary, entries["max_position_embeddings"])
+        ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": None}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(temporary / "config.json", {**entries, **ids, "dtype": stored, "torch_dtype": stored})
         write_json(temporary / "generation_config.json", {**ids, "pad_token_id": end})
@@ -125,22 +126,25 @@ def read_model(
     return tensors
 
 
-def _write_tokenizer(config: Config, vocab_size: int, directory: Path, max_length: int) -> tuple[int | None, list[str]]:
-    """Write the tokenizer's files if it can be exported; return the end-of-document id, if known, and notes."""
+def _write_tokenizer(
+    config: Config, vocab_size: int, directory: Path, max_length: int
+) -> tuple[int | None, int | None, list[str]]:
+    """Write the tokenizer's files if it can be exported; return the first and last id of a document, if known, and
+    notes."""
     missing = "warning: no tokenizer was written"
     try:
         encoder: Any = config.recipe.tokenizer.build()
     except (OSError, ValueError) as error:
-        return None, [f"{missing}, and config.json has no eos_token_id: {error}"]
+        return None, None, [f"{missing}, and config.json has no eos_token_id: {error}"]
     if encoder.vocab_size != vocab_size:
-        return None, [f"{missing}: it has {encoder.vocab_size} ids, the model was trained with {vocab_size}"]
-    end = int(encoder.end_of_document)
+        return None, None, [f"{missing}: it has {encoder.vocab_size} ids, the model was trained with {vocab_size}"]
+    start, end = first_input(encoder), int(encoder.end_of_document)
     if not hasattr(encoder, "hugging_face"):
-        return end, [f"{missing}: a {type(encoder).__name__} has no method hugging_face()"]
+        return start, end, [f"{missing}: a {type(encoder).__name__} has no method hugging_face()"]
     try:
-        return end, [f"tokenizer in {', '.join(save(encoder, directory, max_length=max_length))}"]
+        return start, end, [f"tokenizer in {', '.join(save(encoder, directory, max_length=max_length))}"]
     except ValueError as error:
-        return end, [f"{missing}: {error}"]
+        return start, end, [f"{missing}: {error}"]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from components import precision
 from components.generation import Sampling, generate_tokens, uniform_numbers
 from components.standard_streams import run_command
+from components.token_ids import describe_start, first_input, start_of_document
 from components.tokenizers.detokenizer import IncrementalDetokenizer
 from recipes.config import ConfigError
 from recipes.parallelize import materialize
@@ -81,7 +82,11 @@ class Generator:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is available")
         trained = load_pretrained(
-            options.checkpoint, options.tokenizer, average=options.average, trust_code=options.trust_code
+            options.checkpoint,
+            options.tokenizer,
+            average=options.average,
+            add_special_tokens=not options.no_special_tokens,
+            trust_code=options.trust_code,
         )
         self.encoder = trained.load_tokenizer()
         model = trained.build(trained.sequence_length)
@@ -98,7 +103,9 @@ class Generator:
 
     def start_completion(self, prompt: str) -> Completion:
         """Start a completion. Raises ValueError for a prompt that leaves no room for another token."""
-        ids = self.encoder.encode_batch([prompt])[0].tolist() if prompt else [self.encoder.end_of_document]
+        ids = self.encoder.encode_batch([prompt])[0].tolist() if prompt else []
+        if not prompt or start_of_document(self.encoder) is not None:
+            ids = [first_input(self.encoder), *ids]
         if len(ids) >= self.longest:
             raise ValueError(
                 f"the prompt {prompt[:40]!r}... has {len(ids):,} tokens; at most {self.longest - 1:,} leave room for "
@@ -134,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
         if longest > generator.trained_length:
             note = f"note: the model was trained on sequences of {generator.trained_length} tokens"
             print(f"{note}; quality beyond that is untested", file=sys.stderr)
+        if (start := describe_start(generator.encoder)) is not None:
+            print(f"note: prompts begin with {start}; --no-special-tokens omits it", file=sys.stderr)
         return write_all(generator, texts, options)
     except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
@@ -231,6 +240,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer file (default: the one stored with the run)"
     )
+    parser.add_argument("--no-special-tokens", action="store_true", help="do not begin prompts with the start token")
     parser.add_argument("--average", metavar="NAME", help="average of the weights to use (default: the last step)")
     parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")

@@ -26,6 +26,7 @@ from components.interfaces import PackedDataset, Tokenizer
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
+from components.token_ids import first_input
 from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
 from recipes.cli import UsageError, parse_arguments
@@ -138,7 +139,7 @@ def format_samples(
     for row in range(len(seen.sample_ids))[:count]:
         tokens, last = seen.tokens[row].tolist(), int(seen.labels[row, -1])
         yield f"\nsample {seen.sample_ids[row]}, epoch {epochs[row]}, {describe(int(indices[row]))}"
-        first = (document_positions(seen.tokens[row : row + 1] == tokenizer.end_of_document)[0] == 0).tolist()
+        first = (document_positions(seen.tokens[row : row + 1] == first_input(tokenizer))[0] == 0).tolist()
         bars = [DOUBLE_BAR if document_masking and starts else BAR for starts in first]
         text = "".join(map(add, bars, format_token(tokens, tokenizer)))
         yield f"{text}{BAR}>{format_token([last], tokenizer)[0]}"

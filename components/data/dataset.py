@@ -98,7 +98,7 @@ class TextDataset(TokenDataset):
         super().__init__(reader, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
-        """Return (documents, 2) int64: tokens, including the end token, and bytes of text of each document."""
+        """Return (documents, 2) int64: tokens, including start and end tokens, and bytes of text of each document."""
         rows = [self._documents(span) for span in range(len(self.reader.spans))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 

@@ -17,6 +17,7 @@ from components.atomic_files import atomic_directory, write_fsync
 from components.data.document import SourceFile
 from components.data.shards import DOCUMENTS, FORMAT, RECORD, TOKENS, FileRecord, Shard, shard_name, token_dtype
 from components.interfaces import Tokenizer
+from components.token_ids import prepended_id
 
 _DOCUMENT = struct.Struct("<qq16s")
 """One row of DOCUMENT_DTYPE."""
@@ -44,6 +45,8 @@ class ShardWriter:
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+        start = prepended_id(tokenizer)
+        self._start = np.array([] if start is None else [start], dtype=self._dtype)
         self._end = np.array([tokenizer.end_of_document], dtype=self._dtype)
         self._open: _OpenShard | None = None
         self.tokens = 0
@@ -97,7 +100,7 @@ class ShardWriter:
             return
         self._blank.append(ids)
         if not blank:
-            for held_back in self._blank:
+            for held_back in (self._start, *self._blank):
                 self._append(shard, held_back)
             self._blank = None
 

@@ -2,8 +2,8 @@
 
     encoded-<tokenizer>/shard-<group>-00000/
         shard.json       the source files, their documents and tokens, and the SHA-256 of the files below
-        tokens.bin       token ids, little-endian uint16 or uint32, each document followed by end_of_document
-        documents.bin    of each document: tokens including the end token, bytes of text, BLAKE2b-128 of the text
+        tokens.bin       token ids, little-endian uint16 or uint32, each document with its start and end token
+        documents.bin    of each document: tokens including those two, bytes of text, BLAKE2b-128 of the text
 
 Source files that are encoded together form a group; a large group has several shards, and the last one is marked. A
 document never crosses shards. The order of files and the selection of documents are stored in the index of a data set

@@ -36,12 +36,20 @@ def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> 
     tokenizer = encoder.hugging_face()
     _verify_roundtrip(encoder, tokenizer)
     end = encoder.decode([encoder.end_of_document])
+    start_id = getattr(encoder, "start_of_document", None)
+    start = None if start_id is None else tokenizer.id_to_token(start_id)
+    if start is not None or tokenizer.num_special_tokens_to_add(False):  # text begins as in the training
+        prefix, special = ("", []) if start is None else (f"{start} ", [(start, start_id)])
+        tokenizer.post_processor = import_tokenizers().processors.TemplateProcessing(
+            single=f"{prefix}$A", pair=f"{prefix}$A {prefix}$B", special_tokens=special
+        )
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
-        "bos_token": end,
+        "bos_token": start or end,
+        "add_bos_token": start is not None,
         "eos_token": end,
         "pad_token": end,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ class TokenizerJson:
     """The tokenizer.json file."""
     end_of_document: str = "<|endoftext|>"
     """The token that is appended to every document."""
+    start_of_document: str | None = None
+    """The token that begins every document and prompt, such as <s>; "auto": the one that this tokenizer.json, or
+    add_bos_token in the tokenizer_config.json beside it, adds to text; unset: none."""
     parse_special: bool = False
     """Encode special tokens that occur in text as such; otherwise they are encoded as ordinary text."""
 
@@ -50,14 +54,65 @@ class TokenizerJson:
         end = tokenizer.token_to_id(self.end_of_document)
         if end is None:
             raise InputError("end_of_document", f"{self.path} has no token {self.end_of_document!r}")
+        name = self._added_start(tokenizer) if self.start_of_document == "auto" else self.start_of_document
+        start = None if name is None else tokenizer.token_to_id(name)
+        if name is not None and start is None:
+            raise InputError("start_of_document", f"{self.path} has no token {name!r}; name another one, or add none")
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return JsonEncoder(tokenizer, end, digest, parse_special=self.parse_special)
+        return JsonEncoder(tokenizer, end, digest, start_of_document=start, parse_special=self.parse_special)
+
+    def _added_start(self, tokenizer: Any) -> str | None:
+        """Return the token that is added before every text. Raises InputError unless it is one of the vocabulary."""
+        before: list[Any]
+        before, after = added_tokens(tokenizer)
+        config = self.path.parent / "tokenizer_config.json"
+        try:
+            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            added, bos = settings.get("add_bos_token"), settings.get("bos_token")
+        except (ValueError, AttributeError) as error:
+            raise InputError("path", f"{config} is not a JSON object: {error}") from None
+        if added is not None:  # it overrides the post-processor, as in torchtitan and transformers 4
+            before = [bos.get("content") if isinstance(bos, dict) else bos] if added else []
+        if before == [None]:
+            raise InputError("start_of_document", f"{config} sets add_bos_token, but no bos_token")
+        if len(before) > 1 or after not in ([], [self.end_of_document]):
+            raise InputError(
+                "start_of_document",
+                f"{self.path} adds {before} before and {after} after every text; expected at most one token before, "
+                f"and after it none or end_of_document = {self.end_of_document!r}. Name the start token, or add none",
+            )
+        return before[0] if before else None
+
+
+def added_tokens(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Return the tokens that the post-processor adds before and after a text. Raises InputError for one with an id
+    that the vocabulary does not have, or gives to another token."""
+    text = tokenizer.encode("", add_special_tokens=False)
+    text.pad(1)  # stands for a text, and has attention 0
+    encoded = tokenizer.post_process(text, None, True)
+    place = encoded.attention_mask.index(0)
+    for number, (token, id) in enumerate(zip(encoded.tokens, encoded.ids, strict=True)):
+        if number != place and tokenizer.token_to_id(token) != id:
+            raise InputError(
+                "start_of_document",
+                f"the post-processor adds {token!r} as id {id}, which is not in the vocabulary; name the start token, "
+                "or add none",
+            )
+    return encoded.tokens[:place], encoded.tokens[place + 1 :]
 
 
 class JsonEncoder:
     """Encodes with the library, without adding special tokens. It can be pickled."""
 
-    def __init__(self, tokenizer: Any, end_of_document: int, digest: str, *, parse_special: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        end_of_document: int,
+        digest: str,
+        *,
+        start_of_document: int | None = None,
+        parse_special: bool = False,
+    ) -> None:
         tokenizer.encode_special_tokens = not parse_special
         self._parse_special = parse_special
         tokenizer.no_padding()
@@ -66,7 +121,9 @@ class JsonEncoder:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = end_of_document
+        self.start_of_document = start_of_document
         self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}" + "-special" * parse_special
+        self.fingerprint += "" if start_of_document is None else f"-start-{start_of_document}"
         self.byte_lengths = np.zeros(self.vocab_size, dtype=np.int64)
         """(vocab_size,) int64 bytes of each id; 0 for special tokens."""
         special = {id for id, added in tokenizer.get_added_tokens_decoder().items() if added.special}
@@ -75,6 +132,8 @@ class JsonEncoder:
         for token, id in vocabulary.items():
             if id not in special:
                 self.byte_lengths[id] = len(token) if byte_level and byte_chars.issuperset(token) else _num_bytes(token)
+        if start_of_document is not None:
+            self.byte_lengths[start_of_document] = 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the (tokens,) uint32 ids of each text."""

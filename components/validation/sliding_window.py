@@ -27,10 +27,10 @@ from components.validation.totals import LossTotals, UnreadableError
 
 @runtime_checkable
 class Documents(Protocol):
-    """A dataset with access to its documents, each followed by the end-of-document token."""
+    """A dataset with access to its documents, each with the end token and, if it is another one, the start token."""
 
     def document_lengths(self) -> np.ndarray:
-        """Return (D, 2) int64: tokens, including the end token, and bytes of text of each document."""
+        """Return (D, 2) int64: tokens, including start and end tokens, and bytes of text of each document."""
         ...
 
     def tokens(self, start: int, count: int) -> np.ndarray:
@@ -39,7 +39,8 @@ class Documents(Protocol):
 
 
 class Window(NamedTuple):
-    """A part of a document in one forward pass. Input 0 of a document is the separator, input i its token i - 1."""
+    """A part of a document in one forward pass. Input 0 of a document is its start token or else the end
+    token, input i the token i - 1 after it."""
 
     document: int
     start: int
@@ -76,6 +77,8 @@ class SlidingWindow:
     stride: int
     micro_batch_size: int
     limit: int | None = None
+    start_of_document: int | None = None
+    """The first input of every window, also within a document; it is never predicted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.size:
@@ -97,8 +100,10 @@ class SlidingWindow:
         """
         failure: Exception | None = None
         model.eval()
-        sizes = self.documents.document_lengths()[: self.limit].tolist()
-        starts = [0, *accumulate(tokens for tokens, _ in sizes)]
+        lengths_D2 = self.documents.document_lengths()[: self.limit]
+        prepended = self.start_of_document not in (None, self.end_of_document)  # token 0 of each document
+        starts = [prepended + ends for ends in (0, *accumulate(lengths_D2[:, 0].tolist()))]
+        sizes = (lengths_D2 - [prepended, 0]).tolist()
         nats_D = torch.zeros(len(sizes), dtype=torch.float64)
         windows = sliding_windows([tokens for tokens, _ in sizes], self.size, self.stride)
         with compute():
@@ -125,11 +130,13 @@ class SlidingWindow:
         """Return inputs and labels (W, T) of `batch`, padded on the right, after all counted positions."""
         inputs_WT, labels_WT = self._padding(batch, multiple)
         for row, (document, start, end, counted) in enumerate(batch):
-            # The separator is the padding id, not read: the first document has no end token before it.
+            # Input 0 of a document is the padding id, not read: the first document has no end token before it.
             text = self.documents.tokens(starts[document] + max(start - 1, 0), end - max(start - 1, 0))
             ids = torch.from_numpy(text)
             check_token_ids(ids, self.vocab_size)
             inputs_WT[row, start == 0 : end - start] = ids[:-1]
+            if self.start_of_document is not None:
+                inputs_WT[row, 0] = self.start_of_document
             labels_WT[row, end - start - counted : end - start] = ids[len(ids) - counted :]
         return inputs_WT, labels_WT
 

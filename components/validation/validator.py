@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components.distributed.collectives import describe_error, try_call
 from components.interfaces import Comm, DataConfig, HasOrder, PackedDataset, Tokenizer
-from components.token_ids import IGNORE_INDEX, check_token_ids
+from components.token_ids import IGNORE_INDEX, check_token_ids, prepended_id
 from components.units import PositiveCount
 from components.validation.totals import LossTotals, UnreadableError
 
@@ -40,7 +40,8 @@ class ValidationConfig:
         else:
             indices = [number * len(dataset) // count for number in range(count)]
         byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
-        return Validator(dataset, indices, byte_lengths, self.micro_batch_size, sequence_length)
+        uncounted = prepended_id(tokenizer)
+        return Validator(dataset, indices, byte_lengths, self.micro_batch_size, sequence_length, uncounted)
 
 
 class Validator:
@@ -53,13 +54,16 @@ class Validator:
         byte_lengths: Tensor,
         micro_batch_size: int,
         sequence_length: int,
+        uncounted: int | None = None,
     ) -> None:
-        """`byte_lengths` is (V,) int64: the bytes of each token of the vocabulary."""
+        """`byte_lengths` is (V,) int64: the bytes of each token of the vocabulary. `uncounted` is an id that is not
+        predicted: the one that begins every document."""
         self.dataset = dataset
         self.indices = indices
         self.byte_lengths = byte_lengths
         self.micro_batch_size = micro_batch_size
         self.sequence_length = sequence_length
+        self.uncounted = uncounted
 
     def evaluate(
         self, model: nn.Module, world: Comm, compute: Callable[[], AbstractContextManager[object]]
@@ -94,6 +98,8 @@ class Validator:
                     chunk = torch.zeros(len(local), self.sequence_length + 1, dtype=torch.int64)
                 tokens, labels = chunk[:, :-1], chunk[:, 1:].clone()
                 labels[[number >= count for number in local]] = IGNORE_INDEX
+                if self.uncounted is not None:
+                    labels[labels == self.uncounted] = IGNORE_INDEX
                 nats += model(_to(tokens, world.device), _to(labels, world.device))
                 counted = labels[labels != IGNORE_INDEX]
                 token_count += counted.numel()

@@ -159,7 +159,7 @@ def test_a_resumed_run_may_change_document_masking_with_a_warning(tmp_path, run,
 def test_unsupported_combinations_are_refused_in_one_message(tiny, run, capsys):
     (tiny.folder / "of_mine.py").write_text(MODEL)
     for arguments, message in {
-        ("--model.use=of_mine:Model", WITHIN): "Tagger has no enable_document_masking(end_of_document)",
+        ("--model.use=of_mine:Model", WITHIN): "Tagger has no enable_document_masking(first_input)",
         ("--model.use=of_mine:Model", WITHIN, "--dry-run"): "training.document_masking",
         ("--training.document_masking=documents",): "expected true or false",
     }.items():
@@ -177,4 +177,4 @@ def test_data_without_ends_is_warned_about(tiny, capsys):
     data = ["--data.use=components.data:TokenFiles", f"--data.path={tiny.folder / 'unmarked.bin'}"]
     short = ["--training.total_tokens=384", "--validation=none", "--checkpoint.interval_steps=none"]
     assert tiny.launch(*data, *short, WITHIN) == 0
-    assert "none of 56 sampled sequences contains the end-of-document id 256" in capsys.readouterr().out
+    assert "none of 56 sampled sequences contains the id 256" in capsys.readouterr().out

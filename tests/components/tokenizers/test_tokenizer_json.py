@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from components.tokenizers import TiktokenFile, TokenizerJson
-from components.tokenizers.hf_conversion import save
+from components.tokenizers.hf_conversion import byte_characters, save
 
 pytest.importorskip("tokenizers", reason="needs tokenizers: pip install -e '.[hf]'")
 pytestmark = pytest.mark.quick
@@ -59,6 +60,87 @@ def test_a_tokenizer_of_sentence_pieces_counts_its_bytes(tmp_path):
     assert built.byte_lengths.tolist() == [0, 1, 2, 2, 1, 0]
     with pytest.raises(ValueError, match="outside the vocabulary of 6"):
         built.decode([6])
+
+
+def write_byte_tokenizer(folder: Path, start_id: int = 257, **template: str) -> Path:
+    """Write a tokenizer.json of bytes with </s> 256 and <s> 257, which adds tokens as `template` says."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = {"</s>": 256, "<s>": 257}
+    vocabulary = {character: byte for byte, character in byte_characters().items()}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary | special, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(special))
+    processors = [tokenizers.processors.ByteLevel(trim_offsets=False)]
+    if template:
+        ids = [("<s>", start_id), ("</s>", 256), ("a", 97)]
+        processors.append(tokenizers.processors.TemplateProcessing(**template, special_tokens=ids))
+    made.post_processor = tokenizers.processors.Sequence(processors)
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A", None])
+def test_the_start_token_is_the_one_that_transformers_adds(tmp_path, single):
+    transformers = pytest.importorskip("transformers")
+    path = write_byte_tokenizer(tmp_path, **({} if single is None else {"single": single}))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    ours = TokenizerJson(path=path, end_of_document="</s>", start_of_document="auto").build()
+    for text in ("", "Ça 🐋", "x <s> y"):
+        found = ours.encode_batch([text])[0].tolist()
+        assert 257 not in found, "text that spells it is ordinary text"
+        whole = [] if ours.start_of_document is None else [ours.start_of_document]
+        whole += [*found, *([256] if "</s>" in (single or "") else [])]
+        assert whole == theirs(text, add_special_tokens=True, split_special_tokens=True)["input_ids"]
+    assert (ours.start_of_document == 257) == (single or "").startswith("<s>")
+    assert ours.byte_lengths[256:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("bos", ["<s>", {"content": "<s>", "special": True}])
+def test_add_bos_token_overrides_the_post_processor(tmp_path, bos):
+    for single, add in (("$A", True), ("<s> $A", False), ("<s> $A", None)):
+        path = write_byte_tokenizer(tmp_path, single=single)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add, "bos_token": bos}))
+        built = TokenizerJson(path=path, end_of_document="</s>", start_of_document="auto").build()
+        assert built.start_of_document == (None if add is False else 257)
+
+
+def test_the_start_token_is_part_of_the_fingerprint_and_of_the_export(tmp_path):
+    path = write_byte_tokenizer(tmp_path, single="<s> $A")
+    transformers = pytest.importorskip("transformers")
+    prints = set()
+    for start in (None, "<s>", "</s>"):
+        built = TokenizerJson(path=path, end_of_document="</s>", start_of_document=start).build()
+        prints.add(built.fingerprint)
+        (folder := tmp_path / str(len(prints))).mkdir()
+        save(built, folder, max_length=64)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        prefix = [] if start is None else [built.start_of_document]
+        assert theirs("ab")["input_ids"] == [*prefix, 97, 98]
+        assert theirs.bos_token == (start or "</s>")
+        again = TokenizerJson(path=folder / "tokenizer.json", end_of_document="</s>", start_of_document="auto").build()
+        assert again.start_of_document == built.start_of_document
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("template", "config", "said"),
+    [
+        ({"single": "<s> $A", "start_id": 999}, "{}", "adds '<s>' as id 999, which is not in the vocabulary"),
+        ({"single": "<s> a $A"}, "{}", r"adds \['<s>', 'a'\] before .* expected at most one"),
+        ({"single": "$A a"}, "{}", r"\['a'\] after every text; .* none or end_of_document = '</s>'"),
+        ({}, '{"add_bos_token": true}', "sets add_bos_token, but no bos_token"),
+        ({}, '{"add_bos_token": true, "bos_token": "<bos>"}', "has no token '<bos>'"),
+        ({}, "[", "is not a JSON object"),
+        ({}, "[]", "is not a JSON object"),
+    ],
+)
+def test_a_start_token_that_cannot_be_added_is_one_message(tmp_path, template, config, said):
+    path = write_byte_tokenizer(tmp_path, **template)
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=said):
+        TokenizerJson(path=path, end_of_document="</s>", start_of_document="auto").build()
+    assert TokenizerJson(path=path, end_of_document="</s>").build().start_of_document is None
 
 
 def test_mistakes_name_the_file(tmp_path, pair):

@@ -54,13 +54,14 @@ class Rank:
         return tensor
 
 
-def by_hand(document, size, stride):
-    """Nats of a document, a token at a time."""
+def by_hand(document, size, stride, start=None):
+    """Nats of a document, a token at a time; with `start`, the first input of every window."""
     table, inputs, nats = SumsContext().table.detach().double(), [END, *document[:-1]], 0.0
     for target, id in enumerate(document):
         slides = max(0, math.ceil((target + 1 - size) / stride))
         end = min(size + slides * stride, len(document))
         context = inputs[max(0, end - size) : target + 1]
+        context[0] = context[0] if start is None else start
         nats -= float(table[context].sum(0).log_softmax(-1)[id])
     return nats
 
@@ -74,6 +75,21 @@ def test_each_token_is_predicted_once_with_the_context_of_its_window(size, strid
     assert [(row.tokens, row.bytes) for row in rows] == [(length, 3 * length) for length in LENGTHS]
     for row, document in zip(rows, texts.each, strict=True):
         assert row.nats == pytest.approx(by_hand(document, size, stride), rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize(("size", "stride"), [(6, 6), (6, 4), (1, 1), (64, 32)])
+@pytest.mark.parametrize("start", [3, END])
+def test_every_window_begins_with_the_start_token_which_is_not_counted(size, stride, start):
+    """The documents hold the start token, unless it is the end token, which precedes each already."""
+    texts = Texts()
+    bare = texts.each
+    texts.each = [ids if start == END else [start, *ids] for ids in bare]
+    texts.document_lengths = lambda: np.array([[len(ids), 3] for ids in texts.each])
+    evaluated = SlidingWindow(texts, VOCAB, END, size, stride, 2, start_of_document=start)
+    rows = evaluated.evaluate(SumsContext(), Rank(), nullcontext, multiple=4)
+    assert [(row.tokens, row.bytes) for row in rows] == [(length, 3) for length in LENGTHS]
+    for row, document in zip(rows, bare, strict=True):
+        assert row.nats == pytest.approx(by_hand(document, size, stride, start), rel=1e-5)  # float32
 
 
 def test_a_stride_of_one_gives_every_token_a_full_window():

@@ -73,6 +73,20 @@ def test_loss_perplexity_and_bits_per_byte(micro, limit):
     assert numbers["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / byte_count, rel=1e-6)
 
 
+@pytest.mark.parametrize("start", [0, 10])
+def test_the_start_of_a_document_is_not_counted(start):
+    class Starts(Text):
+        start_of_document, end_of_document = start, 10
+
+    samples = (validation := open_validator(ValidationConfig(data=Source()), Starts())).dataset
+    table = Bigram().table.detach().double().log_softmax(-1)
+    pairs = [(a, b) for s in samples for a, b in pairwise(s.tolist()) if b != start or start == 10]
+    totals = validation.totals(Bigram(), Alone(), nullcontext)
+    assert (totals.tokens, totals.bytes) == (len(pairs), sum(b for _, b in pairs))
+    assert totals.nats == pytest.approx(sum(-table[a, b].item() for a, b in pairs), rel=1e-6)
+    assert (len(pairs) < COUNT * LENGTH) == (start == 0), "a test that can fail"
+
+
 def test_bytes_are_counted_beyond_what_float32_holds():
     class Long(Text):
         byte_lengths = np.arange(VOCAB) * (2**22 + 1)
