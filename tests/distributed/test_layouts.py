@@ -205,10 +205,18 @@ def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
     if source == target:
         whole, moved = ([row for row in timeless(runs.rows(run)) if "loss" in row] for run in (source, name))
         assert moved == whole[SAVED_AT:], "not bitwise"
+
+
+RING = [f"{source} to {target}" for source, target in zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True)]
+
+
+@pytest.mark.parametrize("name", RING)
+def test_an_average_moves_bitwise(runs, name):
+    source, _ = MOVES[name]
     before, after = tensors(runs.checkpoint(source, SAVED_AT)), tensors(runs.checkpoint(name, STEPS))
     averages = [key for key in before if key.startswith("average.w.")]
     assert averages
-    assert all(torch.equal(before[key], after[key]) for key in averages), "the average is not the saved one, bitwise"
+    assert all(torch.equal(before[key], after[key]) for key in averages), "no step after the save is a sample"
 
 
 @pytest.mark.parametrize("name", VARIED)
