@@ -235,9 +235,7 @@ class Trainer:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_consistent = False
                 self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
-        self.state.is_consistent = False
-        # also after a skipped step, whose weights are those before it: with a delay the host does not know yet
-        self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
+                self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
         self.clock.advance(batch.samples)
         self.state.is_consistent = True
         self.launched.append((launched, bad))
