@@ -95,7 +95,13 @@ VARIED = {
     }.items()
     for what in [list(VARIANTS)[number] for number in numbers]
 }
-MOVES = {f"{source} to {target}": (source, target) for source in LAYOUTS for target in LAYOUTS}
+MOVES = {
+    f"{source} to {target}": (source, target)
+    for index, source in enumerate(LAYOUTS)
+    for target in LAYOUTS
+    if source == target or "one process" in (source, target) or target == [*LAYOUTS][(index + 1) % len(LAYOUTS)]
+}
+"""Each layout to itself, to and from one process, and to the next one in the list."""
 ROUNDED = {
     f"{layout}, {what}": (layout, [argument, *SHORT])
     for what, argument, layouts in (
