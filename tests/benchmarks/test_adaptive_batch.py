@@ -11,8 +11,6 @@ from benchmarks.adaptive_batch import methods, runs
 from benchmarks.adaptive_batch.runs import ResultBook, Run
 from tools.sweep.runner import Outcome, Results, Runner
 
-pytestmark = pytest.mark.quick
-
 ROW = ("constant 8", "wsd")
 
 

@@ -9,7 +9,6 @@ from components.tokenizers import Bytes, TiktokenFile
 from components.tokenizers.hf_conversion import save
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the [hf] extra")
-pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).resolve().parents[3]
 OWN = ROOT / "assets" / "tokenizers" / "stdlib-4096.tiktoken"
