@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.optimizers.runs import SHARED, SIZES
-from benchmarks.shared import machine
+from benchmarks.shared import add_text_arguments, machine, text_keys
 from recipes.cli import ROOT
 from tools.sweep.grid import Job, Settings, Sweep
 from tools.sweep.runner import Outcome, Results, Runner, report_stop
@@ -145,16 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.anytime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
+    add_text_arguments(parser)
     parser.add_argument("--tokens", type=int, default=1_200_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/data/anytime.jsonl"))
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    text = text_keys(options)
     try:
         results = Results(options.results)
         comparison = Comparison(results, text, options.tokens, options.seeds)

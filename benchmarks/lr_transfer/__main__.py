@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.lr_transfer.groups import Group, group_results
 from benchmarks.lr_transfer.methods import METHODS, Grid, Method, relative_cost, sweep_of
 from benchmarks.lr_transfer.report import plot_regret, report_lines
-from benchmarks.shared import machine
+from benchmarks.shared import add_text_arguments, machine, text_keys
 from tools.sweep.runner import Results, Runner, report_stop
 
 
@@ -29,9 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
+    add_text_arguments(parser)
     for key in ("widths", "batches", "tokens"):
         parser.add_argument(f"--{key}", type=int, nargs="+", default=getattr(Grid, key))
     parser.add_argument("--seeds", type=int, default=Grid.seeds)
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/lr_transfer.svg"))
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    text = text_keys(options)
     grid = Grid(options.widths, options.batches, options.tokens, options.seeds)
     try:
         jobs = {method: sweep_of(method, grid, text).jobs() for method in METHODS}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.optimizers.report import plot_losses, report_lines
 from benchmarks.optimizers.runs import OPTIMIZERS, SIZES, Setting, Tuning, next_jobs
-from benchmarks.shared import machine
+from benchmarks.shared import add_text_arguments, machine, text_keys
 from tools.sweep.runner import Results, Runner, report_stop
 
 
@@ -28,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
+    add_text_arguments(parser)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 8], help="in samples")
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/optimizers.svg"))
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    text = {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
+    text = text_keys(options)
     settings = [
         Setting(size, batch, optimizer)
         for size in options.sizes

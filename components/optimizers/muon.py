@@ -107,11 +107,9 @@ class Muon(AdamW):
     def _names_on_muon(self, parameters: dict[str, nn.Parameter]) -> set[str]:
         """Return the names of the parameters that Muon updates."""
         for key, patterns in (("muon_on", self.muon_on), ("adamw_on", self.adamw_on)):
-            for index, pattern in enumerate(patterns):
+            for pattern in patterns:
                 if pattern not in ROUTERS and not any(fnmatchcase(name, pattern) for name in parameters):
-                    raise InputError(
-                        f"{key}.{index}", f"{pattern!r} matches no parameter; they are {_shortened(list(parameters))}"
-                    )
+                    raise InputError(key, f"{pattern!r} matches no parameter; they are {_shortened(list(parameters))}")
         chosen = {
             name
             for name, parameter in parameters.items()

@@ -18,11 +18,13 @@ from components.data.sources.base import TextSource
 from components.distributed.parallel_dims import MeshShape
 from components.errors import InputError, message_of
 from components.hardware import DeviceSpec, device_spec
+from components.interfaces import UpdateCost
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
 from recipes.dry_run.memory import Memory, estimate_memory, syncs_once_per_step
 from recipes.dry_run.schedule_preview import SchedulePreview, simulate_schedule
 from recipes.errors import config_errors_at
+from recipes.interfaces import HasUpdateCost
 from recipes.model_setup import build_model
 
 DEFAULT_MFU = 0.4
@@ -81,6 +83,8 @@ class RunPlan:
     schedule: SchedulePreview
     dtype: torch.dtype
     """The dtype of the matrix products."""
+    update_cost: UpdateCost | None
+    """The cost of an optimizer step; None for element-wise updates."""
     memory: Memory | str
     """The memory estimate, or the reason why there is none."""
     epoch_tokens: int | None
@@ -134,6 +138,10 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         with _collect_problems(config, "model", problems):
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # fail here, at [model], and not in the report
+    update_cost: UpdateCost | None = None
+    if model is not None and isinstance(recipe.optimizer, HasUpdateCost):
+        with _collect_problems(config, "optimizer", problems):
+            update_cost = recipe.optimizer.update_cost(model)
     rounding = BatchRounding(training.micro_batch_size, mesh_shape.dp_size)
     schedule, policy = SchedulePreview(), None
     with _collect_problems(config, "batch", problems):
@@ -154,6 +162,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         policy=policy,
         schedule=schedule,
         dtype=dtype,
+        update_cost=update_cost,
         memory=estimate_memory(recipe, model, mesh_shape, device_type, dtype),
         epoch_tokens=estimate_epoch_tokens(recipe.data, tokenizer),
     )

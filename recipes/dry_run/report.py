@@ -15,7 +15,6 @@ from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.preflight import preflight_checks
 from recipes.dry_run.schedule_preview import SchedulePreview
 from recipes.dry_run.step_time import estimate_step_time, update_collectives
-from recipes.interfaces import HasUpdateCost
 
 DEFAULT_DEVICES = ("A100", "H100", "H200", "B200")
 """Devices whose memory and time are shown if none is named."""
@@ -84,10 +83,9 @@ def _run(plan: RunPlan) -> Iterator[str]:
         epochs = schedule.tokens / plan.epoch_tokens
         yield f"data           about {format_count(plan.epoch_tokens)} tokens: {epochs:.3g} epochs"
     yield f"FLOPs          {plan.flops_per_token:.4g} per token, {plan.flops:.4g} in total"
-    if isinstance(recipe.optimizer, HasUpdateCost):
-        cost = recipe.optimizer.update_cost(plan.model)
+    if plan.update_cost is not None:
         size = _format_bytes(sum(round(each.size) for each in update_collectives(plan) if each.ranks > 1))
-        yield f"update         {cost.flops:.4g} FLOPs per step over all processes; each receives {size}"
+        yield f"update         {plan.update_cost.flops:.4g} FLOPs per step over all processes; each receives {size}"
     if isinstance(plan.memory, Memory):
         kept = recipe.checkpoint.keep_last
         how_many = "all kept" if kept is None else f"the last {kept} kept"

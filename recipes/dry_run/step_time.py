@@ -14,7 +14,7 @@ from torch import nn
 from components.hardware import DeviceSpec
 from recipes.dry_run.memory import Memory, local_numel
 from recipes.dry_run.plan import RunPlan
-from recipes.interfaces import HasParallelPlan, HasUpdateCost
+from recipes.interfaces import HasParallelPlan
 from recipes.model_setup import transformer_blocks
 
 MATMUL_UTILIZATION = 0.65
@@ -93,9 +93,8 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
     if training.activation_checkpoint != "selective":  # which keeps the results of products
         products *= 1 + recomputed / 3
     compute = products / (device.flops * MATMUL_UTILIZATION) * (1 + OTHER_KERNELS[_model_kind(plan.model)])
-    if isinstance(plan.recipe.optimizer, HasUpdateCost):
-        flops = plan.recipe.optimizer.update_cost(plan.model).flops
-        compute += flops / plan.mesh_shape.world_size / (device.flops * MATMUL_UTILIZATION)
+    if plan.update_cost is not None:
+        compute += plan.update_cost.flops / plan.mesh_shape.world_size / (device.flops * MATMUL_UTILIZATION)
     local = isinstance(memory, Memory) and plan.syncs_once_per_step(memory, device)
     seconds = [
         collective.seconds(plan.local_size, device.link_bytes)
@@ -147,10 +146,10 @@ def tp_collectives(plan: RunPlan, micro_batches: int, recomputed: float) -> Iter
 
 def update_collectives(plan: RunPlan) -> Iterator[Collective]:
     """Yield the exchange of matrices in an optimizer step: shards to the owner of each matrix, and updates back."""
-    if not isinstance(plan.recipe.optimizer, HasUpdateCost):
+    if plan.update_cost is None:
         return
     mesh_shape = plan.mesh_shape
-    size = plan.recipe.optimizer.update_cost(plan.model).elements * plan.dtype.itemsize
+    size = plan.update_cost.elements * plan.dtype.itemsize
     shards = mesh_shape.dp_shard * mesh_shape.tp
     if shards > 1:
         yield Collective(size / mesh_shape.world_size, mesh_shape.world_size, 1, distinct=True)

@@ -201,8 +201,8 @@ class ThreeParts(Net):
 @pytest.mark.parametrize(
     ("model", "keys", "key", "message"),
     [
-        (Net, {"muon_on": ("blocks.*",)}, "muon_on.0", "'blocks.*' matches no parameter; they are embedding.weight"),
-        (Net, {"adamw_on": ("*.stakc",)}, "adamw_on.0", "'.*stakc' matches no parameter"),
+        (Net, {"muon_on": ("blocks.*",)}, "muon_on", "'blocks.*' matches no parameter; they are embedding.weight"),
+        (Net, {"adamw_on": ("*.stakc",)}, "adamw_on", "'.*stakc' matches no parameter"),
         (Net, {"muon_on": ("*.bias",)}, "muon_on", "leaves no matrix for Muon; use components.optimizers:AdamW"),
         (FourDimensions, {}, "muon_on", "layers.0.convolution has 4 dimensions"),
         (Scaled, {}, "muon_on", "is 0.5, which holds for AdamW only; give the model muon_lr_multiplier"),

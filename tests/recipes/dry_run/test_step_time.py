@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from components.hardware import device_spec
+from recipes.config import ConfigError
 from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.report import report_lines
 from recipes.dry_run.step_time import INFINIBAND, Collective, StepTime, estimate_step_time
@@ -100,8 +101,7 @@ def test_muon_adds_its_products_and_its_exchange_to_a_step(tiny):
     products = [(16, 16), (16, 16), (8, 16), (8, 16), (16, 32), (16, 32), (16, 32)]
     flops = 2 * sum(5 * (4 * m * m * n + 2 * m**3) for m, n in products)
     elements = 2 * sum(m * n for m, n in products)
-    cost = with_muon.recipe.optimizer.update_cost(with_muon.model)
-    assert (cost.flops, cost.elements) == (flops, elements)
+    assert with_muon.update_cost == (flops, elements)
     assert found.compute - plain.compute == pytest.approx(flops / 8 / (H100.flops * 0.65), rel=1e-3)
     link = H100.link_bytes * 0.73
     assert found.nvlink - plain.nvlink == pytest.approx(2 * elements * 2 / 8 * 7 / 8 / link, rel=1e-3)
@@ -113,3 +113,8 @@ def test_muon_adds_its_products_and_its_exchange_to_a_step(tiny):
 def test_updates_of_muon_enter_a_node_once_for_each_of_its_ranks():
     exchange = Collective(8e9, 8, 1, distinct=True)
     assert exchange.seconds(4, 1e9 / 0.73) == pytest.approx((7.0, 4e9 / INFINIBAND))
+
+
+def test_a_pattern_of_muon_that_matches_nothing_is_a_problem_of_the_plan(tiny):
+    with pytest.raises(ConfigError, match=r"optimizer.muon_on.*\n.*'blocks\.\*' matches no parameter"):
+        step(tiny, 8, 8, MUON, '--optimizer.muon_on=["blocks.*"]')
