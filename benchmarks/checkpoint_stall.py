@@ -53,7 +53,7 @@ def measure(
         config = load(config_path, [*overrides, Override("training.total_tokens", str(steps * batch * length))])
         run = Trainer(config, None, cleanup)
         stalls, next_steps = [], []
-        write = run.metric_logger.write
+        write = run.metric_logger.log
 
         def after_step(row: dict) -> None:
             write(row)
@@ -67,7 +67,7 @@ def measure(
                 run.checkpoints.save()
                 stalls.append(time.perf_counter() - start)
 
-        run.metric_logger.write = after_step  # type: ignore[method-assign, assignment]
+        run.metric_logger.log = after_step  # type: ignore[method-assign, assignment]
         run.train()
         store = run.checkpoints.manager
         store.wait()

@@ -121,13 +121,13 @@ def train_recipe(config: Config, report: Report) -> None:
     models.decoder.fill_normal = draw_on_device  # type: ignore[attr-defined, assignment]
     with ExitStack() as cleanup, suppress(AllStepsDone):
         run = Trainer(config, None, cleanup)
-        write = run.metric_logger.write
+        write = run.metric_logger.log
 
         def reported(row: Any) -> None:
             write(row)
             report.step(row["loss"])
 
-        run.metric_logger.write = reported  # type: ignore[method-assign]
+        run.metric_logger.log = reported  # type: ignore[method-assign]
         samples = config.recipe.batch.initial_size
         report.begin(
             flops_per_token=run.flops_per_token,

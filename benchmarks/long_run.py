@@ -48,19 +48,20 @@ def measure(steps: int, save_every: int) -> list[tuple[int, int]]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
         settings = {
             "run.dir": str(Path(folder) / "run"), "training.total_tokens": str(steps * BATCH * LENGTH),
-            "metrics.tensorboard": "true", "metrics.console_interval_steps": "100",
+            "metrics.writers.tensorboard.use": "components.metrics:TensorBoard",
+            "metrics.writers.console.interval_steps": "100",
             "checkpoint.interval_steps": str(save_every),
         }  # fmt: skip
         config = load(make_recipe(Path(folder)), [Override(key, value) for key, value in settings.items()])
         run = Trainer(config, None, cleanup)
-        write = run.metric_logger.write
+        write = run.metric_logger.log
 
         def after_step(row: dict[str, Any]) -> None:
             write(row)
             if row["step"] % (steps // 10) == 0:
                 points.append((row["step"], process.memory_info().rss))
 
-        run.metric_logger.write = after_step  # type: ignore[method-assign, assignment]
+        run.metric_logger.log = after_step  # type: ignore[method-assign, assignment]
         run.train()
     return points
 

@@ -18,6 +18,7 @@ generation.py                sampling of text
 Run and machine
 run_directory.py             the files of a run directory, its owner and lock
 interrupts.py                signals, stop file and time limit; their exit statuses
+environment.py               versions of code and packages, and devices, recorded with the run
 hardware.py                  peak FLOP/s and memory of devices
 cpu.py                       the number of CPUs of this process
 profiler_range.py            named ranges that the profiler package reads

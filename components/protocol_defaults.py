@@ -16,7 +16,8 @@ def with_defaults(instance: Any, base: type[T]) -> T:
     if isinstance(instance, base):
         return instance
     complete = type(type(instance).__name__, (base,), {})()
-    for name in dir(base):
+    required = (name for each in base.__mro__ for name in vars(each).get("__annotations__", ()))  # without a default
+    for name in {*dir(base), *required}:
         if not name.startswith("_") and hasattr(instance, name):
             setattr(complete, name, getattr(instance, name))
     return complete

@@ -38,6 +38,10 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.profile = path / "profile"
+        self.environment = path / "environment.json"
+        """Versions and devices of each start of the run."""
+        self.writers = path / "writers"
+        """What the writers of metrics need to continue after a restart."""
         self.owner_file = path / "run.json"
         """Identifies the run that owns the directory; without it, no file in it is overwritten or removed."""
         self.stop_file = path / "stop"
@@ -145,9 +149,11 @@ class RunDirectory:
             return
         traces = [*self.profile.glob("steps-*-rank-*"), *self.path.glob(f"{FLIGHT_RECORDER}*")]
         # The metrics last: `has_run` must stay true until all other files are removed.
-        for file in (*self.tensorboard.glob(f"events.*.{run}"), *traces, self.config, self.metrics):
+        states = self.writers.glob("*.json")
+        files = (*self.tensorboard.glob(f"events.*.{run}"), *traces, *states, self.environment, self.config)
+        for file in (*files, self.metrics):
             file.unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.profile):
+        for folder in (self.tensorboard, self.profile, self.writers):
             if not folder.is_symlink():
                 with suppress(OSError):  # not empty, or missing
                     folder.rmdir()

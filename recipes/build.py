@@ -24,9 +24,11 @@ from components.data.loader import MicroBatchLoader
 from components.distributed import fsdp
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import ParallelDims
+from components.environment import describe_environment, record_environment
 from components.gradient_noise import GradientNoiseHooks, backward_parameters
 from components.interfaces import PackedDataset
 from components.metrics.logger import MetricLogger
+from components.metrics.writer import RunInfo
 from components.precision import WorkingWeights
 from components.profiler import Profiler
 from components.token_ids import describe_start, first_input
@@ -36,6 +38,8 @@ from components.validation import Validator
 from recipes.averages import Averages
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
 from recipes.config import Config
+from recipes.config.errors import PROJECT
+from recipes.config.toml import to_toml_value
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import config_errors_at
 from recipes.hooks import Hook, HookContext, complete_hook
@@ -276,17 +280,26 @@ def build_metric_logger(
     config: Config, environment: Environment, clock: TrainingClock, cleanup: ExitStack
 ) -> MetricLogger:
     """Build the metric logger; it has writers only on the main process."""
-    directory, metric_logger = environment.directory, MetricLogger([])
-    if environment.world.is_main:
+    world, directory, metric_logger = environment.world, environment.directory, MetricLogger()
+    if world.is_main:
+        described = describe_environment(PROJECT, world.device, world.size)
+        run = RunInfo(
+            name=config.recipe.run.name,
+            id=environment.start.run,
+            directory=directory.path,
+            metrics=directory.metrics,
+            console=environment.console,
+            after_step=clock.step,
+            total_tokens=clock.total_tokens,
+            recipe=config.to_toml(provenance=False),
+            hyperparameters={
+                key: to_toml_value(leaf.value) for key, leaf in config.leaves.items() if leaf.value is not None
+            },
+            environment=described,
+        )
         with config_errors_at(config, "run"):
-            metric_logger = config.recipe.metrics.build(
-                jsonl=directory.metrics,
-                tensorboard=directory.tensorboard,
-                console=environment.console,
-                after_step=clock.step,
-                total_tokens=clock.total_tokens,
-                run=environment.start.run,
-            )
+            record_environment(directory.environment, described, clock.step)
+            metric_logger = config.recipe.metrics.build(run, directory.writers)
     cleanup.callback(metric_logger.close)
     return metric_logger
 
@@ -297,7 +310,7 @@ def build_hook_context(
     """Build what hooks see of the run."""
 
     def log_metrics(values: Mapping[str, float]) -> None:
-        metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
+        metric_logger.log({"step": clock.step, "tokens": clock.tokens, **values})
 
     world = environment.world
     return HookContext(

@@ -106,7 +106,7 @@ class Validate(Hook):
         for name in run.state.averages.started():
             with run.state.averages.swapped(name):
                 values |= {f"{key}_average_{name}": value for key, value in evaluate().items()}
-        run.metric_logger.write({"step": clock.step, "tokens": clock.tokens, **values})
+        run.metric_logger.log({"step": clock.step, "tokens": clock.tokens, **values})
         run.restart_timer()
 
     @property

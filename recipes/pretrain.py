@@ -254,7 +254,7 @@ class Trainer:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
             self.state.observations.append((launched.progress, noise))
             step_seconds = time.perf_counter() - self.timer_started_at
-            self.metric_logger.write(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
+            self.metric_logger.log(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
             self.restart_timer()
             # processes agree on a request in the reduction of the step; a single one can poll again
             request = result.request if self.world.size > 1 else self.requests.poll()
@@ -309,12 +309,10 @@ class Trainer:
         self.read_launched()
         self.hooks.call("on_run_end", self.context)
         manager.wait()
-        self.metric_logger.flush()
+        self.metric_logger.close()
         self.requests.remove_stop_file()
         for failed in manager.failed_steps:
             log.error(f"the checkpoint of step {failed} could not be saved")
-        for failure in self.metric_logger.failures():
-            log.error(failure)
         if manager.saved_step != self.clock.step:
             raise RunError(
                 f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "

@@ -74,8 +74,8 @@ stages = [{ from_tokens = 700, samples = 12 }]
 interval_steps = 1
 keep_last = "none"
 
-[metrics]
-tensorboard = false
+[metrics.writers]
+tensorboard = "none"
 """
 
 TEXT = (

@@ -88,8 +88,10 @@ class Page:
         for name, key in keys.items():
             yield f"| `{name}` | {self._value(key.kind)} | {default(key)} | {_cell(docs.get(name, ''))} |"
             kind = key.kind.item or key.kind
-            if kind.form == "section" and kind.annotation not in self._described:
-                inner.append((f"[{title[1:-1]}.{name}]".replace("[.", "["), kind))
+            is_slot_by_name = kind.form == "slot" and key.kind.form == "dict"
+            if (kind.form == "section" or is_slot_by_name) and kind.annotation not in self._described:
+                place = f"{name}.NAME" if is_slot_by_name else name
+                inner.append((f"[{title[1:-1]}.{place}]".replace("[.", "["), kind))
         for below, kind in inner:
             yield from self._part(below, kind, f"{level}#")
 

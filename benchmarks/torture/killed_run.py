@@ -55,8 +55,8 @@ initial_size = 8
 [checkpoint]
 interval_steps = 3
 keep_last = 2
-[metrics]
-tensorboard = false
+[metrics.writers]
+tensorboard = "none"
 """
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes")
 """Metrics in which two equal runs may differ."""

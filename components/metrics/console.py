@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
-from components.units import format_count
+from components.metrics.writer import Row, RunInfo, Writer
+from components.units import PositiveCount, format_count
 
 log = logging.getLogger("powertrain")
 
@@ -55,25 +57,30 @@ class _FileHandler(logging.FileHandler):
             log.error(f"{self.baseFilename} cannot be written; training continues without it")
 
 
-class ConsoleLogger:
-    """Logs a line every `interval_steps` steps, and shows a progress bar if the console is a terminal."""
+@dataclass(kw_only=True)
+class Console(Writer):
+    """Logs a line every few steps, on the console and in log.txt, and shows a progress bar on a terminal."""
 
-    def __init__(self, console: RichConsole, *, interval_steps: int, total_tokens: int) -> None:
-        self.interval_steps = interval_steps
-        self.total_tokens = total_tokens
+    interval_steps: PositiveCount = 10
+    """Steps between two log lines."""
+
+    in_background = False
+
+    def open(self, run: RunInfo) -> None:
+        self._total_tokens = run.total_tokens
         self._bar = Progress(
             TextColumn("{task.percentage:3.0f}%"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[line]}"),
-            console=console,
-            disable=not console.is_terminal or console.quiet,
+            console=run.console,
+            disable=not run.console.is_terminal or run.console.quiet,
             transient=True,
         )
-        self._task = self._bar.add_task("tokens", total=total_tokens, line="")
+        self._task = self._bar.add_task("tokens", total=run.total_tokens, line="")
         self._bar.start()
-        self._steps: list[Mapping[str, Any]] = []  # since the last line
+        self._steps: list[Row] = []  # since the last line
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: Row) -> None:
         if "val_loss" in row:
             log.info(format_validation(row))
         if "loss" not in row:  # a row of a hook
@@ -82,16 +89,13 @@ class ConsoleLogger:
         mean = mean_tokens_per_second(self._steps)
         mfu = None if row["mfu"] is None else row["mfu"] * mean / row["tokens_per_second"]
         row = {**row, "tokens_per_second": mean, "mfu": mfu}
-        eta = seconds_left(row, self.total_tokens)
+        eta = seconds_left(row, self._total_tokens)
         with suppress(OSError, SystemExit):
             line = f"loss {row['loss']:.3f}  eta {format_duration(eta)}"
             self._bar.update(self._task, completed=row["tokens"], line=line)
         if row["step"] % self.interval_steps == 0 or row["step"] == 1:
-            log.info(format_step(row, self.total_tokens))
+            log.info(format_step(row, self._total_tokens))
             self._steps.clear()
-
-    def flush(self) -> None:
-        pass
 
     def close(self) -> None:
         with suppress(OSError, SystemExit):

@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from components.metrics.append_only_file import AppendOnlyFile
+from components.metrics.writer import Row, RunInfo, Writer
 from components.paths import is_file
 
 log = logging.getLogger("powertrain")
 _LONGEST_ROW_BYTES = 2**20
 
 
-class JsonLinesWriter:
-    """Appends rows to a file, each immediately."""
+class JsonLines(Writer):
+    """Appends every row to metrics.jsonl, immediately. Always on: other writers and the tools read this file."""
 
-    def __init__(self, path: Path, *, after_step: int = 0) -> None:
-        """Continue `path` after `after_step`; later rows of an interrupted run are removed."""
-        _truncate(path, after_step)
-        self._file = AppendOnlyFile(path)
+    in_background = False
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def open(self, run: RunInfo) -> None:
+        """Continue the file after `run.after_step`; later rows of an interrupted run are removed."""
+        _truncate(run.metrics, run.after_step)
+        self._file = AppendOnlyFile(run.metrics)
+
+    def write(self, row: Row) -> None:
         """Append a row. Raises OSError if it could not be written yet."""
         self._file.append(f"{json_object(row)}\n".encode())
 
@@ -35,9 +38,6 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def __str__(self) -> str:
-        return str(self._file.path)
 
 
 def json_object(row: Mapping[str, Any], *, indent: int | None = None) -> str:
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            if (row := _parse_row(line)) is None:
+            if (row := parse_row(line)) is None:
                 raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]!r}; remove this line")
             rows.append(row)
     return rows
@@ -66,11 +66,12 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of the last step in a file that a `JsonLinesWriter` has opened."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
-        rows = [row for line in file.read().splitlines() if (row := _parse_row(line)) is not None]
+        rows = [row for line in file.read().splitlines() if (row := parse_row(line)) is not None]
     return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line, or None if it is not a row."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -88,7 +89,7 @@ def _truncate(path: Path, after_step: int) -> None:
     kept = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            row = _parse_row(line)
+            row = parse_row(line)
             if not line.endswith(b"\n") or (row is not None and row["step"] > after_step):
                 break
             if row is None:

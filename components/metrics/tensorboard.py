@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import socket
-import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
-from components.metrics.append_only_file import AppendOnlyFile
+from components.metrics.writer import Row, RunInfo, Writer
 
 TAG_GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),
@@ -41,46 +33,44 @@ _COUNTERS = ("step", "tokens", "samples")
 """The position of a row, which is not written as a metric."""
 
 
-class TensorBoardWriter:
+@dataclass(kw_only=True)
+class TensorBoard(Writer):
     """Writes rows as scalars over steps; a resumed run hides what the interrupted run wrote after the checkpoint.
 
-    Each start of a run has a new event file, with one event per row. torch's SummaryWriter writes from a thread, which
-    ends at the first error with a traceback, and loses its buffer when the process is killed.
+    Each start of a run has a new event file, with one event per row.
     """
 
-    def __init__(self, directory: Path, *, after_step: int = 0, run: str = "") -> None:
-        """File names end in `run`, the identifier of the run."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        now = time.time_ns()
-        name = f"events.out.tfevents.{now // 10**9:010d}.{now % 10**9:09d}.{socket.gethostname()}.{os.getpid()}.{run}"
-        self._file = AppendOnlyFile(directory / name)  # TensorBoard reads files in the order of their names
-        self._append(Event(wall_time=now / 1e9, file_version="brain.Event:2"))
-        if after_step:
-            start = SessionLog(status=SessionLog.START)
-            self._append(Event(wall_time=now / 1e9, step=after_step + 1, session_log=start))
+    in_background = False
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def open(self, run: RunInfo) -> None:
+        # importing them takes half a second, which a run without TensorBoard does not need
+        from components.metrics.tensorboard_events import EventFile
+        from components.metrics.tensorboard_layout import end_summary, startup_summaries
+
+        directory = run.directory / "tensorboard"
+        is_first = not any(directory.glob(f"events.out.tfevents.*.{run.id}"))
+        self._file = EventFile(directory, run.id)
+        if run.after_step:
+            self._file.hide_from(run.after_step + 1)
+        if is_first:
+            for summary in startup_summaries(run):
+                self._file.add_summary(run.after_step, summary)
+        self._step, self._end = run.after_step, end_summary(run)
+
+    def write(self, row: Row) -> None:
         """Write a row. Raises OSError if it could not be written yet."""
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row)]
-        self._append(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
+        self._step = row["step"]
+        self._file.add_scalars(self._step, scalars(row))
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self) -> None:
+        self._file.add_summary(self._step, self._end)
         self._file.close()
 
-    def __str__(self) -> str:
-        return str(self._directory)
 
-    def _append(self, event: Event) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        self._file.append(record.getvalue())
-
-
-def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def scalars(row: Row) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
     Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`.

@@ -127,7 +127,7 @@ class ComponentBuilder:
         nothing = Leaf(None, self._default, unset=not field.required)
         node = table.entries.get(field.name)
         default: Node | None = None
-        is_layer = kind.form in ("section", "slot") and isinstance(node, Table)
+        is_layer = _is_of_tables(kind) and isinstance(node, Table)
         if field.required and kind.form == "section" and not kind.optional:
             default = Table({}, table.origin)  # the keys below it report what is required
         elif not field.required and (node is None or is_layer):
@@ -247,6 +247,13 @@ class ComponentBuilder:
             hints.append(f"{'its keys are' if parent else 'known:'} {join_limited(unknown.siblings)}")
         value = None if isinstance(unknown.node, (Table, Array)) else brief_value(unknown.node.value)
         return Problem(unknown.node.origin.source, join_key(unknown.path), f"{message}; {'; '.join(hints)}", value)
+
+
+def _is_of_tables(kind: FieldKind) -> bool:
+    """Return whether the keys of a table are merged with those of the default: a component, or components by name."""
+    return kind.form in ("section", "slot") or (
+        kind.form == "dict" and kind.item is not None and _is_of_tables(kind.item)
+    )
 
 
 def _is_default(field: Field, value: Any) -> bool:

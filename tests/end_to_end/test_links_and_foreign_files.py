@@ -9,6 +9,7 @@ from components.checkpoint import list_checkpoints, verify
 from tests.conftest import TinyRun
 from tests.distributed.launching import finish, start, steps
 from tests.faults.test_removals import Others, moved_and_linked
+from tests.run_info import WITH_TENSORBOARD
 
 STEP = 192
 """Tokens of each of the first four steps."""
@@ -44,7 +45,7 @@ def test_a_run_behind_links_is_resumed_killed_and_started_again_and_loses_nothin
 
 def test_what_is_resumed_from_is_never_replaced_by_whatever_links_it_is_named(tiny, capsys):
     tokens = 2 * STEP
-    on = ["--run.if_exists=replace", "--metrics.tensorboard=true"]
+    on = ["--run.if_exists=replace", WITH_TENSORBOARD]
     assert tiny.launch(*on, f"--training.total_tokens={tokens}") == 0
     elsewhere = link_everything(tiny)
     (tiny.folder / "link").symlink_to(tiny.directory)
@@ -94,7 +95,12 @@ def test_a_directory_with_other_files_keeps_all_of_them(tiny, capsys, monkeypatc
     others.write(work / "tensorboard" / "old", work / ".notes.1.part", work / "damaged-step-00000001" / "x")
     others.write(work / "checkpoints" / ".writing-step-00000001" / "x")
     monkeypatch.chdir(work)
-    here = ["--run.dir=.", "--run.if_exists=replace", *ONE_STEP, "--metrics.tensorboard=true"]
+    here = [
+        "--run.dir=.",
+        "--run.if_exists=replace",
+        *ONE_STEP,
+        WITH_TENSORBOARD,
+    ]
     for _ in range(2):  # a new run, and one that replaces it
         assert tiny.launch(*here) == 0
         assert saved(work / "checkpoints") == [1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.config import flatten
+from tests.run_info import WITH_TENSORBOARD
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +69,7 @@ class Numbers:
 
 
 def test_a_run_writes_the_documented_files(tiny):
-    assert tiny.launch("--metrics.tensorboard=true") == 0
+    assert tiny.launch(WITH_TENSORBOARD) == 0
     rows = tiny.rows()
     steps, validations = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
     assert all(set(row) == STEP_KEYS for row in steps)
@@ -78,7 +79,15 @@ def test_a_run_writes_the_documented_files(tiny):
     assert validations[-1]["val_loss"] < validations[0]["val_loss"]
     assert steps[-1]["tokens"] == sum(row["global_batch_size"] for row in steps) * 24 >= 3600
     left = {path.name for path in tiny.directory.iterdir()}
-    assert left == {"run.json", "config.toml", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints"}
+    assert left == {
+        "run.json",
+        "environment.json",
+        "config.toml",
+        "metrics.jsonl",
+        "log.txt",
+        "tensorboard",
+        "checkpoints",
+    }
     assert "done:" in (tiny.directory / "log.txt").read_text()
 
 

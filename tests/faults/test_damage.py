@@ -14,6 +14,7 @@ from components.checkpoint import DamagedError, remove_partial_saves, verify
 from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.faults.bad_files import cut, flip
+from tests.run_info import WITH_TENSORBOARD
 
 SHORT = "--training.total_tokens=900"
 
@@ -116,7 +117,7 @@ def test_a_run_that_is_refused_leaves_no_directory(tiny, capsys) -> None:
 def test_tensorboard_shows_one_curve_after_five_interruptions(tiny) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    on = ["--metrics.tensorboard=true", "--checkpoint.interval_steps=2"]
+    on = [WITH_TENSORBOARD, "--checkpoint.interval_steps=2"]
     assert tiny.launch(*on, "--training.total_tokens=1000") == 0
     for tokens in (1300, 1600, 1900, 2200, 2500):  # ends at a step that is not a multiple of two, and is dropped
         shutil.rmtree(tiny.checkpoint(last(tiny)))

@@ -14,8 +14,13 @@ import pytest
 
 from components.checkpoint import list_checkpoints, verify
 from components.metrics.append_only_file import AppendOnlyFile
+from tests.run_info import WITH_TENSORBOARD
 
-RUN = ["--training.total_tokens=300", "--validation.interval_steps=none", "--metrics.tensorboard=true"]
+RUN = [
+    "--training.total_tokens=300",
+    "--validation.interval_steps=none",
+    WITH_TENSORBOARD,
+]
 """Two steps, each with a checkpoint."""
 
 

@@ -24,9 +24,10 @@ from components.data.document import ReadStats
 from components.data.file_hash_cache import FileHashCache
 from components.data.shards import list_encoded
 from components.errors import InputError
-from components.metrics.jsonl import JsonLinesWriter, read_rows
+from components.metrics.jsonl import read_rows
 from components.safetensors import PickledWeights, Weights
 from components.tokenizers.tiktoken_file import read_ranks
+from tests.run_info import open_jsonl
 from tools.generate import read_prompts
 from tools.sweep.runner import Results
 
@@ -114,7 +115,7 @@ def test_a_bad_row_of_metrics_keeps_the_rows_after_it(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     rows = [json.dumps({"step": step}) + "\n" for step in range(1, 9)]
     path.write_text("".join([*rows[:2], "\0\0\n", *rows[3:], '{"step": 9']))
-    JsonLinesWriter(path, after_step=6).close()
+    open_jsonl(path, after_step=6).close()
     assert path.read_text() == "".join([*rows[:2], "\0\0\n", *rows[3:6]])
     assert "metrics.jsonl:3 is not a row" in caplog.text
 
@@ -220,7 +221,7 @@ LINKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index of weights": (Weights, "model.safetensors.index.json"),
     "pickled weights": (PickledWeights, "pytorch_model.bin"),
     "metrics": (lambda path: read_rows(path / "metrics.jsonl"), "metrics.jsonl"),
-    "metrics of a resumed run": (lambda path: JsonLinesWriter(path / "metrics.jsonl"), "metrics.jsonl"),
+    "metrics of a resumed run": (lambda path: open_jsonl(path / "metrics.jsonl"), "metrics.jsonl"),
     "results of a sweep": (lambda path: Results(path / "results.jsonl"), "results.jsonl"),
     "checkpoints": (lambda path: list_checkpoints(path / "checkpoints"), "checkpoints"),
 }

@@ -17,12 +17,12 @@ from components.atomic_files import atomic_write
 from components.checkpoint import CheckpointManager, remove_all, remove_partial_saves
 from components.data.file_hash_cache import FileHashCache
 from components.interrupts import SignalCatcher, StopRequests
-from components.metrics.jsonl import JsonLinesWriter
-from components.metrics.tensorboard import TensorBoardWriter
+from components.metrics.tensorboard_events import EventFile
 from components.run_directory import RunDirectory
 from components.safetensors import new_directory
 from recipes.run_setup import remove_old_run
 from tests.components.checkpoint.test_manager import Alone
+from tests.run_info import open_jsonl
 from tools.sweep.runner import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,7 @@ def replacing_a_run(folder: Path, others: Others) -> None:
     save(CheckpointManager(directory.checkpoints, Alone(), run=directory.run), 1, 2)
     save(CheckpointManager(directory.checkpoints, Alone(), run=OTHER_RUN), 3)
     for run in (directory.run, OTHER_RUN):
-        TensorBoardWriter(directory.tensorboard, run=run).close()
+        EventFile(directory.tensorboard, run).close()
     others.write(directory.checkpoints / "epoch=3.ckpt", directory.checkpoints / "keep" / "last.ckpt")
     others.write(directory.tensorboard / "old", directory.tensorboard / "events.out.tfevents.1700000000.host.1.0")
     others.write(directory.path / "notes.md", directory.path / "damaged-step-00000001" / "state.json")
@@ -131,7 +131,7 @@ def metrics_cut_on_resume(folder: Path, others: Others) -> None:
     (folder / "metrics.jsonl").write_text("".join(rows))
     moved_and_linked(folder / "metrics.jsonl", folder / "elsewhere")
     others.write(folder / "elsewhere" / "metrics.json", folder / "metrics.jsonl.bak")
-    JsonLinesWriter(folder / "metrics.jsonl", after_step=2).close()
+    open_jsonl(folder / "metrics.jsonl", after_step=2).close()
     assert (folder / "elsewhere" / "metrics.jsonl").read_text() == "".join(rows[:3])
 
 

@@ -160,7 +160,7 @@ SMALL = {
     "model.dim": 32, "model.layers": 2, "model.heads": 4, "model.kv_heads": 2, "model.head_dim": 8, "model.ffn_dim": 48,
     "training.total_tokens": 64, "training.sequence_length": 32, "training.micro_batch_size": 2,
     "training.precision": "float32", "validation.micro_batch_size": 2, "validation.max_sequences": 2,
-    "lr_schedule.warmup_tokens": 0, "run.device": "cpu", "metrics.tensorboard": "false",
+    "lr_schedule.warmup_tokens": 0, "run.device": "cpu", "metrics.writers.tensorboard": "none",
 }  # fmt: skip
 """Reduced depth and width; the rest of a recipe stays as it ships."""
 

@@ -28,7 +28,7 @@ from tools.sweep.grid import Job, Settings
 
 EMA_FRACTION = 0.02
 """The training loss is averaged exponentially over this fraction of the tokens."""
-THROWAWAY_OVERRIDES = {"checkpoint.interval_steps": "none", "metrics.tensorboard": "false"}
+THROWAWAY_OVERRIDES = {"checkpoint.interval_steps": "none", "metrics.writers.tensorboard": "none"}
 """Overrides of a run whose directory is deleted: what it need not write."""
 _LINE_PREFIX = b'{"digest": "'
 """The beginning of each line of the result file. An incomplete last line is removed only if it begins like this."""
