@@ -38,7 +38,8 @@ class SquaredNorm:
     The square of a shard that n processes hold as replicas is divided by n on each of them.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, max_pending_tensors: int = MAX_PENDING_TENSORS) -> None:
+        self._max_pending = max_pending_tensors
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._norms: dict[int, list[Tensor]] = {}  # by number of replicas
         self._pending: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # by number of replicas and dtype
@@ -46,6 +47,10 @@ class SquaredNorm:
     def add(self, tensor: Tensor) -> None:
         """Add a plain tensor, or a DTensor without Partial placements."""
         copies, local = local_part(tensor)
+        self.add_local(local, copies)
+
+    def add_local(self, local: Tensor, copies: int) -> None:
+        """Add a plain tensor that `copies` processes hold."""
         if not local.is_cuda:
             self._norms.setdefault(copies, []).append(chunk_norms(local))
             return
@@ -53,7 +58,7 @@ class SquaredNorm:
         # copy.
         pending = self._pending.setdefault((copies, local.dtype), [])
         pending.append(local.detach())
-        if len(pending) >= MAX_PENDING_TENSORS:
+        if len(pending) >= self._max_pending:
             self._launch(copies, pending)
 
     def _launch(self, copies: int, pending: list[Tensor]) -> None:
