@@ -55,7 +55,7 @@ class AttentionLogits:
                 raise InputError(
                     "use",
                     f"needs an `attention` with `scale` and `queries_and_keys(x, rope)` in every block, and "
-                    f"{layer.replace('_', ' ')} of {type(model).__name__} has none",
+                    f"{layer.replace('_', ' ')} of {type(model).__name__} has none; remove this probe",
                 )
 
     def watch_forward(self, step: ProbedStep) -> Iterator[RemovableHandle]:

@@ -25,5 +25,9 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     layers = getattr(model, "layers", None)
     blocks = dict(layers.named_children()) if isinstance(layers, nn.Module) else {}
     if not blocks:
-        raise InputError("use", f"reads blocks in a container named `layers`, and {type(model).__name__} has none")
+        raise InputError(
+            "use",
+            f"reads blocks in a container named `layers`, and {type(model).__name__} has none; remove this probe, or "
+            "use Norms or LayerNoise, which need no blocks",
+        )
     return {f"layer_{name}": block for name, block in blocks.items()}
