@@ -1,6 +1,6 @@
 """The cost of each probe: time of steps with and without it, and memory.
 
-    python -m benchmarks.probes [--steps 24] [--processes 1] [--section.key=value ...]
+    python -m benchmarks.probes [--steps 16] [--processes 1] [--section.key=value ...]
 
 Every second step of a run is probed; a pair is two neighboring steps, so that the varying speed of the machine cancels.
 Memory is the peak of a run with the probe, minus that of one without. Runs are on the CPU with gloo, one thread per
@@ -22,12 +22,12 @@ from benchmarks.shared import DEBUG, ROOT, machine, spread
 from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
-BATCH, SEQUENCE = 32, 256
+BATCH, SEQUENCE = 32, 128
 SHAPE = {
-    "model.dim": 256, "model.layers": 4, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 704,
+    "model.dim": 192, "model.layers": 4, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 512,
     "training.micro_batch_size": 4, "training.sequence_length": SEQUENCE, "batch.initial_size": BATCH,
 }  # fmt: skip
-"""5.3M parameters. The sample of 8 sequences is a quarter of the batch."""
+"""3.3M parameters. The sample of 8 sequences is a quarter of the batch."""
 PROBES = ("Norms", "Activations", "AttentionLogits", "LayerNoise")
 CASES = {"none": (), **{name: (name,) for name in PROBES}, "all four": PROBES}
 
@@ -70,7 +70,7 @@ def report(name: str, rows: list[dict], peak: float, peak_without: float) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, default=24, help=f"timed steps, after {WARM_UP} of warm-up; an even number"
+        "--steps", type=int, default=16, help=f"timed steps, after {WARM_UP} of warm-up; an even number"
     )
     parser.add_argument("--processes", type=int, default=1)
     arguments, extra = parser.parse_known_args()

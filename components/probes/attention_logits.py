@@ -69,31 +69,30 @@ class AttentionLogits:
             x_BTD, rope, *rest = inputs
             q_BTHC, k_BTKC = (step.sample(each) for each in attention.queries_and_keys(x_BTD, rope))
             documents_BT = step.sample(rest[0].documents()) if rest and hasattr(rest[0], "documents") else None
-            largest, entropy_BHQ = attention_statistics(
-                q_BTHC, k_BTKC, query_positions(q_BTHC.shape[1], self.queries), attention.scale, documents_BT
-            )
+            at_Q = query_positions(q_BTHC.shape[1], self.queries, q_BTHC.device)
+            largest, entropies = attention_statistics(q_BTHC, k_BTKC, at_Q, attention.scale, documents_BT)
             step.record_max(f"logit_max_{layer}", largest)
-            step.record_mean(f"entropy_{layer}", entropy_BHQ)
+            step.record_mean(f"entropy_{layer}", entropies)
 
         return hook
 
 
-def query_positions(length: int, queries: int) -> list[int]:
-    """Return up to `queries` positions of a sequence of `length`, at equal distances; the last is length - 1."""
+def query_positions(length: int, queries: int, device: torch.device) -> Tensor:
+    """Return (Q,) int64, at most `queries` positions of a sequence at equal distances; the last is that of its end."""
     count = min(length, queries)
-    return [length * (number + 1) // count - 1 for number in range(count)]
+    # on the device: a list would be copied to it with a synchronization
+    return length * torch.arange(1, count + 1, device=device) // count - 1
 
 
 def attention_statistics(
-    q_BTHC: Tensor, k_BTKC: Tensor, positions: list[int], scale: float | None, documents_BT: Tensor | None
+    q_BTHC: Tensor, k_BTKC: Tensor, at_Q: Tensor, scale: float | None, documents_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the largest logit of each query, and its entropy in nats, both (B, K, G, Q), at least float32.
 
-    Causal: a query attends to the keys up to its position, with `documents_BT` only to those of its document. One
-    sequence is computed at a time: its logits are (K, G, Q, T).
+    `at_Q` are the positions of the queries. A query attends to the keys up to its position, with `documents_BT` only to
+    those of its document. One sequence is computed at a time: its logits are (K, G, Q, T).
     """
     exact = torch.promote_types(q_BTHC.dtype, torch.float32)
-    at_Q = torch.tensor(positions, device=q_BTHC.device)
     causal_QT = at_Q.unsqueeze(1) >= torch.arange(q_BTHC.shape[1], device=q_BTHC.device)
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
     maxima, entropies = [], []
@@ -108,6 +107,6 @@ def attention_statistics(
         maxima.append(logits_KGQT.amax(-1))
         entropies.append(-(log_p_KGQT.exp() * log_p_KGQT.masked_fill(~mask_QT, 0.0)).sum(-1))
     if not maxima:
-        empty = q_BTHC.new_empty((0, k_BTKC.shape[2], 1, len(positions)), dtype=exact)
+        empty = q_BTHC.new_empty((0, k_BTKC.shape[2], 1, len(at_Q)), dtype=exact)
         return empty, empty
     return torch.stack(maxima), torch.stack(entropies)
