@@ -53,7 +53,8 @@ from recipes.interfaces import (
     TokenizerConfig,
     complete_schedule,
 )
-from recipes.probes import Probes, build_probes, check_probes
+from recipes.probe_runner import ProbeRunner
+from recipes.probes import build_probes, check_probes
 from recipes.resume import Resume
 from recipes.run_config import RunConfig, TrainingConfig
 from recipes.run_setup import build_environment
@@ -159,7 +160,7 @@ class Trainer:
         )
         self.model = built.model
         self.step = build.build_train_step(config, self.world, self.mesh, built)
-        self.probes = Probes(self.step, build_probes(config, self.model), self.world, self.mesh.dp)
+        self.probes = ProbeRunner(self.step, build_probes(config, self.model), self.world, self.mesh.dp)
         self.metrics_delay = metrics_delay(self.world.device, self.step, recipe.guard)
         manager = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)

@@ -14,7 +14,7 @@ from components.gradient_noise import GradientMoments
 from components.guard import GuardConfig
 from components.interrupts import NONE, REQUESTS
 from components.train_step import StepSums, TrainStep
-from recipes.probes import ProbeResults
+from recipes.probe_runner import ProbeResults
 
 
 @dataclass(frozen=True)

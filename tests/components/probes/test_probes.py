@@ -20,7 +20,8 @@ from components.probes.attention_logits import attention_statistics, query_posit
 from components.probes.groups import group_of
 from models.document_attention import FlexDocumentAttention, PerDocumentSDPA
 from models.llama import Llama
-from recipes.probes import Probes, complete_probe
+from recipes.probe_runner import ProbeRunner
+from recipes.probes import complete_probe
 
 CPU = torch.device("cpu")
 
@@ -64,14 +65,14 @@ class Model(nn.Module):
         return x.square().sum()
 
 
-def probes_of(model: nn.Module, **probes: object) -> Probes:
+def probes_of(model: nn.Module, **probes: object) -> ProbeRunner:
     step = SimpleNamespace(
         model=model, compute_context=nullcontext, noise_hooks=GradientNoiseHooks(model.parameters(), CPU)
     )
     complete = {name: complete_probe(probe) for name, probe in probes.items()}
     for probe in complete.values():
         probe.check_model(model)
-    return Probes(step, complete, DistributedContext(0, 1, CPU), DataParallelGroup(0, 1, CPU))  # type: ignore[arg-type]
+    return ProbeRunner(step, complete, DistributedContext(0, 1, CPU), DataParallelGroup(0, 1, CPU))  # type: ignore[arg-type]
 
 
 def micro_batches(count: int, size: int = 2, length: int = 5, first: int = 0) -> list[MicroBatch]:
@@ -85,7 +86,7 @@ def micro_batches(count: int, size: int = 2, length: int = 5, first: int = 0) ->
     ]  # fmt: skip
 
 
-def measure(probes: Probes, batches: list[MicroBatch], number: int = 1) -> dict[str, float]:
+def measure(probes: ProbeRunner, batches: list[MicroBatch], number: int = 1) -> dict[str, float]:
     """Return the numbers of a step that changes no parameter."""
     probes.before_step(number, batches)
     probes.on_gradients()
