@@ -2,9 +2,9 @@
 
     python -m benchmarks.probes [--steps 16] [--processes 1] [--section.key=value ...]
 
-Every second step of a run is probed; a pair is two neighboring steps, so that the varying speed of the machine cancels.
-Memory is the peak of a run with the probe, minus that of one without. Runs are on the CPU with gloo, one thread per
-process, unless --run.device=cuda is given.
+Every second step of a run is probed. The time of the probes is compared with the rest of the same step, so that the
+varying speed of the machine cancels. Memory is the peak of a run with the probe, minus that of one without. Runs are on
+the CPU with gloo, one thread per process, unless --run.device=cuda is given.
 """
 
 from __future__ import annotations
@@ -56,15 +56,16 @@ def run(processes: int, probes: tuple[str, ...], steps: int, extra: list[str]) -
 
 def report(name: str, rows: list[dict], peak: float, peak_without: float) -> str:
     """Return the row of the table for a case."""
-    seconds = [row["step_seconds"] for row in rows]
-    plain = [each for row, each in zip(rows, seconds, strict=True) if "probe_seconds" not in row]
+    plain = [row["step_seconds"] for row in rows if "probe_seconds" not in row]
     if len(plain) == len(rows):
-        return f"| {name} | {spread(plain)} | | | |"
-    pairs = [probed / other - 1 for probed, other in zip(seconds[0::2], seconds[1::2], strict=False)]
-    low, _, high = statistics.quantiles(pairs, n=4)
-    own = [row["probe_seconds"] for row in rows if "probe_seconds" in row]
-    slower = f"{statistics.median(pairs):+.1%} ({low:+.1%} to {high:+.1%})"
-    return f"| {name} | {spread(plain)} | {slower} | {spread(own)} | {peak - peak_without:+,.0f} |"
+        return f"| {name} | {spread(plain)} | | | | |"
+    probed = [row for row in rows if "probe_seconds" in row]
+    own = [row["probe_seconds"] for row in probed]
+    shares = [row["probe_seconds"] / (row["step_seconds"] - row["probe_seconds"]) for row in probed]
+    return (
+        f"| {name} | {spread(plain)} | {spread(own, '.2g')} | {spread(shares, '.1%')} | "
+        f"{statistics.median(shares) / 100:.2%} | {peak - peak_without:+,.0f} |"
+    )
 
 
 def main() -> None:
@@ -81,9 +82,9 @@ def main() -> None:
         table.append(report(name, rows, peak, without))
         print(f"{name}: measured", file=sys.stderr, flush=True)
     print(f"\n{machine()}, {os.cpu_count()} cores, {arguments.processes} processes; {arguments.steps} steps, medians")
-    print("(lowest to highest; quartiles of the pairs)\n")
-    print("| probe | s per step without it | a probed step | probe_seconds | peak MiB of a rank |")
-    print("|---|---|---|---|---|\n" + "\n".join(table))
+    print("(lowest to highest)\n")
+    print("| probe | s of a step without it | probe_seconds | of a measured step | at interval 100 | peak MiB |")
+    print("|---|---|---|---|---|---|\n" + "\n".join(table))
     print(f"\nRepeat with:\n\n    python -m benchmarks.probes {shlex.join(sys.argv[1:])}".rstrip())
 
 

@@ -38,8 +38,7 @@ class SquaredNorm:
     The square of a shard that n processes hold as replicas is divided by n on each of them.
     """
 
-    def __init__(self, device: torch.device, *, max_pending_tensors: int = MAX_PENDING_TENSORS) -> None:
-        self._max_pending = max_pending_tensors
+    def __init__(self, device: torch.device) -> None:
         self._total = torch.zeros((), dtype=torch.float64, device=device)
         self._norms: dict[int, list[Tensor]] = {}  # by number of replicas
         self._pending: dict[tuple[int, torch.dtype], list[Tensor]] = {}  # by number of replicas and dtype
@@ -58,7 +57,7 @@ class SquaredNorm:
         # copy.
         pending = self._pending.setdefault((copies, local.dtype), [])
         pending.append(local.detach())
-        if len(pending) >= self._max_pending:
+        if len(pending) >= MAX_PENDING_TENSORS:
             self._launch(copies, pending)
 
     def _launch(self, copies: int, pending: list[Tensor]) -> None:

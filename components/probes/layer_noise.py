@@ -28,9 +28,9 @@ class LayerNoise:
 
     def on_micro_gradient(self, step: ProbedStep, name: str, gradient: Tensor) -> None:
         group = group_of(name, by_module=self.by_module)
-        # one tensor at a time, because a gradient that waits for others cannot be freed
-        squares: SquaredNorm = step.scratch.setdefault(group, SquaredNorm(step.device, max_pending_tensors=1))
+        squares: SquaredNorm = step.scratch.setdefault(group, SquaredNorm(step.device))
         squares.add(gradient)
+        squares.flush()  # a gradient that waits for others cannot be freed
 
     def on_gradients(self, step: ProbedStep) -> None:
         for group, squares in step.scratch.items():
