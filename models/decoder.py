@@ -254,10 +254,15 @@ class Attention(nn.Module):
         self.wv = nn.Linear(shape.dim, shape.kv_heads * shape.head_width, bias=False)
         self.wo = nn.Linear(shape.heads * shape.head_width, shape.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+    def queries_and_keys(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, T, H, C) and keys (B, T, K, C), rotated to their positions."""
         # -1: the number of heads is read from the tensor, because a TP rank holds only some of them
         q_BTHC = apply_rope(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
         k_BTKC = apply_rope(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
+        return q_BTHC, k_BTKC
+
+    def forward(self, x_BTD: Tensor, rope: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+        q_BTHC, k_BTKC = self.queries_and_keys(x_BTD, rope)
         v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
         if backend is None:
             out_BHTC = F.scaled_dot_product_attention(

@@ -45,8 +45,13 @@ class PerDocumentSDPA:
     def __init__(self, starts_BT: Tensor) -> None:
         starts_BT = starts_BT.clone()
         starts_BT[:, 0] = True  # the beginning of a sequence starts a document too
+        self._starts_BT = starts_BT
         firsts = starts_BT.flatten().nonzero().flatten()  # (documents,), indices into the N tokens
         self.lengths: list[int] = firsts.diff(append=firsts.new_tensor([starts_BT.numel()])).tolist()
+
+    def documents(self) -> Tensor:
+        """Return (B, T) int64: the number of each token's document within its row."""
+        return self._starts_BT.cumsum(-1)
 
     @torch.compiler.disable  # the lengths differ in every micro-batch, and each would be compiled
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
@@ -71,7 +76,7 @@ class FlexDocumentAttention:
     def __init__(self, starts_BT: Tensor, *, compiled: bool = True) -> None:
         """Without `compiled` the full score matrix is computed, which works without a GPU; for tests."""
         rows, length = starts_BT.shape
-        document_BT = starts_BT.cumsum(-1)  # index of each token's document within its row
+        self._document_BT = document_BT = starts_BT.cumsum(-1)  # index of each token's document within its row
 
         # flex attention calls it with scalar indices, vectorized over the scores (B, H, T, T)
         def can_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -79,6 +84,10 @@ class FlexDocumentAttention:
 
         self._attention, make_mask = _flex_attention(compiled)
         self._mask = make_mask(can_attend, rows, None, length, length, device=starts_BT.device)
+
+    def documents(self) -> Tensor:
+        """See `PerDocumentSDPA.documents`."""
+        return self._document_BT
 
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
         """See `PerDocumentSDPA.attend`."""

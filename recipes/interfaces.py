@@ -161,6 +161,11 @@ class AnyHook(Protocol):
     `recipes.hooks:Hook`; the other keys are those of the class."""
 
 
+class AnyProbe(Protocol):
+    """[probes.NAME], one table for each probe. `use` names a class with some of the methods of `recipes.probes:Probe`;
+    the other keys are those of the class."""
+
+
 @runtime_checkable
 class BatchConfig(Protocol):
     """[batch]: how many samples each step takes."""

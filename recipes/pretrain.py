@@ -42,6 +42,7 @@ from recipes.errors import RunError, config_errors_at, raised_in
 from recipes.hooks import Hook, Hooks
 from recipes.interfaces import (
     AnyHook,
+    AnyProbe,
     AverageConfig,
     BatchConfig,
     HasParallelPlan,
@@ -52,6 +53,8 @@ from recipes.interfaces import (
     TokenizerConfig,
     complete_schedule,
 )
+from recipes.probe_runner import ProbeRunner
+from recipes.probes import build_probes, check_probes
 from recipes.resume import Resume
 from recipes.run_config import RunConfig, TrainingConfig
 from recipes.run_setup import build_environment
@@ -84,6 +87,8 @@ class Pretrain:
     """Classes that are called at points of the training loop, by name; see docs/hooks.md."""
     average: dict[str, AverageConfig] = field(default_factory=dict)
     """Averages of the weights over training, by name; see docs/averages.md."""
+    probes: dict[str, AnyProbe] = field(default_factory=dict)
+    """Numbers of single layers, measured every few steps, by name; see docs/probes.md."""
 
     @property
     def device(self) -> str:
@@ -107,6 +112,7 @@ class Pretrain:
         for name in self.average:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 yield "average", f"{name!r}: the name must consist of letters, digits, _ and -"
+        yield from check_probes(self)
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
             yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
@@ -154,6 +160,7 @@ class Trainer:
         )
         self.model = built.model
         self.step = build.build_train_step(config, self.world, self.mesh, built)
+        self.probes = ProbeRunner(self.step, build_probes(config, self.model), self.world, self.mesh.dp)
         self.metrics_delay = metrics_delay(self.world.device, self.step, recipe.guard)
         manager = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)
@@ -220,6 +227,7 @@ class Trainer:
             )
         else:
             measured = self.measures_noise(batch)
+            self.probes.before_step(self.clock.step + 1, micro_batches)
             numbers = self.step.accumulate(
                 micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
             )
@@ -236,6 +244,7 @@ class Trainer:
                 self.state.is_consistent = False
                 self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
                 self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
+                launched.probed = self.probes.after_update()
         self.clock.advance(batch.samples)
         self.state.is_consistent = True
         self.launched.append((launched, bad))
@@ -254,7 +263,8 @@ class Trainer:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
             self.state.observations.append((launched.progress, noise))
             step_seconds = time.perf_counter() - self.timer_started_at
-            self.metric_logger.log(self.metrics.row(launched, result, noise, step_seconds=step_seconds))
+            row = self.metrics.row(launched, result, noise, step_seconds=step_seconds)
+            self.metric_logger.log(row if launched.probed is None else row | launched.probed.read())
             self.restart_timer()
             # processes agree on a request in the reduction of the step; a single one can poll again
             request = result.request if self.world.size > 1 else self.requests.poll()
@@ -328,7 +338,11 @@ class Trainer:
         return self.state.guard.check(result.loss, result.grad_norm)
 
     def _summands(self) -> dict[str, Tensor]:
-        """Return further values to sum over all processes together with those of the step."""
+        """Return further values to sum over all processes together with those of the step.
+
+        Called after the last backward, before the gradients are clipped.
+        """
+        self.probes.on_gradients()
         summands = {"requests": request_counts(self.requests.poll(), self.world.device)}
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums

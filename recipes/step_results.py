@@ -14,6 +14,7 @@ from components.gradient_noise import GradientMoments
 from components.guard import GuardConfig
 from components.interrupts import NONE, REQUESTS
 from components.train_step import StepSums, TrainStep
+from recipes.probe_runner import ProbeResults
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class StepResult:
     """The largest request of all processes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LaunchedStep:
     """What the host knows of a step after queueing it."""
 
@@ -45,6 +46,8 @@ class LaunchedStep:
     dp_size: int
     measured: bool
     data_seconds: float
+    probed: ProbeResults | None = None
+    """The numbers of the probes; None for a step without any."""
 
     @property
     def first_sample(self) -> int:

@@ -18,6 +18,8 @@ SHARED = {
         "distributed.collectives",
         "protocol_defaults",
         "errors",
+        "gradient_noise.moments",
+        "gradient_noise.norms",
         "interfaces",
         "interrupts",
         "paths",

@@ -17,10 +17,14 @@ from types import ModuleType
 
 from recipes.config.imports import import_class, import_path, protocol_error
 from recipes.config.schema import SignatureError, fields_of
+from recipes.interfaces import AnyProbe
+from recipes.probes import POINTS as PROBE_POINTS
 
 RECIPES = ("recipes.pretrain:Pretrain", "recipes.critical_batch:CriticalBatch", "recipes.evaluate:Evaluate")
 """The first is the default of a file without `recipe`."""
 PACKAGES = ("components", "models")
+ANY_OF = {AnyProbe: PROBE_POINTS}
+"""Slots whose components have at least one of some methods."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,24 @@ def component_classes(packages: Sequence[str], recipes: Sequence[type] = ()) -> 
 
 
 def fits_slot(cls: type, slot: type) -> bool:
-    """Return whether `cls` is a component that fits `slot`. Nothing fits one without methods, such as [hooks.NAME]."""
+    """Return whether `cls` is a component that fits `slot`.
+
+    It has all methods of the slot, or any of those in `ANY_OF`. Nothing fits a slot with neither, such as [hooks.NAME].
+    """
+    if slot in ANY_OF:
+        return is_component(cls) and any(callable(getattr(cls, name, None)) for name in ANY_OF[slot])
     if not any(inspect.isfunction(member) and not name.startswith("_") for name, member in inspect.getmembers(slot)):
         return False
+    return is_component(cls) and protocol_error(cls, slot) is None
+
+
+def is_component(cls: type) -> bool:
+    """Return whether the parameters of `cls` can be keys of a table."""
     try:
         fields_of(cls)
     except SignatureError:
         return False
-    return protocol_error(cls, slot) is None
+    return True
 
 
 def docstring_summary(cls: type) -> str:

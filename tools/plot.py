@@ -1,11 +1,16 @@
 """Plot what runs logged, or what a recipe will do.
 
     python -m tools.plot runs runs/a runs/b --output both.svg
+    python -m tools.plot probe runs/a --metric probe_norms_grad_norm --output layers.svg
     python -m tools.plot schedule mine.toml --lr_schedule.decay_fraction=0.2 --output schedule.svg
     python -m tools.plot schedule runs/a/config.toml --metrics runs/a --output schedule.png
 
 `runs`: loss (each step faint, its running mean on top, validation as points), learning rate, batch size with the
 gradient noise scale where it was measured, and gradient norm, against tokens.
+
+`probe`: the numbers of probes as layers x tokens heat maps, one for each --metric (default: all that the run has). The
+name of a metric is that of its columns in metrics.jsonl without `_layer_<number>`. Positive values that differ by more
+than a factor of 5 have a logarithmic color scale.
 
 `schedule`: learning rate and batch size, also as a table; nothing is trained. The recipe and its keys are given as to
 the launcher (default: the debug recipe). An adaptive batch is shown at its first size and at its largest, each with the
@@ -18,7 +23,9 @@ A figure needs the `plot` extra. Exit status: 0 done, 2 for a user error.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +54,9 @@ PANELS = {
 }
 SMOOTHING = 50
 """The running mean of the loss is over one part in this many of the steps."""
+LOG_SCALE_FROM = 5
+"""The colors of a heat map are logarithmic if its values are positive and their ratio is larger than this."""
+MAX_LAYER_LABELS = 12
 MAX_POINTS = 2000
 """Points of a curve, in addition to every change of the batch: a long run has more steps than a figure has dots."""
 
@@ -60,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rest:
                 raise UsageError(f"unknown option {rest[0]}")
             plot_runs({path.resolve().name: read_run(path) for path in options.runs}, options.output)
+        elif options.command == "probe":
+            if rest:
+                raise UsageError(f"unknown option {rest[0]}")
+            plot_probes(heat_maps(options.run, options.metric), options.output)
         else:
             preview_schedule(rest, options.metrics, options.output)
         if options.output is not None:
@@ -75,12 +89,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("runs", help="what runs logged", allow_abbrev=False)
     runs.add_argument("runs", nargs="+", type=Path, help="run directories")
+    probe = commands.add_parser("probe", help="what probes measured, layers x tokens", allow_abbrev=False)
+    probe.add_argument("run", type=Path, help="run directory")
+    probe.add_argument("--metric", action="append", help="such as probe_norms_grad_norm; may be repeated")
     usage = "%(prog)s [CONFIG.toml] [--section.key=value]... [--metrics RUN] [--output FIGURE]"
     schedule = commands.add_parser("schedule", help="what a recipe will do", usage=usage, allow_abbrev=False)
     schedule.add_argument("--metrics", type=Path, metavar="RUN", help="take the batches of this run directory")
-    for command in (runs, schedule):
+    for command in (runs, probe, schedule):
         command.add_argument(
-            "--output", type=Path, metavar="FIGURE", required=command is runs, help="file to write: .svg, .png or .pdf"
+            "--output",
+            type=Path,
+            metavar="FIGURE",
+            required=command is not schedule,
+            help="file to write: .svg, .png or .pdf",
         )
     return parser
 
@@ -135,6 +156,68 @@ def _column(rows: Rows, key: str) -> tuple[list[int], list[float]]:
     """Return the tokens and values of the rows that have `key`."""
     found = [row for row in rows if row.get(key) is not None]
     return [row["tokens"] for row in found], [row[key] for row in found]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One number of every layer, over the steps at which it was measured."""
+
+    metric: str
+    layers: list[str]
+    tokens: list[int]
+    values: list[list[float]]
+    """One list for each layer; NaN where a row lacks the value."""
+
+
+def heat_maps(run: Path, metrics: Sequence[str] | None) -> list[HeatMap]:
+    """Return the heat map of each of `metrics`, or of all metrics by layer that `run` has, in the order of its rows.
+
+    Raises ValueError for a metric that the run does not have.
+    """
+    rows = read_run(run)
+    columns: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name.startswith("probe_") and (found := re.fullmatch(r"(.+)_layer_([^_]+)", name)):
+            columns.setdefault(found[1], []).append(found[2])
+    if not columns:
+        raise ValueError(f"{run} has no numbers of layers; add a probe, such as [probes.norms] of docs/probes.md")
+    for metric in metrics or ():
+        if metric not in columns:
+            raise ValueError(f"{run} has no {metric}; its metrics by layer: {', '.join(columns)}")
+    return [_heat_map(rows, metric, columns[metric]) for metric in metrics or columns]
+
+
+def _heat_map(rows: Rows, metric: str, layers: list[str]) -> HeatMap:
+    layers = sorted(layers, key=lambda layer: (int(layer), "") if layer.isdigit() else (sys.maxsize, layer))
+    names = [f"{metric}_layer_{layer}" for layer in layers]
+    measured = [row for row in rows if any(row.get(name) is not None for name in names)]
+    values = [[math.nan if row.get(name) is None else row[name] for row in measured] for name in names]
+    return HeatMap(metric, layers, [row["tokens"] for row in measured], values)
+
+
+def plot_probes(maps: Sequence[HeatMap], output: Path) -> None:
+    """Plot one panel for each heat map. Raises ValueError without matplotlib, or for a bad file type."""
+    plt = import_pyplot()
+    from matplotlib.colors import LogNorm
+
+    columns = min(2, len(maps))
+    rows = -(-len(maps) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 2.5 * rows), squeeze=False, layout="constrained")
+    for axis in panels.flat[len(maps) :]:
+        axis.remove()
+    for axis, each in zip(panels.flat, maps, strict=False):
+        finite = [value for values in each.values for value in values if math.isfinite(value)]
+        spans_decades = finite and min(finite) > 0 and max(finite) > LOG_SCALE_FROM * min(finite)
+        scale = LogNorm(min(finite), max(finite)) if spans_decades else None
+        # a measurement is drawn from the one before it, in tokens, to its own
+        mesh = axis.pcolormesh([0, *each.tokens], range(len(each.layers) + 1), each.values, norm=scale, rasterized=True)
+        step = -(-len(each.layers) // MAX_LAYER_LABELS)
+        axis.set_yticks([number + 0.5 for number in range(0, len(each.layers), step)], each.layers[::step])
+        axis.set(title=each.metric.removeprefix("probe_"), ylabel="layer")
+        axis.grid(visible=False)
+        label_tokens(axis)
+        figure.colorbar(mesh, ax=axis)
+    save_figure(figure, output)
 
 
 @dataclass(frozen=True)

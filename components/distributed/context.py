@@ -123,6 +123,12 @@ class DistributedContext:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
+    def all_reduce_maxima(self, tensor: Tensor) -> Tensor:
+        """Take the element-wise maximum of `tensor` over all processes, in place, and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def all_equal(self, text: str) -> bool:
         """Return whether `text` is equal on all processes."""
         # equal if the maximum and the minimum of its hash are

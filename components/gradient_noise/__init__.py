@@ -6,7 +6,7 @@ moments.py    the estimates of one step: tr(Sigma), |G|^2 and the noise scale
 smoothing.py  [gradient_noise]: how often to measure, and exponential averages over steps
 """
 
-from components.gradient_noise.hooks import GradientNoiseHooks, backward_parameters
+from components.gradient_noise.hooks import GradientNoiseHooks, backward_parameters, named_backward_parameters
 from components.gradient_noise.moments import GradientMoments, GradientNoise
 from components.gradient_noise.smoothing import GradientNoiseConfig, NoiseEstimator
 
@@ -17,4 +17,5 @@ __all__ = [
     "GradientNoiseHooks",
     "NoiseEstimator",
     "backward_parameters",
+    "named_backward_parameters",
 ]

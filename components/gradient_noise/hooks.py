@@ -7,7 +7,8 @@ on any number of processes, with FSDP or tensor parallelism, and with either `gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,12 @@ class GradientNoiseHooks:
         self._device = device
         self._squares: SquaredNorm | None = None
         self._seen: set[int] = set()
-        for index, tensor in enumerate(tensor for tensor in tensors if tensor.requires_grad):
-            self._register(index, tensor)
+        self.observer: Callable[[int, Tensor], None] | None = None
+        """Also called with every gradient of a measured step, and the index of its tensor in `tensors`. Must not keep
+        it."""
+        for index, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                self._register(index, tensor)
 
     def start(self, *, measure: bool) -> None:
         """Call before the first backward of a step; `measure` says whether the step is measured."""
@@ -74,27 +79,36 @@ class GradientNoiseHooks:
                 reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
             with profiler_range("gradient_noise"):
                 self._squares.add(gradient)
+            if self.observer is not None:
+                self.observer(index, gradient)
             return reduced
 
         parameter.register_hook(add_square)
 
 
 def backward_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of `named_backward_parameters`."""
+    return (tensor for _, tensor in named_backward_parameters(model))
+
+
+def named_backward_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that backward writes gradients of: the parameters, or under FSDP2 the unsharded parameters.
 
     `model` is already sharded and materialized.
     """
     if not dist.is_available() or not dist.is_initialized():
-        yield from model.parameters()
+        yield from model.named_parameters()
         return
     from torch.distributed.fsdp import FSDPModule
 
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    units: list[tuple[str, Any]] = [each for each in model.named_modules() if isinstance(each[1], FSDPModule)]
     if not units:
-        yield from model.parameters()
-    for unit in units:
+        yield from model.named_parameters()
+    for prefix, unit in units:
         sharded = {id(parameter) for parameter in unit.parameters()}
         unit.unshard()
         # FSDP2 creates the unsharded parameters once; later passes only allocate their storage, so hooks stay
-        yield from (each for each in unit.parameters() if id(each) not in sharded)
+        for name, parameter in unit.named_parameters(prefix):
+            if id(parameter) not in sharded:
+                yield name, parameter
         unit.reshard()

@@ -46,6 +46,10 @@ class SquaredNorm:
     def add(self, tensor: Tensor) -> None:
         """Add a plain tensor, or a DTensor without Partial placements."""
         copies, local = local_part(tensor)
+        self.add_local(local, copies)
+
+    def add_local(self, local: Tensor, copies: int) -> None:
+        """Add a plain tensor that `copies` processes hold."""
         if not local.is_cuda:
             self._norms.setdefault(copies, []).append(chunk_norms(local))
             return

@@ -73,13 +73,15 @@ class TensorBoard(Writer):
 def scalars(row: Row) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
-    Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`.
+    Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`; those of
+    probes, which begin with `probe_`, in the group `probes`.
     """
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"train/{name}/{key}", each) for key, each in value.items() if _is_finite(each))
         elif name not in _COUNTERS and _is_finite(value):
-            group = _TAGS.get(name.partition("_average_")[0], "train/").partition("/")[0]
+            other = "probes/" if name.startswith("probe_") else "train/"
+            group = _TAGS.get(name.partition("_average_")[0], other).partition("/")[0]
             yield f"{group}/{name}", value
 
 

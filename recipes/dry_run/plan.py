@@ -26,6 +26,8 @@ from recipes.dry_run.schedule_preview import SchedulePreview, simulate_schedule
 from recipes.errors import config_errors_at
 from recipes.interfaces import HasUpdateCost
 from recipes.model_setup import build_model
+from recipes.probes import build_probes
+from recipes.recipe import complete_recipe
 
 DEFAULT_MFU = 0.4
 """Model FLOPs utilization if none is given: what good dense pre-training reaches on A100 and H100."""
@@ -142,6 +144,9 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
     if model is not None and isinstance(recipe.optimizer, HasUpdateCost):
         with _collect_problems(config, "optimizer", problems):
             update_cost = recipe.optimizer.update_cost(model)
+    if model is not None and complete_recipe(recipe).probes:
+        with _collect_problems(config, "probes", problems):
+            build_probes(config, model)
     rounding = BatchRounding(training.micro_batch_size, mesh_shape.dp_size)
     schedule, policy = SchedulePreview(), None
     with _collect_problems(config, "batch", problems):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 
@@ -10,7 +11,7 @@ import pytest
 
 from recipes import cli
 from recipes.config import Override, load
-from tools.plot import ScheduleCurve, main, read_run, running_mean, schedule_curves
+from tools.plot import ScheduleCurve, heat_maps, main, read_run, running_mean, schedule_curves
 
 pytestmark = pytest.mark.quick
 
@@ -186,3 +187,38 @@ def test_a_curve_of_one_step_is_a_curve(tiny):
     (curve,) = schedule_curves(config_of(tiny, "--training.total_tokens=1", "--lr_schedule.warmup_tokens=0"), 1, None)
     assert isinstance(curve, ScheduleCurve)
     assert curve.points(24) == ([0, 192], [0.01, 0.01], [8, 8])
+
+
+def probed(number, **values):
+    return step(number, 3.0) | {f"probe_n_{name}": value for name, value in values.items()}
+
+
+def test_the_numbers_of_layers_become_heat_maps(tmp_path):
+    rows = [probed(1, rms_layer_0=1.0, rms_layer_10=3.0, rms_layer_2=2.0, rms_output=9.0), step(2, 2.5)]
+    rows += [probed(3, rms_layer_0=4.0, rms_layer_2=5.0, max_layer_0=-1.0)]
+    first, second = heat_maps(write_run(tmp_path / "run", rows), None)
+    assert (first.metric, first.layers, first.tokens) == ("probe_n_rms", ["0", "2", "10"], [100, 300])
+    assert first.values[:2] == [[1.0, 4.0], [2.0, 5.0]]
+    assert first.values[2][0] == 3.0 and math.isnan(first.values[2][1])
+    assert (second.metric, second.tokens, second.values) == ("probe_n_max", [300], [[-1.0]])
+    assert [each.metric for each in heat_maps(tmp_path / "run", ["probe_n_max"])] == ["probe_n_max"]
+
+
+def test_heat_maps_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the [plot] extra")
+    layers = {f"rms_layer_{number}": 10.0**number for number in range(30)}
+    rows = [probed(number, max_layer_0=-1.0, mean_layer_0=0.5, **layers) for number in (1, 2, 3)]
+    run, picture = write_run(tmp_path / "run", rows), tmp_path / "a.svg"
+    assert main(["probe", str(run), "--output", str(picture)]) == 0
+    assert b"n_mean" in picture.read_bytes()
+    assert main(["probe", str(run), "--metric", "probe_n_rms", "--output", str(picture)]) == 0
+    assert b"n_mean" not in picture.read_bytes()
+
+
+def test_a_metric_that_no_probe_measured_is_reported(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [probed(1, rms_layer_0=1.0)])
+    assert main(["probe", str(run), "--metric", "probe_n_max", "--output", str(tmp_path / "x.svg")]) == 2
+    assert "has no probe_n_max; its metrics by layer: probe_n_rms" in capsys.readouterr().err
+    plain = write_run(tmp_path / "plain", [step(1, 3.0)])
+    assert main(["probe", str(plain), "--output", str(tmp_path / "x.svg")]) == 2
+    assert "has no numbers of layers; add a probe" in capsys.readouterr().err
