@@ -22,6 +22,7 @@ SHARED = {
         "interrupts",
         "paths",
         "profiler_range",
+        "python_library",
         "token_ids",
         "unicode_text",
         "units",
