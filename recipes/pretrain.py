@@ -49,6 +49,7 @@ from recipes.interfaces import (
     ModelConfig,
     OptimizerConfig,
     ReportsMetrics,
+    TaskConfig,
     TokenizerConfig,
     complete_schedule,
 )
@@ -84,6 +85,8 @@ class Pretrain:
     """Classes that are called at points of the training loop, by name; see docs/hooks.md."""
     average: dict[str, AverageConfig] = field(default_factory=dict)
     """Averages of the weights over training, by name; see docs/averages.md."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Questions to evaluate during training, by name; see docs/tasks.md."""
 
     @property
     def device(self) -> str:
@@ -104,9 +107,9 @@ class Pretrain:
                 f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
                 "or use components.batch:Constant",
             )
-        for name in self.average:
+        for section, name in [*(("average", name) for name in self.average), *(("tasks", name) for name in self.tasks)]:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                yield "average", f"{name!r}: the name must consist of letters, digits, _ and -"
+                yield section, f"{name!r}: the name must consist of letters, digits, _ and -"
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
             yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
@@ -189,6 +192,8 @@ class Trainer:
             metrics = environment.directory.metrics
             compute = self.step.compute_context
             after.append(Validate(validation, self.checkpoints, self.requests, self.mesh.dp, compute, metrics))
+        if self.data.tasks:
+            after.append(build.build_task_hook(environment, self.mesh, self.data, self.step, self.checkpoints))
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
         self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)

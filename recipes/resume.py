@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
     "parallel": "allow",
     "validation": "allow",
     "average": "allow",
+    "tasks": "allow",
     "checkpoint": "allow",
     "metrics": "allow",
     "guard": "allow",

@@ -83,13 +83,15 @@ class TensorBoardWriter:
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
-    Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`.
+    Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`, and those
+    of tasks, task_NAME_METRIC, in `tasks`.
     """
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"train/{name}/{key}", each) for key, each in value.items() if _is_finite(each))
         elif name not in _COUNTERS and _is_finite(value):
             group = _TAGS.get(name.partition("_average_")[0], "train/").partition("/")[0]
+            group = "tasks" if name.startswith("task_") else group
             yield f"{group}/{name}", value
 
 
