@@ -307,6 +307,7 @@ def build_task_hook(
         vocab_size=data.identity.vocab_size,
         first_input=data.first_input,
         multiple=mesh.mesh_shape.tp,
+        min_length=128 if training.document_masking else 64,  # flex attention computes blocks of 128
     )
     return EvaluateTasks(
         data.tasks,

@@ -69,6 +69,6 @@ def _check_length(num_targets: int, sequence_length: int, request: Request, sour
     if num_targets > sequence_length:
         raise InputError(
             "",
-            f"{where}{request.choice[:40]!r}... has {num_targets} tokens, more than the sequence length of "
+            f"{where}{request.choice[:40]!r} has {num_targets} tokens, more than the sequence length of "
             f"{sequence_length}; remove this row",
         )

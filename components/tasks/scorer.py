@@ -18,8 +18,8 @@ from components.tasks.encoding import EncodedRequest
 
 MAX_LOGITS = 2**28
 """Elements of the logits of a forward pass, unless a single request has more: 0.5 GB in bf16."""
-MIN_LENGTH = 64
-"""Shorter requests are padded to this many tokens, unless the sequence length is shorter."""
+LENGTH_FACTORS = (4, 2)
+"""Ratio of a length to the next shorter one: 4, so that there are few, and 2 for the last one."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,16 @@ class Scorer:
     """The id with which documents begin, which document masking looks for."""
     multiple: int = 1
     """Inputs of a forward pass are a multiple of this, as sequence parallelism needs."""
+    min_length: int = 64
+    """Shorter requests are padded to about this many tokens."""
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens to which requests are padded, increasing: the sequence length, a quarter of it, and so on."""
+        """The tokens to which requests are padded, increasing: of 4096 they are 64, 256, 1024 and 4096."""
         lengths = [self.sequence_length]
-        while lengths[0] % (4 * self.multiple) == 0 and lengths[0] // 4 >= MIN_LENGTH:
-            lengths.insert(0, lengths[0] // 4)
+        for factor in LENGTH_FACTORS:
+            while lengths[0] % (factor * self.multiple) == 0 and lengths[0] // factor >= self.min_length:
+                lengths.insert(0, lengths[0] // factor)
         return lengths
 
     def rows(self, length: int) -> int:
