@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from components.python_library import Split, library_files, source_encoding
@@ -54,35 +55,42 @@ class PythonCompletion:
     interval_steps: PositiveCount | None = None
     """Optimizer steps between evaluations; unset: only at the end of the run."""
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> Sequence[Question]:
         """Return the questions. Raises ValueError if the files of the library are missing."""
-        texts: dict[str, bytes] = {}
-        places: dict[Kind, list[_Place]] = {kind: [] for kind in KINDS}
-        for name, path in library_files(self.split).items():
-            data = path.read_bytes()
-            texts[name] = data.decode(source_encoding(data), "replace").replace("\r\n", "\n").encode()
-            for place in _find_places(name, texts[name]):
-                places[place.kind].append(place)
-        questions: list[Question] = []
-        for left, kind in zip((3, 2, 1), sorted(KINDS, key=lambda kind: len(places[kind])), strict=True):
-            pools: dict[str, set[str]] = {}
-            for place in places[kind]:
-                pools.setdefault(place.pool, set()).add(place.identifier)
-            usable = (place for place in places[kind] if len(pools[place.pool]) >= NUM_CHOICES)
-            for place in sorted(usable, key=_Place.key)[: (self.rows - len(questions)) // left]:
-                questions.append(self._question(place, texts[place.file], pools[place.pool]))
-        return questions
+        return _make_questions(self)
 
-    def _question(self, place: _Place, text: bytes, pool: set[str]) -> Question:
-        wrong = sorted(pool - {place.identifier}, key=place.key)[: NUM_CHOICES - 1]
-        choices = sorted([place.identifier, *wrong], key=place.key)
-        before = text[: place.start].decode()
-        context = before[-self.context_chars :]
-        if len(before) > len(context) and "\n" in context[:-1]:
-            context = context[context.index("\n") + 1 :]
-        end = "(" if place.kind == "call" else ""
-        requests = [Request(context, choice + end, "") for choice in choices]
-        return Question(requests, choices.index(place.identifier), f"{place.kind} in {place.file}")
+
+@lru_cache(maxsize=8)
+def _make_questions(task: PythonCompletion) -> tuple[Question, ...]:
+    """Return the questions of `task`, made once per process: parsing the files takes a second."""
+    texts: dict[str, bytes] = {}
+    places: dict[Kind, list[_Place]] = {kind: [] for kind in KINDS}
+    for name, path in library_files(task.split).items():
+        data = path.read_bytes()
+        texts[name] = data.decode(source_encoding(data), "replace").replace("\r\n", "\n").encode()
+        for place in _find_places(name, texts[name]):
+            places[place.kind].append(place)
+    questions: list[Question] = []
+    for left, kind in zip((3, 2, 1), sorted(KINDS, key=lambda kind: len(places[kind])), strict=True):
+        pools: dict[str, set[str]] = {}
+        for place in places[kind]:
+            pools.setdefault(place.pool, set()).add(place.identifier)
+        usable = (place for place in places[kind] if len(pools[place.pool]) >= NUM_CHOICES)
+        for place in sorted(usable, key=_Place.key)[: (task.rows - len(questions)) // left]:
+            questions.append(_make_question(task, place, texts[place.file], pools[place.pool]))
+    return tuple(questions)
+
+
+def _make_question(task: PythonCompletion, place: _Place, text: bytes, pool: set[str]) -> Question:
+    wrong = sorted(pool - {place.identifier}, key=place.key)[: NUM_CHOICES - 1]
+    choices = sorted([place.identifier, *wrong], key=place.key)
+    before = text[: place.start].decode()
+    context = before[-task.context_chars :]
+    if len(before) > len(context) and "\n" in context[:-1]:
+        context = context[context.index("\n") + 1 :]
+    end = "(" if place.kind == "call" else ""
+    requests = [Request(context, choice + end, "") for choice in choices]
+    return Question(requests, choices.index(place.identifier), f"{place.kind} in {place.file}")
 
 
 def _find_places(name: str, text: bytes) -> Iterator[_Place]:
