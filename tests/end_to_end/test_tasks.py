@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from components.metrics.tensorboard import scalars
+from components.tasks import Answer, Question, Request
 from recipes import cli
+from recipes.interfaces import complete_task
+from recipes.tasks import Task
 from tests.conftest import TinyRun, launch_here
 from tools import export_hf
 
@@ -131,6 +134,20 @@ def test_a_task_that_was_lost_to_a_kill_is_evaluated_when_the_run_is_resumed(tin
     assert [row for row in found if row] == [row for row in expected if row]
     assert tiny.launch(*SHORT, "--resume", "--tasks.novel.max_rows=1", "--training.total_tokens=1400") == 0
     assert "tasks.novel.max_rows" in capsys.readouterr().out
+
+
+def test_a_task_may_define_its_metrics():
+    class Margin:
+        def questions(self):
+            return [Question([Request("Call me", choice) for choice in ("Ishmael", "Ahab")])]
+
+        def metrics(self, answers):
+            return {"margin": answers[0].nats[1] - answers[0].nats[0]}
+
+    config = complete_task(Margin())
+    assert config.interval_steps is None
+    answer = Answer(config.questions()[0], [2.0, 5.0], [False, False])
+    assert Task("whale", config, [answer.question], []).metrics([answer]) == {"task_whale_margin": 3.0}
 
 
 MISTAKES = {
