@@ -1,7 +1,7 @@
 """The mechanisms of a run, independent of each other and of the models. tests/test_architecture.py checks the imports.
 
 Packages: batch (batch policies), checkpoint, data, distributed, gradient_noise, metrics, optimizers, probes,
-profiler, safetensors, tokenizers, validation. Their docstrings have a line for each file.
+profiler, safetensors, tasks, tokenizers, validation. Their docstrings have a line for each file.
 
 Training
 train_step.py                one optimizer step: micro-batches, clipping, update
@@ -33,5 +33,6 @@ token_ids.py                 checks of token ids, and the label that is ignored
 atomic_files.py              files and directories that are complete or do not exist
 unicode_text.py              text without lone surrogates
 paths.py                     finding, listing and hashing files
+python_library.py            the source files of the Python standard library, in three splits
 standard_streams.py          robust standard output of commands
 """

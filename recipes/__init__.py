@@ -27,6 +27,7 @@ hooks.py                the points of the loop, for custom hooks
 builtin_hooks.py        saving, validation, profiling, garbage collection
 checkpointing.py        saves and restores the run (the files: components/checkpoint/)
 training_state.py       what a checkpoint saves
+tasks.py                [tasks.NAME]: tasks during training and of a trained model
 averages.py             [average.NAME]: averages of the weights in a run and in a checkpoint
 probes.py               [probes.NAME]: the methods of a probe, and checks (the probes: components/probes/)
 probe_runner.py         calls the probes of a run around a step

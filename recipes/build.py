@@ -31,12 +31,14 @@ from components.metrics.logger import MetricLogger
 from components.metrics.writer import RunInfo
 from components.precision import WorkingWeights
 from components.profiler import Profiler
+from components.tasks import Scorer
 from components.token_ids import describe_start, first_input
 from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
 from recipes.averages import Averages
 from recipes.batch_policy import build_batch_policy, require_measurable_noise
+from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config
 from recipes.config.errors import PROJECT
 from recipes.config.toml import to_toml_value
@@ -47,6 +49,7 @@ from recipes.model_setup import build_model, enable_document_masking
 from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
 from recipes.run_setup import Environment
+from recipes.tasks import EvaluateTasks, Task, build_tasks
 from recipes.training_state import DataIdentity, TrainingState
 
 log = logging.getLogger("powertrain")
@@ -84,6 +87,7 @@ class TrainingData:
     first_input: int
     """The id with which documents begin."""
     validation: Validator | None
+    tasks: list[Task]
 
 
 def build_data(config: Config, world: DistributedContext) -> TrainingData:
@@ -116,8 +120,9 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
             validation = held_out.build(
                 validation_data, tokenizer=tokenizer, sequence_length=recipe.training.sequence_length
             )
+    tasks = build_tasks(config, recipe.tasks, world, tokenizer, recipe.training.sequence_length)
     identity = DataIdentity(vocab_size, fingerprint, len(dataset), data_fingerprint)
-    return TrainingData(dataset, identity, first_input(tokenizer), validation)
+    return TrainingData(dataset, identity, first_input(tokenizer), validation, tasks)
 
 
 @dataclass(frozen=True)
@@ -302,6 +307,30 @@ def build_metric_logger(
             metric_logger = config.recipe.metrics.build(run, directory.writers)
     cleanup.callback(metric_logger.close)
     return metric_logger
+
+
+def build_task_hook(
+    environment: Environment, mesh: ParallelDims, data: TrainingData, step: TrainStep, checkpoints: RunCheckpoints
+) -> EvaluateTasks:
+    """Build the hook that evaluates the tasks."""
+    training = checkpoints.config.recipe.training
+    scorer = Scorer(
+        sequence_length=training.sequence_length,
+        pass_tokens=training.micro_batch_size * training.sequence_length,
+        vocab_size=data.identity.vocab_size,
+        first_input=data.first_input,
+        multiple=mesh.mesh_shape.tp,
+        min_length=128 if training.document_masking else 64,  # flex attention computes blocks of 128
+    )
+    return EvaluateTasks(
+        data.tasks,
+        scorer,
+        checkpoints,
+        environment.requests,
+        mesh.dp,
+        step.compute_context,
+        environment.directory.metrics,
+    )
 
 
 def build_hook_context(

@@ -1,14 +1,15 @@
-"""Evaluate a trained model: loss, perplexity and bits per byte on any text, on any number of processes.
+"""Evaluate a trained model, on any number of processes: its loss on any text, or tasks.
 
 ./run_train.sh train_configs/evaluate.toml --evaluation.checkpoint=runs/debug
 
-components/validation/sliding_window.py makes the windows.
+components/validation/sliding_window.py makes the windows, components/tasks/ the scores of tasks.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,23 +20,25 @@ from torch import nn
 
 from components import precision
 from components.distributed.context import DistributedContext
-from components.distributed.parallel_dims import ParallelConfig
+from components.distributed.parallel_dims import ParallelConfig, ParallelDims
 from components.errors import InputError, message_of
 from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
 from components.precision import Precision, WorkingWeights
+from components.tasks import Answer, Scorer, check_questions
 from components.token_ids import describe_start, first_input, start_of_document
 from components.units import PositiveCount
 from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
 from recipes.config import Config
 from recipes.errors import call_on_all_ranks, config_errors_at
-from recipes.interfaces import HasParallelPlan, TokenizerConfig
+from recipes.interfaces import HasParallelPlan, TaskConfig, TokenizerConfig
 from recipes.model_setup import enable_document_masking, require_document_masking
 from recipes.parallelize import materialize, parallelize
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
 from recipes.run_config import default_cache_dir
+from recipes.tasks import build_tasks, evaluate_tasks, format_metrics
 from recipes.trained_model import PretrainedModel, load_pretrained
 
 log = logging.getLogger("powertrain")
@@ -51,8 +54,9 @@ class Evaluation:
     """Name of the average of the weights to evaluate; unset: the weights of the last step."""
     trust_code: bool = False
     """Allow the checkpoint to import custom code; without this it may name only code of this project."""
-    method: Literal["packed", "documents"] = "packed"
-    """packed: sequences cut from the concatenated text, as in training; documents: each one, with a sliding window."""
+    method: Literal["packed", "documents", "tasks"] = "packed"
+    """packed: loss of sequences cut from the concatenated text, as in training; documents: of each one, with a sliding
+    window; tasks: the metrics of [tasks]."""
     sequence_length: PositiveCount | None = None
     """Tokens of a sequence or of the window; unset: as in training (at most 2048 for a Hugging Face model)."""
     document_masking: bool | None = None
@@ -64,7 +68,8 @@ class Evaluation:
     micro_batch_size: PositiveCount = 8
     """Sequences or windows per forward pass of one rank."""
     limit: PositiveCount | None = None
-    """Number of sequences, spread over the text, or of the first documents to evaluate; unset: all."""
+    """Number of sequences, spread over the text, of the first documents, or of the first questions of each task to
+    evaluate; unset: all."""
     precision: Precision = "auto"
     """Precision of the matrix products; auto: bf16 where the hardware is faster with it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -74,14 +79,14 @@ class Evaluation:
     output: Path | None = None
     """File to write the result to, as JSON."""
     table: Path | None = None
-    """File to write the result of each document to, one JSON object per line."""
+    """File to write the result of each document or question to, one JSON object per line."""
 
     def __post_init__(self) -> None:
-        if self.method == "packed":
-            for key in ("stride", "table"):
-                if getattr(self, key) is not None:
-                    raise InputError(key, 'only valid with method = "documents"')
-        elif self.document_masking is not None:
+        if self.stride is not None and self.method != "documents":
+            raise InputError("stride", 'only valid with method = "documents"')
+        if self.table is not None and self.method == "packed":
+            raise InputError("table", 'only valid with method = "documents" or "tasks"')
+        if self.document_masking is not None and self.method != "packed":
             raise InputError("document_masking", 'only valid with method = "packed"; a window never spans documents')
 
 
@@ -94,7 +99,14 @@ class Evaluate:
     """The text to evaluate on; unset: the validation data of the run."""
     tokenizer: TokenizerConfig | None = None
     """The tokenizer; unset: that of the run or of the Hugging Face directory."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """The tasks of method = "tasks", by name; unset: those of the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def check(self) -> Iterator[tuple[str, str]]:
+        """Yield problems between sections, as (dotted path, message)."""
+        if self.tasks and self.evaluation.method != "tasks":
+            yield "tasks", 'only valid with evaluation.method = "tasks"'
 
     @property
     def device(self) -> str:
@@ -115,6 +127,9 @@ class Evaluate:
             setup_logging(None, to_console=world.is_main)
             with config_errors_at(config, "evaluation"):
                 pretrained, length, model = world.main_process_first(lambda: self.prepare_model(world.rank, world.size))
+            if self.evaluation.method == "tasks":
+                self.evaluate_tasks(config, world, pretrained, length, model)
+                return 0
             result, rows = self.measure(config, world, pretrained, length, model)
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
@@ -125,6 +140,10 @@ class Evaluate:
         """Check what can be checked without data, and print what would be evaluated."""
         with config_errors_at(config, "evaluation"):
             pretrained, length, model = self.prepare_model()
+            if self.evaluation.method == "tasks":
+                for name, task in self.select_tasks(pretrained).items():
+                    with config_errors_at(config, f"tasks.{name}"):
+                        check_questions(task.questions())
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{pretrained.path}: {parameters:,} parameters, {self.evaluation.method}, {length} tokens at a time")
         return 0
@@ -180,27 +199,13 @@ class Evaluate:
     ) -> tuple[dict[str, Any], list[LossTotals]]:
         """Return the result, and the totals of each document with `method = "documents"`."""
         cfg = self.evaluation
-        with config_errors_at(config, "parallel"):
-            mesh = self.parallel.build(world)
-        with config_errors_at(config, "tokenizer"):
-            tokenizer = pretrained.load_tokenizer(self.tokenizer)
-        if (start := describe_start(tokenizer)) is not None:
-            log.info(
-                f"documents begin with {start}, which is not counted; evaluation.add_special_tokens = false omits it"
-            )
+        mesh, tokenizer = self.open_mesh_and_tokenizer(config, world, pretrained)
         with config_errors_at(config, "data"):
             data = self.select_data(pretrained)
             evaluated = self.open_data(data, world, tokenizer, length)
             if self.uses_document_masking(pretrained):
                 enable_document_masking(model, evaluated.dataset, first_input(tokenizer))
-        chosen = precision.resolve_precision(cfg.precision, world.device)
-        with config_errors_at(config, "evaluation"):
-            parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
-            materialize(model, world.device)
-            pretrained.load_weights(model, single_process=world.size == 1)
-        compute: Callable[[], AbstractContextManager[object]] = nullcontext
-        if chosen == "bf16" and mesh.fsdp is None:
-            compute = WorkingWeights(model, torch.bfloat16)
+        chosen, compute = self.load_model(config, world, mesh, pretrained, model)
         rows: list[LossTotals] = []
 
         def evaluate() -> Any:
@@ -212,14 +217,88 @@ class Evaluate:
         if cfg.method != "packed":
             rows = total
             total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
-        about = {"checkpoint": str(pretrained.path), "step": pretrained.step, "data": str(data), "method": cfg.method}
-        about |= {"average": cfg.average} if cfg.average else {}
+        about = {**self.describe_model(pretrained), "data": str(data)}
         window: dict[str, Any] = {"sequence_length": length}
         if cfg.method == "documents":
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
             window["document_masking"] = self.uses_document_masking(pretrained)
         return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
+
+    def evaluate_tasks(
+        self, config: Config, world: DistributedContext, pretrained: PretrainedModel, length: int, model: nn.Module
+    ) -> None:
+        """Evaluate the tasks, print and write the result."""
+        cfg = self.evaluation
+        mesh, tokenizer = self.open_mesh_and_tokenizer(config, world, pretrained)
+        with config_errors_at(config, "evaluation"):
+            selected = self.select_tasks(pretrained)
+        tasks = build_tasks(config, selected, world, tokenizer, length, cfg.limit)
+        chosen, compute = self.load_model(config, world, mesh, pretrained, model)
+        scorer = Scorer(
+            sequence_length=length,
+            pass_tokens=cfg.micro_batch_size * length,
+            vocab_size=tokenizer.vocab_size,
+            first_input=first_input(tokenizer),
+            multiple=mesh.mesh_shape.tp,
+        )
+        answers = evaluate_tasks(tasks, scorer, model, mesh.dp, compute)
+        result = {**self.describe_model(pretrained), "sequence_length": length, "precision": chosen}
+        table: list[dict[str, Any]] = []
+        for task in tasks:
+            values = task.metrics(answers[task.name])
+            result |= {f"task_{task.name}_questions": len(task.questions), **values}
+            table += [{"task": task.name, **row_of(answer)} for answer in answers[task.name]]
+            if world.is_main:
+                log.info(f"{format_metrics(task, values)}  ({len(task.questions)} questions)")
+        if world.is_main:
+            with config_errors_at(config, "evaluation"):
+                self.write_files(result, table)
+
+    def open_mesh_and_tokenizer(
+        self, config: Config, world: DistributedContext, pretrained: PretrainedModel
+    ) -> tuple[ParallelDims, Tokenizer]:
+        """Return the mesh of the processes, and the tokenizer."""
+        with config_errors_at(config, "parallel"):
+            mesh = self.parallel.build(world)
+        with config_errors_at(config, "tokenizer"):
+            tokenizer = pretrained.load_tokenizer(self.tokenizer)
+        if (start := describe_start(tokenizer)) is not None:
+            log.info(
+                f"documents begin with {start}, which is not counted; evaluation.add_special_tokens = false omits it"
+            )
+        return mesh, tokenizer
+
+    def load_model(
+        self,
+        config: Config,
+        world: DistributedContext,
+        mesh: ParallelDims,
+        pretrained: PretrainedModel,
+        model: nn.Module,
+    ) -> tuple[str, Callable[[], AbstractContextManager[object]]]:
+        """Parallelize and fill `model`. Return the precision, and what returns the context of a forward pass."""
+        chosen = precision.resolve_precision(self.evaluation.precision, world.device)
+        with config_errors_at(config, "evaluation"):
+            parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
+            materialize(model, world.device)
+            pretrained.load_weights(model, single_process=world.size == 1)
+        if chosen == "bf16" and mesh.fsdp is None:
+            return chosen, WorkingWeights(model, torch.bfloat16)
+        return chosen, nullcontext
+
+    def describe_model(self, pretrained: PretrainedModel) -> dict[str, Any]:
+        """Return what the result says of the model and the method."""
+        cfg = self.evaluation
+        about = {"checkpoint": str(pretrained.path), "step": pretrained.step, "method": cfg.method}
+        return about | ({"average": cfg.average} if cfg.average else {})
+
+    def select_tasks(self, pretrained: PretrainedModel) -> Mapping[str, TaskConfig]:
+        """Return the tasks to evaluate. Raises InputError if neither the recipe nor the run names any."""
+        tasks = self.tasks or complete_recipe(pretrained.recipe).tasks
+        if not tasks:
+            raise InputError("method", f"{pretrained.path} has no [tasks]; add a table [tasks.NAME]")
+        return tasks
 
     def select_data(self, pretrained: PretrainedModel) -> DataConfig:
         """Return the data to evaluate on. Raises ValueError if neither the recipe nor the run names any."""
@@ -253,15 +332,19 @@ class Evaluate:
 
     def write_report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
         """Print the result and write the files that [evaluation] names."""
-        cfg = self.evaluation
         log.info(
             f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
             f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
             f"bits per byte {result['bits_per_byte']:.4f}"
         )
+        self.write_files(result, [{"document": i, **metrics_of(row)} for i, row in enumerate(rows)])
+
+    def write_files(self, result: dict[str, Any], table: Sequence[dict[str, Any]]) -> None:
+        """Write the files that [evaluation] names."""
+        cfg = self.evaluation
         written = {
             cfg.output: json_object(result, indent=1) + "\n",
-            cfg.table: "".join(json_object({"document": i, **metrics_of(row)}) + "\n" for i, row in enumerate(rows)),
+            cfg.table: "".join(json_object(row) + "\n" for row in table),
         }
         for path, content in written.items():
             if path is not None:
@@ -274,3 +357,13 @@ def metrics_of(totals: LossTotals) -> dict[str, float]:
     """Return the metrics of `totals` by their names in the result."""
     means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
     return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}
+
+
+def row_of(answer: Answer) -> dict[str, Any]:
+    """Return the row of a question in the table of an evaluation."""
+    return {
+        "source": answer.question.source,
+        "answer": answer.question.answer,
+        "nats": [nats if math.isfinite(nats) else None for nats in answer.nats],
+        "is_greedy": list(answer.is_greedy),
+    }

@@ -88,8 +88,8 @@ def complete_hook(hook: Any) -> Hook:
 class Hooks:
     """Calls the hooks of a run in a fixed order.
 
-    On each step: the profiler, [hooks] in the order of the recipe, saving, validation, garbage collection. A checkpoint
-    therefore holds the state of [hooks] after its step. At the end of the run [hooks] come last.
+    On each step: the profiler, [hooks] in the order of the recipe, saving, validation, tasks, garbage collection. A
+    checkpoint therefore holds the state of [hooks] after its step. At the end of the run [hooks] come last.
     """
 
     def __init__(self, before: Sequence[Hook], custom: Mapping[str, Hook], after: Sequence[Hook]) -> None:

@@ -6,7 +6,7 @@ are passed to `build(...)` or to the methods. Any class with these methods fits;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from components.interfaces import Tokenizer, UpdateCost
 from components.protocol_defaults import with_defaults
+from components.tasks import Answer, Question, accuracy_metrics
 
 
 @runtime_checkable
@@ -219,3 +220,32 @@ class AverageConfig(Protocol):
         """Return the average of a run, which keeps its tensors in `copies`: `num_copies` lists of zeros, one for each
         parameter. They are saved and restored with every checkpoint, on any layout."""
         ...
+
+
+@runtime_checkable
+class TaskConfig(Protocol):
+    """[tasks.NAME]: questions to evaluate during training, one table for each task."""
+
+    def questions(self) -> Iterable[Question]:
+        """Return the questions, equal on all ranks. Raises ValueError or OSError for bad input."""
+        ...
+
+
+class TaskDefaults:
+    """The optional attributes of [tasks.NAME], with their defaults. See `complete_task`."""
+
+    interval_steps: int | None = None
+    """Optimizer steps between evaluations; None: only at the end of the run."""
+
+    def questions(self) -> Iterable[Question]:
+        """See `TaskConfig.questions`."""
+        raise NotImplementedError
+
+    def metrics(self, answers: Sequence[Answer]) -> Mapping[str, float]:
+        """Return the metrics by name, given the answers to all questions. Called on every rank."""
+        return accuracy_metrics(answers)
+
+
+def complete_task(task: TaskConfig) -> TaskDefaults:
+    """Return `task` with defaults for the attributes that its class does not define."""
+    return with_defaults(task, TaskDefaults)

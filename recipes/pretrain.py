@@ -50,6 +50,7 @@ from recipes.interfaces import (
     ModelConfig,
     OptimizerConfig,
     ReportsMetrics,
+    TaskConfig,
     TokenizerConfig,
     complete_schedule,
 )
@@ -89,6 +90,8 @@ class Pretrain:
     """Averages of the weights over training, by name; see docs/averages.md."""
     probes: dict[str, AnyProbe] = field(default_factory=dict)
     """Numbers of single layers, measured every few steps, by name; see docs/probes.md."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Questions to evaluate during training, by name; see docs/tasks.md."""
 
     @property
     def device(self) -> str:
@@ -109,9 +112,9 @@ class Pretrain:
                 f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
                 "or use components.batch:Constant",
             )
-        for name in self.average:
+        for section, name in [*(("average", name) for name in self.average), *(("tasks", name) for name in self.tasks)]:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                yield "average", f"{name!r}: the name must consist of letters, digits, _ and -"
+                yield section, f"{name!r}: the name must consist of letters, digits, _ and -"
         yield from check_probes(self)
         tp = self.parallel.tp
         if self.training.sequence_length % tp:
@@ -196,6 +199,8 @@ class Trainer:
             metrics = environment.directory.metrics
             compute = self.step.compute_context
             after.append(Validate(validation, self.checkpoints, self.requests, self.mesh.dp, compute, metrics))
+        if self.data.tasks:
+            after.append(build.build_task_hook(environment, self.mesh, self.data, self.step, self.checkpoints))
         compiles = recipe.training.compiles(device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
         self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)

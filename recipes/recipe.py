@@ -22,6 +22,8 @@ class RecipeDefaults:
     """The sections of the averages of the weights, by name."""
     probes: Mapping[str, Any] = MappingProxyType({})
     """The sections of the probes, by name."""
+    tasks: Mapping[str, Any] = MappingProxyType({})
+    """The sections of the tasks, by name."""
     dry_run: Callable[..., int] | None = None
     """Called as `dry_run(config, world_size)` by --dry-run, instead of the dry run of pre-training."""
 

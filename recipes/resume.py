@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "validation": "allow",
     "average": "allow",
     "probes": "allow",
+    "tasks": "allow",
     "checkpoint": "allow",
     "metrics": "allow",
     "guard": "allow",

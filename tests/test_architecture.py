@@ -24,6 +24,7 @@ SHARED = {
         "interrupts",
         "paths",
         "profiler_range",
+        "python_library",
         "token_ids",
         "unicode_text",
         "units",

@@ -29,6 +29,8 @@ TAG_GROUPS = {
 }
 
 _TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
+_PREFIXES = {"probe_": "probes", "task_": "tasks"}
+"""The groups of metrics whose names begin so."""
 _COUNTERS = ("step", "tokens", "samples")
 """The position of a row, which is not written as a metric."""
 
@@ -74,14 +76,14 @@ def scalars(row: Row) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
     Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`; those of
-    probes, which begin with `probe_`, in the group `probes`.
+    probes and tasks, probe_NAME_... and task_NAME_..., are in the groups `probes` and `tasks`.
     """
     for name, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"train/{name}/{key}", each) for key, each in value.items() if _is_finite(each))
         elif name not in _COUNTERS and _is_finite(value):
-            other = "probes/" if name.startswith("probe_") else "train/"
-            group = _TAGS.get(name.partition("_average_")[0], other).partition("/")[0]
+            other = next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "train")
+            group = _TAGS.get(name.partition("_average_")[0], f"{other}/").partition("/")[0]
             yield f"{group}/{name}", value
 
 

@@ -18,10 +18,11 @@ from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.errors import message_of
 from components.run_directory import RunDirectory
+from components.tasks import check_questions
 from components.units import format_count
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory
 from recipes.dry_run.plan import RunPlan
-from recipes.interfaces import complete_schedule
+from recipes.interfaces import complete_schedule, complete_task
 from recipes.recipe import complete_recipe
 
 MIN_WARMUP_STEPS = 3
@@ -42,7 +43,7 @@ class Finding:
 
 def preflight_checks(plan: RunPlan) -> Iterator[Finding]:
     """Yield all findings, errors first."""
-    checks = (_memory, _local_checks, _eager, _batch, _schedule, _intervals, _vocabulary)
+    checks = (_memory, _local_checks, _eager, _batch, _schedule, _intervals, _vocabulary, _tasks)
     found = [finding for check in checks for finding in check(plan)]
     for level in ("error", "warning", "note"):
         yield from (finding for finding in found if finding.level == level)
@@ -216,3 +217,26 @@ def _vocabulary(plan: RunPlan) -> Iterator[Finding]:
     if not plan.tokenizer_missing and rows > plan.vocab_size:
         message = f"{rows - plan.vocab_size} of {rows} rows have no id in the tokenizer"
         yield Finding("note", "model.vocab_size", message)
+
+
+def _tasks(plan: RunPlan) -> Iterator[Finding]:
+    """Read the questions of every task."""
+    steps = plan.schedule.num_steps
+    for name, task in complete_recipe(plan.recipe).tasks.items():
+        key = f"tasks.{name}"
+        try:
+            check_questions(task.questions())
+        except FileNotFoundError as error:
+            yield _missing_here(_key_of(error, key), message_of(error))
+        except (OSError, ValueError) as error:
+            yield Finding("error", _key_of(error, key), message_of(error))
+        interval = complete_task(task).interval_steps
+        if (interval or 0) >= steps:
+            message = f"{interval} is not below the {steps} steps of the run: one evaluation, at its end"
+            yield Finding("warning", f"{key}.interval_steps", message)
+
+
+def _key_of(error: Exception, section: str) -> str:
+    """Return the dotted path of the key that `error` names, or `section`."""
+    key = getattr(error, "key", "")
+    return f"{section}.{key}" if key else section

@@ -11,6 +11,7 @@ import pytest
 from recipes import cli
 from recipes.cli import ROOT
 from tests.distributed.layouts import LAYOUTS, run_all
+from tests.distributed.test_layouts import TASKS
 from tests.end_to_end.test_evaluate import CONFIG
 from tests.processes import run_process
 from tools import export_hf
@@ -19,6 +20,7 @@ from tools import export_hf
 def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
     # five sequences: in the last pass one rank has half a batch, the other none
     methods = {"packed": ["--evaluation.limit=5"], "documents": ["--evaluation.method=documents"]}
+    methods["tasks"] = ["--evaluation.method=tasks", *TASKS]
     layouts = {name: more for name, (processes, more) in LAYOUTS.items() if processes == 2}
     common = [f"--evaluation.cache_dir={tiny.folder / 'cache'}", "--evaluation.device=cpu"]
     common += [
@@ -46,6 +48,12 @@ def test_two_processes_find_what_one_does_for_shards_of_two(tiny):
             for name in ("one", "exported", *layouts)
         }
         expected = results["one"]
+        if method == "tasks":
+            for name, found in results.items():
+                assert found["task_novel_acc_norm"] == expected["task_novel_acc_norm"], name
+                bits = [each["task_novel_bits_per_byte"] for each in (found, expected)]
+                assert bits[0] == pytest.approx(bits[1], rel=1e-6), name
+            continue
         assert expected["tokens"] > 100
         for name, found in results.items():
             assert (found["tokens"], found["bytes"]) == (expected["tokens"], expected["bytes"]), name

@@ -30,6 +30,13 @@ RECIPE = [
     f"--average.w.window_tokens={2 * SAVED_AT * SAMPLES * SEQUENCE}",
     f"--average.w.interval_tokens={SAVED_AT * SAMPLES * SEQUENCE}",  # one sample, at the step that is resumed
 ]
+TASKS = [
+    "--tasks.novel.use=components.tasks:MultipleChoice",
+    f"--tasks.novel.path={Path(__file__).with_name('novel.jsonl')}",
+    "--tasks.novel.interval_steps=3",
+    "--tasks.shots.use=components.tasks:Cloze",
+    f"--tasks.shots.path={Path(__file__).with_name('cloze.jsonl')}",
+]
 EQUAL = 1e-5
 """Relative tolerance: float32 sums in another order differ by 2e-7 here after ten steps of Adam."""
 
@@ -141,7 +148,7 @@ MUON_MOVES = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every layout, every variant, every move. A move needs its source first, so two processes are started twice."""
     made = Runs(tmp_path_factory.mktemp("layouts"))
-    whole: dict[str, tuple[str, list[str]]] = {layout: (layout, []) for layout in LAYOUTS}
+    whole: dict[str, tuple[str, list[str]]] = {layout: (layout, TASKS) for layout in LAYOUTS}
 
     def moves(*sources: int) -> dict[str, tuple[str, list[str]]]:
         """Return the moves from layouts with this many processes."""
@@ -182,6 +189,19 @@ def test_every_step_and_parameter_equals_that_of_one_process(runs, layout):
     for name, tensor in alone.items():
         if name.startswith(("model.", "average.")):
             assert (tensor - together[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_tasks_have_the_scores_of_one_process(runs, layout):
+    for key, times in (
+        ("task_novel_acc", 2),
+        ("task_novel_acc_norm", 2),
+        ("task_novel_bits_per_byte", 2),
+        ("task_shots_bits_per_byte", 1),
+    ):
+        expected, found = ([row[key] for row in runs.rows(name) if key in row] for name in ("one process", layout))
+        assert len(found) == times, "every three of six steps"
+        assert found == pytest.approx(expected, rel=EQUAL), key
 
 
 @pytest.mark.parametrize("layout", OTHERS)

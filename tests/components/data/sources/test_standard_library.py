@@ -5,7 +5,7 @@ import pytest
 
 from components.data import StandardLibrary
 from components.data.document import ReadStats
-from components.data.sources.standard_library import split_of
+from components.python_library import split_of
 
 pytestmark = pytest.mark.quick
 
@@ -65,9 +65,9 @@ def test_a_stripped_library_is_refused_with_a_remedy(tmp_path, monkeypatch):
 
 
 def test_files_are_decoded_as_their_coding_comment_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("components.data.sources.standard_library._LEAST_BYTES", 0)
+    monkeypatch.setattr("components.python_library._LEAST_BYTES", 0)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setattr("components.data.sources.standard_library.split_of", lambda name: "train")
+    monkeypatch.setattr("components.python_library.split_of", lambda name: "train")
     (tmp_path / "a.py").write_bytes("# -*- coding: latin-1 -*-\r\ns = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"s = '\xff'\n")
     log = ReadStats()

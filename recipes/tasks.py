@@ -1,0 +1,155 @@
+"""The tasks of [tasks.NAME]: during training, and of a trained model (evaluate.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from components.clock import TrainingClock
+from components.distributed.context import DistributedContext
+from components.interfaces import Comm, Tokenizer
+from components.interrupts import StopRequests, is_stop
+from components.metrics.jsonl import last_rows
+from components.tasks import Answer, EncodedRequest, Question, Scorer, check_questions, encode_questions
+from recipes.builtin_hooks import is_due
+from recipes.checkpointing import RunCheckpoints
+from recipes.config import Config
+from recipes.errors import config_errors_at, raised_in
+from recipes.hooks import Hook, HookContext
+from recipes.interfaces import TaskConfig, TaskDefaults, complete_task
+
+log = logging.getLogger("powertrain")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose questions are read and encoded."""
+
+    name: str
+    config: TaskDefaults
+    questions: Sequence[Question]
+    encoded: Sequence[Sequence[EncodedRequest]]
+    """The requests of each question."""
+
+    def metrics(self, answers: Sequence[Answer]) -> dict[str, float]:
+        """Return the metrics by their names in metrics.jsonl, task_NAME_METRIC."""
+        with raised_in(f"tasks.{self.name}"):
+            return {f"task_{self.name}_{key}": float(value) for key, value in self.config.metrics(answers).items()}
+
+
+def build_tasks(
+    config: Config,
+    configs: Mapping[str, TaskConfig],
+    world: DistributedContext,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    limit: int | None = None,
+) -> list[Task]:
+    """Read and encode the first `limit` questions of each task. Call on every rank.
+
+    Raises ConfigError at the task that is at fault, also if the processes do not read the same questions.
+    """
+    tasks = []
+    for name, each in configs.items():
+        with config_errors_at(config, f"tasks.{name}"):
+            questions = world.main_process_first(lambda each=each: check_questions(each.questions()))[:limit]  # type: ignore[misc]
+            task = Task(name, complete_task(each), questions, encode_questions(questions, tokenizer, sequence_length))
+            if not world.all_equal(_fingerprint(task)):
+                raise ValueError("the processes do not read the same questions; put the same files on every node")
+        tasks.append(task)
+    return tasks
+
+
+def evaluate_tasks(
+    tasks: Sequence[Task],
+    scorer: Scorer,
+    model: nn.Module,
+    dp: Comm,
+    compute: Callable[[], AbstractContextManager[object]],
+) -> dict[str, list[Answer]]:
+    """Return the answers of `model` to each task, by its name. Call on every rank; the result is equal on all."""
+    requests = [request for task in tasks for question in task.encoded for request in question]
+    scores = iter(scorer.score(requests, model, dp, compute))
+    answers: dict[str, list[Answer]] = {}
+    for task in tasks:
+        answers[task.name] = []
+        for question in task.questions:
+            nats, is_greedy = zip(*(next(scores) for _ in question.requests), strict=True)
+            answers[task.name].append(Answer(question, nats, is_greedy))
+    return answers
+
+
+def _fingerprint(task: Task) -> str:
+    digest = hashlib.sha256()
+    for request in chain.from_iterable(task.encoded):
+        digest.update(request.inputs.tobytes() + request.targets.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class EvaluateTasks(Hook):
+    """Writes a row with the metrics of the tasks that are due at a step, and of all of them at the end.
+
+    The tasks of one step are scored together. Runs after the save and the validation.
+    """
+
+    tasks: Sequence[Task]
+    scorer: Scorer
+    checkpoints: RunCheckpoints
+    requests: StopRequests
+    dp: Comm
+    compute: Callable[[], AbstractContextManager[object]]
+    metrics: Path
+    """The file metrics.jsonl."""
+
+    def on_run_begin(self, context: HookContext) -> None:
+        due = self.tasks if context.clock.done else self._due(context.clock)
+        if self.checkpoints.world.all_reduce_max(int(self._is_missing(context, due))):
+            self.evaluate(due, context)
+
+    def on_step_end(self, context: HookContext) -> None:
+        if due := self._due(context.clock):
+            self.evaluate(due, context)
+
+    def on_run_end(self, context: HookContext) -> None:
+        if not is_stop(self.requests.agreed) or context.clock.done:
+            self.evaluate(self.tasks, context)
+
+    def evaluate(self, tasks: Sequence[Task], context: HookContext) -> None:
+        """Evaluate `tasks` and write the row of this step."""
+        run, clock = self.checkpoints, context.clock
+        run.read_launched()
+        answers = evaluate_tasks(tasks, self.scorer, context.model, self.dp, self.compute)
+        row: dict[str, Any] = {"step": clock.step, "tokens": clock.tokens}
+        for task in tasks:
+            values = task.metrics(answers[task.name])
+            row |= values
+            if context.rank == 0:
+                log.info(f"step {clock.step:>6}  {format_metrics(task, values)}")
+        run.metric_logger.log(row)
+        run.restart_timer()
+
+    def _due(self, clock: TrainingClock) -> list[Task]:
+        return [task for task in self.tasks if is_due(task.config.interval_steps, clock)]
+
+    def _is_missing(self, context: HookContext, due: Sequence[Task]) -> bool:
+        """Return whether the resumed run was killed after saving this step, before the tasks due at it."""
+        if context.rank or not due:
+            return False
+        rows = last_rows(self.metrics)
+        trained = any("loss" in row and row["step"] == context.clock.step for row in rows)
+        return trained and not any(key.startswith("task_") for row in rows for key in row)
+
+
+def format_metrics(task: Task, values: Mapping[str, float]) -> str:
+    """Return the metrics of a task for display."""
+    named = {key.removeprefix(f"task_{task.name}_").replace("_per_", " per "): value for key, value in values.items()}
+    return f"task {task.name}  " + "  ".join(f"{key} {value:.4f}" for key, value in named.items())
