@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,9 @@ class MetricsConfig:
     `tensorboard`; "none" removes one."""
 
     def __post_init__(self) -> None:
+        for name in self.writers:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise InputError("writers", f"{name!r}: the name must consist of letters, digits, _ and -")
         if not isinstance(self.writers.get("jsonl"), JsonLines):
             raise InputError("writers.jsonl", "metrics.jsonl cannot be turned off or replaced; the run reads it")
 

@@ -69,6 +69,10 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "bad steps that never end": ("--guard.max_bad_steps=0", "guard.max_bad_steps = 0"),
     "console lines every zero steps": ("--metrics.writers.console.interval_steps=0", "interval_steps = 0"),
     "no file of metrics": ("--metrics.writers.jsonl=none", "metrics.jsonl cannot be turned off"),
+    "a writer whose name is a path": (
+        '--metrics.writers."a/b".use=components.metrics:Console',
+        "the name must consist of letters",
+    ),
     "a writer without a class": ("--metrics.writers.mine.x=1", 'use = "package.module:Name"'),
     "a writer that is not one": ("--metrics.writers.mine.use=components.batch:Constant", "cannot be used as"),
     "a validation of no sequences": ("--validation.max_sequences=0", "validation.max_sequences = 0"),
