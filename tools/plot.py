@@ -204,7 +204,7 @@ def plot_probes(maps: Sequence[HeatMap], output: Path) -> None:
     rows = -(-len(maps) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(5 * columns, 2.5 * rows), squeeze=False, layout="constrained")
     for axis in panels.flat[len(maps) :]:
-        axis.remove()
+        axis.set_visible(False)
     for axis, each in zip(panels.flat, maps, strict=False):
         finite = [value for values in each.values for value in values if math.isfinite(value)]
         spans_decades = finite and min(finite) > 0 and max(finite) > LOG_SCALE_FROM * min(finite)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from components.errors import InputError
 from components.tasks.question import Question, Request
@@ -30,7 +32,7 @@ class _RowTask:
     """Text between a context and its continuation."""
     num_fewshot: Count = 0
     """Number of solved rows that precede each context, separated by an empty line."""
-    fewshot_seed: int = 0
+    fewshot_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed that selects these rows, for each row by its content and not by its place in the file."""
     fewshot_path: Path | None = None
     """JSONL file of the rows to select from; unset: the other rows of `path`."""

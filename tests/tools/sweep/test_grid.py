@@ -115,7 +115,8 @@ def test_the_number_of_processes_changes_the_digest(tiny):
 
 def test_locations_and_outputs_do_not_change_the_digest(tiny, tmp_path):
     before = digest_of(tiny.recipe)
-    assert digest_of(tiny.recipe, run__name="other", checkpoint__keep_last="1", metrics__tensorboard="true") == before
+    outputs = {"checkpoint__keep_last": "1", "metrics__writers__tensorboard__use": "components.metrics:TensorBoard"}
+    assert digest_of(tiny.recipe, run__name="other", **outputs) == before
     moved = tmp_path / "moved"
     shutil.copytree(tiny.folder / "text", moved / "text")
     shutil.copy(tiny.recipe, moved)
