@@ -9,15 +9,13 @@ with and without masking take turns, so that the varying speed of the machine ca
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 
 import torch
 from torch import Tensor
 
-from benchmarks.shared import machine, spread
+from benchmarks.shared import machine, repeat_with, spread
 from models.decoder import Decoder
 from models.presets import LlamaShape
 
@@ -65,7 +63,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(pairs, n=4)
         speeds = [spread([ROWS * LENGTH / each for each in times[WARM_UP:]], ",.0f") for times in (across, within)]
         print(f"| {length:,} | {speeds[0]} | {speeds[1]} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
-    print(f"\nRepeat with:\n\n    python -m benchmarks.document_masking {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.document_masking"))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.shared import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, repeat_with, spread
 from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
@@ -70,7 +69,7 @@ def main() -> None:
     print("the pairs); memory of two runs each\n")
     print("| processes | s per step, not measured | measured | of a pair | peak MiB of a rank, never | always |")
     print("|---|---|---|---|---|---|\n" + "\n".join(table))
-    print(f"\nRepeat with:\n\n    python -m benchmarks.gradient_noise_cost {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.gradient_noise_cost"))
 
 
 if __name__ == "__main__":

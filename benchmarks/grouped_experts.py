@@ -10,7 +10,6 @@ cancels. Both permute and sum tokens alike and differ only in the products. Thei
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.shared import machine, spread
+from benchmarks.shared import machine, repeat_with, spread
 from models.moe import MoE
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -91,7 +90,7 @@ def main() -> None:
     )
     print("| experts, top k | ms, grouped | ms, one per expert | one per expert / grouped | gradients differ by |")
     print("|---|---|---|---|---|\n" + "\n".join(table))
-    print(f"\nRepeat with:\n\n    python -m benchmarks.grouped_experts {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.grouped_experts"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ The additional costs of a GPU (cudaLaunchKernel, 2 to 5 microseconds per kernel)
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shared import ROOT, machine, spread
+from benchmarks.shared import ROOT, machine, repeat_with, spread
 from recipes.config import Config, Override, load
 from recipes.pretrain import Trainer
 
@@ -128,7 +127,7 @@ def main() -> None:
     print("highest)\n")
     print("| recipe | | parameters | ms per micro-batch | ms, last backward to next forward |\n|---|---|---|---|---|")
     print("\n".join(rows))
-    print(f"\nRepeat with:\n\n    python -m benchmarks.launch_overhead {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.launch_overhead"))
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.shared import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, repeat_with, spread
 from components.metrics.jsonl import read_rows
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -104,7 +103,7 @@ def main() -> None:
         measured = [spread(row.step_seconds), spread(row.peaks, ",.0f"), spread(row.grown, ",.0f")]
         cells = [row.failure, "", ""] if row.failure else measured
         print(f"| {name} | {LAYOUTS[name][0]} | {' | '.join(cells)} |")
-    print(f"\nRepeat with:\n\n    python -m benchmarks.layouts {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.layouts"))
 
 
 if __name__ == "__main__":

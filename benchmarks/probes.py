@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.shared import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, repeat_with, spread
 from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
@@ -85,7 +84,7 @@ def main() -> None:
     print("(lowest to highest)\n")
     print("| probe | s of a step without it | probe_seconds | of a measured step | at interval 100 | peak MiB |")
     print("|---|---|---|---|---|---|\n" + "\n".join(table))
-    print(f"\nRepeat with:\n\n    python -m benchmarks.probes {shlex.join(sys.argv[1:])}".rstrip())
+    print(repeat_with("benchmarks.probes"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -150,6 +151,11 @@ class RandomTokens:
 def spread(values: Sequence[float], form: str = ".3g") -> str:
     """Return median, lowest and highest as text: "0.52 (0.50 to 0.55)"."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def repeat_with(module: str) -> str:
+    """Return the lines that tell how to repeat this benchmark: its module and the arguments it was started with."""
+    return f"\nRepeat with:\n\n    python -m {module} {shlex.join(sys.argv[1:])}".rstrip()
 
 
 def machine() -> str:

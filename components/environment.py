@@ -53,7 +53,11 @@ def _git_state(code: Path) -> dict[str, Any]:
     try:
         commit, changes = (
             subprocess.run(
-                ["git", "-C", str(code), *command], capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
+                ["git", "--no-optional-locks", "-C", str(code), *command],
+                capture_output=True,
+                text=True,
+                timeout=_GIT_SECONDS,
+                check=True,
             ).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+
 
 class InputError(ValueError):
     """A value in the recipe or the data is invalid.
@@ -30,6 +33,13 @@ class InputError(ValueError):
 
 class MissingFileError(InputError, FileNotFoundError):
     """A file or directory that a key names is not on this machine."""
+
+
+def invalid_names(names: Iterable[str]) -> Iterator[str]:
+    """Yield a message for each name of a table that cannot be part of the name of a metric or file."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"{name!r}: the name must consist of letters, digits, _ and -"
 
 
 def first_line(error: Exception) -> str:

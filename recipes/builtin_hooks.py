@@ -30,6 +30,13 @@ def is_due(interval_steps: int | None, clock: TrainingClock) -> bool:
     return interval_steps is not None and clock.step % interval_steps == 0 and not clock.done
 
 
+def lacks_row(metrics: Path, step: int, is_wanted: Callable[[str], bool]) -> bool:
+    """Return whether the file metrics.jsonl ends with the training step `step`, without a metric of a wanted name."""
+    rows = last_rows(metrics)
+    trained = any("loss" in row and row["step"] == step for row in rows)
+    return trained and not any(is_wanted(key) for row in rows for key in row)
+
+
 @dataclass
 class ProfileSteps(Hook):
     """Marks the start and end of every step for the profiler."""
@@ -116,11 +123,8 @@ class Validate(Hook):
 
     def _is_missing(self, context: HookContext) -> bool:
         """Return whether the resumed run was killed after saving this step, before the validation due at it."""
-        if context.rank or not (context.clock.done or is_due(self._interval_steps, context.clock)):
-            return False
-        rows = last_rows(self.metrics)
-        trained = any("loss" in row and row["step"] == context.clock.step for row in rows)
-        return trained and not any("val_loss" in row for row in rows)
+        due = context.clock.done or is_due(self._interval_steps, context.clock)
+        return not context.rank and due and lacks_row(self.metrics, context.clock.step, "val_loss".__eq__)
 
 
 @dataclass

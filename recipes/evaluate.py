@@ -21,7 +21,7 @@ from torch import nn
 from components import precision
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import ParallelConfig, ParallelDims
-from components.errors import InputError, message_of
+from components.errors import InputError, invalid_names, message_of
 from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
@@ -107,6 +107,7 @@ class Evaluate:
         """Yield problems between sections, as (dotted path, message)."""
         if self.tasks and self.evaluation.method != "tasks":
             yield "tasks", 'only valid with evaluation.method = "tasks"'
+        yield from (("tasks", problem) for problem in invalid_names(self.tasks))
 
     @property
     def device(self) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from components.batch import StepBatch
 from components.checkpoint import CheckpointConfig
 from components.distributed.collectives import try_call
 from components.distributed.parallel_dims import ParallelConfig
+from components.errors import invalid_names
 from components.garbage_collection import GarbageCollection
 from components.gradient_noise import GradientNoiseConfig
 from components.guard import BadStep, GuardConfig
@@ -112,9 +112,8 @@ class Pretrain:
                 f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
                 "or use components.batch:Constant",
             )
-        for section, name in [*(("average", name) for name in self.average), *(("tasks", name) for name in self.tasks)]:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                yield section, f"{name!r}: the name must consist of letters, digits, _ and -"
+        for section in ("average", "tasks", "probes"):
+            yield from ((section, problem) for problem in invalid_names(getattr(self, section)))
         yield from check_probes(self)
         tp = self.parallel.tp
         if self.training.sequence_length % tp:

@@ -6,7 +6,6 @@ the methods of `Probe`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -78,8 +77,6 @@ def check_probes(recipe: Any) -> Iterator[tuple[str, str]]:
     """Yield problems between [probes] and other sections, as (dotted path, message)."""
     noise_interval = recipe.gradient_noise.interval_steps
     for name, probe in recipe.probes.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            yield "probes", f"{name!r}: the name must consist of letters, digits, _ and -"
         if not defines_point(probe, "on_micro_gradient"):
             continue
         interval = getattr(probe, "interval_steps", Probe.interval_steps)

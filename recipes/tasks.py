@@ -17,9 +17,8 @@ from components.clock import TrainingClock
 from components.distributed.context import DistributedContext
 from components.interfaces import Comm, Tokenizer
 from components.interrupts import StopRequests, is_stop
-from components.metrics.jsonl import last_rows
 from components.tasks import Answer, EncodedRequest, Question, Scorer, check_questions, encode_questions
-from recipes.builtin_hooks import is_due
+from recipes.builtin_hooks import is_due, lacks_row
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config
 from recipes.errors import config_errors_at, raised_in
@@ -142,11 +141,11 @@ class EvaluateTasks(Hook):
 
     def _is_missing(self, context: HookContext, due: Sequence[Task]) -> bool:
         """Return whether the resumed run was killed after saving this step, before the tasks due at it."""
-        if context.rank or not due:
-            return False
-        rows = last_rows(self.metrics)
-        trained = any("loss" in row and row["step"] == context.clock.step for row in rows)
-        return trained and not any(key.startswith("task_") for row in rows for key in row)
+        return (
+            not context.rank
+            and bool(due)
+            and lacks_row(self.metrics, context.clock.step, lambda name: name.startswith("task_"))
+        )
 
 
 def format_metrics(task: Task, values: Mapping[str, float]) -> str:

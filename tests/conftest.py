@@ -96,6 +96,15 @@ def launch_here(arguments: list[str]) -> int:
         gc.unfreeze()
 
 
+def refusal(launch: Callable[..., int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return what `launch` reports of invalid arguments."""
+    capsys.readouterr()
+    assert launch(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
 class TinyRun:
     """A recipe in its own folder, and the files of its run."""
 

@@ -110,8 +110,9 @@ class BackgroundWriter:
         try:
             if self._open() and self._write_rows():
                 self._writer.close()
-        except Exception as error:
-            log.error(f"{self._name} could not be closed: {_describe(error)}")
+        except Exception as error:  # in `close`, or metrics.jsonl cannot be read
+            self._is_failing = True
+            log.error(f"{self._name} has ended: {_describe(error)}; training continues without it")
         self._position.close()
 
     def _open(self) -> bool:

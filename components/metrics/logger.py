@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from components.errors import InputError
+from components.errors import InputError, invalid_names
 from components.metrics.background import BackgroundWriter
 from components.metrics.console import Console
 from components.metrics.jsonl import JsonLines
@@ -33,9 +32,8 @@ class MetricsConfig:
     `tensorboard`; "none" removes one."""
 
     def __post_init__(self) -> None:
-        for name in self.writers:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise InputError("writers", f"{name!r}: the name must consist of letters, digits, _ and -")
+        for problem in invalid_names(self.writers):
+            raise InputError("writers", problem)
         if not isinstance(self.writers.get("jsonl"), JsonLines):
             raise InputError("writers.jsonl", "metrics.jsonl cannot be turned off or replaced; the run reads it")
 

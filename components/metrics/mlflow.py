@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -10,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from components.errors import InputError, first_line
+from components.errors import first_line
 from components.metrics.tensorboard import scalars
-from components.metrics.writer import Row, RunInfo, Writer
+from components.metrics.writer import Row, RunInfo, Writer, require_library
 
 _RUN_TAG = "powertrain.run"
 _MAX_PARAM_LENGTH, _PARAMS_PER_REQUEST = 6000, 100
@@ -29,15 +28,14 @@ class MLflow(Writer):
     """The experiment of the run; created if it does not exist."""
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("mlflow") is None:
-            raise InputError("use", "MLflow needs the `mlflow` library: pip install -e '.[mlflow]'")
+        require_library("mlflow")
 
     def open(self, run: RunInfo) -> None:
         """Raises OSError if the server or directory cannot be reached."""
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs each table that it creates
-        self._total_tokens, self._tokens = run.total_tokens, 0
+        self._total_tokens, self._tokens, self._is_running = run.total_tokens, 0, False
         with _mlflow_errors_as_os_errors():
             self._client = MlflowClient(tracking_uri=self.tracking_uri)
             found = self._client.get_experiment_by_name(self.experiment)
@@ -45,7 +43,6 @@ class MLflow(Writer):
             runs = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{run.id}'")
             if runs:
                 self._id = runs[0].info.run_id
-                self._client.update_run(self._id, status="RUNNING")
                 return
             tags = {_RUN_TAG: run.id, **{f"environment.{key}": str(value) for key, value in run.environment.items()}}
             self._id = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
@@ -65,10 +62,15 @@ class MLflow(Writer):
         now = time.time_ns() // 1_000_000
         metrics = [Metric(tag, value, now, row["step"]) for tag, value in scalars(row)]
         with _mlflow_errors_as_os_errors():
+            if not self._is_running:
+                self._client.update_run(self._id, status="RUNNING")
+                self._is_running = True
             self._client.log_batch(self._id, metrics=metrics)
         self._tokens = max(self._tokens, row.get("tokens", 0))
 
     def close(self) -> None:
+        if not self._is_running:  # nothing was left to train
+            return
         status = "FINISHED" if self._tokens >= self._total_tokens else "KILLED"
         with _mlflow_errors_as_os_errors():
             self._client.set_terminated(self._id, status=status)

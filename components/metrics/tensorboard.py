@@ -47,17 +47,18 @@ class TensorBoard(Writer):
     def open(self, run: RunInfo) -> None:
         # importing them takes half a second, which a run without TensorBoard does not need
         from components.metrics.tensorboard_events import EventFile
-        from components.metrics.tensorboard_layout import end_summary, startup_summaries
+        from components.metrics.tensorboard_layout import run_summaries
 
         directory = run.directory / "tensorboard"
         is_first = not any(directory.glob(f"events.out.tfevents.*.{run.id}"))
         self._file = EventFile(directory, run.id)
         if run.after_step:
             self._file.hide_from(run.after_step + 1)
+        at_start, self._end = run_summaries(run)
         if is_first:
-            for summary in startup_summaries(run):
+            for summary in at_start:
                 self._file.add_summary(run.after_step, summary)
-        self._step, self._end = run.after_step, end_summary(run)
+        self._step = run.after_step
 
     def write(self, row: Row) -> None:
         """Write a row. Raises OSError if it could not be written yet."""

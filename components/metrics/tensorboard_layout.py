@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -31,33 +31,23 @@ FINAL_METRICS = ("train/loss", "validation/val_loss")
 """The metrics in the HParams tab, which shows their last values."""
 
 
-def startup_summaries(run: RunInfo) -> Iterator[Summary]:
-    """Yield what is written once, at the start of a run."""
+def run_summaries(run: RunInfo) -> tuple[list[Summary], Summary]:
+    """Return what is written once, at the start of a run, and what marks its end in the HParams tab."""
     from torch.utils.tensorboard import summary
 
-    yield summary.custom_scalars(
-        {section: {title: ["Multiline", tags] for title, tags in charts.items()} for section, charts in CHARTS.items()}
-    )
-    yield summary.text("recipe", f"```toml\n{run.recipe}\n```")
-    yield summary.text("environment", _table(run.environment))
-    experiment, session_start, _ = _hyperparameter_summaries(run)
-    yield from (experiment, session_start)
-
-
-def end_summary(run: RunInfo) -> Summary:
-    """Return what marks the end of the run in the HParams tab."""
-    return _hyperparameter_summaries(run)[2]
-
-
-def _hyperparameter_summaries(run: RunInfo) -> tuple[Summary, Summary, Summary]:
-    from torch.utils.tensorboard import summary
-
+    charts = {
+        section: {title: ["Multiline", tags] for title, tags in charts.items()} for section, charts in CHARTS.items()
+    }
     values = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
         for key, value in run.hyperparameters.items()
     }
-    experiment, start, end = summary.hparams(values, dict.fromkeys(FINAL_METRICS, 0.0))
-    return experiment, start, end
+    experiment, session_start, session_end = summary.hparams(values, dict.fromkeys(FINAL_METRICS, 0.0))
+    texts = [
+        summary.text("recipe", f"```toml\n{run.recipe}\n```"),
+        summary.text("environment", _table(run.environment)),
+    ]
+    return [summary.custom_scalars(charts), *texts, experiment, session_start], session_end
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
-from components.errors import InputError
 from components.metrics.tensorboard import scalars
-from components.metrics.writer import Row, RunInfo, Writer
+from components.metrics.writer import Row, RunInfo, Writer, require_library
 
 
 @dataclass(kw_only=True)
@@ -25,8 +23,7 @@ class Trackio(Writer):
     """A Hugging Face Space that keeps and shows the runs, `user/name`."""
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("trackio") is None:
-            raise InputError("use", "Trackio needs the `trackio` library: pip install -e '.[trackio]'")
+        require_library("trackio")
 
     def open(self, run: RunInfo) -> None:
         import trackio
@@ -36,7 +33,7 @@ class Trackio(Writer):
             name=f"{run.name}-{run.id}",  # runs are resumed by name
             group=self.group,
             space_id=self.space_id,
-            config={**run.hyperparameters, "environment": dict(run.environment)},
+            config=run.configuration,
             resume="allow",
             embed=False,
         )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.errors import InputError
 from components.metrics.tensorboard import scalars
 from components.metrics.wandb_offline import last_offline_step
-from components.metrics.writer import Row, RunInfo, Writer
+from components.metrics.writer import Row, RunInfo, Writer, require_library
 
 
 @dataclass(kw_only=True)
@@ -34,8 +32,7 @@ class WandB(Writer):
     """offline: write to the run directory; `wandb sync` sends it later."""
 
     def __post_init__(self) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise InputError("use", "WandB needs the `wandb` library: pip install -e '.[wandb]'")
+        require_library("wandb")
 
     def open(self, run: RunInfo) -> int:
         """Raises OSError if the server cannot be reached, ValueError if it refuses the run."""
@@ -54,7 +51,7 @@ class WandB(Writer):
                 resume="allow" if self.mode == "online" else None,
                 mode=self.mode,
                 dir=run.directory,
-                config={**run.hyperparameters, "environment": dict(run.environment)},
+                config=run.configuration,
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.errors.CommError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console as RichConsole
+
+from components.errors import InputError
 
 Row = Mapping[str, Any]
 """Values by name at one step. It has `step` and `tokens`; a step may have several rows, such as one of validation."""
@@ -35,6 +38,11 @@ class RunInfo:
     environment: Mapping[str, Any]
     """Code version, package versions, host and devices; see environment.json."""
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Hyperparameters and environment, for trackers that have one table for both."""
+        return {**self.hyperparameters, "environment": dict(self.environment)}
+
 
 @runtime_checkable
 class AnyWriter(Protocol):
@@ -43,6 +51,12 @@ class AnyWriter(Protocol):
 
     def write(self, row: Row) -> None: ...
     def close(self) -> None: ...
+
+
+def require_library(name: str) -> None:
+    """Raise InputError if the library `name`, which is also the extra that installs it, is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise InputError("use", f"needs the `{name}` library: pip install -e '.[{name}]'")
 
 
 class Writer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class RecordedText(TextFiles):
 
         samples.__getitems__ = noted
         return samples
+
+
+def run_cases(layout_of: dict[str, str], command: Callable[[str], list[str]], folder: Path) -> None:
+    """Run the command of each case, a name -> layout, with the processes of its layout."""
+    for processes in (1, 2, 4):
+        here = [name for name, layout in layout_of.items() if LAYOUTS[layout][0] == processes]
+        if here:
+            run_all(processes, [command(name) for name in here], folder)
 
 
 def run_all(processes: int, commands: list[list[str]], folder: Path) -> None:

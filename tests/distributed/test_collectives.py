@@ -13,7 +13,7 @@ from recipes.config import Override, load
 from recipes.dry_run.plan import HardwareTarget, make_plan
 from recipes.dry_run.step_time import fsdp_collectives, tp_collectives
 from tests.conftest import TinyRun
-from tests.distributed.layouts import LAYOUTS, run_all
+from tests.distributed.layouts import LAYOUTS, run_cases
 from tests.end_to_end.test_resume import timeless
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -45,9 +45,7 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        for processes in (2, 4):
-            names = [name for name, (layout, _, _) in CASES.items() if LAYOUTS[layout][0] == processes]
-            run_all(processes, [self.command(name) for name in names], folder)
+        run_cases({name: layout for name, (layout, _, _) in CASES.items()}, self.command, folder)
 
     def directory(self, name: str) -> Path:
         return self.folder / "runs" / name.replace(" ", "-")

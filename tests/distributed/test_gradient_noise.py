@@ -17,7 +17,7 @@ from components.gradient_noise import GradientMoments
 from components.tokenizers import Bytes
 from models.llama import Llama
 from tests.conftest import TinyRun
-from tests.distributed.layouts import LAYOUTS, run_all
+from tests.distributed.layouts import LAYOUTS, run_cases
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -74,10 +74,7 @@ class Measured:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        for processes in (1, 2, 4):
-            run_all(
-                processes, [self.command(name) for name in CASES if LAYOUTS[CASES[name][0]][0] == processes], folder
-            )
+        run_cases({name: layout for name, (layout, _) in CASES.items()}, self.command, folder)
 
     def command(self, name: str) -> list[str]:
         layout, arguments = CASES[name]

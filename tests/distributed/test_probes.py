@@ -17,7 +17,7 @@ from components.tokenizers import Bytes
 from models.llama import Llama
 from models.rope import apply_rope, rope_table
 from tests.conftest import TinyRun
-from tests.distributed.layouts import LAYOUTS, run_all
+from tests.distributed.layouts import LAYOUTS, run_cases
 from tests.end_to_end.test_resume import tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -70,10 +70,7 @@ class Probed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        for processes in (1, 2, 4):
-            run_all(
-                processes, [self.command(name) for name in CASES if LAYOUTS[CASES[name][0]][0] == processes], folder
-            )
+        run_cases({name: layout for name, (layout, _) in CASES.items()}, self.command, folder)
 
     def directory(self, name: str) -> Path:
         return self.folder / "runs" / name.replace(" ", "-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from components.validation import LossTotals
 from recipes import cli
 from recipes.evaluate import Evaluate, Evaluation, metrics_of
-from tests.conftest import TinyRun
+from tests.conftest import TinyRun, refusal
 from tools import export_hf
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "evaluate.toml"
@@ -136,13 +137,7 @@ def test_without_data_it_is_the_validation_of_the_run(evaluated):
 
 
 def test_mistakes_are_reported_in_one_message(evaluated, capsys):
-    def refused(*arguments: str) -> str:
-        capsys.readouterr()
-        assert evaluated.launch(*arguments) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return said
-
+    refused = partial(refusal, evaluated.launch, capsys)
     for dry in ([], ["--dry-run"]):
         assert "is not a directory" in refused("--evaluation.checkpoint=nowhere", *dry)
         assert 'only valid with method = "documents"' in refused("--evaluation.stride=3", *dry)

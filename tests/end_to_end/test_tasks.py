@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from components.tasks import Answer, Question, Request
 from recipes import cli
 from recipes.interfaces import complete_task
 from recipes.tasks import Task
-from tests.conftest import TinyRun, launch_here
+from tests.conftest import TinyRun, launch_here, refusal
 from tools import export_hf
 
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "evaluate.toml"
@@ -184,13 +185,7 @@ def test_a_mistake_is_one_message_at_the_start_and_in_the_dry_run(tiny, capsys, 
 
 
 def test_mistakes_of_an_evaluation_are_reported(evaluated, capsys):
-    def refused(*arguments: str) -> str:
-        capsys.readouterr()
-        assert evaluated.launch(*arguments) == 2
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        return said
-
+    refused = partial(refusal, evaluated.launch, capsys)
     for dry in ([], ["--dry-run"]):
         exported = refused(f"--evaluation.checkpoint={evaluated.exported}", *dry)
         assert "has no [tasks]; add a table [tasks.NAME]" in exported

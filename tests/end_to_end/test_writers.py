@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from components.metrics.tensorboard import scalars
+from components.metrics import MLflow, Trackio
 from components.metrics.wandb_offline import read_records
 from recipes.cli import ROOT
 from tests.processes import run_process
-from tests.run_info import WITH_TENSORBOARD
+from tests.run_info import WITH_TENSORBOARD, run_info
 
 KILLER = """
 import os, signal
@@ -69,6 +69,10 @@ def test_killed_and_resumed_each_writer_has_one_clean_curve(tiny):
     client = mlflow.MlflowClient(tracking_uri=store)
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.info.status == "FINISHED" and run.data.params["model.dim"] == "16"
+    nothing_left = MLflow(tracking_uri=store, experiment="e")
+    nothing_left.open(run_info(tiny.directory, id=run.data.tags["powertrain.run"]))
+    nothing_left.close()
+    assert client.get_run(run.info.run_id).info.status == "FINISHED", "a run that is only opened again keeps its status"
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(each.step, each.value) for each in history] == list(losses.items())
     validations = client.get_metric_history(run.info.run_id, "validation/val_loss")
@@ -85,9 +89,6 @@ def test_trackio_continues_a_run(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="needs pip install -e '.[trackio]', which installs a web server")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
     from trackio.sqlite_storage import SQLiteStorage
-
-    from components.metrics import Trackio
-    from tests.run_info import run_info
 
     for after_step in (0, 3):
         writer = Trackio(project="p")
@@ -128,4 +129,3 @@ def test_the_example_of_the_documentation_runs(tiny, clean_imports):
     assert tiny.launch("--training.total_tokens=1200") == 0
     lines = (tiny.directory / "loss.csv").read_text().splitlines()
     assert [float(line.split(",")[1]) for line in lines] == [row["loss"] for row in tiny.rows() if "loss" in row]
-    assert list(scalars({"step": 1, "loss": 2.0})) == [("train/loss", 2.0)]
