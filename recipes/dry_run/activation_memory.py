@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class BlockActivations:
     saved_ops: int
     """Results of `OPS_TO_SAVE` and attention, which selective checkpointing also keeps."""
     fused: int = 0
-    """The part of `kept` that a compiled block does not keep."""
+    """The part of `kept` that a compiled block does not keep, less what it keeps to recompute it from."""
     last_saved_op: int = 0
     """The part of `saved_ops` that a compiled block does not keep: its last product is added to the residual stream,
     and the backward pass of the block does not read it."""
@@ -105,6 +105,15 @@ def count_activations(
     return recorder.total(blocks)
 
 
+class _Result(NamedTuple):
+    """A tensor that an operation made. A reference to each is held: freed storages give their addresses to others."""
+
+    tensor: Tensor
+    operation: str
+    read: list[int]
+    """The storages that the operation read."""
+
+
 class _SavedTensorRecorder(TorchDispatchMode):
     """Records which block saves which storage. A storage saved by several operations is counted once, for the first."""
 
@@ -114,7 +123,7 @@ class _SavedTensorRecorder(TorchDispatchMode):
         self._kept: dict[int, tuple[str, Tensor]] = {}
         self._saved_ops: dict[int, tuple[str, Tensor]] = {}
         self._inputs: dict[str, int] = {}
-        self._made_by: dict[int, str] = {}
+        self._made: dict[int, _Result] = {}
         self._read_by_saved_ops: set[int] = set()
         self._entered: set[int] = set()
         self._block = ""
@@ -132,12 +141,10 @@ class _SavedTensorRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         first = result[0] if isinstance(result, tuple) and result else result
         if isinstance(first, Tensor):
-            name = func._opname
             read = [_storage(argument) for argument in args if isinstance(argument, Tensor)]
             # a view or an in-place result has the storage of an argument: it is not a new tensor
             if _storage(first) not in read:
-                self._made_by[_storage(first)] = name
-                self._read_by_saved_ops.discard(_storage(first))
+                self._made[_storage(first)] = _Result(first, func._opname, read)
             if is_saved_op(func):
                 # kept by selective checkpointing; what it reads can then not be recomputed inside a fused kernel
                 self._saved_ops[_storage(first)] = (self._block, first)
@@ -150,25 +157,44 @@ class _SavedTensorRecorder(TorchDispatchMode):
         def of(entries: dict[int, tuple[str, Tensor]], name: str) -> int:
             return sum(_nbytes(tensor) for block, tensor in entries.values() if block == name)
 
-        # an element-wise result, unless a saved operation reads it or a block receives it as its input
-        fused = {
-            storage: entry
-            for storage, entry in self._kept.items()
-            if self._made_by.get(storage) in FUSIBLE and storage not in self._read_by_saved_ops | self._entered
-        }
+        fused = {storage: entry for storage, entry in self._kept.items() if self._is_recomputed(storage)}
+        # what they are recomputed from, unless it is kept anyway: the residual stream in bf16 for its copy in float32
+        sources: dict[int, tuple[str, Tensor]] = {}
+        for storage, (block, _) in fused.items():
+            for source in self._sources(storage) - self._kept.keys():
+                sources.setdefault(source, (block, self._made[source].tensor))
         return Activations(
             tuple(
                 BlockActivations(
                     of(self._kept, name),
                     self._inputs.get(name, 0),
                     of(self._saved_ops, name),
-                    of(fused, name),
+                    of(fused, name) - of(sources, name),
                     next((_nbytes(t) for block, t in reversed(self._saved_ops.values()) if block == name), 0),
                 )
                 for name in blocks
             ),
             of(self._kept, ""),
         )
+
+    def _is_recomputed(self, storage: int) -> bool:
+        """Return whether it is an element-wise result that no saved operation reads and no block receives as input."""
+        result = self._made.get(storage)
+        read = storage in self._read_by_saved_ops or storage in self._entered
+        return result is not None and result.operation in FUSIBLE and not read
+
+    def _sources(self, storage: int) -> set[int]:
+        """Return the results from which a compiled block recomputes `storage`."""
+        found: set[int] = set()
+        waiting = [storage]
+        while waiting:
+            result = self._made.get(waiting.pop())
+            for source in result.read if result else ():
+                if self._is_recomputed(source):
+                    waiting.append(source)
+                elif source in self._made:
+                    found.add(source)
+        return found
 
     def _enter(self, name: str, arguments: tuple[Any, ...]) -> None:
         self._block = name
@@ -183,7 +209,6 @@ class _SavedTensorRecorder(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage not in self._parameters:
-            # the reference keeps the address of the storage from being reused
             self._kept.setdefault(storage, (self._block, tensor))
         return tensor
 

@@ -70,7 +70,7 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
     compiled = torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)  # whatever was compiled before
     rope = rope_table(LENGTH, torch.tensor(rope_frequencies(size.head_width, size.rope_theta)))
     x = torch.randn(BATCH, LENGTH, size.dim, dtype=torch.bfloat16, requires_grad=True)
-    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    given = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), rope)}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,10 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compiled(x, rope)
-    really = sum(storage.nbytes() for number, storage in kept.items() if number not in parameters)
+    really = sum(storage.nbytes() for number, storage in kept.items() if number not in given)
     counted_block = counted(torch.bfloat16, size).blocks[1].compiled()
-    # experts: what the partitioner recomputes of the routing is not modeled
-    assert counted_block.kept == pytest.approx(really, rel=0.2 if size.experts else 0.05)
+    # experts: which of the small results of the routing the partitioner recomputes is not modeled
+    assert counted_block.kept == pytest.approx(really, rel=0.005 if size.experts else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
