@@ -1,7 +1,7 @@
 """The mechanisms of a run, independent of each other and of the models. tests/test_architecture.py checks the imports.
 
 Packages: batch (batch policies), checkpoint, data, distributed, gradient_noise, metrics, optimizers, probes,
-profiler, safetensors, tasks, tokenizers, validation. Their docstrings have a line for each file.
+profiler, safetensors, storage, tasks, tokenizers, validation. Their docstrings have a line for each file.
 
 Training
 train_step.py                one optimizer step: micro-batches, clipping, update

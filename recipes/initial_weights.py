@@ -13,11 +13,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from components.checkpoint import verify
 from components.checkpoint.load import tensor_index
+from components.checkpoint.remote import fetch_model
 from components.distributed.collectives import run_on_all_ranks
 from components.distributed.context import DistributedContext
 from components.errors import InputError, MissingFileError
 from components.paths import is_file
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
+from components.storage.address import display
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
 from recipes.averages import find_average, load_weights
@@ -57,11 +59,12 @@ def load_initial_weights(model: nn.Module, config: Config, world: DistributedCon
         raise MissingFileError("init_from", str(error)) from None
     except ValueError as error:
         raise InputError("init_from", str(error)) from None
-    log.info(f"initialized the weights from {directory}")
+    log.info(f"initialized the weights from {display(directory)}")
 
 
 def find_initial_checkpoint(directory: Path) -> Path | None:
     """Return the checkpoint at `directory`, or the newest of a run directory; None for a Hugging Face directory."""
+    fetch_model(directory)
     if is_file(directory / "config.json"):
         return None
     try:

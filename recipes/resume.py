@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.checkpoint import list_checkpoints, step_of
+from components.checkpoint.remote import fetch_model
 from components.paths import expand_home
+from components.storage.address import local_copy_of
 from components.units import format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
@@ -134,7 +136,8 @@ def _resolved(checkpoint: Path) -> set[Path]:
 
 def list_checkpoints_at(path: Path) -> list[Path]:
     """Return the checkpoint at `path`, or those of the run directory at `path`, oldest first. Raises ValueError."""
-    path = expand_home(path).absolute()
+    path = local_copy_of(path) or expand_home(path).absolute()
+    fetch_model(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
     inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)

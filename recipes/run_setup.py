@@ -14,6 +14,7 @@ from rich.console import Console
 
 from components.atomic_files import atomic_write
 from components.checkpoint import DamagedError, list_checkpoints, remove_all, remove_partial_saves, run_of, verify
+from components.checkpoint.remote import RemoteCheckpoints, restore_run
 from components.data.loader_workers import check_workers
 from components.distributed.context import DistributedContext
 from components.distributed.launcher import LAUNCH_ID, launch_time
@@ -49,11 +50,14 @@ def claim_run_directory(
     Raises ConfigError if another run uses the directory, or if it holds a run that is neither resumed nor replaced.
     """
     launch, locked = os.environ.get(LAUNCH_ID), False
+    remote = config.recipe.checkpoint.remote_of(directory.path)
 
     def lock() -> None:
         nonlocal locked
         directory.check_links()
         locked = world.is_main and cleanup.enter_context(directory.lock())
+        if world.is_main and remote is not None and resume is not None and resume.path is None:
+            restore_run(remote, directory.path, directory.run)
         if locked and (run := directory.run) is not None:
             remove_partial_saves(directory.checkpoints, run)
 
@@ -61,6 +65,8 @@ def claim_run_directory(
         if world.is_main:
             if not continues:
                 _refuse_foreign_checkpoints(directory)
+                if remote is not None:
+                    _refuse_foreign_remote(remote, directory)
             directory.claim()
             if locked:
                 directory.remove_temporary_files()
@@ -88,12 +94,17 @@ def claim_run_directory(
         world.main_process_first(claim)
         start.run = world.gather(directory.run or "")[0]
 
-    start.commit = _make_commit(directory, config, world, replaces=replaces)
+    start.commit = _make_commit(directory, config, world, replaces=replaces, remote=remote)
     return start
 
 
 def _make_commit(
-    directory: RunDirectory, config: Config, world: DistributedContext, *, replaces: bool
+    directory: RunDirectory,
+    config: Config,
+    world: DistributedContext,
+    *,
+    replaces: bool,
+    remote: RemoteCheckpoints | None,
 ) -> Callable[[], None]:
     """Return the function that removes the replaced run, up to its current log, and writes config.toml."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
@@ -103,6 +114,9 @@ def _make_commit(
     def store() -> None:
         if world.is_main:
             if replaces:
+                if remote is not None:
+                    for name in remote.list_complete():
+                        remote.remove(name)
                 remove_old_run(directory, log_from)
             atomic_write(directory.config, config.to_toml())
             if launch is not None:
@@ -130,6 +144,16 @@ def _refuse_foreign_checkpoints(directory: RunDirectory) -> None:
         raise ValueError(
             f"{foreign[-1]} was not written by the run that owns this directory, and a new run would mistake it for "
             "its newest checkpoint; move it away, give this run another --run.name, or continue it with --resume"
+        )
+
+
+def _refuse_foreign_remote(remote: RemoteCheckpoints, directory: RunDirectory) -> None:
+    """Raise ValueError if another run has checkpoints at the address, which this one would mix with its own."""
+    run = remote.newest_run()
+    if run is not None and run != directory.run:
+        raise ValueError(
+            f"{remote.directory} holds checkpoints of another run; continue it with --resume, give this run another "
+            "--run.name, or remove them"
         )
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from components.checkpoint import list_checkpoints, verify
+from components.checkpoint.remote import fetch_model
 from components.errors import InputError
 from components.interfaces import Tokenizer
 from components.paths import expand_home, is_file
 from components.safetensors import Weights, read_json
+from components.storage.address import local_copy_of
 from components.tokenizers import TokenizerJson
 from models.hf.architectures import architecture_from_config
 from models.hf.weights import RECOMPUTED_BUFFERS
@@ -111,7 +113,8 @@ def load_pretrained(
     project, unless `trust_code` is set (error messages name `trust_option`). Each of `ranks` processes verifies a part
     of the checkpoint. Raises ValueError, OSError or ConfigError; InputError at `average` if there is no such average.
     """
-    path = expand_home(path).absolute()
+    path = local_copy_of(path) or expand_home(path).absolute()
+    fetch_model(path)
     if is_file(path / "config.json"):
         if list_checkpoints(path / "checkpoints") or is_file(path / "state.json"):
             raise ValueError(

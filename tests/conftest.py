@@ -126,6 +126,10 @@ class TinyRun:
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
 
+    def checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
+        return sorted((self.directory / "checkpoints").glob("step-*"))
+
     def checkpoint(self, step: int) -> Path:
         return self.directory / "checkpoints" / f"step-{step:08d}"
 

@@ -25,6 +25,8 @@ SHARED = {
         "paths",
         "profiler_range",
         "python_library",
+        "storage.address",
+        "storage.local_copy",
         "token_ids",
         "unicode_text",
         "units",

@@ -14,6 +14,8 @@ manager.py              [checkpoint]: when to save, and which checkpoints to kee
 commit.py               writes a checkpoint, fsyncs and renames it; removes checkpoints and partial saves
 async_saver.py          the thread of an asynchronous save
 tensor_writer.py        writes *.distcp with cached plans
+remote.py               the layout of checkpoints at an address: upload, download, listing and removal
+uploader.py             the thread that uploads checkpoints
 manifest.py             writes and verifies manifest.json
 load.py                 lists checkpoints, and loads state and tensors
 metadata_unpickler.py   unpickles .metadata: the allowlist of classes and operations

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from components.checkpoint.commit import CheckpointWriter, remove
 from components.checkpoint.load import list_checkpoints, silence_no_dist_warning, step_of
 from components.checkpoint.manifest import run_of
+from components.errors import InputError
 from components.interfaces import WorldComm
+from components.storage.address import is_address
 from components.units import PositiveCount
 
 if TYPE_CHECKING:
     from components.checkpoint.async_saver import AsyncSaver
+    from components.checkpoint.remote import RemoteCheckpoints
+    from components.checkpoint.uploader import CheckpointUploader
 
 log = logging.getLogger("powertrain")
 
@@ -33,10 +37,33 @@ class CheckpointConfig:
     async_save: bool = False
     """Write in the background: training waits only until the state is copied, which takes as much memory again."""
 
+    remote: str | None = None
+    """Address of a directory, such as "s3://bucket/runs": checkpoints are uploaded in the background, to a directory
+    with the name of the run; `keep_last` and `keep_every` hold there too, and --resume finds the newest."""
+
+    def __post_init__(self) -> None:
+        if self.remote is not None and not is_address(self.remote):
+            raise InputError("remote", f'{self.remote} is not an address, such as "s3://bucket/runs"')
+
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
         return CheckpointManager(
-            directory, world, run=run, keep_last=self.keep_last, keep_every=self.keep_every, async_save=self.async_save
+            directory,
+            world,
+            run=run,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+            async_save=self.async_save,
+            remote=self.remote_of(directory.parent),
         )
+
+    def remote_of(self, run_directory: Path) -> RemoteCheckpoints | None:
+        """Return the remote checkpoints of the run in `run_directory`; None without `remote`."""
+        if self.remote is None:
+            return None
+        from components.checkpoint.remote import RemoteCheckpoints
+        from components.storage.address import RemoteDirectory
+
+        return RemoteCheckpoints(RemoteDirectory(self.remote).child(run_directory.name))
 
 
 class CheckpointManager:
@@ -55,6 +82,7 @@ class CheckpointManager:
         keep_last: int | None = None,
         keep_every: int | None = None,
         async_save: bool = False,
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
         """`run` identifies the run in its checkpoints; the manager deletes only those with this identifier."""
         self.directory = directory
@@ -73,6 +101,13 @@ class CheckpointManager:
 
             self._saver = AsyncSaver(world.long_timeout_group)
         self._writer = CheckpointWriter(world, run=run, saver=self._saver)
+        self._uploader: CheckpointUploader | None = None
+        if remote is not None and world.is_main:
+            from components.checkpoint.uploader import CheckpointUploader
+
+            self._uploader = CheckpointUploader(
+                remote, run=run, keep_last=keep_last, keep_every=keep_every, newest=self.latest()
+            )
 
     def list_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
@@ -97,7 +132,7 @@ class CheckpointManager:
         final = self.path(step)
 
         def write(tensors: dict[str, Any]) -> bool:
-            return self._writer.write(final, tensors, state, config, after_commit=self._prune)
+            return self._writer.write(final, tensors, state, config, after_commit=lambda: self._committed(final))
 
         if self._saver is not None:
             self._saver.start(tensors, write)
@@ -116,11 +151,18 @@ class CheckpointManager:
             self._record(saved)
 
     def close(self) -> None:
-        """Wait for a running save and end the thread."""
+        """Wait for a running save and for uploads, and end their threads."""
         self.wait()
         if self._saver is not None:
             self._saver.close()
         self._writer.close()
+        if self._uploader is not None:
+            self._uploader.close()
+
+    def _committed(self, checkpoint: Path) -> None:
+        if self._uploader is not None:
+            self._uploader.submit(checkpoint)
+        self._prune()
 
     def _record(self, saved: bool) -> None:
         if saved:
@@ -135,6 +177,8 @@ class CheckpointManager:
         if self.keep_last is None:
             return
         for old in self.list_checkpoints()[: -self.keep_last]:
+            if self._uploader is not None and self._uploader.is_needed(old):
+                continue  # a later save removes it
             if (self.keep_every is None or step_of(old) % self.keep_every) and run_of(old) == self.run:
                 try:
                     remove(old, self.run)

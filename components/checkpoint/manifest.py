@@ -15,7 +15,7 @@ from components.paths import hash_file
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
 """Names of all files that a save writes. Other files in a checkpoint are never removed."""
-_LARGEST_BYTES = 2**26
+LARGEST_BYTES = 2**26
 
 
 class _File(BaseModel):
@@ -25,7 +25,9 @@ class _File(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Manifest(BaseModel):
+class Manifest(BaseModel):
+    """The content of manifest.json."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}$")], _File]
@@ -39,7 +41,7 @@ def write_part(directory: Path, rank: int) -> None:
     Each process hashes the files it wrote itself: they are still in its page cache, and the work is divided.
     """
     files = {path.name: _describe(path) for path in directory.glob(f"__{rank}_*")}
-    write_fsync(_part(directory, rank), _Manifest(files=files).model_dump_json())
+    write_fsync(_part(directory, rank), Manifest(files=files).model_dump_json())
 
 
 def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
@@ -47,20 +49,25 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
     files: dict[str, _File] = {}
     for rank in range(ranks):
         part = _part(directory, rank)
-        files |= _Manifest.model_validate_json(part.read_bytes()).files
+        files |= Manifest.model_validate_json(part.read_bytes()).files
         part.unlink()
     for path in directory.iterdir():
         if path.name not in files:
             files[path.name] = _describe(path)
-    write_fsync(directory / MANIFEST, _Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
+    write_fsync(directory / MANIFEST, Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Return the content of a manifest.json. Raises ValueError if it is damaged."""
+    return Manifest.model_validate_json(data)
 
 
 def run_of(checkpoint: Path) -> str | None:
     """Return the identifier of the run that wrote `checkpoint`; None without a readable manifest."""
     try:
-        if (checkpoint / MANIFEST).stat().st_size > _LARGEST_BYTES:
+        if (checkpoint / MANIFEST).stat().st_size > LARGEST_BYTES:
             return None
-        return _Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).run
+        return Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).run
     except (OSError, ValueError):
         return None
 
@@ -73,9 +80,9 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     read_state(checkpoint)
     path = checkpoint / MANIFEST
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes; at most {_LARGEST_BYTES:,} are accepted")
-        files = _Manifest.model_validate_json(path.read_bytes()).files
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes; at most {LARGEST_BYTES:,} are accepted")
+        files = Manifest.model_validate_json(path.read_bytes()).files
     except FileNotFoundError:
         raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
     except ValidationError as error:

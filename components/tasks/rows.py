@@ -10,6 +10,7 @@ from typing import Any
 
 from components.errors import InputError, MissingFileError
 from components.paths import is_file
+from components.storage.local_copy import fetch
 from components.tasks.question import Request
 
 
@@ -35,6 +36,7 @@ def read_rows(path: Path, *, with_choices: bool, delimiter: str, key: str = "pat
 
     Raises MissingFileError, or InputError with file and line, both at `key`.
     """
+    fetch(path)
     if not is_file(path):
         raise MissingFileError(key, f"{path} does not exist")
     rows: list[Row] = []

@@ -16,6 +16,7 @@ import tiktoken
 
 from components.cpu import num_cpus
 from components.errors import InputError, MissingFileError
+from components.storage.local_copy import fetch
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 from components.unicode_text import replace_surrogates
 
@@ -107,6 +108,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
     Raises FileNotFoundError, or ValueError with file, line and problem.
     """
+    fetch(path)
     if not path.is_file():
         raise MissingFileError("path", f"{path} does not exist")
     if path.stat().st_size > _LARGEST_FILE:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from components.errors import InputError, MissingFileError
+from components.storage.local_copy import fetch
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers
 
 _LARGEST_FILE = 2**28
@@ -37,6 +38,7 @@ class TokenizerJson:
 
     def build(self) -> JsonEncoder:
         """Return the tokenizer. Raises FileNotFoundError, or ValueError for an invalid file or a missing token."""
+        fetch(self.path)
         if not self.path.is_file():
             raise MissingFileError("path", f"{self.path} does not exist")
         if self.path.stat().st_size > _LARGEST_FILE:
@@ -66,6 +68,7 @@ class TokenizerJson:
         before: list[Any]
         before, after = added_tokens(tokenizer)
         config = self.path.parent / "tokenizer_config.json"
+        fetch(config, missing_ok=True)
         try:
             settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
             added, bos = settings.get("add_bos_token"), settings.get("bos_token")

@@ -13,10 +13,12 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import tomli
+
+from components.storage.address import display
 
 KeyPath = tuple[str | int, ...]
 """Keys from the root; an integer is an index into an array."""
@@ -75,7 +77,7 @@ def to_toml_value(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return to_toml_value(value.value)
     if isinstance(value, PurePath):
-        return str(value)
+        return display(Path(value))
     if isinstance(value, (set, frozenset)):
         return sorted(to_toml_value(item) for item in value)
     if isinstance(value, (list, tuple)):

@@ -13,6 +13,7 @@ from components.metrics.wandb_offline import read_records
 from recipes.cli import ROOT
 from tests.processes import run_process
 from tests.run_info import WITH_TENSORBOARD, run_info
+from tests.s3_server import s3_server
 
 KILLER = """
 import os, signal
@@ -42,7 +43,14 @@ def wandb_curve(folder: Path) -> dict[int, float]:
     return curve
 
 
-def test_killed_and_resumed_each_writer_has_one_clean_curve(tiny):
+@pytest.fixture
+def s3(tmp_path):
+    with s3_server("models") as server:
+        yield server
+
+
+def test_killed_and_resumed_each_writer_has_one_clean_curve(tiny, new_tiny, s3):
+    """With checkpoints in S3; the parameters are those of a run that was not killed."""
     pytest.importorskip("wandb", reason="needs pip install -e '.[wandb]'")
     mlflow = pytest.importorskip("mlflow", reason="needs pip install -e '.[mlflow]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,11 +63,19 @@ def test_killed_and_resumed_each_writer_has_one_clean_curve(tiny):
         "--metrics.writers.w.use=components.metrics:WandB", "--metrics.writers.w.project=p",
         "--metrics.writers.w.mode=offline", "--metrics.writers.m.use=components.metrics:MLflow",
         "--metrics.writers.m.experiment=e", f"--metrics.writers.m.tracking_uri={store}",
+        "--checkpoint.remote=s3://models/runs",
     ]  # fmt: skip
     killed = run_process([*command, "--hooks.k.use=mine_killer:Killer", "--hooks.k.at=5"], cwd=tiny.folder)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     resumed = run_process([*command, "--resume"], cwd=tiny.folder)
     assert resumed.returncode == 0, resumed.stderr
+    whole = new_tiny("whole")
+    assert whole.launch("--training.total_tokens=2000", "--checkpoint.interval_steps=3") == 0
+    last = whole.checkpoints()[-1]
+    assert tiny.checkpoints()[-1].name == last.name
+    s3fs = pytest.importorskip("s3fs")
+    uploaded = s3fs.S3FileSystem().cat_file(f"models/runs/run/checkpoints/{last.name}/__0_0.distcp")
+    assert uploaded == (last / "__0_0.distcp").read_bytes()
     assert "metrics.writers" not in resumed.stderr + resumed.stdout
     rows = [row for row in tiny.rows() if "loss" in row]
     losses = {row["step"]: row["loss"] for row in rows}

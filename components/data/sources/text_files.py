@@ -26,6 +26,8 @@ from components.data.sources.formats import (
 from components.data.sources.text_io import COMPRESSED
 from components.errors import InputError
 from components.paths import glob_files, is_file, walk_files
+from components.storage.address import display
+from components.storage.local_copy import fetch
 
 log = logging.getLogger("powertrain")
 
@@ -68,7 +70,7 @@ class TextFiles(FileSource):
         return f"{kind}-1 {json.dumps(self.document_separator if kind == '.txt' else self.text_key)}"
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.path)) if isinstance(self.path, list) else str(self.path)
+        return ", ".join(map(display, self.path)) if isinstance(self.path, list) else display(self.path)
 
     def files(self) -> dict[str, Path]:
         """Return name -> file, sorted by name, which is relative to the common directory of all files.
@@ -93,6 +95,7 @@ class TextFiles(FileSource):
 
 
 def _matches(path: Path) -> Sequence[Path]:
+    fetch(path)
     if is_file(path):
         if not is_known_format(path):
             raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}")

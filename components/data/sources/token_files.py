@@ -18,6 +18,8 @@ from components.data.token_reader import TokenReader
 from components.errors import InputError, MissingFileError
 from components.interfaces import Tokenizer
 from components.paths import is_file
+from components.storage.address import display
+from components.storage.local_copy import fetch
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, code of the type, sequences, documents
@@ -87,7 +89,7 @@ class TokenFiles:
             np.concatenate([np.full((len(tokens.spans), 1), number), tokens.spans], axis=1)
             for number, tokens in enumerate(found)
         ]
-        source = ", ".join(map(str, paths))
+        source = ", ".join(map(display, paths))
         reader = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
         samples = TokenDataset(reader, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
         start = 0
@@ -108,6 +110,8 @@ class TokenFiles:
         return f"TokenFiles-2 {json.dumps([self.dtype, [hashes.sha256(file) for file in read]])}"
 
     def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
+        fetch(path)
+        fetch(path.with_suffix(".idx"), missing_ok=True)
         if not is_file(path):
             raise MissingFileError("path", f"{path} does not exist")
         index = _index_of(path)

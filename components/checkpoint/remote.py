@@ -1,0 +1,183 @@
+"""Checkpoints at an address, in the layout of a run directory: upload, download, listing and removal.
+
+    ADDRESS/<run>/
+        run.json, metrics.jsonl, ...        of the run directory, as of the newest checkpoint
+        checkpoints/step-00000123/          the files of the checkpoint; manifest.json is written last and removed first
+
+A directory without a manifest is the rest of an interrupted upload, and not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from components.atomic_files import fsync_directory, fsync_file, remove_files
+from components.checkpoint.load import DamagedError, list_checkpoints, step_of
+from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, parse_manifest
+from components.storage.address import RemoteDirectory, StorageError, address_of
+from components.storage.local_copy import fetch
+
+log = logging.getLogger("powertrain")
+
+_STEP = re.compile(r"step-\d{8,}")
+_RUN_FILE = re.compile(r"run\.json|metrics\.jsonl|environment\.json|log\.txt|writers/[A-Za-z0-9_-]+\.json")
+"""Files of the run directory that a run needs to continue on another machine."""
+_DOWNLOAD = ".writing-{}-{}"
+"""As the temporary directory of a save, so that what an interrupted download leaves is removed with those."""
+
+
+class RemoteCheckpoints:
+    """The checkpoints of a run at an address. All methods raise StorageError if the storage cannot be used."""
+
+    def __init__(self, directory: RemoteDirectory) -> None:
+        """`directory` is that of the run."""
+        self.directory = directory
+        self._checkpoints = directory.child("checkpoints")
+
+    def list_complete(self) -> list[str]:
+        """Return the names of the complete checkpoints, oldest first."""
+        found = self._checkpoints.list_files(f"step-*/{MANIFEST}")
+        return sorted(
+            (name.partition("/")[0] for name in found if _STEP.match(name)), key=lambda name: step_of(Path(name))
+        )
+
+    def run_of(self, name: str) -> str | None:
+        """Return the identifier of the run that wrote a checkpoint; None without a readable manifest."""
+        try:
+            return parse_manifest(self._read_manifest(name)).run
+        except ValueError:
+            return None
+
+    def newest_run(self) -> str | None:
+        """Return the identifier of the run that wrote the newest complete checkpoint; None if there is none."""
+        names = self.list_complete()
+        return self.run_of(names[-1]) if names else None
+
+    def upload(self, checkpoint: Path) -> None:
+        """Copy `checkpoint` of a run directory, and the files of that directory that a run needs to continue.
+
+        An earlier checkpoint of this name stops being complete first.
+        """
+        manifest = (checkpoint / MANIFEST).read_bytes()
+        remote = self._checkpoints.child(checkpoint.name)
+        if MANIFEST in remote.list_files():
+            remote.remove([MANIFEST])
+        run = checkpoint.parent.parent
+        files = {path.relative_to(run).as_posix(): path for path in (*run.glob("*.*"), *run.glob("writers/*.json"))}
+        self.directory.upload({name: path for name, path in files.items() if _RUN_FILE.fullmatch(name)})
+        remote.upload({name: checkpoint / name for name in parse_manifest(manifest).files})
+        if (checkpoint / MANIFEST).read_bytes() != manifest:
+            raise StorageError(f"{checkpoint} was replaced while it was uploaded")
+        remote.upload({MANIFEST: checkpoint / MANIFEST})
+
+    def download(self, name: str, directory: Path, run: str) -> Path:
+        """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name."""
+        target, temporary = directory / name, directory / _DOWNLOAD.format(run, name)
+        manifest = self._read_manifest(name)
+        try:
+            files = [name for name in parse_manifest(manifest).files if WRITTEN.fullmatch(name)]
+        except ValueError as error:
+            raise DamagedError(f"{self._checkpoints}/{name} is damaged: {MANIFEST}: {error}") from None
+        log.info(f"downloading {self._checkpoints}/{name}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        remote = self._checkpoints.child(name)
+        remote.download({file: temporary / file for file in files})
+        (temporary / MANIFEST).write_bytes(manifest)
+        for path in temporary.iterdir():
+            fsync_file(path)
+        fsync_directory(temporary)
+        temporary.rename(target)
+        fsync_directory(directory)
+        return target
+
+    def download_run_files(self, run_directory: Path) -> None:
+        """Copy the files of the run directory, but for those that exist locally."""
+        files = {name: run_directory / name for name in self._run_files() if not (run_directory / name).exists()}
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.directory.download(files)
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint: first its manifest, so that an interrupted removal does not leave half a checkpoint."""
+        remote = self._checkpoints.child(name)
+        files = [file for file in remote.list_files() if WRITTEN.fullmatch(file)]
+        remote.remove(sorted(files, key=lambda file: file != MANIFEST))
+        if not remote.list_files():
+            remote.remove_empty()
+
+    def remove_old(self, run: str, *, keep_last: int | None, keep_every: int | None) -> None:
+        """Delete the complete checkpoints of `run` that are not to be kept, and what interrupted uploads left."""
+        complete = self.list_complete()
+        old = [] if keep_last is None else [name for name in complete[:-keep_last] if is_old(name, keep_every)]
+        for name in old:
+            if self.run_of(name) == run:
+                self.remove(name)
+        begun = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}
+        for name in begun:
+            if _STEP.fullmatch(name) and complete and name < complete[-1]:
+                self.remove(name)
+
+    def _run_files(self) -> list[str]:
+        return [
+            name
+            for name in (*self.directory.list_files("*.*"), *self.directory.list_files("writers/*.json"))
+            if _RUN_FILE.fullmatch(name)
+        ]
+
+    def _read_manifest(self, name: str) -> bytes:
+        """Return manifest.json; empty if there is none."""
+        return self._checkpoints.child(name).read(MANIFEST, LARGEST_BYTES) or b""
+
+
+def is_old(name: str, keep_every: int | None) -> bool:
+    """Return whether `keep_every` allows removing the checkpoint `name`."""
+    return keep_every is None or step_of(Path(name)) % keep_every != 0
+
+
+def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | None) -> None:
+    """Before a run is resumed, download its newest checkpoint if the local ones are older or there are none.
+
+    `owner` is the identifier of the run that owns the directory, if there is one. If the storage cannot be reached,
+    local checkpoints are used, with a warning. Raises ValueError if the checkpoint there is of another run.
+    """
+    directory = run_directory / "checkpoints"
+    local = list_checkpoints(directory)
+    try:
+        names = remote.list_complete()
+        if not names or (local and step_of(local[-1]) >= step_of(Path(names[-1]))):
+            return
+        run = remote.run_of(names[-1]) or ""
+        if owner is not None and run != owner:
+            raise ValueError(
+                f"{remote.directory} holds checkpoints of another run than {run_directory}; give this run another "
+                "--run.name, or resume the other one with --resume=ADDRESS"
+            )
+        if not local:
+            remote.download_run_files(run_directory)
+        if (interrupted := directory / _DOWNLOAD.format(run, names[-1])).is_dir():
+            remove_files(interrupted, WRITTEN.fullmatch)
+        remote.download(names[-1], directory, run)
+    except StorageError as error:
+        if not local:
+            raise
+        log.warning(f"{error}; continuing from the newest local checkpoint, {local[-1].name}")
+
+
+def fetch_model(path: Path) -> None:
+    """If `path` is the local copy of an address, fetch the checkpoint, or the newest of the run directory, or the
+    Hugging Face directory there.
+    """
+    address = address_of(path)
+    if address is None:
+        return
+    remote = RemoteCheckpoints(RemoteDirectory(address))
+    try:
+        names = remote.list_complete()
+    except StorageError as error:
+        if not list_checkpoints(path / "checkpoints"):
+            raise
+        log.warning(f"{error}; using the newest checkpoint of the copy from an earlier run")
+        return
+    fetch(path / "checkpoints" / names[-1] if names else path)

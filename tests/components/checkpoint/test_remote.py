@@ -1,0 +1,188 @@
+"""Checkpoints at an address are complete or do not exist, whenever the network or the process fails."""
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from components.checkpoint import uploader
+from components.checkpoint.manifest import MANIFEST, write_manifest
+from components.checkpoint.remote import RemoteCheckpoints, restore_run
+from components.checkpoint.uploader import CheckpointUploader, upload_order
+from components.storage.address import RemoteDirectory, StorageError
+
+pytestmark = pytest.mark.quick
+RUN = "0123456789abcdef"
+
+
+class Remote(RemoteDirectory):
+    """A directory whose writes fail after `writes_left` files, and while `is_down`."""
+
+    is_down, writes_left = False, 1_000_000
+
+    def child(self, name):
+        return Remote(f"{self.address}/{name}")
+
+    def list_files(self, pattern=""):
+        self._check()
+        return super().list_files(pattern)
+
+    def upload(self, files):
+        for name, path in files.items():
+            self._check()
+            if Remote.writes_left == 0:
+                raise StorageError("the connection was reset")
+            Remote.writes_left -= 1
+            super().upload({name: path})
+
+    def _check(self):
+        if Remote.is_down:
+            raise StorageError("no route")
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploader, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(uploader, "MAX_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(uploader, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(Remote, "is_down", False)
+    monkeypatch.setattr(Remote, "writes_left", 1_000_000)
+    return RemoteCheckpoints(Remote(f"file://{tmp_path}/remote/run"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "writers").mkdir(parents=True)
+    for name in ("run.json", "metrics.jsonl", "writers/w.json", "private.txt"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def saved(run: Path, step: int, content: str = "") -> Path:
+    checkpoint = run / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.iterdir():
+        path.unlink()
+    for name in ("__0_0.distcp", ".metadata", "state.json", "config.toml"):
+        (checkpoint / name).write_text(content or f"{step} {name}")
+    write_manifest(checkpoint, 0, RUN)
+    return checkpoint
+
+
+def upload_to(remote, **changes):
+    return CheckpointUploader(remote, **{"run": RUN, "keep_last": 2, "keep_every": None, "newest": None} | changes)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_downloaded_is_what_was_uploaded(remote, run, tmp_path):
+    remote.upload(saved(run, 3))
+    remote.upload(saved(run, 12))
+    assert remote.list_complete() == ["step-00000003", "step-00000012"]
+    assert remote.newest_run() == RUN
+    other = tmp_path / "other" / "run"
+    restore_run(remote, other, None)
+    expected = {name: text for name, text in files(run).items() if name != "private.txt" and "0003" not in name}
+    assert files(other) == expected
+    restore_run(remote, other, RUN)  # nothing newer
+
+
+def test_a_directory_is_not_continued_with_the_checkpoint_of_another_run(remote, run):
+    remote.upload(saved(run, 3))
+    (run / "checkpoints" / "step-00000003").rename(run / "moved")
+    with pytest.raises(ValueError, match="of another run"):
+        restore_run(remote, run, "fedcba9876543210")
+    assert not (run / "checkpoints" / "step-00000003").exists()
+
+
+@pytest.mark.parametrize("written", range(8))
+def test_an_interrupted_upload_is_not_a_checkpoint(remote, run, written):
+    remote.upload(saved(run, 3))
+    Remote.writes_left = written
+    with pytest.raises(StorageError):
+        remote.upload(saved(run, 5))
+    assert remote.list_complete() == ["step-00000003"]
+    Remote.writes_left = 1_000_000
+    remote.upload(saved(run, 7))
+    remote.remove_old(RUN, keep_last=None, keep_every=None)
+    assert not [name for name in remote.directory.list_files() if "0005" in name], "the rest is removed"
+
+
+def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(remote, run):
+    remote.upload(saved(run, 3))
+    Remote.writes_left = 5
+    with pytest.raises(StorageError):
+        remote.upload(saved(run, 3, "again"))
+    assert remote.list_complete() == []
+
+
+def test_a_checkpoint_that_is_replaced_during_its_upload_is_not_completed(remote, run, monkeypatch):
+    checkpoint = saved(run, 3)
+    upload = Remote.upload
+
+    def replace(self, copied):
+        upload(self, copied)
+        saved(run, 3, "replaced")
+
+    monkeypatch.setattr(Remote, "upload", replace)
+    with pytest.raises(StorageError, match="replaced while"):
+        remote.upload(checkpoint)
+    assert remote.list_complete() == []
+
+
+def test_retention_and_checkpoints_of_other_runs(remote, run):
+    for step in range(1, 7):
+        remote.upload(saved(run, step))
+    foreign = Path(remote.directory.address.removeprefix("file://")) / "checkpoints/step-00000001" / MANIFEST
+    foreign.write_text(json.dumps({**json.loads(foreign.read_text()), "run": "another"}))
+    (foreign.parent.parent / "step-00000003" / "notes.txt").write_text("mine")
+    remote.remove_old(RUN, keep_last=2, keep_every=4)
+    assert remote.list_complete() == [f"step-{step:08d}" for step in (1, 4, 5, 6)]
+    assert files(foreign.parent.parent / "step-00000003") == {"notes.txt": "mine"}
+
+
+def test_an_outage_delays_uploads_and_is_told_once(remote, run, caplog):
+    caplog.set_level(logging.INFO)
+    Remote.is_down = True
+    uploads = upload_to(remote)
+    checkpoints = [saved(run, step) for step in (1, 2, 3)]
+    for checkpoint in checkpoints:
+        uploads.submit(checkpoint)
+    assert uploads.is_needed(checkpoints[2])
+    threading.Event().wait(0.1)
+    Remote.is_down = False
+    uploads.close()
+    assert "step-00000003" in remote.list_complete() and "step-00000002" not in remote.list_complete()
+    assert not any(map(uploads.is_needed, checkpoints))
+    assert caplog.text.count("training continues") == 1 and "all were repeated" in caplog.text
+
+
+def test_what_is_not_uploaded_at_the_end_is_named_and_uploaded_by_the_next_run(remote, run, caplog):
+    Remote.is_down = True
+    uploads = upload_to(remote)
+    uploads.submit(newest := saved(run, 4))
+    uploads.close()
+    assert "step-00000004 could not be uploaded" in caplog.text
+    Remote.is_down = False
+    upload_to(remote, newest=newest).close()
+    assert remote.list_complete() == ["step-00000004"]
+
+
+def test_only_the_newest_waits_and_those_that_are_kept_forever():
+    first, second, third = (Path(f"step-{step:08d}") for step in (4, 6, 7))
+    assert upload_order([first, second], third, keep_every=4) == [first, third]
+    assert upload_order([first, second], third, keep_every=None) == [third]
+
+
+def test_a_local_checkpoint_serves_while_the_storage_cannot_be_reached(remote, run, tmp_path, caplog):
+    saved(run, 2)
+    Remote.is_down = True
+    restore_run(remote, run, RUN)
+    assert "continuing from the newest local checkpoint" in caplog.text
+    with pytest.raises(StorageError):
+        restore_run(remote, tmp_path / "nothing", None)
