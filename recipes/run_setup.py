@@ -68,6 +68,8 @@ def claim_run_directory(
                 if remote is not None:
                     _refuse_foreign_remote(remote, directory)
             directory.claim()
+            if remote is not None and not continues:
+                remote.directory.upload({directory.owner_file.name: directory.owner_file})  # fails if not writable
             if locked:
                 directory.remove_temporary_files()
             directory.stop_file.unlink(missing_ok=True)  # it was meant for an earlier run

@@ -72,7 +72,9 @@ class CheckpointUploader:
                 "and --resume uploads the newest"
             )
         elif self._failures:
-            log.warning(f"uploads to {self._remote.directory} failed {self._failures} times; all were repeated")
+            log.warning(
+                f"uploads to {self._remote.directory} failed {self._failures} times; the newest checkpoint is there"
+            )
 
     def _work(self) -> None:
         if self._resumed is not None and not self._repeat(self._submit_resumed):
@@ -88,34 +90,37 @@ class CheckpointUploader:
             with self._changed:
                 self._uploading = None
 
-    def _submit_resumed(self) -> None:
+    def _submit_resumed(self) -> bool:
         assert self._resumed is not None
         complete = self._remote.list_complete()
         with self._changed:
             # a newer one that waits already makes it superfluous
             if not self._waiting and (not complete or step_of(Path(complete[-1])) < step_of(self._resumed)):
                 self._waiting.append(self._resumed)
+        return True
 
-    def _upload(self) -> None:
+    def _upload(self) -> bool:
+        """Upload the checkpoint whose turn it is; return False if that is not necessary any more."""
         checkpoint = self._uploading
         assert checkpoint is not None
         with self._changed:
             if self._waiting and not upload_order([checkpoint], self._waiting[-1], self._keep_every)[:-1]:
-                return  # a newer one is there after a failed attempt
+                return False  # a newer one is there after a failed attempt
         started = time.monotonic()
         if not checkpoint.is_dir():
             log.warning(f"{checkpoint} was removed before it could be uploaded")
-            return
+            return False
         self._remote.upload(checkpoint)
         log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
         self._remote.remove_old(self._run, keep_last=self._keep_last, keep_every=self._keep_every)
+        return True
 
-    def _repeat(self, do: Callable[[], None]) -> bool:
+    def _repeat(self, do: Callable[[], bool]) -> bool:
         """Call `do` until it succeeds, at the end for `CLOSE_SECONDS`; return whether it did."""
         seconds, was_closing = FIRST_RETRY_SECONDS, self._closing.is_set()
         while True:
             try:
-                do()
+                used_storage = do()
             except Exception as error:  # whatever it is, training does not depend on it
                 self._failures += 1
                 if not self._is_failing:
@@ -129,7 +134,7 @@ class CheckpointUploader:
                     time.sleep(seconds if was_closing else 0)
                     seconds = min(2 * seconds, MAX_RETRY_SECONDS)
             else:
-                if self._is_failing:
+                if self._is_failing and used_storage:
                     self._is_failing = False
                     log.warning(f"{self._remote.directory} can be used again")
                 return True

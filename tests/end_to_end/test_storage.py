@@ -69,7 +69,12 @@ def test_an_outage_costs_a_warning(tiny, new_tiny, s3, capsys, monkeypatch):
     said = (tiny.directory / "log.txt").read_text()
     assert said.count("training continues, and the upload is repeated") == 1
     assert "could not be uploaded" in said and "continuing from the newest local checkpoint" in said
+    new = [f"--run.dir={tiny.folder}/new", REMOTE]
+    assert "s3://models/runs/new/checkpoints cannot be listed" in refusal(tiny.launch, capsys, *new)
     s3.start()
+    (tiny.folder / "file").write_text("")
+    unwritable = f"--checkpoint.remote=file://{tiny.folder}/file"
+    assert f"{tiny.folder}/file/new cannot be written" in refusal(tiny.launch, capsys, new[0], unwritable)
     assert tiny.launch("--training.total_tokens=1200", "--checkpoint.interval_steps=2", REMOTE, "--resume") == 0
     assert remote_steps()[-1] > before[-1], "--resume uploads the newest"
 

@@ -159,18 +159,20 @@ def test_an_outage_delays_uploads_and_is_told_once(remote, run, caplog):
     uploads.close()
     assert "step-00000003" in remote.list_complete() and "step-00000002" not in remote.list_complete()
     assert not any(map(uploads.is_needed, checkpoints))
-    assert caplog.text.count("training continues") == 1 and "all were repeated" in caplog.text
+    assert caplog.text.count("training continues") == 1 and "the newest checkpoint is there" in caplog.text
 
 
 def test_what_is_not_uploaded_at_the_end_is_named_and_uploaded_by_the_next_run(remote, run, caplog):
     Remote.is_down = True
     uploads = upload_to(remote)
-    uploads.submit(newest := saved(run, 4))
+    uploads.submit(saved(run, 4))
+    uploads.submit(newest := saved(run, 6))
     uploads.close()
-    assert "step-00000004 could not be uploaded" in caplog.text
+    assert "step-00000006 could not be uploaded" in caplog.text
+    assert "again" not in caplog.text, "step 4, which is dropped, is no success"
     Remote.is_down = False
     upload_to(remote, newest=newest).close()
-    assert remote.list_complete() == ["step-00000004"]
+    assert remote.list_complete() == ["step-00000006"]
 
 
 def test_only_the_newest_waits_and_those_that_are_kept_forever():
