@@ -10,6 +10,7 @@ from pathlib import Path
 
 from components.checkpoint.load import step_of
 from components.checkpoint.remote import RemoteCheckpoints, is_old
+from components.storage.address import StorageError
 
 log = logging.getLogger("powertrain")
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
@@ -38,6 +39,7 @@ class CheckpointUploader:
         self._closing_at: float | None = None
         self._closing = threading.Event()
         self._resumed = newest
+        self._told_of_removal = False
         self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
         self._thread.start()
 
@@ -112,7 +114,12 @@ class CheckpointUploader:
             return False
         self._remote.upload(checkpoint)
         log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
-        self._remote.remove_old(self._run, keep_last=self._keep_last, keep_every=self._keep_every)
+        try:
+            self._remote.remove_old(self._run, keep_last=self._keep_last, keep_every=self._keep_every)
+        except StorageError as error:  # such as a bucket that lets nobody delete: the upload must not be repeated
+            if not self._told_of_removal:
+                self._told_of_removal = True
+                log.warning(f"{error}; old checkpoints stay there")
         return True
 
     def _repeat(self, do: Callable[[], bool]) -> bool:

@@ -162,6 +162,24 @@ def test_an_outage_delays_uploads_and_is_told_once(remote, run, caplog):
     assert caplog.text.count("training continues") == 1 and "the newest checkpoint is there" in caplog.text
 
 
+def test_old_checkpoints_stay_where_nothing_may_be_deleted(remote, run, caplog, monkeypatch):
+    def refuse(self, names):
+        raise StorageError("403: s3:DeleteObject")
+
+    monkeypatch.setattr(Remote, "remove", refuse)
+    copied = []
+    upload = RemoteCheckpoints.upload
+    monkeypatch.setattr(
+        RemoteCheckpoints, "upload", lambda self, path: (copied.append(path.name), upload(self, path))[1]
+    )
+    for step in (1, 2, 3):
+        uploads = upload_to(remote, keep_last=1)
+        uploads.submit(saved(run, step))
+        uploads.close()
+    assert copied == remote.list_complete() == [f"step-{step:08d}" for step in (1, 2, 3)], "each is uploaded once"
+    assert "403: s3:DeleteObject; old checkpoints stay there" in caplog.text
+
+
 def test_what_is_not_uploaded_at_the_end_is_named_and_uploaded_by_the_next_run(remote, run, caplog):
     Remote.is_down = True
     uploads = upload_to(remote)
