@@ -35,6 +35,10 @@ class RemoteCheckpoints:
         """`directory` is that of the run."""
         self.directory = directory
         self._checkpoints = directory.child("checkpoints")
+        self._uploading = b""
+        """Manifest of the checkpoint that `upload` last began to upload."""
+        self._uploaded: set[str] = set()
+        """Its files that are there already, so that a repetition continues where a failure ended."""
 
     def list_complete(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
@@ -67,10 +71,15 @@ class RemoteCheckpoints:
         run = checkpoint.parent.parent
         files = {path.relative_to(run).as_posix(): path for path in (*run.glob("*.*"), *run.glob("writers/*.json"))}
         self.directory.upload({name: path for name, path in files.items() if _RUN_FILE.fullmatch(name)})
-        remote.upload({name: checkpoint / name for name in parse_manifest(manifest).files})
+        if self._uploading != manifest:
+            self._uploading, self._uploaded = manifest, set()
+        for name in sorted(parse_manifest(manifest).files.keys() - self._uploaded):
+            remote.upload({name: checkpoint / name})
+            self._uploaded.add(name)
         if (checkpoint / MANIFEST).read_bytes() != manifest:
             raise StorageError(f"{checkpoint} was replaced while it was uploaded")
         remote.upload({MANIFEST: checkpoint / MANIFEST})
+        self._uploading = b""
 
     def download(self, name: str, directory: Path, run: str) -> Path:
         """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name."""

@@ -3,13 +3,17 @@
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
+from components.checkpoint import uploader, verify
 from tests.conftest import refusal
-from tests.s3_server import s3_server
+from tests.s3_server import BreakingProxy, s3_server
 
 s3fs = pytest.importorskip("s3fs", reason="needs pip install -e '.[s3]'")
+TENSOR_BYTES = 200_000
+"""Of a checkpoint of the tiny run, about."""
 REMOTE = "--checkpoint.remote=s3://models/runs"
 
 
@@ -57,8 +61,6 @@ def test_a_run_continues_on_another_machine(tiny, new_tiny, s3, capsys):
 
 
 def test_an_outage_costs_a_warning(tiny, new_tiny, s3, capsys, monkeypatch):
-    from components.checkpoint import uploader
-
     monkeypatch.setattr(uploader, "CLOSE_SECONDS", 1.0)
     assert tiny.launch("--training.total_tokens=600", "--checkpoint.interval_steps=2", REMOTE) == 0
     before = remote_steps()
@@ -77,6 +79,27 @@ def test_an_outage_costs_a_warning(tiny, new_tiny, s3, capsys, monkeypatch):
     assert f"{tiny.folder}/file/new cannot be written" in refusal(tiny.launch, capsys, new[0], unwritable)
     assert tiny.launch("--training.total_tokens=1200", "--checkpoint.interval_steps=2", REMOTE, "--resume") == 0
     assert remote_steps()[-1] > before[-1], "--resume uploads the newest"
+
+
+def test_connections_that_break_cost_repetitions(tiny, new_tiny, s3, monkeypatch):
+    """Every connection is reset after up to twice the bytes of a checkpoint. What is complete there is intact."""
+    monkeypatch.setattr(uploader, "MAX_RETRY_SECONDS", 1.0)
+    proxy = BreakingProxy(s3.get_host_and_port()[1], (10_000, 2 * TENSOR_BYTES))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    options = ["--training.total_tokens=2000", "--checkpoint.interval_steps=3", REMOTE]
+    assert tiny.launch(*options) == 0
+    shutil.rmtree(tiny.directory / "checkpoints")
+    assert tiny.launch(*options, "--training.total_tokens=2400", "--resume") == 0
+    assert proxy.resets > 3
+    proxy.close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.get_host_and_port()[1]}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for step in remote_steps():
+        copy = Path(tiny.folder, "copies", f"step-{step:08d}")
+        s3fs.S3FileSystem().get(f"models/runs/run/checkpoints/{copy.name}/", f"{copy}/", recursive=True)
+        verify(copy)
+    assert remote_steps()[-1] == tiny.rows()[-1]["step"]
 
 
 def test_data_and_tokenizer_are_read_from_s3(tiny, s3, capsys):

@@ -72,6 +72,10 @@ def saved(run: Path, step: int, content: str = "") -> Path:
     return checkpoint
 
 
+def place(remote: RemoteCheckpoints, name: str) -> Path:
+    return Path(remote.directory.address.removeprefix("file://")) / "checkpoints" / name
+
+
 def upload_to(remote, **changes):
     return CheckpointUploader(remote, **{"run": RUN, "keep_last": 2, "keep_every": None, "newest": None} | changes)
 
@@ -113,6 +117,22 @@ def test_an_interrupted_upload_is_not_a_checkpoint(remote, run, written):
     assert not [name for name in remote.directory.list_files() if "0005" in name], "the rest is removed"
 
 
+@pytest.mark.parametrize("written", range(8))
+def test_a_repeated_upload_continues_where_it_ended(remote, run, written):
+    Remote.writes_left = written
+    checkpoint = saved(run, 5)
+    with pytest.raises(StorageError):
+        remote.upload(checkpoint)
+    of_run, of_checkpoint = 3, 4
+    Remote.writes_left = of_run + of_checkpoint - max(0, written - of_run) + 1
+    remote.upload(checkpoint)
+    assert Remote.writes_left == 0 and files(place(remote, checkpoint.name)) == files(checkpoint)
+    remote.remove(checkpoint.name)
+    Remote.writes_left = 1_000_000
+    remote.upload(checkpoint)
+    assert files(place(remote, checkpoint.name)) == files(checkpoint), "all of it, once it was complete"
+
+
 def test_a_checkpoint_that_is_written_again_is_not_complete_meanwhile(remote, run):
     remote.upload(saved(run, 3))
     Remote.writes_left = 5
@@ -138,7 +158,7 @@ def test_a_checkpoint_that_is_replaced_during_its_upload_is_not_completed(remote
 def test_retention_and_checkpoints_of_other_runs(remote, run):
     for step in range(1, 7):
         remote.upload(saved(run, step))
-    foreign = Path(remote.directory.address.removeprefix("file://")) / "checkpoints/step-00000001" / MANIFEST
+    foreign = place(remote, "step-00000001") / MANIFEST
     foreign.write_text(json.dumps({**json.loads(foreign.read_text()), "run": "another"}))
     (foreign.parent.parent / "step-00000003" / "notes.txt").write_text("mine")
     remote.remove_old(RUN, keep_last=2, keep_every=4)
