@@ -116,9 +116,8 @@ def _make_commit(
     def store() -> None:
         if world.is_main:
             if replaces:
-                if remote is not None:
-                    for name in remote.list_complete():
-                        remote.remove(name)
+                if remote is not None and directory.run is not None:
+                    remote.remove_all(directory.run)
                 remove_old_run(directory, log_from)
             atomic_write(directory.config, config.to_toml())
             if launch is not None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("powertrain")
 
 # {} is the identifier of the run, so that a run never removes the directories of another.
-_TMP_PREFIX = ".writing-{}-"
+TMP_PREFIX = ".writing-{}-"
 _REPLACED = ".replaced-{}-"
 _REMOVED = "removed-"
 _SAVED = re.compile(r"(damaged-)?step-\d{8,}")
@@ -64,7 +64,7 @@ class CheckpointWriter:
         from components.checkpoint.tensor_writer import SavePlans, TensorWriter
 
         plans = self._plans = self._plans or SavePlans()
-        temporary = final.with_name(f"{_TMP_PREFIX.format(self.run)}{final.name}")
+        temporary = final.with_name(f"{TMP_PREFIX.format(self.run)}{final.name}")
         writer = TensorWriter(temporary)
         if self.saver is not None:
             # The copy is in main memory already; in this thread, the copy stream of torch would be one of GPU 0.
@@ -142,7 +142,7 @@ def remove(checkpoint: Path, run: str) -> None:
 
     Of a link, only the link is removed. Files that no save writes are kept, in a directory `not-removed-...`.
     """
-    leaving = checkpoint.with_name(f"{_TMP_PREFIX.format(run)}{_REMOVED}{checkpoint.name}")
+    leaving = checkpoint.with_name(f"{TMP_PREFIX.format(run)}{_REMOVED}{checkpoint.name}")
     checkpoint.rename(leaving)
     _remove_partial(leaving)
 
@@ -166,7 +166,7 @@ def remove_partial_saves(directory: Path, run: str) -> None:
     """Remove what interrupted saves of `run` have left in `directory`. No save of `run` may be in progress."""
     if not directory.is_dir():
         return
-    replaced, partial = _REPLACED.format(run), _TMP_PREFIX.format(run)
+    replaced, partial = _REPLACED.format(run), TMP_PREFIX.format(run)
     leftovers = sorted(directory.iterdir())
     for leftover in leftovers:
         if leftover.name.startswith(replaced):

@@ -110,6 +110,17 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
+def is_kept_forever(checkpoint: Path, keep_every: int | None) -> bool:
+    """Return whether `checkpoint.keep_every` keeps a checkpoint, also when it is not one of the last."""
+    return keep_every is not None and step_of(checkpoint) % keep_every == 0
+
+
+def old_checkpoints(checkpoints: list[Path], keep_last: int | None, keep_every: int | None) -> list[Path]:
+    """Return those of `checkpoints`, oldest first, that `[checkpoint]` does not keep."""
+    old = [] if keep_last is None else checkpoints[:-keep_last]
+    return [checkpoint for checkpoint in old if not is_kept_forever(checkpoint, keep_every)]
+
+
 @contextmanager
 def silence_no_dist_warning() -> Iterator[None]:
     """Suppress the warning of DCP that it assumes a single process, which it raises even with `no_dist=True`."""

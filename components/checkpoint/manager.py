@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.checkpoint.commit import CheckpointWriter, remove
-from components.checkpoint.load import list_checkpoints, silence_no_dist_warning, step_of
+from components.checkpoint.load import list_checkpoints, old_checkpoints, silence_no_dist_warning, step_of
 from components.checkpoint.manifest import run_of
 from components.errors import InputError
 from components.interfaces import WorldComm
@@ -174,12 +174,10 @@ class CheckpointManager:
         """Delete the checkpoints that are no longer to be kept. A validation that is due runs after the save, so that
         its loss is not known here.
         """
-        if self.keep_last is None:
-            return
-        for old in self.list_checkpoints()[: -self.keep_last]:
+        for old in old_checkpoints(self.list_checkpoints(), self.keep_last, self.keep_every):
             if self._uploader is not None and self._uploader.is_needed(old):
                 continue  # a later save removes it
-            if (self.keep_every is None or step_of(old) % self.keep_every) and run_of(old) == self.run:
+            if run_of(old) == self.run:
                 try:
                     remove(old, self.run)
                 except OSError as error:  # one checkpoint too many does no harm

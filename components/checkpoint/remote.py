@@ -13,8 +13,9 @@ import logging
 import re
 from pathlib import Path
 
-from components.atomic_files import fsync_directory, fsync_file, remove_files
-from components.checkpoint.load import DamagedError, list_checkpoints, step_of
+from components.atomic_files import fsync_directory, fsync_file
+from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves
+from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
 from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, parse_manifest
 from components.storage.address import RemoteDirectory, StorageError, address_of
 from components.storage.local_copy import fetch
@@ -22,10 +23,10 @@ from components.storage.local_copy import fetch
 log = logging.getLogger("powertrain")
 
 _STEP = re.compile(r"step-\d{8,}")
+_RUN = re.compile(r"[0-9a-f]{16}")
+"""Identifier of a run, as in run.json."""
 _RUN_FILE = re.compile(r"run\.json|metrics\.jsonl|environment\.json|log\.txt|writers/[A-Za-z0-9_-]+\.json")
 """Files of the run directory that a run needs to continue on another machine."""
-_DOWNLOAD = ".writing-{}-{}"
-"""As the temporary directory of a save, so that what an interrupted download leaves is removed with those."""
 
 
 class RemoteCheckpoints:
@@ -43,9 +44,7 @@ class RemoteCheckpoints:
     def list_complete(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
         found = self._checkpoints.list_files(f"step-*/{MANIFEST}")
-        return sorted(
-            (name.partition("/")[0] for name in found if _STEP.match(name)), key=lambda name: step_of(Path(name))
-        )
+        return sorted((name.partition("/")[0] for name in found if _STEP.match(name)), key=_step)
 
     def run_of(self, name: str) -> str | None:
         """Return the identifier of the run that wrote a checkpoint; None without a readable manifest."""
@@ -83,7 +82,7 @@ class RemoteCheckpoints:
 
     def download(self, name: str, directory: Path, run: str) -> Path:
         """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name."""
-        target, temporary = directory / name, directory / _DOWNLOAD.format(run, name)
+        target, temporary = directory / name, directory / f"{TMP_PREFIX.format(run)}{name}"
         manifest = self._read_manifest(name)
         try:
             files = [name for name in parse_manifest(manifest).files if WRITTEN.fullmatch(name)]
@@ -102,11 +101,13 @@ class RemoteCheckpoints:
         return target
 
     def download_run_files(self, run_directory: Path) -> None:
-        """Copy the files of the run directory, but for those that exist locally."""
+        """Copy the files of the run directory, each completely or not, but for those that exist locally."""
         files = {name: run_directory / name for name in self._run_files() if not (run_directory / name).exists()}
-        for path in files.values():
+        for name, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.directory.download(files)
+            partial = path.with_name(f".{path.name}.partial")
+            self.directory.download({name: partial})
+            partial.replace(path)
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint: first its manifest, so that an interrupted removal does not leave half a checkpoint."""
@@ -119,13 +120,19 @@ class RemoteCheckpoints:
     def remove_old(self, run: str, *, keep_last: int | None, keep_every: int | None) -> None:
         """Delete the complete checkpoints of `run` that are not to be kept, and what interrupted uploads left."""
         complete = self.list_complete()
-        old = [] if keep_last is None else [name for name in complete[:-keep_last] if is_old(name, keep_every)]
-        for name in old:
-            if self.run_of(name) == run:
-                self.remove(name)
+        self._remove_of(run, [path.name for path in old_checkpoints(list(map(Path, complete)), keep_last, keep_every)])
         begun = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}
         for name in begun:
-            if _STEP.fullmatch(name) and complete and name < complete[-1]:
+            if _STEP.fullmatch(name) and complete and _step(name) < _step(complete[-1]):
+                self.remove(name)
+
+    def remove_all(self, run: str) -> None:
+        """Delete all complete checkpoints of `run`."""
+        self._remove_of(run, self.list_complete())
+
+    def _remove_of(self, run: str, names: list[str]) -> None:
+        for name in names:
+            if self.run_of(name) == run:
                 self.remove(name)
 
     def _run_files(self) -> list[str]:
@@ -140,11 +147,6 @@ class RemoteCheckpoints:
         return self._checkpoints.child(name).read(MANIFEST, LARGEST_BYTES) or b""
 
 
-def is_old(name: str, keep_every: int | None) -> bool:
-    """Return whether `keep_every` allows removing the checkpoint `name`."""
-    return keep_every is None or step_of(Path(name)) % keep_every != 0
-
-
 def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | None) -> None:
     """Before a run is resumed, download its newest checkpoint if the local ones are older or there are none.
 
@@ -155,7 +157,7 @@ def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | Non
     local = list_checkpoints(directory)
     try:
         names = remote.list_complete()
-        if not names or (local and step_of(local[-1]) >= step_of(Path(names[-1]))):
+        if not names or (local and step_of(local[-1]) >= _step(names[-1])):
             return
         run = remote.run_of(names[-1]) or ""
         if owner is not None and run != owner:
@@ -163,10 +165,11 @@ def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | Non
                 f"{remote.directory} holds checkpoints of another run than {run_directory}; give this run another "
                 "--run.name, or resume the other one with --resume=ADDRESS"
             )
+        if not _RUN.fullmatch(run):  # it becomes a part of a path
+            raise DamagedError(f"{remote.directory}: {MANIFEST} of {names[-1]} names no run")
         if not local:
             remote.download_run_files(run_directory)
-        if (interrupted := directory / _DOWNLOAD.format(run, names[-1])).is_dir():
-            remove_files(interrupted, WRITTEN.fullmatch)
+        remove_partial_saves(directory, run)
         remote.download(names[-1], directory, run)
     except StorageError as error:
         if not local:
@@ -190,3 +193,7 @@ def fetch_model(path: Path) -> None:
         log.warning(f"{error}; using the newest checkpoint of the copy from an earlier run")
         return
     fetch(path / "checkpoints" / names[-1] if names else path)
+
+
+def _step(name: str) -> int:
+    return step_of(Path(name))

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from components.checkpoint.load import step_of
-from components.checkpoint.remote import RemoteCheckpoints, is_old
+from components.checkpoint.load import is_kept_forever, step_of
+from components.checkpoint.remote import RemoteCheckpoints
 from components.storage.address import StorageError
 
 log = logging.getLogger("powertrain")
@@ -106,7 +106,7 @@ class CheckpointUploader:
         checkpoint = self._uploading
         assert checkpoint is not None
         with self._changed:
-            if self._waiting and not upload_order([checkpoint], self._waiting[-1], self._keep_every)[:-1]:
+            if self._waiting and not is_kept_forever(checkpoint, self._keep_every):
                 return False  # a newer one is there after a failed attempt
         started = time.monotonic()
         if not checkpoint.is_dir():
@@ -149,4 +149,4 @@ class CheckpointUploader:
 
 def upload_order(pending: Sequence[Path], new: Path, keep_every: int | None) -> list[Path]:
     """Return what waits for its upload once `new` does: of older ones, only those that are kept forever."""
-    return [*(path for path in pending if not is_old(path.name, keep_every)), new]
+    return [*(path for path in pending if is_kept_forever(path, keep_every)), new]

@@ -1,13 +1,14 @@
 """Runs with data, tokenizer and checkpoints in S3: a server on loopback that speaks its protocol."""
 
 import json
+import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
 from components.checkpoint import uploader, verify
+from recipes.cli import ROOT
 from tests.conftest import refusal
 from tests.s3_server import BreakingProxy, s3_server
 
@@ -65,9 +66,7 @@ def test_an_outage_costs_a_warning(tiny, new_tiny, s3, capsys, monkeypatch):
     assert tiny.launch("--training.total_tokens=600", "--checkpoint.interval_steps=2", REMOTE) == 0
     before = remote_steps()
     s3.stop()
-    started = time.monotonic()
     assert tiny.launch("--training.total_tokens=1200", "--checkpoint.interval_steps=2", REMOTE, "--resume") == 0
-    assert time.monotonic() - started < 60
     said = (tiny.directory / "log.txt").read_text()
     assert said.count("training continues, and the upload is repeated") == 1
     assert "could not be uploaded" in said and "continuing from the newest local checkpoint" in said
@@ -123,3 +122,13 @@ def test_weights_are_read_from_s3(tiny, s3):
         tiny.launch(f"--run.dir={tiny.folder}/b", "--training.total_tokens=300", "--run.init_from=s3://models/runs/run")
         == 0
     )
+
+
+def test_the_file_system_of_the_documentation_works(tiny, clean_imports):
+    page = (ROOT / "docs" / "storage.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tiny.folder / "mine_storage.py").write_text(code.replace("/tmp/team", str(tiny.folder / "team")))
+    use = ["--hooks.storage.use=mine_storage:UseTeam", "--checkpoint.remote=team://runs"]
+    assert tiny.launch(*use, "--training.total_tokens=300") == 0
+    name = tiny.checkpoints()[-1].name
+    verify(tiny.folder / "team" / "runs" / "run" / "checkpoints" / name)

@@ -111,7 +111,6 @@ class TokenFiles:
 
     def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
         fetch(path)
-        fetch(path.with_suffix(".idx"), missing_ok=True)
         if not is_file(path):
             raise MissingFileError("path", f"{path} does not exist")
         index = _index_of(path)
@@ -140,8 +139,11 @@ class TokenFiles:
 
 
 def _index_of(path: Path) -> Path | None:
+    if path.suffix != ".bin":
+        return None
     index = path.with_suffix(".idx")
-    return index if path.suffix == ".bin" and is_file(index) else None
+    fetch(index, missing_ok=True)
+    return index if is_file(index) else None
 
 
 def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, probes: int) -> None:

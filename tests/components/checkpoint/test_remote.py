@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.checkpoint import uploader
+from components.checkpoint import DamagedError, uploader
 from components.checkpoint.manifest import MANIFEST, write_manifest
 from components.checkpoint.remote import RemoteCheckpoints, restore_run
 from components.checkpoint.uploader import CheckpointUploader, upload_order
@@ -152,6 +152,41 @@ def test_a_checkpoint_that_is_replaced_during_its_upload_is_not_completed(remote
     monkeypatch.setattr(Remote, "upload", replace)
     with pytest.raises(StorageError, match="replaced while"):
         remote.upload(checkpoint)
+    assert remote.list_complete() == []
+
+
+def test_files_of_the_run_are_copied_completely_or_not(remote, run, tmp_path, monkeypatch):
+    remote.upload(saved(run, 3))
+
+    def break_off(self, wanted):
+        for path in wanted.values():
+            path.write_text("run")
+        raise StorageError("the connection was reset")
+
+    other = tmp_path / "other" / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteDirectory, "download", break_off)
+        with pytest.raises(StorageError):
+            restore_run(remote, other, None)
+    restore_run(remote, other, None)
+    assert (other / "metrics.jsonl").read_text() == "metrics.jsonl"
+
+
+def test_the_run_in_a_manifest_is_no_path(remote, run, tmp_path):
+    checkpoint = saved(run, 3)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "run": "a/../../../b"}))
+    remote.upload(checkpoint)
+    with pytest.raises(DamagedError, match="names no run"):
+        restore_run(remote, tmp_path / "other" / "run", None)
+    assert not (tmp_path / "b-step-00000003").exists()
+
+
+def test_only_checkpoints_of_the_run_are_removed_when_it_is_replaced(remote, run):
+    remote.upload(saved(run, 3))
+    remote.remove_all("fedcba9876543210")
+    assert remote.list_complete() == ["step-00000003"]
+    remote.remove_all(RUN)
     assert remote.list_complete() == []
 
 
