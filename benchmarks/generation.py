@@ -21,8 +21,8 @@ from benchmarks.shared import machine
 from benchmarks.throughput import quartiles
 from components.generation import Sampling, generate_tokens
 from models.decoder import Decoder
-from models.hf.config import hf_config
-from models.hf.weights import hf_names
+from models.hf.config import llama_entries
+from models.hf.weights import hf_parts
 from models.presets import PRESETS, LlamaShape
 
 SIZE = {
@@ -43,8 +43,9 @@ def make_generators(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Decoder(size, VOCAB).to(device, dtype)
     model.init_weights(0)
-    hf_model = LlamaForCausalLM(LlamaConfig(**hf_config(size, VOCAB), attn_implementation="sdpa"))
-    renamed = {hf_names(size)[name]: weight for name, weight in model.state_dict().items()}
+    hf_model = LlamaForCausalLM(LlamaConfig(**llama_entries(size, VOCAB), attn_implementation="sdpa"))
+    weights = model.state_dict()
+    renamed = {name: part.of(weights[part.name]) for name, part in hf_parts(size).items()}
     hf_model.load_state_dict(renamed, strict=not size.tied_embeddings)
     hf_model.to(device, dtype).eval()
     hf_model.generation_config.eos_token_id = None

@@ -1,14 +1,21 @@
-"""The Llama decoder (Touvron et al. 2023, arXiv 2302.13971).
+"""The Llama decoder (Touvron et al. 2023, arXiv 2302.13971), and what other families change in it.
 
-`Attention`, `FeedForward` and `RMSNorm` are here; a new number of a shape is a field of `LlamaShape` (presets.py) and a
-key of `Llama` (llama.py). `Decoder.initial_std` sets the scale of each initial weight.
+Each variant is a field of `LlamaShape` (presets.py) and a key of `Llama` (llama.py). Those of attention are in
+attention.py; those here are
+
+    norm_placement      norms before, after, or before and after attention and feed-forward (OLMo 2, arXiv 2501.00656)
+    activation          of the gated feed-forward (Shazeer 2020, arXiv 2002.05202)
+    scaled_embeddings   embeddings times sqrt(D) (Gemma, arXiv 2403.08295)
+    logit_softcap       bounded logits (Gemma 2, arXiv 2408.00118)
+    experts             a mixture of experts (moe.py)
+    mup                 maximal update parametrization (mup.py)
 
 It contains no code for devices, precision or parallelism, which refer to its modules by name:
 
     tok_embeddings
-    layers.{i}.attention_norm   layers.{i}.attention.{wq,wk,wv,wo}
-    layers.{i}.ffn_norm         layers.{i}.feed_forward.{w_gate,w_up,w_down}, with experts {router,w_gate_up,w_down}
-    norm   output
+    layers.{i}.attention_norm   layers.{i}.attention.{wq,wk,wv,wg,wo,q_norm,k_norm}       layers.{i}.attention_post_norm
+    layers.{i}.ffn_norm         layers.{i}.feed_forward.{w_gate,w_up,w_down}              layers.{i}.ffn_post_norm
+    norm   output               with experts: layers.{i}.feed_forward.{router,w_gate_up,w_down}
 
 B batch, T sequence, D model width, H query heads, K key-value heads, C head width, F feed-forward width, V vocabulary
 """
@@ -16,27 +23,31 @@ B batch, T sequence, D model width, H query heads, K key-value heads, C head wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import Attention, AttentionBackend, softcap
 from models.document_attention import document_attention, document_positions
+from models.flex_attention import sequence_attention
 from models.kv_cache import KeyValueCache
-from models.loss import VocabReduce, chunked_cross_entropy, working_bytes
+from models.lm_head import LMHead
+from models.loss import working_bytes
 from models.mkldnn_linear import use_mkldnn_linear
-from models.moe import MoE
-from models.presets import LlamaShape
+from models.moe import MoE, activate
+from models.norm import RMSNorm
+from models.presets import Activation, LlamaShape
 from models.random_weights import fill_normal
-from models.rope import RopeFrequencies, apply_rope, rope_frequencies, rope_table
+from models.rope import Rope
 from models.router_loss import RouterLoss, RouterLossConfig
+from models.z_loss import ZLoss
 
 
 class Decoder(nn.Module):
-    """Llama. `shape` and `vocab_size` define the function, `init_std` and `depth_scaled_init` the initial weights, and
-    `router` the auxiliary losses of the routers, if there are experts.
+    """Llama. `shape` and `vocab_size` define the function, `init_std` and `depth_scaled_init` the initial weights,
+    `z_loss_coefficient` and, with experts, `router` the auxiliary losses.
     """
 
     def __init__(
@@ -46,35 +57,37 @@ class Decoder(nn.Module):
         *,
         init_std: float = 0.02,
         depth_scaled_init: bool = True,
+        z_loss_coefficient: float = 0.0,
         router: RouterLossConfig | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.vocab_size = shape, vocab_size
         self.init_std, self.depth_scaled_init = init_std, depth_scaled_init
         self.mup = shape.mup
-        self.rope_frequencies = RopeFrequencies(
-            rope_frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)
-        )
+        self.rope = Rope(shape.rotary_width, shape.rope_theta, shape.rope_scaling)
+        self.local_rope = Rope(shape.rotary_width, shape.rope_local_theta) if shape.rope_local_theta else self.rope
 
         self.tok_embeddings = nn.Embedding(vocab_size, shape.dim)
-        self.layers = nn.ModuleDict({str(i): Block(shape) for i in range(shape.layers)})
-        self.norm = RMSNorm(shape.dim, shape.norm_eps)
-        self.output = LMHead(shape.dim, vocab_size, tied=shape.tied_embeddings)
+        self.layers = nn.ModuleDict({str(i): Block(shape, i) for i in range(shape.layers)})
+        self.norm = RMSNorm.of(shape)
+        self.z_loss = ZLoss(z_loss_coefficient) if z_loss_coefficient else None
+        self.output = LMHead(
+            shape.dim, vocab_size, tied=shape.tied_embeddings, softcap=shape.logit_softcap, z_loss=self.z_loss
+        )
         self.router_loss = RouterLoss(shape.experts, router or RouterLossConfig()) if shape.experts else None
         self.first_input: int | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return logits (B, T, V), or with labels the sum of the cross-entropies, () float32. Label -100 is ignored.
 
-        With experts, in training, the gradient of that sum includes the auxiliary losses of the routers; its value does
-        not. With a cache, the tokens are appended to it, and the logits are those of the last token, (B, 1, V).
+        In training, the gradient of that sum includes the z loss and the auxiliary losses of the routers; its value
+        does not. With a cache, the tokens are appended to it, and the logits are those of the last token, (B, 1, V).
         """
         x_BTD = self.tok_embeddings(tokens_BT)
-        if self.mup is not None:
-            x_BTD = x_BTD * self.mup.embedding_multiplier
-        rope, backends = self._attention_backends(tokens_BT, cache)
+        if self.embedding_multiplier != 1:
+            x_BTD = x_BTD * self.embedding_multiplier
         routing: list[Tensor] = []
-        for layer, backend in zip(self.layers.values(), backends, strict=True):
+        for layer, (rope, backend) in zip(self.layers.values(), self._layer_inputs(tokens_BT, cache), strict=True):
             x_BTD = layer(x_BTD, rope, backend)
             if self.router_loss is not None:
                 x_BTD, layer_routing = x_BTD
@@ -86,30 +99,50 @@ class Decoder(nn.Module):
             x_BTD = x_BTD / self.mup.width_multiple(self.shape.dim)
         tied_weight_VD = self.tok_embeddings.weight if self.shape.tied_embeddings else None
         logits_or_loss: Tensor = self.output(x_BTD, labels_BT, tied_weight_VD)
+        if labels_BT is None and self.shape.logit_softcap:
+            return softcap(logits_or_loss, self.shape.logit_softcap)
         if self.router_loss is not None and labels_BT is not None and self.training:
             aux_loss = self.router_loss(routing)
             # adds the gradient of aux_loss, and zero to the value
             logits_or_loss = logits_or_loss + (aux_loss - aux_loss.detach())
         return logits_or_loss
 
-    def _attention_backends(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None
-    ) -> tuple[Tensor, Sequence[AttentionBackend | None]]:
-        """Return the RoPE table of the tokens' positions, (2, T, 1, C) or (2, B or 1, T, 1, C), and each layer's
-        backend.
+    @property
+    def embedding_multiplier(self) -> float:
+        """Factor on the output of the embedding."""
+        if self.shape.scaled_embeddings:
+            return math.sqrt(self.shape.dim)
+        return 1.0 if self.mup is None else self.mup.embedding_multiplier
 
-        None is plain causal attention. Generated text is a single document, so a cache needs no document masking.
+    def _layer_inputs(
+        self, tokens_BT: Tensor, cache: KeyValueCache | None
+    ) -> Iterator[tuple[Tensor | None, AttentionBackend | None]]:
+        """Yield each layer's RoPE table, (2, T, 1, R) or (2, B or 1, T, 1, R), and its attention backend.
+
+        Generated text is a single document, so a cache needs no document masking.
         """
-        length = tokens_BT.shape[1]
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        windows = [self.shape.window_of(layer) for layer in range(self.shape.layers)]
+        backends: Sequence[AttentionBackend | None]
         if cache is not None:
-            return cache.extend(length), cache.layers
-        rope = rope_table(length, self.rope_frequencies.on(tokens_BT.device))
-        if self.first_input is None:
-            return rope, [None] * len(self.layers)
-        starts_BT = tokens_BT == self.first_input
-        return rope[:, document_positions(starts_BT)], [document_attention(starts_BT, self.shape.head_width)] * len(
-            self.layers
-        )
+            (rope, local_rope), backends = cache.extend(length), cache.layers
+        elif self.first_input is None:
+            rope, local_rope = self._rope_tables(length, device)
+            flex = sequence_attention(length, device, self.shape, frozenset(windows))
+            # without window and softcap, PyTorch's own causal kernel is the fastest
+            backends = [flex if window or self.shape.attention_softcap else None for window in windows]
+        else:
+            starts_BT = tokens_BT == self.first_input
+            positions_BT = document_positions(starts_BT)
+            rope, local_rope = (table[:, positions_BT] for table in self._rope_tables(length, device))
+            backends = [document_attention(starts_BT, self.shape.head_width, frozenset(windows))] * len(windows)
+        for layer, (window, backend) in enumerate(zip(windows, backends, strict=True)):
+            yield (local_rope if window else rope) if self.shape.rotates(layer) else None, backend
+
+    def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the tables of the layers that attend to everything, and of those with a sliding window."""
+        table = self.rope.table(length, device)
+        return table, table if self.local_rope is self.rope else self.local_rope.table(length, device)
 
     def enable_document_masking(self, first_input: int) -> None:
         """Restrict attention to documents, which start at the token `first_input`, and count positions from there."""
@@ -120,7 +153,7 @@ class Decoder(nn.Module):
         weight = self.tok_embeddings.weight
         return KeyValueCache(
             self.shape,
-            self.rope_frequencies.on(weight.device),
+            self._rope_tables(capacity, weight.device),
             padding=padding,
             capacity=capacity,
             device=weight.device,
@@ -133,24 +166,26 @@ class Decoder(nn.Module):
         use_mkldnn_linear(self, self.tok_embeddings.weight)
 
     def init_weights(self, seed: int) -> None:
-        """Initialize every parameter from (seed, its name) alone; norm gains are set to 1."""
+        """Initialize every parameter from (seed, its name) alone; gains of norms are set to 1, biases to 0."""
         for name, parameter in self.named_parameters():
             std = self.initial_std(name)
             if std is None:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if self.shape.zero_centered_norm or name.endswith("bias") else 1.0)
             else:
                 fill_normal(parameter, name=name, seed=seed, std=std)
 
     def initial_std(self, name: str) -> float | None:
-        """Return the standard deviation of a parameter's initial values; None for norm gains, which start at 1.
+        """Return the standard deviation of a parameter's initial values; None for those that are constants at first.
 
         The two matrices of a layer that write into the residual stream are scaled down with depth, so that the variance
-        of the stream does not grow with the number of layers (GPT-2). Under muP all matrices scale with width.
+        of the stream does not grow with the number of layers (GPT-2); CompleteP scales the residual branches instead.
+        Under muP all matrices scale with width.
         """
-        if "norm" in name:
+        if "norm" in name or name.endswith("bias"):
             return None
         std = self.init_std if self.mup is None else self.init_std * self.mup.init_std_factor(name, self.shape.dim)
-        if self.depth_scaled_init and name.endswith((".wo.weight", ".w_down.weight")):
+        depth_scaled = self.depth_scaled_init and (self.mup is None or self.mup.depth == "none")
+        if depth_scaled and name.endswith((".wo.weight", ".w_down.weight")):
             return std / math.sqrt(2 * self.shape.layers)
         return std
 
@@ -172,14 +207,17 @@ class Decoder(nn.Module):
         return heads.get(name.rpartition("attention.")[2], 1) if per_head else 1
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Return the FLOPs per token of forward and backward: 6 per matrix parameter, and 12 L H C T for attention.
+        """Return the FLOPs per token of forward and backward: 6 per matrix parameter, and 12 H C T for the attention
+        of a layer.
 
         Counted as in PaLM (arXiv 2204.02311, appendix B): 2 per multiply-add, backward twice the forward, with the
-        head, without the embedding lookup, and attention over the full T x T scores, without deducting the masked half.
+        head, without the embedding lookup, and attention over the full T x T scores, without deducting the masked half;
+        with a sliding window, over T x window of them.
         """
         head = self.vocab_size * self.shape.dim
-        attention = self.shape.layers * self.shape.heads * self.shape.head_width * sequence_length
-        return 6.0 * (self.active_parameters() + head) + 12.0 * attention
+        windows = [self.shape.window_of(layer) or sequence_length for layer in range(self.shape.layers)]
+        keys = sum(min(window, sequence_length) for window in windows)
+        return 6.0 * (self.active_parameters() + head) + 12.0 * self.shape.heads * self.shape.head_width * keys
 
     def active_parameters(self) -> int:
         """Return the number of matrix parameters in the layers that one token uses: of the experts, only top_k."""
@@ -189,13 +227,19 @@ class Decoder(nn.Module):
         return sum(p.numel() for p in matrices) - idle
 
     def pop_metric_sums(self) -> Tensor | None:
-        """Return the routing statistics since the last call, (n,) on the device, and reset them; None without
-        experts."""
-        return None if self.router_loss is None else self.router_loss.pop_sums()
+        """Return the sums of the auxiliary losses since the last call, (n,) on the device, and reset them; None without
+        any."""
+        sums = [loss.pop_sums() for loss in (self.z_loss, self.router_loss) if loss is not None]
+        parts = [part for part in sums if part is not None]
+        return torch.cat(parts) if parts else None
 
     def metrics_of(self, sums: Tensor) -> dict[str, float]:
         """Return metrics by name from `pop_metric_sums`, summed over all processes and on the CPU."""
-        return {} if self.router_loss is None else self.router_loss.metrics_of(sums)
+        metrics: dict[str, float] = {}
+        if self.z_loss is not None:
+            metrics |= self.z_loss.metrics_of(sums[:2])
+            sums = sums[2:]
+        return metrics if self.router_loss is None else metrics | self.router_loss.metrics_of(sums)
 
     def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str, compiled: bool = False) -> int:
         """Return the bytes of memory that head and loss allocate for the `tokens` of a micro-batch."""
@@ -209,148 +253,50 @@ class Decoder(nn.Module):
         )
 
 
-class AttentionBackend(Protocol):
-    """Attention other than plain causal attention over the sequence."""
-
-    def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
-        """Return the attention output, (B, H, T, C)."""
-        ...
-
-
 class Block(nn.Module):
-    def __init__(self, shape: LlamaShape) -> None:
+    def __init__(self, shape: LlamaShape, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps)
-        self.attention = Attention(shape)
-        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps)
+        pre, post = shape.norm_placement != "post", shape.norm_placement != "pre"
+        self.attention_norm = RMSNorm.of(shape) if pre else nn.Identity()
+        self.attention = Attention(shape, layer)
+        self.attention_post_norm = RMSNorm.of(shape) if post else nn.Identity()
+        self.ffn_norm = RMSNorm.of(shape) if pre else nn.Identity()
         self.feed_forward = feed_forward(shape)
-        self.residual_multiplier = shape.mup.residual_multiplier if shape.mup is not None else 1.0
+        self.ffn_post_norm = RMSNorm.of(shape) if post else nn.Identity()
+        self.residual_multiplier = shape.residual_multiplier
 
     def forward(
-        self, x_BTD: Tensor, rope: Tensor, backend: AttentionBackend | None = None
+        self, x_BTD: Tensor, rope: Tensor | None, backend: AttentionBackend | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return (B, T, D); with experts also `models.moe.routing_sums`."""
         # alpha = 1 is free and exact, so the plain Llama needs no branch
         factor = self.residual_multiplier
-        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, backend), alpha=factor)
+        attention_BTD = self.attention(self.attention_norm(x_BTD), rope, backend)
+        x_BTD = torch.add(x_BTD, self.attention_post_norm(attention_BTD), alpha=factor)
         output: Any = self.feed_forward(self.ffn_norm(x_BTD))
-        if isinstance(output, tuple):
-            output_BTD, routing = output
-            return torch.add(x_BTD, output_BTD, alpha=factor), routing
-        return torch.add(x_BTD, output, alpha=factor)
-
-
-class Attention(nn.Module):
-    """Causal self-attention in which H / K query heads share a key-value head (GQA, arXiv 2305.13245)."""
-
-    def __init__(self, shape: LlamaShape) -> None:
-        super().__init__()
-        self.head_width = shape.head_width
-        self.grouped = shape.kv_heads != shape.heads
-        # None is 1 / sqrt(C). muP uses 1 / C: trained q and k correlate, so q.k grows like C, not like sqrt(C).
-        self.scale = None if shape.mup is None else 1 / shape.head_width
-        self.wq = nn.Linear(shape.dim, shape.heads * shape.head_width, bias=False)
-        self.wk = nn.Linear(shape.dim, shape.kv_heads * shape.head_width, bias=False)
-        self.wv = nn.Linear(shape.dim, shape.kv_heads * shape.head_width, bias=False)
-        self.wo = nn.Linear(shape.heads * shape.head_width, shape.dim, bias=False)
-
-    def queries_and_keys(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the queries (B, T, H, C) and keys (B, T, K, C), rotated to their positions."""
-        # -1: the number of heads is read from the tensor, because a TP rank holds only some of them
-        q_BTHC = apply_rope(self.wq(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
-        k_BTKC = apply_rope(self.wk(x_BTD).unflatten(-1, (-1, self.head_width)), rope)
-        return q_BTHC, k_BTKC
-
-    def forward(self, x_BTD: Tensor, rope: Tensor, backend: AttentionBackend | None = None) -> Tensor:
-        q_BTHC, k_BTKC = self.queries_and_keys(x_BTD, rope)
-        v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_width))
-        if backend is None:
-            out_BHTC = F.scaled_dot_product_attention(
-                q_BTHC.transpose(1, 2),
-                k_BTKC.transpose(1, 2),
-                v_BTKC.transpose(1, 2),
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=self.grouped,
-            )
-        else:
-            out_BHTC = backend.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
-        out_BTD: Tensor = self.wo(out_BHTC.transpose(1, 2).flatten(2))
-        return out_BTD
+        output_BTD, routing = output if isinstance(output, tuple) else (output, None)
+        x_BTD = torch.add(x_BTD, self.ffn_post_norm(output_BTD), alpha=factor)
+        return x_BTD if routing is None else (x_BTD, routing)
 
 
 def feed_forward(shape: LlamaShape) -> nn.Module:
     """Return the feed-forward of a block, (B, T, D) -> (B, T, D), with experts also -> `models.moe.routing_sums`."""
     if shape.experts:
-        return MoE(shape.dim, shape.ffn_dim, shape.experts, shape.top_k)
-    return FeedForward(shape.dim, shape.ffn_dim)
+        return MoE(shape.dim, shape.ffn_dim, shape.experts, shape.top_k, shape.activation)
+    return FeedForward(shape.dim, shape.ffn_dim, shape.activation)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """A gated feed-forward (Shazeer 2020, arXiv 2002.05202): SwiGLU or GeGLU."""
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, activation: Activation = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.w_gate = nn.Linear(dim, ffn_dim, bias=False)
         self.w_up = nn.Linear(dim, ffn_dim, bias=False)
         self.w_down = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden_BTF = F.silu(self.w_gate(x_BTD)) * self.w_up(x_BTD)
+        hidden_BTF = activate(self.w_gate(x_BTD), self.activation) * self.w_up(x_BTD)
         out_BTD: Tensor = self.w_down(hidden_BTF)
         return out_BTD
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.dim, self.eps = dim, eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.rms_norm(x_BTD, (self.dim,), self.weight, self.eps)
-
-
-class VocabularyShard(VocabReduce, Protocol):
-    """The shard of the vocabulary that this process holds; tensor parallelism sets it on the head."""
-
-    def local(self, x_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Return both as plain tensors, the weight with this process's rows only, and the index of its first row."""
-        ...
-
-
-class LMHead(nn.Linear):
-    """The output projection, which returns logits or, given labels, the loss.
-
-    The loss is computed inside this module, so that FSDP2, which gathers weights for a module's forward, covers it. A
-    tied head has no parameter, so that the shared matrix has a single name.
-    """
-
-    def __init__(self, dim: int, vocab_size: int, *, tied: bool) -> None:
-        super().__init__(dim, vocab_size, bias=False)
-        if tied:
-            self.register_parameter("weight", None)
-        self.vocab_shard: VocabularyShard | None = None
-        self._compiled_loss = False
-
-    def compile(self, *_: Any, **__: Any) -> None:
-        """Compile the loss only. The matrix products around it, and logits, are single kernels already."""
-        self._compiled_loss = True
-
-    def forward(self, x_BTD: Tensor, labels_BT: Tensor | None = None, tied_weight_VD: Tensor | None = None) -> Tensor:
-        weight_VD = self.weight if tied_weight_VD is None else tied_weight_VD
-        if labels_BT is None:
-            return F.linear(x_BTD, weight_VD)
-        vocab_start = 0
-        if self.vocab_shard is not None:
-            x_BTD, weight_VD, vocab_start = self.vocab_shard.local(x_BTD, weight_VD)
-        return chunked_cross_entropy(
-            x_BTD.flatten(0, 1),
-            weight_VD,
-            labels_BT.flatten(),
-            vocab_start=vocab_start,
-            vocab_reduce=self.vocab_shard,
-            compiled=self._compiled_loss,
-        )

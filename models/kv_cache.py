@@ -11,99 +11,118 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention import AttentionRule, causal_attention, masked_attention
 from models.presets import LlamaShape
-from models.rope import rope_table
 
 
 class KeyValueCache:
-    """A cache of `capacity` tokens for each row, allocated once."""
+    """A cache of `capacity` tokens for each row, allocated once. A layer with a sliding window keeps only a window."""
 
     def __init__(
         self,
         shape: LlamaShape,
-        rope_frequencies_C: Tensor,
+        ropes: Sequence[Tensor],
         *,
         padding: Sequence[int],
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`padding` is the number of padding tokens of each row."""
-        rows = len(padding)
-        self.length = 0
-        """Number of slots in use."""
-        self.layers = [
-            LayerCache(torch.empty(2, rows, shape.kv_heads, capacity, shape.head_width, device=device, dtype=dtype))
-            for _ in range(shape.layers)
-        ]
-        self._rope = rope_table(capacity, rope_frequencies_C).unsqueeze(1)  # (2, 1, S, 1, C)
-        self._valid_BS: Tensor | None = None
+        """`ropes` are RoPE tables of `capacity` positions; `padding` is the number of padding tokens of each row."""
+        self.length, self.capacity = 0, capacity
+        first_B1: Tensor | None = None
+        self._ropes = [rope.unsqueeze(1) for rope in ropes]  # (2, 1, S, 1, R)
         if any(padding):
             first_B1 = torch.tensor(padding, device=device).unsqueeze(-1)
-            slots_S = torch.arange(capacity, device=device)
-            self._valid_BS = slots_S >= first_B1
-            self._rope = self._rope[:, 0, (slots_S - first_B1).clamp(min=0)]  # (2, B, S, 1, C)
+            positions_BS = (torch.arange(capacity, device=device) - first_B1).clamp(min=0)
+            self._ropes = [rope[:, positions_BS] for rope in ropes]  # (2, B, S, 1, R)
+        windows = [min(capacity, shape.window_of(layer) or capacity) for layer in range(shape.layers)]
+        self._slots = {window: _Slots(window, first_B1, device) for window in windows}
+        self.layers = [
+            LayerCache(
+                torch.empty(2, len(padding), shape.kv_heads, window, shape.head_width, device=device, dtype=dtype),
+                self._slots[window],
+            )
+            for window in windows
+        ]
 
-    def extend(self, tokens: int) -> Tensor:
-        """Allocate the next `tokens` slots and return the RoPE table of their positions, (2, 1 or B, T, 1, C).
+    def extend(self, tokens: int) -> list[Tensor]:
+        """Make room for `tokens` new tokens and return the RoPE tables of their positions, (2, 1 or B, T, 1, R).
 
         Raises ValueError if the cache is full.
         """
-        capacity = self._rope.shape[2]
         start, self.length = self.length, self.length + tokens
-        if self.length > capacity:
-            raise ValueError(f"{self.length} tokens exceed the capacity of the cache, {capacity}")
-        mask = self._mask(start)
-        for layer in self.layers:
-            layer.start, layer.end, layer.mask = start, self.length, mask
-        return self._rope[:, :, start : self.length]
+        if self.length > self.capacity:
+            raise ValueError(f"{self.length} tokens exceed the capacity of the cache, {self.capacity}")
+        for slots in self._slots.values():
+            slots.extend(start, self.length)
+        return [rope[:, :, start : self.length] for rope in self._ropes]
 
-    def _mask(self, start: int) -> Tensor | None:
-        """Return the mask (B or 1, 1, T, S) of new tokens; None if they attend to all slots (T = 1) or causally (start
-        = 0)."""
-        end = self.length
-        if end - start == 1:
-            return None if self._valid_BS is None else self._valid_BS[:, None, None, :end]
-        if start == 0 and self._valid_BS is None:
-            return None
-        slots_S = torch.arange(end, device=self._rope.device)
-        new_T1 = slots_S[start:, None]
-        mask_BTS = slots_S <= new_T1
-        if self._valid_BS is not None:
-            # Padding attends to itself: softmax over no slots would be nan, which would spread to the layers above.
-            mask_BTS = mask_BTS & (self._valid_BS[:, None, :end] | (slots_S == new_T1))
-        return mask_BTS.expand(-1, end - start, end).unsqueeze(1) if mask_BTS.dim() == 3 else mask_BTS[None, None]
+
+class _Slots:
+    """Where the layers with the same window store the new tokens, and what those attend to.
+
+    Token t is stored in slot t modulo `count`, the window: what it overwrites, no later token attends to.
+    """
+
+    def __init__(self, count: int, first_B1: Tensor | None, device: torch.device) -> None:
+        """`first_B1` is the index of each row's first token that is not padding; None if there is no padding."""
+        self.count, self.first_B1, self.device = count, first_B1, device
+
+    def extend(self, start: int, end: int) -> None:
+        """Take the tokens from `start` to `end` as the new ones."""
+        count, tokens_T = self.count, torch.arange(start, end, device=self.device)
+        self.is_prompt = start == 0 and self.first_B1 is None
+        """Whether the new tokens are all that there are, without padding."""
+        self.used = min(end, count)
+        self.stored: slice | Tensor = slice(start, end) if end <= count else tokens_T[-count:] % count
+        """The slots of the new tokens, or of the last of them."""
+        self.earlier: Tensor | None = None
+        """The slots of the tokens before `start`, in order, if new ones overwrite tokens that new ones attend to."""
+        if end - start > 1 and end > count:
+            earlier = torch.arange(max(start - count, 0), start, device=self.device)
+            self.earlier, tokens_S = earlier % count, torch.cat((earlier, tokens_T))
+        else:  # the latest token in each slot
+            slots_S = torch.arange(self.used, device=self.device)
+            tokens_S = slots_S if end <= count else end - 1 - (end - 1 - slots_S) % count
+        self.mask: Tensor | None = None
+        """The mask (B or 1, 1, T, S) of the tokens that each new one attends to; None: all."""
+        if not self.is_prompt and (end - start > 1 or self.first_B1 is not None):
+            self.mask = self._mask(tokens_T, tokens_S)
+
+    def _mask(self, tokens_T: Tensor, tokens_S: Tensor) -> Tensor:
+        distance_TS = tokens_T.unsqueeze(-1) - tokens_S
+        mask_TS = (distance_TS >= 0) & (distance_TS < self.count)
+        if self.first_B1 is None:
+            return mask_TS[None, None]
+        # Padding attends to itself: softmax over no slots would be nan, which would spread to the layers above.
+        return (mask_TS & ((tokens_S >= self.first_B1).unsqueeze(1) | (distance_TS == 0))).unsqueeze(1)
 
 
 class LayerCache:
-    """The cache of one layer."""
+    """The keys and values of one layer."""
 
-    def __init__(self, both_2BKSC: Tensor) -> None:
+    def __init__(self, both_2BKSC: Tensor, slots: _Slots) -> None:
         self.keys_BKSC, self.values_BKSC = both_2BKSC
-        self.start = self.end = 0
-        self.mask: Tensor | None = None
+        self.slots = slots
 
-    def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, scale: float | None) -> Tensor:
+    def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, rule: AttentionRule) -> Tensor:
         """Store the new keys and values, and return the attention output over all stored ones, (B, H, T, C)."""
-        self.keys_BKSC[:, :, self.start : self.end] = k_BTKC.transpose(1, 2)
-        self.values_BKSC[:, :, self.start : self.end] = v_BTKC.transpose(1, 2)
-        k_BKSC, v_BKSC = self.keys_BKSC[:, :, : self.end], self.values_BKSC[:, :, : self.end]
-        rows, tokens, heads, width = q_BTHC.shape
+        slots, (rows, tokens, heads, width) = self.slots, q_BTHC.shape
+        k_BKTC, v_BKTC = k_BTKC.transpose(1, 2), v_BTKC.transpose(1, 2)
+        k_BKSC, v_BKSC = self.keys_BKSC[:, :, : slots.used], self.values_BKSC[:, :, : slots.used]
+        if slots.earlier is not None:
+            k_BKSC = torch.cat((self.keys_BKSC[:, :, slots.earlier], k_BKTC), 2)
+            v_BKSC = torch.cat((self.values_BKSC[:, :, slots.earlier], v_BKTC), 2)
+        self.keys_BKSC[:, :, slots.stored] = k_BKTC[:, :, -slots.count :]
+        self.values_BKSC[:, :, slots.stored] = v_BKTC[:, :, -slots.count :]
+        if slots.is_prompt:
+            return causal_attention(q_BTHC.transpose(1, 2), k_BKTC, v_BKTC, rule)
         if tokens > 1:
-            return F.scaled_dot_product_attention(
-                q_BTHC.transpose(1, 2),
-                k_BKSC,
-                v_BKSC,
-                attn_mask=self.mask,
-                is_causal=self.mask is None,
-                scale=scale,
-                enable_gqa=heads != k_BKSC.shape[1],
-            )
+            return masked_attention(q_BTHC.transpose(1, 2), k_BKSC, v_BKSC, slots.mask, rule)
         # T = 1: treat the G query heads that share a key-value head as a dimension of tokens, so that no key is
         # repeated.
         q_BKGC = q_BTHC.view(rows, k_BKSC.shape[1], -1, width)
-        out_BKGC = F.scaled_dot_product_attention(q_BKGC, k_BKSC, v_BKSC, attn_mask=self.mask, scale=scale)
-        return out_BKGC.view(rows, heads, 1, width)
+        return masked_attention(q_BKGC, k_BKSC, v_BKSC, slots.mask, rule).view(rows, heads, 1, width)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
 
 from components.errors import InputError
 from components.units import Count, PositiveCount
 from models.mup import MuPConfig
 from models.parallel_plan import ParallelPlan, llama_parallel_plan
-from models.presets import PRESETS, LlamaShape, PresetName
+from models.presets import PRESETS, Activation, LlamaShape, NormPlacement, PresetName, QKNorm
 from models.rope import RopeScaling
 from models.router_loss import RouterLossConfig
+from models.shape_checks import check_shape
 
 if TYPE_CHECKING:
     from models.decoder import Decoder
+
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 @dataclass(kw_only=True)
@@ -44,11 +49,42 @@ class Llama:
     rope_theta: float | None = None
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Llama 3's scaling of the rotary frequencies; { factor = 1 } disables that of the preset."""
+    """Scaling of the rotary frequencies; { factor = 1 } disables that of the preset."""
     tied_embeddings: bool | None = None
     """Whether the output projection is the embedding matrix."""
     max_sequence_length: PositiveCount | None = None
     """Longest sequence the model accepts, in tokens."""
+    activation: Activation | None = None
+    """Activation of the gated feed-forward: "silu" (SwiGLU), or "gelu_tanh" (GeGLU, Gemma)."""
+    norm_placement: NormPlacement | None = None
+    """Norms before attention and feed-forward ("pre", Llama), after them ("post", OLMo 2), or "both" (Gemma 2)."""
+    zero_centered_norm: bool | None = None
+    """Gains of norms are 1 + weight, so that weight decay pulls them to one and not to zero (Gemma)."""
+    scaled_embeddings: bool | None = None
+    """Multiply embeddings by sqrt(dim) (Gemma)."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values (Qwen 2)."""
+    qk_norm: QKNorm | None = None
+    """RMSNorm of queries and keys: "per_head" before rotary embedding (Qwen 3, Gemma 3) or "per_head_after_rope"
+    (Hunyuan), or over "all_heads" together (OLMo 2); "none": no norm."""
+    gated_attention: bool | None = None
+    """Multiply the attention output by a sigmoid of a linear function of the input (arXiv 2505.06708)."""
+    attention_scale: float | None = None
+    """Factor on attention logits; 0: 1 / sqrt(head_dim), and 1 / head_dim with muP."""
+    attention_softcap: float | None = None
+    """Bound attention logits by cap * tanh(logit / cap) (Gemma 2: 50); 0: unbounded."""
+    logit_softcap: float | None = None
+    """Bound output logits in the same way (Gemma 2: 30); 0: unbounded."""
+    sliding_window: Count | None = None
+    """Tokens that a token attends to, itself included; 0: all before it."""
+    global_attention_interval: Count | None = None
+    """Every n-th layer attends to all tokens, without the window (Gemma 3: 6, OLMo 3: 4, Gemma 2: 2); 0: none."""
+    partial_rotary_factor: float | None = None
+    """Fraction of the channels of a head that rotate, the first ones."""
+    rope_local_theta: float | None = None
+    """rope_theta of the layers with a window, which then have no rope_scaling; 0: those of the other layers."""
+    no_rope_interval: Count | None = None
+    """Every n-th layer has no rotary embedding (NoPE, arXiv 2501.18795; SmolLM 3: 4); 0: none."""
     vocab_size: PositiveCount | None = None
     """Rows of the embedding; unset: the tokenizer's vocabulary. A larger number pads it, for example to a multiple of
     128."""
@@ -58,41 +94,18 @@ class Llama:
     """Divide init_std by sqrt(2 * layers) for the matrices that write into the residual stream, wo and w_down."""
     mup: MuPConfig | None = None
     """Maximal update parametrization: one learning rate for every width. Unset: that of the preset, if it has one."""
+    z_loss_coefficient: NonNegative = 0.0
+    """Coefficient of the squared log-partition of the output logits, which keeps them from drifting (PaLM: 1e-4)."""
     router: RouterLossConfig | None = None
     """Auxiliary losses of the routers, with experts."""
 
     def __post_init__(self) -> None:
-        shape = self.resolved_shape
-        if shape.heads % shape.kv_heads:
-            raise InputError(
-                "kv_heads",
-                f"{shape.kv_heads} does not divide the {shape.heads} heads; "
-                f"use {_nearest_divisor(shape.heads, shape.kv_heads)}",
-            )
-        if shape.head_dim is None and shape.dim % shape.heads:
-            raise InputError(
-                "heads",
-                f"{shape.heads} does not divide dim = {shape.dim}; "
-                f"use {_nearest_divisor(shape.dim, shape.heads)}, or set head_dim",
-            )
-        if shape.head_width % 2:
-            raise InputError(
-                "head_dim",
-                f"{shape.head_width} is odd, and rotary embedding turns channels in pairs; use {shape.head_width + 1}",
-            )
-        if shape.experts and not 1 <= shape.top_k <= shape.experts:
-            given = f"{shape.top_k} of {shape.experts} experts" if shape.top_k else "required with experts"
-            raise InputError("top_k", f"{given}; use 1 to {shape.experts}")
+        check_shape(self.resolved_shape)
         for key in ("top_k", "router"):
-            if getattr(self, key) is not None and not shape.experts:
+            if getattr(self, key) is not None and not self.resolved_shape.experts:
                 raise InputError(key, f"has no effect without experts; set experts, or remove {key}")
-        for key, value in {
-            "norm_eps": shape.norm_eps,
-            "rope_theta": shape.rope_theta,
-            "init_std": self.init_std,
-        }.items():
-            if not value > 0:
-                raise InputError(key, f"{value} must be above 0")
+        if not self.init_std > 0:
+            raise InputError("init_std", f"{self.init_std} must be above 0")
 
     @property
     def resolved_shape(self) -> LlamaShape:
@@ -109,7 +122,7 @@ class Llama:
             raise InputError("kv_heads", f"{shape.kv_heads} cannot be divided among parallel.tp = {tp} ranks")
         if not shape.experts and shape.ffn_dim % tp:
             raise InputError("ffn_dim", f"{shape.ffn_dim} cannot be divided among parallel.tp = {tp} ranks")
-        return llama_parallel_plan(shape.layers, tied=shape.tied_embeddings, experts=bool(shape.experts))
+        return llama_parallel_plan(shape)
 
     def build(self, *, vocab_size: int, sequence_length: int) -> Decoder:
         """Return the decoder on the current device; its weights are set by `init_weights(seed)` or a checkpoint.
@@ -136,10 +149,6 @@ class Llama:
             self.vocab_size or vocab_size,
             init_std=self.init_std,
             depth_scaled_init=self.depth_scaled_init,
+            z_loss_coefficient=self.z_loss_coefficient,
             router=self.router,
         )
-
-
-def _nearest_divisor(number: int, wish: int) -> int:
-    """Return the divisor of `number` closest to `wish`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wish))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from components.token_ids import IGNORE_INDEX
+from models.z_loss import ZLoss
 
 
 class VocabReduce(Protocol):
@@ -64,8 +65,12 @@ def chunked_cross_entropy(
     vocab_start: int = 0,
     vocab_reduce: VocabReduce | None = None,
     compiled: bool = False,
+    softcap: float = 0.0,
+    z_loss: ZLoss | None = None,
 ) -> Tensor:
     """Return the sum over tokens of -log softmax(x @ weight.T)[label], () float32 (float64 for float64 inputs).
+
+    With `softcap`, the logits z are cap * tanh(z / cap). The gradient includes that of `z_loss`; the value does not.
 
     Under autocast the matrix products run in the autocast dtype; softmax, loss and the sum over chunks of the weight
     gradient are in float32. `chunk_tokens` is n; see `default_chunk`. `compiled` fuses the element-wise operations on
@@ -88,6 +93,8 @@ def chunked_cross_entropy(
         vocab_start,
         vocab_reduce,
         compiled and vocab_reduce is None,
+        softcap,
+        z_loss,
     )
     return loss
 
@@ -106,6 +113,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_start: int,
         vocab_reduce: VocabReduce | None,
         compiled: bool,
+        softcap: float,
+        z_loss: ZLoss | None,
     ) -> Tensor:
         device = x_ND.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -115,19 +124,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x_ND.new_zeros((), dtype=exact)
         d_x_ND = torch.empty_like(x_ND) if gradients else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=exact) if gradients else None
+        z_coefficient = 0.0 if z_loss is None else z_loss.coefficient
 
         for start in range(0, len(x_ND), chunk):
             x_nD, labels_n = x_ND[start : start + chunk], labels_N[start : start + chunk]
             logits_nV = x_nD @ weight_VD.T  # in the dtype of the products
             d_logits_nV: Tensor | None
             if compiled:
-                chunk_loss, d_logits_nV = _compiled_loss()(logits_nV, labels_n)
+                chunk_loss, log_sum_n1, d_logits_nV = _compiled_loss()(logits_nV, labels_n, softcap, z_coefficient)
             else:
-                chunk_loss, d_logits_nV = _loss_of_chunk(
-                    logits_nV, labels_n, exact, vocab_start, vocab_reduce, gradients
+                chunk_loss, log_sum_n1, d_logits_nV = _loss_of_chunk(
+                    logits_nV, labels_n, exact, vocab_start, vocab_reduce, gradients, softcap, z_coefficient
                 )
             del logits_nV  # free it before the products below allocate
             loss += chunk_loss
+            if z_loss is not None:
+                z_loss.accumulate(log_sum_n1.squeeze(-1), labels_n != IGNORE_INDEX)
             if d_x_ND is None or d_weight_VD is None or d_logits_nV is None:
                 continue
 
@@ -154,7 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("chunked_cross_entropy: backward can run only once; call the loss again")
         # Scaled in place and returned without a copy, because they are large.
         (d_x_ND, d_weight_VD), ctx.gradients = ctx.gradients, None
-        return d_x_ND.mul_(d_loss), d_weight_VD.mul_(d_loss), None, None, None, None, None, None
+        return d_x_ND.mul_(d_loss), d_weight_VD.mul_(d_loss), None, None, None, None, None, None, None, None
 
 
 def _loss_of_chunk(
@@ -164,11 +176,19 @@ def _loss_of_chunk(
     vocab_start: int,
     vocab_reduce: VocabReduce | None,
     gradients: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the summed loss () of a chunk, in dtype `exact`, and with `gradients` its gradient, softmax minus one-hot,
-    (n, V) in the dtype of the logits. Rows of ignored labels are not zeroed in the gradient.
+    softcap: float,
+    z_coefficient: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the summed loss () of a chunk and the log-partition (n, 1), in dtype `exact`, and with `gradients` the
+    gradient of the logits, softmax minus one-hot, (n, V) in their dtype. Rows of ignored labels are not zeroed in it.
     """
+    dtype = logits_nV.dtype
+    if softcap:
+        tanh_nV = torch.tanh(logits_nV.to(exact) / softcap)
+        logits_nV = softcap * tanh_nV
+    first_n1 = logits_nV[:, :1].to(exact)
     log_p_nV = _log_softmax(logits_nV, exact, vocab_reduce)
+    log_sum_n1 = first_n1 - log_p_nV[:, :1]
     here_n1 = (labels_n != IGNORE_INDEX).unsqueeze(-1)  # rows whose label is in this process's vocabulary shard
     # column of the label in this shard; 0 for ignored labels
     row_n1 = labels_n.masked_fill(labels_n == IGNORE_INDEX, vocab_start).unsqueeze(-1) - vocab_start
@@ -179,24 +199,40 @@ def _loss_of_chunk(
     # this shard's part of the loss; the caller sums it over the processes
     loss = -log_p_nV.gather(-1, row_n1).masked_fill_(~here_n1, 0).sum()
     if not gradients:
-        return loss, None
-    # in place: softmax (n, V), then minus 1 at the label
-    return loss, log_p_nV.exp_().scatter_add_(-1, row_n1, -here_n1.to(exact)).to(logits_nV.dtype)
+        return loss, log_sum_n1, None
+    d_logits_nV = log_p_nV.exp_()  # in place: softmax (n, V), then minus 1 at the label
+    if z_coefficient:
+        d_logits_nV.mul_(1 + 2 * z_coefficient * log_sum_n1)
+    d_logits_nV.scatter_add_(-1, row_n1, -here_n1.to(exact))
+    if softcap:  # the derivative of cap * tanh(z / cap)
+        d_logits_nV.mul_(1 - tanh_nV * tanh_nV)
+    return loss, log_sum_n1, d_logits_nV.to(dtype)
 
 
-def _fusible_loss(logits_nV: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor]:
+def _fusible_loss(
+    logits_nV: Tensor, labels_n: Tensor, softcap: float, z_coefficient: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return `_loss_of_chunk` of a single process, from float32 operations that compile to one pass over the logits."""
     z_nV = logits_nV.float()
+    if softcap:
+        tanh_nV = torch.tanh(z_nV / softcap)
+        z_nV = softcap * tanh_nV
     log_sum_n1 = torch.logsumexp(z_nV, -1, keepdim=True)
     counted_n = labels_n != IGNORE_INDEX
     row_n1 = labels_n.masked_fill(~counted_n, 0).unsqueeze(-1)
     loss = ((log_sum_n1 - z_nV.gather(-1, row_n1)).squeeze(-1) * counted_n).sum()
     one_hot_nV = torch.arange(z_nV.shape[1], device=z_nV.device) == row_n1
-    return loss, ((z_nV - log_sum_n1).exp() - one_hot_nV.float()).to(logits_nV.dtype)
+    p_nV = (z_nV - log_sum_n1).exp()
+    if z_coefficient:
+        p_nV = p_nV * (1 + 2 * z_coefficient * log_sum_n1)
+    d_logits_nV = p_nV - one_hot_nV.float()
+    if softcap:
+        d_logits_nV = d_logits_nV * (1 - tanh_nV * tanh_nV)
+    return loss, log_sum_n1, d_logits_nV.to(logits_nV.dtype)
 
 
 @cache
-def _compiled_loss() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_loss() -> Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]:
     # static shapes: at most two, because only the last chunk of a micro-batch may be shorter
     return torch.compile(_fusible_loss, dynamic=False)
 

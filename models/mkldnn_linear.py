@@ -17,10 +17,11 @@ MIN_WEIGHTS = 2**17
 
 
 class MkldnnLinear(nn.Module):
-    """A linear layer without bias, equal to nn.Linear up to the order of its sums. It has no gradient."""
+    """A linear layer, equal to nn.Linear up to the order of its sums. It has no gradient."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
         super().__init__()
+        self.constant_bias = None if bias_O is None else bias_O.detach()
         self.reordered_weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
         self.product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -28,7 +29,7 @@ class MkldnnLinear(nn.Module):
         """Return (..., O) for `x` (..., I). The other arguments are those of `LMHead`; a loss is not supported."""
         if labels is not None:
             raise ValueError("a model with MkldnnLinear layers returns logits only; call it without labels")
-        y: Tensor = self.product(x, self.reordered_weight, None, "none", [], "")
+        y: Tensor = self.product(x, self.reordered_weight, self.constant_bias, "none", [], "")
         return y
 
 
@@ -45,10 +46,10 @@ def use_mkldnn_linear(model: nn.Module, tied_weight: Tensor) -> None:
         if isinstance(parent, MoE):  # reads the weight of its router directly, in float32
             continue
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and layer.bias is None:
+            if isinstance(layer, nn.Linear):
                 weight = tied_weight if layer.weight is None else layer.weight
                 if weight.numel() >= MIN_WEIGHTS:
-                    setattr(parent, name, MkldnnLinear(weight))
+                    setattr(parent, name, MkldnnLinear(weight, layer.bias))
 
 
 def has_bf16_kernels() -> bool:

@@ -19,14 +19,20 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from models.grouped_linear import GroupedLinear, local_weight
+from models.presets import Activation
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Return the activation of a gated feed-forward; "gelu_tanh" is the tanh approximation of GELU, as in Gemma."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
 
 
 class MoE(nn.Module):
     """SwiGLU experts and their router. Router logits are float32, because rounded logits are often equal."""
 
-    def __init__(self, dim: int, ffn_dim: int, experts: int, top_k: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, experts: int, top_k: int, activation: Activation = "silu") -> None:
         super().__init__()
-        self.experts, self.top_k = experts, top_k
+        self.experts, self.top_k, self.activation = experts, top_k, activation
         self.router = nn.Linear(dim, experts, bias=False)
         self.w_gate_up = GroupedLinear(experts, dim, 2 * ffn_dim)  # gate first
         self.w_down = GroupedLinear(experts, ffn_dim, dim)
@@ -57,7 +63,9 @@ class MoE(nn.Module):
         weight_S = _PermuteRows.apply(weight_Nk, source_S, slot_Nk)
         gate_SF, up_SF = self.w_gate_up(x_SD, ends_E).chunk(2, -1)
         # apply the router weights before w_down, which is linear: rows of width F are narrower than those of width D
-        y_SD = self.w_down(F.silu(gate_SF) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E)
+        y_SD = self.w_down(
+            activate(gate_SF, self.activation) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E
+        )
         out_ND = _Unpermute.apply(y_SD, source_S, slot_Nk)
         return out_ND.view_as(x_BTD), routing_sums(logits_NE, ends_E)
 

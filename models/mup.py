@@ -1,7 +1,8 @@
 """Maximal update parametrization (muP; Yang et al. 2022, arXiv 2203.03466): one learning rate for every width.
 
 The variant of PowerLM (arXiv 2408.13359), which divides the logits by the width multiple, so that the embedding and the
-output matrix have the same rules and can be tied. Rules are selected by parameter name, not by attributes of tensors,
+output matrix have the same rules and can be tied. CompleteP (Dey et al. 2025, arXiv 2505.01618, alpha = 1) extends it
+to one learning rate for every depth. Rules are selected by parameter name, not by attributes of tensors,
 which FSDP2 and DTensor would lose. See docs/mup.md.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -31,6 +32,7 @@ RULES = {
     "tok_embeddings.weight": Rule(init_std=0, lr=0),  # also the head, if tied
     "output.weight": Rule(init_std=0, lr=0),
     "layers.*.attention.w*.weight": Rule(init_std=-0.5, lr=-1),
+    "layers.*.attention.w*.bias": Rule(init_std=0, lr=0),
     "layers.*.feed_forward.w_*.weight": Rule(init_std=-0.5, lr=-1),  # also those of experts
     "layers.*.feed_forward.router.weight": Rule(init_std=-0.5, lr=-1),
     "*norm.weight": Rule(init_std=0, lr=0),
@@ -54,6 +56,17 @@ class MuP:
     """Factor on the output of the embedding."""
     residual_multiplier: float = 1.0
     """Factor on the outputs of attention and feed-forward before they are added to the residual stream."""
+
+    depth: Literal["none", "completep"] = "none"
+    """"completep": residual branches are divided by layers / base_layers (CompleteP)."""
+    base_layers: int = 2
+    """The number of layers at which CompleteP's factor is 1."""
+
+    def residual_factor(self, layers: int) -> float:
+        """Return the factor on the outputs of attention and feed-forward in a model of `layers` layers."""
+        if self.depth == "none":
+            return self.residual_multiplier
+        return self.residual_multiplier * self.base_layers / layers
 
     def width_multiple(self, dim: int) -> float:
         """Return m_width = dim / base_width, by which logits are divided."""
@@ -97,6 +110,11 @@ class MuPConfig:
     """Factor on the output of the embedding; default 1."""
     residual_multiplier: Multiplier | None = None
     """Factor on the outputs of attention and feed-forward before they are added to the residual stream; default 1."""
+    depth: Literal["none", "completep"] | None = None
+    """"completep": divide that factor by layers / base_layers, and do not scale initial weights with depth, so that one
+    learning rate also fits every number of layers (Dey et al. 2025, arXiv 2505.01618); default "none"."""
+    base_layers: PositiveCount | None = None
+    """The number of layers where the learning rate was tuned, for depth = "completep"; default 2."""
 
     def override(self, of_preset: MuP | None) -> MuP | None:
         """Return the muP of a preset with these keys applied; None if disabled."""
@@ -107,4 +125,6 @@ class MuPConfig:
             base_width=self.base_width or base.base_width,
             embedding_multiplier=self.embedding_multiplier or base.embedding_multiplier,
             residual_multiplier=self.residual_multiplier or base.residual_multiplier,
+            depth=self.depth or base.depth,
+            base_layers=self.base_layers or base.base_layers,
         )

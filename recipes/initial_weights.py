@@ -21,7 +21,7 @@ from components.paths import is_file
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from components.storage.address import display
 from models.hf.architectures import Architecture, architecture_from_config, architecture_from_model, match_tensors
-from models.hf.weights import RECOMPUTED_BUFFERS
+from models.hf.weights import RECOMPUTED_BUFFERS, Part
 from recipes.averages import find_average, load_weights
 from recipes.config import Config
 from recipes.resume import diff_config, find_checkpoint_at
@@ -30,7 +30,10 @@ from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
 
-COMPUTE_KEYS = ("norm_eps", "rope_theta", "rope_scaling", "mup", "top_k")
+COMPUTE_KEYS = (
+    "norm_eps", "rope_theta", "rope_scaling", "rope_local_theta", "mup", "top_k", "attention_scale",
+    "attention_softcap", "logit_softcap", "sliding_window", "global_attention_interval",
+)  # fmt: skip
 """Keys of [model] that do not change the shapes of weights, but what the model computes."""
 IGNORED_KEYS = ("size", "max_sequence_length")
 """Keys of [model] that are not compared."""
@@ -134,15 +137,16 @@ def copy_weights(model: nn.Module, weights: Weights | PickledWeights) -> None:
     """
     places = match_tensors(model, {name: described.shape for name, described in weights.specs.items()})
     require_equal_copies(weights, places)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _copy_parameter(parameter, weights, places[name])
+        for stored, part in places.items():
+            _copy_part(parameters[part.name], weights, stored, part)
 
 
-def require_equal_copies(weights: Weights | PickledWeights, places: dict[str, str]) -> None:
+def require_equal_copies(weights: Weights | PickledWeights, places: dict[str, Part]) -> None:
     """Raise ValueError if a tied matrix is stored twice with different values."""
-    for extra in sorted(weights.specs.keys() - set(places.values())):
-        twin = places["tok_embeddings.weight"]
+    for extra in sorted(weights.specs.keys() - places.keys()):
+        twin = next(stored for stored, part in places.items() if part.name == "tok_embeddings.weight")
         if weights.specs[extra] != weights.specs[twin] or not torch.equal(weights.read(extra), weights.read(twin)):
             raise ValueError(f"{extra} and {twin} differ, but config.json ties them; set tie_word_embeddings to false")
 
@@ -158,17 +162,29 @@ def copy_sharded(parameter: Tensor, full: Tensor) -> None:
         parameter.copy_(full)
 
 
-def _copy_parameter(parameter: Tensor, weights: Weights | PickledWeights, stored: str) -> None:
-    if isinstance(parameter, DTensor) and all(type(p) in (Shard, Replicate) for p in parameter.placements):
-        shape, start = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        if 0 in shape:
-            return  # more ranks than rows: this rank holds no part of it
-        local_slices = tuple(slice(first, first + length) for first, length in zip(start, shape, strict=True))
-        parameter.to_local().copy_(weights.read(stored, local_slices))
-    else:  # not sharded, or strided over TP and FSDP: a rank's rows are not contiguous
+def _copy_part(parameter: Tensor, weights: Weights | PickledWeights, stored: str, part: Part) -> None:
+    if not part.bounds and not _is_contiguous_shard(parameter):
         copy_sharded(parameter, weights.read(stored).to(parameter.dtype))
+        return
+    local, start = parameter, (0,) * parameter.dim()
+    if isinstance(parameter, DTensor):
+        _, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        local = parameter.to_local()
+    # the part in the coordinates of the whole parameter, and what this rank has of it
+    bounds = [*part.bounds, *((0, size) for size in parameter.shape[len(part.bounds) :])]
+    first = [max(low, offset) for (low, _), offset in zip(bounds, start, strict=True)]
+    last = [min(high, offset + size) for (_, high), offset, size in zip(bounds, start, local.shape, strict=True)]
+    if any(low >= high for low, high in zip(first, last, strict=True)):
+        return  # this rank holds no part of it
+    target = local[tuple(slice(low - o, high - o) for low, high, o in zip(first, last, start, strict=True))]
+    source = tuple(slice(low - b[0], high - b[0]) for low, high, b in zip(first, last, bounds, strict=True))
+    tensor = weights.read(stored, source[1:] if part.bounds else source)
+    target.copy_(tensor.unsqueeze(0) if part.bounds else tensor)
+
+
+def _is_contiguous_shard(parameter: Tensor) -> bool:
+    """Return whether this rank holds a box of the parameter; strided over TP and FSDP, its rows are not contiguous."""
+    return not isinstance(parameter, DTensor) or all(type(p) in (Shard, Replicate) for p in parameter.placements)
 
 
 def _require_same_shape(

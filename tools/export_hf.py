@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from components.safetensors import TensorSpec, new_directory, parse_bytes, write
 from components.standard_streams import run_command
 from components.token_ids import first_input
 from components.tokenizers.hf_conversion import save
-from models.hf.architectures import architecture_from_model
+from models.hf.architectures import architecture_from_model, part_shapes
 from recipes.averages import StoredAverage, find_average, load_weights
 from recipes.config import Config, ConfigError
 from recipes.resume import find_checkpoint_at
@@ -85,19 +85,18 @@ def export(
         )
     name, architecture = architecture_from_model(model)
     entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
-    model_names = {hf_name: model_name for model_name, hf_name in architecture.hf_names(model).items()}
+    parts = architecture.hf_parts(model)
     parameters = dict(model.named_parameters())
     tensors = {
-        hf_name: TensorSpec(tuple(parameters[model_name].shape), dtype or parameters[model_name].dtype)
-        for hf_name, model_name in model_names.items()
+        hf_name: TensorSpec(shape, dtype or parameters[parts[hf_name].name].dtype)
+        for hf_name, shape in part_shapes(model, parts).items()
     }
 
     def read(group: Sequence[str]) -> dict[str, Tensor]:
+        whole = read_model(checkpoint, parameters, {parts[hf_name].name for hf_name in group}, stored_average)
         return {
-            hf_name: tensor.to(tensors[hf_name].dtype)
-            for hf_name, tensor in read_model(
-                checkpoint, parameters, {hf_name: model_names[hf_name] for hf_name in group}, stored_average
-            ).items()
+            hf_name: parts[hf_name].of(whole[parts[hf_name].name]).to(tensors[hf_name].dtype).contiguous()
+            for hf_name in group
         }
 
     with new_directory(output, force=force) as temporary:
@@ -116,13 +115,12 @@ def export(
 def read_model(
     checkpoint: Path,
     parameters: Mapping[str, nn.Parameter],
-    wanted: Mapping[str, str],
+    names: Iterable[str],
     average: StoredAverage | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors that `wanted` names, unsharded and on the CPU; no others are read."""
-    tensors = {key: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for key, name in wanted.items()}
-    weights = {wanted[key]: tensor for key, tensor in tensors.items()}
-    load_weights(checkpoint, weights, average, no_dist=True)
+    """Return the parameters `names`, unsharded and on the CPU; no others are read."""
+    tensors = {name: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for name in names}
+    load_weights(checkpoint, tensors, average, no_dist=True)
     return tensors
 
 

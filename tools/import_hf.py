@@ -99,7 +99,8 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         require_equal_copies(weights, places)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
-    source = {hf_name: places[model_name] for model_name, hf_name in architecture.hf_names(model).items()}
+    stored_as = {part: stored for stored, part in places.items()}
+    source = {hf_name: stored_as[part] for hf_name, part in architecture.hf_parts(model).items()}
     tensors = {hf_name: weights.specs[stored] for hf_name, stored in source.items()}
 
     with new_directory(output, force=force) as temporary:

@@ -107,6 +107,29 @@ class SequenceAllReduce(ParallelStyle):
         return module
 
 
+class ChannelParallelNorm(ParallelStyle):
+    """Shard an RMSNorm over channels of which each rank holds a part; the mean square is that of all of them."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for key, parameter in module.named_parameters(recurse=False):
+            part = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(key, nn.Parameter(part))
+        module.channel_reduce = DifferentiableSum(device_mesh)  # type: ignore[assignment]
+        return module
+
+
+class DifferentiableSum:
+    """The sum over the TP ranks of a tensor, each of which uses it for other channels."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum. Its gradient is the sum of the ranks' gradients."""
+        summands = DTensor.from_local(tensor, self.mesh, [Partial()], run_check=False)
+        return summands.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
 def _full_tensor(output: Tensor) -> Tensor:
     """Return full logits; a loss is already equal on all ranks."""
     return output.full_tensor() if isinstance(output, DTensor) else output
@@ -129,6 +152,9 @@ class VocabParallelEmbedding(RowwiseParallel):
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "embedding": VocabParallelEmbedding,
     "sequence": SequenceParallel,
+    "sequence_to_local": lambda: SequenceParallel(use_local_output=True),
+    "heads": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+    "channels": ChannelParallelNorm,
     "gather_sequence": GatherSequence,
     "columns": ColwiseParallel,
     "rows": lambda: RowwiseParallel(output_layouts=SEQUENCE),

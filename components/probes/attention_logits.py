@@ -21,14 +21,24 @@ from components.probes.probed_step import ProbedStep
 from components.units import PositiveCount
 
 
+class AttentionRule(Protocol):
+    """What the logits of a layer are, as in models/attention.py."""
+
+    scale: float | None
+    """Factor on the logits; None: 1 / sqrt(C)."""
+    window: int
+    """Number of tokens that a query attends to, its own included; 0: all before it."""
+    softcap: float
+    """Bound of the logits: cap * tanh(logit / cap); 0: none."""
+
+
 @runtime_checkable
 class HasQueriesAndKeys(Protocol):
     """The `attention` of a block whose logits can be probed."""
 
-    scale: float | None
-    """Factor on the logits; None: 1 / sqrt(C)."""
+    rule: AttentionRule
 
-    def queries_and_keys(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x_BTD: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (B, T, H, C) and (B, T, K, C), from the first two arguments of `forward`.
 
         A third one may have `documents()`, which returns (B, T): tokens with different numbers do not attend to each
@@ -54,7 +64,7 @@ class AttentionLogits:
             if not isinstance(getattr(block, "attention", None), HasQueriesAndKeys):
                 raise InputError(
                     "use",
-                    f"needs an `attention` with `scale` and `queries_and_keys(x, rope)` in every block, and "
+                    f"needs an `attention` with `rule` and `queries_and_keys(x, rope)` in every block, and "
                     f"{layer.replace('_', ' ')} of {type(model).__name__} has none; remove this probe",
                 )
 
@@ -68,9 +78,10 @@ class AttentionLogits:
         def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
             x_BTD, rope, *rest = inputs
             q_BTHC, k_BTKC = (step.sample(each) for each in attention.queries_and_keys(x_BTD, rope))
-            documents_BT = step.sample(rest[0].documents()) if rest and hasattr(rest[0], "documents") else None
+            documents_BT = rest[0].documents() if rest and hasattr(rest[0], "documents") else None
+            documents_BT = None if documents_BT is None else step.sample(documents_BT)
             at_Q = query_positions(q_BTHC.shape[1], self.queries, q_BTHC.device)
-            largest, entropies = attention_statistics(q_BTHC, k_BTKC, at_Q, attention.scale, documents_BT)
+            largest, entropies = attention_statistics(q_BTHC, k_BTKC, at_Q, attention.rule, documents_BT)
             step.record_max(f"logit_max_{layer}", largest)
             step.record_mean(f"entropy_{layer}", entropies)
 
@@ -85,21 +96,27 @@ def query_positions(length: int, queries: int, device: torch.device) -> Tensor:
 
 
 def attention_statistics(
-    q_BTHC: Tensor, k_BTKC: Tensor, at_Q: Tensor, scale: float | None, documents_BT: Tensor | None
+    q_BTHC: Tensor, k_BTKC: Tensor, at_Q: Tensor, rule: AttentionRule, documents_BT: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the largest logit of each query, and its entropy in nats, both (B, K, G, Q), at least float32.
 
-    `at_Q` are the positions of the queries. A query attends to the keys up to its position, with `documents_BT` only to
-    those of its document. One sequence is computed at a time: its logits are (K, G, Q, T).
+    `at_Q` are the positions of the queries. A query attends to the keys up to its position within the window of
+    `rule`, with `documents_BT` only to those of its document. Logits are bounded by its softcap. One sequence is
+    computed at a time: its logits are (K, G, Q, T).
     """
     exact = torch.promote_types(q_BTHC.dtype, torch.float32)
-    causal_QT = at_Q.unsqueeze(1) >= torch.arange(q_BTHC.shape[1], device=q_BTHC.device)
-    scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
+    distance_QT = at_Q.unsqueeze(1) - torch.arange(q_BTHC.shape[1], device=q_BTHC.device)
+    visible_QT = distance_QT >= 0
+    if rule.window:
+        visible_QT = visible_QT & (distance_QT < rule.window)
+    scale = q_BTHC.shape[-1] ** -0.5 if rule.scale is None else rule.scale
     maxima, entropies = [], []
     for row in range(len(q_BTHC)):
         q_QKGC = q_BTHC[row, at_Q].to(exact).unflatten(1, (k_BTKC.shape[2], -1))
         logits_KGQT = torch.einsum("qkgc,tkc->kgqt", q_QKGC, k_BTKC[row].to(exact)) * scale
-        mask_QT = causal_QT
+        if rule.softcap:
+            logits_KGQT = rule.softcap * torch.tanh(logits_KGQT / rule.softcap)
+        mask_QT = visible_QT
         if documents_BT is not None:
             mask_QT = mask_QT & (documents_BT[row, at_Q].unsqueeze(1) == documents_BT[row])
         logits_KGQT = logits_KGQT.masked_fill(~mask_QT, -torch.inf)

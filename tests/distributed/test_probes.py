@@ -15,7 +15,7 @@ from components.data.sources.text_files import TextFiles
 from components.probes import Activations
 from components.tokenizers import Bytes
 from models.llama import Llama
-from models.rope import apply_rope, rope_table
+from models.rope import apply_rope
 from tests.conftest import TinyRun
 from tests.distributed.layouts import LAYOUTS, run_cases
 from tests.end_to_end.test_resume import tensors
@@ -137,7 +137,7 @@ class Reference:
         )
         self.model.init_weights(0)
         self.model.double()
-        self.rope = rope_table(SEQUENCE, self.model.rope_frequencies.on(torch.device("cpu")))
+        self.rope = self.model.rope.table(SEQUENCE, torch.device("cpu"))
 
     def gradients(self, sequences: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the gradient of the mean loss over the tokens of `sequences`, by parameter."""

@@ -14,10 +14,12 @@ from torch._dynamo.testing import CompileCounter
 from components.token_ids import IGNORE_INDEX
 from models import decoder as module
 from models.decoder import Decoder
-from models.document_attention import FlexDocumentAttention, PerDocumentSDPA, document_attention, document_positions
+from models.document_attention import PerDocumentAttention, document_attention, document_positions
+from models.flex_attention import FlexAttention
 from models.mup import MuP
 from models.presets import LlamaShape
 from models.rope import RopeScaling
+from tests.models.variants import combined_shapes
 
 pytestmark = [
     pytest.mark.quick,
@@ -35,6 +37,7 @@ SHAPES = {
     "experts": replace(SMALL, experts=4, top_k=2),
     "muP": replace(SMALL, mup=MuP(base_width=16, embedding_multiplier=3.0, residual_multiplier=0.4)),
 }
+SHAPES |= combined_shapes(replace(SMALL, layers=4))
 shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
 ENDS = [[4, 5, 13], [0, 9], [T - 1], []]
 """Of each row: neighbors, the two edges of a sequence, and no end at all."""
@@ -123,8 +126,8 @@ def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
         assert (difference[own] > 1e-6).all()
 
 
-def uncompiled(starts_BT: Tensor, head_width: int) -> FlexDocumentAttention:
-    return FlexDocumentAttention(starts_BT, compiled=False)
+def uncompiled(starts_BT: Tensor, head_width: int, windows: frozenset[int]) -> FlexAttention:
+    return FlexAttention(starts_BT.cumsum(-1), T, starts_BT.device, windows, compiled=False)
 
 
 @shapes
@@ -137,7 +140,7 @@ def test_flex_attention_equals_attention_per_document(size, monkeypatch):
         monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None, raising=False)
         logits = model(tokens())
         found.append((logits, *torch.autograd.grad(model(tokens(), labels()), list(model.parameters()))))
-    assert isinstance(document_attention(tokens() == END, 32), PerDocumentSDPA), "on a CPU"
+    assert isinstance(document_attention(tokens() == END, 32, frozenset({0})), PerDocumentAttention), "on a CPU"
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
@@ -147,12 +150,12 @@ def test_flex_attention_equals_attention_per_document(size, monkeypatch):
 def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
-    for way in (lambda starts_BT, head_width: PerDocumentSDPA(starts_BT), document_attention):
+    for way in (lambda starts_BT, *_: PerDocumentAttention(starts_BT), document_attention):
         monkeypatch.setattr(module, "document_attention", way)
         model = apart(replace(SMALL, dim=64)).float().cuda()
         loss = model(given, given.roll(-1, 1))
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    assert isinstance(document_attention(given == END, 16), FlexDocumentAttention)
+    assert isinstance(document_attention(given == END, 16, frozenset({0})), FlexAttention)
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
 

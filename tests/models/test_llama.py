@@ -9,8 +9,9 @@ import torch
 
 from models.decoder import Decoder
 from models.llama import Llama
+from models.norm import RMSNorm
 from models.presets import PRESETS, LlamaShape
-from models.rope import RopeScaling, rope_frequencies
+from models.rope import Rope, RopeScaling
 from models.router_loss import RouterLossConfig
 
 pytestmark = pytest.mark.quick
@@ -21,25 +22,51 @@ OTHER = {
     "heads": 8,
     "kv_heads": 4,
     "ffn_dim": 100,
-    "head_dim": 10,
+    "head_dim": 12,
     "norm_eps": 1e-3,
     "rope_theta": 77.0,
     "rope_scaling": RopeScaling(factor=2.0),
     "tied_embeddings": True,
     "max_sequence_length": 17,
+    "activation": "gelu_tanh",
+    "norm_placement": "both",
+    "zero_centered_norm": True,
+    "scaled_embeddings": True,
+    "qkv_bias": True,
+    "qk_norm": "per_head",
+    "gated_attention": True,
+    "attention_scale": 0.3,
+    "attention_softcap": 40.0,
+    "logit_softcap": 20.0,
+    "sliding_window": 8,
+    "partial_rotary_factor": 0.5,
+    "no_rope_interval": 2,
 }
 EXPERTS = {"experts": 6, "top_k": 3}
 """These two go together."""
+OF_A_WINDOW = {"global_attention_interval": 3, "rope_local_theta": 50.0}
+"""These need a window."""
 
 
 def test_every_number_of_a_size_has_another_value_here():
-    assert OTHER.keys() == {field.name for field in fields(LlamaShape)} - {"mup", *EXPERTS}  # tests/models/test_mup.py
+    assert OTHER.keys() == {field.name for field in fields(LlamaShape)} - {
+        "mup",
+        *EXPERTS,
+        *OF_A_WINDOW,
+    }  # tests/models/test_mup.py
     assert all(getattr(PRESETS["debug"], key) != value for key, value in OTHER.items())
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_key_overrides_its_number_and_no_other(key):
     assert Llama(**{key: OTHER[key]}).resolved_shape == replace(PRESETS["debug"], **{key: OTHER[key]})
+
+
+def test_keys_of_a_window_override_theirs():
+    shape = replace(PRESETS["debug"], sliding_window=8, **OF_A_WINDOW)
+    assert Llama(sliding_window=8, **OF_A_WINDOW).resolved_shape == shape
+    assert [shape.window_of(layer) for layer in range(6)] == [8, 8, 0, 8, 8, 0]
+    assert Llama(size="gemma3_1b", sliding_window=0, **dict.fromkeys(OF_A_WINDOW, 0)).resolved_shape.window_of(0) == 0
 
 
 def test_experts_can_be_given_to_a_size_and_taken_from_one():
@@ -67,17 +94,25 @@ def test_overrides_reach_the_decoder():
     assert list(model.layers) == ["0", "1", "2"]
     assert {name: tuple(p.shape) for name, p in model.layers["0"].named_parameters()} == {
         "attention_norm.weight": (96,),
-        "attention.wq.weight": (80, 96),
-        "attention.wk.weight": (40, 96),
-        "attention.wv.weight": (40, 96),
-        "attention.wo.weight": (96, 80),
+        "attention.wq.weight": (96, 96),
+        "attention.wq.bias": (96,),
+        "attention.wk.weight": (48, 96),
+        "attention.wk.bias": (48,),
+        "attention.wv.weight": (48, 96),
+        "attention.wv.bias": (48,),
+        "attention.wo.weight": (96, 96),
+        "attention.wg.weight": (96, 96),
+        "attention.q_norm.weight": (12,),
+        "attention.k_norm.weight": (12,),
+        "attention_post_norm.weight": (96,),
         "ffn_norm.weight": (96,),
+        "ffn_post_norm.weight": (96,),
         "feed_forward.w_gate.weight": (100, 96),
         "feed_forward.w_up.weight": (100, 96),
         "feed_forward.w_down.weight": (96, 100),
     }
-    assert {module.eps for name, module in model.named_modules() if name.endswith("norm")} == {1e-3}
-    assert model.rope_frequencies.values == rope_frequencies(10, 77.0, RopeScaling(factor=2.0))
+    assert {module.eps for name, module in model.named_modules() if isinstance(module, RMSNorm)} == {1e-3}
+    assert model.rope.frequencies() == Rope(6, 77.0, RopeScaling(factor=2.0)).frequencies()
     assert (model.init_std, model.depth_scaled_init) == (0.5, False)
 
 
@@ -87,8 +122,8 @@ def test_an_override_of_false_is_an_override():
 
 def test_a_factor_of_one_switches_the_scaling_of_a_size_off():
     shape = Llama(size="llama3_1b", rope_scaling=RopeScaling(factor=1)).resolved_shape
-    frequencies = rope_frequencies(shape.head_width, shape.rope_theta, shape.rope_scaling)
-    assert frequencies == pytest.approx(rope_frequencies(64, 500_000.0), rel=1e-15)
+    frequencies = Rope(shape.head_width, shape.rope_theta, shape.rope_scaling).frequencies()
+    assert frequencies == pytest.approx(Rope(64, 500_000.0).frequencies(), rel=1e-15)
 
 
 def test_head_dim_follows_an_overridden_dim_unless_given():
@@ -123,6 +158,17 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"init_std": 0.0}, r"^init_std: 0.0 must be above 0$"),
         ({"experts": 4}, r"^top_k: required with experts; use 1 to 4$"),
         ({"experts": 4, "top_k": 5}, r"^top_k: 5 of 4 experts; use 1 to 4$"),
+        ({"global_attention_interval": 2}, r"^global_attention_interval: has no effect without a window"),
+        ({"rope_local_theta": 5.0}, r"^rope_local_theta: has no effect without a window; set sliding_window, or"),
+        ({"sliding_window": 8, "global_attention_interval": 1}, r"^global_attention_interval: 1 makes every layer"),
+        ({"no_rope_interval": 1}, r"^no_rope_interval: 1 leaves no layer with rotary embedding; use at least 2$"),
+        ({"logit_softcap": -1.0}, r"^logit_softcap: -1.0 must be at least 0, which disables it$"),
+        ({"partial_rotary_factor": 0.0}, r"^partial_rotary_factor: 0.0 must be above 0 and at most 1$"),
+        ({"partial_rotary_factor": 0.1}, r"^partial_rotary_factor: 3 of 32 channels .*; use 0.125, which is 4$"),
+        (
+            {"size": "powerlm36m", "scaled_embeddings": True},
+            r"^scaled_embeddings: a factor of sqrt\(dim\) .*; use mup.embedding_multiplier$",
+        ),
         ({"top_k": 2}, r"^top_k: has no effect without experts; set experts, or remove top_k$"),
         ({"router": RouterLossConfig()}, r"^router: has no effect without experts; set experts, or remove router$"),
     ],

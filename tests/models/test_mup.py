@@ -25,7 +25,7 @@ from models.llama import Llama
 from models.mup import MuP, MuPConfig, rule_of
 from models.parallel_plan import llama_parallel_plan
 from models.presets import PRESETS, LlamaShape
-from models.rope import apply_rope, rope_table
+from models.rope import apply_rope
 from tools.coord_check import fit_slope
 
 pytestmark = pytest.mark.quick
@@ -60,7 +60,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def written_out(model: Decoder, tokens: Tensor, m: MuP | None) -> Tensor:
     """The logits of a Llama, or with the five changes of muP, line by line."""
     w, size = dict(model.named_parameters()), model.shape
-    x, rope = w["tok_embeddings.weight"][tokens], rope_table(T, model.rope_frequencies.on(tokens.device))
+    x, rope = w["tok_embeddings.weight"][tokens], model.rope.table(T, tokens.device)
     x = x if m is None else x * m.embedding_multiplier
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -178,10 +178,9 @@ def test_rules_find_their_parameters_under_tensor_parallelism_and_fsdp(tied, fou
     with torch.device("meta"):
         alone, divided = Decoder(size, V), Decoder(size, V)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel.apply_tensor_parallel(
-        divided, llama_parallel_plan(size.layers, tied=tied).tensor_parallel, mesh["tp"]
-    )
-    fsdp.apply_fsdp(divided, llama_parallel_plan(size.layers, tied=tied).fsdp_groups, mesh["dp"], torch.float32)
+    plan = llama_parallel_plan(size)
+    tensor_parallel.apply_tensor_parallel(divided, plan.tensor_parallel, mesh["tp"])
+    fsdp.apply_fsdp(divided, plan.fsdp_groups, mesh["dp"], torch.float32)
     assert all(isinstance(parameter, DTensor) for parameter in divided.parameters())
     for rule in ("lr_multiplier", "initial_std"):
         expected, found = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
 from models.decoder import Decoder
-from models.hf.config import hf_config
+from models.hf.architectures import architecture_from_model
 from models.presets import PRESETS, PresetName
 
 pytestmark = pytest.mark.quick
@@ -18,7 +17,7 @@ LLAMA3 = {"rms_norm_eps": 1e-5, "vocab_size": 128256, "max_position_embeddings":
 LAU = {"vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False}
 POWER = {"vocab_size": 49152, "max_position_embeddings": 4096, "tie_word_embeddings": True, "head_dim": 64}
 # fmt: off
-PUBLISHED = {  # their config.json; of the last seven, the tables of arXiv 2408.13359
+PUBLISHED = {  # their config.json; of PowerLM and PowerMoE, the tables of arXiv 2408.13359
     "microllama300m": LAU | {
         "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
         "intermediate_size": 5632, "head_dim": 64, "rms_norm_eps": 1e-5},
@@ -58,6 +57,18 @@ PUBLISHED = {  # their config.json; of the last seven, the tables of arXiv 2408.
     "powermoe3b": POWER | {
         "hidden_size": 1536, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
         "intermediate_size": 512, "num_local_experts": 40, "num_experts_per_tok": 8},
+    "qwen3_0.6b": {
+        "hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "intermediate_size": 3072, "head_dim": 128, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+        "vocab_size": 151936, "max_position_embeddings": 40960},
+    "olmo2_1b": {
+        "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "intermediate_size": 8192, "head_dim": 128, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+        "vocab_size": 100352, "max_position_embeddings": 4096},
+    "gemma3_1b": {
+        "hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "intermediate_size": 6912, "head_dim": 256, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
+        "vocab_size": 262144, "max_position_embeddings": 32768, "sliding_window": 512},
 }
 PARAMETERS = {  # of Llama 3 as published; all others, published as 304.6M, 1100.0M, 3426.5M, 12M ... 3.30B, to the unit
     "microllama300m": 304_636_928,
@@ -73,6 +84,9 @@ PARAMETERS = {  # of Llama 3 as published; all others, published as 304.6M, 1100
     "powerlm3b":      3_510_819_072,
     "powermoe1b":     1_334_625_280,
     "powermoe3b":     3_298_788_864,
+    "qwen3_0.6b":     596_049_920,
+    "olmo2_1b":       1_484_916_736,
+    "gemma3_1b":      999_885_952,
 }
 ACTIVE = {"powermoe1b": 377e6, "powermoe3b": 800e6}
 MULTIPLIERS = {  # m_width, m_emb, m_res; of PowerLM-3B the paper prints a width of 8, but 2304 / 256 = 9
@@ -80,6 +94,9 @@ MULTIPLIERS = {  # m_width, m_emb, m_res; of PowerLM-3B the paper prints a width
     "powerlm1b": (6, 12, 0.22), "powerlm3b": (9, 12, 0.22),
     "powermoe1b": (4, 12, 0.28), "powermoe3b": (6, 12, 0.22),
 }
+THETA = {"qwen3_0.6b": 1e6, "olmo2_1b": 5e5, "gemma3_1b": 1e6}
+GAINS = {"qwen3_0.6b": 2 * 128, "olmo2_1b": 2 * 2048, "gemma3_1b": 2 * 256 + 2 * 1152}
+"""Gains of norms in a layer, beside those of Llama."""
 SCALING = {"llama3_1b": 32.0, "llama3_3b": 32.0, "llama3_8b": 8.0}
 # fmt: on
 
@@ -90,21 +107,25 @@ def test_every_named_size_is_in_the_table_and_checked_here():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_size_has_the_dimensions_of_its_published_configuration(name):
-    config = hf_config(replace(PRESETS[name], mup=None), PUBLISHED[name]["vocab_size"])
+    with torch.device("meta"):
+        model = Decoder(PRESETS[name], PUBLISHED[name]["vocab_size"])
+    config = architecture_from_model(model)[1].hf_config(model)
     assert {key: config[key] for key in PUBLISHED[name]} == PUBLISHED[name]
-    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    rope = {"rope_type": "default", "rope_theta": THETA.get(name, 10_000.0)}
     if name in SCALING:
         rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": SCALING[name]}
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if name == "gemma3_1b":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
     assert config["rope_parameters"] == rope
 
 
-def closed_form(c: dict) -> int:
+def closed_form(c: dict, gains: int) -> int:
     """Parameters of a Llama from its configuration: embeddings, then attention, feed-forward and two norms a layer."""
     d, width = c["hidden_size"], c["head_dim"]
     attention = 2 * d * width * (c["num_attention_heads"] + c["num_key_value_heads"])
     experts = c.get("num_local_experts", 0)
-    layer = attention + 3 * d * c["intermediate_size"] * max(experts, 1) + d * experts + 2 * d
+    layer = attention + 3 * d * c["intermediate_size"] * max(experts, 1) + d * experts + 2 * d + gains
     return c["vocab_size"] * d * (1 if c["tie_word_embeddings"] else 2) + c["num_hidden_layers"] * layer + d
 
 
@@ -113,7 +134,7 @@ def test_a_size_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         model = Decoder(PRESETS[name], PUBLISHED[name]["vocab_size"])
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert closed_form(PUBLISHED[name]) == PARAMETERS[name]
+    assert closed_form(PUBLISHED[name], GAINS.get(name, 0)) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", ACTIVE)

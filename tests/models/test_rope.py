@@ -42,7 +42,7 @@ def test_rotation_is_multiplication_of_complex_numbers(width):
 def test_scores_depend_on_the_distance_of_two_positions_alone():
     length = 64
     q, k = torch.randn(2, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    table = rope_table(length, torch.tensor(rope_frequencies(100, 10_000.0, LLAMA3)))
+    table = rope_table(length, torch.tensor(LLAMA3.frequencies(100, 10_000.0, 0)))
     turned_q, turned_k = (apply_rope(v.expand(1, length, 1, -1), table)[0, :, 0] for v in (q, k))
     scores = turned_q @ turned_k.T
     for distance in range(-length + 1, length):
@@ -73,7 +73,7 @@ def test_scaling_keeps_fast_waves_stretches_slow_ones_and_blends_between():
     def at(turns: float) -> float:
         """What becomes of a frequency that turns so often within the original context, relative to it."""
         frequency = turns * 2 * math.pi / LLAMA3.original_max_position
-        return LLAMA3.scale(frequency) / frequency
+        return LLAMA3.frequencies(4, frequency**-2, 0)[1] / frequency  # of two frequencies, 1 and this one
 
     assert [at(turns) for turns in (4, 5, 1000)] == [1, 1, 1]
     assert [at(turns) for turns in (1, 0.5, 0.001)] == pytest.approx([1 / 8] * 3, rel=1e-12)
@@ -83,10 +83,10 @@ def test_scaling_keeps_fast_waves_stretches_slow_ones_and_blends_between():
 
 
 def test_scaling_by_one_is_off():
-    assert rope_frequencies(64, 500_000.0, RopeScaling(factor=1)) == pytest.approx(
+    assert RopeScaling(factor=1).frequencies(64, 500_000.0, 0) == pytest.approx(
         rope_frequencies(64, 500_000.0), rel=1e-15
     )
-    assert rope_frequencies(64, 500_000.0, LLAMA3) != rope_frequencies(64, 500_000.0)
+    assert LLAMA3.frequencies(64, 500_000.0, 0) != rope_frequencies(64, 500_000.0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""With the same weights, logits, loss and gradients equal those of `transformers.LlamaForCausalLM`."""
+"""What only a Llama of `transformers` shows: explicit masks, its frequencies, an old checkpoint, ignored labels.
+
+All families are in test_families.py.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,10 @@ from torch import Tensor, nn
 
 from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
-from models.hf.config import hf_config
-from models.hf.weights import hf_names
+from models.hf.config import llama_entries
 from models.llama import Llama
 from models.presets import PRESETS, LlamaShape
-from models.rope import RopeScaling, rope_frequencies
+from models.rope import Rope, RopeScaling
 from tests.models.hf.state_dicts import from_hf, to_hf
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[hf]'")
@@ -30,29 +32,9 @@ SCALED_ROPE = RopeScaling(
 )  # some frequencies are kept, some scaled, some in between
 
 
-def shrunk(size: LlamaShape) -> LlamaShape:
-    """Return a preset with its head width, grouping, epsilon, rotation and head, but two layers and key-value heads."""
-    heads = 2 * size.heads // size.kv_heads
-    dim = heads * size.head_width
-    return replace(size, dim=dim, head_dim=size.head_width, layers=2, heads=heads, kv_heads=2, ffn_dim=96)
-
-
-SHAPES = {
-    "all heads": SMALL,
-    "grouped heads": replace(SMALL, kv_heads=2),
-    "one key-value head": replace(SMALL, kv_heads=1),
-    "head dimension 100": replace(SMALL, dim=200, heads=2, kv_heads=2, head_dim=None),
-    "heads wider than dim": replace(SMALL, heads=4, kv_heads=2, head_dim=40),
-    "scaled rotation": replace(SMALL, rope_theta=500_000.0, rope_scaling=SCALED_ROPE),
-    "tied head": replace(SMALL, tied_embeddings=True),
-    "large epsilon": replace(SMALL, norm_eps=0.1),
-    "all at once": replace(
-        SMALL, dim=120, layers=3, heads=6, kv_heads=2, head_dim=100, rope_scaling=SCALED_ROPE, tied_embeddings=True
-    ),
-    "debug": PRESETS["debug"],
-    **{f"shrunk {name}": shrunk(size) for name, size in PRESETS.items() if name != "debug" and size.mup is None},
-}
-shapes = pytest.mark.parametrize("size", SHAPES.values(), ids=SHAPES)
+MODEL = replace(
+    SMALL, dim=120, layers=3, heads=6, kv_heads=2, head_dim=100, rope_scaling=SCALED_ROPE, tied_embeddings=True
+)
 
 
 def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
@@ -63,7 +45,7 @@ def pair(size: LlamaShape) -> tuple[Decoder, nn.Module]:
     for name, parameter in ours.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
-    config = transformers.LlamaConfig(**hf_config(size, V), attn_implementation="eager")
+    config = transformers.LlamaConfig(**llama_entries(size, V), attn_implementation="eager")
     theirs = transformers.LlamaForCausalLM(config).eval()
     result = theirs.load_state_dict(to_hf(ours.state_dict(), size), strict=False)
     assert result.unexpected_keys == []
@@ -80,34 +62,8 @@ def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)  # requirement: 1e-4; float32 gives up to 1.5e-5
 
 
-@shapes
-def test_logits_are_equal(size):
-    ours, theirs = pair(size)
-    with torch.no_grad():
-        assert_same_logits(ours(tokens()), theirs(tokens()).logits)
-
-
-@shapes
-def test_loss_and_the_gradient_of_every_parameter_are_equal(size):
-    ours, theirs = pair(size)
-    targets = tokens()
-    targets[0, 10:20] = IGNORE_INDEX
-    shifted = torch.cat((targets[:, 1:], torch.full((B, 1), IGNORE_INDEX)), 1)
-    loss = ours(tokens(), shifted) / (shifted != IGNORE_INDEX).sum()
-    reference = theirs(tokens(), labels=targets).loss  # shifts the labels, and averages over those not ignored
-    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)  # float32
-    loss.backward()
-    reference.backward()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    assert gradients.keys() == set(hf_names(size).values())
-    for name, parameter in ours.named_parameters():
-        grad = gradients[hf_names(size)[name]]
-        # requirement: 1e-3; float32 gives up to 4e-6
-        assert grad.norm() > 0 and (parameter.grad - grad).norm() < 1e-4 * grad.norm(), name
-
-
 def test_document_masking_equals_an_explicit_mask_with_positions():
-    ours, theirs = pair(SHAPES["all at once"])
+    ours, theirs = pair(MODEL)
     ours.enable_document_masking(end_of_document := 5)
     given = tokens()
     given[0, [3, 4, 31]] = given[1, [0, 60]] = end_of_document
@@ -123,46 +79,11 @@ def test_document_masking_equals_an_explicit_mask_with_positions():
 @pytest.mark.parametrize("scaling", [None, SCALED_ROPE, RopeScaling(factor=1)], ids=["default", "scaled", "off"])
 def test_scaled_frequencies_equal_those_of_transformers(name, scaling):
     size = replace(PRESETS[name], rope_scaling=scaling or PRESETS[name].rope_scaling)
-    config = transformers.LlamaConfig(**hf_config(size, V))
+    config = transformers.LlamaConfig(**llama_entries(size, V))
     reference, factor = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    ours = torch.tensor(rope_frequencies(size.head_width, size.rope_theta, size.rope_scaling))
+    ours = torch.tensor(Rope(size.head_width, size.rope_theta, size.rope_scaling).frequencies())
     torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)  # theirs are computed in float32
     assert factor == 1
-
-
-@shapes
-def test_the_configuration_has_only_entries_that_transformers_knows_and_keeps(size):
-    written = hf_config(size, V)
-    kept = transformers.LlamaConfig(**written).to_dict()
-    assert written.keys() <= transformers.LlamaConfig().to_dict().keys() | {"rope_parameters"}
-    assert {key: kept[key] for key in written} == written
-
-
-def test_names_are_exactly_those_of_transformers():
-    _, theirs = pair(SMALL)
-    assert set(hf_names(SMALL).values()) == set(theirs.state_dict())
-
-
-def test_weights_saved_by_transformers_are_loaded_bitwise(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    for size in (SMALL, SHAPES["tied head"]):
-        ours, theirs = pair(size)
-        theirs.save_pretrained(tmp_path)
-        back = from_hf(safetensors.load_file(tmp_path / "model.safetensors"), size)
-        assert back.keys() == ours.state_dict().keys()
-        assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
-
-
-def test_transformers_loads_our_export(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    for size in (SHAPES["grouped heads"], SHAPES["all at once"]):
-        ours, _ = pair(size)
-        safetensors.save_file(to_hf(ours.state_dict(), size), tmp_path / "model.safetensors", {"format": "pt"})
-        config = hf_config(size, V) | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True)
-        with torch.no_grad():
-            assert_same_logits(ours(tokens()), loaded(tokens()).logits)
 
 
 def test_a_real_checkpoint_gives_the_logits_transformers_gives(tiny_random_llama: Path):

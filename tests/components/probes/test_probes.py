@@ -18,7 +18,9 @@ from components.gradient_noise import GradientNoiseHooks
 from components.probes import Activations, AttentionLogits, LayerNoise, Norms
 from components.probes.attention_logits import attention_statistics, query_positions
 from components.probes.groups import group_of
-from models.document_attention import FlexDocumentAttention, PerDocumentSDPA
+from models.attention import AttentionRule
+from models.document_attention import PerDocumentAttention
+from models.flex_attention import FlexAttention
 from models.llama import Llama
 from recipes.probe_runner import ProbeRunner
 from recipes.probes import complete_probe
@@ -201,9 +203,15 @@ def test_attention_statistics_stay_within_documents(attention):
     torch.manual_seed(0)
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[0, 5], starts[1, 0], starts[1, 3] = True, True, True
-    backend = PerDocumentSDPA(starts) if attention == "sdpa" else FlexDocumentAttention(starts, compiled=False)
+    backend = (
+        PerDocumentAttention(starts)
+        if attention == "sdpa"
+        else FlexAttention(starts.cumsum(-1), starts.shape[1], starts.device, compiled=False)
+    )
     q, k = torch.randn(2, 12, 4, 6), torch.randn(2, 12, 2, 6)
-    largest, entropy = attention_statistics(q, k, torch.tensor([2, 6, 11]), 0.5, backend.documents())
+    largest, entropy = attention_statistics(
+        q, k, torch.tensor([2, 6, 11]), AttentionRule(scale=0.5), backend.documents()
+    )
     assert largest.shape == entropy.shape == (2, 2, 2, 3)
     for row, bounds in enumerate(([0, 5], [0, 3])):
         for number, at in enumerate((2, 6, 11)):

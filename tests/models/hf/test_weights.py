@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from models.decoder import Decoder
-from models.hf.weights import hf_names
 from models.presets import LlamaShape
-from tests.models.hf.state_dicts import from_hf, to_hf
+from tests.models.hf.state_dicts import from_hf, names_in_hf, to_hf
 
 pytestmark = pytest.mark.quick
 
@@ -28,7 +27,7 @@ def weights(size: LlamaShape) -> dict[str, torch.Tensor]:
 
 @both
 def test_every_parameter_has_a_name_there_and_no_two_the_same(size):
-    table = hf_names(size)
+    table = names_in_hf(size)
     assert table.keys() == weights(size).keys()
     assert len(set(table.values())) == len(table)
 
@@ -70,7 +69,7 @@ def test_a_tied_head_is_stored_once_and_read_from_either_name():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.norm.weight": None}, r"21 parameters: 1 missing \['model.norm.weight'\], 0 unknown \[\]"),
+        ({"model.norm.weight": None}, r"21 tensors: 1 missing \['model.norm.weight'\], 0 unknown \[\]"),
         ({"model.extra": torch.ones(1)}, r"0 missing \[\], 1 unknown \['model.extra'\]"),
         ({HEAD: None}, r"1 missing \['lm_head.weight'\]"),
         ({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, r"1 unknown \['model.layers.2.mlp.up_proj.weight'\]"),

@@ -66,7 +66,7 @@ def test_bf16_is_what_autograd_keeps():
 def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
     """The partitioner is the one torch.compile uses before it makes kernels, so no compiler is needed."""
     torch._dynamo.reset()
-    block = Block(size).to(torch.bfloat16)
+    block = Block(size, 0).to(torch.bfloat16)
     compiled = torch.compile(block, backend="aot_eager_decomp_partition", dynamic=False)  # whatever was compiled before
     rope = rope_table(LENGTH, torch.tensor(rope_frequencies(size.head_width, size.rope_theta)))
     x = torch.randn(BATCH, LENGTH, size.dim, dtype=torch.bfloat16, requires_grad=True)
