@@ -5,12 +5,16 @@
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
     python -m tools.coord_check --experts 8 --top-k 2                # mixture of experts
     python -m tools.coord_check --optimizer muon                     # also normuon, and --lr-scale spectral
+    python -m tools.coord_check --model qk_norm=per_head norm_placement=both     # variants of the decoder
+    python -m tools.coord_check --depths 2 4 8 16 32                 # CompleteP, and muP without it
 
 Small Llamas that differ only in width take a few steps on the same batch of random tokens. The size of a module is the
 mean absolute value of its output, and its slope is that of log size against log width. Under muP the slope is zero at
 every module and step (Yang et al. 2022, arXiv 2203.03466, appendix D.1); a module whose slope is further off than the
 tolerance fails. Logits may have a slope down to -1/2: random ones shrink with the square root of the width, learned
-ones do not. A figure needs the `plot` extra. Exit status: 0 passed, 1 failed, 2 for a user error.
+ones do not. With --depths the models differ only in their number of layers, and the same holds for the output of the
+last block: what L random blocks add, each divided by L, shrinks with the square root of L. A figure needs the `plot` extra.
+Exit status: 0 passed, 1 failed, 2 for a user error.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -32,13 +36,20 @@ from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPConfig
+from models.presets import LlamaShape
 from recipes.config import describe
+from recipes.config.toml import parse_value
 from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
-EXPECTED = {"output": (-0.5, 0.0)}
+EXPECTED = {"output": (-0.5, 0.0), "last block": (-0.5, 0.0)}
 """Module -> range of slopes that pass; 0 for all others."""
-Parametrization = Literal["mup", "standard"]
+VARIANT_KEYS = tuple(
+    each.name for each in fields(LlamaShape)
+    if each.name not in ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "experts", "top_k", "mup")
+)  # fmt: skip
+"""Keys of [model] that a check can set."""
+Parametrization = Literal["mup", "standard", "completep"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,10 @@ class CheckConfig:
 
     widths: Sequence[int] = (32, 64, 128, 256)
     """dim of each model; heads and ffn_dim grow with it"""
+    depths: Sequence[int] = ()
+    """layers of each model, all of the first width, instead of widths"""
+    model: Sequence[str] = ()
+    """variants of the decoder, KEY=VALUE of [model]"""
     head_dim: int = 16
     """channels of a head"""
     layers: int = 2
@@ -71,7 +86,9 @@ class CheckConfig:
     """scale of the updates of Muon"""
 
     def __post_init__(self) -> None:
-        if len(set(self.widths)) < 2:
+        if self.depths and (len(set(self.depths)) < 2 or min(self.depths) < 1):
+            raise ValueError(f"--depths: {list(self.depths)}: expected two or more numbers of layers")
+        if not self.depths and len(set(self.widths)) < 2:
             raise ValueError(f"--widths: {list(self.widths)}: expected two or more widths")
         for width in self.widths:
             if width % (2 * self.head_dim):
@@ -86,18 +103,20 @@ Sizes = dict[str, list[float]]
 """Module -> mean absolute value of its output, at the start and after each step."""
 
 
-def measure_sizes(config: CheckConfig, width: int, parametrization: Parametrization) -> Sizes:
+def measure_sizes(config: CheckConfig, width: int, layers: int, parametrization: Parametrization) -> Sizes:
     """Return the sizes of the modules, averaged over seeds."""
-    runs = [_measure_one_seed(config, width, parametrization, seed) for seed in range(config.seeds)]
+    runs = [_measure_one_seed(config, width, layers, parametrization, seed) for seed in range(config.seeds)]
     return {
         name: [sum(sizes) / len(runs) for sizes in zip(*(run[name] for run in runs), strict=True)] for name in runs[0]
     }
 
 
-def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametrization, seed: int) -> Sizes:
+def _measure_one_seed(
+    config: CheckConfig, width: int, layers: int, parametrization: Parametrization, seed: int
+) -> Sizes:
     model = Llama(
         dim=width,
-        layers=config.layers,
+        layers=layers,
         heads=width // config.head_dim,
         kv_heads=width // config.head_dim // 2,
         head_dim=config.head_dim,
@@ -106,14 +125,21 @@ def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametr
         depth_scaled_init=False,
         experts=config.experts,
         top_k=config.top_k if config.experts else None,
-        mup=MuPConfig(enabled=parametrization == "mup", base_width=config.base_width, residual_multiplier=0.5),
+        mup=MuPConfig(
+            enabled=parametrization != "standard",
+            base_width=config.base_width,
+            # over depths, muP without CompleteP is a plain residual stream
+            residual_multiplier=1.0 if config.depths else 0.5,
+            depth="completep" if parametrization == "completep" else "none",
+        ),
+        **_variants(config.model),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
     optimizer = _build_optimizer(config, model)
     drawn = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
     tokens, labels = drawn[:, :-1], drawn[:, 1:]
     sizes: Sizes = {}
-    with _recording(model, sizes):
+    with _recording(model, sizes, by_depth=bool(config.depths)):
         for _ in range(config.steps):
             nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten()).backward()
             for group in optimizer.param_groups:
@@ -124,6 +150,17 @@ def _measure_one_seed(config: CheckConfig, width: int, parametrization: Parametr
     return sizes
 
 
+def _variants(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the keys and values of KEY=VALUE. Raises ValueError for an unknown key or a wrong value."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or key not in VARIANT_KEYS:
+            raise ValueError(f"--model {assignment}: expected KEY=VALUE, with a KEY of {', '.join(VARIANT_KEYS)}")
+        values[key] = parse_value(value)
+    return values
+
+
 def _build_optimizer(config: CheckConfig, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return AdamW(weight_decay=0.0).build(model=model)  # type: ignore[arg-type]
@@ -131,20 +168,22 @@ def _build_optimizer(config: CheckConfig, model: nn.Module) -> torch.optim.Optim
 
 
 @contextmanager
-def _recording(model: nn.Module, sizes: Sizes) -> Iterator[None]:
-    """Record the sizes of every forward pass: embedding, each block, its attention and feed-forward, and the head."""
+def _recording(model: nn.Module, sizes: Sizes, *, by_depth: bool) -> Iterator[None]:
+    """Record the sizes of every forward pass: embedding, each block, its attention and feed-forward, and the head;
+    `by_depth` only those that models of any depth have."""
 
-    def record(name: str) -> torch.utils.hooks.RemovableHandle:
+    def record(name: str, label: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output  # a mixture of experts also returns its routing
-            sizes.setdefault(name, []).append(float(output.detach().abs().mean()))
+            sizes.setdefault(label, []).append(float(output.detach().abs().mean()))
 
         return model.get_submodule(name).register_forward_hook(hook)
 
-    names = ["tok_embeddings"]
-    for block in transformer_blocks(model):
-        names += [f"{block}{part}" for part in (".attention", ".feed_forward", "")]
-    handles = [record(name) for name in [*names, "output"]]
+    blocks = list(transformer_blocks(model))
+    names = [f"{block}{part}" for block in blocks for part in (".attention", ".feed_forward", "")]
+    labels = {"last block": blocks[-1]} if by_depth else {name: name for name in names}
+    labels = {"tok_embeddings": "tok_embeddings", **labels, "output": "output"}
+    handles = [record(name, label) for label, name in labels.items()]
     try:
         yield
     finally:
@@ -163,7 +202,7 @@ def fit_slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Check:
-    """The sizes of one parametrization, by width."""
+    """The sizes of one parametrization, by width or depth."""
 
     parametrization: Parametrization
     sizes: dict[int, Sizes]
@@ -207,8 +246,13 @@ def distance_from_expected(name: str, value: float) -> float:
 
 
 def run_check(config: CheckConfig, parametrization: Parametrization) -> Check:
+    if config.depths:
+        depths, width = sorted(set(config.depths)), config.widths[0]
+        return Check(parametrization, {depth: measure_sizes(config, width, depth, parametrization) for depth in depths})
     widths = sorted(set(config.widths))
-    return Check(parametrization, {width: measure_sizes(config, width, parametrization) for width in widths})
+    return Check(
+        parametrization, {width: measure_sizes(config, width, config.layers, parametrization) for width in widths}
+    )
 
 
 def plot_checks(checks: Sequence[Check], output: Path) -> None:
@@ -224,7 +268,7 @@ def plot_checks(checks: Sequence[Check], output: Path) -> None:
         axis.set_title(f"{each.parametrization}: size after the last step")
         axis.set_xticks(list(each.sizes), labels=[str(width) for width in each.sizes], minor=False)
         axis.set_xticks([], minor=True)
-        axis.set_xlabel("width")
+        axis.set_xlabel("width or layers")
     axes[0, -1].legend(fontsize=7)
     save_figure(figure, output)
 
@@ -233,16 +277,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--parametrization",
-        choices=["mup", "standard"],
-        help="which one decides the exit status (default: muP; the standard one is shown for comparison)",
+        choices=get_args(Parametrization),
+        help="which one decides the exit status (default: muP, with --depths CompleteP; another one is shown for "
+        "comparison)",
     )
     types = get_type_hints(CheckConfig)
     for key, meaning in describe(CheckConfig).items():
         default = getattr(CheckConfig, key)
-        is_list = key == "widths"
+        is_list = key in ("widths", "depths", "model")
         parser.add_argument(
             f"--{key.replace('_', '-')}",
-            type=int if is_list else type(default),
+            type=str if key == "model" else int if is_list else type(default),
             choices=get_args(types[key]) if isinstance(default, str) else None,
             nargs="+" if is_list else None,
             default=default,
@@ -257,7 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judged, tolerance, output = options.pop("parametrization"), options.pop("tolerance"), options.pop("output")
     try:
         config = CheckConfig(**options)
-        checked: tuple[Parametrization, ...] = (judged,) if judged else ("mup", "standard")
+        checked: tuple[Parametrization, ...] = ("completep", "mup") if config.depths else ("mup", "standard")
+        checked = (judged,) if judged else checked
         checks = [run_check(config, each) for each in checked]
         print("\n\n".join("\n".join(each.report(tolerance)) for each in checks))
         if output is not None:

@@ -52,6 +52,15 @@ def split_key(dotted: str) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def parse_value(text: str) -> Any:
+    """Return `text` parsed as TOML, or `text` itself if it is not a TOML value, so that text needs no quotes."""
+    try:
+        document = tomli.loads(f"value = {text}")
+    except (tomli.TOMLDecodeError, RecursionError):
+        return text
+    return document["value"] if len(document) == 1 else text
+
+
 def write_value(value: Any) -> str:
     """Return `value` as TOML on one line; tables are written inline. Raises TypeError if TOML cannot express it."""
     if isinstance(value, bool):

@@ -20,6 +20,7 @@ from recipes.config.toml import (
     brief,
     brief_value,
     join_key,
+    parse_value,
     quote_key,
     split_key,
     to_toml_value,
@@ -164,24 +165,12 @@ def read_command_line(overrides: Sequence[Override], cwd: Path, problems: list[P
         except ValueError:
             problems.append(Problem(COMMAND_LINE, override.path, "not a key; write --section.key=value"))
             continue
-        node = from_toml(_parse_value(override.text), lambda _: origin, text=override.text)
+        node = from_toml(parse_value(override.text), lambda _: origin, text=override.text)
         for key in reversed(keys):
             node = Table({key: node}, origin)
         layer = merge(layer, node, problems, same_layer=True)
     assert isinstance(layer, Table)
     return layer
-
-
-def _parse_value(text: str) -> Any:
-    """Return `text` parsed as TOML, or `text` itself if it is not a TOML value, so that text needs no quotes."""
-    try:
-        document = tomli.loads(f"value = {text}")
-    except (tomli.TOMLDecodeError, RecursionError):
-        return text
-    return document["value"] if len(document) == 1 else text
-
-
-# Functions of a built tree
 
 
 def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
@@ -190,6 +179,9 @@ def leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[str, Leaf]]:
         yield join_key(path), node
     for key, item in _values_first(node):
         yield from leaves(item, (*path, key))
+
+
+# Functions of a built tree
 
 
 def flatten(toml_text: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.activation_checkpointing import ACMode, is_saved_op
+from models.attention import AttentionRule
 
 FUSIBLE = {"_to_copy", "add", "addcmul", "div", "exp", "mul", "neg", "pow", "rsqrt", "sigmoid", "silu", "sub"}
 """Operations whose results a compiled block recomputes in the backward pass, inside the kernel that reads them, unless
@@ -88,14 +89,21 @@ def count_activations(
     micro_batch_size: int,
     sequence_length: int,
     compute_dtype: torch.dtype,
+    device_type: str = "cpu",
 ) -> Activations:
     """Return the activations of `model(tokens, labels)`; `blocks` are names of modules. It may be on the meta device.
+
+    On a GPU, attention with a window or softcap is one kernel, which keeps what plain attention does.
 
     The weights that a model computes with are in `compute_dtype`, as FSDP2 gathers them or as copies.
     Raises whatever the model raises: a model whose shapes depend on data cannot run on fake tensors.
     """
     with torch.device("meta"):
         model = copy.deepcopy(model).to(device="meta", dtype=compute_dtype)
+    if device_type == "cuda":
+        for module in model.modules():
+            if isinstance(rule := getattr(module, "rule", None), AttentionRule):
+                module.rule = replace(rule, window=0, softcap=0.0)  # type: ignore[assignment]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64)

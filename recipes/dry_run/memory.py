@@ -63,6 +63,7 @@ def estimate_memory(
             micro_batch_size=training.micro_batch_size,
             sequence_length=training.sequence_length,
             compute_dtype=compute_dtype,
+            device_type=device_type,
         )
     except Exception as error:  # a custom model may need data to run at all
         return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"

@@ -30,6 +30,25 @@ def test_mup_passes_under_muon(optimizer, lr_scale):
     assert run_check(replace(SMALL, optimizer=optimizer, lr_scale=lr_scale), "mup").failures(TOLERANCE) == []
 
 
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ["qk_norm=per_head", "norm_placement=both", "zero_centered_norm=true", "activation=gelu_tanh"],
+        ["qk_norm=all_heads", "norm_placement=post", "qkv_bias=true", "gated_attention=true"],
+        ["sliding_window=8", "attention_softcap=20.0", "logit_softcap=10.0", "partial_rotary_factor=0.5"],
+    ],
+)
+def test_mup_passes_with_variants(variants):
+    assert run_check(replace(SMALL, model=variants), "mup").failures(TOLERANCE) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_completep_passes_over_depths_and_mup_alone_fails(optimizer):
+    depths = replace(SMALL, depths=(2, 4, 8, 16), optimizer=optimizer)
+    assert run_check(depths, "completep").failures(TOLERANCE) == []
+    assert run_check(depths, "mup").failures(2 * TOLERANCE) == ["last block"]
+
+
 def test_muon_without_its_rule_fails(monkeypatch):
     muon = replace(SMALL, optimizer="muon", lr=0.05)
     monkeypatch.setattr(MuP, "muon_lr_factor", lambda self, name, dim, lr_scale: 1.0)
