@@ -76,7 +76,8 @@ def job_of(variant: str, seed: int, tokens: int, text: Mapping[str, Path]) -> Jo
 
 def build_model(variant: str) -> Decoder:
     """Return the decoder of a variant."""
-    keys = {key.removeprefix("model."): value for key, value in SIZES["1M"].items()} | VARIANTS[variant]
+    keys = {key.removeprefix("model."): value for key, value in SIZES["1M"].items()}
+    keys |= VARIANTS[variant]
     model = Llama(**{key: parse_value(value) for key, value in keys.items()}).build(
         vocab_size=VOCABULARY, sequence_length=LENGTH
     )
@@ -118,7 +119,7 @@ def kept_bytes(variant: str) -> int:
 
 def report_lines(results: Results, tokens: int, seeds: int, rounds: int, text: Mapping[str, Path]) -> Iterator[str]:
     """Yield the table."""
-    yield f"| variant | parameters | validation loss, {seeds} seeds | to Llama | time of a pass, ratio | kept of a token |"
+    yield f"| variant | parameters | loss, {seeds} seeds | to Llama | time of a pass, ratio | kept of a token |"
     yield "|---|---|---|---|---|---|"
     base: float | None = None
     for variant in VARIANTS:

@@ -2,7 +2,12 @@
 
 llama.py                [model]: the keys of a Llama
 presets.py              the shapes of the named models
-decoder.py              the decoder: attention, feed-forward, norms, head; the initial std of each matrix
+shape_checks.py         what a shape may be
+decoder.py              the decoder: blocks, feed-forward, initial std of each matrix
+attention.py            attention and its variants
+flex_attention.py       fused attention with masks and softcaps on GPUs
+norm.py                 RMSNorm
+lm_head.py              output projection, with the loss inside
 random_weights.py       random weights from (seed, name), equal with every sharding
 mup.py                  muP: RULES for initial weights, learning rates and multipliers
 rope.py                 rotary position embedding
@@ -10,9 +15,10 @@ document_attention.py   attention within documents
 moe.py                  mixture of experts
 grouped_linear.py       one matrix product for all experts
 router_loss.py          auxiliary losses of the routers
+z_loss.py               z-loss of the output logits
 loss.py                 cross-entropy in chunks of tokens
 parallel_plan.py        tensor-parallel styles and FSDP groups, by module name
 kv_cache.py             key-value cache of generation
 mkldnn_linear.py        fast linear layers for generation on CPUs (oneDNN, formerly MKL-DNN)
-hf/                     architectures.py (one row each), weights.py (names), config.py (config.json)
+hf/                     architectures.py (one row each), weights.py (names), config.py and rope.py (config.json)
 """

@@ -13,8 +13,8 @@ mean absolute value of its output, and its slope is that of log size against log
 every module and step (Yang et al. 2022, arXiv 2203.03466, appendix D.1); a module whose slope is further off than the
 tolerance fails. Logits may have a slope down to -1/2: random ones shrink with the square root of the width, learned
 ones do not. With --depths the models differ only in their number of layers, and the same holds for the output of the
-last block: what L random blocks add, each divided by L, shrinks with the square root of L. A figure needs the `plot` extra.
-Exit status: 0 passed, 1 failed, 2 for a user error.
+last block: what L random blocks add, each divided by L, shrinks with the square root of L. A figure needs the `plot`
+extra. Exit status: 0 passed, 1 failed, 2 for a user error.
 """
 
 from __future__ import annotations

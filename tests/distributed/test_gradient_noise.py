@@ -55,7 +55,14 @@ BOTH = {"local": ["--training.grad_sync=once_per_step"], "reduce": ["--training.
 CASES: dict[str, tuple[str, list[str]]] = {
     f"{layout}, {mode}": (layout, arguments) for layout in LAYOUTS for mode, arguments in BOTH.items()
 }
-CASES |= {f"{layout}, tied": (layout, ["--model.tied_embeddings=true"]) for layout in LAYOUTS}
+VARIANTS = {
+    "tied_embeddings": True, "norm_placement": "both", "qk_norm": "all_heads", "qkv_bias": True,
+    "gated_attention": True, "sliding_window": 5, "attention_softcap": 3.0, "logit_softcap": 5.0,
+}  # fmt: skip
+CASES |= {
+    f"{layout}, variants": (layout, [f"--model.{key}={str(value).lower()}" for key, value in VARIANTS.items()])
+    for layout in LAYOUTS
+}
 for what, arguments, layouts in (
     (
         "recomputed",
@@ -107,18 +114,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 @pytest.fixture(scope="module")
 def truth(measured: Measured) -> dict[bool, GradientMoments]:
-    """Tied embeddings or not -> gradient noise of the first step in float64, one backward per micro-batch."""
+    """With VARIANTS or not -> gradient noise of the first step in float64, one backward per micro-batch."""
     text = TextFiles(path=measured.folder / "text" / "*.txt").build(
         tokenizer=Bytes().build(), sequence_length=SEQUENCE, cache_dir=measured.folder / "cache", progress=print
     )
     groups = [torch.stack([text[int(index)] for index in group]) for group in measured.read()]
-    return {tied: brute_force(groups, tied) for tied in (False, True)}
+    return {False: brute_force(groups, {}), True: brute_force(groups, VARIANTS)}
 
 
-def brute_force(groups: list[torch.Tensor], tied: bool) -> GradientMoments:
-    model = Llama(
-        size="debug", dim=16, layers=2, heads=2, kv_heads=2, head_dim=8, ffn_dim=32, tied_embeddings=tied
-    ).build(vocab_size=257, sequence_length=SEQUENCE)
+def brute_force(groups: list[torch.Tensor], variants: dict) -> GradientMoments:
+    model = Llama(size="debug", dim=16, layers=2, heads=2, kv_heads=2, head_dim=8, ffn_dim=32, **variants).build(
+        vocab_size=257, sequence_length=SEQUENCE
+    )
     model.init_weights(0)
     model.double()
     gradients = []
@@ -133,7 +140,7 @@ def brute_force(groups: list[torch.Tensor], tied: bool) -> GradientMoments:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_noise_equals_that_of_separate_backwards_in_float64(measured, truth, name):
-    expected = truth[name.endswith("tied")]
+    expected = truth[name.endswith("variants")]
     found, _ = measured.moments(name)
     assert (found.num_micro_batches, found.micro_batch_size) == (expected.num_micro_batches, expected.micro_batch_size)
     limit = BF16 if name.endswith("bf16") else EXACT
@@ -143,7 +150,7 @@ def test_the_noise_equals_that_of_separate_backwards_in_float64(measured, truth,
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_second_step_is_measured_like_the_first(measured, name):
-    alike = "one process, " + next((kind for kind in ("tied", "bf16") if name.endswith(kind)), "reduce")
+    alike = "one process, " + next((kind for kind in ("variants", "bf16") if name.endswith(kind)), "reduce")
     found, expected = measured.moments(name)[1], measured.moments(alike)[1]
     for key in ("sum_micro_grad_sq_norms", "mean_grad_sq_norm", "grad_cov_trace"):
         limit = BF16 if name.endswith("bf16") else EXACT

@@ -11,6 +11,7 @@ from models.decoder import Block, Decoder
 from models.presets import LlamaShape
 from models.rope import rope_frequencies, rope_table
 from recipes.dry_run.activation_memory import Activations, BlockActivations, count_activations
+from tests.models.variants import combined_shapes
 
 pytestmark = pytest.mark.quick
 
@@ -22,7 +23,7 @@ NAMES = [f"layers.{i}" for i in range(SIZE.layers)]
 EXPERTS = replace(SIZE, ffn_dim=32, experts=6, top_k=2)
 
 
-def counted(compute_dtype=torch.float32, size: LlamaShape = SIZE) -> Activations:
+def counted(compute_dtype=torch.float32, size: LlamaShape = SIZE, device_type: str = "cpu") -> Activations:
     with torch.device("meta"):
         model = Decoder(size, 500)
     return count_activations(
@@ -31,6 +32,7 @@ def counted(compute_dtype=torch.float32, size: LlamaShape = SIZE) -> Activations
         micro_batch_size=BATCH,
         sequence_length=LENGTH,
         compute_dtype=compute_dtype,
+        device_type=device_type,
     )
 
 
@@ -55,6 +57,19 @@ def really_kept(compute_dtype: torch.dtype, size: LlamaShape = SIZE) -> int:
 
 def test_float32_is_what_autograd_keeps():
     assert counted().peak("none") == pytest.approx(really_kept(torch.float32), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["combination 1", "combination 2"])
+def test_variants_are_counted_as_autograd_keeps_them(name):
+    size = combined_shapes(replace(SIZE, layers=2))[name]
+    found = counted(size=size)
+    assert found.peak("none") == pytest.approx(really_kept(torch.float32, size), rel=0.01)
+
+
+def test_on_a_gpu_a_window_and_a_softcap_keep_what_plain_attention_does():
+    size = replace(SIZE, sliding_window=4, attention_softcap=5.0)
+    on_gpu = counted(size=size, device_type="cuda")
+    assert on_gpu == counted() != counted(size=size)
 
 
 def test_bf16_is_what_autograd_keeps():
