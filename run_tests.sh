@@ -14,4 +14,5 @@ if [ $# -eq 0 ]; then
 fi
 # Two files at a time with one thread each: small tensors do not gain from threads, which would compete for the cores.
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # compiling the tests and their assertions takes each of the two 10 s; keep it for the next run
 exec "$PYTHON" -m pytest -n 2 --dist loadfile --rootdir "$root" -c "$root/pyproject.toml" "${@:-$root/tests}"

@@ -19,6 +19,12 @@ from tests.processes import SIGNALS, reset_signals
 hypothesis.settings.register_profile("powertrain", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("powertrain")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "quick":
+        config.option.markexpr = "quick and not slow"
+
+
 RECIPE = """
 [run]
 name = "tiny"

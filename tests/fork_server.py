@@ -129,7 +129,9 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def _import_what_runs_need() -> None:
+    import hypothesis  # noqa: F401
     import psutil  # noqa: F401
+    import pytest  # noqa: F401  # with hypothesis, imported by the components of tests/distributed
     import rich._emoji_codes  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch._dynamo

@@ -35,7 +35,6 @@ def test_a_smoke_run_fills_its_table(tmp_path):
         assert all(abs(loss - math.log(512)) < 0.2 for loss in row["losses"]), "random tokens cannot be predicted"
 
 
-@pytest.mark.quick
 def test_a_failed_case_reports_its_reason(tmp_path):
     row = Row("300M", "no such kind")
     run_case(row, ["--smoke"], limit=60)

@@ -14,19 +14,19 @@ from tests.distributed.layouts import LAYOUTS, run_all
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 RECIPE = [
-    "--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=24", "--batch.eta=0.8",
-    "--batch.shrink=true", "--batch.multiple_of=8", "--gradient_noise.smoothing_samples=40",
-    "--training.total_tokens=16K", "--data.use=tests.distributed.layouts:RecordedText", "--model.kv_heads=2",
-    "--validation=none", "--training.grad_sync=once_per_step",
+    "--batch.use=components.batch:NormTest", "--batch.initial_size=8", "--batch.max_size=24", "--batch.eta=0.7",
+    "--batch.shrink=true", "--batch.multiple_of=8", "--gradient_noise.smoothing_samples=20",
+    "--lr_schedule.max_lr=3e-2", "--training.total_tokens=8K", "--data.use=tests.distributed.layouts:RecordedText",
+    "--model.kv_heads=2", "--validation=none", "--training.grad_sync=once_per_step",
 ]  # fmt: skip
 """A multiple of 8 samples is whole micro-batches of two, also on four ranks."""
 UNSAVED = "--checkpoint.interval_steps=none"
 SAVED = "--checkpoint.interval_steps=2"
 SOURCES = ("one process", "two shards")
 WHOLE = (*SOURCES, "four shards")
-RESUMED = {  # the first change is in step 34, and ten steps change the batch
-    "two shards": 38, "four shards": 44, "two replicas of two shards": 36, "one process": 20,
-    "two TP ranks": 50, "two shards of two TP ranks": 54,
+RESUMED = {  # the first change is in step 19, and eight steps change the batch, three of them after step 28
+    "two shards": 20, "four shards": 24, "two replicas of two shards": 18, "one process": 10,
+    "two TP ranks": 26, "two shards of two TP ranks": 28,
 }  # fmt: skip
 """Layout -> the saved step after which it continues the run of another layout."""
 
@@ -85,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_the_batch_changes_often_enough(runs):
     batches = runs.batches("one process")
-    assert len(batches) >= 60
+    assert len(batches) >= 30
     changes = [later - earlier for earlier, later in pairwise(batches)]
     assert sum(change > 0 for change in changes) >= 3
     assert sum(change < 0 for change in changes) >= 3

@@ -96,7 +96,6 @@ def test_its_schedule_is_plotted_at_both_bounds(own, capsys):
     assert "batch at max_size = 16" in output
 
 
-@pytest.mark.quick
 def test_a_run_does_not_change_its_recipe(own):
     config = load(own.recipe)
     before = vars(config.recipe.batch).copy()

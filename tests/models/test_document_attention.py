@@ -108,7 +108,7 @@ def test_logits_and_gradients_are_those_of_every_document_alone(size):
 
 
 @shapes
-@pytest.mark.parametrize("blocks", [False, True], ids=["per document", "flex"])
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["per document", "flex"])
 def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr(module, "document_attention", uncompiled)
@@ -160,6 +160,7 @@ def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
 
 
+@pytest.mark.slow
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
     """As a whole with flex attention; attention per document is not compiled, because its lengths vary."""
     for way, whole in ((document_attention, False), (uncompiled, True)):

@@ -87,6 +87,7 @@ def test_the_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x, weight: grouped_mm(x, weight, offsets), (x, weight))
 
 
+@pytest.mark.slow
 def test_torch_finds_nothing_wrong_with_the_operation():
     """Schema, fake tensors, and what compiling needs."""
     x, weight, _ = factors(torch.float32, "cpu")

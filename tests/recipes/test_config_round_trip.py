@@ -54,6 +54,7 @@ documents = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(documents)
 def test_a_dump_loads_as_the_same_configuration(document: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ def test_mup_passes(experts):
     assert run_check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr_scale", ["match_rms_adamw", "spectral"])
 @pytest.mark.parametrize("optimizer", ["muon", "normuon"])
 def test_mup_passes_under_muon(optimizer, lr_scale):
@@ -70,6 +71,7 @@ def test_mup_without_one_rule_of_the_table_fails(without, caught, monkeypatch):
     assert caught in run_check(SMALL, "mup").failures(TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_head_that_learns_slower_in_a_wider_model_fails_to_keep_up(monkeypatch):
     """Neither the division of logits nor the full learning rate of the head may be left out or applied twice."""
     with monkeypatch.context() as patch:
@@ -102,6 +104,7 @@ def test_the_exit_status_is_the_verdict(capsys):
     assert "standard: FAIL, 7 of 8 modules" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_both_are_plotted_and_mup_decides_the_exit_status(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     assert main([*ARGUMENTS, "--output", str(tmp_path / "new" / "a.svg")]) == 0

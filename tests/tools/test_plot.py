@@ -29,6 +29,7 @@ def step(number, loss):
 VALIDATION = {"step": 2, "tokens": 200, "val_loss": 2.0}
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_figure_that_is_reproducible(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     runs = [str(write_run(tmp_path / name, [step(1, 3.0), step(2, 2.5), VALIDATION])) for name in ("one", "two")]
@@ -103,6 +104,7 @@ def as_drawn(curve):
     return [(step.number, step.lr, step.batch) for step in curve.steps]
 
 
+@pytest.mark.slow
 def test_the_plotted_schedule_is_the_trained_one(tiny):
     """Across a change of the batch, with a learning rate that scales with it; and again from the metrics of the run."""
     assert tiny.launch(*POWER) == 0

@@ -39,6 +39,7 @@ def law_abiding(settings) -> float:
     return 4 + 0.1 * math.log(float(settings["lr_schedule.max_lr"]) / best) ** 2
 
 
+@pytest.mark.slow
 def test_the_law_is_recovered_from_runs_that_follow_it(tiny, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")
     launched = pretend(monkeypatch, law_abiding)
@@ -68,6 +69,7 @@ def test_the_law_uses_the_applied_lr(tiny, tmp_path, monkeypatch, capsys):
     assert "beta^c has c = 1 (" in said
 
 
+@pytest.mark.slow
 def test_a_cap_that_does_not_bind_has_no_law(tiny, tmp_path, monkeypatch, capsys):
     power = ["--lr_schedule.use=components.lr_schedules:Power", "--lr_schedule.warmup_tokens=300"]
     pretend(monkeypatch, law_abiding, lr=lambda settings: 1e-3)

@@ -85,6 +85,7 @@ def test_an_lr_proportional_to_the_root_of_the_batch_is_found():
     assert law.batch_exponent is not None and law.batch_exponent.value == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_intervals_of_the_law_have_their_nominal_coverage():
     """Losses have noise and a valley that is steeper on the high side; learning rates are a factor of two apart.
 

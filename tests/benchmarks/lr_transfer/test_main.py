@@ -29,6 +29,7 @@ def text(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_every_method_tries_every_lr_in_every_group(text):
     grid = Grid(widths=(64, 256), tokens=(300_000,), seeds=2)
     digests = set()
@@ -44,6 +45,7 @@ def test_every_method_tries_every_lr_in_every_group(text):
     assert len(digests) == 2 * 4 * sum(len(method.lrs) for method in METHODS)
 
 
+@pytest.mark.slow
 def test_the_report_shows_which_lr_transfers_and_which_drifts(text, tmp_path, monkeypatch, capsys):
     """The best learning rate is inverse to width without muP, linear in the batch under WSD, fixed under Power."""
     pytest.importorskip("matplotlib", reason="needs the [plot] extra")

@@ -40,6 +40,7 @@ def open_in_shards(folder, texts, *, sequence_length, shard_tokens, monkeypatch)
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     texts=st.lists(st.text(max_size=30), min_size=1, max_size=12),

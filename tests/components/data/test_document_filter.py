@@ -78,6 +78,7 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
     assert grown.describe(2) == "b.txt document 0 token 1 to b.txt document 0 token 5"
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @settings(max_examples=40, deadline=None)
 @given(

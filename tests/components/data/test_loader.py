@@ -93,6 +93,7 @@ def expected(start: int, stop: int) -> list[tuple[int, int]]:
 layouts = {"ranks": st.integers(1, 4), "micro_batch_size": st.integers(1, 5), "start": st.integers(0, 200)}
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @settings(max_examples=150, deadline=None)
 @given(steps=st.lists(st.integers(1, 4), min_size=1, max_size=5), **layouts)

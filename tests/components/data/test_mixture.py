@@ -77,6 +77,7 @@ def test_each_source_has_a_separate_order_and_epochs():
     assert epochs(samples, 200) == {"epoch": 200 / 21, "source_epochs": samples.source_epochs(200)}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     ranks=st.integers(1, 4),

@@ -176,6 +176,7 @@ def test_a_record_that_is_not_ours_is_refused(tmp_path, file, change):
         build(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=100) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))

@@ -13,6 +13,7 @@ from components.tasks.python_completion import _make_questions
 pytestmark = pytest.mark.quick
 
 
+@pytest.mark.slow
 def test_they_are_the_same_each_time_and_of_every_kind():
     questions = check_questions(PythonCompletion(rows=60).questions())
     _make_questions.cache_clear()

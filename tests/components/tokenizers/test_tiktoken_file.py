@@ -87,6 +87,7 @@ def test_shipped_file_has_a_vocabulary_of_4096():
     assert len(ids) <= 12  # indentation is one token
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(st.text(), max_size=5))
 def test_text_comes_back_and_byte_lengths_add_up(texts):
@@ -218,6 +219,7 @@ def test_r50k_encodes_tinyshakespeare_to_the_reference_number(rank_files):
     assert encoder.byte_lengths[ids].sum() == len(text.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "pattern"), [("r50k_base", "gpt2"), ("cl100k_base", "cl100k")])
 def test_ids_equal_those_of_tiktokens_own_encodings(rank_files, file, pattern):
     ranks = ranks_of(rank_files / f"{file}.tiktoken")

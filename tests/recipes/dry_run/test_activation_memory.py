@@ -77,6 +77,7 @@ def test_bf16_is_what_autograd_keeps():
     assert activations.peak("none") == pytest.approx(really_kept(torch.bfloat16), rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [SIZE, EXPERTS], ids=["dense", "experts"])
 def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
     """The partitioner is the one torch.compile uses before it makes kernels, so no compiler is needed."""

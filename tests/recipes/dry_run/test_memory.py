@@ -65,6 +65,7 @@ def test_experts_are_cut_evenly_and_whole_on_tensor_parallel_ranks(tiny, capsys)
     )
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_activations(tiny):
     kept = {
         how: memory_of(tiny, f"--training.activation_checkpoint={how}", "--model.layers=6").parts["activations"][0]

@@ -14,6 +14,7 @@ from tests.recipes.dry_run.plans import GPU, plan_of
 pytestmark = pytest.mark.quick
 
 
+@pytest.mark.slow
 def test_the_schedule_preview_is_that_of_the_run(tiny):
     preview = plan_of(tiny).schedule
     assert tiny.launch() == 0

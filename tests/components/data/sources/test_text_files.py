@@ -84,6 +84,7 @@ def test_marks_line_ends_and_bad_bytes_are_fixed_and_counted(tmp_path):
     assert fixups == {"byte-order marks": 2, "line ends": 3, "replaced characters": 4}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     data=st.lists(st.binary(max_size=6) | st.text(max_size=4).map(str.encode) | st.just(b"\r\n"))
