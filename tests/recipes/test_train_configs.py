@@ -20,6 +20,7 @@ FROM_A_CHECKPOINT = {"critical_batch": "branches.checkpoint", "evaluate": "evalu
 """What starts from one, and the key that names it: tests/end_to_end/ has a test for each."""
 TRAINED = [name for name in SHIPPED if name not in FROM_A_CHECKPOINT]
 PUBLISHED = ("microllama300m", "tinyllama1b", "llama3b", "llama3_8b")
+FAMILIES = ("qwen3_0.6b", "olmo2_1b", "gemma3_1b")
 POWER = ("powerlm36m", "powerlm1b", "powerlm3b", "powermoe1b", "powermoe3b")
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
 
@@ -51,7 +52,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_the_published_recipes_ship():
-    assert {*PUBLISHED, *POWER} < set(SHIPPED)
+    assert {*PUBLISHED, *POWER, *FAMILIES} < set(SHIPPED)
 
 
 @pytest.mark.quick
@@ -173,7 +174,7 @@ def test_it_takes_a_step_when_it_is_made_small(name, text, tmp_path, monkeypatch
     arguments = ["--tokenizer.use=components.tokenizers:Bytes", "--batch.initial_size=8"]
     reduced |= {"data.use": "components.data:TextFiles", "data.path": text}
     reduced |= {"validation.data.use": "components.data:TextFiles", "validation.data.path": text}
-    if name in (*PUBLISHED, *POWER):
+    if name in (*PUBLISHED, *POWER, *FAMILIES):
         reduced["model.vocab_size"] = 257
     if name in POWER:
         reduced["model.mup.base_width"] = 16  # made small, it is still twice as wide as where nothing is scaled

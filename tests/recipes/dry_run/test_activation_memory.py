@@ -61,7 +61,7 @@ def test_float32_is_what_autograd_keeps():
 
 @pytest.mark.parametrize("name", ["combination 1", "combination 2"])
 def test_variants_are_counted_as_autograd_keeps_them(name):
-    size = combined_shapes(replace(SIZE, layers=2))[name]
+    size = combined_shapes(SIZE)[name]
     found = counted(size=size)
     assert found.peak("none") == pytest.approx(really_kept(torch.float32, size), rel=0.01)
 
