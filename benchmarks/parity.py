@@ -84,7 +84,7 @@ _MUP: Draws = {
         base_width=choose([8, 32]),
         embedding_multiplier=choose([1.0, 5.0]),
         residual_multiplier=choose([0.3, 1.0]),
-        depth=choose(["none", "completep"]),
+        depth=choose(["off", "completep"]),
     )
 }
 _PER_HEAD: Draws = {"qk_norm": lambda choose: "per_head"}

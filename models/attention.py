@@ -64,13 +64,13 @@ class Attention(nn.Module):
         self.wv = nn.Linear(shape.dim, kv_width, bias=shape.qkv_bias)
         self.wo = nn.Linear(q_width, shape.dim, bias=False)
         self.wg = nn.Linear(shape.dim, q_width, bias=False) if shape.gated_attention else None
-        if shape.qk_norm != "none":
+        if shape.qk_norm != "off":
             widths = (q_width, kv_width) if shape.qk_norm == "all_heads" else (shape.head_width, shape.head_width)
             self.q_norm, self.k_norm = (RMSNorm.of(shape, width) for width in widths)
 
     def queries_and_keys(self, x_BTD: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the queries (B, T, H, C) and keys (B, T, K, C), rotated to their positions."""
-        if self.qk_norm == "none":
+        if self.qk_norm == "off":
             return self._heads(self.wq(x_BTD), rope), self._heads(self.wk(x_BTD), rope)
         return self._heads(self.wq(x_BTD), rope, self.q_norm), self._heads(self.wk(x_BTD), rope, self.k_norm)
 

@@ -184,7 +184,7 @@ class Decoder(nn.Module):
         if "norm" in name or name.endswith("bias"):
             return None
         std = self.init_std if self.mup is None else self.init_std * self.mup.init_std_factor(name, self.shape.dim)
-        depth_scaled = self.depth_scaled_init and (self.mup is None or self.mup.depth == "none")
+        depth_scaled = self.depth_scaled_init and (self.mup is None or self.mup.depth == "off")
         if depth_scaled and name.endswith((".wo.weight", ".w_down.weight")):
             return std / math.sqrt(2 * self.shape.layers)
         return std

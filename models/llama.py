@@ -66,7 +66,7 @@ class Llama:
     """Biases of queries, keys and values (Qwen 2)."""
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys: "per_head" before rotary embedding (Qwen 3, Gemma 3) or "per_head_after_rope"
-    (Hunyuan), or over "all_heads" together (OLMo 2); "none": no norm."""
+    (Hunyuan), or over "all_heads" together (OLMo 2); "off": no norm."""
     gated_attention: bool | None = None
     """Multiply the attention output by a sigmoid of a linear function of the input (arXiv 2505.06708)."""
     attention_scale: float | None = None

@@ -57,14 +57,14 @@ class MuP:
     residual_multiplier: float = 1.0
     """Factor on the outputs of attention and feed-forward before they are added to the residual stream."""
 
-    depth: Literal["none", "completep"] = "none"
+    depth: Literal["off", "completep"] = "off"
     """"completep": residual branches are divided by layers / base_layers (CompleteP)."""
     base_layers: int = 2
     """The number of layers at which CompleteP's factor is 1."""
 
     def residual_factor(self, layers: int) -> float:
         """Return the factor on the outputs of attention and feed-forward in a model of `layers` layers."""
-        if self.depth == "none":
+        if self.depth == "off":
             return self.residual_multiplier
         return self.residual_multiplier * self.base_layers / layers
 
@@ -110,9 +110,9 @@ class MuPConfig:
     """Factor on the output of the embedding; default 1."""
     residual_multiplier: Multiplier | None = None
     """Factor on the outputs of attention and feed-forward before they are added to the residual stream; default 1."""
-    depth: Literal["none", "completep"] | None = None
+    depth: Literal["off", "completep"] | None = None
     """"completep": divide that factor by layers / base_layers, and do not scale initial weights with depth, so that one
-    learning rate also fits every number of layers (Dey et al. 2025, arXiv 2505.01618); default "none"."""
+    learning rate also fits every number of layers (Dey et al. 2025, arXiv 2505.01618); default "off"."""
     base_layers: PositiveCount | None = None
     """The number of layers where the learning rate was tuned, for depth = "completep"; default 2."""
 

@@ -41,7 +41,7 @@ def tensor_parallel_styles(shape: LlamaShape) -> dict[str, str]:
         styles |= dict.fromkeys(("layers.*.attention_norm", "layers.*.ffn_norm"), "sequence")
     if shape.norm_placement != "pre":  # their outputs are added to the residual stream, a plain tensor
         styles |= dict.fromkeys(("layers.*.attention_post_norm", "layers.*.ffn_post_norm"), "sequence_to_local")
-    if shape.qk_norm != "none":
+    if shape.qk_norm != "off":
         style = "channels" if shape.qk_norm == "all_heads" else "heads"
         styles |= dict.fromkeys(("layers.*.attention.q_norm", "layers.*.attention.k_norm"), style)
     return styles

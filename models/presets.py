@@ -19,7 +19,7 @@ PresetName = Literal[
 
 Activation = Literal["silu", "gelu_tanh"]
 NormPlacement = Literal["pre", "post", "both"]
-QKNorm = Literal["none", "per_head", "per_head_after_rope", "all_heads"]
+QKNorm = Literal["off", "per_head", "per_head_after_rope", "all_heads"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class LlamaShape:
     zero_centered_norm: bool = False
     scaled_embeddings: bool = False
     qkv_bias: bool = False
-    qk_norm: QKNorm = "none"
+    qk_norm: QKNorm = "off"
     gated_attention: bool = False
     attention_scale: float = 0.0
     attention_softcap: float = 0.0

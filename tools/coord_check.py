@@ -130,7 +130,7 @@ def _measure_one_seed(
             base_width=config.base_width,
             # over depths, muP without CompleteP is a plain residual stream
             residual_multiplier=1.0 if config.depths else 0.5,
-            depth="completep" if parametrization == "completep" else "none",
+            depth="completep" if parametrization == "completep" else "off",
         ),
         **_variants(config.model),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)

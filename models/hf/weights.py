@@ -76,7 +76,7 @@ def hf_parts(shape: LlamaShape) -> dict[str, Part]:
         theirs: Part(ours) for ours, theirs in _TOP.items() if not (shape.tied_embeddings and ours == "output.weight")
     }
     names = _ATTENTION | _NORMS[shape.norm_placement]
-    if shape.qk_norm != "none":
+    if shape.qk_norm != "off":
         names |= _QK_NORMS
     stacked = not has_separate_experts(shape)
     names |= _DENSE if not shape.experts else _GRANITE_EXPERTS if stacked else {"feed_forward.router": "mlp.gate"}
@@ -92,7 +92,7 @@ def hf_parts(shape: LlamaShape) -> dict[str, Part]:
 
 def has_separate_experts(shape: LlamaShape) -> bool:
     """Return whether the family stores a tensor for each expert: Qwen 3, which has norms of queries and keys."""
-    return bool(shape.experts) and shape.qk_norm != "none"
+    return bool(shape.experts) and shape.qk_norm != "off"
 
 
 def _separate_experts(shape: LlamaShape, layer: int) -> Iterator[tuple[str, Part]]:

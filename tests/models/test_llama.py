@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from models.decoder import Decoder
 from models.llama import Llama
 from models.norm import RMSNorm
-from models.presets import PRESETS, LlamaShape
+from models.presets import PRESETS, Activation, LlamaShape, NormPlacement, QKNorm
 from models.rope import Rope, RopeScaling
 from models.router_loss import RouterLossConfig
 
@@ -114,6 +115,13 @@ def test_overrides_reach_the_decoder():
     assert {module.eps for name, module in model.named_modules() if isinstance(module, RMSNorm)} == {1e-3}
     assert model.rope.frequencies() == Rope(6, 77.0, RopeScaling(factor=2.0)).frequencies()
     assert (model.init_std, model.depth_scaled_init) == (0.5, False)
+
+
+def test_a_variant_of_a_preset_can_be_switched_off():
+    """The TOML value "none" unsets a key, which is then that of the preset."""
+    shape = Llama(size="qwen3_0.6b", qk_norm="off", sliding_window=0).resolved_shape
+    assert (shape.qk_norm, shape.sliding_window) == ("off", 0)
+    assert "none" not in (*get_args(QKNorm), *get_args(Activation), *get_args(NormPlacement))
 
 
 def test_an_override_of_false_is_an_override():
