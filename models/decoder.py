@@ -84,8 +84,10 @@ class Decoder(nn.Module):
         does not. With a cache, the tokens are appended to it, and the logits are those of the last token, (B, 1, V).
         """
         x_BTD = self.tok_embeddings(tokens_BT)
-        if self.embedding_multiplier != 1:
-            x_BTD = x_BTD * self.embedding_multiplier
+        if self.shape.scaled_embeddings:  # sqrt(D) is rounded to the dtype of the embedding, as in Gemma
+            x_BTD = x_BTD * float(torch.tensor(math.sqrt(self.shape.dim), dtype=x_BTD.dtype, device="cpu"))
+        elif self.mup is not None:
+            x_BTD = x_BTD * self.mup.embedding_multiplier
         routing: list[Tensor] = []
         for layer, (rope, backend) in zip(self.layers.values(), self._layer_inputs(tokens_BT, cache), strict=True):
             x_BTD = layer(x_BTD, rope, backend)
@@ -107,13 +109,6 @@ class Decoder(nn.Module):
             logits_or_loss = logits_or_loss + (aux_loss - aux_loss.detach())
         return logits_or_loss
 
-    @property
-    def embedding_multiplier(self) -> float:
-        """Factor on the output of the embedding."""
-        if self.shape.scaled_embeddings:
-            return math.sqrt(self.shape.dim)
-        return 1.0 if self.mup is None else self.mup.embedding_multiplier
-
     def _layer_inputs(
         self, tokens_BT: Tensor, cache: KeyValueCache | None
     ) -> Iterator[tuple[Tensor | None, AttentionBackend | None]]:
@@ -128,9 +123,10 @@ class Decoder(nn.Module):
             (rope, local_rope), backends = cache.extend(length), cache.layers
         elif self.first_input is None:
             rope, local_rope = self._rope_tables(length, device)
-            flex = sequence_attention(length, device, self.shape, frozenset(windows))
-            # without window and softcap, PyTorch's own causal kernel is the fastest
-            backends = [flex if window or self.shape.attention_softcap else None for window in windows]
+            flex = sequence_attention(length, device, self.shape.head_width, frozenset(windows))
+            # without softcap and a window shorter than the sequence, PyTorch's own causal kernel is the fastest
+            plain = [not self.shape.attention_softcap and not 0 < window < length for window in windows]
+            backends = [None if is_plain else flex for is_plain in plain]
         else:
             starts_BT = tokens_BT == self.first_input
             positions_BT = document_positions(starts_BT)
@@ -166,7 +162,7 @@ class Decoder(nn.Module):
         use_mkldnn_linear(self, self.tok_embeddings.weight)
 
     def init_weights(self, seed: int) -> None:
-        """Initialize every parameter from (seed, its name) alone; gains of norms are set to 1, biases to 0."""
+        """Initialize every parameter from (seed, its name) alone; gains of norms start at 1, biases at 0."""
         for name, parameter in self.named_parameters():
             std = self.initial_std(name)
             if std is None:
@@ -250,6 +246,7 @@ class Decoder(nn.Module):
             element_bytes=element_bytes,
             device_type=device_type,
             compiled=compiled,
+            softcap=bool(self.shape.logit_softcap),
         )
 
 

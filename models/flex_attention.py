@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionRule
-from models.presets import LlamaShape
 
 _MIN_HEAD_WIDTH = 16
 """Smallest head width that the kernels support."""
@@ -69,18 +68,12 @@ class FlexAttention:
         return out_BHTC
 
 
-def sequence_attention(
-    length: int, device: torch.device, shape: LlamaShape, windows: frozenset[int]
-) -> FlexAttention | None:
-    """Return the attention of layers with a window or softcap over whole sequences; None without flex attention."""
-    if not (any(windows) or shape.attention_softcap) or not has_flex_attention(device, shape.head_width):
-        return None
-    return _sequence_attention(length, device, windows)
-
-
 @cache
-def _sequence_attention(length: int, device: torch.device, windows: frozenset[int]) -> FlexAttention:
-    return FlexAttention(None, length, device, windows)
+def sequence_attention(
+    length: int, device: torch.device, head_width: int, windows: frozenset[int]
+) -> FlexAttention | None:
+    """Return the attention over whole sequences of layers with these windows; None without flex attention."""
+    return FlexAttention(None, length, device, windows) if has_flex_attention(device, head_width) else None
 
 
 def _can_attend(document_BT: Tensor | None, window: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

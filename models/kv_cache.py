@@ -1,7 +1,8 @@
 """Key-value cache for generation: each step computes only the new tokens.
 
 All rows of a batch end at the same slot; shorter prompts are padded on the left. Positions of a row count from its
-first token, and padding is masked, so a row computes the same as it would alone.
+first token, and padding is masked, so a row computes the same as it would alone, except with dynamic scaling of RoPE,
+whose frequencies are those of the capacity.
 
 B batch, T new tokens, S slots, H query heads, K key-value heads, G = H / K, C head width
 """
@@ -73,27 +74,32 @@ class _Slots:
 
     def extend(self, start: int, end: int) -> None:
         """Take the tokens from `start` to `end` as the new ones."""
-        count, tokens_T = self.count, torch.arange(start, end, device=self.device)
+        count, tokens = self.count, end - start
         self.is_prompt = start == 0 and self.first_B1 is None
         """Whether the new tokens are all that there are, without padding."""
         self.used = min(end, count)
-        self.stored: slice | Tensor = slice(start, end) if end <= count else tokens_T[-count:] % count
+        self.stored: slice | Tensor
         """The slots of the new tokens, or of the last of them."""
+        if end <= count or tokens == 1:
+            self.stored = slice(start % count, start % count + tokens)
+        else:
+            self.stored = torch.arange(max(start, end - count), end, device=self.device) % count
         self.earlier: Tensor | None = None
         """The slots of the tokens before `start`, in order, if new ones overwrite tokens that new ones attend to."""
-        if end - start > 1 and end > count:
-            earlier = torch.arange(max(start - count, 0), start, device=self.device)
-            self.earlier, tokens_S = earlier % count, torch.cat((earlier, tokens_T))
-        else:  # the latest token in each slot
-            slots_S = torch.arange(self.used, device=self.device)
-            tokens_S = slots_S if end <= count else end - 1 - (end - 1 - slots_S) % count
+        if tokens > 1 and end > count:
+            self.earlier = torch.arange(max(start - count, 0), start, device=self.device) % count
         self.mask: Tensor | None = None
         """The mask (B or 1, 1, T, S) of the tokens that each new one attends to; None: all."""
-        if not self.is_prompt and (end - start > 1 or self.first_B1 is not None):
-            self.mask = self._mask(tokens_T, tokens_S)
+        if not self.is_prompt and (tokens > 1 or self.first_B1 is not None):
+            self.mask = self._mask(start, end)
 
-    def _mask(self, tokens_T: Tensor, tokens_S: Tensor) -> Tensor:
-        distance_TS = tokens_T.unsqueeze(-1) - tokens_S
+    def _mask(self, start: int, end: int) -> Tensor:
+        if self.earlier is not None:
+            tokens_S = torch.arange(start - len(self.earlier), end, device=self.device)
+        else:  # the latest token in each slot
+            slots_S = torch.arange(self.used, device=self.device)
+            tokens_S = slots_S if end <= self.count else end - 1 - (end - 1 - slots_S) % self.count
+        distance_TS = torch.arange(start, end, device=self.device).unsqueeze(-1) - tokens_S
         mask_TS = (distance_TS >= 0) & (distance_TS < self.count)
         if self.first_B1 is None:
             return mask_TS[None, None]

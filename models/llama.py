@@ -59,7 +59,7 @@ class Llama:
     norm_placement: NormPlacement | None = None
     """Norms before attention and feed-forward ("pre", Llama), after them ("post", OLMo 2), or "both" (Gemma 2)."""
     zero_centered_norm: bool | None = None
-    """Gains of norms are 1 + weight, so that weight decay pulls them to one and not to zero (Gemma)."""
+    """Gains of norms are 1 + weight (Gemma); weight decay, where it includes norms, pulls them to one."""
     scaled_embeddings: bool | None = None
     """Multiply embeddings by sqrt(dim) (Gemma)."""
     qkv_bias: bool | None = None
@@ -104,6 +104,9 @@ class Llama:
         for key in ("top_k", "router"):
             if getattr(self, key) is not None and not self.resolved_shape.experts:
                 raise InputError(key, f"has no effect without experts; set experts, or remove {key}")
+        mup = self.resolved_shape.mup
+        if self.mup is not None and self.mup.base_layers is not None and (mup is None or mup.depth == "off"):
+            raise InputError("mup", 'base_layers has no effect without depth = "completep"')
         if not self.init_std > 0:
             raise InputError("init_std", f"{self.init_std} must be above 0")
 

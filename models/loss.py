@@ -40,17 +40,25 @@ def default_chunk(device_type: str, vocab_size: int) -> int:
 
 
 def working_bytes(
-    tokens: int, vocab_size: int, dim: int, *, element_bytes: int, device_type: str, compiled: bool = False
+    tokens: int,
+    vocab_size: int,
+    dim: int,
+    *,
+    element_bytes: int,
+    device_type: str,
+    compiled: bool = False,
+    softcap: bool = False,
 ) -> int:
     """Return the peak memory of `chunked_cross_entropy` in bytes, without its arguments.
 
-    It is the gradients of both inputs and the larger of two peaks within a chunk: logits and log-probabilities
+    It is the gradients of both inputs and the larger of two peaks within a chunk: logits and log-probabilities, and the
+    bounded logits with a softcap
     (compiled: bf16 logits and their gradient), or the chunk's contribution to the weight gradient, where that is not
     accumulated in place. `element_bytes` is the size of an element of the matrix products.
     """
     exact = element_bytes >= 4
     rows = min(tokens, default_chunk(device_type, vocab_size))
-    logits = rows * vocab_size * (4 if compiled else 8 if exact else 10)
+    logits = rows * vocab_size * (4 if compiled else (8 if exact else 10) + softcap * (4 if exact else 2))
     weight_grad = 0 if exact or device_type == "cuda" else vocab_size * (rows * 6 + dim * element_bytes)
     return tokens * dim * element_bytes + vocab_size * dim * 4 + max(logits, weight_grad)
 
@@ -184,8 +192,7 @@ def _loss_of_chunk(
     """
     dtype = logits_nV.dtype
     if softcap:
-        tanh_nV = torch.tanh(logits_nV.to(exact) / softcap)
-        logits_nV = softcap * tanh_nV
+        logits_nV = (logits_nV.to(exact) / softcap).tanh_().mul_(softcap)
     first_n1 = logits_nV[:, :1].to(exact)
     log_p_nV = _log_softmax(logits_nV, exact, vocab_reduce)
     log_sum_n1 = first_n1 - log_p_nV[:, :1]
@@ -204,8 +211,8 @@ def _loss_of_chunk(
     if z_coefficient:
         d_logits_nV.mul_(1 + 2 * z_coefficient * log_sum_n1)
     d_logits_nV.scatter_add_(-1, row_n1, -here_n1.to(exact))
-    if softcap:  # the derivative of cap * tanh(z / cap)
-        d_logits_nV.mul_(1 - tanh_nV * tanh_nV)
+    if softcap:  # the derivative of cap * tanh(z / cap) is 1 - tanh^2
+        d_logits_nV.mul_(logits_nV.div_(softcap).square_().neg_().add_(1))
     return loss, log_sum_n1, d_logits_nV.to(dtype)
 
 

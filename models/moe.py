@@ -28,7 +28,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 class MoE(nn.Module):
-    """SwiGLU experts and their router. Router logits are float32, because rounded logits are often equal."""
+    """Gated experts and their router. Router logits are float32, because rounded logits are often equal."""
 
     def __init__(self, dim: int, ffn_dim: int, experts: int, top_k: int, activation: Activation = "silu") -> None:
         super().__init__()

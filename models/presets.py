@@ -67,7 +67,7 @@ class LlamaShape:
     @property
     def rotary_width(self) -> int:
         """Number of channels of an attention head that rotate."""
-        return int(self.head_width * self.partial_rotary_factor)
+        return int(self.head_width * self.partial_rotary_factor + 1e-6)
 
     @property
     def residual_multiplier(self) -> float:

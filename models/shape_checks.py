@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from components.errors import InputError
 from models.presets import LlamaShape
 
@@ -46,15 +48,18 @@ def _check_numbers(shape: LlamaShape) -> None:
         if not getattr(shape, key) > 0:
             raise InputError(key, f"{getattr(shape, key)} must be above 0")
     for key in ("attention_scale", "attention_softcap", "logit_softcap", "rope_local_theta"):
-        if not getattr(shape, key) >= 0:
-            raise InputError(key, f"{getattr(shape, key)} must be at least 0, which disables it")
+        if not 0 <= getattr(shape, key) < math.inf:
+            raise InputError(key, f"{getattr(shape, key)} must be a finite number of at least 0, which disables it")
+    if shape.rope_scaling is not None and shape.rope_scaling.type == "yarn" and shape.rope_theta <= 1:
+        raise InputError("rope_theta", f"{shape.rope_theta} must be above 1 with YaRN")
     if not 0 < shape.partial_rotary_factor <= 1:
         raise InputError("partial_rotary_factor", f"{shape.partial_rotary_factor} must be above 0 and at most 1")
-    if shape.rotary_width % 2 or not shape.rotary_width:
+    if (width := shape.rotary_width) % 2 or not width:
+        even = max(width + width % 2, 2)
         raise InputError(
             "partial_rotary_factor",
-            f"{shape.rotary_width} of {shape.head_width} channels cannot be turned in pairs; use "
-            f"{(shape.rotary_width + 1) / shape.head_width:g}, which is {shape.rotary_width + 1}",
+            f"{width} of {shape.head_width} channels cannot be turned in pairs; use {even / shape.head_width!r}, "
+            f"which is {even}",
         )
 
 

@@ -31,4 +31,4 @@ class ZLoss:
     def metrics_of(self, sums: Tensor) -> dict[str, float]:
         """Return the mean squared log-partition from `pop_sums`, summed over all processes and on the CPU."""
         total, tokens = sums.tolist()
-        return {"z_loss": total / tokens}
+        return {"z_loss": total / max(tokens, 1)}

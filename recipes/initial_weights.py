@@ -105,8 +105,8 @@ def check_initial_weights(model: nn.Module, directory: Path) -> list[str]:
         raise FileNotFoundError(f"{directory} is not a directory")
     config = read_json(directory / "config.json")
     hf_name, architecture = architecture_from_config(config)
-    model_name, model_architecture = architecture_from_model(model)
-    if model_architecture is not architecture:
+    if not architecture.matches(model):
+        model_name, _ = architecture_from_model(model)
         raise ValueError(
             f"{directory} holds a {hf_name}, but [model] is a {model_name}; set use = {architecture.use!r}, with the "
             "keys in the model.toml that tools.import_hf writes"

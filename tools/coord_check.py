@@ -24,7 +24,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,19 +36,13 @@ from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPConfig
-from models.presets import LlamaShape
-from recipes.config import describe
-from recipes.config.toml import parse_value
+from recipes.cli import ROOT
+from recipes.config import ConfigError, Override, describe, load
 from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
 EXPECTED = {"output": (-0.5, 0.0), "last block": (-0.5, 0.0)}
 """Module -> range of slopes that pass; 0 for all others."""
-VARIANT_KEYS = tuple(
-    each.name for each in fields(LlamaShape)
-    if each.name not in ("dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "experts", "top_k", "mup")
-)  # fmt: skip
-"""Keys of [model] that a check can set."""
 Parametrization = Literal["mup", "standard", "completep"]
 
 
@@ -114,7 +108,8 @@ def measure_sizes(config: CheckConfig, width: int, layers: int, parametrization:
 def _measure_one_seed(
     config: CheckConfig, width: int, layers: int, parametrization: Parametrization, seed: int
 ) -> Sizes:
-    model = Llama(
+    model = replace(
+        _load_model(config.model),
         dim=width,
         layers=layers,
         heads=width // config.head_dim,
@@ -132,7 +127,6 @@ def _measure_one_seed(
             residual_multiplier=1.0 if config.depths else 0.5,
             depth="completep" if parametrization == "completep" else "off",
         ),
-        **_variants(config.model),
     ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
     model.init_weights(seed)
     optimizer = _build_optimizer(config, model)
@@ -150,15 +144,16 @@ def _measure_one_seed(
     return sizes
 
 
-def _variants(assignments: Sequence[str]) -> dict[str, Any]:
-    """Return the keys and values of KEY=VALUE. Raises ValueError for an unknown key or a wrong value."""
-    values: dict[str, Any] = {}
+def _load_model(assignments: Sequence[str]) -> Llama:
+    """Return [model] of the debug recipe with these keys, KEY=VALUE. Raises ValueError or ConfigError."""
+    overrides = []
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
-        if not equals or key not in VARIANT_KEYS:
-            raise ValueError(f"--model {assignment}: expected KEY=VALUE, with a KEY of {', '.join(VARIANT_KEYS)}")
-        values[key] = parse_value(value)
-    return values
+        if not equals:
+            raise ValueError(f"--model {assignment}: expected KEY=VALUE")
+        overrides.append(Override(f"model.{key}", value))
+    model: Llama = load(ROOT / "train_configs" / "debug.toml", overrides).recipe.model
+    return model
 
 
 def _build_optimizer(config: CheckConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -309,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if output is not None:
             plot_checks(checks, output)
             print(f"\nwrote {output}")
-    except (ValueError, OSError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 1 if checks[0].failures(tolerance) else 0

@@ -1,8 +1,9 @@
 """Conversion between `config.json` of transformers and the keys of `[model]`, in both directions, for each family.
 
 A function `..._keys` returns the keys of `[model]`, without "use"; missing entries have the defaults of transformers,
-except for the shape, which is required. It raises ValueError for an entry out of bounds, and for a function that the
-decoder does not support. A function `..._entries` returns the entries of `config.json`.
+except that width, layers, heads and vocabulary are required, and key-value heads are as many as heads. It raises
+ValueError for an entry out of bounds, and for a function that the decoder does not support.  A function `..._entries`
+returns the entries of `config.json`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ def _keys(
     head_dim: int | None = None,
     max_position: int = 2048,
     rope: Mapping[str, float] | None = None,
+    activation_entry: str = "hidden_act",
     activations: tuple[str | None, ...] = SILU,
     **variants: Any,
 ) -> dict[str, Any]:
     """Return the keys that all families have, and `variants`; the arguments are the defaults of a family."""
-    act = "hidden_activation" if "hidden_activation" in config else "hidden_act"
     refuse_other_values(
         config,
         {
-            act: activations,
+            activation_entry: activations,
+            "is_causal": (True, None),
             "attention_bias": (False, None),
             "mlp_bias": (False, None),
             "partial_rotary_factor": (1, None),
@@ -177,8 +179,7 @@ def _experts(config: Config, name: str, *, experts: int, top_k: int) -> dict[str
 
 def mistral_keys(config: Config) -> dict[str, Any]:
     refuse_other_values(config, {"layer_types": (None,)})
-    window = 0 if config.get("sliding_window", 4096) is None else read_count(config, "sliding_window", 4096)
-    return _keys(config, max_position=131_072, sliding_window=window)
+    return _keys(config, max_position=131_072, sliding_window=_read_window(config))
 
 
 def mistral_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def qwen3_moe_keys(config: Config) -> dict[str, Any]:
             "layer_types": (None,),
         },
     )
-    window = read_count(config, "sliding_window", 4096) if config.get("use_sliding_window") else 0
+    window = _read_window(config) if config.get("use_sliding_window") else 0
     keys = _keys(config, max_position=32_768, qk_norm="per_head", sliding_window=window)
     keys["ffn_dim"] = read_count(config, "moe_intermediate_size", 768)
     # transformers 5 writes the second name, and reads both
@@ -233,9 +234,11 @@ def qwen3_moe_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
 
 def _qwen_windows(config: Config) -> dict[str, Any]:
     layers = read_count(config, "num_hidden_layers")
-    if not config.get("use_sliding_window"):
+    if not config.get("use_sliding_window") or not _read_window(config):
         return {"sliding_window": 0, "global_attention_interval": 0}
     first = config.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ValueError(f"max_window_layers = {str(first)[:40]} is not an integer")
     types = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(layers)]
     return _windows(config, types, 4096)
 
@@ -245,12 +248,18 @@ def _qwen_window_entries(shape: LlamaShape) -> dict[str, Any]:
     return _window_entries(shape) | {"use_sliding_window": window, "max_window_layers": 0 if window else shape.layers}
 
 
+def _read_window(config: Config) -> int:
+    """Return the window; 0 for null, which is none."""
+    return 0 if config.get("sliding_window", 4096) is None else read_count(config, "sliding_window", 4096)
+
+
 def _windows(config: Config, layer_types: object, default: int) -> dict[str, Any]:
     """Return the keys of windows for these `layer_types`. Raises ValueError if they are not periodic."""
     layers = read_count(config, "num_hidden_layers")
-    if not isinstance(layer_types, Sequence) or len(layer_types) != layers or not {*layer_types} <= {FULL, SLIDING}:
+    known = isinstance(layer_types, Sequence) and all(kind in (FULL, SLIDING) for kind in layer_types)
+    if not known or len(layer_types) != layers:  # type: ignore[arg-type]
         raise ValueError(f"layer_types is not a list of {layers} times {FULL!r} or {SLIDING!r}")
-    is_global = [kind == FULL for kind in layer_types]
+    is_global = [kind == FULL for kind in layer_types]  # type: ignore[attr-defined]
     if all(is_global):
         return {"sliding_window": 0, "global_attention_interval": 0}
     interval = is_global.index(True) + 1 if any(is_global) else 0
@@ -283,7 +292,8 @@ def olmo2_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
 def olmo3_keys(config: Config) -> dict[str, Any]:
     rope = {"theta": 500_000.0, "local_theta": read_number(config, "rope_theta", 500_000.0)}
     windows = _windows(config, config.get("layer_types") or _every(config, 4), 4096)
-    return _keys(config, norm_eps=1e-5, norm_placement="post", qk_norm="all_heads", rope=rope, **windows)
+    keys = _keys(config, norm_eps=1e-5, norm_placement="post", qk_norm="all_heads", rope=rope, **windows)
+    return keys if keys["sliding_window"] else keys | {"rope_local_theta": 0.0}
 
 
 def olmo3_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
@@ -333,6 +343,7 @@ def _gemma_keys(config: Config, **variants: Any) -> dict[str, Any]:
         config,
         tied=True,
         head_dim=256,
+        activation_entry="hidden_activation" if config.get("hidden_activation") else "hidden_act",
         activations=(*GELU, None),
         activation="gelu_tanh",
         norm_placement="both",
@@ -340,12 +351,14 @@ def _gemma_keys(config: Config, **variants: Any) -> dict[str, Any]:
         scaled_embeddings=True,
         **variants,
     )
-    scalar = read_number(config, "query_pre_attn_scalar", 256)
+    if not keys["sliding_window"]:
+        keys["rope_local_theta"] = 0.0
+    scalar = read_count(config, "query_pre_attn_scalar", 256)
     return keys | {"attention_scale": 0.0 if scalar == keys["head_dim"] else scalar**-0.5}
 
 
 def _gemma_entries(shape: LlamaShape, vocab_size: int, *, rope_by_layer: bool = False) -> dict[str, Any]:
-    scalar = round(shape.attention_scale**-2) if shape.attention_scale else shape.head_width
+    scalar = max(round(shape.attention_scale**-2), 1) if shape.attention_scale else shape.head_width
     if shape.attention_scale and abs(scalar**-0.5 / shape.attention_scale - 1) > 1e-9:
         raise ValueError(f"attention_scale = {shape.attention_scale} is not 1 / sqrt(n) of an integer n, as in Gemma")
     entries = _entries(shape, vocab_size, rope_by_layer=rope_by_layer)

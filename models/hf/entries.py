@@ -16,6 +16,7 @@ _LIMITS = {
     "head_dim": 2**16,
     "query_pre_attn_scalar": 2**16,
     "max_position_embeddings": 2**31,
+    "original_max_position_embeddings": 2**31,
     "sliding_window": 2**31,
     "sliding_window_pattern": 2**12,
     "num_local_experts": 2**12,

@@ -29,6 +29,14 @@ def rope_from_hf(config: Mapping[str, Any], *, theta: float = 10_000.0, local_th
     if not isinstance(table, Mapping):
         raise ValueError(f"rope_parameters: {table!r} is not a table")
     by_layer = FULL in table or SLIDING in table
+    if config.get("rope_parameters") and config.get("rope_scaling"):
+        # readers differ in which of the two they use; exports have both, and they agree
+        older = config["rope_scaling"]
+        newer = (table.get(FULL) or {}) if by_layer else table
+        if not isinstance(older, Mapping) or any(newer.get(key) != value for key, value in older.items()):
+            raise ValueError("rope_scaling and rope_parameters differ; remove one of them")
+    if local_theta and config.get("rope_parameters") and not by_layer:
+        raise ValueError(f"rope_parameters has no {FULL}, as this architecture requires")
     full = _rope_of_table(config, (table.get(FULL) or {}) if by_layer else table, theta)
     if not local_theta:
         if by_layer and _rope_of_table(config, table.get(SLIDING) or table.get(FULL) or {}, theta) != full:
@@ -49,11 +57,11 @@ def _rope_of_table(config: Mapping[str, Any], table: Mapping[str, Any], theta: f
         raise ValueError(f"rope_parameters: {table!r} is not a table")
     theta = read_number({**config, **table}, "rope_theta", theta)
     kind = table.get("rope_type", table.get("type", "default"))
-    if table.get("partial_rotary_factor", 1) != 1:
+    if table.get("partial_rotary_factor") not in (1, None):
         raise ValueError(f"partial_rotary_factor = {table['partial_rotary_factor']}: no supported family has it")
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
-    if kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
         raise ValueError(f'rope_type = {kind!r} is not supported; supported are "default", {", ".join(_REQUIRED)}')
     if missing := sorted(key for key in _REQUIRED[kind] if table.get(key) is None):
         raise ValueError(f"rope_parameters has no {', '.join(missing)}")
@@ -61,6 +69,8 @@ def _rope_of_table(config: Mapping[str, Any], table: Mapping[str, Any], theta: f
     if kind == "llama3":
         scaling |= {key: read_number(table, key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
+        if theta <= 1:
+            raise ValueError(f"rope_theta = {theta:g} must be above 1 with YaRN")
         if table.get("truncate") not in (True, None):
             raise ValueError(f"truncate = {table['truncate']!r} is not supported; YaRN's bounds are integers here")
         scaling |= {
@@ -69,8 +79,12 @@ def _rope_of_table(config: Mapping[str, Any], table: Mapping[str, Any], theta: f
         }
         scaling["attention_factor"] = _yarn_attention_factor(table)
     if kind != "linear":
-        length = config if kind == "dynamic" else {"max_position_embeddings": table["original_max_position_embeddings"]}
-        scaling["original_max_position"] = read_count(length, "max_position_embeddings", 2048)
+        name = "original_max_position_embeddings"
+        if config.get(name) not in (None, table.get(name)):
+            raise ValueError(f"{name} differs from that of rope_parameters; remove one of them")
+        scaling["original_max_position"] = (
+            read_count(config, "max_position_embeddings", 2048) if kind == "dynamic" else read_count(table, name)
+        )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 

@@ -91,9 +91,10 @@ def test_each_row_of_a_batch_is_what_it_is_alone(size):
 
 
 @torch.no_grad()
+@shapes
 @pytest.mark.parametrize("lengths", [(8,), (5, 8)])
-def test_a_text_may_come_in_pieces(lengths):
-    model, rows = decoder(SMALL), prompts(*lengths)
+def test_a_text_may_come_in_pieces(lengths, size):
+    model, rows = decoder(size), prompts(*lengths)
     longest = max(lengths)
     padding = [longest - length for length in lengths]
     tokens = torch.tensor([[0] * missing + row for missing, row in zip(padding, rows, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import get_args
 
@@ -10,6 +11,7 @@ import torch
 
 from models.decoder import Decoder
 from models.llama import Llama
+from models.mup import MuPConfig
 from models.norm import RMSNorm
 from models.presets import PRESETS, Activation, LlamaShape, NormPlacement, QKNorm
 from models.rope import Rope, RopeScaling
@@ -170,9 +172,17 @@ def test_the_largest_size_is_built_on_meta_without_memory():
         ({"rope_local_theta": 5.0}, r"^rope_local_theta: has no effect without a window; set sliding_window, or"),
         ({"sliding_window": 8, "global_attention_interval": 1}, r"^global_attention_interval: 1 makes every layer"),
         ({"no_rope_interval": 1}, r"^no_rope_interval: 1 leaves no layer with rotary embedding; use at least 2$"),
-        ({"logit_softcap": -1.0}, r"^logit_softcap: -1.0 must be at least 0, which disables it$"),
+        ({"logit_softcap": -1.0}, r"^logit_softcap: -1.0 must be a finite number of at least 0, which disables it$"),
         ({"partial_rotary_factor": 0.0}, r"^partial_rotary_factor: 0.0 must be above 0 and at most 1$"),
         ({"partial_rotary_factor": 0.1}, r"^partial_rotary_factor: 3 of 32 channels .*; use 0.125, which is 4$"),
+        ({"partial_rotary_factor": 0.01}, r"^partial_rotary_factor: 0 of 32 channels .*; use 0.0625, which is 2$"),
+        (
+            {"head_dim": 96, "partial_rotary_factor": 0.33},
+            r"^partial_rotary_factor: 31 of 96 channels .*; use 0.3333333333333333, which is 32$",
+        ),
+        ({"logit_softcap": math.inf}, r"^logit_softcap: inf must be a finite number of at least 0"),
+        ({"mup": MuPConfig(base_layers=4)}, r"^mup: base_layers has no effect without depth"),
+        ({"rope_theta": 1.0, "rope_scaling": RopeScaling(type="yarn")}, r"^rope_theta: 1.0 must be above 1 with YaRN"),
         (
             {"size": "powerlm36m", "scaled_embeddings": True},
             r"^scaled_embeddings: a factor of sqrt\(dim\) .*; use mup.embedding_multiplier$",
@@ -184,6 +194,14 @@ def test_the_largest_size_is_built_on_meta_without_memory():
 def test_a_shape_that_cannot_be_is_refused_with_a_remedy(wrong, message):
     with pytest.raises(ValueError, match=message):
         Llama(**wrong)
+
+
+@pytest.mark.parametrize("width", range(2, 130, 2))
+def test_the_fraction_that_an_error_suggests_is_accepted(width):
+    with pytest.raises(ValueError, match="partial_rotary_factor") as caught:
+        Llama(head_dim=width, partial_rotary_factor=1.5 / width)
+    suggested = float(str(caught.value).split("use ")[1].split(",")[0])
+    assert Llama(head_dim=width, partial_rotary_factor=suggested).resolved_shape.rotary_width == 2
 
 
 def test_heads_need_not_divide_dim_when_their_width_is_given():

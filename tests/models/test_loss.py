@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from components.token_ids import IGNORE_INDEX
-from models.loss import chunked_cross_entropy, working_bytes
+from models.loss import _fusible_loss, _loss_of_chunk, chunked_cross_entropy, working_bytes
 
 pytestmark = pytest.mark.quick
 
@@ -232,9 +232,23 @@ def test_the_logits_of_all_tokens_never_exist_at_a_time(autocast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "v", "d"), [(1024, 1000, 64), (100, 500, 64), (2048, 300, 1024)])
-def test_working_bytes_is_the_most_that_is_alive(n, v, d, dtype):
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_working_bytes_is_the_most_that_is_alive(n, v, d, dtype, softcap):
     given = inputs(dtype, n=n, d=d, v=v)
     with Memory() as memory:
-        chunked_cross_entropy(*given)
-    said = working_bytes(n, v, d, element_bytes=dtype.itemsize, device_type="cpu")
+        chunked_cross_entropy(*given, softcap=softcap)
+    said = working_bytes(n, v, d, element_bytes=dtype.itemsize, device_type="cpu", softcap=bool(softcap))
     assert said == pytest.approx(memory.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(("softcap", "z_coefficient"), [(0.0, 0.0), (2.0, 0.0), (0.0, 0.3), (2.0, 0.3)])
+def test_the_loss_that_is_compiled_is_the_same(softcap, z_coefficient):
+    x, weight, labels = inputs(torch.float32, n=9, d=8, v=30)
+    logits = (x @ weight.T).detach() * 3
+    labels = labels.flatten()
+    eager = _loss_of_chunk(logits.clone(), labels, torch.float32, 0, None, True, softcap, z_coefficient)
+    fused = _fusible_loss(logits, labels, softcap, z_coefficient)
+    counted = (labels != IGNORE_INDEX).unsqueeze(-1)
+    torch.testing.assert_close(fused[0], eager[0])
+    torch.testing.assert_close(fused[1], eager[1])
+    torch.testing.assert_close(fused[2] * counted, eager[2] * counted)

@@ -120,7 +120,9 @@ def test_both_are_plotted_and_mup_decides_the_exit_status(tmp_path, capsys):
         (["--widths", "32", "40"], "--widths: 40 is not a multiple of 32, two heads of --head-dim"),
         (["--steps", "0"], "--steps 0, --seeds 2: expected at least 1"),
         (["--depths", "4"], "--depths: [4]: expected two or more numbers of layers"),
-        (["--model", "qk_norms=per_head"], "--model qk_norms=per_head: expected KEY=VALUE, with a KEY of norm_eps, "),
+        (["--model", "qk_norm"], "--model qk_norm: expected KEY=VALUE"),
+        (["--model", "qk_norms=per_head"], "command line  model.qk_norms"),
+        (["--model", "qk_norm=foo"], "command line  model.qk_norm"),
     ],
 )
 def test_bad_input_is_reported(wrong, message, capsys):

@@ -158,6 +158,35 @@ def test_the_published_configuration_is_the_preset(name):
             "truncate = False",
         ),
         ("qwen3_0.6b", {"rope_parameters": {"full_attention": 3}}, "not a table"),
+        ("qwen3_0.6b", {"is_causal": False}, "is_causal = False is not supported"),
+        ("qwen3_0.6b", {"hidden_activation": "silu", "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        (
+            "qwen3_0.6b",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"type": "linear"}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ("qwen3_0.6b", {"rope_scaling": {"type": ["yarn"]}}, "rope_type = .'yarn'. is not supported"),
+        (
+            "qwen3_0.6b",
+            {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 9}},
+            "rope_theta = 1 must be above 1 with YaRN",
+        ),
+        (
+            "qwen3_0.6b",
+            {
+                "original_max_position_embeddings": 8,
+                "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 9},
+            },
+            "original_max_position_embeddings differs",
+        ),
+        (
+            "qwen3_0.6b",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": "3"},
+            "max_window_layers",
+        ),
+        ("gemma3_1b", {"layer_types": [["x"]] * 26}, "layer_types is not a list"),
+        ("gemma3_1b", {"query_pre_attn_scalar": 0.4}, "query_pre_attn_scalar = 0.4 is not an integer"),
+        ("gemma3_1b", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "has no full_attention"),
         (
             "qwen3_0.6b",
             {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 5.0}}},
@@ -169,6 +198,31 @@ def test_what_a_family_has_and_the_decoder_has_not_is_refused_by_name(name, entr
     config = {**HUB[name], **entries}
     with pytest.raises(ValueError, match=message):
         architecture_from_config(config)[1].config_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("gemma3_1b", {"layer_types": ["full_attention"] * 26}),
+        ("gemma3_1b", {"sliding_window_pattern": 1}),
+        ("qwen3_0.6b", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}),
+        ("qwen3_0.6b", {"architectures": ["MistralForCausalLM"], "sliding_window": None}),
+        ("olmo2_1b", {"architectures": ["Olmo3ForCausalLM"], "layer_types": ["full_attention"] * 16}),
+    ],
+)
+def test_a_configuration_without_windows_is_a_model_without(name, entries):
+    config = {**HUB[name], **entries}
+    _, architecture = architecture_from_config(config)
+    with torch.device("meta"):
+        model = architecture.build(architecture.config_from_hf(config))
+    assert (model.shape.sliding_window, model.shape.rope_local_theta) == (0, 0.0)
+    assert architecture.matches(model), "so that [run] init_from accepts it"
+
+
+def test_a_gemma_with_an_odd_attention_scale_is_refused_at_export():
+    model = decoder(replace(PRESETS["gemma3_1b"], layers=6, attention_scale=2.0))
+    with pytest.raises(ValueError, match=r"attention_scale = 2.0 is not 1 / sqrt\(n\)"):
+        architecture_from_model(model)[1].hf_config(model)
 
 
 def test_only_the_text_model_of_gemma_3_is_supported():
