@@ -123,9 +123,11 @@ class Decoder(nn.Module):
             (rope, local_rope), backends = cache.extend(length), cache.layers
         elif self.first_input is None:
             rope, local_rope = self._rope_tables(length, device)
-            flex = sequence_attention(length, device, self.shape.head_width, frozenset(windows))
             # without softcap and a window shorter than the sequence, PyTorch's own causal kernel is the fastest
             plain = [not self.shape.attention_softcap and not 0 < window < length for window in windows]
+            flex = None
+            if not all(plain):
+                flex = sequence_attention(length, device, self.shape.head_width, frozenset(windows))
             backends = [None if is_plain else flex for is_plain in plain]
         else:
             starts_BT = tokens_BT == self.first_input

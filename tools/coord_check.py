@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -109,7 +110,7 @@ def _measure_one_seed(
     config: CheckConfig, width: int, layers: int, parametrization: Parametrization, seed: int
 ) -> Sizes:
     model = replace(
-        _load_model(config.model),
+        _load_model(tuple(config.model)),
         dim=width,
         layers=layers,
         heads=width // config.head_dim,
@@ -144,7 +145,8 @@ def _measure_one_seed(
     return sizes
 
 
-def _load_model(assignments: Sequence[str]) -> Llama:
+@cache  # one check builds a model for each width and seed
+def _load_model(assignments: tuple[str, ...]) -> Llama:
     """Return [model] of the debug recipe with these keys, KEY=VALUE. Raises ValueError or ConfigError."""
     overrides = []
     for assignment in assignments:

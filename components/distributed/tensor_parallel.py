@@ -80,9 +80,7 @@ class VocabParallelHead(GatherSequence):
     """Shard the weight of an LM head, untied or tied, by rows of the vocabulary."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for key, parameter in module.named_parameters(recurse=False):
-            rows = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=None)
-            module.register_parameter(key, nn.Parameter(rows))
+        _shard_first_dimension(module, device_mesh)
         module.vocab_shard = VocabShard(device_mesh)  # type: ignore[assignment]
         module.register_forward_hook(lambda part, inputs, output: _full_tensor(output))
         return super()._apply(module, device_mesh)
@@ -111,9 +109,7 @@ class ChannelParallelNorm(ParallelStyle):
     """Shard an RMSNorm over channels of which each rank holds a part; the mean square is that of all of them."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for key, parameter in module.named_parameters(recurse=False):
-            part = distribute_tensor(parameter, device_mesh, [Shard(0)], src_data_rank=None)
-            module.register_parameter(key, nn.Parameter(part))
+        _shard_first_dimension(module, device_mesh)
         module.channel_reduce = DifferentiableSum(device_mesh)  # type: ignore[assignment]
         return module
 
@@ -128,6 +124,12 @@ class DifferentiableSum:
         """Return the sum. Its gradient is the sum of the ranks' gradients."""
         summands = DTensor.from_local(tensor, self.mesh, [Partial()], run_check=False)
         return summands.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def _shard_first_dimension(module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(part))
 
 
 def _full_tensor(output: Tensor) -> Tensor:

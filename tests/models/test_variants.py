@@ -210,6 +210,15 @@ def test_blocks_compile_as_a_whole(name):
     assert counter.frame_count == len(kinds), "compiled again"
 
 
+@pytest.mark.parametrize(("window", "softcap", "asked"), [(0, 0.0, 0), (T, 0.0, 0), (3, 0.0, 1), (0, 2.0, 1)])
+def test_flex_attention_is_prepared_only_where_a_layer_needs_it(window, softcap, asked, monkeypatch):
+    """Else a plain Llama would compile a mask that it does not use."""
+    calls = []
+    monkeypatch.setattr("models.decoder.sequence_attention", lambda *arguments: calls.append(arguments))
+    model_of(replace(SMALL, sliding_window=window, attention_softcap=softcap))(given()[0])
+    assert len(calls) == asked
+
+
 def test_flops_count_only_the_keys_of_a_window():
     full, windowed = Decoder(SMALL, V), Decoder(replace(SMALL, sliding_window=8, global_attention_interval=2), V)
     assert windowed.flops_per_token(8) == full.flops_per_token(8)
