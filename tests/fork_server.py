@@ -163,31 +163,43 @@ def serve(client: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # a run collects garbage after its first step: half a second of every process for the imported objects
     running: dict[int, int] = {}
-
-    def reap(*_: object) -> None:
-        for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                pipe = running.pop(pid)
-                with suppress(BrokenPipeError):
-                    os.write(pipe, _HEADER.pack(status))
-                os.close(pipe)
-
-    signal.signal(signal.SIGCHLD, reap)
-    while (received := _receive(client)) is not None:
+    # A handler of SIGCHLD only wakes the loop: one that waited for children would be interrupted by itself.
+    ended, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while True:
+        ready, _, _ = select.select([client, ended], [], [])
+        if ended in ready:
+            os.read(ended, 4096)
+            _report_ended(running)
+        if client not in ready:
+            continue
+        if (received := _receive(client)) is None:
+            return
         request, (*streams, status) = received
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         pid = os.fork()
         if not pid:
+            signal.set_wakeup_fd(-1)
             client.close()
-            for pipe in (status, *running.values()):
+            for pipe in (ended, wakeup, status, *running.values()):
                 os.close(pipe)
             _become(request, streams)
         for stream in streams:
             os.close(stream)
         running[pid] = status
         os.write(status, _HEADER.pack(pid))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def _report_ended(running: dict[int, int]) -> None:
+    """Write the status of every process that has ended into its pipe, and forget it."""
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            pipe = running.pop(pid)
+            with suppress(BrokenPipeError):
+                os.write(pipe, _HEADER.pack(status))
+            os.close(pipe)
 
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
