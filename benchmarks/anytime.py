@@ -10,7 +10,6 @@ are tuned over factors of sqrt(2), at all of the tokens, and the best one is run
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -18,18 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.optimizers.runs import SHARED, SIZES
-from benchmarks.shared import add_text_arguments, machine, text_keys
-from recipes.cli import ROOT
-from tools.sweep.grid import Job, Settings, Sweep
-from tools.sweep.runner import Outcome, Results, Runner, report_stop
+from benchmarks.text_runs import SHARED, SIZES, WARMUP, comparison_parser, run_and_report, text_keys, text_run
+from tools.sweep.grid import Job, Settings
+from tools.sweep.runner import Outcome, Results
 
 HORIZONS = (0.25, 0.5, 1.0)
 """Fractions of the tokens at which the runs are compared."""
 HALF_LIVES = (0.01, 0.03, 0.1)
 """Of the averages, as fractions of all tokens."""
-WARMUP = 0.05
-"""Fraction of all tokens, at every horizon."""
 TOLERANCE = 0.005
 METHODS: dict[str, tuple[Settings, str, Sequence[float]]] = {
     "WSD": ({}, "lr_schedule.max_lr", (2.8e-3, 4e-3, 5.7e-3, 8e-3)),
@@ -70,9 +65,7 @@ class Comparison:
             "run.seed": str(seed),
         }
         shared = {name: each for name, each in SHARED.items() if method == "WSD" or "decay" not in name}
-        paths = {name: str(path.absolute()) for name, path in self.text.items()}
-        (job,) = Sweep(ROOT / "train_configs" / "own_text.toml", {**shared, **paths}, [[varied]]).jobs()
-        return job
+        return text_run(varied, self.text, shared)
 
     def loss(self, method: str, outcome: Outcome) -> float:
         """Return the validation loss that a method is judged by: for Power, of its best average."""
@@ -85,16 +78,13 @@ class Comparison:
         done = {value: self.loss(method, outcome) for value, outcome in found.items() if outcome is not None}
         return min(done, key=done.__getitem__) if len(done) == len(values) else None
 
-    def missing(self) -> Iterator[Job]:
-        """Yield the runs that can be started now."""
+    def wanted(self) -> Iterator[Job]:
+        """Yield the runs that are known to be needed."""
         for method, (_, _, values) in METHODS.items():
-            best = self.best(method)
-            jobs = (
-                [self.job(method, value) for value in values]
-                if best is None
-                else [self.job(method, best, at, seed) for at in HORIZONS for seed in range(self.seeds)]
-            )
-            yield from (job for job in jobs if self.results.get(job) is None)
+            if (best := self.best(method)) is None:
+                yield from (self.job(method, value) for value in values)
+            else:
+                yield from (self.job(method, best, at, seed) for at in HORIZONS for seed in range(self.seeds))
 
     def report(self) -> Iterator[str]:
         """Yield a row for each horizon: the losses of WSD, Power, and each average, and the gap."""
@@ -142,31 +132,17 @@ def _mean(losses: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.anytime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_text_arguments(parser)
+    parser = comparison_parser("anytime", __doc__)
     parser.add_argument("--tokens", type=int, default=1_200_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--results", type=Path, default=Path("docs/data/anytime.jsonl"))
-    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    text = text_keys(options)
-    try:
-        results = Results(options.results)
-        comparison = Comparison(results, text, options.tokens, options.seeds)
-        killed = 0
-        while not options.report and not killed and (jobs := list(comparison.missing())):
-            killed = Runner(results, options.jobs).run(jobs)
-        print(f"{machine()}\n")
-        print("\n".join(comparison.report()))
-    except KeyboardInterrupt as stop:
-        return report_stop(stop)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 1 if killed else 0
+
+    def comparison(results: Results) -> Comparison:
+        return Comparison(results, text_keys(options), options.tokens, options.seeds)
+
+    def report(results: Results) -> None:
+        print("\n".join(comparison(results).report()))
+
+    return run_and_report(options, lambda results: comparison(results).wanted(), report)
 
 
 if __name__ == "__main__":

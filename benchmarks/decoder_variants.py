@@ -11,7 +11,6 @@ varying speed of the machine cancels in a pair; memory is what a micro-batch kee
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,16 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.optimizers.runs import SHARED, SIZES
-from benchmarks.shared import add_text_arguments, machine, spread, text_keys
+from benchmarks.shared import spread
+from benchmarks.text_runs import SIZES, comparison_parser, run_and_report, text_keys, text_run
 from components.units import format_count
 from models.decoder import Decoder
 from models.llama import Llama
-from recipes.cli import ROOT
 from recipes.config.toml import parse_value
 from recipes.dry_run.activation_memory import count_activations
-from tools.sweep.grid import Job, Settings, Sweep
-from tools.sweep.runner import Results, Runner, report_stop
+from tools.sweep.grid import Job, Settings
+from tools.sweep.runner import Results
 
 _BOTH = {"norm_placement": "both", "activation": "gelu_tanh", "zero_centered_norm": "true", "scaled_embeddings": "true"}
 _WINDOW = {"sliding_window": "32"}
@@ -69,9 +67,7 @@ def job_of(variant: str, seed: int, tokens: int, text: Mapping[str, Path]) -> Jo
         "lr_schedule.max_lr": LR,
         "run.seed": str(seed),
     }
-    paths = {key: str(path.absolute()) for key, path in text.items()}
-    (job,) = Sweep(ROOT / "train_configs" / "own_text.toml", {**SHARED, **paths}, [[varied]]).jobs()
-    return job
+    return text_run(varied, text)
 
 
 def build_model(variant: str) -> Decoder:
@@ -140,34 +136,22 @@ def report_lines(results: Results, tokens: int, seeds: int, rounds: int, text: M
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoder_variants",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_text_arguments(parser)
+    parser = comparison_parser("decoder_variants", __doc__)
     parser.add_argument("--tokens", type=int, default=600_000)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=20, help="pairs of passes")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--results", type=Path, default=Path("docs/data/decoder_variants.jsonl"))
-    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     text = text_keys(options)
-    try:
-        results = Results(options.results)
-        jobs = [job_of(variant, seed, options.tokens, text) for seed in range(options.seeds) for variant in VARIANTS]
-        missing = [job for job in jobs if results.get(job) is None]
-        killed = Runner(results, options.jobs).run(missing) if missing and not options.report else 0
-        print(f"{machine()}; {options.tokens:,} tokens, learning rate {LR}, batch {BATCH}\n")
+
+    def wanted(_: Results) -> Iterator[Job]:
+        for seed in range(options.seeds):
+            yield from (job_of(variant, seed, options.tokens, text) for variant in VARIANTS)
+
+    def report(results: Results) -> None:
+        print(f"{options.tokens:,} tokens, learning rate {LR}, batch {BATCH}\n")
         for line in report_lines(results, options.tokens, options.seeds, options.rounds, text):
             print(line)
-    except KeyboardInterrupt as stop:
-        return report_stop(stop)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 1 if killed else 0
+
+    return run_and_report(options, wanted, report)
 
 
 if __name__ == "__main__":

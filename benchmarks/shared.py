@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import resource
@@ -39,18 +38,6 @@ class StopwatchBatch(Constant):
     def step_seconds(self, skip: int) -> list[float]:
         """Return the seconds from each start to the next, without the first `skip`."""
         return [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)][skip:]
-
-
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what the runs of a comparison are trained on."""
-    parser.add_argument("--train", type=Path, required=True, help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
-
-
-def text_keys(options: argparse.Namespace) -> dict[str, Path]:
-    """Return the keys of a recipe that those options set."""
-    return {"data.path": options.train, "validation.data.path": options.valid, "tokenizer.path": options.tokenizer}
 
 
 READY = "ready for a step"

@@ -8,22 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes.cli import ROOT
-from tools.sweep.grid import Job, Settings, Sweep
+from benchmarks.text_runs import SIZES, WARMUP, text_run
+from tools.sweep.grid import Job, Settings
 from tools.sweep.runner import Outcome, Results
 
-SHARED: Settings = {
-    "training.sequence_length": "128", "training.micro_batch_size": "8", "training.precision": "float32",
-    "run.device": "cpu", "gradient_noise.interval_steps": "none", "validation.interval_steps": "none",
-    "validation.max_sequences": "none", "validation.micro_batch_size": "16",
-    "lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": "0.3",
-}  # fmt: skip
-WARMUP = 0.05
-"""Fraction of the tokens."""
-SIZES: dict[str, Settings] = {
-    "1M": {"model.dim": "128", "model.layers": "4", "model.heads": "4", "model.kv_heads": "4", "model.ffn_dim": "384"},
-    "5M": {"model.dim": "256", "model.layers": "6", "model.heads": "8", "model.kv_heads": "8", "model.ffn_dim": "768"},
-}
 MUON = {"optimizer.use": "components.optimizers:Muon"}
 OPTIMIZERS: dict[str, Settings] = {
     "AdamW": {},
@@ -66,9 +54,7 @@ class Tuning:
             "lr_schedule.max_lr": f"{lr:.3g}",
             "run.seed": str(seed),
         }
-        paths = {key: str(path.absolute()) for key, path in self.text.items()}
-        (job,) = Sweep(ROOT / "train_configs" / "own_text.toml", {**SHARED, **paths}, [[varied]]).jobs()
-        return job
+        return text_run(varied, self.text)
 
     def losses(self, setting: Setting) -> dict[float, float]:
         """Return learning rate -> validation loss of the first seed, for those tried, in ascending order."""
@@ -95,23 +81,20 @@ class Tuning:
         jobs = [self.job(setting, lr, seed, fraction) for seed in range(self.seeds)]
         return [outcome for job in jobs if (outcome := self.results.get(job)) is not None]
 
-    def missing(self, setting: Setting) -> Iterator[Job]:
+    def wanted(self, setting: Setting) -> Iterator[Job]:
         """Yield the next runs: learning rates until the best is between two others, then seeds and shorter runs."""
         lr, losses = self.best_lr(setting), self.losses(setting)
         if lr is None:
             grid = _learning_rates(setting)
-            wanted = grid[_START : _START + 4]
-            if set(wanted) <= losses.keys():
+            lrs = grid[_START : _START + 4]
+            if set(lrs) <= losses.keys():
                 best = min(losses, key=losses.__getitem__)
                 tried = [grid.index(each) for each in losses]
-                wanted = [grid[tried[0] - 1] if best == min(losses) else grid[tried[-1] + 1]]
-            yield from (job for each in wanted if self.results.get(job := self.job(setting, each)) is None)
-            return
-        fractions = [1.0, *(SHORTER if setting.optimizer != "AdamW" else ())]
-        for fraction in fractions:
-            for seed in range(self.seeds):
-                if self.results.get(job := self.job(setting, lr, seed, fraction)) is None:
-                    yield job
+                lrs = [grid[tried[0] - 1] if best == min(losses) else grid[tried[-1] + 1]]
+            yield from (self.job(setting, each) for each in lrs)
+        else:
+            for fraction in (1.0, *(SHORTER if setting.optimizer != "AdamW" else ())):
+                yield from (self.job(setting, lr, seed, fraction) for seed in range(self.seeds))
 
 
 _START = 8
@@ -124,5 +107,6 @@ def _learning_rates(setting: Setting) -> list[float]:
 
 
 def next_jobs(tuning: Tuning, settings: Sequence[Setting]) -> list[Job]:
-    """Return the runs that can be started now; none when all settings are complete."""
-    return [job for setting in settings for job in tuning.missing(setting)]
+    """Return the runs without an outcome that can be started now; none when all settings are complete."""
+    jobs = [job for setting in settings for job in tuning.wanted(setting)]
+    return [job for job in jobs if tuning.results.get(job) is None]
