@@ -99,7 +99,7 @@ class TrainStep:
         max_grad_norm: float | None,
         compute_context: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """`dp` is the group of data-parallel ranks, `world` that of all processes of the run, TP ranks included.
+        """`dp` is the group of data-parallel ranks, `world` that of all processes of the run.
 
         `compute_context` returns the context manager of forward and backward, such as `WorkingWeights` or autocast.
         """
@@ -136,8 +136,6 @@ class TrainStep:
         Returns the sums `loss` (1,), over the step's tokens; `squares` (2,), of `GradientNoiseHooks.sums`; and `more`.
         """
         self.noise_hooks.start(measure=measure)
-        # FSDP2 averages gradients over the data-parallel ranks; the factor dp.size turns the average into a sum.
-        loss_scale = self.dp.size / step_tokens
         total = torch.zeros((), device=self.dp.device)
         with self.compute_context():
             for number, micro_batch in enumerate(micro_batches, 1):
@@ -145,14 +143,14 @@ class TrainStep:
                 labels = micro_batch.labels.to(self.dp.device, non_blocking=True)
                 loss = self.model(tokens, labels)  # (), summed over the B T tokens
                 self.grad_sync.prepare_backward(last=number == count)
-                (loss * loss_scale).backward()
+                (loss / step_tokens).backward()
                 self.noise_hooks.end_micro_batch()
                 total += loss.detach()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        # The TP ranks of a data-parallel rank all have its loss, so each contributes 1 / tp of it to the sum over the
-        # world.
-        tp = self.world.size // self.dp.size
-        summands = {"loss": total.double() / tp, "squares": self.noise_hooks.sums(gradients), **more()}
+        # The CP and TP ranks of a data-parallel rank all have its loss: each contributes a part of it to the sum over
+        # the world.
+        ranks = self.world.size // self.dp.size
+        summands = {"loss": total.double() / ranks, "squares": self.noise_hooks.sums(gradients), **more()}
         sums = StepSums(summands, self.world.all_reduce_sum)
         if self.max_grad_norm is not None:
             with profiler_range("clip_gradients"):

@@ -5,6 +5,7 @@ presets.py              the shapes of the named models
 shape_checks.py         what a shape may be
 decoder.py              the decoder: blocks, feed-forward, initial std of each matrix
 attention.py            attention and its variants
+attention_backends.py   the attention of each layer: whole sequences, documents, or chunks of them
 flex_attention.py       fused attention with masks and softcaps on GPUs
 norm.py                 RMSNorm
 lm_head.py              output projection, with the loss inside
@@ -12,6 +13,7 @@ random_weights.py       random weights from (seed, name), equal with every shard
 mup.py                  muP: RULES for initial weights, learning rates and multipliers
 rope.py                 rotary position embedding
 document_attention.py   attention within documents
+context_parallel.py     attention of the chunks that a context-parallel rank has
 moe.py                  mixture of experts
 grouped_linear.py       one matrix product for all experts
 router_loss.py          auxiliary losses of the routers

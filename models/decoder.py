@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Attention, AttentionBackend, softcap
-from models.document_attention import document_attention, document_positions
-from models.flex_attention import sequence_attention
+from models.attention_backends import attention_backends
+from models.context_parallel import SequenceShards, whole_output
+from models.document_attention import document_positions
 from models.kv_cache import KeyValueCache
 from models.lm_head import LMHead
 from models.loss import working_bytes
@@ -76,6 +77,7 @@ class Decoder(nn.Module):
         )
         self.router_loss = RouterLoss(shape.experts, router or RouterLossConfig()) if shape.experts else None
         self.first_input: int | None = None
+        self.sequence_shards: SequenceShards | None = None
 
     def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Return logits (B, T, V), or with labels the sum of the cross-entropies, () float32. Label -100 is ignored.
@@ -83,7 +85,7 @@ class Decoder(nn.Module):
         In training, the gradient of that sum includes the z loss and the auxiliary losses of the routers; its value
         does not. With a cache, the tokens are appended to it, and the logits are those of the last token, (B, 1, V).
         """
-        x_BTD = self.tok_embeddings(tokens_BT)
+        x_BTD = self.tok_embeddings(self._local(tokens_BT))
         if self.shape.scaled_embeddings:  # sqrt(D) is rounded to the dtype of the embedding, as in Gemma
             x_BTD = x_BTD * float(torch.tensor(math.sqrt(self.shape.dim), dtype=x_BTD.dtype, device="cpu"))
         elif self.mup is not None:
@@ -100,7 +102,10 @@ class Decoder(nn.Module):
         if self.mup is not None:  # scale x and not the logits, which are larger and never all exist in the chunked loss
             x_BTD = x_BTD / self.mup.width_multiple(self.shape.dim)
         tied_weight_VD = self.tok_embeddings.weight if self.shape.tied_embeddings else None
-        logits_or_loss: Tensor = self.output(x_BTD, labels_BT, tied_weight_VD)
+        local_labels_BT = None if labels_BT is None else self._local(labels_BT)
+        logits_or_loss: Tensor = self.output(x_BTD, local_labels_BT, tied_weight_VD)
+        if self.sequence_shards is not None:
+            logits_or_loss = whole_output(self.sequence_shards, logits_or_loss)
         if labels_BT is None and self.shape.logit_softcap:
             return softcap(logits_or_loss, self.shape.logit_softcap)
         if self.router_loss is not None and labels_BT is not None and self.training:
@@ -112,30 +117,31 @@ class Decoder(nn.Module):
     def _layer_inputs(
         self, tokens_BT: Tensor, cache: KeyValueCache | None
     ) -> Iterator[tuple[Tensor | None, AttentionBackend | None]]:
-        """Yield each layer's RoPE table, (2, T, 1, R) or (2, B or 1, T, 1, R), and its attention backend.
+        """Yield each layer's RoPE table of this rank's tokens, (2, T, 1, R) or (2, B or 1, T, 1, R), and its attention
+        backend, for whole sequences.
 
         Generated text is a single document, so a cache needs no document masking.
         """
         length, device = tokens_BT.shape[1], tokens_BT.device
-        windows = [self.shape.window_of(layer) for layer in range(self.shape.layers)]
         backends: Sequence[AttentionBackend | None]
         if cache is not None:
             (rope, local_rope), backends = cache.extend(length), cache.layers
-        elif self.first_input is None:
-            rope, local_rope = self._rope_tables(length, device)
-            # without softcap and a window shorter than the sequence, PyTorch's own causal kernel is the fastest
-            plain = [not self.shape.attention_softcap and not 0 < window < length for window in windows]
-            flex = None
-            if not all(plain):
-                flex = sequence_attention(length, device, self.shape.head_width, frozenset(windows))
-            backends = [None if is_plain else flex for is_plain in plain]
         else:
-            starts_BT = tokens_BT == self.first_input
-            positions_BT = document_positions(starts_BT)
-            rope, local_rope = (table[:, positions_BT] for table in self._rope_tables(length, device))
-            backends = [document_attention(starts_BT, self.shape.head_width, frozenset(windows))] * len(windows)
-        for layer, (window, backend) in enumerate(zip(windows, backends, strict=True)):
-            yield (local_rope if window else rope) if self.shape.rotates(layer) else None, backend
+            starts_BT = None if self.first_input is None else tokens_BT == self.first_input
+            ropes = self._rope_tables(length, device)
+            if starts_BT is not None:
+                positions_BT = document_positions(starts_BT)
+                ropes = ropes[0][:, positions_BT], ropes[1][:, positions_BT]
+            rope, local_rope = (self._local(table, -3) for table in ropes)
+            backends = attention_backends(self.shape, starts_BT, length, device, self.sequence_shards)
+        for layer, backend in enumerate(backends):
+            table = local_rope if self.shape.window_of(layer) else rope
+            yield table if self.shape.rotates(layer) else None, backend
+
+    def _local(self, whole: Tensor, dim: int = 1) -> Tensor:
+        """Return this rank's part of a tensor with whole sequences along `dim`: all of it without context
+        parallelism."""
+        return whole if self.sequence_shards is None else self.sequence_shards.shard(whole, dim)
 
     def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the tables of the layers that attend to everything, and of those with a sliding window."""
@@ -145,6 +151,13 @@ class Decoder(nn.Module):
     def enable_document_masking(self, first_input: int) -> None:
         """Restrict attention to documents, which start at the token `first_input`, and count positions from there."""
         self.first_input = first_input
+
+    def enable_context_parallelism(self, shards: SequenceShards) -> None:
+        """Compute with this rank's part of every sequence; `forward` is still given whole sequences, and returns their
+        logits or the sum of their losses. The gradient is this rank's summand."""
+        self.sequence_shards = shards
+        if self.router_loss is not None:
+            self.router_loss.sequence_shards = shards
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
         """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens."""
@@ -238,6 +251,10 @@ class Decoder(nn.Module):
             metrics |= self.z_loss.metrics_of(sums[:2])
             sums = sums[2:]
         return metrics if self.router_loss is None else metrics | self.router_loss.metrics_of(sums)
+
+    def key_value_bytes(self, tokens: int, *, element_bytes: int) -> int:
+        """Return the bytes of the keys and values of one layer."""
+        return 2 * tokens * self.shape.kv_heads * self.shape.head_width * element_bytes
 
     def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str, compiled: bool = False) -> int:
         """Return the bytes of memory that head and loss allocate for the `tokens` of a micro-batch."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionRule, causal_attention
-from models.flex_attention import FlexAttention, has_flex_attention
 
 
 def document_positions(starts_BT: Tensor) -> Tensor:
@@ -24,33 +23,19 @@ def document_positions(starts_BT: Tensor) -> Tensor:
     return slots_T - (slots_T * starts_BT).cummax(-1).values
 
 
-def document_attention(
-    starts_BT: Tensor, head_width: int, windows: frozenset[int]
-) -> PerDocumentAttention | FlexAttention:
-    """Return the attention of a micro-batch, which all layers share; `starts_BT` as in `document_positions`, `windows`
-    those of the layers.
-
-    Flex attention on a GPU where Triton is installed, one call per document elsewhere.
-    """
-    if has_flex_attention(starts_BT.device, head_width):
-        # cumsum: the index of each token's document within its row
-        return FlexAttention(starts_BT.cumsum(-1), starts_BT.shape[1], starts_BT.device, windows)
-    return PerDocumentAttention(starts_BT)
-
-
 class PerDocumentAttention:
     """Causal attention, one call per document: no mask in memory, and no products that a mask would discard."""
 
-    def __init__(self, starts_BT: Tensor) -> None:
-        starts_BT = starts_BT.clone()
-        starts_BT[:, 0] = True  # the beginning of a sequence starts a document too
-        self._starts_BT = starts_BT
+    def __init__(self, documents_BT: Tensor) -> None:
+        """`documents_BT` is the number of each token's document within its row."""
+        self._documents_BT = documents_BT
+        starts_BT = documents_BT.diff(prepend=documents_BT[:, :1] - 1, dim=-1) != 0
         firsts = starts_BT.flatten().nonzero().flatten()  # (documents,), indices into the N tokens
         self.lengths: list[int] = firsts.diff(append=firsts.new_tensor([starts_BT.numel()])).tolist()
 
     def documents(self) -> Tensor:
         """Return (B, T) int64: the number of each token's document within its row."""
-        return self._starts_BT.cumsum(-1)
+        return self._documents_BT
 
     @torch.compiler.disable  # the lengths differ in every micro-batch, and each would be compiled
     def attend(self, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, rule: AttentionRule) -> Tensor:

@@ -35,18 +35,21 @@ class FlexAttention:
         device: torch.device,
         windows: Collection[int] = (0,),
         *,
+        positions_t: Tensor | None = None,
         compiled: bool = True,
     ) -> None:
         """`document_BT` is the number of each token's document within its row; None: each sequence is one document.
 
-        `windows` are those that `attend` will be called with. Without `compiled` the full score matrix is computed,
+        `windows` are those that `attend` will be called with. `positions_t` are the positions of the queries in the
+        sequence of `length` keys; None: all of them. Without `compiled` the full score matrix is computed,
         which works without a GPU; for tests.
         """
         self._document_BT = document_BT
         rows = None if document_BT is None else len(document_BT)
+        queries = length if positions_t is None else len(positions_t)
         self._attention, make_mask = _flex_attention(compiled)
         self._masks = {
-            window: make_mask(_can_attend(document_BT, window), rows, None, length, length, device=device)
+            window: make_mask(_can_attend(document_BT, window, positions_t), rows, None, queries, length, device=device)
             for window in windows
         }
 
@@ -69,16 +72,17 @@ class FlexAttention:
 
 
 @cache
-def sequence_attention(
-    length: int, device: torch.device, head_width: int, windows: frozenset[int]
-) -> FlexAttention | None:
-    """Return the attention over whole sequences of layers with these windows; None without flex attention."""
-    return FlexAttention(None, length, device, windows) if has_flex_attention(device, head_width) else None
+def sequence_attention(length: int, device: torch.device, windows: frozenset[int]) -> FlexAttention:
+    """Return the attention over whole sequences of layers with these windows."""
+    return FlexAttention(None, length, device, windows)
 
 
-def _can_attend(document_BT: Tensor | None, window: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    # flex attention calls it with scalar indices, vectorized over the scores (B, H, T, T)
+def _can_attend(
+    document_BT: Tensor | None, window: int, positions_t: Tensor | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    # flex attention calls it with scalar indices, vectorized over the scores (B, H, t, T)
     def can_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query = query if positions_t is None else positions_t[query]
         allowed = query >= key
         if window:
             allowed = allowed & (query - key < window)

@@ -46,21 +46,25 @@ class RouterLoss(nn.Module):
         super().__init__()
         self.experts, self.config = experts, config
         self.sequence_reduce: SequenceReduce | None = None
+        """Over the TP ranks, which have other tokens of the micro-batch."""
+        self.sequence_shards: SequenceReduce | None = None
+        """Over the context-parallel ranks, which have too."""
         self._counts_LE: Tensor | None = None
         self._totals: Tensor | None = None
 
     def forward(self, sums: Sequence[Tensor]) -> Tensor:
         """Return the weighted losses of a micro-batch, summed over its tokens, () float32.
 
-        `sums` are the `models.moe.routing_sums` of each layer. Under tensor parallelism the loss and its gradients are
-        this rank's summands.
+        `sums` are the `models.moe.routing_sums` of each layer. Under tensor or context parallelism the loss and its
+        gradients are this rank's summands.
         """
         sums_LX = torch.stack(list(sums))
         counts_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
         counts_LE = counts_LE.detach()
-        all_counts_LE = (
-            counts_LE if self.sequence_reduce is None else self.sequence_reduce.all_reduce_sum(counts_LE.clone())
-        )
+        all_counts_LE = counts_LE.clone()
+        for ranks in (self.sequence_reduce, self.sequence_shards):
+            if ranks is not None:
+                all_counts_LE = ranks.all_reduce_sum(all_counts_LE)
         fraction_LE = all_counts_LE / all_counts_LE.sum(-1, keepdim=True)
         balance = self.experts * (fraction_LE * probability_LE).sum(-1).mean()
         z = z_L1.mean()

@@ -189,12 +189,17 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     recipe, model = config.recipe, built.model
     with config_errors_at(config, "optimizer"):
         optimizer = recipe.optimizer.build(model=model)
+    reduce = None
+    if mesh.summands is not None:
+        from components.distributed.context_parallel import SummandGradients  # not at the top: it imports DTensor
+
+        reduce = SummandGradients(mesh.summands).reduce
     return TrainStep(
         model,
         optimizer,
         mesh.dp,
         world,
-        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device),
+        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device, reduce=reduce),
         grad_sync=built.grad_sync,
         max_grad_norm=recipe.training.max_grad_norm,
         compute_context=built.compute,
@@ -319,7 +324,7 @@ def build_task_hook(
         pass_tokens=training.micro_batch_size * training.sequence_length,
         vocab_size=data.identity.vocab_size,
         first_input=data.first_input,
-        multiple=mesh.mesh_shape.tp,
+        multiple=checkpoints.config.recipe.parallel.sequence_multiple,
         min_length=128 if training.document_masking else 64,  # flex attention computes blocks of 128
     )
     return EvaluateTasks(
@@ -371,9 +376,8 @@ def log_startup(
         f"{built.precision} on {world.size} x {world.device.type}, in {environment.directory.path}"
     )
     if world.size > 1:
-        replicas, shards, tp = mesh.mesh_shape
         mode = "once_per_step" if built.grad_sync.once_per_step else "every_micro_batch"
-        log.info(f'{replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp) processes, grad_sync = "{mode}"')
+        log.info(f'{mesh.mesh_shape} processes, grad_sync = "{mode}"')
     log.info(
         f"{format_count(training.total_tokens)} tokens, "
         f"{training.total_tokens / (sequences * training.sequence_length):.2f} epochs "

@@ -32,8 +32,13 @@ from components.units import PositiveCount
 from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
 from recipes.config import Config
 from recipes.errors import call_on_all_ranks, config_errors_at
-from recipes.interfaces import HasParallelPlan, TaskConfig, TokenizerConfig
-from recipes.model_setup import enable_document_masking, require_document_masking
+from recipes.interfaces import TaskConfig, TokenizerConfig
+from recipes.model_setup import (
+    check_tensor_parallelism,
+    enable_document_masking,
+    require_context_parallelism,
+    require_document_masking,
+)
 from recipes.parallelize import materialize, parallelize
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
@@ -170,20 +175,16 @@ class Evaluate:
             at_fault = "average" if getattr(error, "key", "") == "average" else "checkpoint"
             raise InputError(at_fault, message_of(error)) from None
         length = cfg.sequence_length or pretrained.sequence_length
-        tp = self.parallel.tp
         if cfg.stride is not None and cfg.stride > length:
             raise InputError(
                 "stride", f"{cfg.stride} is more than sequence_length = {length}, and would skip tokens; lower it"
             )
-        if length % tp:
-            raise InputError("sequence_length", f"{length} is not divisible by parallel.tp = {tp}")
-        if isinstance(pretrained.component, HasParallelPlan):
-            pretrained.component.plan(tp=tp)
-        elif tp > 1:
-            raise ValueError(
-                f"{type(pretrained.component).__name__} has no plan(tp=...) for tensor parallelism; set parallel.tp = 1"
-            )
+        if (problem := self.parallel.length_problem(length)) is not None:
+            raise InputError("sequence_length", problem)
+        check_tensor_parallelism(pretrained.component, self.parallel.tp)
         model = pretrained.build(length)
+        if self.parallel.cp > 1:
+            require_context_parallelism(model)
         if self.uses_document_masking(pretrained):
             require_document_masking(model)
         return pretrained, length, model
@@ -212,7 +213,7 @@ class Evaluate:
         def evaluate() -> Any:
             if cfg.method == "packed":
                 return evaluated.totals(model, mesh.dp, compute)
-            return evaluated.evaluate(model, mesh.dp, compute, multiple=mesh.mesh_shape.tp)
+            return evaluated.evaluate(model, mesh.dp, compute, multiple=self.parallel.sequence_multiple)
 
         total = call_on_all_ranks(evaluate, config, "data", world)
         if cfg.method != "packed":
@@ -241,7 +242,7 @@ class Evaluate:
             pass_tokens=cfg.micro_batch_size * length,
             vocab_size=tokenizer.vocab_size,
             first_input=first_input(tokenizer),
-            multiple=mesh.mesh_shape.tp,
+            multiple=self.parallel.sequence_multiple,
         )
         answers = evaluate_tasks(tasks, scorer, model, mesh.dp, compute)
         result = {**self.describe_model(pretrained), "sequence_length": length, "precision": chosen}

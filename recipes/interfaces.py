@@ -75,6 +75,20 @@ class SupportsDocumentMasking(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsContextParallelism(Protocol):
+    """A model that supports parallel.cp above 1."""
+
+    def enable_context_parallelism(self, shards: Any) -> None:
+        """Compute with this rank's part of every sequence in all later forward passes.
+
+        `shards` is a `ContextParallelRanks` (components/distributed/context_parallel.py). `forward` is still given
+        whole sequences, and returns their logits or the sum of their losses; the gradient of the loss is this rank's
+        summand.
+        """
+        ...
+
+
 class ParallelPlan(Protocol):
     """How to shard a model over processes, by the names of its modules."""
 

@@ -12,7 +12,7 @@ from components.errors import InputError
 from components.interfaces import PackedDataset
 from recipes.config import Config
 from recipes.errors import config_errors_at
-from recipes.interfaces import LanguageModel, SupportsDocumentMasking
+from recipes.interfaces import HasParallelPlan, LanguageModel, SupportsContextParallelism, SupportsDocumentMasking
 
 log = logging.getLogger("powertrain")
 
@@ -30,6 +30,9 @@ def build_model(config: Config, vocab_size: int) -> Any:
     if recipe.training.document_masking:
         with config_errors_at(config, "training"):
             require_document_masking(model)
+    if recipe.parallel.cp > 1:
+        with config_errors_at(config, "parallel"):
+            require_context_parallelism(model)
     return model
 
 
@@ -47,6 +50,20 @@ def require_document_masking(model: object) -> None:
             "document_masking",
             f"{type(model).__name__} has no enable_document_masking(first_input); set document_masking = false",
         )
+
+
+def check_tensor_parallelism(component: object, tp: int) -> None:
+    """Raise an error if the model of `component`, a [model], cannot be divided among `tp` ranks."""
+    if isinstance(component, HasParallelPlan):
+        component.plan(tp=tp)
+    elif tp > 1:
+        raise ValueError(f"{type(component).__name__} has no plan(tp=...) for tensor parallelism; set parallel.tp = 1")
+
+
+def require_context_parallelism(model: object) -> None:
+    """Raise InputError if the model does not support context parallelism."""
+    if not isinstance(model, SupportsContextParallelism):
+        raise InputError("cp", f"{type(model).__name__} has no enable_context_parallelism(shards); set parallel.cp = 1")
 
 
 def enable_document_masking(model: Any, dataset: PackedDataset, first_input: int) -> None:

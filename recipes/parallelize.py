@@ -21,7 +21,7 @@ def parallelize(
     device: torch.device,
     training: TrainingConfig | None = None,
 ) -> None:
-    """Apply tensor parallelism, activation checkpointing, compile and FSDP2 to `model`, in that order.
+    """Apply tensor and context parallelism, activation checkpointing, compile and FSDP2 to `model`, in that order.
 
     `component` is the [model] that built it, which may have a parallel plan. Without `training` there is neither
     activation checkpointing nor compile.
@@ -33,6 +33,10 @@ def parallelize(
         from components.distributed import tensor_parallel  # not at the top: a single process does not need it
 
         tensor_parallel.apply_tensor_parallel(model, plan.tensor_parallel, mesh.tp)
+    if mesh.cp is not None:
+        from components.distributed.context_parallel import ContextParallelRanks
+
+        model.enable_context_parallelism(ContextParallelRanks(mesh.cp))  # type: ignore[operator]
     if training is not None:
         apply_activation_checkpointing(blocks or [model], training.activation_checkpoint)
         if training.compiles(device):

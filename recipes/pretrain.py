@@ -45,7 +45,6 @@ from recipes.interfaces import (
     AnyProbe,
     AverageConfig,
     BatchConfig,
-    HasParallelPlan,
     LRSchedule,
     ModelConfig,
     OptimizerConfig,
@@ -54,6 +53,7 @@ from recipes.interfaces import (
     TokenizerConfig,
     complete_schedule,
 )
+from recipes.model_setup import check_tensor_parallelism
 from recipes.probe_runner import ProbeRunner
 from recipes.probes import build_probes, check_probes
 from recipes.resume import Resume
@@ -115,19 +115,12 @@ class Pretrain:
         for section in ("average", "tasks", "probes"):
             yield from ((section, problem) for problem in invalid_names(getattr(self, section)))
         yield from check_probes(self)
-        tp = self.parallel.tp
-        if self.training.sequence_length % tp:
-            yield "parallel.tp", f"training.sequence_length = {self.training.sequence_length} is not divisible by {tp}"
-        if isinstance(self.model, HasParallelPlan):
-            try:
-                self.model.plan(tp=tp)
-            except Exception as error:
-                yield "parallel.tp", error_message(error)
-        elif tp > 1:
-            yield (
-                "parallel.tp",
-                f"{type(self.model).__name__} has no plan(tp=...), so it cannot be tensor-parallel; set 1",
-            )
+        if (problem := self.parallel.length_problem(self.training.sequence_length)) is not None:
+            yield "training.sequence_length", problem
+        try:
+            check_tensor_parallelism(self.model, self.parallel.tp)
+        except Exception as error:
+            yield "parallel.tp", error_message(error)
 
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train to the end or until a request to stop. Returns the exit status."""

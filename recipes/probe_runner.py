@@ -113,7 +113,6 @@ class ProbeRunner:
                 parameters=self._parameters,
                 device=self.world.device,
                 micro_batches=len(micro_batches) * self.dp.size,
-                dp_size=self.dp.size,
                 micro_batch_size=len(micro_batches[0].tokens),
             )
             for name in self._due

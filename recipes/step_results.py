@@ -66,7 +66,6 @@ class LaunchedStep:
                 grad_sq_norm,
                 micro_sq_norms,
                 num_micro_batches=groups,
-                dp_size=self.dp_size,
                 micro_batch_size=self.batch.samples // groups,
             )
         made = numbers["requests"].nonzero()

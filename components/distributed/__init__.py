@@ -1,11 +1,12 @@
 """Processes of a run, and parallelism over them.
 
-launcher.py         starts and watches the processes of a node, and returns their exit status
-context.py          the processes of a run, and the collectives of all of them
-collectives.py      exchange of strings and errors between processes
-parallel_dims.py    [parallel]: the mesh of replicas, shards and tensor-parallel ranks
-fsdp.py             FSDP2: sharded parameters, gradients and optimizer state
-tensor_parallel.py  tensor parallelism with sequence parallelism: the styles
+launcher.py          starts and watches the processes of a node, and returns their exit status
+context.py           the processes of a run, and the collectives of all of them
+collectives.py       exchange of strings and errors between processes
+parallel_dims.py     [parallel]: the mesh of replicas, shards, context-parallel and tensor-parallel ranks
+fsdp.py              FSDP2: sharded parameters, gradients and optimizer state
+tensor_parallel.py   tensor parallelism with sequence parallelism: the styles
+context_parallel.py  context parallelism: the chunks of a sequence, and the sum of their gradients
 
 FSDP groups and styles of modules come from the model's plan (models/parallel_plan.py).
 """

@@ -29,7 +29,7 @@ def apply_fsdp(
     A group is gathered for its forward, resharded, and gathered again for its backward; the last group stays gathered,
     since its backward comes next. A group of embeddings is not gathered for its backward, because the gradient of a
     lookup does not need the table. Parameters outside of all groups are gathered once for the whole pass. Parameters
-    are cast to `compute_dtype` before they are gathered; gradients are reduced in float32.
+    are cast to `compute_dtype` before they are gathered; gradients are summed in float32, not averaged.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
@@ -51,6 +51,9 @@ def apply_fsdp(
     root: FSDPModule = fully_shard(
         model, mesh=mesh, mp_policy=precision, reshard_after_forward=False, shard_placement_fn=placement
     )
+    for group in (*sharded, root):
+        group.set_force_sum_reduction_for_comms(True)
+        group.set_gradient_divide_factor(1.0)
     _prefetch_explicitly(root, sharded)
 
 

@@ -2,7 +2,7 @@
 
 A hook on each parameter sees the gradient of every micro-batch before it is accumulated, so no gradient is kept or
 computed twice; only two numbers are communicated. The same samples in the same micro-batches give the same measurement
-on any number of processes, with FSDP or tensor parallelism, and with either `grad_sync` mode.
+on any number of processes, with FSDP, tensor or context parallelism, and with either `grad_sync` mode.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ class GradientNoiseHooks:
     """Adds up the squared norms of all micro-batch gradients that arrive at some tensors, in steps that are
     measured."""
 
-    def __init__(self, tensors: Iterable[Tensor], device: torch.device) -> None:
-        """`tensors` are those that backward writes gradients of; see `backward_parameters`."""
-        self._device = device
+    def __init__(
+        self, tensors: Iterable[Tensor], device: torch.device, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`tensors` are those that backward writes gradients of; see `backward_parameters`. `reduce` returns the
+        gradient of a micro-batch of which each process has a summand, as a DTensor without Partial placements.
+        """
+        self._device, self._reduce = device, reduce
         self._squares: SquaredNorm | None = None
         self._seen: set[int] = set()
         self.observer: Callable[[int, Tensor], None] | None = None
@@ -78,6 +82,8 @@ class GradientNoiseHooks:
             if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
                 reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
             with profiler_range("gradient_noise"):
+                if self._reduce is not None:
+                    gradient = self._reduce(gradient)
                 self._squares.add(gradient)
             if self.observer is not None:
                 self.observer(index, gradient)

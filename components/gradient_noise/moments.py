@@ -34,14 +34,13 @@ class GradientMoments:
         micro_sq_norms: float,
         *,
         num_micro_batches: int,
-        dp_size: int,
         micro_batch_size: int,
     ) -> GradientMoments:
         """Return the moments from the two sums of `GradientNoiseHooks.sums`, added over all processes.
 
-        The hooks saw each gradient divided by the number of micro-batches of its rank; that factor is removed here.
+        The hooks saw each gradient divided by the number of micro-batches; that factor is removed here.
         """
-        sum_micro_grad_sq_norms = micro_sq_norms * (num_micro_batches / dp_size) ** 2
+        sum_micro_grad_sq_norms = micro_sq_norms * num_micro_batches**2
         return cls(num_micro_batches, micro_batch_size, sum_micro_grad_sq_norms, mean_grad_sq_norm)
 
     @property

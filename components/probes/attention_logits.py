@@ -42,7 +42,8 @@ class HasQueriesAndKeys(Protocol):
         """Return (B, T, H, C) and (B, T, K, C), from the first two arguments of `forward`.
 
         A third one may have `documents()`, which returns (B, T): tokens with different numbers do not attend to each
-        other.
+        other. It may have `gather(x)`, which returns the whole sequences of queries or keys, of which this rank has a
+        part.
         """
         ...
 
@@ -77,7 +78,10 @@ class AttentionLogits:
     def _record(self, step: ProbedStep, layer: str) -> Any:
         def hook(attention: Any, inputs: tuple[Any, ...]) -> None:
             x_BTD, rope, *rest = inputs
-            q_BTHC, k_BTKC = (step.sample(each) for each in attention.queries_and_keys(x_BTD, rope))
+            q_and_k = attention.queries_and_keys(x_BTD, rope)
+            if rest and hasattr(rest[0], "gather"):
+                q_and_k = (rest[0].gather(each) for each in q_and_k)
+            q_BTHC, k_BTKC = (step.sample(each) for each in q_and_k)
             documents_BT = rest[0].documents() if rest and hasattr(rest[0], "documents") else None
             documents_BT = None if documents_BT is None else step.sample(documents_BT)
             at_Q = query_positions(q_BTHC.shape[1], self.queries, q_BTHC.device)

@@ -51,7 +51,6 @@ class LayerNoise:
                 values[f"norm_{group}"] ** 2,
                 micro_squares,
                 num_micro_batches=step.micro_batches,
-                dp_size=step.dp_size,
                 micro_batch_size=step.micro_batch_size,
             )
             found[f"grad_cov_trace_{group}"] = moments.grad_cov_trace

@@ -29,8 +29,6 @@ class ProbedStep:
     device: torch.device
     micro_batches: int
     """Micro-batches of all data-parallel ranks."""
-    dp_size: int
-    """Number of data-parallel ranks."""
     micro_batch_size: int
     """Samples of a micro-batch."""
     scratch: dict[str, Any] = field(default_factory=dict)

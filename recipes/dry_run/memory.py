@@ -61,15 +61,15 @@ def estimate_memory(
             model,
             list(blocks),
             micro_batch_size=training.micro_batch_size,
-            sequence_length=training.sequence_length,
+            sequence_length=training.sequence_length // mesh_shape.cp,
             compute_dtype=compute_dtype,
             device_type=device_type,
         )
     except Exception as error:  # a custom model may need data to run at all
         return f"not estimated: the model does not run without data ({type(error).__name__}: {str(error)[:100]})"
     mode, compiled = training.activation_checkpoint, training.compiles(torch.device(device_type))
-    dp, tp, element = mesh_shape.dp_size, mesh_shape.tp, compute_dtype.itemsize
-    tokens = training.micro_batch_size * training.sequence_length
+    shards, tp, element = mesh_shape.dp_size * mesh_shape.cp, mesh_shape.tp, compute_dtype.itemsize
+    tokens = training.micro_batch_size * training.sequence_length // mesh_shape.cp
     total = sum(parameter.numel() for parameter in model.parameters())
     local_params = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
     per_element = optimizer_bytes_per_element(model, recipe.optimizer)
@@ -85,15 +85,20 @@ def estimate_memory(
         gathered = math.ceil(root + 2 * max(block_numels, default=0)) * element
         why = "gathered: all outside the blocks, the current block and the next"
     kept = activations.peak(mode, tp, compiled=compiled)
+    # without checkpointing every layer keeps them, in addition to this rank's part
+    whole_keys = key_value_bytes(model, training, element) // tp if mesh_shape.cp > 1 else 0
+    keys = round(len(blocks) * whole_keys * (1 - 1 / mesh_shape.cp)) if mode == "none" else whole_keys
     loss = loss_bytes(model, tokens, element_bytes=element, device_type=device_type, compiled=compiled)
     loss = math.ceil(loss / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
-    reducing = math.ceil(root) * (2 * element + 4) if dp > 1 else 0
+    reducing = math.ceil(root) * (2 * element + 4) if shards > 1 else 0
     copies = count_copies(recipe)
     resident = (8 + 4 * copies) * local_params + state + RESERVED_BYTES[device_type]
-    peak = resident + max(gathered + kept + loss, reducing)
+    peak = resident + max(gathered + kept + keys + loss, reducing)
     # The head is reduced first, when the loss is freed and all blocks still wait for their backward.
-    local = resident + math.ceil(whole) * (element + 4) + kept + max(loss, 4 * math.ceil(root)) if dp > 1 else peak
+    local = peak
+    if shards > 1:
+        local = resident + math.ceil(whole) * (element + 4) + kept + keys + max(loss, 4 * math.ceil(root))
     return Memory(
         {
             "parameters": (4 * local_params, "float32"),
@@ -102,6 +107,7 @@ def estimate_memory(
             **({"averages": (4 * copies * local_params, "float32 copies")} if copies else {}),
             "weights in use": (gathered, why),
             "activations": (kept, f"{tokens:,} tokens, activation_checkpoint = {mode}{', compiled' * compiled}"),
+            **({"keys and values": (keys, "gathered from the cp ranks")} if keys else {}),
             "loss": (loss, "one chunk of logits, and the gradients"),
             "reserved": (RESERVED_BYTES[device_type], "context and buffers, roughly"),
         },
@@ -123,7 +129,7 @@ def decide_grad_sync(
 ) -> bool:
     """Return `syncs_once_per_step` of this run: equal on all processes, by the smallest of their devices."""
     mode: GradSyncMode = recipe.training.grad_sync
-    if mode != "auto" or mesh_shape.dp_size == 1:  # one rank has nothing to exchange
+    if mode != "auto" or mesh_shape.dp_size * mesh_shape.cp == 1:  # one rank has nothing to exchange
         return mode == "once_per_step"
     peak = 0
     if world.is_main:  # the estimate takes seconds of a CPU core, and a node has few cores per GPU
@@ -145,8 +151,8 @@ def local_numel(parameter: nn.Parameter, mesh_shape: MeshShape) -> int:
     if not parameter.ndim:
         return 1
     shape = list(parameter.shape)
-    cut = shard_dim(shape, mesh_shape.dp_shard)
-    shape[cut] = math.ceil(shape[cut] / mesh_shape.dp_shard)
+    cut = shard_dim(shape, mesh_shape.fsdp_size)
+    shape[cut] = math.ceil(shape[cut] / mesh_shape.fsdp_size)
     elements = math.prod(shape)
     return math.ceil(elements / mesh_shape.tp) if parameter.ndim == 2 else elements
 
@@ -170,6 +176,14 @@ def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, f
         / parameter.numel()
         for parameter, name in names.items()
     }
+
+
+def key_value_bytes(model: nn.Module, training: Any, element_bytes: int) -> int:
+    """Return the bytes of the keys and values of one layer for the whole sequences of a micro-batch: 0 if the model
+    does not say."""
+    of_model: Any = getattr(model, "key_value_bytes", None)
+    tokens = training.micro_batch_size * training.sequence_length
+    return 0 if of_model is None else int(of_model(tokens, element_bytes=element_bytes))
 
 
 def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:

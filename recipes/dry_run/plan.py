@@ -124,7 +124,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
     target = target.per_process(local_size)
     recipe, training = config.recipe, config.recipe.training
     problems: list[Problem] = []
-    mesh_shape, vocab_size, missing, tokenizer, model = MeshShape(1, world_size, 1), 0, "", None, None
+    mesh_shape, vocab_size, missing, tokenizer, model = MeshShape(1, world_size, 1, 1), 0, "", None, None
     with _collect_problems(config, "parallel", problems):
         mesh_shape = recipe.parallel.mesh_shape(world_size, local_size)
     with _collect_problems(config, "tokenizer", problems):

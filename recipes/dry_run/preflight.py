@@ -69,7 +69,7 @@ def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
     if parts["activations"] > parts["parameters"] + parts["gradients"] + parts["optimizer state"]:
         if plan.recipe.training.activation_checkpoint != "full":
             return 'set training.activation_checkpoint = "full", or use a smaller micro-batch'
-        return "use a smaller micro-batch, a shorter sequence or parallel.tp"
+        return "use a smaller micro-batch, a shorter sequence, parallel.cp or parallel.tp"
     if plan.mesh_shape.dp_replicate > 1:
         return f"set parallel.dp_shard = {plan.mesh_shape.dp_size}, or parallel.tp"
     return "shard over more processes, or set parallel.tp"

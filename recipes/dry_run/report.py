@@ -65,7 +65,6 @@ def _run(plan: RunPlan) -> Iterator[str]:
     length = recipe.training.sequence_length
     numels = [(parameter.numel(), parameter.ndim) for parameter in plan.model.parameters()]
     parameters, matrices = sum(n for n, _ in numels), sum(n for n, ndim in numels if ndim > 1)
-    replicas, shards, tp = plan.mesh_shape
     yield f"run            {recipe.run.directory}"
     yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
     experts = sum(n for n, ndim in numels if ndim == 3)
@@ -73,7 +72,7 @@ def _run(plan: RunPlan) -> Iterator[str]:
     if experts and active is not None:
         yield f"experts        {experts:,} of the parameters; one token uses {active():,} in the layers"
     world_size = plan.mesh_shape.world_size
-    yield f"processes      {world_size} = {replicas} (dp_replicate) x {shards} (dp_shard) x {tp} (tp)"
+    yield f"processes      {world_size} = {plan.mesh_shape}"
     yield f"batch          multiples of {rounding}"
     yield (
         f"length         {format_count(schedule.tokens)} tokens = {schedule.samples:,} samples of {length:,}, "

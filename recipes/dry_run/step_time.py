@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from components.hardware import DeviceSpec
-from recipes.dry_run.memory import Memory, local_numel
+from recipes.dry_run.memory import Memory, key_value_bytes, local_numel, numel_per_tp_rank
 from recipes.dry_run.plan import RunPlan
 from recipes.interfaces import HasParallelPlan
 from recipes.model_setup import transformer_blocks
@@ -89,7 +89,7 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
     training, memory = plan.recipe.training, plan.memory
     tokens = micro_batches * training.micro_batch_size * training.sequence_length
     recomputed = recomputed_fraction(training.activation_checkpoint)
-    products = tokens * plan.flops_per_token / plan.mesh_shape.tp
+    products = tokens * plan.flops_per_token / (plan.mesh_shape.cp * plan.mesh_shape.tp)
     if training.activation_checkpoint != "selective":  # which keeps the results of products
         products *= 1 + recomputed / 3
     compute = products / (device.flops * MATMUL_UTILIZATION) * (1 + OTHER_KERNELS[_model_kind(plan.model)])
@@ -101,6 +101,7 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
         for collective in (
             *fsdp_collectives(plan, micro_batches, local=local),
             *tp_collectives(plan, micro_batches, recomputed),
+            *cp_collectives(plan, micro_batches, recomputed),
             *update_collectives(plan),
         )
         if collective.ranks > 1
@@ -119,7 +120,7 @@ def fsdp_collectives(plan: RunPlan, micro_batches: int, *, local: bool) -> Itera
     backward = sum(local_numel(parameter, mesh_shape) for parameter in regathered_parameters(model, groups))
     passes = 1 if local else micro_batches
     gathered = forward if local else micro_batches * (forward + backward)
-    shards = mesh_shape.dp_shard
+    shards = mesh_shape.fsdp_size
     yield Collective(shards * element * gathered, shards, mesh_shape.tp)
     yield Collective(shards * 4 * forward * passes, shards, mesh_shape.tp)
     yield Collective(4 * forward, mesh_shape.dp_replicate, shards * mesh_shape.tp, rounds=2)
@@ -144,13 +145,24 @@ def tp_collectives(plan: RunPlan, micro_batches: int, recomputed: float) -> Iter
     yield Collective(micro_batches * times * memory.block_inputs, plan.mesh_shape.tp, 1)
 
 
+def cp_collectives(plan: RunPlan, micro_batches: int, recomputed: float) -> Iterator[Collective]:
+    """Yield the gathers of keys and values, with the reductions of their gradients, and what measuring the gradient
+    noise reduces of every micro-batch, on average over steps."""
+    cp, tp, training = plan.mesh_shape.cp, plan.mesh_shape.tp, plan.recipe.training
+    keys = key_value_bytes(plan.model, training, plan.dtype.itemsize) / tp
+    yield Collective(micro_batches * len(transformer_blocks(plan.model)) * (2 + recomputed) * keys, cp, tp)
+    interval = plan.recipe.gradient_noise.interval_steps
+    if interval is not None:
+        yield Collective(micro_batches / interval * 4 * numel_per_tp_rank(plan.model, tp), cp, tp)
+
+
 def update_collectives(plan: RunPlan) -> Iterator[Collective]:
     """Yield the exchange of matrices in an optimizer step: shards to the owner of each matrix, and updates back."""
     if plan.update_cost is None:
         return
     mesh_shape = plan.mesh_shape
     size = plan.update_cost.elements * plan.dtype.itemsize
-    shards = mesh_shape.dp_shard * mesh_shape.tp
+    shards = mesh_shape.fsdp_size * mesh_shape.tp
     if shards > 1:
         yield Collective(size / mesh_shape.world_size, mesh_shape.world_size, 1, distinct=True)
     yield Collective(size / shards, mesh_shape.world_size, 1, distinct=True)

@@ -19,9 +19,12 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "two replicas": (2, ["--parallel.dp_replicate=2"]),
     "two shards": (2, []),
     "two TP ranks": (2, ["--parallel.tp=2"]),
+    "two CP ranks": (2, ["--parallel.cp=2"]),
     "four shards": (4, []),
     "two replicas of two shards": (4, ["--parallel.dp_replicate=2"]),
     "two shards of two TP ranks": (4, ["--parallel.tp=2"]),
+    "two shards of two CP ranks": (4, ["--parallel.cp=2"]),
+    "two CP ranks of two TP ranks": (4, ["--parallel.cp=2", "--parallel.tp=2"]),
 }
 """Name -> processes, arguments."""
 

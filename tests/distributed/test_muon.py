@@ -23,8 +23,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS, LR, DECAY = 3, 0.02, 0.1
 EQUAL = 1e-5
 """Relative to the largest element: three float32 iterations of five steps differ from float64 by 2e-6 here."""
-MESHES = {2: [(2, 1, 1), (1, 2, 1), (1, 1, 2)], 4: [(1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4)]}
-"""Processes -> meshes, (dp_replicate, dp_shard, tp)."""
+MESHES = {
+    2: [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2)],
+    4: [(1, 4, 1, 1), (2, 2, 1, 1), (1, 2, 1, 2), (2, 1, 1, 2), (1, 1, 1, 4)],
+}
+"""Processes -> meshes, (dp_replicate, dp_shard, cp, tp)."""
 # 20 and 12 rows over 4 ranks are equal shards, 6 experts are not; kv_heads = 4 lets 4 TP ranks split the heads
 DENSE = {"dim": 20, "layers": 3, "heads": 4, "kv_heads": 4, "head_dim": 4, "ffn_dim": 12}
 EXPERTS = {**DENSE, "ffn_dim": 8, "experts": 6, "top_k": 2}
@@ -103,7 +106,7 @@ def expected() -> dict[str, dict[str, torch.Tensor]]:
     for case, (shape, keys) in CASES.items():
         model = Llama(**shape).build(vocab_size=16, sequence_length=8)
         model.init_weights(0)
-        parameters = train(0, MeshShape(1, 1, 1), shape, keys)
+        parameters = train(0, MeshShape(1, 1, 1, 1), shape, keys)
         for name, start in model.named_parameters():
             if name.startswith("layers") and start.ndim > 1 and "router" not in name:
                 heads = shape["heads"] if keys.get("per_head") and name.endswith(("wq.weight", "wk.weight")) else 1

@@ -24,8 +24,8 @@ from tests.processes import call_in_ranks
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled"), pytest.mark.timeout(600)]
 
-MESHES = {2: [(1, 1, 2)], 4: [(1, 2, 2), (1, 1, 4)]}
-"""Processes -> meshes, (dp_replicate, dp_shard, tp)."""
+MESHES = {2: [(1, 1, 1, 2), (1, 1, 2, 1)], 4: [(1, 2, 1, 2), (1, 1, 1, 4), (1, 1, 2, 2), (1, 1, 4, 1)]}
+"""Processes -> meshes, (dp_replicate, dp_shard, cp, tp)."""
 SMALL = LlamaShape(dim=24, layers=2, heads=4, kv_heads=4, head_dim=8, ffn_dim=12)
 SHAPES = {
     **combined_shapes(SMALL),
@@ -47,8 +47,8 @@ def config_of(shape: LlamaShape) -> Llama:
 
 
 def gradients(rank: int, mesh_shape: MeshShape, shape: LlamaShape) -> dict[str, torch.Tensor]:
-    """Return the loss and the gradient of every parameter, whole. All data-parallel ranks have the same tokens, so that
-    the mean over them is the gradient of one."""
+    """Return the loss and the gradient of every parameter, whole. All data-parallel ranks have the same tokens, and
+    their gradients are summed."""
     world = SimpleNamespace(rank=rank, size=mesh_shape.world_size, device=torch.device("cpu"))
     config = config_of(shape)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def gradients(rank: int, mesh_shape: MeshShape, shape: LlamaShape) -> dict[str, 
             copy_sharded(parameter, whole)
     tokens = torch.randint(V, (B, T + 1), generator=generator)
     loss = model(tokens[:, :-1], tokens[:, 1:])
-    loss.backward()
+    (loss / mesh_shape.dp_size).backward()
     found = {
         name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters()
     }
@@ -81,7 +81,7 @@ def compute_in_ranks(rank: int, folder: Path) -> None:
         for name, shape in SHAPES.items():
             found = gradients(rank, mesh, shape)
             if rank == 0:
-                torch.save(found, folder / f"{mesh.dp_replicate}-{mesh.dp_shard}-{mesh.tp}-{name}.pt")
+                torch.save(found, folder / f"{'-'.join(map(str, mesh))}-{name}.pt")
     dist.destroy_process_group()
 
 
@@ -90,10 +90,10 @@ def test_gradients_on_every_layout_are_those_of_one_process(processes, tmp_path)
     (tmp_path / "meshes.json").write_text(json.dumps(MESHES[processes]))
     call_in_ranks(compute_in_ranks, tmp_path, processes)
     for name, shape in SHAPES.items():
-        expected = gradients(0, MeshShape(1, 1, 1), shape)
-        for replicas, shards, tp in MESHES[processes]:
-            found = torch.load(tmp_path / f"{replicas}-{shards}-{tp}-{name}.pt")
+        expected = gradients(0, MeshShape(1, 1, 1, 1), shape)
+        for mesh in MESHES[processes]:
+            found = torch.load(tmp_path / f"{'-'.join(map(str, mesh))}-{name}.pt")
             torch.testing.assert_close(found.pop("loss"), expected["loss"], rtol=1e-6, atol=0)
             for key, grad in found.items():
                 difference = (grad - expected[key]).norm() / expected[key].norm()
-                assert difference < 1e-5, (name, (replicas, shards, tp), key, float(difference))
+                assert difference < 1e-5, (name, mesh, key, float(difference))

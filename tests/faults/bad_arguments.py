@@ -116,7 +116,8 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "shards that are not the processes": ("--parallel.dp_shard=3", "not the 1 processes of this run"),
     "replicas that are not the processes": ("--parallel.dp_replicate=2", "not the 1 processes of this run"),
     "TP ranks that are not the processes": ("--parallel.tp=2 --model.kv_heads=2", "processes of this run"),
-    "TP ranks that do not divide the sequence": ("--parallel.tp=5", "is not divisible by 5"),
+    "TP ranks that do not divide the sequence": ("--parallel.tp=5", "is not divisible by parallel.tp = 5"),
+    "CP ranks that do not divide the sequence": ("--parallel.cp=5", "is not divisible by 10: each of parallel.cp = 5"),
     "no shards": ("--parallel.dp_shard=0", "parallel.dp_shard = 0"),
     "a tp that does not divide the heads": ("--parallel.tp=2 --model.kv_heads=1", "kv_heads"),
     # paths

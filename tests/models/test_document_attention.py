@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounter
 
 from components.token_ids import IGNORE_INDEX
 from models import decoder as module
+from models.attention_backends import attention_backends
 from models.decoder import Decoder
-from models.document_attention import PerDocumentAttention, document_attention, document_positions
+from models.document_attention import PerDocumentAttention, document_positions
 from models.flex_attention import FlexAttention
 from models.mup import MuP
 from models.presets import LlamaShape
@@ -111,7 +112,7 @@ def test_logits_and_gradients_are_those_of_every_document_alone(size):
 @pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["per document", "flex"])
 def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(module, "document_attention", uncompiled)
+        monkeypatch.setattr(module, "attention_backends", uncompiled)
     model, before = apart(size), tokens()
     for row, first, end in spans():
         after = before.clone()
@@ -126,21 +127,27 @@ def test_a_document_changes_nothing_of_another(size, blocks, monkeypatch):
         assert (difference[own] > 1e-6).all()
 
 
-def uncompiled(starts_BT: Tensor, head_width: int, windows: frozenset[int]) -> FlexAttention:
-    return FlexAttention(starts_BT.cumsum(-1), T, starts_BT.device, windows, compiled=False)
+def uncompiled(shape: LlamaShape, starts_BT: Tensor, length: int, device: torch.device, _: None) -> list[FlexAttention]:
+    windows = {shape.window_of(layer) for layer in range(shape.layers)}
+    return [FlexAttention(starts_BT.cumsum(-1), length, device, windows, compiled=False)] * shape.layers
+
+
+def per_document(shape: LlamaShape, starts_BT: Tensor, *_: object) -> list[PerDocumentAttention]:
+    return [PerDocumentAttention(starts_BT.cumsum(-1))] * shape.layers
 
 
 @shapes
 def test_flex_attention_equals_attention_per_document(size, monkeypatch):
     """As on a GPU, but with the kernel that materializes all scores; backward too, which torch refuses on a CPU."""
     found = []
-    for way in (document_attention, uncompiled):
+    for way in (attention_backends, uncompiled):
         model = apart(size)
-        monkeypatch.setattr(module, "document_attention", way)
+        monkeypatch.setattr(module, "attention_backends", way)
         monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None, raising=False)
         logits = model(tokens())
         found.append((logits, *torch.autograd.grad(model(tokens(), labels()), list(model.parameters()))))
-    assert isinstance(document_attention(tokens() == END, 32, frozenset({0})), PerDocumentAttention), "on a CPU"
+    backend = attention_backends(size, tokens() == END, T, tokens().device, None)[0]
+    assert isinstance(backend, PerDocumentAttention), "on a CPU"
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
@@ -150,12 +157,13 @@ def test_flex_attention_equals_attention_per_document(size, monkeypatch):
 def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
     given = torch.randint(V, (B, length), generator=torch.Generator().manual_seed(0)).cuda()
     found = []
-    for way in (lambda starts_BT, *_: PerDocumentAttention(starts_BT), document_attention):
-        monkeypatch.setattr(module, "document_attention", way)
+    for way in (per_document, attention_backends):
+        monkeypatch.setattr(module, "attention_backends", way)
         model = apart(replace(SMALL, dim=64)).float().cuda()
         loss = model(given, given.roll(-1, 1))
         found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    assert isinstance(document_attention(given == END, 16, frozenset({0})), FlexAttention)
+    backend = attention_backends(replace(SMALL, dim=64), given == END, length, given.device, None)[0]
+    assert isinstance(backend, FlexAttention)
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()  # the kernel may multiply in TF32
 
@@ -163,8 +171,8 @@ def test_the_gpu_kernel_equals_attention_per_document(length, monkeypatch):
 @pytest.mark.slow
 def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
     """As a whole with flex attention; attention per document is not compiled, because its lengths vary."""
-    for way, whole in ((document_attention, False), (uncompiled, True)):
-        monkeypatch.setattr(module, "document_attention", way)
+    for way, whole in ((attention_backends, False), (uncompiled, True)):
+        monkeypatch.setattr(module, "attention_backends", way)
         eager, compiled, counter = apart(SMALL), apart(SMALL), CompileCounter()
         for layer in compiled.layers.values():
             layer.compile(backend=counter, fullgraph=whole)

@@ -214,7 +214,8 @@ def test_blocks_compile_as_a_whole(name):
 def test_flex_attention_is_prepared_only_where_a_layer_needs_it(window, softcap, asked, monkeypatch):
     """Else a plain Llama would compile a mask that it does not use."""
     calls = []
-    monkeypatch.setattr("models.decoder.sequence_attention", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("models.attention_backends.has_flex_attention", lambda *_: True)
+    monkeypatch.setattr("models.attention_backends.sequence_attention", lambda *arguments: calls.append(arguments))
     model_of(replace(SMALL, sliding_window=window, attention_softcap=softcap))(given()[0])
     assert len(calls) == asked
 

@@ -26,7 +26,7 @@ def test_the_hooks_square_every_backward_separately():
         for micro_batch in inputs:
             (model(micro_batch).square().mean() / len(inputs)).backward()
             hooks.end_micro_batch()
-    estimate = GradientMoments.from_sums(*finish(hooks, model), num_micro_batches=3, dp_size=1, micro_batch_size=4)
+    estimate = GradientMoments.from_sums(*finish(hooks, model), num_micro_batches=3, micro_batch_size=4)
 
     alone = []
     for micro_batch in inputs.double():

@@ -204,7 +204,7 @@ def test_attention_statistics_stay_within_documents(attention):
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[0, 5], starts[1, 0], starts[1, 3] = True, True, True
     backend = (
-        PerDocumentAttention(starts)
+        PerDocumentAttention(starts.cumsum(-1))
         if attention == "sdpa"
         else FlexAttention(starts.cumsum(-1), starts.shape[1], starts.device, compiled=False)
     )

@@ -49,13 +49,13 @@ def test_a_run_takes_the_estimate_of_the_dry_run_and_the_memory_of_its_device(ti
     world = DistributedContext(0, 1, torch.device("cpu"))
     config = config_of(tiny)
     plan = plan_of(tiny, processes=2)
-    assert decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1), world, torch.float32)
+    assert decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1, 1), world, torch.float32)
     crowded = DistributedContext(
         0, 1, torch.device("cpu"), local_size=device_memory(world.device) // 10**6
     )  # a MB for each
-    assert not decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
+    assert not decide_grad_sync(config.recipe, plan.model, MeshShape(1, 2, 1, 1), crowded, torch.float32)
     forced = config_of(tiny, "--training.grad_sync=once_per_step")
-    assert decide_grad_sync(forced.recipe, plan.model, MeshShape(1, 2, 1), crowded, torch.float32)
+    assert decide_grad_sync(forced.recipe, plan.model, MeshShape(1, 2, 1, 1), crowded, torch.float32)
 
 
 def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
@@ -64,4 +64,4 @@ def test_a_model_that_cannot_be_estimated_takes_least_memory(tiny):
             return int(tokens.argmax())
 
     world = DistributedContext(0, 1, torch.device("cpu"))
-    assert not decide_grad_sync(config_of(tiny).recipe, Peeking(), MeshShape(1, 2, 1), world, torch.float32)
+    assert not decide_grad_sync(config_of(tiny).recipe, Peeking(), MeshShape(1, 2, 1, 1), world, torch.float32)

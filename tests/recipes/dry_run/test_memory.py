@@ -37,7 +37,7 @@ def test_shards_divide_what_is_held_and_replicas_do_not(tiny):
 
 def test_tensor_parallelism_slices_matrices_and_the_batch_is_that_of_the_data_parallel_ranks(tiny):
     plan = plan_of(tiny, "--parallel.tp=2", "--model.kv_heads=2", processes=4)
-    assert plan.mesh_shape == MeshShape(1, 2, 2)
+    assert plan.mesh_shape == MeshShape(1, 2, 1, 2)
     assert plan.batch_rounding.dp_size == 2
     assert isinstance(plan.memory, Memory)
 

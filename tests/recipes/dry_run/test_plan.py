@@ -97,7 +97,7 @@ def test_processes_of_a_node_share_its_processor():
     [
         (
             ["--model.kv_heads=2", "--training.sequence_length=25"],
-            "training.sequence_length = 25 is not divisible by 2",
+            "training.sequence_length = 25\n    25 is not divisible by parallel.tp = 2",
         ),
         ([], "kv_heads: 1 cannot be divided among parallel.tp = 2"),
         (["--model.kv_heads=2", "--model.ffn_dim=33"], "ffn_dim: 33 cannot be divided"),

@@ -1,0 +1,85 @@
+"""Context parallelism trains as one process does: losses, noise, batches and samples, with and without documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TEXT, TinyRun
+from tests.distributed.layouts import run_all
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STEPS, SAMPLES, SEQUENCE = 20, 8, 24
+EQUAL = 1e-5
+"""Relative tolerance: float32 sums in another order."""
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "cp 2": (2, ["--parallel.cp=2"]),
+    "cp 4": (4, ["--parallel.cp=4"]),
+    "cp 2 x fsdp 2": (4, ["--parallel.cp=2"]),
+    "cp 2 x two replicas": (4, ["--parallel.cp=2", "--parallel.dp_replicate=2"]),
+    "cp 2 x tp 2": (4, ["--parallel.cp=2", "--parallel.tp=2"]),
+}
+DOCUMENTS = {"whole sequences": [], "documents": ["--training.document_masking=true", "--model.sliding_window=7"]}
+EXPERTS = ["--model.experts=4", "--model.top_k=2"]
+MORE = {
+    "cp 2 x fsdp 2, reduced every time": ("cp 2 x fsdp 2", ["--training.grad_sync=every_micro_batch"]),
+    "cp 2, compiled": ("cp 2", ["--training.compile=true", *DOCUMENTS["documents"]]),
+    "cp 2, recomputed": ("cp 2", ["--training.activation_checkpoint=selective", *DOCUMENTS["documents"]]),
+    "one process, experts": ("one process", EXPERTS),
+    "cp 2, experts": ("cp 2", EXPERTS),
+    "cp 2 x tp 2, experts": ("cp 2 x tp 2", EXPERTS),
+}
+RUNS = {f"{layout}, {what}": (layout, keys) for layout in LAYOUTS for what, keys in DOCUMENTS.items()} | MORE
+"""Name -> layout, arguments."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    """Return the metrics of the steps of every run."""
+    folder: Path = tmp_path_factory.mktemp("cp")
+    tiny = TinyRun(folder)
+    texts = [TEXT[number * 5 :][: 2 + 11 * number % 45] for number in range(24)]
+    (folder / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def directory(name: str) -> Path:
+        return folder / "runs" / name.replace(" ", "-")
+
+    def command(name: str) -> list[str]:
+        layout, arguments = RUNS[name]
+        return [
+            str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
+            "--batch.use=components.batch:Constant", f"--batch.initial_size={SAMPLES}",
+            f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
+            "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
+            "--training.grad_sync=once_per_step", *LAYOUTS[layout][1], *arguments,
+        ]  # fmt: skip
+
+    for processes in (1, 2, 4):
+        commands = [command(name) for name, (layout, _) in RUNS.items() if LAYOUTS[layout][0] == processes]
+        run_all(processes, commands, folder)
+    return {
+        name: [json.loads(line) for line in (directory(name) / "metrics.jsonl").read_text().splitlines()]
+        for name in RUNS
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("one process")])
+def test_twenty_steps_are_those_of_one_process(rows, name):
+    what = name.rpartition(", ")[2]
+    if what in ("compiled", "recomputed"):
+        what = "documents"
+    alone = rows[f"one process, {what if what in ('documents', 'experts') else 'whole sequences'}"]
+    assert len(alone) == len(rows[name]) == STEPS
+    for key in ("loss", "grad_norm", "grad_cov_trace", "noise_scale", *(["load_balancing_loss"] * (what == "experts"))):
+        found, expected = ([row[key] for row in each] for each in (rows[name], alone))
+        assert found == pytest.approx(expected, rel=EQUAL), key
+    assert [row["samples"] for row in rows[name]] == [row["samples"] for row in alone]
+
+
+def test_the_runs_differ_where_they_should(rows):
+    losses = {row[4]["loss"] for name in rows if name.startswith("one process") for row in [rows[name]]}
+    assert len(losses) == 3
