@@ -8,6 +8,7 @@ train_step.py                one optimizer step: micro-batches, clipping, update
 lr_schedules.py              [lr_schedule]: warm-up, decay shapes, scaling with the batch
 average.py                   [average.NAME]: exponential and window averages of the weights
 precision.py                 float32 or bf16, and bf16 copies of the weights
+float8.py                    matrix products of the blocks in float8
 activation_checkpointing.py  which operations are kept, and which are recomputed
 guard.py                     [guard]: detects bad steps and decides what to do (recipes/bad_steps.py does it)
 clock.py                     steps, samples and tokens trained so far

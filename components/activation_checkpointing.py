@@ -14,7 +14,7 @@ from components.units import PositiveCount
 ACMode = Literal["none", "full", "selective"] | PositiveCount
 """Which blocks are recomputed: none, all ("full"), every n-th (a number n), or all but `OPS_TO_SAVE` ("selective")."""
 
-OPS_TO_SAVE = {"mm", "addmm", "bmm", "baddbmm", "grouped_mm", "mm_float32", "sort", "topk"}
+OPS_TO_SAVE = {"mm", "addmm", "bmm", "baddbmm", "grouped_mm", "mm_float32", "_scaled_mm", "sort", "topk"}
 """Operations whose results selective checkpointing keeps, with every kind of attention: matrix products, which are
 expensive to recompute, and the sort that routes tokens to experts, many kernel launches for a small result on a GPU."""
 _ATTENTION_PREFIXES = ("_scaled_dot_product", "flex_attention")

@@ -25,6 +25,7 @@ from components.distributed import fsdp
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import ParallelDims
 from components.environment import describe_environment, record_environment
+from components.float8 import convert_to_float8
 from components.gradient_noise import GradientNoiseHooks, backward_parameters
 from components.interfaces import PackedDataset
 from components.metrics.logger import MetricLogger
@@ -45,7 +46,7 @@ from recipes.config.toml import to_toml_value
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import config_errors_at
 from recipes.hooks import Hook, HookContext, complete_hook
-from recipes.model_setup import build_model, enable_document_masking
+from recipes.model_setup import build_model, enable_document_masking, transformer_blocks
 from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
 from recipes.run_setup import Environment
@@ -156,6 +157,9 @@ def build_sharded_model(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
     elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
         log.warning(f'{why}: set training.compile = "auto"')
+    if training.float8 != "off":
+        with config_errors_at(config, "training"):
+            convert_to_float8(transformer_blocks(model), training.float8, device, tp=mesh.mesh_shape.tp)
     with config_errors_at(config, "parallel"):
         parallelize(model, recipe.model, mesh, dtype, device, training)
     materialize(model, device)

@@ -115,6 +115,11 @@ class Pretrain:
         for section in ("average", "tasks", "probes"):
             yield from ((section, problem) for problem in invalid_names(getattr(self, section)))
         yield from check_probes(self)
+        if self.training.float8 != "off" and self.training.compile is False:
+            yield (
+                "training.float8",
+                'needs torch.compile: without it, casts take longer than float8 saves; set training.compile = "auto"',
+            )
         if (problem := self.parallel.length_problem(self.training.sequence_length)) is not None:
             yield "training.sequence_length", problem
         try:

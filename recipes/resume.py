@@ -43,6 +43,7 @@ RULES: dict[str, Rule] = {
     "run.seed": "warn",
     "training.max_grad_norm": "warn",
     "training.precision": "warn",
+    "training.float8": "warn",
     "training.document_masking": "warn",
     # How, where and how long to train: extending total_tokens is supported by the schedules.
     "training": "allow",

@@ -12,6 +12,7 @@ from pydantic import Field
 from components.activation_checkpointing import ACMode
 from components.distributed.fsdp import GradSyncMode
 from components.errors import InputError
+from components.float8 import Float8
 from components.paths import expand_home
 from components.precision import Precision
 from components.units import Count, PositiveCount, Tokens
@@ -89,6 +90,9 @@ class TrainingConfig:
     """Clip the global gradient norm to this; "none": do not clip."""
     precision: Precision = "auto"
     """Precision of the matrix products; auto: bf16 where the hardware is faster with it."""
+    float8: Float8 = "off"
+    """Compute the linear layers of the blocks in float8, with a scale for each row ("rowwise") or each tensor
+    ("tensorwise"); needs compile and, on a GPU, an H100 or later."""
     compile: Literal["auto"] | bool = "auto"
     """Compile every block of the model and the loss with torch.compile; auto: on GPUs."""
     activation_checkpoint: ACMode = "none"

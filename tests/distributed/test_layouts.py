@@ -101,13 +101,13 @@ VARIED = {
     }.items()
     for what in [list(VARIANTS)[number] for number in numbers]
 }
-MOVES = {
+RING = {
     f"{source} to {target}": (source, target)
-    for index, source in enumerate(LAYOUTS)
-    for target in LAYOUTS
-    if source == target or "one process" in (source, target) or target == [*LAYOUTS][(index + 1) % len(LAYOUTS)]
+    for source, target in zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True)
 }
-"""Each layout to itself, to and from one process, and to the next one in the list."""
+"""Each layout to the next one in the list."""
+MOVES = {f"{layout} to {layout}": (layout, layout) for layout in LAYOUTS} | RING
+"""Every layout saves for another one, and reads the checkpoint of another."""
 ROUNDED = {
     f"{layout}, {what}": (layout, [argument, *SHORT])
     for what, argument, layouts in (
@@ -127,7 +127,9 @@ SAVED_BY_MUON = 2
 MUON += [f"--training.total_tokens={2 * SAVED_BY_MUON * SAMPLES * SEQUENCE}"]
 """Two steps after the save: the loss of the second depends on the restored momentum."""
 WITH_MUON = {
-    f"{layout}, Muon": (layout, [*SHORT, *MUON, f"--checkpoint.interval_steps={SAVED_BY_MUON}"]) for layout in LAYOUTS
+    f"{layout}, Muon": (layout, [*SHORT, *MUON, f"--checkpoint.interval_steps={SAVED_BY_MUON}"])
+    for layout in LAYOUTS
+    if "CP" not in layout  # which are shards to an optimizer
 } | {
     f"{layout}, Muon, gradients reduced every time": (layout, [*SHORT, *MUON, "--training.grad_sync=every_micro_batch"])
     for layout in ("two shards", "two replicas of two shards", "two shards of two TP ranks")
@@ -208,19 +210,19 @@ def test_tasks_have_the_scores_of_one_process(runs, layout):
 @pytest.mark.parametrize("layout", OTHERS)
 def test_every_step_reads_the_same_samples(runs, layout):
     processes, arguments = LAYOUTS[layout]
-    tp = 2 if "--parallel.tp=2" in arguments else 1
+    same = 2 ** sum(argument in ("--parallel.tp=2", "--parallel.cp=2") for argument in arguments)  # ranks of a sample
     (alone,) = runs.read("one process").values()
     read = runs.read(layout)
     assert len(read) == processes
-    micro_batches = len(alone) // (processes // tp) // STEPS
+    micro_batches = len(alone) // (processes // same) // STEPS
     for step in range(STEPS):
         expected = [sample for micro_batch in alone[step * 4 : step * 4 + 4] for sample in micro_batch]
         found: list[int] = []
         for micro_batch in range(step * micro_batches, (step + 1) * micro_batches):
-            for rank in range(0, processes, tp):
+            for rank in range(0, processes, same):
                 found += read[f"rank-{rank}"][micro_batch]
                 assert all(
-                    read[f"rank-{rank + i}"][micro_batch] == read[f"rank-{rank}"][micro_batch] for i in range(tp)
+                    read[f"rank-{rank + i}"][micro_batch] == read[f"rank-{rank}"][micro_batch] for i in range(same)
                 )
         assert found == expected, f"step {step + 1}"
 
@@ -232,9 +234,6 @@ def test_a_checkpoint_of_one_layout_continues_on_another(runs, name):
     if source == target:
         whole, moved = ([row for row in timeless(runs.rows(run)) if "loss" in row] for run in (source, name))
         assert moved == whole[SAVED_AT:], "not bitwise"
-
-
-RING = [f"{source} to {target}" for source, target in zip(LAYOUTS, [*LAYOUTS][1:] + [*LAYOUTS][:1], strict=True)]
 
 
 @pytest.mark.parametrize("name", RING)

@@ -118,6 +118,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "TP ranks that are not the processes": ("--parallel.tp=2 --model.kv_heads=2", "processes of this run"),
     "TP ranks that do not divide the sequence": ("--parallel.tp=5", "is not divisible by parallel.tp = 5"),
     "CP ranks that do not divide the sequence": ("--parallel.cp=5", "is not divisible by 10: each of parallel.cp = 5"),
+    "float8 that is not compiled": ("--training.float8=rowwise --training.compile=false", "needs torch.compile"),
     "no shards": ("--parallel.dp_shard=0", "parallel.dp_shard = 0"),
     "a tp that does not divide the heads": ("--parallel.tp=2 --model.kv_heads=1", "kv_heads"),
     # paths
