@@ -193,17 +193,17 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     recipe, model = config.recipe, built.model
     with config_errors_at(config, "optimizer"):
         optimizer = recipe.optimizer.build(model=model)
-    reduce = None
+    summands = None
     if mesh.summands is not None:
         from components.distributed.context_parallel import SummandGradients  # not at the top: it imports DTensor
 
-        reduce = SummandGradients(mesh.summands).reduce
+        summands = SummandGradients(mesh.summands)
     return TrainStep(
         model,
         optimizer,
         mesh.dp,
         world,
-        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device, reduce=reduce),
+        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device, summands),
         grad_sync=built.grad_sync,
         max_grad_norm=recipe.training.max_grad_norm,
         compute_context=built.compute,

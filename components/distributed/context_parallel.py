@@ -6,11 +6,18 @@ much work on all of them. Keys and values are gathered for attention; everything
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from components.gradient_noise.norms import local_part
+
+BUCKET = 2**24
+"""Elements that are reduced at a time: 64 MiB."""
 
 
 class ContextParallelRanks:
@@ -53,15 +60,42 @@ class ContextParallelRanks:
 
 
 class SummandGradients:
-    """Adds up the gradients of a micro-batch, of which each context-parallel rank has computed a summand."""
+    """Adds up the gradients of a micro-batch, of which each context-parallel rank has computed a summand.
+
+    Gradients are copied into a buffer, and reduced when it is full: collectives of single parameters would take longer
+    to start than to run.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         """`mesh` is (cp,) or (cp, tp)."""
         self.mesh = mesh
+        self._group, self._size = mesh.get_group(0), mesh.size(0)
+        self._buffers: dict[int, tuple[Tensor, int]] = {}
+        """Number of TP ranks that hold the same values -> buffer, and the elements that are filled."""
 
-    def reduce(self, gradient: Tensor) -> DTensor:
-        """Return the sum over the ranks in float32, sharded over them. Under tensor parallelism `gradient` is a DTensor
-        over the tp ranks, without Partial placements."""
+    def add(self, gradient: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Copy a gradient, and yield parts of the sum that are complete: this rank's shard (n,) in float32, and the
+        number of ranks that hold the same. Under tensor parallelism a gradient is a DTensor over the tp ranks, without
+        Partial placements."""
+        copies, local = local_part(gradient)
+        values = local.detach().reshape(-1)
+        while values.numel():
+            buffer, filled = self._buffers.get(copies) or (self._new_buffer(local), 0)
+            count = min(len(buffer) - filled, len(values))
+            buffer[filled : filled + count].copy_(values[:count])
+            self._buffers[copies] = buffer, filled + count
+            values = values[count:]
+            if filled + count == len(buffer):
+                yield self._reduce(copies), copies
+
+    def flush(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield what `add` has not: call after the last gradient of a micro-batch."""
+        for copies, (_, filled) in self._buffers.items():
+            if filled:
+                yield self._reduce(copies), copies
+
+    def whole(self, gradient: Tensor) -> DTensor:
+        """Return the sum of one gradient in float32, sharded over the ranks."""
         local, others = gradient, []
         if isinstance(gradient, DTensor):
             local, others = gradient.to_local(), list(gradient.placements)
@@ -71,3 +105,17 @@ class SummandGradients:
         taken = [place.dim for place in others if isinstance(place, Shard)]
         free = next((dim for dim in range(local.ndim) if dim not in taken), None)
         return summands.redistribute(placements=[Replicate() if free is None else Shard(free), *others])
+
+    def _new_buffer(self, like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return torch.empty(BUCKET // self._size * self._size, dtype=dtype, device=like.device)
+
+    def _reduce(self, copies: int) -> Tensor:
+        """Return this rank's shard of the sum of a buffer, and empty it."""
+        buffer, filled = self._buffers[copies]
+        padded = -(-filled // self._size) * self._size
+        buffer[filled:padded].zero_()
+        shard = buffer.new_empty(padded // self._size)
+        dist.reduce_scatter_tensor(shard, buffer[:padded], group=self._group)
+        self._buffers[copies] = buffer, 0
+        return shard

@@ -8,7 +8,7 @@ on any number of processes, with FSDP, tensor or context parallelism, and with e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,17 +18,31 @@ from components.gradient_noise.norms import SquaredNorm
 from components.profiler_range import profiler_range
 
 
+class GradientSum(Protocol):
+    """Adds up gradients of which several processes have summands; see components/distributed/context_parallel.py."""
+
+    def add(self, gradient: Tensor) -> Iterable[tuple[Tensor, int]]:
+        """Take a gradient, and return parts of the sum: a shard, and the number of processes that hold the same."""
+        ...
+
+    def flush(self) -> Iterable[tuple[Tensor, int]]:
+        """Return what `add` has not returned."""
+        ...
+
+    def whole(self, gradient: Tensor) -> Tensor:
+        """Return the sum of one gradient, as a DTensor."""
+        ...
+
+
 class GradientNoiseHooks:
     """Adds up the squared norms of all micro-batch gradients that arrive at some tensors, in steps that are
     measured."""
 
-    def __init__(
-        self, tensors: Iterable[Tensor], device: torch.device, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        """`tensors` are those that backward writes gradients of; see `backward_parameters`. `reduce` returns the
-        gradient of a micro-batch of which each process has a summand, as a DTensor without Partial placements.
+    def __init__(self, tensors: Iterable[Tensor], device: torch.device, summands: GradientSum | None = None) -> None:
+        """`tensors` are those that backward writes gradients of; see `backward_parameters`. `summands` adds up the
+        gradients of a micro-batch if several processes have summands of them.
         """
-        self._device, self._reduce = device, reduce
+        self._device, self._summands = device, summands
         self._squares: SquaredNorm | None = None
         self._seen: set[int] = set()
         self.observer: Callable[[int, Tensor], None] | None = None
@@ -47,6 +61,9 @@ class GradientNoiseHooks:
         """Call after the backward of every micro-batch."""
         if self._squares is not None:
             with profiler_range("gradient_noise"):
+                if self._summands is not None:
+                    for shard, copies in self._summands.flush():
+                        self._squares.add_local(shard, copies)
                 self._squares.flush()
 
     def sums(self, gradients: Iterable[Tensor]) -> Tensor:
@@ -82,9 +99,12 @@ class GradientNoiseHooks:
             if wanted is not None and gradient.placements != wanted:  # type: ignore[attr-defined]
                 reduced = gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
             with profiler_range("gradient_noise"):
-                if self._reduce is not None:
-                    gradient = self._reduce(gradient)
-                self._squares.add(gradient)
+                if self._summands is not None and self.observer is None:
+                    for shard, copies in self._summands.add(gradient):
+                        self._squares.add_local(shard, copies)
+                else:
+                    gradient = gradient if self._summands is None else self._summands.whole(gradient)
+                    self._squares.add(gradient)
             if self.observer is not None:
                 self.observer(index, gradient)
             return reduced

@@ -67,9 +67,10 @@ def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
         return 'set training.grad_sync = "auto"'
     parts = {name: size for name, (size, _) in memory.parts.items()}
     if parts["activations"] > parts["parameters"] + parts["gradients"] + parts["optimizer state"]:
+        smaller = "use a smaller micro-batch" if plan.recipe.training.micro_batch_size > 1 else "set parallel.cp"
         if plan.recipe.training.activation_checkpoint != "full":
-            return 'set training.activation_checkpoint = "full", or use a smaller micro-batch'
-        return "use a smaller micro-batch, a shorter sequence, parallel.cp or parallel.tp"
+            return f'set training.activation_checkpoint = "full", or {smaller}'
+        return f"{smaller}, or parallel.tp, or use a shorter sequence"
     if plan.mesh_shape.dp_replicate > 1:
         return f"set parallel.dp_shard = {plan.mesh_shape.dp_size}, or parallel.tp"
     return "shard over more processes, or set parallel.tp"

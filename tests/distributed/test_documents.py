@@ -1,4 +1,5 @@
-"""Document masking is equal on one process, two FSDP shards and two TP shards, compiled or with checkpointing."""
+"""Document masking is equal on one process, two FSDP shards, two TP ranks and two CP ranks, the last of them compiled
+and with checkpointing."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "one process, experts": ("one process", [WITHIN, *EXPERTS]),
     "two shards": ("two shards", [WITHIN]),
     "two TP ranks": ("two TP ranks", [WITHIN]),
-    "two TP ranks, compiled and recomputed": ("two TP ranks", [WITHIN, COMPILED, RECOMPUTED]),
+    "two CP ranks, compiled and recomputed": ("two CP ranks", [WITHIN, COMPILED, RECOMPUTED]),
     "two TP ranks, experts": ("two TP ranks", [WITHIN, *EXPERTS]),
 }
 """Name -> layout, arguments."""
