@@ -160,7 +160,12 @@ class Decoder(nn.Module):
             self.router_loss.sequence_shards = shards
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
-        """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens."""
+        """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens.
+
+        Raises ValueError with context parallelism: a rank has only a part of every sequence.
+        """
+        if self.sequence_shards is not None:
+            raise ValueError("generation with a key-value cache does not support context parallelism")
         weight = self.tok_embeddings.weight
         return KeyValueCache(
             self.shape,

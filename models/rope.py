@@ -20,6 +20,13 @@ from components.errors import InputError
 from components.units import PositiveCount
 
 
+_OF_ONE_TYPE = {
+    "low_freq_factor": "llama3", "high_freq_factor": "llama3",
+    "beta_fast": "yarn", "beta_slow": "yarn", "attention_factor": "yarn",
+}  # fmt: skip
+"""Key -> the only type of scaling that uses it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """A scaling of the rotary frequencies, for contexts longer than those of pre-training."""
@@ -52,6 +59,9 @@ class RopeScaling:
                 raise InputError(
                     high, f"{getattr(self, high)} must be above {low} = {getattr(self, low)}, and both above 0"
                 )
+        for key, used_by in _OF_ONE_TYPE.items():
+            if self.type != used_by and getattr(self, key) != getattr(type(self), key):
+                raise InputError(key, f'only valid with type = "{used_by}"; this is "{self.type}"')
         if self.attention_factor is not None and not self.attention_factor > 0:
             raise InputError("attention_factor", f"{self.attention_factor} must be above 0")
         if self.original_max_position < 1:

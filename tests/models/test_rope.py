@@ -96,6 +96,8 @@ def test_scaling_by_one_is_off():
         ({"low_freq_factor": 4.0}, r"^high_freq_factor: 4.0 must be above low_freq_factor = 4.0"),
         ({"low_freq_factor": 0.0}, r"^high_freq_factor: .* both above 0"),
         ({"original_max_position": 0}, r"^original_max_position: 0 must be at least 1"),
+        ({"type": "linear", "beta_fast": 16.0}, r'^beta_fast: only valid with type = "yarn"; this is "linear"'),
+        ({"type": "yarn", "low_freq_factor": 2.0}, r'^low_freq_factor: only valid with type = "llama3"'),
     ],
 )
 def test_a_scaling_that_makes_no_sense_is_refused(wrong, message):
