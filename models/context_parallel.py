@@ -132,7 +132,10 @@ class ChunkAttention:
     @torch.compiler.disable  # the lengths of documents differ in every micro-batch, and each would be compiled
     def attend(self, q_BtHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, rule: AttentionRule) -> Tensor:
         """Return the attention output of this rank's tokens, (B, H, t, C)."""
-        q_BHtC, k_BKTC, v_BKTC = (x.transpose(1, 2) for x in (q_BtHC, k_BTKC, v_BTKC))
+        q_BHtC, k_BHTC, v_BHTC = (x.transpose(1, 2) for x in (q_BtHC, k_BTKC, v_BTKC))
+        if (groups := q_BHtC.shape[1] // k_BHTC.shape[1]) > 1:
+            # once: with fewer heads every call would copy its keys and values, and autograd would keep the copies
+            k_BHTC, v_BHTC = (x.repeat_interleave(groups, 1) for x in (k_BHTC, v_BHTC))
         rows = []
         for number, parts in enumerate(self._parts):
             row = slice(None) if self._documents_BT is None else slice(number, number + 1)
@@ -140,23 +143,23 @@ class ChunkAttention:
             for queries, keys in parts:
                 count = queries.stop - queries.start
                 q = q_BHtC[row, :, done : done + count]
-                outputs.append(self._attend_last(q, k_BKTC[row, :, keys], v_BKTC[row, :, keys], rule))
+                outputs.append(self._attend_last(q, k_BHTC[row, :, keys], v_BHTC[row, :, keys], rule))
                 done += count
             rows.append(torch.cat(outputs, 2))
         return torch.cat(rows)
 
-    def _attend_last(self, q_BHQC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, rule: AttentionRule) -> Tensor:
+    def _attend_last(self, q_BHQC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, rule: AttentionRule) -> Tensor:
         """Return the attention output (B, H, Q, C) of the last Q of S positions."""
-        queries, keys = q_BHQC.shape[2], k_BKSC.shape[2]
+        queries, keys = q_BHQC.shape[2], k_BHSC.shape[2]
         if queries == keys:
-            return causal_attention(q_BHQC, k_BKSC, v_BKSC, rule)
+            return causal_attention(q_BHQC, k_BHSC, v_BHSC, rule)
         outputs = []
         for start in range(0, queries, _QUERIES):
             q = q_BHQC[:, :, start : start + _QUERIES]
             end = keys - queries + start + q.shape[2]
             first = max(0, end - q.shape[2] + 1 - rule.window) if rule.window else 0
             mask = self._mask(q, end - first, rule)
-            outputs.append(masked_attention(q, k_BKSC[:, :, first:end], v_BKSC[:, :, first:end], mask, rule))
+            outputs.append(masked_attention(q, k_BHSC[:, :, first:end], v_BHSC[:, :, first:end], mask, rule))
         return torch.cat(outputs, 2)
 
     def _mask(self, q_BHQC: Tensor, keys: int, rule: AttentionRule) -> Tensor:
@@ -167,10 +170,13 @@ class ChunkAttention:
         """
         queries, key = q_BHQC.shape[2], (rule.window, bool(rule.softcap))
         mask = self._masks.get(key)
-        if mask is None or mask.shape[1] < keys:
+        if mask is None:
+            most = max(each.stop - each.start for parts in self._parts for _, each in parts)
+            if rule.window:
+                most = min(most, rule.window + _QUERIES)
             # position of a query minus that of a key, both counted from the end
-            distance = torch.arange(keys).flip(0) - torch.arange(_QUERIES).flip(0).unsqueeze(1)
-            mask = (distance >= 0) & (distance < (rule.window or keys))
+            distance = torch.arange(most).flip(0) - torch.arange(_QUERIES).flip(0).unsqueeze(1)
+            mask = (distance >= 0) & (distance < (rule.window or most))
             if not rule.softcap:  # a mask of booleans would be converted, and the copy kept, in every call
                 mask = torch.zeros(mask.shape, dtype=q_BHQC.dtype).masked_fill_(~mask, -torch.inf)
             self._masks[key] = mask = mask.to(q_BHQC.device)
