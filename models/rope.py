@@ -19,7 +19,6 @@ from torch import Tensor
 from components.errors import InputError
 from components.units import PositiveCount
 
-
 _OF_ONE_TYPE = {
     "low_freq_factor": "llama3", "high_freq_factor": "llama3",
     "beta_fast": "yarn", "beta_slow": "yarn", "attention_factor": "yarn",
