@@ -137,7 +137,7 @@ def once_per_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_can_be_planned_on_any_number_of_processes(name, text, monkeypatch, capsys, once_per_recipe):
     """No GPU, no weights, and for the published ones neither data nor tokenizer."""
     monkeypatch.delenv("RANK", raising=False)
-    for processes, nodes in ((1, 1), (8, 8)) if name in POWER else ((1, 1), (8, 1), (8, 8)):
+    for processes, nodes in ((1, 1), (8, 1), (8, 8)) if name in FAMILIES else ((1, 1), (8, 8)):
         monkeypatch.setenv("NPROC", str(processes))
         monkeypatch.setenv("NNODES", str(nodes))
         shorter = ["--training.total_tokens=50B"] if name in POWER else []  # a million steps take seconds to play
