@@ -44,7 +44,7 @@ def convert_to_float8(blocks: Mapping[str, nn.Module], kind: Float8, device: tor
         raise InputError("float8", "needs the `torchao` library: pip install -e '.[float8]'") from None
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise InputError("float8", f'{name} has no float8 products; H100 and later have. Set it to "off"')
+        raise InputError("float8", f'{name} has no float8 products, which an H100 has; set it to "off"')
     config = replace(Float8LinearConfig.from_recipe_name(kind), emulate=device.type != "cuda")
     converted: list[str] = []
 
@@ -52,7 +52,8 @@ def convert_to_float8(blocks: Mapping[str, nn.Module], kind: Float8, device: tor
         if type(module) is not nn.Linear or name.endswith("router"):
             return False
         fits = module.in_features % (_MULTIPLE * tp) == module.out_features % (_MULTIPLE * tp) == 0
-        converted.extend([name] * fits)
+        if fits:
+            converted.append(name)
         return fits
 
     for block in blocks.values():

@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         logits or the sum of their losses. The gradient is this rank's summand."""
         self.sequence_shards = shards
         if self.router_loss is not None:
-            self.router_loss.sequence_shards = shards
+            self.router_loss.sequence_reduces.append(shards)
 
     def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
         """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens.

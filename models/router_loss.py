@@ -45,10 +45,8 @@ class RouterLoss(nn.Module):
     def __init__(self, experts: int, config: RouterLossConfig) -> None:
         super().__init__()
         self.experts, self.config = experts, config
-        self.sequence_reduce: SequenceReduce | None = None
-        """Over the TP ranks, which have other tokens of the micro-batch."""
-        self.sequence_shards: SequenceReduce | None = None
-        """Over the context-parallel ranks, which have too."""
+        self.sequence_reduces: list[SequenceReduce] = []
+        """Sums over the tensor-parallel and the context-parallel ranks, which have other tokens of the micro-batch."""
         self._counts_LE: Tensor | None = None
         self._totals: Tensor | None = None
 
@@ -61,10 +59,9 @@ class RouterLoss(nn.Module):
         sums_LX = torch.stack(list(sums))
         counts_LE, probability_LE, z_L1, entropy_L1 = sums_LX.split([self.experts, self.experts, 1, 1], dim=-1)
         counts_LE = counts_LE.detach()
-        all_counts_LE = counts_LE.clone()
-        for ranks in (self.sequence_reduce, self.sequence_shards):
-            if ranks is not None:
-                all_counts_LE = ranks.all_reduce_sum(all_counts_LE)
+        all_counts_LE = counts_LE
+        for ranks in self.sequence_reduces:
+            all_counts_LE = ranks.all_reduce_sum(all_counts_LE.clone())
         fraction_LE = all_counts_LE / all_counts_LE.sum(-1, keepdim=True)
         balance = self.experts * (fraction_LE * probability_LE).sum(-1).mean()
         z = z_L1.mean()

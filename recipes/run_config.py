@@ -92,7 +92,7 @@ class TrainingConfig:
     """Precision of the matrix products; auto: bf16 where the hardware is faster with it."""
     float8: Float8 = "off"
     """Compute the linear layers of the blocks in float8, with a scale for each row ("rowwise") or each tensor
-    ("tensorwise"); needs compile and, on a GPU, an H100 or later."""
+    ("tensorwise"); needs compile and, on a GPU, float8 products, as an H100 has."""
     compile: Literal["auto"] | bool = "auto"
     """Compile every block of the model and the loss with torch.compile; auto: on GPUs."""
     activation_checkpoint: ACMode = "none"

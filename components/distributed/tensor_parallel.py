@@ -98,10 +98,10 @@ class ReplicatedParams(ParallelStyle):
 
 
 class SequenceAllReduce(ParallelStyle):
-    """Give a module without parameters a `sequence_reduce`, to sum its statistics over the tokens of all TP ranks."""
+    """Let a module without parameters sum its statistics over the tokens of all TP ranks: one of `sequence_reduces`."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.sequence_reduce = TensorParallelReducer(device_mesh)  # type: ignore[assignment]
+        module.sequence_reduces.append(TensorParallelReducer(device_mesh))  # type: ignore[operator,union-attr]
         return module
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from components.data.dataset import TokenDataset
 from components.data.sources.text_files import TextFiles
-from tests.conftest import launch_here
+from tests.conftest import TEXT, launch_here
 from tests.processes import run_ranks
 
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -48,6 +48,14 @@ class RecordedText(TextFiles):
 
         samples.__getitems__ = noted
         return samples
+
+
+def short_documents(folder: Path) -> Path:
+    """Write documents of 2 to 46 characters, some of which share a sequence, and return the file."""
+    texts = [TEXT[number * 5 :][: 2 + 11 * number % 45] for number in range(24)]
+    path = folder / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 def run_cases(layout_of: dict[str, str], command: Callable[[str], list[str]], folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TEXT, TinyRun
-from tests.distributed.layouts import run_all
+from tests.conftest import TinyRun
+from tests.distributed.layouts import run_all, short_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -45,8 +45,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """Return the metrics of the steps of every run."""
     folder: Path = tmp_path_factory.mktemp("cp")
     tiny = TinyRun(folder)
-    texts = [TEXT[number * 5 :][: 2 + 11 * number % 45] for number in range(24)]
-    (folder / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = short_documents(folder)
 
     def directory(name: str) -> Path:
         return folder / "runs" / name.replace(" ", "-")
@@ -54,7 +53,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     def command(name: str) -> list[str]:
         layout, arguments = RUNS[name]
         return [
-            str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
+            str(tiny.recipe), f"--data.path={documents}", f"--run.dir={directory(name)}",
             "--batch.use=components.batch:Constant", f"--batch.initial_size={SAMPLES}",
             f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
             "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
@@ -82,5 +81,5 @@ def test_twenty_steps_are_those_of_one_process(rows, name):
 
 
 def test_the_runs_differ_where_they_should(rows):
-    losses = {row[4]["loss"] for name in rows if name.startswith("one process") for row in [rows[name]]}
-    assert len(losses) == 3
+    fifth = [steps[4]["loss"] for name, steps in rows.items() if name.startswith("one process")]
+    assert len(set(fifth)) == len(fifth) == 3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TEXT, TinyRun
-from tests.distributed.layouts import LAYOUTS, run_all
+from tests.conftest import TinyRun
+from tests.distributed.layouts import LAYOUTS, run_all, short_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -37,15 +37,14 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
     """Return the metrics of the steps of every run."""
     folder: Path = tmp_path_factory.mktemp("documents")
     tiny = TinyRun(folder)
-    texts = [TEXT[number * 5 :][: 2 + 11 * number % 45] for number in range(24)]
-    (folder / "short.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = short_documents(folder)
 
     def directory(name: str) -> Path:
         return folder / "runs" / name.replace(" ", "-")
 
     def command(name: str, layout: str, *arguments: str) -> list[str]:
         return [
-            str(tiny.recipe), f"--data.path={folder / 'short.jsonl'}", f"--run.dir={directory(name)}",
+            str(tiny.recipe), f"--data.path={documents}", f"--run.dir={directory(name)}",
             "--batch.use=components.batch:Constant", f"--batch.initial_size={SAMPLES}",
             f"--training.total_tokens={STEPS * SAMPLES * SEQUENCE}", "--checkpoint.interval_steps=none",
             "--validation=none", "--model.init_std=0.3", "--model.kv_heads=2", "--lr_schedule.max_lr=1e-3",
