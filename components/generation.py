@@ -43,13 +43,15 @@ def generate_tokens(
     end: int | None,
     vocab_size: int,
     device: torch.device,
+    multiple: int = 1,
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each prompt, step by step; None for prompts that have ended with the id `end`.
 
     There are at most N steps; row b is sampled with row b of `uniform_BN`, float64 in [0, 1), and does not depend on
-    the other rows. Ids from `vocab_size` on, which pad an embedding, are never sampled. No prompt may be empty.
+    the other rows. Ids from `vocab_size` on, which pad an embedding, are never sampled. No prompt may be empty. Prompts
+    are padded to a multiple of `multiple` tokens, as context parallelism needs.
     """
-    longest, steps = max(map(len, prompts)), uniform_BN.shape[1]
+    longest, steps = -(-max(map(len, prompts)) // multiple) * multiple, uniform_BN.shape[1]
     padding = [longest - len(prompt) for prompt in prompts]
     tokens = [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)]
     tokens_BT = torch.tensor(tokens, device=device)

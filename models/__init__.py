@@ -21,6 +21,7 @@ z_loss.py               z-loss of the output logits
 loss.py                 cross-entropy in chunks of tokens
 parallel_plan.py        tensor-parallel styles and FSDP groups, by module name
 kv_cache.py             key-value cache of generation
+sharded_kv_cache.py     the same of a context-parallel rank
 mkldnn_linear.py        fast linear layers for generation on CPUs (oneDNN, formerly MKL-DNN)
 hf/                     architectures.py (one row each), weights.py (names), config.py and rope.py (config.json)
 """

@@ -22,6 +22,10 @@ _QUERIES = 256
 class SequenceShards(Hashable, Protocol):
     """The ranks that hold the chunks of the sequences; see components/distributed/context_parallel.py."""
 
+    rank: int
+    size: int
+    """Number of ranks."""
+
     def chunks(self, length: int) -> tuple[int, int, int]:
         """Return the starts of this rank's two chunks of a sequence of `length` tokens, and their length."""
         ...
@@ -36,6 +40,10 @@ class SequenceShards(Hashable, Protocol):
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place, and return it."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, (n, ...), without a gradient."""
         ...
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,10 @@ from models.presets import Activation, LlamaShape
 from models.random_weights import fill_normal
 from models.rope import Rope
 from models.router_loss import RouterLoss, RouterLossConfig
+from models.sharded_kv_cache import ShardedKeyValueCache
 from models.z_loss import ZLoss
+
+Cache = KeyValueCache | ShardedKeyValueCache
 
 
 class Decoder(nn.Module):
@@ -79,13 +83,13 @@ class Decoder(nn.Module):
         self.first_input: int | None = None
         self.sequence_shards: SequenceShards | None = None
 
-    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, labels_BT: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Return logits (B, T, V), or with labels the sum of the cross-entropies, () float32. Label -100 is ignored.
 
         In training, the gradient of that sum includes the z loss and the auxiliary losses of the routers; its value
         does not. With a cache, the tokens are appended to it, and the logits are those of the last token, (B, 1, V).
         """
-        x_BTD = self.tok_embeddings(self._local(tokens_BT))
+        x_BTD = self.tok_embeddings(self._local(tokens_BT) if cache is None else cache.local(tokens_BT))
         if self.shape.scaled_embeddings:  # sqrt(D) is rounded to the dtype of the embedding, as in Gemma
             x_BTD = x_BTD * float(torch.tensor(math.sqrt(self.shape.dim), dtype=x_BTD.dtype, device="cpu"))
         elif self.mup is not None:
@@ -97,14 +101,14 @@ class Decoder(nn.Module):
                 x_BTD, layer_routing = x_BTD
                 routing.append(layer_routing)
         if cache is not None:
-            x_BTD = x_BTD[:, -1:]
+            x_BTD = cache.last(x_BTD)
         x_BTD = self.norm(x_BTD)
         if self.mup is not None:  # scale x and not the logits, which are larger and never all exist in the chunked loss
             x_BTD = x_BTD / self.mup.width_multiple(self.shape.dim)
         tied_weight_VD = self.tok_embeddings.weight if self.shape.tied_embeddings else None
         local_labels_BT = None if labels_BT is None else self._local(labels_BT)
         logits_or_loss: Tensor = self.output(x_BTD, local_labels_BT, tied_weight_VD)
-        if self.sequence_shards is not None:
+        if self.sequence_shards is not None and cache is None:
             logits_or_loss = whole_output(self.sequence_shards, logits_or_loss)
         if labels_BT is None and self.shape.logit_softcap:
             return softcap(logits_or_loss, self.shape.logit_softcap)
@@ -115,7 +119,7 @@ class Decoder(nn.Module):
         return logits_or_loss
 
     def _layer_inputs(
-        self, tokens_BT: Tensor, cache: KeyValueCache | None
+        self, tokens_BT: Tensor, cache: Cache | None
     ) -> Iterator[tuple[Tensor | None, AttentionBackend | None]]:
         """Yield each layer's RoPE table of this rank's tokens, (2, T, 1, R) or (2, B or 1, T, 1, R), and its attention
         backend, for whole sequences.
@@ -159,15 +163,14 @@ class Decoder(nn.Module):
         if self.router_loss is not None:
             self.router_loss.sequence_reduces.append(shards)
 
-    def new_cache(self, padding: Sequence[int], capacity: int) -> KeyValueCache:
+    def new_cache(self, padding: Sequence[int], capacity: int) -> Cache:
         """Return a key-value cache of `capacity` tokens per row; `padding` has each row's number of padding tokens.
 
-        Raises ValueError with context parallelism: a rank has only a part of every sequence.
+        With context parallelism it is this rank's part, and a prompt has a length that can be cut.
         """
-        if self.sequence_shards is not None:
-            raise ValueError("generation with a key-value cache does not support context parallelism")
-        weight = self.tok_embeddings.weight
-        return KeyValueCache(
+        weight, shards = self.tok_embeddings.weight, self.sequence_shards
+        cache = KeyValueCache if shards is None else partial(ShardedKeyValueCache, shards=shards)
+        return cache(
             self.shape,
             self._rope_tables(capacity, weight.device),
             padding=padding,

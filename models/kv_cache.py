@@ -33,12 +33,8 @@ class KeyValueCache:
     ) -> None:
         """`ropes` are RoPE tables of `capacity` positions; `padding` is the number of padding tokens of each row."""
         self.length, self.capacity = 0, capacity
-        first_B1: Tensor | None = None
-        self._ropes = [rope.unsqueeze(1) for rope in ropes]  # (2, 1, S, 1, R)
-        if any(padding):
-            first_B1 = torch.tensor(padding, device=device).unsqueeze(-1)
-            positions_BS = (torch.arange(capacity, device=device) - first_B1).clamp(min=0)
-            self._ropes = [rope[:, positions_BS] for rope in ropes]  # (2, B, S, 1, R)
+        first_B1 = first_tokens(padding, device)
+        self._ropes = [rope_of_rows(rope, first_B1) for rope in ropes]
         windows = [min(capacity, shape.window_of(layer) or capacity) for layer in range(shape.layers)]
         self._slots = {window: _Slots(window, first_B1, device) for window in windows}
         self.layers = [
@@ -48,6 +44,14 @@ class KeyValueCache:
             )
             for window in windows
         ]
+
+    def local(self, tokens_BT: Tensor) -> Tensor:
+        """Return the new tokens that this process computes: all of them."""
+        return tokens_BT
+
+    def last(self, x_BTD: Tensor) -> Tensor:
+        """Return the last of the new tokens, (B, 1, D)."""
+        return x_BTD[:, -1:]
 
     def extend(self, tokens: int) -> list[Tensor]:
         """Make room for `tokens` new tokens and return the RoPE tables of their positions, (2, 1 or B, T, 1, R).
@@ -60,6 +64,22 @@ class KeyValueCache:
         for slots in self._slots.values():
             slots.extend(start, self.length)
         return [rope[:, :, start : self.length] for rope in self._ropes]
+
+
+def first_tokens(padding: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return (B, 1): the index of each row's first token that is not padding; None if there is no padding."""
+    return torch.tensor(padding, device=device).unsqueeze(-1) if any(padding) else None
+
+
+def rope_of_rows(rope: Tensor, first_B1: Tensor | None) -> Tensor:
+    """Return the RoPE table of each row, (2, 1 or B, S, 1, R), whose positions count from its first token.
+
+    `rope` is the table of S positions, (2, S, 1, R), and `first_B1` that of `first_tokens`.
+    """
+    if first_B1 is None:
+        return rope.unsqueeze(1)
+    positions_BS = (torch.arange(rope.shape[1], device=rope.device) - first_B1).clamp(min=0)
+    return rope[:, positions_BS]
 
 
 class _Slots:

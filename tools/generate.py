@@ -2,30 +2,39 @@
 
     python -m tools.generate runs/debug "Once upon"
     python -m tools.generate exported --prompts prompts.txt --batch 8 --greedy --json > continued.jsonl
+    torchrun --nproc-per-node=4 -m tools.generate runs/long --prompts book.jsonl     # a prompt that fits on no device
 
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint saved on any number of processes, or a
-Hugging Face directory. Exit status: 0 done, 2 for a user error, 130 after Ctrl-C.
+Hugging Face directory. Several processes each have the whole model and a part of every prompt, by context parallelism.
+Exit status: 0 done, 2 for a user error, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from components import precision
+from components.distributed.context import DistributedContext
+from components.distributed.context_parallel import ContextParallelRanks
 from components.generation import Sampling, generate_tokens, uniform_numbers
 from components.standard_streams import run_command
 from components.token_ids import describe_start, first_input, start_of_document
 from components.tokenizers.detokenizer import IncrementalDetokenizer
 from recipes.config import ConfigError
+from recipes.model_setup import require_context_parallelism
 from recipes.parallelize import materialize
 from recipes.trained_model import load_pretrained
 
@@ -72,15 +81,13 @@ class Completion:
 class Generator:
     """A model, its tokenizer and its sampling settings."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         """Load the model of the command line. Raises ValueError, OSError or ConfigError."""
         self.sampling = Sampling(
             temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
         )
         self.seed, self.max_tokens = options.seed, options.max_tokens
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA device is available")
+        self.device, self.processes = device, 1
         trained = load_pretrained(
             options.checkpoint,
             options.tokenizer,
@@ -100,6 +107,16 @@ class Generator:
         self.model: Any = model
         self.trained_length = trained.sequence_length
         self.longest = int(getattr(getattr(model, "shape", None), "max_sequence_length", trained.sequence_length))
+
+    def enable_context_parallelism(self, processes: int) -> None:
+        """Divide each prompt among this number of processes: all of them. Call on every rank.
+
+        Raises InputError if the model does not support it.
+        """
+        require_context_parallelism(self.model)
+        self.processes = processes
+        mesh = init_device_mesh(self.device.type, (processes,))
+        self.model.enable_context_parallelism(ContextParallelRanks(mesh))
 
     def start_completion(self, prompt: str) -> Completion:
         """Start a completion. Raises ValueError for a prompt that leaves no room for another token."""
@@ -126,6 +143,7 @@ class Generator:
             end=self.encoder.end_of_document,
             vocab_size=self.encoder.vocab_size,
             device=self.device,
+            multiple=2 * self.processes if self.processes > 1 else 1,
         ):
             yield [text.add(id) for text, id in zip(texts, ids, strict=True)]
         yield [text.add(None) for text in texts]
@@ -133,22 +151,48 @@ class Generator:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
+    world = None
     try:
-        prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
-        generator = Generator(options)
-        texts = [generator.start_completion(prompt) for prompt in prompts]
-        longest = max(len(text.ids) + text.room for text in texts)
-        if longest > generator.trained_length:
-            note = f"note: the model was trained on sequences of {generator.trained_length} tokens"
-            print(f"{note}; quality beyond that is untested", file=sys.stderr)
-        if (start := describe_start(generator.encoder)) is not None:
-            print(f"note: prompts begin with {start}; --no-special-tokens omits it", file=sys.stderr)
-        return write_all(generator, texts, options)
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        with ExitStack() as cleanup:
+            if options.device == "cuda" and not torch.cuda.is_available():
+                raise ValueError("--device cuda: no CUDA device is available")
+            world = DistributedContext.init(options.device or "auto")
+            cleanup.push(world.close_unless_failed)
+            generator, texts = world.main_process_first(partial(prepare, options, world))
+            if world.size > 1:
+                generator.enable_context_parallelism(world.size)
+            if world.is_main:
+                print_notes(generator, texts)
+            else:  # every process computes the same text
+                cleanup.enter_context(redirect_stdout(cleanup.enter_context(Path(os.devnull).open("w"))))
+            return write_all(generator, texts, options)
+    except (ValueError, OSError) as error:
+        if world is None or world.is_main:
+            print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def prepare(options: argparse.Namespace, world: DistributedContext) -> tuple[Generator, list[Completion]]:
+    """Load the model and read the prompts. Raises ValueError or OSError."""
+    if str(options.prompts) == "-" and world.size > 1:
+        raise ValueError("--prompts -: several processes cannot all read standard input; write the prompts to a file")
+    try:
+        prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
+        generator = Generator(options, world.device)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return generator, [generator.start_completion(prompt) for prompt in prompts]
+
+
+def print_notes(generator: Generator, texts: Sequence[Completion]) -> None:
+    """Print what is unusual about the lengths and the prompts."""
+    if max(len(text.ids) + text.room for text in texts) > generator.trained_length:
+        note = f"note: the model was trained on sequences of {generator.trained_length} tokens"
+        print(f"{note}; quality beyond that is untested", file=sys.stderr)
+    if (start := describe_start(generator.encoder)) is not None:
+        print(f"note: prompts begin with {start}; --no-special-tokens omits it", file=sys.stderr)
 
 
 def write_all(generator: Generator, texts: Sequence[Completion], options: argparse.Namespace) -> int:

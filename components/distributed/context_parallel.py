@@ -58,6 +58,12 @@ class ContextParallelRanks:
         dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of these ranks, (n, ...), without a gradient."""
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather(list(gathered.unbind()), tensor.detach().contiguous(), group=self.mesh.get_group())
+        return gathered
+
 
 class SummandGradients:
     """Adds up the gradients of a micro-batch, of which each context-parallel rank has computed a summand.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
 from torch import Tensor
 
+from components.distributed.context_parallel import ContextParallelRanks
 from models import mkldnn_linear
 from models.decoder import Decoder
 from models.mup import MuP
 from models.presets import LlamaShape
 from models.rope import RopeScaling
+from models.sharded_kv_cache import ShardedKeyValueCache
 from tests.models.variants import combined_shapes
 
 pytestmark = pytest.mark.quick
@@ -54,9 +58,9 @@ def uncached(model: Decoder, prompt: list[int], steps: int) -> tuple[list[int], 
     return ids[len(prompt) :], torch.stack(logits)
 
 
-def cached(model: Decoder, rows: list[list[int]], steps: int) -> tuple[list[list[int]], Tensor]:
-    """The same of several rows together: logits (steps, B, V)."""
-    longest = max(map(len, rows))
+def cached(model: Decoder, rows: list[list[int]], steps: int, multiple: int = 1) -> tuple[list[list[int]], Tensor]:
+    """The same of several rows together, padded to a multiple of `multiple` tokens: logits (steps, B, V)."""
+    longest = -(-max(map(len, rows)) // multiple) * multiple
     padding = [longest - len(row) for row in rows]
     cache = model.new_cache(padding, longest + steps - 1)
     tokens = torch.tensor([[0] * missing + row for missing, row in zip(padding, rows, strict=True)])
@@ -119,6 +123,78 @@ def test_more_than_there_is_room_for_is_refused():
     cache = model.new_cache([0], 3)
     with pytest.raises(ValueError, match="4 tokens exceed the capacity of the cache, 3"):
         model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+
+
+class ThreadRanks(ContextParallelRanks):
+    """Context-parallel ranks that are threads of this process."""
+
+    def __init__(self, rank: int, parts: list[Tensor], barrier: Barrier) -> None:
+        self.rank, self.size, self.parts, self.barrier = rank, len(parts), parts, barrier
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        self.parts[self.rank] = tensor
+        self.barrier.wait()
+        gathered = torch.stack(self.parts)
+        self.barrier.wait()  # before a part is replaced
+        return gathered
+
+    def gather(self, local: Tensor) -> Tensor:
+        parts = [part.chunk(2, 1) for part in self.all_gather(local)]
+        return torch.cat([head for head, _ in parts] + [tail for _, tail in reversed(parts)], 1)
+
+
+def cached_in_ranks(size: LlamaShape, rows: list[list[int]], steps: int, ranks: int) -> list[tuple]:
+    """The result of `cached` on each rank."""
+    barrier = Barrier(ranks, timeout=300)
+    parts = [torch.empty(0)] * ranks
+
+    def on_rank(rank: int) -> tuple[list[list[int]], Tensor]:
+        try:
+            model = decoder(size)
+            model.enable_context_parallelism(ThreadRanks(rank, parts, barrier))
+            with torch.no_grad():  # of this thread
+                return cached(model, rows, steps, multiple=2 * ranks)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(on_rank, range(ranks)))
+
+
+@shapes
+@pytest.mark.parametrize("ranks", [2, 3])
+@torch.no_grad()
+def test_context_parallel_ranks_generate_what_one_process_does(size, ranks):
+    """Prompts with and without padding, and more new tokens than ranks, so that each rank stores some."""
+    model = decoder(size)
+    for lengths in ((12,), (1, 12, 8), (5,)):
+        rows = prompts(*lengths)
+        results = cached_in_ranks(size, rows, 9, ranks)
+        for found, logits in results:
+            assert found == results[0][0] and torch.equal(logits, results[0][1]), "ranks would sample different tokens"
+            for row, (prompt, ids) in enumerate(zip(rows, found, strict=True)):
+                expected, reference = uncached(model, prompt, 9)
+                assert ids == expected
+                torch.testing.assert_close(logits[:, row], reference, **TOLERANCE)
+
+
+def test_a_context_parallel_rank_stores_its_part_and_takes_later_tokens_one_at_a_time():
+    with pytest.raises(ValueError, match="after the prompt are appended one at a time"):
+        model = decoder(SMALL)
+        model.enable_context_parallelism(ThreadRanks(0, [torch.empty(0)], Barrier(1)))
+        with torch.no_grad():
+            cache = model.new_cache([0], 10)
+            model(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+            model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
+    for ranks, stored in ((2, 7), (3, 5)):
+        shards = ThreadRanks(0, [torch.empty(0)] * ranks, Barrier(1))
+        cache = ShardedKeyValueCache(
+            SMALL, [torch.zeros(2, 14, 1, 8)] * 2, padding=[0], capacity=14, device=torch.device("cpu"),
+            dtype=torch.float32, shards=shards,
+        )  # fmt: skip
+        cache.extend(12)
+        assert cache.new_slots(torch.float32).shape == (2, 1, 2, stored, 8)
 
 
 @shapes

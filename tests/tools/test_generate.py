@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from components.generation import Sampling, generate_tokens
 from recipes.trained_model import load_pretrained
 from tests.conftest import TinyRun
+from tests.processes import call_in_ranks
 from tests.tools.test_export_hf import MODELS, TOKENIZER, trained
 from tools import export_hf, generate, import_hf
 
@@ -101,6 +105,38 @@ def test_a_batch_gives_what_its_prompts_give_alone_and_a_seed_is_repeated(run, r
         assert row["tokens"] == min(40, 50 - max(1, len(row["prompt"]))), "no further than its sequences go"
     if len(how) > 1:
         assert run_tool(*together, "--seed=6")[1] != out
+
+
+def generate_in_ranks(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=2)
+    for number, arguments in enumerate(json.loads((folder / "arguments.json").read_text())):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = generate.main(arguments)
+        (folder / f"{number}-{rank}.json").write_text(json.dumps([status, out.getvalue(), err.getvalue()]))
+    dist.destroy_process_group()
+
+
+def test_two_processes_write_what_one_does(run, run_tool, tmp_path):
+    """By context parallelism; every error is reported once."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (*PROMPTS, "")))
+    commands = [
+        [run, "--prompts", prompts, "--json", "--max-tokens=20", "--greedy"],
+        [run, PROMPTS[0], "--max-tokens=20", "--temperature=1.3", "--seed=5"],
+        [tmp_path / "nowhere", "x"],
+        [run, "--prompts=-"],
+    ]
+    commands = [[str(part) for part in (*command, "--device=cpu", "--precision=float32")] for command in commands]
+    (tmp_path / "arguments.json").write_text(json.dumps(commands))
+    call_in_ranks(generate_in_ranks, tmp_path, 2)
+    for number, command in enumerate(commands):
+        status, out, err = json.loads((tmp_path / f"{number}-0.json").read_text())
+        assert json.loads((tmp_path / f"{number}-1.json").read_text()) == [status, "", ""]
+        if command[1] == "--prompts=-":
+            assert (status, out) == (2, "") and "cannot all read standard input" in err
+        else:
+            assert (status, out, err) == run_tool(*command)
 
 
 def test_it_stops_where_the_document_ends(run, run_tool, monkeypatch):

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from components.gradient_noise import GradientMoments, GradientNoiseHooks
+from models.decoder import Decoder
+from models.presets import LlamaShape
+from tests.models.variants import combined_shapes
+
+SHAPES = combined_shapes(LlamaShape(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24))
 
 
 def finish(hooks: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
@@ -66,3 +72,25 @@ def test_gradients_that_bypass_the_hooks_are_an_error(replaced):
     model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match=f"{len(replaced)} of 2 gradients .* replaces its parameters"):
         finish(hooks, model)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_noise_of_a_decoder_with_variants_is_that_of_separate_backwards_in_float64(shape):
+    """Every pair of variants occurs in a shape. Layouts: tests/distributed/test_gradient_noise.py."""
+    model, exact = (Decoder(shape, 19, init_std=0.2) for _ in range(2))
+    for each in (model, exact):
+        each.init_weights(0)
+    exact.double()
+    hooks = GradientNoiseHooks(model.parameters(), torch.device("cpu"))
+    hooks.start(measure=True)
+    gradients = []
+    for micro_batch in torch.randint(19, (3, 2, 13), generator=torch.Generator().manual_seed(1)):
+        tokens, labels = micro_batch[:, :-1], micro_batch[:, 1:]
+        (model(tokens, labels) / labels.numel()).backward()
+        hooks.end_micro_batch()
+        loss = F.cross_entropy(exact(tokens).flatten(0, 1), labels.flatten())
+        alone = torch.autograd.grad(loss, list(exact.parameters()))
+        gradients.append(torch.cat([each.flatten() for each in alone]))
+    expected = torch.stack(gradients)
+    found = finish(hooks, model)
+    assert found == pytest.approx((float(expected.sum(0).square().sum()), float(expected.square().sum())), rel=1e-5)
