@@ -39,6 +39,8 @@ class LMHead(nn.Linear):
             self.register_parameter("weight", None)
         self.vocab_shard: VocabularyShard | None = None
         self._compiled_loss = False
+        self.chunk_tokens: int | None = None
+        """Tokens per chunk of the loss; None: `default_chunk`."""
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Compile the loss only. The matrix products around it, and logits, are single kernels already."""
@@ -55,6 +57,7 @@ class LMHead(nn.Linear):
             x_BTD.flatten(0, 1),
             weight_VD,
             labels_BT.flatten(),
+            chunk_tokens=self.chunk_tokens,
             vocab_start=vocab_start,
             vocab_reduce=self.vocab_shard,
             compiled=self._compiled_loss,
