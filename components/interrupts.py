@@ -12,14 +12,18 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
+RESTARTING = signal.SIGUSR2
+"""Sent by the launcher: save and exit, to be started again on other nodes."""
 ONE_REQUEST_SECONDS = 1.0
 """Signals within this time are one request: a scheduler signals a whole job, and the launcher forwards its signal
 too."""
 
-NONE, SAVE, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3
+NONE, SAVE, RESTART, TIME_LIMIT, STOP_FILE = 0, 1, 2, 3, 4
+RESTART_STATUS = 75
+"""Exit status of a process that has saved and is to be started again (EX_TEMPFAIL of sysexits.h)."""
 _SIGNALS = 100
 """Requests are integers, and all ranks act on the largest one. _SIGNALS + n is a stop by signal n."""
-REQUESTS = (NONE, SAVE, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
+REQUESTS = (NONE, SAVE, RESTART, TIME_LIMIT, STOP_FILE, *sorted(_SIGNALS + number for number in STOPPING))
 """All requests, in increasing order."""
 _FILE_INTERVAL_SECONDS = 0.5
 
@@ -28,15 +32,15 @@ class SignalCatcher:
     """Catches SIGUSR1, and the first SIGINT, SIGTERM or SIGHUP; a second SIGINT or SIGTERM has its default effect.
 
     A signal that was ignored when the process started stays ignored: SIGHUP under nohup, SIGINT for background jobs of
-    a script. SIGUSR1 is always caught, because the launcher ignores it until a run is ready to save.
+    a script. SIGUSR1 and SIGUSR2 are always caught, because they are ignored until a run is ready to save.
 
-    `received` is the number of the signal to stop, or 0; `save` is whether to save and continue. Use as a context
-    manager, which restores the previous handlers on exit.
+    `received` is the number of the signal to stop, or 0; `save` is whether to save and continue, `restart` whether to
+    save and exit. Use as a context manager, which restores the previous handlers on exit.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        self.save = False
+        self.save, self.restart = False, False
         self._at = 0.0
         self._save_at = -ONE_REQUEST_SECONDS
         self._before: dict[int, Any] = {}
@@ -45,6 +49,7 @@ class SignalCatcher:
         for number in not_ignored(STOPPING):
             self._before[number] = signal.signal(number, self._catch)
         self._before[SAVING] = signal.signal(SAVING, self._catch_save)
+        self._before[RESTARTING] = signal.signal(RESTARTING, self._catch_restart)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -60,6 +65,9 @@ class SignalCatcher:
     def _catch_save(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._save_at > ONE_REQUEST_SECONDS:
             self.save, self._save_at = True, time.monotonic()
+
+    def _catch_restart(self, number: int, frame: FrameType | None) -> None:
+        self.restart = True
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
@@ -101,6 +109,8 @@ class StopRequests:
             return STOP_FILE
         if self.ends_at is not None and time.time() >= self.ends_at:
             return TIME_LIMIT
+        if self.signals.restart:
+            return RESTART
         return SAVE if self.signals.save else NONE
 
     def mark_saved(self) -> None:
@@ -131,8 +141,11 @@ def is_stop(request: int) -> bool:
 def exit_status(request: int) -> int:
     """Return the exit status of a run that was stopped by `request`: 128 + signal.
 
-    A stop file counts as SIGINT (stopped by a user), the time limit as SIGTERM (stopped by a scheduler).
+    A stop file counts as SIGINT (stopped by a user), the time limit as SIGTERM (stopped by a scheduler). A process that
+    is to be started again has RESTART_STATUS.
     """
+    if request == RESTART:
+        return RESTART_STATUS
     if request > _SIGNALS:
         return 128 + request - _SIGNALS
     return 128 + (signal.SIGINT if request == STOP_FILE else signal.SIGTERM)

@@ -314,6 +314,8 @@ def build_metric_logger(
         with config_errors_at(config, "run"):
             record_environment(directory.environment, described, clock.step)
             metric_logger = config.recipe.metrics.build(run, directory.writers)
+        if environment.start.restart is not None:
+            metric_logger.log({"step": clock.step, "tokens": clock.tokens, **environment.start.restart})
     cleanup.callback(metric_logger.close)
     return metric_logger
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from components.errors import InputError
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
 from recipes.errors import RunError, config_errors_at, failing_component, out_of_memory_remedy
@@ -42,9 +43,11 @@ EPILOG = """\
 environment:
   PYTHON                     interpreter used to create the environment
   NPROC or NGPU              processes on this node (default: its GPUs, or 1); any number for --dry-run
-  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-                             a run on several nodes
-  MAX_RESTARTS               restarts after a failure (default: 0)
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_ADDR
+                             a run on several nodes; NNODES=2:4: on two to four, which may leave and join
+  NODE_TIMEOUT               seconds without a heartbeat until a node is lost (default: 15)
+  JOIN_AFTER                 seconds until a node that joins is taken in (default: 60)
+  MAX_RESTARTS               restarts after a failure (default: 0, with NNODES=2:4: 10)
   PYTORCH_ALLOC_CONF         settings of the GPU memory allocator (default: expandable_segments:True)
 
 exit codes:
@@ -156,6 +159,8 @@ class WorldShape:
 
     per_node: int
     nodes: int
+    min_nodes: int = 0
+    """The smallest number of nodes that an elastic run continues with; 0: `nodes`."""
 
     @property
     def world_size(self) -> int:
@@ -177,11 +182,14 @@ def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, g
 
             gpus = torch.cuda.device_count()
         per_node = str(max(1, gpus))
-    nodes = environment.get("NNODES") or "1"
-    for name, value in (("NPROC", per_node), ("NNODES", nodes)):
+    smallest, elastic, nodes = (environment.get("NNODES") or "1").partition(":")
+    nodes = nodes if elastic else smallest
+    for name, value in (("NPROC", per_node), ("NNODES", smallest), ("NNODES", nodes)):
         if not value.isdigit() or int(value) < 1:
             raise UsageError(f"{name}={value}: expected a whole number >= 1")
-    return WorldShape(int(per_node), int(nodes))
+    if int(smallest) > int(nodes):
+        raise UsageError(f"NNODES={smallest}:{nodes}: the smallest number of nodes is above the largest")
+    return WorldShape(int(per_node), int(nodes), int(smallest) if elastic else 0)
 
 
 def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
@@ -191,17 +199,28 @@ def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
     return WorldShape(per_node, world_size // per_node) if world_size % per_node == 0 else WorldShape(world_size, 1)
 
 
-def launch_workers(shape: WorldShape, environment: Mapping[str, str], arguments: Sequence[str]) -> int:
+def launch_workers(
+    shape: WorldShape,
+    environment: Mapping[str, str],
+    arguments: Sequence[str],
+    *,
+    hang_timeout_seconds: float | None = None,
+) -> int:
     """Start this command line in every worker process of this node. Returns the exit status. Raises UsageError."""
     from components.distributed.launcher import NodeSpec, run_workers
+    from components.distributed.membership import Patience
 
-    numbers = {}
-    for name, default in (("NODE_RANK", "0"), ("MASTER_PORT", "29500"), ("MAX_RESTARTS", "0")):
+    numbers, elastic = {}, shape.min_nodes > 0
+    defaults = {"NODE_RANK": "0", "MASTER_PORT": "29500", "MAX_RESTARTS": "10" if elastic else "0"}
+    defaults |= {"NODE_TIMEOUT": "15", "JOIN_AFTER": "60"}
+    for name, default in defaults.items():
         value = environment.get(name) or default
         if not value.isdigit():
             raise UsageError(f"{name}={value}: expected a whole number >= 0")
         numbers[name] = int(value)
-    if numbers["NODE_RANK"] >= shape.nodes:
+    if numbers["NODE_TIMEOUT"] < 1:
+        raise UsageError("NODE_TIMEOUT=0: expected at least 1 second")
+    if numbers["NODE_RANK"] >= shape.nodes and not elastic:
         raise UsageError(
             f"NODE_RANK={numbers['NODE_RANK']}: expected 0 to {shape.nodes - 1}, because NNODES={shape.nodes}"
         )
@@ -210,10 +229,13 @@ def launch_workers(shape: WorldShape, environment: Mapping[str, str], arguments:
     node = NodeSpec(
         processes=shape.per_node,
         nodes=shape.nodes,
-        rank=numbers["NODE_RANK"],
+        min_nodes=shape.min_nodes,
+        rank=None if elastic and not environment.get("NODE_RANK") else numbers["NODE_RANK"],
         address=environment.get("MASTER_ADDR") or "127.0.0.1",
         port=numbers["MASTER_PORT"],
         max_restarts=numbers["MAX_RESTARTS"],
+        hang_timeout_seconds=hang_timeout_seconds,
+        patience=Patience(lost_after=numbers["NODE_TIMEOUT"], join_after=numbers["JOIN_AFTER"]),
     )
     try:
         return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
@@ -225,12 +247,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line, report its errors, and return the exit status."""
     status, message = 0, ""
     choose_allocator(os.environ)
-    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the default would kill a process that is not ready to save yet
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)  # the default would kill a process that is not ready to save yet
     if is_worker():
+        from components.distributed.heartbeat import dump_stacks_on_request
         from components.distributed.launcher import die_with_launcher
 
         die_with_launcher()
+        dump_stacks_on_request()
     try:
         status = run_command(arguments)
     except (ConfigError, UsageError) as error:
@@ -277,19 +302,33 @@ def run_command(arguments: Sequence[str]) -> int:
     if command.dry_run is not None:
         return start_dry_run(config, shape, command.dry_run)
     with config_errors_at(config, "parallel"):
-        config.recipe.parallel.mesh_shape(shape.world_size, shape.per_node)
+        check_layouts(config.recipe.parallel, shape)
     if is_worker() and "LOCAL_RANK" not in os.environ:
         raise UsageError(
             "RANK and WORLD_SIZE are set, as by torchrun, but LOCAL_RANK is not; unset them to start a run, or set all "
             "three in each process"
         )
-    if not is_worker() and (shape.world_size > 1 or "MAX_RESTARTS" in os.environ):
+    recipe = complete_recipe(config.recipe)
+    hang_timeout = getattr(recipe.run, "hang_timeout_seconds", None)
+    several = shape.world_size > 1 or shape.min_nodes > 0
+    if not is_worker() and (several or hang_timeout is not None or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shape.per_node)))
-        recipe = complete_recipe(config.recipe)
         if recipe.device != "cpu" and recipe.run is not None:
             enable_flight_recorder(os.environ, recipe.run.directory)
-        return launch_workers(shape, os.environ, arguments)
+        return launch_workers(shape, os.environ, arguments, hang_timeout_seconds=hang_timeout)
     return start_recipe(config, command)
+
+
+def check_layouts(parallel: Any, shape: WorldShape) -> None:
+    """Raise InputError if [parallel] does not fit the processes, with any number of nodes of an elastic run."""
+    for nodes in range(shape.min_nodes or shape.nodes, shape.nodes + 1):
+        try:
+            parallel.mesh_shape(shape.per_node * nodes, shape.per_node)
+        except InputError as error:
+            if not shape.min_nodes:
+                raise
+            counts = f"NNODES={shape.min_nodes}:{shape.nodes}"
+            raise InputError(error.key, f"{error.message}; {counts} may mean {nodes} nodes") from None
 
 
 def start_dry_run(config: Config, shape: WorldShape, text: str) -> int:

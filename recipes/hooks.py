@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from components.clock import TrainingClock
+from components.distributed import heartbeat
 from components.errors import InputError
 from components.protocol_defaults import with_defaults
 from recipes.errors import raised_in
@@ -101,6 +102,9 @@ class Hooks:
 
     def call(self, point: str, context: HookContext) -> None:
         """Call the method `point`, one of `POINTS`, of every hook."""
+        heartbeat.beat(first=point == "on_step_end")  # the first step may compile for minutes
+        if point == "on_run_end":
+            heartbeat.end()
         for section, hook in self._at_end if point == "on_run_end" else self._in_step:
             with raised_in(section) if section else nullcontext():
                 getattr(hook, point)(context)

@@ -25,7 +25,7 @@ from components.gradient_noise import GradientNoiseConfig
 from components.guard import BadStep, GuardConfig
 from components.hardware import peak_flops
 from components.interfaces import DataConfig
-from components.interrupts import exit_status, is_stop, reason
+from components.interrupts import RESTART, exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
 from components.train_step import nonfinite_flag
@@ -330,7 +330,9 @@ class Trainer:
                 f"the run ended at step {self.clock.step}, which is not saved; the newest checkpoint is "
                 f"{self.checkpoints.newest}. Free some disk space, then continue with --resume"
             )
-        if is_stop(request) and not self.clock.done:
+        if request == RESTART and not self.clock.done:
+            log.info(f"saved after step {self.clock.step}; the nodes change, and all processes are restarted")
+        elif is_stop(request) and not self.clock.done:
             log.info(f"stopped by {reason(request)} after step {self.clock.step}; continue with --resume")
         else:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")

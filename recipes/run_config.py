@@ -52,6 +52,10 @@ class RunConfig:
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes after the launch at which the run saves and stops, before the time limit of a job queue; allow for one
     step and a checkpoint. Unset: no limit."""
+    hang_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds without progress, after the first step, after which the launcher of several processes writes their Python
+    stacks and restarts them as after a failure (MAX_RESTARTS); more than a step, a validation and a save take. Unset:
+    only timeouts of collectives end a hang."""
 
     def __post_init__(self) -> None:
         if self.average is not None and self.init_from is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,13 +14,23 @@ import torch
 from rich.console import Console
 
 from components.atomic_files import atomic_write
-from components.checkpoint import DamagedError, list_checkpoints, remove_all, remove_partial_saves, run_of, verify
+from components.checkpoint import (
+    DamagedError,
+    list_checkpoints,
+    remove_all,
+    remove_partial_saves,
+    run_of,
+    step_of,
+    verify,
+)
 from components.checkpoint.remote import RemoteCheckpoints, restore_run
 from components.data.loader_workers import check_workers
 from components.distributed.context import DistributedContext
-from components.distributed.launcher import LAUNCH_ID, launch_time
+from components.distributed.launcher import LAUNCH_ID, change_of_nodes, launch_time
 from components.interrupts import SignalCatcher, StopRequests
 from components.metrics.console import setup_logging
+from components.metrics.jsonl import last_rows
+from components.paths import is_file
 from components.run_directory import RunDirectory
 from recipes.config import Config
 from recipes.errors import config_errors_at
@@ -38,6 +49,8 @@ class RunStart:
     """The identifier of the run that owns the directory."""
     warnings: list[str] = field(default_factory=list)
     """Messages to log once logging is set up."""
+    restart: dict[str, float] | None = None
+    """Metrics of a start after the launcher has restarted the processes: what that cost."""
     commit: Callable[[], None] = lambda: None
     """Call on every rank after setup succeeded: deletes the replaced run and writes config.toml."""
 
@@ -93,11 +106,34 @@ def claim_run_directory(
             )
         if checkpoint is not None:
             check_resumable(checkpoint, config)
+        if restarted and checkpoint is not None and world.is_main:
+            start.restart = _cost_of_restart(directory.metrics, checkpoint, world.size)
+            start.warnings.append(_describe_restart(start.restart, checkpoint))
         world.main_process_first(claim)
         start.run = world.gather(directory.run or "")[0]
 
     start.commit = _make_commit(directory, config, world, replaces=replaces, remote=remote)
     return start
+
+
+def _cost_of_restart(metrics: Path, checkpoint: Path, processes: int) -> dict[str, float]:
+    """Return the steps after the checkpoint that are trained again, the seconds since the last one was logged, and the
+    processes that continue."""
+    rows = last_rows(metrics) if is_file(metrics) else []
+    last = rows[-1]["step"] if rows else 0
+    return {
+        "restart_lost_steps": max(0, last - step_of(checkpoint)),
+        "restart_seconds": round(max(0.0, time.time() - metrics.stat().st_mtime), 1) if rows else 0.0,
+        "restart_processes": processes,
+    }
+
+
+def _describe_restart(cost: dict[str, float], checkpoint: Path) -> str:
+    change = change_of_nodes()
+    return (
+        f"restarted{': ' * bool(change)}{change}; {cost['restart_lost_steps']:.0f} steps since {checkpoint.name} are "
+        f"trained again, {cost['restart_seconds']:.0f} s after the last one"
+    )
 
 
 def _make_commit(

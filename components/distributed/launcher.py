@@ -9,32 +9,42 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.distributed.elastic.agent.server import WorkerSpec
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.numa.binding import AffinityMode, NumaOptions
 
-from components.interrupts import STOPPING, is_repeated, not_ignored
+from components.distributed.heartbeat import DUMPING, Heartbeats
+from components.distributed.membership import (
+    Membership,
+    Patience,
+    agree_on_launch,
+    create_rendezvous,
+    own_address,
+)
+from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repeated, not_ignored
 
 LAUNCH_ID = "POWERTRAIN_LAUNCH"
 """Environment variable: identifier of the launch, unchanged by restarts. A scheduler that requeues jobs may set it."""
@@ -42,6 +52,14 @@ _LAUNCHED_AT = "POWERTRAIN_LAUNCHED_AT"
 """Environment variable of the workers: start time of the launcher, in seconds since the epoch."""
 _EXIT_DIR = "POWERTRAIN_EXIT_DIR"
 """Environment variable of the workers: the directory to which they write their exit status."""
+_ELASTIC = "POWERTRAIN_ELASTIC"
+"""Environment variable of the workers: not empty if the run continues when a node leaves."""
+_CHANGE = "POWERTRAIN_CHANGE"
+"""Environment variable of the workers: the nodes that left and joined before this start."""
+_ASK_AGAIN_SECONDS = 5
+"""Time after which workers that have not saved yet are asked again."""
+_DUMP_SECONDS = 2
+"""Time that workers get to write their stacks."""
 _RENDEZVOUS_TIMEOUT_SECONDS = 900
 """Time that the nodes of a run wait for each other: the slowest may first have to set up its environment."""
 
@@ -53,12 +71,41 @@ class NodeSpec:
     processes: int
     """Number of worker processes on this node."""
     nodes: int = 1
-    rank: int = 0
-    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it."""
+    """The largest number of nodes."""
+    min_nodes: int = 0
+    """The smallest number of nodes that the run continues with; 0: all of them."""
+    rank: int | None = 0
+    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node to which
+    the address belongs listens, unless a process there already does."""
     address: str = "127.0.0.1"
     port: int = 29500
     max_restarts: int = 0
-    """Number of times that all workers are restarted after one of them failed."""
+    """Number of times that all workers are restarted after one of them failed, or a node was lost."""
+    hang_timeout_seconds: float | None = None
+    """Time without progress after which the workers are restarted; None: never."""
+    patience: Patience = field(default_factory=Patience)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether nodes may leave and join."""
+        return 0 < self.min_nodes < self.nodes
+
+    @property
+    def run_id(self) -> str:
+        """What distinguishes this run at a place where the nodes of several runs meet, one after the other."""
+        return os.environ.get(LAUNCH_ID) or "powertrain"
+
+    @property
+    def is_host(self) -> bool | None:
+        """Whether this node listens; None: if the host name of this machine has the address, and the port is free."""
+        if self.rank is None:
+            return True if own_address() == self.address else None
+        return self.rank == 0
+
+    @property
+    def name(self) -> str:
+        """What other nodes call this one."""
+        return own_address() or socket.gethostname()
 
     def rendezvous(self) -> RendezvousParameters:
         """Return the rendezvous parameters: any free port for a single node, `address`:`port` for several."""
@@ -66,13 +113,15 @@ class NodeSpec:
         return RendezvousParameters(
             backend="c10d",
             endpoint="127.0.0.1:0" if alone else f"{self.address}:{self.port}",
-            run_id="powertrain",  # every launch has a new store, so the id need not be unique
-            min_nodes=self.nodes,
+            run_id=self.run_id,
+            min_nodes=self.min_nodes or self.nodes,
             max_nodes=self.nodes,
-            local_addr="127.0.0.1" if alone else self.address if self.rank == 0 else None,
-            is_host=self.rank == 0,
+            local_addr="127.0.0.1" if alone else own_address() or (self.address if self.rank == 0 else None),
+            is_host=self.is_host,
             join_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
             read_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
+            last_call_timeout=max(1, int(self.patience.join_after)),
+            keep_alive_interval=self.patience.heartbeat,
         )
 
 
@@ -90,14 +139,21 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         exit_dir = Path(folder) / "exits"
         exit_dir.mkdir()
         os.environ[_EXIT_DIR] = str(exit_dir)
-        os.environ.setdefault(LAUNCH_ID, uuid.uuid4().hex)
-        os.environ[_LAUNCHED_AT] = str(time.time())
+        os.environ[_ELASTIC] = "1" if node.is_elastic else ""
+        launch, launched_at = os.environ.get(LAUNCH_ID) or uuid.uuid4().hex, time.time()
         # By default torchelastic catches all of these. A worker does not inherit "ignored" from a caught signal, so
         # SIGHUP would then end a run that was started with nohup.
         handled = [number.name for number in not_ignored((*STOPPING, signal.SIGQUIT))]
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
         try:
-            rendezvous = get_rendezvous_handler(node.rendezvous())
+            if node.nodes > 1:
+                _print_error(f"node {node.name} waits for the others at {node.address}:{node.port}")
+            rendezvous = create_rendezvous(node.rendezvous(), node.patience)
+            if node.nodes > 1:
+                launch, launched_at = agree_on_launch(
+                    node.address, node.port, node.run_id, launch=launch, launched_at=launched_at
+                )
+            os.environ[LAUNCH_ID], os.environ[_LAUNCHED_AT] = launch, str(launched_at)
             try:
                 spec = WorkerSpec(
                     role="train",
@@ -115,14 +171,22 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
                         numactl=shutil.which("numactl"),
                     ),
                 )
-                return WorkerAgent(spec, DefaultLogsSpecs(log_dir=folder), exit_dir).run_to_exit_status()
+                heartbeats = Heartbeats(Path(folder) / "heartbeats", node.hang_timeout_seconds)
+                membership = Membership(rendezvous, node.patience)
+                agent = WorkerAgent(spec, DefaultLogsSpecs(log_dir=folder), exit_dir, membership, heartbeats)
+                return agent.run_to_exit_status()
             finally:
                 rendezvous.shutdown()
+        except RendezvousClosedError:
+            _print_error(
+                f"the run {node.run_id!r} at {node.address}:{node.port} has ended; to start another one there, set "
+                f"{LAUNCH_ID} to a new name, the same on all nodes"
+            )
+            return 1
         except RendezvousError as error:
             address = f"{node.address}:{node.port}"
             _print_error(
-                f"node {node.rank} of {node.nodes} could not reach, or lost contact with, "
-                f"the other nodes at {address}: {error}"
+                f"this node, {node.name}, could not reach, or lost contact with, the other nodes at {address}: {error}"
             )
             return 1
 
@@ -143,10 +207,19 @@ def numa_options(
 class WorkerAgent(LocalElasticAgent):
     """torchelastic's agent, which starts and watches the workers of this node, with the changes of this module."""
 
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, exit_dir: Path) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        logs: DefaultLogsSpecs,
+        exit_dir: Path,
+        membership: Membership,
+        heartbeats: Heartbeats,
+    ) -> None:
         super().__init__(spec, logs)
-        self._exit_dir = exit_dir
+        self._exit_dir, self._membership, self._heartbeats = exit_dir, membership, heartbeats
         self._signaled, self._signaled_at = 0, 0.0
+        self._asked_to_restart_at = -math.inf
+        threading.Thread(target=self._end_if_cut_off, daemon=True).start()
 
     def run_to_exit_status(self) -> int:
         """Run the workers to their end, and return the exit status of the run."""
@@ -154,6 +227,8 @@ class WorkerAgent(LocalElasticAgent):
             result = self.run()
         except SignalException as error:  # a second signal, which stops the workers at once
             return 128 + int(error.sigval)
+        if result.state == WorkerState.UNHEALTHY:  # a node was lost or a worker hung, and no restarts are left
+            return 1
         reported = [status for status, _ in self._read_reported_exits().values()]
         if not result.is_failed():  # workers that saved after a signal exited 0 and reported 128 + n
             return max(reported, default=0)
@@ -163,6 +238,10 @@ class WorkerAgent(LocalElasticAgent):
         return max((status for status in reported if status < 128), default=1)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for file in self._exit_dir.iterdir():  # of the workers before
+            file.unlink()
+        self._heartbeats.clear()
+        os.environ[_CHANGE] = self._membership.begin()
         started: dict[int, Any] = super()._start_workers(worker_group)
         for number in not_ignored(STOPPING):
             signal.signal(number, self._forward_signal)  # replaces the agent's handler, which kills the workers
@@ -188,6 +267,11 @@ class WorkerAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.HEALTHY:
+            return self._check_membership(result)
+        if result.state == WorkerState.SUCCEEDED and self._saved_to_restart():
+            self._remaining_restarts += 1  # torchelastic counts every restart, and this was no failure
+            return RunResult(WorkerState.UNHEALTHY)
         if result.is_failed():
             reported = {rank: end for rank, end in self._read_reported_exits().items() if end[0] < 128}
             # A run that stopped itself, or was asked to stop, is not restarted.
@@ -202,6 +286,55 @@ class WorkerAgent(LocalElasticAgent):
             if self._remaining_restarts:
                 _print_error("restarting all processes from the newest checkpoint")
         return result
+
+    def _check_membership(self, healthy: RunResult) -> RunResult:
+        """Return what to do with workers that run: nothing, or to restart them without a node that was lost."""
+        action = "restarting from the newest checkpoint" if self._remaining_restarts else "no restarts are left"
+        if lost := self._membership.lost():
+            self._kill_workers()  # they may wait for the lost node in a collective
+            _print_error(f"lost contact with {', '.join(lost)}; {action}")
+            return RunResult(WorkerState.UNHEALTHY)
+        if silent := self._heartbeats.silent():
+            self._signal_workers(DUMPING, None)
+            time.sleep(_DUMP_SECONDS)
+            self._kill_workers()
+            ranks = ", ".join(f"rank {rank}" for rank in silent)
+            _print_error(
+                f"no progress on {ranks} for run.hang_timeout_seconds; the stacks of the processes of this node are "
+                f"above, except of those that do not run; {action}"
+            )
+            return RunResult(WorkerState.UNHEALTHY)
+        now = time.monotonic()
+        # again, because workers that are starting ignore it
+        if self._membership.takes_in() and now - self._asked_to_restart_at > _ASK_AGAIN_SECONDS:
+            self._asked_to_restart_at = now
+            self._signal_workers(RESTARTING, None)
+        return healthy
+
+    def _kill_workers(self) -> None:
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGKILL)
+
+    def _end_if_cut_off(self) -> None:
+        """End this launcher and its workers when the place where the nodes meet cannot be reached, in a thread.
+
+        A call to it blocks until the network gives up, a quarter of an hour. Until then workers would hold their GPUs,
+        or write into the run directory while the other nodes do.
+        """
+        while True:
+            time.sleep(1)
+            if self._membership.is_cut_off():
+                _print_error(
+                    f"this node, {own_address() or socket.gethostname()}, lost contact with the others; its processes "
+                    "are stopped. Start it again to rejoin the run"
+                )
+                self._signal_workers(signal.SIGKILL, None)
+                os._exit(1)
+
+    def _saved_to_restart(self) -> bool:
+        """Return whether the workers have saved and ended to be started again with a node that joins."""
+        statuses = {status for status, _ in self._read_reported_exits().values()}
+        return statuses == {RESTART_STATUS}
 
     def _interrupted(self, failure: ProcessFailure) -> bool:
         """Return whether a worker died of the forwarded signal, because it was not ready to save yet."""
@@ -221,11 +354,20 @@ def launch_time() -> float:
     return float(os.environ.get(_LAUNCHED_AT) or time.time())
 
 
+def change_of_nodes() -> str:
+    """Return a line about the nodes that left and joined before this start of the workers; empty if none did."""
+    return os.environ.get(_CHANGE, "")
+
+
 def die_with_launcher() -> None:
-    """Call in a worker: if the launcher is killed, this process receives a SIGTERM, saves and stops. Linux only."""
+    """Call in a worker: if the launcher is killed, this process receives a signal, saves and stops. Linux only.
+
+    In an elastic run the other nodes then continue without this one.
+    """
     if _EXIT_DIR in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGTERM))
+        number = RESTARTING if os.environ.get(_ELASTIC) else signal.SIGTERM
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(number))
 
 
 def report_exit(status: int, message: str = "") -> int:
@@ -240,7 +382,7 @@ def report_exit(status: int, message: str = "") -> int:
     temporary = exit_dir.parent / f"exit-{rank}"
     temporary.write_text(f"{status}\n{message}", encoding="utf-8")
     temporary.rename(exit_dir / rank)  # atomic: the launcher never reads half a file
-    return 0 if status > 128 else status
+    return 0 if status > 128 or status == RESTART_STATUS else status
 
 
 def report_crash(error: BaseException) -> None:

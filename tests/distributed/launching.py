@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.conftest import TinyRun
@@ -13,10 +14,14 @@ from tests.processes import start_process
 ROOT = Path(__file__).resolve().parents[2]
 
 SABOTAGE = '''
-"""A Llama that fails in one forward pass: SABOTAGE_<restart> = "kill:1:10" or "raise:1:10", the 10th of rank 1."""
+"""A Llama that fails in one forward pass: SABOTAGE_<restart> = "kill:1:10" or "raise:1:10", the 10th of rank 1.
+
+PACE=0.1 makes every pass take that many seconds longer.
+"""
 
 import os
 import signal
+import time
 
 from models.llama import Llama
 
@@ -30,6 +35,7 @@ class Sabotaged(Llama):
 
         def sabotaged(*args, **kwargs):
             passes[0] += model.training
+            time.sleep(float(os.environ.get("PACE", "0")))
             if os.environ.get("RANK") == rank and passes[0] == int(when):
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -47,12 +53,21 @@ SHORT += ["--validation.interval_steps=none", "--training.grad_sync=once_per_ste
 """Eight steps of eight samples: two micro-batches of two on each of two processes."""
 
 
-def start(tiny: TinyRun, *arguments: str, sabotage: dict[int, str] | None = None, **environment: str):
-    """Start a launcher in another process; `sabotage` by restart count, environment such as NPROC="2"."""
+def start(
+    tiny: TinyRun,
+    *arguments: str,
+    sabotage: dict[int, str] | None = None,
+    prefix: Sequence[str] = (),
+    **environment: str,
+):
+    """Start a launcher in another process; `sabotage` by restart count, environment such as NPROC="2".
+
+    `prefix` is a command that runs another one.
+    """
     (tiny.folder / "sabotage.py").write_text(SABOTAGE)
     orders = {f"SABOTAGE_{restart}": order for restart, order in (sabotage or {}).items()}
     return start_process(
-        [sys.executable, ROOT / "recipes", str(tiny.recipe), *SHORT, *SABOTAGED, *arguments],
+        [*prefix, sys.executable, ROOT / "recipes", str(tiny.recipe), *SHORT, *SABOTAGED, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", **orders, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -71,3 +86,11 @@ def steps(tiny: TinyRun) -> list[int]:
 
 def final_loss(tiny: TinyRun) -> float:
     return [row["loss"] for row in tiny.rows() if "loss" in row][-1]
+
+
+def processes_below(parent: int) -> Iterator[int]:
+    """Yield a process and those that it started."""
+    yield parent
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from processes_below(int(child))

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.distributed.launching import SHORT, final_loss, finish, start, steps
+from tests.distributed.launching import SHORT, final_loss, finish, processes_below, start, steps
 from tests.end_to_end.test_signals import wait_for_steps
 
 
@@ -24,6 +24,21 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_uninterrupted(new_tin
     assert "resumed from" in said
     assert steps(killed) == steps(alone), "every step once"
     assert final_loss(killed) == pytest.approx(final_loss(alone), rel=1e-5)
+
+
+def test_a_rank_that_hangs_is_found_and_restarted(new_tiny):
+    alone, hangs = new_tiny("alone"), new_tiny("hangs")
+    assert alone.launch(*SHORT) == 0
+    process = start(hangs, "--run.hang_timeout_seconds=8", NPROC="2", MAX_RESTARTS="1", PACE="0.2")
+    wait_for_steps(hangs, 3, process)
+    _, second = [pid for pid in processes_below(process.pid) if pid != process.pid]
+    os.kill(second, signal.SIGSTOP)
+    status, said = finish(process)
+    assert status == 0, said
+    assert re.search(r"no progress on rank 0, rank 1 for run.hang_timeout_seconds; .*restarting", said), said
+    assert re.search(r"most recent call first.*in (all_reduce|wait|launch|accumulate)", said, re.DOTALL), "a stack"
+    assert steps(hangs) == steps(alone)
+    assert final_loss(hangs) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
 def test_each_failure_is_reported_once_and_the_last_ends_all_processes(tiny):

@@ -1,12 +1,18 @@
-"""Two launchers that connect form one run."""
+"""Two launchers that connect form one run, also when one of them is lost and comes back."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import SHORT, final_loss, finish, start, steps
+from tests.conftest import TinyRun
+from tests.distributed.launching import ROOT, SHORT, final_loss, finish, processes_below, start, steps
+from tests.processes import start_process, wait_until
 from tools import prepare_data
 
 
@@ -32,3 +38,72 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     assert "2 (dp_replicate) x 1 (dp_shard) x 1 (tp) processes" in said, "a replica on each node"
     assert steps(together) == steps(alone)
     assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)
+
+
+LONGER = ["--training.total_tokens=5760"]
+"""Thirty steps."""
+
+
+def kill_node(launcher: int) -> None:
+    """Kill the launcher and its workers, all at once, as the failure of a machine does."""
+    everything = list(processes_below(launcher))
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for process in everything:
+            os.kill(process, number)
+
+
+def has_step(tiny: TinyRun, step: int) -> bool:
+    file = tiny.directory / "metrics.jsonl"
+    return file.exists() and any(row["step"] >= step for row in tiny.rows())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("how", ["launcher", "first machine, and the rendezvous is elsewhere"])
+def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
+    """The samples, the batches and the losses are those of one process."""
+    alone, elastic, port = new_tiny("alone"), new_tiny("elastic"), str(free_port())
+    assert alone.launch(*SHORT, *LONGER) == 0
+    assert prepare_data.main([str(elastic.recipe)]) == 0
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NNODES": "1:2", "NPROC": "1", "JOIN_AFTER": "0",
+        "NODE_TIMEOUT": "10", "PACE": "0.1",
+    }  # fmt: skip
+    server, ranks = None, ("0", "1")
+    if how.startswith("first"):
+        server = start_process([sys.executable, "-m", "tools.rendezvous", "--port", port], cwd=ROOT)
+        ranks = ("1", "1")  # none of them listens
+    try:
+        nodes = [
+            start(elastic, *LONGER, NODE_RANK=rank, NODE_ADDR=f"127.0.0.{number}", **environment)
+            for number, rank in enumerate(ranks, start=1)
+        ]
+        dies, stays = nodes if server is not None else reversed(nodes)
+        wait_until(lambda: has_step(elastic, 5), stays)
+        if how == "launcher":
+            dies.kill()
+        else:
+            kill_node(dies.pid)
+        dies.communicate()
+        wait_until(lambda: has_step(elastic, 10), stays)
+        back = start(elastic, *LONGER, NODE_RANK="1", NODE_ADDR="127.0.0.3", **environment)
+        ends = [finish(each) for each in (stays, back)]
+    finally:
+        if server is not None:
+            server.kill()
+            server.communicate()
+    assert [status for status, _ in ends] == [0, 0], ends
+    said, log = ends[0][1], (elastic.directory / "log.txt").read_text()
+    for text in (said, log):
+        assert text.count("left; nodes of the run: 1") == 1, text
+        assert text.count("127.0.0.3 (process") == text.count("joined; nodes of the run: 2") == 1, text
+    assert log.count("the nodes change, and all processes are restarted") == 1 + (how == "launcher"), (
+        "the workers of a launcher save"
+    )
+    rows = [row for row in elastic.rows() if "loss" in row]
+    expected = [row for row in alone.rows() if "loss" in row]
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [*range(1, 31)]
+    assert [row["samples"] for row in rows] == [row["samples"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    restarts = [row for row in elastic.rows() if "restart_processes" in row]
+    assert [row["restart_processes"] for row in restarts] == [1, 2]
+    assert restarts[1]["restart_lost_steps"] == 0, "the others save before they restart"

@@ -47,6 +47,7 @@ NOT_RUN = {
     "ct2-transformers-converter": OTHERS,
     "sbatch": "needs a cluster",
     "torchfrtrace": "needs what NCCL leaves when a GPU hangs",
+    "python -m tools.rendezvous": "waits for nodes; tests/distributed/test_multi_node.py has some",
     "torchrun": "starts several processes; tests/tools/test_generate.py runs the tool in two",
     "kill": "needs a run under way; tests/end_to_end/test_requests.py signals one",
     "touch": "needs a run under way; tests/end_to_end/test_requests.py stops one",

@@ -19,7 +19,7 @@ from recipes.cli import (
     parse_arguments,
     resolve_world_shape,
 )
-from recipes.config import Override, load
+from recipes.config import ConfigError, Override, load
 
 pytestmark = pytest.mark.quick
 
@@ -160,11 +160,31 @@ def test_an_invalid_number_of_processes_is_reported(environment):
         ({"MASTER_ADDR": "node0", "NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
         ({"MASTER_ADDR": "node0", "MASTER_PORT": "high"}, "MASTER_PORT=high"),
         ({"MASTER_ADDR": "node0", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
+        ({"MASTER_ADDR": "node0", "NODE_TIMEOUT": "0"}, "NODE_TIMEOUT=0: expected at least 1 second"),
     ],
 )
 def test_nodes_that_cannot_meet_are_reported_with_the_reason(environment, said):
     with pytest.raises(UsageError, match=said):
         launch_workers(WorldShape(8, 2), environment, ["my.toml"])
+
+
+def test_an_elastic_run_has_a_smallest_and_a_largest_number_of_nodes():
+    assert resolve_world_shape({"NPROC": "8", "NNODES": "2:4"}) == WorldShape(8, 4, 2)
+    assert resolve_world_shape({"NPROC": "8", "NNODES": "4"}) == WorldShape(8, 4)
+    for nodes, said in (
+        ("4:2", "NNODES=4:2: the smallest"),
+        (":2", "NNODES=: expected"),
+        ("2:x", "NNODES=x: expected"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            resolve_world_shape({"NPROC": "8", "NNODES": nodes})
+
+
+def test_an_elastic_run_is_refused_if_a_number_of_nodes_does_not_fit(tiny, monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    monkeypatch.setenv("NNODES", "2:4")
+    with pytest.raises(ConfigError, match=r"not the 6 processes of this run.*NNODES=2:4 may mean 3 nodes"):
+        cli.run_command([str(tiny.recipe), "--parallel.dp_replicate=4"])
 
 
 def test_rank_variables_without_torchrun_are_reported(tiny, monkeypatch, capsys):

@@ -1,0 +1,73 @@
+"""Find processes that make no progress: each touches a file in every step, and its launcher watches the files.
+
+A process hangs in a collective, in a read from a disk that does not answer, or because it was stopped. The launcher
+then lets all processes of its node write their Python stacks to standard error, and ends them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_DIRECTORY = "POWERTRAIN_HEARTBEATS"
+"""Environment variable of the workers: the directory of the files; empty if nobody watches them."""
+DUMPING = signal.SIGQUIT
+"""Signal on which a worker writes the stacks of its threads."""
+
+
+class Heartbeats:
+    """The heartbeats of the workers of one node, as the launcher sees them."""
+
+    def __init__(self, directory: Path, timeout_seconds: float | None) -> None:
+        """None: nothing is watched."""
+        self._directory, self._timeout = directory, timeout_seconds
+        self._seen: dict[str, tuple[int, float]] = {}
+        directory.mkdir()
+        os.environ[_DIRECTORY] = str(directory) if timeout_seconds is not None else ""
+
+    def clear(self) -> None:
+        """Call before the workers start."""
+        self._seen.clear()
+        for file in self._directory.iterdir():
+            file.unlink()
+
+    def silent(self) -> list[int]:
+        """Return the ranks that have made no progress for the timeout. Call often."""
+        now = time.monotonic()
+        if self._timeout is None:
+            return []
+        for file in self._directory.iterdir():
+            with suppress(FileNotFoundError):  # its process ends
+                touched = file.stat().st_mtime_ns
+                if file.name not in self._seen or self._seen[file.name][0] != touched:
+                    self._seen[file.name] = touched, now
+        present = {file.name for file in self._directory.iterdir()}
+        self._seen = {name: seen for name, seen in self._seen.items() if name in present}
+        return sorted(int(name) for name, (_, at) in self._seen.items() if now - at > self._timeout)
+
+
+def dump_stacks_on_request() -> None:
+    """Call in a worker: on DUMPING it writes the stacks of its threads to standard error."""
+    if os.environ.get(_DIRECTORY):
+        faulthandler.register(DUMPING, all_threads=True)
+
+
+def beat(*, first: bool = False) -> None:
+    """Call in a worker when it makes progress. It is watched from the call with `first` on, until `end`."""
+    if (file := _own_file()) is not None and (first or file.exists()):
+        file.touch()
+
+
+def end() -> None:
+    """Call in a worker when its steps are done: it is not watched any more."""
+    if (file := _own_file()) is not None:
+        file.unlink(missing_ok=True)
+
+
+def _own_file() -> Path | None:
+    directory = os.environ.get(_DIRECTORY)
+    return Path(directory) / os.environ["RANK"] if directory else None

@@ -1,0 +1,161 @@
+"""Which nodes take part in a run, according to the rendezvous of torchelastic.
+
+A node without heartbeats is removed from the rendezvous by the others. torchelastic itself only notices when a worker
+fails, which a lost network connection may delay until a collective times out; here the launcher of every node compares
+the nodes of the rendezvous with those that it started with. The classes of torchelastic used here are not public: its
+interface has neither the nodes nor their heartbeats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousBackend,
+    RendezvousSettings,
+    _BackendRendezvousStateHolder,
+    create_handler,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long the nodes wait for each other, in seconds."""
+
+    lost_after: float = 15
+    """Time without a heartbeat after which a node counts as lost."""
+    join_after: float = 60
+    """Time that a node which joins a run waits before the others save and restart with it; and, at the first start,
+    that the smallest number of nodes waits for more."""
+
+    @property
+    def heartbeat(self) -> int:
+        """Time between the heartbeats of a node."""
+        return max(1, int(self.lost_after / 5))
+
+    @property
+    def last_call(self) -> int:
+        """Time that nodes which have met again, after one was lost, wait for more."""
+        return max(1, int(self.lost_after / 3))
+
+
+def create_rendezvous(parameters: RendezvousParameters, patience: Patience) -> DynamicRendezvousHandler:
+    """Return torchelastic's handler, for which a node is lost when its heartbeat does not change any more.
+
+    torchelastic compares the time of the heartbeat, by the clock of its node, with the clock of this one: a node whose
+    clock is slow would be lost at once.
+    """
+    backend, store = create_backend(parameters)
+    handler = create_handler(store, backend, parameters)
+    holder = _StateHolder(backend, handler.settings, patience.lost_after)
+    return DynamicRendezvousHandler(handler._this_node, handler.settings, backend.name, store, holder)
+
+
+class _StateHolder(_BackendRendezvousStateHolder):
+    """The state of the rendezvous, as this node sees it."""
+
+    def __init__(self, backend: RendezvousBackend, settings: RendezvousSettings, lost_after: float) -> None:
+        super().__init__(backend, settings)
+        self._lost_after = lost_after
+        self._seen: dict[Any, tuple[datetime, float]] = {}
+        """Node -> its latest heartbeat, and when it was first seen here."""
+
+    def _sanitize(self) -> None:
+        heartbeats, now = self._state.last_heartbeats, time.monotonic()
+        for node, heartbeat in heartbeats.items():
+            if node not in self._seen or self._seen[node][0] != heartbeat:
+                self._seen[node] = heartbeat, now
+        alive = {node for node in heartbeats if now - self._seen[node][1] <= self._lost_after}
+        # torchelastic removes the nodes with old heartbeats
+        self._state.last_heartbeats = {node: _NEW if node in alive else _OLD for node in heartbeats}
+        super()._sanitize()
+        self._state.last_heartbeats = {node: heartbeats[node] for node in self._state.last_heartbeats}
+
+
+_NEW, _OLD = (limit.replace(tzinfo=timezone.utc) for limit in (datetime.max, datetime.min))
+
+
+class Membership:
+    """The nodes of the current start, and those that left or want to join. All methods are those of one launcher."""
+
+    def __init__(self, rendezvous: DynamicRendezvousHandler, patience: Patience) -> None:
+        self._rendezvous, self._patience = rendezvous, patience
+        self._nodes: frozenset[str] = frozenset()
+        self._asked_at: float | None = None
+        """When the state was asked for, while there is no answer."""
+        self._waiting_since: float | None = None
+        # this class decides when a node that waits is taken in; torchelastic would kill the workers at once
+        rendezvous.num_nodes_waiting = lambda: 0  # type: ignore[method-assign]
+
+    def begin(self) -> str:
+        """Call when all nodes have met: remember them, and return who left and joined since the last time."""
+        before, self._nodes = self._nodes, self._participants()
+        self._waiting_since = None
+        self._rendezvous.settings.timeout._set_timeouts(last_call=timedelta(seconds=self._patience.last_call))
+        if not before:
+            return ""
+        return describe_change(before - self._nodes, self._nodes - before, len(self._nodes))
+
+    def lost(self) -> list[str]:
+        """Return the nodes that are not reachable any more, or have left to meet again because a worker failed."""
+        # a closed rendezvous is that of a run that ends, whose workers may still be saving
+        return [] if self._sync().closed else sorted(self._nodes - self._participants())
+
+    def is_cut_off(self) -> bool:
+        """Return whether the place where the nodes meet has not answered for so long that the others go on without this
+        one. May be called while another method waits for that answer."""
+        asked_at = self._asked_at
+        return asked_at is not None and time.monotonic() - asked_at > self._patience.lost_after
+
+    def takes_in(self) -> bool:
+        """Return whether a node has waited long enough to be taken in. Call often."""
+        if not self._sync().wait_list:
+            self._waiting_since = None
+            return False
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        return time.monotonic() - self._waiting_since >= self._patience.join_after
+
+    def _sync(self) -> Any:
+        # torchelastic has no public access to the nodes; its own num_nodes_waiting is this, with the length of a list
+        self._asked_at = time.monotonic()
+        with self._rendezvous._heartbeat_lock:
+            self._rendezvous._state_holder.sync()
+        self._asked_at = None
+        return self._rendezvous._state_holder.state
+
+    def _participants(self) -> frozenset[str]:
+        state = self._rendezvous._state_holder.state
+        return frozenset(f"{node.addr} (process {node.pid})" for node in state.participants)
+
+
+def describe_change(left: Iterable[str], joined: Iterable[str], nodes: int) -> str:
+    """Return a line about the nodes that left and joined; empty if none did."""
+    parts = [f"{node} left" for node in sorted(left)] + [f"{node} joined" for node in sorted(joined)]
+    return f"{', '.join(parts)}; nodes of the run: {nodes}" if parts else ""
+
+
+def agree_on_launch(address: str, port: int, run_id: str, *, launch: str, launched_at: float) -> tuple[str, float]:
+    """Return the identifier and the start time of the launch, the same on all nodes: those of the first one.
+
+    They are kept where the nodes meet, so a node that joins later, or takes the place of a lost one, has them too.
+    """
+    store = TCPStore(address, port, is_master=False)
+    mine = json.dumps([launch, launched_at])
+    found = json.loads(store.compare_set(f"powertrain/launch/{run_id}", "", mine))
+    return str(found[0]), float(found[1])
+
+
+def own_address() -> str | None:
+    """Return the address at which other nodes reach this one, from NODE_ADDR; None: that of its host name."""
+    return os.environ.get("NODE_ADDR") or None

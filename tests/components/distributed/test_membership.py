@@ -1,0 +1,92 @@
+"""A node is lost when its heartbeat stops, whatever its clock shows."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    RendezvousSettings,
+    RendezvousTimeout,
+    _NodeDesc,
+    _RendezvousState,
+)
+
+from components.distributed.heartbeat import Heartbeats
+from components.distributed.membership import Patience, _StateHolder, describe_change
+
+pytestmark = pytest.mark.quick
+
+NODES = [_NodeDesc(f"node{number}", 1, 0) for number in range(3)]
+OFFSETS = [timedelta(hours=-1), timedelta(0), timedelta(hours=1)]
+
+
+class Backend:
+    """A place where the state is kept, as bytes."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self.state = _RendezvousState()
+        self.state.participants = dict.fromkeys(NODES, 0)
+        self.state.complete = True
+        self.beat(NODES)
+
+    def beat(self, nodes: list[_NodeDesc]) -> None:
+        for node in nodes:
+            self.state.last_heartbeats[node] = datetime.now(timezone.utc) + OFFSETS[NODES.index(node)]
+
+    def get_state(self) -> tuple[bytes, None]:
+        return pickle.dumps(self.state), None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_only_a_node_whose_heartbeat_stops_is_lost(clock):
+    backend = Backend()
+    settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
+    holder = _StateHolder(backend, settings, lost_after=15)
+    for seconds, present in ((0, 3), (10, 3), (14, 3), (16, 2), (40, 2)):
+        clock[0] = 1000.0 + seconds
+        backend.beat(NODES[:2])
+        holder.sync()
+        assert len(holder.state.participants) == present, seconds
+        assert set(holder.state.participants) >= set(NODES[:2]), "the clock of one of them is an hour slow"
+        assert holder.state.last_heartbeats[NODES[0]] < datetime.now(timezone.utc) - timedelta(minutes=59), "as it was"
+
+
+def test_a_rank_is_silent_when_its_file_is_not_touched(tmp_path, clock, monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_HEARTBEATS", "")  # restored afterwards
+    heartbeats = Heartbeats(tmp_path / "beats", 10)
+    files = [tmp_path / "beats" / str(rank) for rank in range(2)]
+    assert heartbeats.silent() == [], "before the first step nothing is watched"
+    for file in files:
+        file.touch()
+    assert heartbeats.silent() == []
+    clock[0] += 9
+    files[0].write_text("x")
+    assert heartbeats.silent() == []
+    clock[0] += 2
+    assert heartbeats.silent() == [1]
+    files[1].unlink()
+    assert heartbeats.silent() == [], "its steps are done"
+    heartbeats.clear()
+    assert list((tmp_path / "beats").iterdir()) == []
+
+
+def test_the_change_of_nodes_is_described():
+    assert describe_change(["b"], ["c", "a"], 3) == "b left, a joined, c joined; nodes of the run: 3"
+    assert describe_change([], [], 3) == ""
+
+
+def test_how_long_nodes_wait():
+    patience = Patience(lost_after=15, join_after=60)
+    assert (patience.heartbeat, patience.last_call) == (3, 5)
+    assert (Patience(lost_after=1).heartbeat, Patience(lost_after=1).last_call) == (1, 1)

@@ -1,0 +1,37 @@
+"""Keep the place where the nodes of an elastic run meet, on a machine that does not train: any node may then be lost.
+
+    python -m tools.rendezvous --port 29500        # on a login node, for MASTER_ADDR=LOGIN_NODE MASTER_PORT=29500
+
+It holds which nodes take part, not data or weights, and ends with Ctrl-C. Exit status: 0, or 2 if the port is in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+
+from torch.distributed import TCPStore
+
+from components.standard_streams import run_command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.rendezvous", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--port", type=int, default=29500, help="port to listen on; 0: any free one (default: 29500)")
+    options = parser.parse_args(arguments)
+    try:
+        store = TCPStore("localhost", options.port, is_master=True, wait_for_workers=False)
+    except RuntimeError as error:
+        print(f"port {options.port} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"nodes can meet at port {store.port}", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("closed", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
