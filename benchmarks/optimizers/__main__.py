@@ -1,4 +1,4 @@
-"""Compare AdamW, Muon and NorMuon at equal tokens, with the learning rate of each tuned for each model and batch.
+"""Compare AdamW (also with a bf16 momentum), Muon and NorMuon at equal tokens, each with its best learning rate.
 
     python -m benchmarks.optimizers --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
     python -m benchmarks.optimizers ... --report        # table and figure of the results so far

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.optimizers.runs import SHORTER, Setting, Tuning
+from benchmarks.optimizers.runs import MUON_VARIANTS, SHORTER, Setting, Tuning
 from components.plotting import import_pyplot, save_figure
 
 TOLERANCE = 0.01
@@ -52,8 +52,8 @@ def report_lines(tuning: Tuning, settings: Sequence[Setting]) -> Iterator[str]:
 
 def fraction_to(tuning: Tuning, setting: Setting, loss: float) -> str:
     """Return the fraction of AdamW's steps after which a whole run, decay included, ends at `loss`."""
-    if setting.optimizer == "AdamW":
-        return "100 %"
+    if setting.optimizer not in MUON_VARIANTS:
+        return "100 %" if setting.optimizer == "AdamW" else ""
     points = [(fraction, _mean_loss(tuning, setting, fraction)) for fraction in (*SHORTER, 1.0)]
     points = [point for point in points if math.isfinite(point[1])]
     if not points or not math.isfinite(loss) or points[-1][1] > loss:

@@ -17,11 +17,13 @@ OPTIMIZERS: dict[str, Settings] = {
     "AdamW": {},
     "Muon": MUON,
     "NorMuon": {**MUON, "optimizer.variant": "normuon"},
+    "AdamW, bf16 momentum": {"optimizer.state_dtype": "bf16"},
 }
 FIRST_LR = {8: 2e-3, 32: 4e-3, 128: 5.7e-3}
 """The lowest of the first four learning rates, by batch; other batches: 4e-3."""
 SHORTER = (0.5, 0.7)
 """Fractions of the tokens at which Muon and NorMuon are also trained."""
+MUON_VARIANTS = ("Muon", "NorMuon")
 
 
 class Setting(NamedTuple):
@@ -93,7 +95,7 @@ class Tuning:
                 lrs = [grid[tried[0] - 1] if best == min(losses) else grid[tried[-1] + 1]]
             yield from (self.job(setting, each) for each in lrs)
         else:
-            for fraction in (1.0, *(SHORTER if setting.optimizer != "AdamW" else ())):
+            for fraction in (1.0, *(SHORTER if setting.optimizer in MUON_VARIANTS else ())):
                 yield from (self.job(setting, lr, seed, fraction) for seed in range(self.seeds))
 
 

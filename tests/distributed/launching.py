@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SABOTAGE = '''
 """A Llama that fails in one forward pass: SABOTAGE_<restart> = "kill:1:10" or "raise:1:10", the 10th of rank 1.
 
-PACE=0.1 makes every pass take that many seconds longer.
+PACE=0.1 makes every pass take that many seconds longer, with PACED_WHILE as long as that file exists.
 """
 
 import os
@@ -35,7 +35,8 @@ class Sabotaged(Llama):
 
         def sabotaged(*args, **kwargs):
             passes[0] += model.training
-            time.sleep(float(os.environ.get("PACE", "0")))
+            if os.path.exists(os.environ.get("PACED_WHILE", "/")):
+                time.sleep(float(os.environ.get("PACE", "0")))
             if os.environ.get("RANK") == rank and passes[0] == int(when):
                 if what == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)

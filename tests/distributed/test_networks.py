@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import TinyRun
 from tests.distributed.launching import SHORT, finish, start
-from tests.distributed.test_multi_node import LONGER, has_step
+from tests.distributed.test_multi_node import LONGER, has_step, processes_after_restarts
 from tests.processes import wait_until
 from tools import prepare_data
 
@@ -69,7 +69,8 @@ class Network:
         """Start a launcher on a node."""
         here = {
             "NNODES": "1:2", "NPROC": "1", "NODE_ADDR": self.address(node), "MASTER_ADDR": self.address("a"),
-            "NODE_TIMEOUT": "10", "JOIN_AFTER": "1", "GLOO_SOCKET_IFNAME": "veth0", "PACE": "0.1",
+            "NODE_TIMEOUT": "10", "JOIN_AFTER": "1", "GLOO_SOCKET_IFNAME": "veth0", "PACE": "0.3",
+            "PACED_WHILE": str(tiny.folder / "paced"),
         }  # fmt: skip
         return start(tiny, *LONGER, prefix=[IP, "netns", "exec", self.names[node]], **here, **environment)
 
@@ -105,6 +106,7 @@ def check_rows(tiny: TinyRun, expected: list[dict]) -> None:
 
 def test_a_node_that_is_cut_off_ends_and_comes_back(tiny, network, expected):
     assert prepare_data.main([str(tiny.recipe)]) == 0
+    (tiny.folder / "paced").touch()
     first, second = (network.start(node, tiny) for node in NODES)
     wait_until(lambda: has_step(tiny, 4), first)
     network.cut("b")
@@ -114,6 +116,8 @@ def test_a_node_that_is_cut_off_ends_and_comes_back(tiny, network, expected):
     network.mend("b")
     wait_until(lambda: has_step(tiny, 12), first)
     third = network.start("b", tiny)
+    wait_until(lambda: processes_after_restarts(tiny) == [1, 2], first)
+    (tiny.folder / "paced").unlink()
     ends = [finish(each) for each in (first, third)]
     assert [status for status, _ in ends] == [0, 0], ends
     said = ends[0][1]

@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("sh", "bash", "shell", "console")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(
-    r"(\w+=\S+ +)*(\./\w+\.sh|python|pip|git|source|for|cd|\w+/bin/\w+|sbatch|touch|kill|torchrun|torchfrtrace)\b"
+    r"(\w+=\S+ +)*(\./\w+\.sh|python|pip|git|source|for|cd|\w+/bin/\w+|sbatch|kubectl|touch|kill|torchrun|torchfrtrace)\b"
 )
 
 

@@ -46,6 +46,7 @@ NOT_RUN = {
     "mlx_lm.generate": OTHERS,
     "ct2-transformers-converter": OTHERS,
     "sbatch": "needs a cluster",
+    "kubectl": "needs a cluster",
     "torchfrtrace": "needs what NCCL leaves when a GPU hangs",
     "python -m tools.rendezvous": "waits for nodes; tests/distributed/test_multi_node.py has some",
     "torchrun": "starts several processes; tests/tools/test_generate.py runs the tool in two",
