@@ -14,7 +14,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELLS = ("sh", "bash", "shell", "console")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(
-    r"(\w+=\S+ +)*(\./\w+\.sh|python|pip|git|source|for|cd|\w+/bin/\w+|sbatch|kubectl|touch|kill|torchrun|torchfrtrace)\b"
+    r"(\w+=\S+ +)*(\./\w+\.sh|python|pip|git|source|for|cd|\w+/bin/\w+|sbatch|kubectl|touch|kill|torchrun"
+    r"|torchfrtrace)\b"
 )
 
 
@@ -80,7 +81,7 @@ record() {{
     printf '%s\\0' "$#" "$@" {" ".join(f'"${name}"' for name in ENVIRONMENT)} >> "$RECORDED"
 }}
 """
-_BUILTINS = ("source", "cd", "kill", "touch", "python", "pip", "git")
+_BUILTINS = ("source", "cd", "kill", "touch", "python", "pip", "git", "kubectl", "torchrun")
 
 
 def read_commands(fence: Fence, folder: Path) -> list[Command]:
