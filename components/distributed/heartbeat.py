@@ -19,6 +19,10 @@ DUMPING = signal.SIGQUIT
 """Signal on which a worker writes the stacks of its threads."""
 
 
+_STOPPED_SECONDS = 5
+"""If the launcher has not looked for this time, it was stopped, as by Ctrl-Z, and probably the workers too."""
+
+
 class Heartbeats:
     """The heartbeats of the workers of one node, as the launcher sees them."""
 
@@ -26,6 +30,7 @@ class Heartbeats:
         """None: nothing is watched."""
         self._directory, self._timeout = directory, timeout_seconds
         self._seen: dict[str, tuple[int, float]] = {}
+        self._looked_at = time.monotonic()
         directory.mkdir()
         os.environ[_DIRECTORY] = str(directory) if timeout_seconds is not None else ""
 
@@ -40,6 +45,9 @@ class Heartbeats:
         now = time.monotonic()
         if self._timeout is None:
             return []
+        if now - self._looked_at > _STOPPED_SECONDS:
+            self._seen.clear()
+        self._looked_at = now
         for file in self._directory.iterdir():
             with suppress(FileNotFoundError):  # its process ends
                 touched = file.stat().st_mtime_ns

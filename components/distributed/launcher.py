@@ -273,7 +273,8 @@ class WorkerAgent(LocalElasticAgent):
             self._remaining_restarts += 1  # torchelastic counts every restart, and this was no failure
             return RunResult(WorkerState.UNHEALTHY)
         if result.is_failed():
-            reported = {rank: end for rank, end in self._read_reported_exits().items() if end[0] < 128}
+            exits = self._read_reported_exits().items()
+            reported = {rank: end for rank, end in exits if end[0] < 128 and end[0] != RESTART_STATUS}
             # A run that stopped itself, or was asked to stop, is not restarted.
             if reported or self._signaled:
                 self._remaining_restarts = 0

@@ -57,16 +57,19 @@ def create_rendezvous(parameters: RendezvousParameters, patience: Patience) -> D
     """
     backend, store = create_backend(parameters)
     handler = create_handler(store, backend, parameters)
-    holder = _StateHolder(backend, handler.settings, patience.lost_after)
-    return DynamicRendezvousHandler(handler._this_node, handler.settings, backend.name, store, holder)
+    node = handler._this_node
+    holder = _StateHolder(backend, handler.settings, node, patience.lost_after)
+    return DynamicRendezvousHandler(node, handler.settings, backend.name, store, holder)
 
 
 class _StateHolder(_BackendRendezvousStateHolder):
     """The state of the rendezvous, as this node sees it."""
 
-    def __init__(self, backend: RendezvousBackend, settings: RendezvousSettings, lost_after: float) -> None:
+    def __init__(
+        self, backend: RendezvousBackend, settings: RendezvousSettings, own_node: Any, lost_after: float
+    ) -> None:
         super().__init__(backend, settings)
-        self._lost_after = lost_after
+        self._own_node, self._lost_after = own_node, lost_after
         self._seen: dict[Any, tuple[datetime, float]] = {}
         """Node -> its latest heartbeat, and when it was first seen here."""
 
@@ -76,6 +79,7 @@ class _StateHolder(_BackendRendezvousStateHolder):
             if node not in self._seen or self._seen[node][0] != heartbeat:
                 self._seen[node] = heartbeat, now
         alive = {node for node in heartbeats if now - self._seen[node][1] <= self._lost_after}
+        alive.add(self._own_node)  # also after this process was stopped, as by Ctrl-Z; the others may have removed it
         # torchelastic removes the nodes with old heartbeats
         self._state.last_heartbeats = {node: _NEW if node in alive else _OLD for node in heartbeats}
         super()._sanitize()

@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_only_a_node_whose_heartbeat_stops_is_lost(clock):
     backend = Backend()
     settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
-    holder = _StateHolder(backend, settings, lost_after=15)
+    holder = _StateHolder(backend, settings, NODES[0], lost_after=15)
     for seconds, present in ((0, 3), (10, 3), (14, 3), (16, 2), (40, 2)):
         clock[0] = 1000.0 + seconds
         backend.beat(NODES[:2])
@@ -60,6 +60,16 @@ def test_only_a_node_whose_heartbeat_stops_is_lost(clock):
         assert len(holder.state.participants) == present, seconds
         assert set(holder.state.participants) >= set(NODES[:2]), "the clock of one of them is an hour slow"
         assert holder.state.last_heartbeats[NODES[0]] < datetime.now(timezone.utc) - timedelta(minutes=59), "as it was"
+
+
+def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
+    backend = Backend()
+    settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
+    holder = _StateHolder(backend, settings, NODES[2], lost_after=15)
+    for seconds in (0, 600):
+        clock[0] = 1000.0 + seconds
+        holder.sync()
+    assert list(holder.state.participants) == [NODES[2]]
 
 
 def test_a_rank_is_silent_when_its_file_is_not_touched(tmp_path, clock, monkeypatch):
@@ -70,11 +80,19 @@ def test_a_rank_is_silent_when_its_file_is_not_touched(tmp_path, clock, monkeypa
     for file in files:
         file.touch()
     assert heartbeats.silent() == []
-    clock[0] += 9
+    for _ in range(3):
+        clock[0] += 3
+        assert heartbeats.silent() == []
     files[0].write_text("x")
-    assert heartbeats.silent() == []
     clock[0] += 2
     assert heartbeats.silent() == [1]
+    clock[0] += 600
+    assert heartbeats.silent() == [], "the launcher itself was stopped"
+    for _ in range(4):
+        clock[0] += 3
+        files[0].write_text("x")
+        late = heartbeats.silent()
+    assert late == [1]
     files[1].unlink()
     assert heartbeats.silent() == [], "its steps are done"
     heartbeats.clear()
