@@ -5,7 +5,7 @@ B rows, T tokens, N new tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,12 +44,14 @@ def generate_tokens(
     vocab_size: int,
     device: torch.device,
     multiple: int = 1,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each prompt, step by step; None for prompts that have ended with the id `end`.
 
     There are at most N steps; row b is sampled with row b of `uniform_BN`, float64 in [0, 1), and does not depend on
     the other rows. Ids from `vocab_size` on, which pad an embedding, are never sampled. No prompt may be empty. Prompts
-    are padded to a multiple of `multiple` tokens, as context parallelism needs.
+    are padded to a multiple of `multiple` tokens, as context parallelism needs; `agree` returns the ids of one rank on
+    all of them.
     """
     longest, steps = -(-max(map(len, prompts)) // multiple) * multiple, uniform_BN.shape[1]
     padding = [longest - len(prompt) for prompt in prompts]
@@ -61,6 +63,7 @@ def generate_tokens(
     for uniform_B in uniform_NB:
         logits_BV = model(tokens_BT, cache=cache)[:, -1, :vocab_size]
         chosen_B = sampling.choose(logits_BV, uniform_B)
+        chosen_B = chosen_B if agree is None else agree(chosen_B)
         ids = chosen_B.tolist()
         running = [still and id != end for still, id in zip(running, ids, strict=True)]
         if not any(running):

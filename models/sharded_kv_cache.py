@@ -137,7 +137,8 @@ def attention_part(q_BKGC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor 
     """
     exact = torch.promote_types(q_BKGC.dtype, torch.float32)
     scale = q_BKGC.shape[-1] ** -0.5 if rule.scale is None else rule.scale
-    logits_BKGS = (q_BKGC @ k_BKSC.transpose(-1, -2)).to(exact) * scale
+    # bf16 would round the logits, whose differences matter; fused kernels keep them in float32, too
+    logits_BKGS = q_BKGC.to(exact) @ k_BKSC.to(exact).transpose(-1, -2) * scale
     if rule.softcap:
         logits_BKGS = softcap(logits_BKGS, rule.softcap)
     if mask is not None:

@@ -182,11 +182,13 @@ def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, g
 
             gpus = torch.cuda.device_count()
         per_node = str(max(1, gpus))
-    smallest, elastic, nodes = (environment.get("NNODES") or "1").partition(":")
+    given = environment.get("NNODES") or "1"
+    smallest, elastic, nodes = given.partition(":")
     nodes = nodes if elastic else smallest
-    for name, value in (("NPROC", per_node), ("NNODES", smallest), ("NNODES", nodes)):
+    for name, whole, value in (("NPROC", per_node, per_node), ("NNODES", given, smallest), ("NNODES", given, nodes)):
         if not value.isdigit() or int(value) < 1:
-            raise UsageError(f"{name}={value}: expected a whole number >= 1")
+            form = ", or two such as 2:4" if name == "NNODES" else ""
+            raise UsageError(f"{name}={whole}: expected a whole number >= 1{form}")
     if int(smallest) > int(nodes):
         raise UsageError(f"NNODES={smallest}:{nodes}: the smallest number of nodes is above the largest")
     return WorldShape(int(per_node), int(nodes), int(smallest) if elastic else 0)
@@ -218,8 +220,8 @@ def launch_workers(
         if not value.isdigit():
             raise UsageError(f"{name}={value}: expected a whole number >= 0")
         numbers[name] = int(value)
-    if numbers["NODE_TIMEOUT"] < 1:
-        raise UsageError("NODE_TIMEOUT=0: expected at least 1 second")
+    if numbers["NODE_TIMEOUT"] < 5:
+        raise UsageError(f"NODE_TIMEOUT={numbers['NODE_TIMEOUT']}: expected at least 5 seconds")
     if numbers["NODE_RANK"] >= shape.nodes and not elastic:
         raise UsageError(
             f"NODE_RANK={numbers['NODE_RANK']}: expected 0 to {shape.nodes - 1}, because NNODES={shape.nodes}"

@@ -140,7 +140,8 @@ class Pretrain:
                     if failure is not None:
                         log.error(f"the state before this error could not be saved: {failure}")
                 raise
-        return exit_status(request) if is_stop(request) else 0
+        is_done = request == RESTART and trainer.clock.done
+        return exit_status(request) if is_stop(request) and not is_done else 0
 
 
 class Trainer:

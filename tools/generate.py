@@ -6,7 +6,7 @@
 
 CHECKPOINT is a run directory (its newest checkpoint is taken), a checkpoint saved on any number of processes, or a
 Hugging Face directory. Several processes each have the whole model and a part of every prompt, by context parallelism.
-Exit status: 0 done, 2 for a user error, 130 after Ctrl-C.
+Exit status: 0 done, 2 for a user error, 130 after Ctrl-C; torchrun has its own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from components import precision
@@ -87,7 +88,9 @@ class Generator:
             temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
         )
         self.seed, self.max_tokens = options.seed, options.max_tokens
-        self.device, self.processes = device, 1
+        self.device = device
+        self.ranks: ContextParallelRanks | None = None
+        """The processes that share each prompt."""
         trained = load_pretrained(
             options.checkpoint,
             options.tokenizer,
@@ -114,9 +117,13 @@ class Generator:
         Raises InputError if the model does not support it.
         """
         require_context_parallelism(self.model)
-        self.processes = processes
-        mesh = init_device_mesh(self.device.type, (processes,))
-        self.model.enable_context_parallelism(ContextParallelRanks(mesh))
+        self.ranks = ContextParallelRanks(init_device_mesh(self.device.type, (processes,)))
+        self.model.enable_context_parallelism(self.ranks)
+
+    def first_ids(self, ids_B: Tensor) -> Tensor:
+        """Return the ids that the first process chose: unlike processors may differ in the last bit of a logit."""
+        assert self.ranks is not None
+        return self.ranks.all_gather(ids_B)[0]
 
     def start_completion(self, prompt: str) -> Completion:
         """Start a completion. Raises ValueError for a prompt that leaves no room for another token."""
@@ -143,7 +150,8 @@ class Generator:
             end=self.encoder.end_of_document,
             vocab_size=self.encoder.vocab_size,
             device=self.device,
-            multiple=2 * self.processes if self.processes > 1 else 1,
+            multiple=2 * self.ranks.size if self.ranks is not None else 1,
+            agree=self.first_ids if self.ranks is not None else None,
         ):
             yield [text.add(id) for text, id in zip(texts, ids, strict=True)]
         yield [text.add(None) for text in texts]

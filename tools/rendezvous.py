@@ -18,7 +18,14 @@ from components.standard_streams import run_command
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.rendezvous", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, default=29500, help="port to listen on; 0: any free one (default: 29500)")
+    parser.add_argument(
+        "--port",
+        type=int,
+        choices=range(2**16),
+        metavar="PORT",
+        default=29500,
+        help="port to listen on; 0: any free one (default: 29500)",
+    )
     options = parser.parse_args(arguments)
     try:
         store = TCPStore("localhost", options.port, is_master=True, wait_for_workers=False)

@@ -23,11 +23,13 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -43,6 +45,7 @@ from components.distributed.membership import (
     agree_on_launch,
     create_rendezvous,
     own_address,
+    wait_for_name,
 )
 from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repeated, not_ignored
 
@@ -58,6 +61,8 @@ _CHANGE = "POWERTRAIN_CHANGE"
 """Environment variable of the workers: the nodes that left and joined before this start."""
 _ASK_AGAIN_SECONDS = 5
 """Time after which workers that have not saved yet are asked again."""
+_MEETINGS = 5
+"""Attempts of the nodes to meet, if one of them dies while they do."""
 _DUMP_SECONDS = 2
 """Time that workers get to write their stacks."""
 _RENDEZVOUS_TIMEOUT_SECONDS = 900
@@ -75,8 +80,8 @@ class NodeSpec:
     min_nodes: int = 0
     """The smallest number of nodes that the run continues with; 0: all of them."""
     rank: int | None = 0
-    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node to which
-    the address belongs listens, unless a process there already does."""
+    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node whose machine
+    has that address listens."""
     address: str = "127.0.0.1"
     port: int = 29500
     max_restarts: int = 0
@@ -120,7 +125,7 @@ class NodeSpec:
             is_host=self.is_host,
             join_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
             read_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
-            last_call_timeout=max(1, int(self.patience.join_after)),
+            last_call_timeout=self.patience.first_call,
             keep_alive_interval=self.patience.heartbeat,
         )
 
@@ -146,14 +151,20 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         handled = [number.name for number in not_ignored((*STOPPING, signal.SIGQUIT))]
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(handled)
         try:
+            run_id = node.run_id
             if node.nodes > 1:
                 _print_error(f"node {node.name} waits for the others at {node.address}:{node.port}")
+                wait_for_name(node.address, _RENDEZVOUS_TIMEOUT_SECONDS)
             rendezvous = create_rendezvous(node.rendezvous(), node.patience)
             if node.nodes > 1:
+                # a node that dies while they meet leaves the others waiting for what it would have stored
+                rendezvous._store.set_timeout(timedelta(seconds=2 * node.patience.lost_after))
                 launch, launched_at = agree_on_launch(
-                    node.address, node.port, node.run_id, launch=launch, launched_at=launched_at
+                    node.address, node.port, run_id, launch=launch, launched_at=launched_at
                 )
             os.environ[LAUNCH_ID], os.environ[_LAUNCHED_AT] = launch, str(launched_at)
+            watch = node.nodes > 1 and (node.is_elastic or node.max_restarts > 0)
+            membership, leaves = Membership(rendezvous, node.patience, watch=watch), False
             try:
                 spec = WorkerSpec(
                     role="train",
@@ -172,14 +183,16 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
                     ),
                 )
                 heartbeats = Heartbeats(Path(folder) / "heartbeats", node.hang_timeout_seconds)
-                membership = Membership(rendezvous, node.patience)
-                agent = WorkerAgent(spec, DefaultLogsSpecs(log_dir=folder), exit_dir, membership, heartbeats)
-                return agent.run_to_exit_status()
+                logs = DefaultLogsSpecs(log_dir=folder)
+                agent = WorkerAgent(spec, logs, exit_dir, membership, heartbeats, is_elastic=node.is_elastic)
+                status = agent.run_to_exit_status()
+                leaves = agent.is_leaving
+                return status
             finally:
-                rendezvous.shutdown()
+                membership.end(leaves=leaves)
         except RendezvousClosedError:
             _print_error(
-                f"the run {node.run_id!r} at {node.address}:{node.port} has ended; to start another one there, set "
+                f"the run {run_id!r} at {node.address}:{node.port} has ended; to start another one there, set "
                 f"{LAUNCH_ID} to a new name, the same on all nodes"
             )
             return 1
@@ -214,8 +227,13 @@ class WorkerAgent(LocalElasticAgent):
         exit_dir: Path,
         membership: Membership,
         heartbeats: Heartbeats,
+        *,
+        is_elastic: bool,
     ) -> None:
         super().__init__(spec, logs)
+        self._is_elastic = is_elastic
+        self.is_leaving = False
+        """Whether this node leaves an elastic run, which the others continue."""
         self._exit_dir, self._membership, self._heartbeats = exit_dir, membership, heartbeats
         self._signaled, self._signaled_at = 0, 0.0
         self._asked_to_restart_at = -math.inf
@@ -227,8 +245,10 @@ class WorkerAgent(LocalElasticAgent):
             result = self.run()
         except SignalException as error:  # a second signal, which stops the workers at once
             return 128 + int(error.sigval)
+        if result is None:  # it waited in reserve, and the run has ended
+            return 0
         if result.state == WorkerState.UNHEALTHY:  # a node was lost or a worker hung, and no restarts are left
-            return 1
+            return 128 + self._signaled if self._signaled else 1
         reported = [status for status, _ in self._read_reported_exits().values()]
         if not result.is_failed():  # workers that saved after a signal exited 0 and reported 128 + n
             return max(reported, default=0)
@@ -237,7 +257,18 @@ class WorkerAgent(LocalElasticAgent):
         # the status of a run that stopped itself, or 1 for a worker that crashed or was killed
         return max((status for status in reported if status < 128), default=1)
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        for attempt in range(_MEETINGS):
+            try:
+                super()._rendezvous(worker_group)
+                break
+            except DistStoreError as error:  # another node died just now
+                _print_error("a node was lost while the nodes met; they meet again")
+                if attempt == _MEETINGS - 1:
+                    raise RendezvousError(str(error).splitlines()[0]) from error
+
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self._asked_to_restart_at = -math.inf
         for file in self._exit_dir.iterdir():  # of the workers before
             file.unlink()
         self._heartbeats.clear()
@@ -251,25 +282,32 @@ class WorkerAgent(LocalElasticAgent):
         return started
 
     def _forward_signal(self, number: int, frame: FrameType | None) -> None:
-        """Forward the signal and keep watching the workers, which save and exit; a second signal stops them at once."""
+        """Forward the signal and keep watching the workers, which save and exit; a second signal stops them at once.
+
+        SIGTERM, which a scheduler sends to a node that it takes away, stops only this node of an elastic run.
+        """
         now = time.monotonic()
         if self._signaled and is_repeated(number, now - self._signaled_at):
             raise SignalException("a second signal", signal.Signals(number))
         if self._signaled:
             return
         self._signaled, self._signaled_at = number, now
-        self._signal_workers(number, frame)
+        self.is_leaving = self._is_elastic and number == signal.SIGTERM
+        self._signal_workers(RESTARTING if self.is_leaving else number, frame)
 
     def _signal_workers(self, number: int, frame: FrameType | None) -> None:
         for worker in self.get_worker_group().workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker.id, number)
+            if worker.id is not None:  # they are being started
+                with suppress(ProcessLookupError):
+                    os.kill(worker.id, number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY:
             return self._check_membership(result)
         if result.state == WorkerState.SUCCEEDED and self._saved_to_restart():
+            if self._signaled:
+                raise SignalException("this node leaves", signal.Signals(self._signaled))
             self._remaining_restarts += 1  # torchelastic counts every restart, and this was no failure
             return RunResult(WorkerState.UNHEALTHY)
         if result.is_failed():
@@ -290,8 +328,12 @@ class WorkerAgent(LocalElasticAgent):
 
     def _check_membership(self, healthy: RunResult) -> RunResult:
         """Return what to do with workers that run: nothing, or to restart them without a node that was lost."""
+        if self._signaled:  # the workers save and end, and nothing is started again
+            self._remaining_restarts = 0
         action = "restarting from the newest checkpoint" if self._remaining_restarts else "no restarts are left"
-        if lost := self._membership.lost():
+        now = time.monotonic()
+        is_saving = self._signaled > 0 or now - self._asked_to_restart_at < math.inf
+        if lost := self._membership.lost(is_saving=is_saving):
             self._kill_workers()  # they may wait for the lost node in a collective
             _print_error(f"lost contact with {', '.join(lost)}; {action}")
             return RunResult(WorkerState.UNHEALTHY)
@@ -305,9 +347,9 @@ class WorkerAgent(LocalElasticAgent):
                 f"above, except of those that do not run; {action}"
             )
             return RunResult(WorkerState.UNHEALTHY)
-        now = time.monotonic()
+        wanted = self.is_leaving or (not self._signaled and self._membership.takes_in())
         # again, because workers that are starting ignore it
-        if self._membership.takes_in() and now - self._asked_to_restart_at > _ASK_AGAIN_SECONDS:
+        if wanted and now - self._asked_to_restart_at > _ASK_AGAIN_SECONDS:
             self._asked_to_restart_at = now
             self._signal_workers(RESTARTING, None)
         return healthy

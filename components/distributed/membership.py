@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from torch.distributed import TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousBackend,
     RendezvousSettings,
     _BackendRendezvousStateHolder,
+    _RendezvousExitOp,
     create_handler,
 )
 
@@ -35,13 +39,17 @@ class Patience:
     lost_after: float = 15
     """Time without a heartbeat after which a node counts as lost."""
     join_after: float = 60
-    """Time that a node which joins a run waits before the others save and restart with it; and, at the first start,
-    that the smallest number of nodes waits for more."""
+    """Time that a node which joins a run waits before the others save and restart with it."""
 
     @property
     def heartbeat(self) -> int:
         """Time between the heartbeats of a node."""
         return max(1, int(self.lost_after / 5))
+
+    @property
+    def first_call(self) -> int:
+        """Time that the smallest number of nodes waits for more before the first start."""
+        return max(1, int(self.join_after), int(self.lost_after))
 
     @property
     def last_call(self) -> int:
@@ -92,8 +100,10 @@ _NEW, _OLD = (limit.replace(tzinfo=timezone.utc) for limit in (datetime.max, dat
 class Membership:
     """The nodes of the current start, and those that left or want to join. All methods are those of one launcher."""
 
-    def __init__(self, rendezvous: DynamicRendezvousHandler, patience: Patience) -> None:
-        self._rendezvous, self._patience = rendezvous, patience
+    def __init__(self, rendezvous: DynamicRendezvousHandler, patience: Patience, *, watch: bool) -> None:
+        """Without `watch` no node is ever lost or taken in: the run could not continue."""
+        self._rendezvous, self._patience, self._watch = rendezvous, patience, watch
+        self._missing_since: float | None = None
         self._nodes: frozenset[str] = frozenset()
         self._asked_at: float | None = None
         """When the state was asked for, while there is no answer."""
@@ -104,16 +114,31 @@ class Membership:
     def begin(self) -> str:
         """Call when all nodes have met: remember them, and return who left and joined since the last time."""
         before, self._nodes = self._nodes, self._participants()
-        self._waiting_since = None
+        self._waiting_since = self._missing_since = None
         self._rendezvous.settings.timeout._set_timeouts(last_call=timedelta(seconds=self._patience.last_call))
         if not before:
             return ""
         return describe_change(before - self._nodes, self._nodes - before, len(self._nodes))
 
-    def lost(self) -> list[str]:
-        """Return the nodes that are not reachable any more, or have left to meet again because a worker failed."""
+    def lost(self, *, is_saving: bool) -> list[str]:
+        """Return the nodes that are not reachable any more, and those that have left to meet again, because their
+        workers failed: workers here may then wait for them in a collective. Call often.
+
+        With `is_saving`, workers save and end by themselves, and a node whose workers are faster waits for this one.
+        """
+        state = self._sync() if self._watch else None
         # a closed rendezvous is that of a run that ends, whose workers may still be saving
-        return [] if self._sync().closed else sorted(self._nodes - self._participants())
+        if state is None or state.closed or not (missing := self._nodes - self._participants()):
+            self._missing_since = None
+            return []
+        if self._missing_since is None:
+            self._missing_since = time.monotonic()
+        waits = {_name(node) for node in state.wait_list}
+        gone = missing - waits
+        patience = self._patience.heartbeat if gone else self._patience.lost_after
+        if time.monotonic() - self._missing_since < patience or (is_saving and not gone):
+            return []
+        return sorted(missing)
 
     def is_cut_off(self) -> bool:
         """Return whether the place where the nodes meet has not answered for so long that the others go on without this
@@ -123,24 +148,45 @@ class Membership:
 
     def takes_in(self) -> bool:
         """Return whether a node has waited long enough to be taken in. Call often."""
-        if not self._sync().wait_list:
+        state = self._sync() if self._watch else None
+        if state is None or not state.wait_list or len(state.participants) >= self._rendezvous.settings.max_nodes:
             self._waiting_since = None
             return False
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
         return time.monotonic() - self._waiting_since >= self._patience.join_after
 
+    def end(self, *, leaves: bool) -> None:
+        """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` it, or was only
+        waiting for it."""
+        rendezvous = self._rendezvous
+        rendezvous._stop_heartbeats()
+        if rendezvous._this_node not in rendezvous._state_holder.state.participants:
+            return
+        if leaves:
+            with suppress(RendezvousError):
+                deadline = time.monotonic() + self._patience.lost_after
+                rendezvous._op_executor.run(_RendezvousExitOp(), deadline)
+        else:
+            rendezvous.shutdown()
+
     def _sync(self) -> Any:
         # torchelastic has no public access to the nodes; its own num_nodes_waiting is this, with the length of a list
         self._asked_at = time.monotonic()
-        with self._rendezvous._heartbeat_lock:
-            self._rendezvous._state_holder.sync()
-        self._asked_at = None
+        try:
+            with self._rendezvous._heartbeat_lock:
+                self._rendezvous._state_holder.sync()
+        finally:
+            self._asked_at = None
         return self._rendezvous._state_holder.state
 
     def _participants(self) -> frozenset[str]:
         state = self._rendezvous._state_holder.state
-        return frozenset(f"{node.addr} (process {node.pid})" for node in state.participants)
+        return frozenset(map(_name, state.participants))
+
+
+def _name(node: Any) -> str:
+    return f"{node.addr} (process {node.pid})"
 
 
 def describe_change(left: Iterable[str], joined: Iterable[str], nodes: int) -> str:
@@ -163,3 +209,19 @@ def agree_on_launch(address: str, port: int, run_id: str, *, launch: str, launch
 def own_address() -> str | None:
     """Return the address at which other nodes reach this one, from NODE_ADDR; None: that of its host name."""
     return os.environ.get("NODE_ADDR") or None
+
+
+def wait_for_name(host: str, timeout_seconds: float) -> None:
+    """Wait until a host name resolves, which a cluster may create later. Raises RendezvousError."""
+    deadline, said = time.monotonic() + timeout_seconds, False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RendezvousError(f"the host name {host} does not resolve: {error}") from None
+            if not said:
+                print(f"the host name {host} does not resolve yet: {error}", file=sys.stderr, flush=True)
+            said = True
+            time.sleep(2)

@@ -35,7 +35,9 @@ def test_a_rank_that_hangs_is_found_and_restarted(new_tiny):
     os.kill(second, signal.SIGSTOP)
     status, said = finish(process)
     assert status == 0, said
-    assert re.search(r"no progress on rank 0, rank 1 for run.hang_timeout_seconds; .*restarting", said), said
+    assert re.search(
+        r"no progress on (rank 0|rank 1|rank 0, rank 1) for run.hang_timeout_seconds; .*restarting", said
+    ), said
     assert re.search(r"most recent call first.*in (all_reduce|wait|launch|accumulate)", said, re.DOTALL), "a stack"
     assert steps(hangs) == steps(alone)
     assert final_loss(hangs) == pytest.approx(final_loss(alone), rel=1e-5)

@@ -62,7 +62,7 @@ def has_step(tiny: TinyRun, step: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("how", ["launcher", "first machine, and the rendezvous is elsewhere"])
+@pytest.mark.parametrize("how", ["taken away", "first machine, and the rendezvous is elsewhere"])
 def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
     """The samples, the batches and the losses are those of one process."""
     alone, elastic, port = new_tiny("alone"), new_tiny("elastic"), str(free_port())
@@ -84,11 +84,12 @@ def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
         ]
         dies, stays = nodes if server is not None else reversed(nodes)
         wait_until(lambda: has_step(elastic, 5), stays)
-        if how == "launcher":
-            dies.kill()
+        if how == "taken away":
+            dies.send_signal(signal.SIGTERM)
         else:
             kill_node(dies.pid)
         dies.communicate()
+        assert dies.returncode == (143 if how == "taken away" else -signal.SIGKILL)
         wait_until(lambda: has_step(elastic, 10), stays)
         back = start(elastic, *LONGER, NODE_RANK="1", NODE_ADDR="127.0.0.3", **environment)
         wait_until(lambda: processes_after_restarts(elastic) == [1, 2], stays)
@@ -103,9 +104,7 @@ def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
     for text in (said, log):
         assert text.count("left; nodes of the run: 1") == 1, text
         assert text.count("127.0.0.3 (process") == text.count("joined; nodes of the run: 2") == 1, text
-    assert log.count("the nodes change, and all processes are restarted") == 1 + (how == "launcher"), (
-        "the workers of a launcher save"
-    )
+    assert log.count("the nodes change, and all processes are restarted") == 1 + (how == "taken away"), "it saves first"
     rows = [row for row in elastic.rows() if "loss" in row]
     expected = [row for row in alone.rows() if "loss" in row]
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == [*range(1, 31)]

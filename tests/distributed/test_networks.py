@@ -113,8 +113,8 @@ def test_a_node_that_is_cut_off_ends_and_comes_back(tiny, network, expected):
     status, said = finish(second)  # without a word from the other
     assert status == 1
     assert f"this node, {network.address('b')}, lost contact with the others" in said
+    wait_until(lambda: has_step(tiny, 12), first)  # the other, without a closed connection either
     network.mend("b")
-    wait_until(lambda: has_step(tiny, 12), first)
     third = network.start("b", tiny)
     wait_until(lambda: processes_after_restarts(tiny) == [1, 2], first)
     (tiny.folder / "paced").unlink()

@@ -160,7 +160,7 @@ def test_an_invalid_number_of_processes_is_reported(environment):
         ({"MASTER_ADDR": "node0", "NODE_RANK": "2"}, "NODE_RANK=2: expected 0 to 1"),
         ({"MASTER_ADDR": "node0", "MASTER_PORT": "high"}, "MASTER_PORT=high"),
         ({"MASTER_ADDR": "node0", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1"),
-        ({"MASTER_ADDR": "node0", "NODE_TIMEOUT": "0"}, "NODE_TIMEOUT=0: expected at least 1 second"),
+        ({"MASTER_ADDR": "node0", "NODE_TIMEOUT": "4"}, "NODE_TIMEOUT=4: expected at least 5 seconds"),
     ],
 )
 def test_nodes_that_cannot_meet_are_reported_with_the_reason(environment, said):
@@ -173,8 +173,8 @@ def test_an_elastic_run_has_a_smallest_and_a_largest_number_of_nodes():
     assert resolve_world_shape({"NPROC": "8", "NNODES": "4"}) == WorldShape(8, 4)
     for nodes, said in (
         ("4:2", "NNODES=4:2: the smallest"),
-        (":2", "NNODES=: expected"),
-        ("2:x", "NNODES=x: expected"),
+        (":2", "NNODES=:2: expected"),
+        ("2:x", "NNODES=2:x: expected"),
     ):
         with pytest.raises(UsageError, match=said):
             resolve_world_shape({"NPROC": "8", "NNODES": nodes})

@@ -107,4 +107,4 @@ def test_the_change_of_nodes_is_described():
 def test_how_long_nodes_wait():
     patience = Patience(lost_after=15, join_after=60)
     assert (patience.heartbeat, patience.last_call) == (3, 5)
-    assert (Patience(lost_after=1).heartbeat, Patience(lost_after=1).last_call) == (1, 1)
+    assert (patience.first_call, Patience(lost_after=5, join_after=0).first_call) == (60, 5)
