@@ -80,8 +80,8 @@ class NodeSpec:
     min_nodes: int = 0
     """The smallest number of nodes that the run continues with; 0: all of them."""
     rank: int | None = 0
-    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node whose machine
-    has that address listens."""
+    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node whose
+    machine has that address listens."""
     address: str = "127.0.0.1"
     port: int = 29500
     max_restarts: int = 0
