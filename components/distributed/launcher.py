@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed import DistStoreError
+from torch.distributed import DistError, DistStoreError
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -61,6 +61,8 @@ _CHANGE = "POWERTRAIN_CHANGE"
 """Environment variable of the workers: the nodes that left and joined before this start."""
 _ASK_AGAIN_SECONDS = 5
 """Time after which workers that have not saved yet are asked again."""
+_FINISHED = "powertrain/finished"
+"""Key of the store of a start: the number of nodes whose workers have ended."""
 _MEETINGS = 5
 """Attempts of the nodes to meet, if one of them dies while they do."""
 _DUMP_SECONDS = 2
@@ -266,6 +268,22 @@ class WorkerAgent(LocalElasticAgent):
                 _print_error("a node was lost while the nodes met; they meet again")
                 if attempt == _MEETINGS - 1:
                     raise RendezvousError(str(error).splitlines()[0]) from error
+
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes, whose workers may still be saving.
+
+        That of torchelastic blocks the connection to the store, which the heartbeats of this node use too: the others
+        would find that it is lost.
+        """
+        deadline = time.monotonic() + self._exit_barrier_timeout
+        store: Any = self._store
+        with suppress(DistError):  # the node that listens has ended
+            store.add(_FINISHED, 1)
+            while store.add(_FINISHED, 0) < self._worker_group.group_world_size:
+                lost = self._membership.lost(is_saving=True) if self._membership.watches else []
+                if lost or (not self._membership.watches and time.monotonic() > deadline):
+                    break
+                time.sleep(0.2)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._asked_to_restart_at = -math.inf

@@ -102,7 +102,7 @@ class Membership:
 
     def __init__(self, rendezvous: DynamicRendezvousHandler, patience: Patience, *, watch: bool) -> None:
         """Without `watch` no node is ever lost or taken in: the run could not continue."""
-        self._rendezvous, self._patience, self._watch = rendezvous, patience, watch
+        self._rendezvous, self._patience, self.watches = rendezvous, patience, watch
         self._missing_since: float | None = None
         self._nodes: frozenset[str] = frozenset()
         self._asked_at: float | None = None
@@ -126,7 +126,7 @@ class Membership:
 
         With `is_saving`, workers save and end by themselves, and a node whose workers are faster waits for this one.
         """
-        state = self._sync() if self._watch else None
+        state = self._sync() if self.watches else None
         # a closed rendezvous is that of a run that ends, whose workers may still be saving
         if state is None or state.closed or not (missing := self._nodes - self._participants()):
             self._missing_since = None
@@ -148,7 +148,7 @@ class Membership:
 
     def takes_in(self) -> bool:
         """Return whether a node has waited long enough to be taken in. Call often."""
-        state = self._sync() if self._watch else None
+        state = self._sync() if self.watches else None
         if state is None or not state.wait_list or len(state.participants) >= self._rendezvous.settings.max_nodes:
             self._waiting_since = None
             return False
