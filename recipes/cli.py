@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> int:
             signal.signal(number, signal.SIG_IGN)  # the default would kill a process that is not ready to save yet
     if is_worker():
         from components.distributed.heartbeat import dump_stacks_on_request
-        from components.distributed.launcher import die_with_launcher
+        from components.distributed.worker import die_with_launcher
 
         die_with_launcher()
         dump_stacks_on_request()
@@ -273,12 +273,12 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if not is_worker():
             raise
-        from components.distributed.launcher import report_crash
+        from components.distributed.worker import report_crash
 
         report_crash(error)
         return 1
     if is_worker():
-        from components.distributed.launcher import report_exit
+        from components.distributed.worker import report_exit
 
         return report_exit(status, message)
     return status

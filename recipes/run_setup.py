@@ -26,7 +26,7 @@ from components.checkpoint import (
 from components.checkpoint.remote import RemoteCheckpoints, restore_run
 from components.data.loader_workers import check_workers
 from components.distributed.context import DistributedContext
-from components.distributed.launcher import LAUNCH_ID, change_of_nodes, launch_time
+from components.distributed.worker import LAUNCH_ID, change_of_nodes, launch_time
 from components.interrupts import SignalCatcher, StopRequests
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import last_rows

@@ -134,7 +134,7 @@ def _attempt(
     started = bool(list_checkpoints(directory / "checkpoints"))
     arguments = [str(recipe), f"--run.dir={directory}", f"--checkpoint.async_save={str(kind.async_save).lower()}"]
     arguments += ["--resume"] if started else ["--run.if_exists=replace"]
-    environment = {"WORLD_SIZE": str(kind.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = {"WORLD_SIZE": str(kind.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if kind.ranks == 1:
         environment = {}
     children = [_fork(arguments, environment, rank, directory) for rank in range(kind.ranks)]
@@ -217,7 +217,8 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared import ROOT, machine, repeat_with, spread
-from benchmarks.torture.killed_run import make_recipe
+from benchmarks.torture.killed_run import free_port, make_recipe
 from components.metrics.jsonl import read_rows
 
 SETTINGS = [
@@ -67,8 +66,8 @@ class ElasticRun:
     def __init__(self, recipe: Path, directory: Path, node_timeout: int) -> None:
         self.recipe, self.directory = recipe, directory
         self.environment = {
-            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "NODE_RANK": "1",
-            "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0", "OMP_NUM_THREADS": "1", "PACE": "0.1",
+            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0", "OMP_NUM_THREADS": "1", "PACE": "0.1",
         }  # fmt: skip
         self.log = directory.with_suffix(".log").open("a")
         self.rendezvous = subprocess.Popen(
@@ -110,7 +109,7 @@ class ElasticRun:
 
 def kill_all(process: int) -> None:
     """Kill a process and all that it started, at once, as the failure of a machine does."""
-    everything = list(_processes_below(process))
+    everything = list(processes_below(process))
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for each in everything:
             os.kill(each, number)
@@ -158,11 +157,12 @@ def main() -> None:
     print(repeat_with("benchmarks.torture.nodes"))
 
 
-def _processes_below(parent: int) -> Iterator[int]:
+def processes_below(parent: int) -> Iterator[int]:
+    """Yield a process and those that it started."""
     yield parent
     for task in Path(f"/proc/{parent}/task").iterdir():
         for child in (task / "children").read_text().split():
-            yield from _processes_below(int(child))
+            yield from processes_below(int(child))
 
 
 def _wait(reached: Callable[[], bool]) -> None:
@@ -170,12 +170,6 @@ def _wait(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < deadline, "no progress"
         time.sleep(0.05)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

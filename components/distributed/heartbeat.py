@@ -17,8 +17,6 @@ _DIRECTORY = "POWERTRAIN_HEARTBEATS"
 """Environment variable of the workers: the directory of the files; empty if nobody watches them."""
 DUMPING = signal.SIGQUIT
 """Signal on which a worker writes the stacks of its threads."""
-
-
 _STOPPED_SECONDS = 5
 """If the launcher has not looked for this time, it was stopped, as by Ctrl-Z, and probably the workers too."""
 

@@ -7,18 +7,14 @@ that of the run.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,7 +30,7 @@ from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure, get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.numa.binding import AffinityMode, NumaOptions
 
@@ -45,20 +41,12 @@ from components.distributed.membership import (
     agree_on_launch,
     create_rendezvous,
     own_address,
+    own_name,
     wait_for_name,
 )
+from components.distributed.worker import CHANGE, ELASTIC, EXIT_DIR, LAUNCH_ID, LAUNCHED_AT
 from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repeated, not_ignored
 
-LAUNCH_ID = "POWERTRAIN_LAUNCH"
-"""Environment variable: identifier of the launch, unchanged by restarts. A scheduler that requeues jobs may set it."""
-_LAUNCHED_AT = "POWERTRAIN_LAUNCHED_AT"
-"""Environment variable of the workers: start time of the launcher, in seconds since the epoch."""
-_EXIT_DIR = "POWERTRAIN_EXIT_DIR"
-"""Environment variable of the workers: the directory to which they write their exit status."""
-_ELASTIC = "POWERTRAIN_ELASTIC"
-"""Environment variable of the workers: not empty if the run continues when a node leaves."""
-_CHANGE = "POWERTRAIN_CHANGE"
-"""Environment variable of the workers: the nodes that left and joined before this start."""
 _ASK_AGAIN_SECONDS = 5
 """Time after which workers that have not saved yet are asked again."""
 _FINISHED = "powertrain/finished"
@@ -112,7 +100,7 @@ class NodeSpec:
     @property
     def name(self) -> str:
         """What other nodes call this one."""
-        return own_address() or socket.gethostname()
+        return own_name()
 
     def rendezvous(self) -> RendezvousParameters:
         """Return the rendezvous parameters: any free port for a single node, `address`:`port` for several."""
@@ -145,8 +133,8 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
     with tempfile.TemporaryDirectory(prefix="powertrain-") as folder:
         exit_dir = Path(folder) / "exits"
         exit_dir.mkdir()
-        os.environ[_EXIT_DIR] = str(exit_dir)
-        os.environ[_ELASTIC] = "1" if node.is_elastic else ""
+        os.environ[EXIT_DIR] = str(exit_dir)
+        os.environ[ELASTIC] = "1" if node.is_elastic else ""
         launch, launched_at = os.environ.get(LAUNCH_ID) or uuid.uuid4().hex, time.time()
         # By default torchelastic catches all of these. A worker does not inherit "ignored" from a caught signal, so
         # SIGHUP would then end a run that was started with nohup.
@@ -164,7 +152,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
                 launch, launched_at = agree_on_launch(
                     node.address, node.port, run_id, launch=launch, launched_at=launched_at
                 )
-            os.environ[LAUNCH_ID], os.environ[_LAUNCHED_AT] = launch, str(launched_at)
+            os.environ[LAUNCH_ID], os.environ[LAUNCHED_AT] = launch, str(launched_at)
             watch = node.nodes > 1 and (node.is_elastic or node.max_restarts > 0)
             membership, leaves = Membership(rendezvous, node.patience, watch=watch), False
             try:
@@ -238,7 +226,7 @@ class WorkerAgent(LocalElasticAgent):
         """Whether this node leaves an elastic run, which the others continue."""
         self._exit_dir, self._membership, self._heartbeats = exit_dir, membership, heartbeats
         self._signaled, self._signaled_at = 0, 0.0
-        self._asked_to_restart_at = -math.inf
+        self._asked_to_restart_at: float | None = None
         threading.Thread(target=self._end_if_cut_off, daemon=True).start()
 
     def run_to_exit_status(self) -> int:
@@ -286,11 +274,11 @@ class WorkerAgent(LocalElasticAgent):
                 time.sleep(0.2)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._asked_to_restart_at = -math.inf
+        self._asked_to_restart_at = None
         for file in self._exit_dir.iterdir():  # of the workers before
             file.unlink()
         self._heartbeats.clear()
-        os.environ[_CHANGE] = self._membership.begin()
+        os.environ[CHANGE] = self._membership.begin()
         started: dict[int, Any] = super()._start_workers(worker_group)
         for number in not_ignored(STOPPING):
             signal.signal(number, self._forward_signal)  # replaces the agent's handler, which kills the workers
@@ -349,8 +337,7 @@ class WorkerAgent(LocalElasticAgent):
         if self._signaled:  # the workers save and end, and nothing is started again
             self._remaining_restarts = 0
         action = "restarting from the newest checkpoint" if self._remaining_restarts else "no restarts are left"
-        now = time.monotonic()
-        is_saving = self._signaled > 0 or now - self._asked_to_restart_at < math.inf
+        is_saving = self._signaled > 0 or self._asked_to_restart_at is not None
         if lost := self._membership.lost(is_saving=is_saving):
             self._kill_workers()  # they may wait for the lost node in a collective
             _print_error(f"lost contact with {', '.join(lost)}; {action}")
@@ -366,8 +353,9 @@ class WorkerAgent(LocalElasticAgent):
             )
             return RunResult(WorkerState.UNHEALTHY)
         wanted = self.is_leaving or (not self._signaled and self._membership.takes_in())
+        now, asked_at = time.monotonic(), self._asked_to_restart_at
         # again, because workers that are starting ignore it
-        if wanted and now - self._asked_to_restart_at > _ASK_AGAIN_SECONDS:
+        if wanted and (asked_at is None or now - asked_at > _ASK_AGAIN_SECONDS):
             self._asked_to_restart_at = now
             self._signal_workers(RESTARTING, None)
         return healthy
@@ -386,7 +374,7 @@ class WorkerAgent(LocalElasticAgent):
             time.sleep(1)
             if self._membership.is_cut_off():
                 _print_error(
-                    f"this node, {own_address() or socket.gethostname()}, lost contact with the others; its processes "
+                    f"this node, {own_name()}, lost contact with the others; its processes "
                     "are stopped. Start it again to rejoin the run"
                 )
                 self._signal_workers(signal.SIGKILL, None)
@@ -408,52 +396,6 @@ class WorkerAgent(LocalElasticAgent):
             status, _, message = file.read_text(encoding="utf-8").partition("\n")
             reported[int(file.name)] = int(status), message
         return reported
-
-
-def launch_time() -> float:
-    """Return when the run was launched, in seconds since the epoch; a restart of the workers does not change it."""
-    return float(os.environ.get(_LAUNCHED_AT) or time.time())
-
-
-def change_of_nodes() -> str:
-    """Return a line about the nodes that left and joined before this start of the workers; empty if none did."""
-    return os.environ.get(_CHANGE, "")
-
-
-def die_with_launcher() -> None:
-    """Call in a worker: if the launcher is killed, this process receives a signal, saves and stops. Linux only.
-
-    In an elastic run the other nodes then continue without this one.
-    """
-    if _EXIT_DIR in os.environ and sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        number = RESTARTING if os.environ.get(_ELASTIC) else signal.SIGTERM
-        ctypes.CDLL(None).prctl(set_parent_death_signal, int(number))
-
-
-def report_exit(status: int, message: str = "") -> int:
-    """Call in a worker: report the exit status of the run to the launcher, and return the status to exit with.
-
-    A worker that was stopped by a signal and has saved exits 0, because torchelastic kills the other workers on any
-    other status.
-    """
-    if not status or _EXIT_DIR not in os.environ:
-        return status
-    exit_dir, rank = Path(os.environ[_EXIT_DIR]), os.environ["RANK"]
-    temporary = exit_dir.parent / f"exit-{rank}"
-    temporary.write_text(f"{status}\n{message}", encoding="utf-8")
-    temporary.rename(exit_dir / rank)  # atomic: the launcher never reads half a file
-    return 0 if status > 128 or status == RESTART_STATUS else status
-
-
-def report_crash(error: BaseException) -> None:
-    """Call in a worker: pass the traceback to the agent, or print it if there is no launcher."""
-    if _EXIT_DIR in os.environ:
-        # If the agent terminated this worker now, it would find half a file and fail to parse it.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        get_error_handler().record_exception(error)
-    else:
-        traceback.print_exception(error)
 
 
 def _failure_order(failure: ProcessFailure) -> tuple[bool, float]:

@@ -211,6 +211,11 @@ def own_address() -> str | None:
     return os.environ.get("NODE_ADDR") or None
 
 
+def own_name() -> str:
+    """Return what the other nodes call this one."""
+    return own_address() or socket.gethostname()
+
+
 def wait_for_name(host: str, timeout_seconds: float) -> None:
     """Wait until a host name resolves, which a cluster may create later. Raises RendezvousError."""
     deadline, said = time.monotonic() + timeout_seconds, False

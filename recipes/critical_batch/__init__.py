@@ -24,7 +24,7 @@ from components.atomic_files import atomic_write
 from components.batch import BatchRounding
 from components.checkpoint import list_checkpoints
 from components.distributed.context import DistributedContext
-from components.distributed.launcher import LAUNCH_ID
+from components.distributed.worker import LAUNCH_ID
 from components.errors import InputError
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import read_rows

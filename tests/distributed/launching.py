@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.conftest import TinyRun
@@ -87,11 +87,3 @@ def steps(tiny: TinyRun) -> list[int]:
 
 def final_loss(tiny: TinyRun) -> float:
     return [row["loss"] for row in tiny.rows() if "loss" in row][-1]
-
-
-def processes_below(parent: int) -> Iterator[int]:
-    """Yield a process and those that it started."""
-    yield parent
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield from processes_below(int(child))

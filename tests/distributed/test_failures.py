@@ -8,7 +8,8 @@ import signal
 
 import pytest
 
-from tests.distributed.launching import SHORT, final_loss, finish, processes_below, start, steps
+from benchmarks.torture.nodes import processes_below
+from tests.distributed.launching import SHORT, final_loss, finish, start, steps
 from tests.end_to_end.test_signals import wait_for_steps
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.torture.killed_run import free_port
+from benchmarks.torture.nodes import kill_all
 from tests.conftest import TinyRun
-from tests.distributed.launching import ROOT, SHORT, final_loss, finish, processes_below, start, steps
+from tests.distributed.launching import ROOT, SHORT, final_loss, finish, start, steps
 from tests.processes import start_process, wait_until
 from tools import prepare_data
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
@@ -42,14 +36,6 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
 
 LONGER = ["--training.total_tokens=5760"]
 """Thirty steps."""
-
-
-def kill_node(launcher: int) -> None:
-    """Kill the launcher and its workers, all at once, as the failure of a machine does."""
-    everything = list(processes_below(launcher))
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        for process in everything:
-            os.kill(process, number)
 
 
 def processes_after_restarts(tiny: TinyRun) -> list[int]:
@@ -87,7 +73,7 @@ def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
         if how == "taken away":
             dies.send_signal(signal.SIGTERM)
         else:
-            kill_node(dies.pid)
+            kill_all(dies.pid)
         dies.communicate()
         assert dies.returncode == (143 if how == "taken away" else -signal.SIGKILL)
         wait_until(lambda: has_step(elastic, 10), stays)

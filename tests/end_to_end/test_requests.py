@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from components.distributed import launcher
+from components.distributed import worker
 from recipes import cli
 from recipes.step_metrics import StepMetrics
 from tests.distributed.launching import finish, start
@@ -52,7 +52,7 @@ def test_a_run_stops_and_saves(tiny, capsys, monkeypatch, how: str) -> None:
 
 
 def test_a_limit_counts_from_the_launch_not_from_a_restart(tiny, capsys, monkeypatch) -> None:
-    monkeypatch.setenv(launcher._LAUNCHED_AT, str(time.time() - 3600))
+    monkeypatch.setenv(worker.LAUNCHED_AT, str(time.time() - 3600))
     assert tiny.launch(*LONG, "--run.max_minutes=59") == 143
     assert "stopped by run.max_minutes after step 1" in capsys.readouterr().out
 
