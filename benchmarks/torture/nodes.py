@@ -67,7 +67,8 @@ class ElasticRun:
         self.recipe, self.directory = recipe, directory
         self.environment = {
             "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0", "OMP_NUM_THREADS": "1", "PACE": "0.1",
+            "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0",
+            "OMP_NUM_THREADS": "1", "PACE": "0.1",
         }  # fmt: skip
         self.log = directory.with_suffix(".log").open("a")
         self.rendezvous = subprocess.Popen(
