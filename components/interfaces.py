@@ -40,8 +40,17 @@ class WorldComm(Comm, Protocol):
         ...
 
     @property
+    def local_size(self) -> int:
+        """Number of processes on this node."""
+        ...
+
+    @property
     def long_timeout_group(self) -> dist.ProcessGroup | None:
         """A second group, for collectives of the checkpoint thread; None for a single process."""
+        ...
+
+    def all_reduce_max(self, value: int) -> int:
+        """Return the largest `value` of all processes."""
         ...
 
     def gather(self, text: str) -> list[str]:

@@ -249,7 +249,7 @@ def build_state(
     )
     if (checkpoint := environment.start.checkpoint) is not None:
         with config_errors_at(config, "checkpoint"):
-            state.restore(checkpoint)
+            state.restore(checkpoint, environment.start.fetch)
     return state
 
 

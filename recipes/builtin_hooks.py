@@ -57,12 +57,15 @@ class SaveCheckpoints(Hook):
     checkpoints: RunCheckpoints
     requests: StopRequests
     interval_steps: int | None
+    in_memory_interval_steps: int | None
 
     def on_step_end(self, context: HookContext) -> None:
         if self.requests.agreed == SAVE or is_due(self.interval_steps, context.clock):
             self.checkpoints.read_launched()  # this save also serves a request that arrives with the current step
             self.requests.mark_saved()
             self.checkpoints.save()
+        elif is_due(self.in_memory_interval_steps, context.clock):
+            self.checkpoints.save_in_memory()
 
     def on_run_end(self, context: HookContext) -> None:
         manager = self.checkpoints.manager

@@ -32,28 +32,36 @@ class RunCheckpoints:
     """Reads the results of the steps that are still on the device."""
     restart_timer: Callable[[], None]
     """Restarts the step timer, so that the time of a save does not count as step time."""
+    is_on_disk: bool = True
+    """Whether the state with which the run starts needs no save: it is new, or that of a checkpoint on disk."""
 
     def __post_init__(self) -> None:
-        self.manager.saved_step = self.started_at = self.state.clock.step
+        self.started_at = self.state.clock.step
+        self.manager.saved_step = self.started_at if self.is_on_disk else None
 
     def save(self) -> None:
         """Write a checkpoint of everything the next step depends on. A failed write is logged and training continues.
 
         Raises NonFiniteStateError if the state is not finite.
         """
-        self.read_launched()
-        self.metric_logger.flush()  # metrics reach the disk before the checkpoint does
-        self._require_finite()
-        step = self.state.clock.step
+        step = self._prepare()
         saved = self.manager.save(step, self.state.tensors.collect(), self.state.state_dict(), self.config.to_toml())
         if saved is not False:
             log.info(f"step {step:>6}  {'saved' if saved else 'saving in the background'} {self.manager.path(step)}")
         self.restart_timer()
 
+    def save_in_memory(self) -> None:
+        """Keep a copy of the state in the memory of the nodes, unless a save to disk is still running."""
+        if not self.manager.can_save_in_memory():
+            return
+        step = self._prepare()
+        self.manager.save_in_memory(step, self.state.tensors.collect(), self.state.state_dict(), self.config.to_toml())
+        self.restart_timer()
+
     def save_before_end(self) -> None:
         """Save the current step, if it is consistent and not saved yet, before the run ends with an error."""
         self.manager.wait()
-        known = (self.started_at, self.manager.saved_step, *self.manager.failed_steps)
+        known = (self.manager.saved_step, *self.manager.failed_steps)
         if self.state.is_consistent and self.state.clock.step not in known:
             self.discard_gradients()
             self.save()
@@ -78,6 +86,13 @@ class RunCheckpoints:
     def newest(self) -> str:
         """The path of the newest checkpoint, for messages, or "none"."""
         return str(self.manager.latest() or "none")
+
+    def _prepare(self) -> int:
+        """Write all metrics to the disk, check that the state is finite, and return the step to save."""
+        self.read_launched()
+        self.metric_logger.flush()  # metrics reach the disk before the checkpoint does
+        self._require_finite()
+        return self.state.clock.step
 
     def _require_finite(self) -> None:
         """Raise NonFiniteStateError if a parameter or optimizer state is not finite on any rank.

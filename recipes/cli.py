@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -317,7 +318,12 @@ def run_command(arguments: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shape.per_node)))
         if recipe.device != "cpu" and recipe.run is not None:
             enable_flight_recorder(os.environ, recipe.run.directory)
-        return launch_workers(shape, os.environ, arguments, hang_timeout_seconds=hang_timeout)
+        with ExitStack() as cleanup:
+            if getattr(recipe.checkpoint, "in_memory_interval_steps", None) is not None:
+                from components.checkpoint.host_memory import make_host_memory_directory
+
+                cleanup.enter_context(make_host_memory_directory())
+            return launch_workers(shape, os.environ, arguments, hang_timeout_seconds=hang_timeout)
     return start_recipe(config, command)
 
 

@@ -189,10 +189,12 @@ class Trainer:
             discard_gradients=self.step.zero_grad,
             read_launched=self.read_launched,
             restart_timer=self.restart_timer,
+            is_on_disk=start.fetch is None,
         )
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
         self.timer_started_at, self.warned_noise = 0.0, False
-        after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, recipe.checkpoint.interval_steps)]
+        intervals = recipe.checkpoint.interval_steps, recipe.checkpoint.in_memory_interval_steps
+        after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, *intervals)]
         if (validation := self.data.validation) is not None:
             metrics = environment.directory.metrics
             compute = self.step.compute_context
@@ -316,7 +318,7 @@ class Trainer:
     def finish(self) -> None:
         """Save and validate at the end of the run, and report all failures again."""
         manager, request = self.checkpoints.manager, self.requests.agreed
-        if self.clock.step == self.checkpoints.started_at:
+        if self.clock.step == self.checkpoints.started_at == manager.saved_step:
             log.info(f"nothing to do: all {self.clock.total_tokens} tokens are trained; raise training.total_tokens")
             return
         self.read_launched()

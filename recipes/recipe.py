@@ -16,6 +16,8 @@ class RecipeDefaults:
     """The device. "cpu" starts one process even if there are GPUs."""
     run: Any = None
     """The section with the run directory."""
+    checkpoint: Any = None
+    """The section that says when to save."""
     validation: Any = None
     """The section with the validation data."""
     average: Mapping[str, Any] = MappingProxyType({})

@@ -16,6 +16,7 @@ from rich.console import Console
 from components.atomic_files import atomic_write
 from components.checkpoint import (
     DamagedError,
+    host_memory_directory,
     list_checkpoints,
     remove_all,
     remove_partial_saves,
@@ -45,6 +46,9 @@ class RunStart:
 
     checkpoint: Path | None
     """The checkpoint to resume from; None for a new run."""
+    fetch: Callable[[set[str]], None] | None = None
+    """Set if the checkpoint is in the memory of the nodes: copies the files that this rank is going to read to its
+    node."""
     run: str = ""
     """The identifier of the run that owns the directory."""
     warnings: list[str] = field(default_factory=list)
@@ -94,9 +98,13 @@ def claim_run_directory(
         start = _choose_checkpoint(
             find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
         )
+        if restarted and config.recipe.checkpoint.in_memory_interval_steps is not None:
+            _prefer_memory(start, world)
         checkpoint = start.checkpoint
         continues = checkpoint is not None and (
-            checkpoint.parent == directory.checkpoints or is_inside(checkpoint, directory.path)
+            start.fetch is not None
+            or checkpoint.parent == directory.checkpoints
+            or is_inside(checkpoint, directory.path)
         )
         replaces = directory.has_run and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
@@ -236,6 +244,16 @@ def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: D
 
     world.main_process_first(rename_damaged)
     return RunStart(checkpoint, warnings=[f"{damage}; using the checkpoint before it" for damage in damages])
+
+
+def _prefer_memory(start: RunStart, world: DistributedContext) -> None:
+    """Replace the checkpoint of `start` by one in the memory of the nodes, if there is a newer one."""
+    from components.checkpoint.in_memory import InMemoryCheckpoint
+
+    newest = -1 if start.checkpoint is None else step_of(start.checkpoint)
+    found = InMemoryCheckpoint.find(host_memory_directory(), world, newer_than=newest)
+    if found is not None:
+        start.checkpoint, start.fetch = found.path, found.fetch
 
 
 @dataclass(frozen=True)

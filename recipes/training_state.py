@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,8 +149,11 @@ class TrainingState:
                 with raised_in(f"hooks.{name}"):
                     hook.load_state_dict(states[name])
 
-    def restore(self, checkpoint: Path) -> None:
-        """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer."""
+    def restore(self, checkpoint: Path, fetch: Callable[[set[str]], None] | None = None) -> None:
+        """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer.
+
+        `fetch` is called before its tensors are read, with the names of the files that this rank reads.
+        """
         state, data = read_run_state(checkpoint), self.data
         if "merged" in state:
             raise ValueError(
@@ -166,7 +169,7 @@ class TrainingState:
                 f"{checkpoint} was trained with a different tokenizer of {data.vocab_size} ids: "
                 f"{state['tokenizer']}, not {data.tokenizer}"
             )
-        self.tensors.restore(checkpoint)
+        self.tensors.restore(checkpoint, fetch)
         self._load(checkpoint, state, clock=True)
         before = state["loader"].get("content")
         if state["loader"]["epoch_length"] != data.epoch_length:

@@ -12,6 +12,9 @@ An asynchronous save does the same in a thread, on a copy of the tensors.
 
 manager.py              [checkpoint]: when to save, and which checkpoints to keep
 commit.py               writes a checkpoint, fsyncs and renames it; removes checkpoints and partial saves
+in_memory.py            checkpoints in the main memory of the nodes
+host_memory.py          the directory for them, which outlives the processes of a run
+file_transfer.py        sends files from process to process
 async_saver.py          the thread of an asynchronous save
 tensor_writer.py        writes *.distcp with cached plans
 remote.py               the layout of checkpoints at an address: upload, download, listing and removal
@@ -28,6 +31,7 @@ reported before that.
 """
 
 from components.checkpoint.commit import remove_all, remove_partial_saves
+from components.checkpoint.host_memory import host_memory_directory
 from components.checkpoint.load import (
     DamagedError,
     list_checkpoints,
@@ -45,6 +49,7 @@ __all__ = [
     "CheckpointManager",
     "DamagedError",
     "StateTensors",
+    "host_memory_directory",
     "list_checkpoints",
     "load_tensors",
     "read_state",

@@ -64,6 +64,11 @@ class AsyncSaver:
             )
         return saved
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is still being written on this rank."""
+        return self._running is not None and not self._running.done()
+
     def gather(self, text: str) -> list[str]:
         """Return the `text` of every process, by rank, gathered in the process group of this saver."""
         return [text] if self.group is None else all_gather_str(text, self.group)

@@ -52,7 +52,7 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         config: str,
         *,
-        after_commit: Callable[[], None],
+        after_commit: Callable[[], None] = lambda: None,
     ) -> bool:
         """Write `final`; return whether that succeeded, equal on every rank. A failure is logged.
 
@@ -72,7 +72,7 @@ class CheckpointWriter:
         group = self.saver.group if self.saver is not None else None
 
         def prepare() -> None:
-            if self.world.is_main:
+            if self.makes_directory:
                 _remove_partial(temporary)
                 temporary.mkdir(parents=True)
 
@@ -87,21 +87,23 @@ class CheckpointWriter:
                 )
             except CheckpointException as error:
                 raise OSError(str(root_cause(error))) from error
-            write_part(temporary, self.world.rank)
+
+        def finish() -> None:
+            self.finish_files(temporary, state, config)
 
         def commit() -> None:
-            if self.world.is_main:
-                self._commit(temporary, final, state, config)
+            if self.makes_directory:
+                self.commit(temporary, final, state, config)
                 after_commit()
 
         try:
             # every stage ends on all ranks before the next one starts, so an error on one rank fails the save on all
-            for stage in (prepare, write, commit):
-                run_on_all_ranks(stage, self.world.gather if self.saver is None else self.saver.gather)
+            for stage in (prepare, write, finish, commit):
+                run_on_all_ranks(stage, self.gather)
         except Exception as error:
             log.error(f"{final} could not be saved: {error}. Earlier checkpoints are intact")
             plans.clear()
-            if self.world.is_main:
+            if self.makes_directory:
                 with suppress(OSError):
                     _remove_partial(temporary)  # it would take the space that the next save needs
             return False
@@ -114,9 +116,22 @@ class CheckpointWriter:
         if self._plans is not None:
             self._plans.clear()
 
-    def _commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
+    @property
+    def makes_directory(self) -> bool:
+        """Whether this rank makes the directory of a checkpoint and completes it."""
+        return self.world.is_main
+
+    def gather(self, text: str) -> list[str]:
+        """Return the `text` of every process, in order of rank, in the process group that this writer uses."""
+        return self.world.gather(text) if self.saver is None else self.saver.gather(text)
+
+    def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
+        """Called on every rank when all have written their tensors to `temporary`."""
+        write_part(temporary, self.world.rank)
+
+    def commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
         """Complete `temporary`, which holds the files of all ranks, and rename it to `final`."""
-        write_fsync(temporary / "state.json", json.dumps({"format": FORMAT, **state}, indent=1))
+        write_fsync(temporary / "state.json", format_state(state))
         write_fsync(temporary / "config.toml", config)
         write_manifest(temporary, self.world.size, self.run)
         fsync_directory(temporary)
@@ -135,6 +150,11 @@ class CheckpointWriter:
         fsync_directory(final.parent)
         with suppress(OSError):
             _remove_partial(replaced)
+
+
+def format_state(state: Mapping[str, Any]) -> str:
+    """Return the content of state.json."""
+    return json.dumps({"format": FORMAT, **state}, indent=1)
 
 
 def remove(checkpoint: Path, run: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,10 +59,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool, index: TensorIndex | None = None) -> None:
+def load_tensors(
+    checkpoint: Path,
+    tensors: dict[str, Any],
+    *,
+    no_dist: bool,
+    index: TensorIndex | None = None,
+    fetch: Callable[[set[str]], None] | None = None,
+) -> None:
     """Fill `tensors` in place from `checkpoint`; each rank reads only its shards. Stored code is never executed.
 
-    `index` is the result of `tensor_index`, if the caller has it already. Raises ValueError for files that are damaged
+    `index` is the result of `tensor_index`, if the caller has it already. `fetch` is called first, with the names of
+    the files that this rank reads. Raises ValueError for files that are damaged
     or hold other tensors.
     """
     import torch.distributed.checkpoint as dcp
@@ -72,7 +80,10 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Any], *, no_dist: bool, in
     from components.checkpoint.safe_tensor_reader import UntrustedReader
 
     index = index or tensor_index(checkpoint, no_dist=no_dist)
-    reader = UntrustedReader(checkpoint, index.metadata(flatten_state_dict(tensors)[0]))
+    metadata = index.metadata(flatten_state_dict(tensors)[0])
+    if fetch is not None:
+        fetch({place.relative_path for place in metadata.storage_data.values()})
+    reader = UntrustedReader(checkpoint, metadata)
     try:
         with silence_no_dist_warning():
             dcp.load(tensors, storage_reader=reader, no_dist=no_dist)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.checkpoint.commit import CheckpointWriter, remove
+from components.checkpoint.host_memory import host_memory_directory
 from components.checkpoint.load import list_checkpoints, old_checkpoints, silence_no_dist_warning, step_of
 from components.checkpoint.manifest import run_of
 from components.errors import InputError
@@ -18,6 +19,7 @@ from components.units import PositiveCount
 
 if TYPE_CHECKING:
     from components.checkpoint.async_saver import AsyncSaver
+    from components.checkpoint.in_memory import InMemoryWriter
     from components.checkpoint.remote import RemoteCheckpoints
     from components.checkpoint.uploader import CheckpointUploader
 
@@ -37,6 +39,11 @@ class CheckpointConfig:
     async_save: bool = False
     """Write in the background: training waits only until the state is copied, which takes as much memory again."""
 
+    in_memory_interval_steps: PositiveCount | None = None
+    """Optimizer steps between copies of the state in the main memory of the nodes, each of them on two nodes. A run
+    that its launcher restarts continues from them, also without one of its nodes, if they are newer than the
+    checkpoints on disk."""
+
     remote: str | None = None
     """Address of a directory, such as "s3://bucket/runs": checkpoints are uploaded in the background, to a directory
     with the name of the run; `keep_last` and `keep_every` hold there too, and --resume finds the newest."""
@@ -46,6 +53,12 @@ class CheckpointConfig:
             raise InputError("remote", f'{self.remote} is not an address, such as "s3://bucket/runs"')
 
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
+        in_memory = host_memory_directory() if self.in_memory_interval_steps is not None else None
+        if self.in_memory_interval_steps is not None and in_memory is None:
+            log.warning(
+                "checkpoint.in_memory_interval_steps has no effect: it needs /dev/shm, and a launcher that restarts "
+                "the processes (MAX_RESTARTS, or NNODES=2:4)"
+            )
         return CheckpointManager(
             directory,
             world,
@@ -53,6 +66,7 @@ class CheckpointConfig:
             keep_last=self.keep_last,
             keep_every=self.keep_every,
             async_save=self.async_save,
+            in_memory=in_memory,
             remote=self.remote_of(directory.parent),
         )
 
@@ -82,9 +96,12 @@ class CheckpointManager:
         keep_last: int | None = None,
         keep_every: int | None = None,
         async_save: bool = False,
+        in_memory: Path | None = None,
         remote: RemoteCheckpoints | None = None,
     ) -> None:
-        """`run` identifies the run in its checkpoints; the manager deletes only those with this identifier."""
+        """`run` identifies the run in its checkpoints; the manager deletes only those with this identifier. `in_memory`
+        is the directory of this node for `save_in_memory`.
+        """
         self.directory = directory
         self.world = world
         self.run = run
@@ -95,12 +112,17 @@ class CheckpointManager:
         self.failed_steps: list[int] = []
         """Steps whose save failed; `wait` updates them."""
         self._saver: AsyncSaver | None = None
-        self._saving = 0
+        self._saving: int | None = None
         if async_save:
             from components.checkpoint.async_saver import AsyncSaver
 
             self._saver = AsyncSaver(world.long_timeout_group)
         self._writer = CheckpointWriter(world, run=run, saver=self._saver)
+        self._memory_writer: InMemoryWriter | None = None
+        if in_memory is not None:
+            from components.checkpoint.in_memory import InMemoryWriter
+
+            self._memory_writer = InMemoryWriter(world, directory=in_memory, run=run, saver=self._saver)
         self._uploader: CheckpointUploader | None = None
         if remote is not None and world.is_main:
             from components.checkpoint.uploader import CheckpointUploader
@@ -141,6 +163,26 @@ class CheckpointManager:
             self._record(write(tensors))
         return self.saved_step == step
 
+    def can_save_in_memory(self) -> bool:
+        """Return whether `save_in_memory` would not wait for a save to disk; equal on all ranks, which must call it."""
+        busy = self._saver is not None and self._saver.is_busy
+        return self._memory_writer is not None and not self.world.all_reduce_max(int(busy))
+
+    def save_in_memory(self, step: int, tensors: dict[str, Any], state: Mapping[str, Any], config: str) -> None:
+        """Keep the state after `step` in the memory of the nodes, instead of the one before. See `save`."""
+        writer = self._memory_writer
+        assert writer is not None
+        self.wait()
+
+        def write(tensors: dict[str, Any]) -> bool:
+            return writer.write_step(step, tensors, state, config)
+
+        if self._saver is not None:
+            self._saver.start(tensors, write)
+            return
+        with silence_no_dist_warning():
+            write(tensors)
+
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint of `step`."""
         return self.directory / f"step-{step:08d}"
@@ -156,6 +198,8 @@ class CheckpointManager:
         if self._saver is not None:
             self._saver.close()
         self._writer.close()
+        if self._memory_writer is not None:
+            self._memory_writer.close()
         if self._uploader is not None:
             self._uploader.close()
 
@@ -165,10 +209,13 @@ class CheckpointManager:
         self._prune()
 
     def _record(self, saved: bool) -> None:
+        step, self._saving = self._saving, None
+        if step is None:  # a save in memory
+            return
         if saved:
-            self.saved_step = self._saving
+            self.saved_step = step
         else:
-            self.failed_steps.append(self._saving)
+            self.failed_steps.append(step)
 
     def _prune(self) -> None:
         """Delete the checkpoints that are no longer to be kept. A validation that is due runs after the save, so that

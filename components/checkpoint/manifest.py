@@ -13,7 +13,7 @@ from components.checkpoint.load import DamagedError, read_state
 from components.paths import hash_file
 
 MANIFEST = "manifest.json"
-WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json")
+WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json|files\.json")
 """Names of all files that a save writes. Other files in a checkpoint are never removed."""
 LARGEST_BYTES = 2**26
 

@@ -62,8 +62,10 @@ class StateTensors:
         finite = bounds.isfinite().all(dim=1).tolist()
         return [name for name, is_finite in zip(named, finite, strict=True) if not is_finite]
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, checkpoint: Path, fetch: Callable[[set[str]], None] | None = None) -> None:
         """Load the model, the optimizer state, averages and the random state of this rank from `checkpoint`.
+
+        `fetch` is called first, with the names of the files that this rank reads.
 
         An average that the checkpoint does not have, with all its tensors, is left as it is.
 
@@ -95,7 +97,7 @@ class StateTensors:
             for name in list(state)
             if not any(f"optimizer.state.{name}.{key}" in stored for key in state[name])
         }
-        load_tensors(checkpoint, tensors, no_dist=self.world.size == 1, index=index)
+        load_tensors(checkpoint, tensors, no_dist=self.world.size == 1, index=index, fetch=fetch)
         state.update(stateless)
         options = [{key: group[key] for key in group if key != "params"} for group in self.optimizer.param_groups]
         set_model_state_dict(self.model, tensors["model"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,23 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_uninterrupted(new_tin
     assert "resumed from" in said
     assert steps(killed) == steps(alone), "every step once"
     assert final_loss(killed) == pytest.approx(final_loss(alone), rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").exists(), reason="needs /dev/shm")
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_restart_continues_from_the_memory_of_the_node(new_tiny, asynchronous):
+    alone, killed = new_tiny("alone"), new_tiny("killed")
+    assert alone.launch(*SHORT) == 0
+    keys = ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=2"]
+    keys += [f"--checkpoint.async_save={asynchronous}"]
+    status, said = finish(start(killed, *keys, sabotage={0: "kill:1:12"}, NPROC="2", MAX_RESTARTS="1"))
+    assert status == 0, said
+    (place,) = re.findall(r"resumed from (/dev/shm/powertrain-.*)/step-00000004: step 4", said)
+    assert not Path(place).exists(), "the memory is free again"
+    assert "1 steps since step-00000004 are trained again" in said
+    assert steps(killed) == steps(alone), "every step once"
+    assert final_loss(killed) == pytest.approx(final_loss(alone), rel=1e-5)
+    assert [path.name for path in killed.checkpoints()] == ["step-00000008"], "the last one is on disk"
 
 
 def test_a_rank_that_hangs_is_found_and_restarted(new_tiny):

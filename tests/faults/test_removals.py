@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from components import atomic_files
 from components.atomic_files import atomic_write
 from components.checkpoint import CheckpointManager, remove_all, remove_partial_saves
+from components.checkpoint.host_memory import host_memory_directory, make_host_memory_directory
 from components.data.file_hash_cache import FileHashCache
 from components.interrupts import SignalCatcher, StopRequests
 from components.metrics.tensorboard_events import EventFile
@@ -198,6 +201,40 @@ def results_of_a_sweep(folder: Path, others: Others) -> None:
         Results(folder / "results.jsonl")
 
 
+def memory_of_killed_launchers(folder: Path, others: Others) -> None:
+    killed, locked, elsewhere = folder / "powertrain-killed", folder / "powertrain-alive", folder / "other"
+    for directory in (killed, locked, elsewhere):
+        (directory / "step-00000003").mkdir(parents=True)
+        (directory / "step-00000003" / "__0_0.distcp").touch()
+    others.write(
+        killed / "notes.txt", killed / "step-00000003" / "mine", elsewhere / "state.json", folder / "linked" / "a"
+    )
+    (killed / "step-00000004").symlink_to(folder / "linked")
+    (folder / "powertrain-link").symlink_to(elsewhere)
+    (folder / "powertrain-new").mkdir()
+    with _locked(locked):
+        with make_host_memory_directory(folder):
+            own = host_memory_directory()
+            assert own is not None
+            (own / ".writing-step-00000001").mkdir()
+            (own / ".writing-step-00000001" / ".metadata").touch()
+            left = sorted(path.name for path in folder.rglob("*.distcp"))
+            assert left == ["__0_0.distcp"] * 2, "of the one that is alive, and of the other directory"
+            assert (folder / "powertrain-new").exists(), "its launcher may be about to lock it"
+        assert host_memory_directory() is None
+        assert not own.exists()
+    with make_host_memory_directory(folder / "missing"):
+        assert host_memory_directory() is None, "a machine without such a place"
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    handle = os.open(directory, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+    os.close(handle)
+
+
 REMOVALS: list[Callable[[Path, Others], None]] = [
     retention,
     leftovers_of_dead_saves,
@@ -209,6 +246,7 @@ REMOVALS: list[Callable[[Path, Others], None]] = [
     prepared_data,
     an_exported_model,
     results_of_a_sweep,
+    memory_of_killed_launchers,
 ]
 
 

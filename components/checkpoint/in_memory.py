@@ -1,0 +1,202 @@
+"""Checkpoints in the main memory of the nodes, from which a run continues after the loss of processes or of a node.
+
+A node keeps the tensor files of its own processes and, with several nodes, those of the node before it. All files are
+therefore left when one node is lost. The directory has the format of a checkpoint on disk, without hashes:
+
+    HOST_MEMORY/step-00000123/
+        __RANK_*.distcp                         some of the tensor files
+        .metadata, state.json, config.toml      as in any checkpoint
+        files.json                              names and sizes of all tensor files, and an identifier of this save
+
+The newest one is kept. While the next one is written there are two.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Collection, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from components.atomic_files import remove_files, write_fsync
+from components.checkpoint.async_saver import AsyncSaver
+from components.checkpoint.commit import CheckpointWriter, format_state
+from components.checkpoint.file_transfer import Received, Sent, transfer
+from components.checkpoint.load import list_checkpoints, step_of
+from components.checkpoint.manifest import WRITTEN
+from components.distributed.collectives import run_on_all_ranks
+from components.interfaces import WorldComm
+
+_FILES = "files.json"
+_COMMON = (".metadata", "state.json", "config.toml", _FILES)
+"""Files that every node has."""
+_TENSORS = "*.distcp"
+
+
+class InMemoryWriter(CheckpointWriter):
+    """Writes the checkpoints of a run to the memory of the nodes."""
+
+    def __init__(self, world: WorldComm, *, directory: Path, run: str, saver: AsyncSaver | None) -> None:
+        super().__init__(world, run=run, saver=saver)
+        self._directory = directory
+        self._common: dict[str, bytes] = {}
+
+    @property
+    def makes_directory(self) -> bool:
+        return self.world.rank % self.world.local_size == 0
+
+    def write_step(self, step: int, tensors: dict[str, Any], state: Mapping[str, Any], config: str) -> bool:
+        """Write the checkpoint of `step` and remove the one before it; return whether that succeeded, on every rank."""
+        final = self._directory / f"step-{step:08d}"
+        written = self.write(final, tensors, state, config)
+        if written and self.makes_directory:
+            keep_only(self._directory, final)  # not before all nodes have the new one
+        return written
+
+    def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
+        """Send the tensor files of this rank to the next node, and those of all nodes the files they share."""
+        world, group = self.world, None if self.saver is None else self.saver.group
+        own = {path.name: path.stat().st_size for path in temporary.glob(f"__{world.rank}_*")}
+        files: list[dict[str, int]] = [json.loads(text) for text in self.gather(json.dumps(own))]
+        common: list[dict[str, bytes]] = [{}]
+        if world.is_main:
+            save = {"save": uuid.uuid4().hex, "files": {name: size for each in files for name, size in each.items()}}
+            common = [
+                {
+                    ".metadata": (temporary / ".metadata").read_bytes(),
+                    "state.json": format_state(state).encode(),
+                    "config.toml": config.encode(),
+                    _FILES: json.dumps(save).encode(),
+                }
+            ]
+        if world.size > 1:
+            dist.broadcast_object_list(common, src=0, group=group)
+        self._common = common[0]
+        if world.size == world.local_size:
+            return
+        following = (world.rank + world.local_size) % world.size
+        before = (world.rank - world.local_size) % world.size
+        sent = [Sent(temporary / name, following) for name in own]
+        received = [Received(temporary / name, size, before) for name, size in files[before].items()]
+        for each in zip_longest(sent, received):  # a rank has one file, or none if others have written its shards
+            transfer(*each, group)
+
+    def commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
+        """Complete `temporary` on this node and rename it to `final`."""
+        if self.makes_directory:
+            _complete(temporary, final, self._common)
+
+
+class InMemoryCheckpoint(NamedTuple):
+    """A checkpoint whose tensor files are spread over the memory of the nodes."""
+
+    path: Path
+    """On this node, with the files that all nodes have; the others are there with their size and without content."""
+    holders: list[set[str]]
+    """The tensor files of the node of each rank, by rank."""
+    files: dict[str, int]
+    """All tensor files, with their sizes."""
+    world: WorldComm
+
+    @classmethod
+    def find(cls, directory: Path | None, world: WorldComm, *, newer_than: int) -> InMemoryCheckpoint | None:
+        """Return the newest checkpoint of which all files are left on some node; None if there is none after the step
+        `newer_than`.
+
+        Every rank calls it, with the directory of its node. Other checkpoints in memory are removed.
+        """
+        found = {} if directory is None else {step_of(path): _describe(path) for path in list_checkpoints(directory)}
+        gathered = [json.loads(text) for text in world.gather(json.dumps([directory is not None, found]))]
+        nodes: list[dict[str, dict[str, Any]]] = [held for _, held in gathered]
+        everywhere = all(has_directory for has_directory, _ in gathered)
+        saves = {(int(step), each["save"]) for held in nodes for step, each in held.items()}
+        for step, save in sorted(saves, reverse=True):
+            if directory is None or not everywhere or step <= newer_than:
+                break
+            copies = [held.get(str(step), {}) for held in nodes]
+            copies = [copy if copy.get("save") == save else {} for copy in copies]
+            holders = [set(copy.get("held", ())) for copy in copies]
+            source = next(rank for rank, copy in enumerate(copies) if copy)
+            files: dict[str, int] = copies[source]["files"]
+            if set().union(*holders) >= files.keys():
+                checkpoint = cls(directory / f"step-{step:08d}", holders, files, world)
+                run_on_all_ranks(lambda c=checkpoint, s=source: c._open(s), world.gather)  # type: ignore[misc]
+                return checkpoint
+        if directory is not None and world.rank % world.local_size == 0:
+            keep_only(directory, None)
+        return None
+
+    def fetch(self, wanted: Collection[str]) -> None:
+        """Copy the tensor files that this rank is going to read, `wanted`, from other nodes. Every rank calls it."""
+        world = self.world
+        wants = [set(json.loads(text)) for text in world.gather(json.dumps(sorted(wanted)))]
+        failure: OSError | None = None
+        for first in range(0, world.size, world.local_size):  # of each node; all ranks go in the same order
+            node = range(first, first + world.local_size)
+            for name in sorted(set().union(*(wants[rank] for rank in node)) - self.holders[first]):
+                source = next(rank for rank, held in enumerate(self.holders) if name in held)
+                if world.rank == source:
+                    transfer(Sent(self.path / name, first), None, None)
+                elif world.rank == first:
+                    try:
+                        transfer(None, Received(self.path / name, self.files[name], source), None)
+                    except OSError as error:
+                        failure = error
+        run_on_all_ranks(lambda: _raise(failure), world.gather)
+
+    def _open(self, source: int) -> None:
+        """Make the directory on this node complete except for the content of tensor files: those of other nodes have
+        their size, which the reader of the metadata checks, and take no memory.
+        """
+        world = self.world
+        common: list[dict[str, bytes]] = [{}]
+        if world.rank == source:
+            common = [{name: (self.path / name).read_bytes() for name in _COMMON}]
+        if world.size > 1:
+            dist.broadcast_object_list(common, src=source)
+        if world.rank % world.local_size:
+            return
+        if not self.path.exists():
+            temporary = self.path.with_name(f".{self.path.name}")
+            temporary.mkdir(exist_ok=True)
+            _complete(temporary, self.path, common[0])
+        for name in self.files.keys() - self.holders[world.rank]:
+            with (self.path / name).open("wb") as file:
+                file.truncate(self.files[name])
+        keep_only(self.path.parent, self.path)
+
+
+def keep_only(directory: Path, kept: Path | None) -> None:
+    """Remove the checkpoints in the memory of this node, complete or not, except `kept`."""
+    for path in list(directory.iterdir()):
+        if path != kept and path.is_dir():
+            remove_files(path, WRITTEN.fullmatch)
+
+
+def _complete(temporary: Path, final: Path, common: Mapping[str, bytes]) -> None:
+    for name, content in common.items():
+        write_fsync(temporary / name, content)
+    if final.exists():
+        remove_files(final, WRITTEN.fullmatch)
+    temporary.rename(final)
+
+
+def _describe(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of files.json, and "held": the names of the tensor files whose content this node has."""
+    described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+    # a file of another node has its size and no blocks; one that was only partly received has other blocks
+    held = [path.name for path in checkpoint.glob(_TENSORS) if path.stat().st_blocks * 512 >= path.stat().st_size]
+    return {**described, "held": [name for name in held if described["files"].get(name) == _size(checkpoint / name)]}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
