@@ -14,7 +14,7 @@ from components.checkpoint.load import list_checkpoints, old_checkpoints, silenc
 from components.checkpoint.manifest import run_of
 from components.errors import InputError
 from components.interfaces import WorldComm
-from components.storage.address import is_address
+from components.storage.address import is_address, refuse_password
 from components.units import PositiveCount
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.remote is not None and not is_address(self.remote):
             raise InputError("remote", f'{self.remote} is not an address, such as "s3://bucket/runs"')
+        refuse_password(self.remote or "", "remote")
 
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
         in_memory = host_memory_directory() if self.in_memory_interval_steps is not None else None

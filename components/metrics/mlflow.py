@@ -12,6 +12,7 @@ from typing import Any
 from components.errors import first_line
 from components.metrics.tensorboard import scalars
 from components.metrics.writer import Row, RunInfo, Writer, require_library
+from components.storage.address import refuse_password
 
 _RUN_TAG = "powertrain.run"
 _MAX_PARAM_LENGTH, _PARAMS_PER_REQUEST = 6000, 100
@@ -29,6 +30,8 @@ class MLflow(Writer):
 
     def __post_init__(self) -> None:
         require_library("mlflow")
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        refuse_password(self.tracking_uri, "tracking_uri", remedy=remedy)
 
     def open(self, run: RunInfo) -> None:
         """Raises OSError if the server or directory cannot be reached."""

@@ -9,8 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from components.errors import InputError
+
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://?(.+)")
 """A `Path` folds the two slashes of an address into one."""
+_PASSWORD = re.compile(r"(\w[\w+.-]*)://?[^/@:\s]*:(?!\d*(?:/|$))[^@\s\"']*@")
+"""The start of an address with a password, in which a `/` may occur; digits up to a `/` are a port."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
 _OBJECT_STORES = {*_EXTRAS, "abfs", "az"}
 """File systems without directories, where a file needs no parent."""
@@ -25,6 +29,24 @@ def is_address(text: str) -> bool:
     return "://" in text and _ADDRESS.fullmatch(text) is not None
 
 
+def refuse_password(
+    text: str, key: str = "", *, remedy: str = "set it for the library of the file system, as docs/storage.md shows"
+) -> None:
+    """Raise InputError at `key` if `text` is an address with a password: run directories and trackers have copies of
+    the recipe."""
+    if match := _PASSWORD.match(text):
+        raise InputError(
+            key,
+            f"this {match[1]}:// address contains a password, which would be written to the run directory, to "
+            f"checkpoints and to logs; remove it, and {remedy}",
+        )
+
+
+def hide_passwords(text: str) -> str:
+    """Return `text` without the user and password of the addresses in it."""
+    return _PASSWORD.sub(r"\1://...@", text)
+
+
 def local_copies() -> Path:
     """Return the directory of all local copies."""
     return Path("~/.cache/powertrain/storage").expanduser()
@@ -33,11 +55,12 @@ def local_copies() -> Path:
 def local_copy_of(path: Path) -> Path | None:
     """Return the path of the local copy of the address that `path` was made from; None if it was made from a path.
 
-    Raises ValueError for an address with a `..`, which would be a copy of something else.
+    Raises ValueError for an address with a `..`, which would be a copy of something else, and for one with a password.
     """
     match = _ADDRESS.fullmatch(str(path))
     if match is None:
         return None
+    refuse_password(str(path))
     protocol, location = match.groups()
     if ".." in location.split("/"):
         raise ValueError(f"{protocol}://{location} contains a `..`")

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli
 
-from components.storage.address import display
+from components.storage.address import display, hide_passwords
 
 KeyPath = tuple[str | int, ...]
 """Keys from the root; an integer is an index into an array."""
@@ -103,7 +103,8 @@ def brief_value(value: Any) -> str:
 
 
 def brief(text: str, width: int = 72) -> str:
-    """Return `text`, cut to `width` characters."""
+    """Return `text` without passwords of addresses, cut to `width` characters."""
+    text = hide_passwords(text)
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
