@@ -42,7 +42,7 @@ def record_environment(file: Path, environment: Mapping[str, Any], after_step: i
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         last = {key: value for key, value in entries[-1].items() if key != "after_step"}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError, LookupError, AttributeError, TypeError):
         entries, last = [], None
     if environment != last:
         atomic_write(file, json.dumps([*entries, {"after_step": after_step, **environment}], indent=1) + "\n")

@@ -90,7 +90,7 @@ class RunDirectory:
     def _read_owner(self) -> dict[str, Any]:
         try:
             owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         known = (
             isinstance(owner, dict) and isinstance(owner.get("kind"), str) and isinstance(owner.get("launches"), list)

@@ -92,7 +92,10 @@ class PretrainedModel:
         with Weights(self.path, ignore=[RECOMPUTED_BUFFERS]) as weights:
             for note in weights.notes:
                 log.warning(note)
-            copy_weights(model, weights)
+            try:
+                copy_weights(model, weights)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
 
 
 def load_pretrained(

@@ -252,7 +252,7 @@ def read_prompts(path: Path) -> list[str]:
         try:
             prompts.append(json.loads(line)["prompt"])
             assert isinstance(prompts[-1], str)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise ValueError(f'{path}:{number}: expected an object such as {{"prompt": "Once upon"}}') from None
     return prompts
 

@@ -114,6 +114,8 @@ def read_run(run: Path) -> list[dict[str, Any]]:
     rows = read_rows(metrics)
     if not any("loss" in row for row in rows):
         raise ValueError(f"{metrics} has no finished step yet")
+    if (wrong := next((row for row in rows if not isinstance(row.get("tokens"), int)), None)) is not None:
+        raise ValueError(f"{metrics} has a row of step {wrong['step']} without tokens; remove this line")
     return rows
 
 

@@ -124,7 +124,9 @@ class TextDataset(TokenDataset):
         return f"{begin} to {last.source_file} document {last.document} token {last.token}"
 
     def _documents(self, span: int) -> np.ndarray:
-        shard, _, _, first, count = self.reader.spans[span].tolist()
-        return np.fromfile(
-            self._shards[shard] / DOCUMENTS, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize
-        )
+        shard, _, tokens, first, count = self.reader.spans[span].tolist()
+        path = self._shards[shard] / DOCUMENTS
+        rows = np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize)
+        if int(rows["tokens"].sum()) != tokens:
+            raise ValueError(rebuild_error(path, "does not belong to its index"))
+        return rows

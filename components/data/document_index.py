@@ -28,6 +28,7 @@ from components.data.shards import (
     FORMAT,
     Digest,
     EncodedFile,
+    Shard,
     Size,
     StrictModel,
     check_file,
@@ -36,9 +37,11 @@ from components.data.shards import (
     rebuild_error,
     token_dtype,
 )
+from components.data.token_reader import map_array
 from components.interfaces import Tokenizer
 
 INDEX, SPANS, SOURCE_FILES = "index.json", "spans.npy", "source_files.json"
+_BLOCK_SPANS = 2**20
 
 
 class Index(StrictModel):
@@ -177,20 +180,38 @@ def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) 
     Raises ValueError, naming the damaged file and the remedy.
     """
     index = read_record(directory / INDEX, Index)
-    found = {
-        check_shard(directory.parent / index.store / shard, tokenizer=tokenizer, hashes=hashes).dtype
+    shards = [
+        check_shard(directory.parent / index.store / shard, tokenizer=tokenizer, hashes=hashes)
         for shard in index.shards
-    }
+    ]
     path = directory / SPANS
     if not path.is_file():
         raise ValueError(rebuild_error(path, "is missing"))
     check_file(path, path.stat().st_size, index.spans_sha256, hashes)
     # Memory-mapped: where documents are dropped there is a row for each run between them, 4 GB for a trillion tokens,
     # and every process of a machine would have a copy.
-    spans: np.ndarray = np.load(path, allow_pickle=False, mmap_mode="r")
-    if spans.shape != (index.spans, 5) or int(spans[:, 2].sum()) != index.tokens or found != {index.dtype}:
+    try:
+        spans = map_array(path)
+    except ValueError as error:
+        raise ValueError(rebuild_error(path, f"is damaged ({error})")) from None
+    fits = (
+        spans.shape == (index.spans, 5) and spans.dtype == np.int64 and {each.dtype for each in shards} == {index.dtype}
+    )
+    if not fits or int(spans[:, 2].sum()) != index.tokens or not _lie_within(spans, shards):
         raise ValueError(rebuild_error(path, "does not belong to its index"))
     return index, spans
+
+
+def _lie_within(spans: np.ndarray, shards: Sequence[Shard]) -> bool:
+    """Return whether the tokens and documents of all (n, 5) spans exist in the shards; read in blocks."""
+    tokens, documents = (np.array([getattr(shard, name) for shard in shards]) for name in ("tokens", "documents"))
+    for at in range(0, len(spans), _BLOCK_SPANS):
+        shard, token, count, document, documents_here = spans[at : at + _BLOCK_SPANS].T
+        if (spans[at : at + _BLOCK_SPANS] < 0).any() or (shard >= len(shards)).any():
+            return False
+        if (count > tokens[shard] - token).any() or (documents_here > documents[shard] - document).any():
+            return False
+    return True
 
 
 def _printable(name: str) -> str:

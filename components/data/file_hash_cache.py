@@ -69,7 +69,7 @@ def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
         known = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, True
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}, False
     if not isinstance(known, dict):
         return {}, False

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from components.errors import first_line
+
 _MAX_OPEN = 512
 _MIN_FREE = 32
 """The reader uses at most half of the free descriptors: checkpoints, loader workers and connections need others."""
@@ -103,8 +105,18 @@ class _Mapped:
         return cls(table.filename) if isinstance(table, np.memmap) and table.filename else table
 
     def open(self) -> np.ndarray:
-        table: np.ndarray = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return table
+        return map_array(Path(self.path))
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Memory-map an array in a .npy file. Raises ValueError, without the path, for a damaged file."""
+    try:
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # the parser of the header raises errors of many kinds
+        raise ValueError(first_line(error)) from None
+    return array
 
 
 class TokenReader:

@@ -199,11 +199,26 @@ def agree_on_launch(address: str, port: int, run_id: str, *, launch: str, launch
     """Return the identifier and the start time of the launch, the same on all nodes: those of the first one.
 
     They are kept where the nodes meet, so a node that joins later, or takes the place of a lost one, has them too.
+    Raises RendezvousError if something else is there.
     """
     store = TCPStore(address, port, is_master=False)
-    mine = json.dumps([launch, launched_at])
-    found = json.loads(store.compare_set(f"powertrain/launch/{run_id}", "", mine))
-    return str(found[0]), float(found[1])
+    key = f"powertrain/launch/{run_id}"
+    found = store.compare_set(key, "", json.dumps([launch, launched_at]))
+    try:
+        return parse_launch(found)
+    except ValueError:
+        raise RendezvousError(f"{key} is {found[:60]!r}, which no launcher has written") from None
+
+
+def parse_launch(stored: bytes) -> tuple[str, float]:
+    """Return identifier and start time of a launch as `agree_on_launch` stores them. Raises ValueError otherwise."""
+    try:
+        launch, launched_at = json.loads(stored)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(launch, str) or not isinstance(launched_at, float):
+        raise ValueError(f"{launch!r} and {launched_at!r} are not a name and a time")
+    return launch, launched_at
 
 
 def own_address() -> str | None:

@@ -51,7 +51,7 @@ class PositionFile:
         try:
             step, rows = json.loads(os.pread(self._handle, _RECORD_BYTES, 0))
             return Position(int(step), int(rows))
-        except (ValueError, TypeError, OSError):
+        except (ValueError, TypeError, OverflowError, OSError):
             return Position()
 
     def save(self, position: Position) -> None:

@@ -23,11 +23,15 @@ def last_offline_step(directory: Path, run: str) -> int:
 
 
 def read_steps(file: Path) -> Iterator[int]:
-    """Yield the step of each row in a file."""
+    """Yield the step of each row in a file. Raises ValueError if it is damaged."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from wandb.proto.wandb_internal_pb2 import Record
 
     for data in read_records(file.read_bytes()):
-        record = Record.FromString(data)
+        try:
+            record = Record.FromString(data)
+        except DecodeError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
         if record.HasField("history"):
             yield record.history.step.num
 

@@ -98,12 +98,23 @@ def _record_of(address: str) -> Path:
 
 
 def _read_record(record_file: Path) -> dict[str, Any]:
-    """Return name -> [bytes, version] of the last time; empty if there was none, or the record is damaged."""
+    """Return name -> [bytes, version] of the last time; empty if there was none, or the record is damaged.
+
+    Files that are not at the address any more are removed, so every name must be that of a file in the copy.
+    """
     try:
         record = json.loads(record_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) and all(map(_is_below, record)) else {}
+
+
+def _is_below(name: str) -> bool:
+    """Return whether `name` is a path to a file below the directory that it is relative to."""
+    try:
+        return b"\0" not in os.fsencode(name) and not name.startswith("/") and ".." not in name.split("/")
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager

@@ -15,8 +15,11 @@ import numpy as np
 from components.errors import InputError, MissingFileError
 from components.storage.local_copy import fetch
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers
+from components.unicode_text import replace_surrogates
 
 _LARGEST_FILE = 2**28
+_MAX_VOCABULARY = 2**24
+"""As of the models of Hugging Face; an id of 4 bytes would need 32 GB of memory for its length."""
 _ONE_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "\u2581"
 """The character for a space in SentencePiece."""
@@ -53,11 +56,11 @@ class TokenizerJson:
             raise
         except Exception as error:  # the library raises a plain Exception
             raise InputError("path", f"{self.path} is not a tokenizer.json: {str(error)[:200]}") from None
-        end = tokenizer.token_to_id(self.end_of_document)
+        end = _id_of(tokenizer, self.end_of_document)
         if end is None:
             raise InputError("end_of_document", f"{self.path} has no token {self.end_of_document!r}")
         name = self._added_start(tokenizer) if self.start_of_document == "auto" else self.start_of_document
-        start = None if name is None else tokenizer.token_to_id(name)
+        start = None if name is None else _id_of(tokenizer, name)
         if name is not None and start is None:
             raise InputError("start_of_document", f"{self.path} has no token {name!r}; name another one, or add none")
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -72,7 +75,7 @@ class TokenizerJson:
         try:
             settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
             added, bos = settings.get("add_bos_token"), settings.get("bos_token")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError("path", f"{config} is not a JSON object: {error}") from None
         if added is not None:  # it overrides the post-processor, as in torchtitan and transformers 4
             before = [bos.get("content") if isinstance(bos, dict) else bos] if added else []
@@ -85,6 +88,12 @@ class TokenizerJson:
                 f"and after it none or end_of_document = {self.end_of_document!r}. Name the start token, or add none",
             )
         return before[0] if before else None
+
+
+def _id_of(tokenizer: Any, token: object) -> int | None:
+    """Return the id of `token`, which a file may name; None if it is not a token of the vocabulary, or not text."""
+    is_text = isinstance(token, str) and replace_surrogates(token) == token
+    return tokenizer.token_to_id(token) if is_text else None
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[str], list[str]]:
@@ -123,6 +132,10 @@ class JsonEncoder:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        if self.vocab_size > _MAX_VOCABULARY:
+            raise InputError(
+                "path", f"a token has the id {self.vocab_size - 1:,}; the limit is {_MAX_VOCABULARY - 1:,}"
+            )
         self.end_of_document = end_of_document
         self.start_of_document = start_of_document
         self.fingerprint = f"tokenizer-json-1-{digest}-{end_of_document}" + "-special" * parse_special

@@ -102,12 +102,14 @@ def display_path(path: Path, cwd: Path) -> str:
 def absolute(path: str | Path, base_dir: Path) -> Path:
     """Return `path` seen from `base_dir`, with `~` expanded and `..` folded; of an address, its local copy.
 
-    Raises ValueError for a home directory that does not exist, and for a name that is not UTF-8, which no TOML file can
-    hold.
+    Raises ValueError for a home directory that does not exist, for a null character, and for a name that is not UTF-8,
+    which no TOML file can hold.
     """
     if (copy := local_copy_of(Path(path))) is not None:
         return copy
     found = Path(os.path.abspath(base_dir / expand_home(path)))  # noqa: PTH100 (resolve() would follow links)
+    if "\0" in str(found):
+        raise ValueError(f"{str(found)!r} contains a null character, which no path can")
     if not is_utf8(str(found)):
         raise ValueError(f"{found}: the name is not UTF-8, so a recipe cannot contain it; rename the directory or file")
     return found

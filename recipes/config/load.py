@@ -217,6 +217,8 @@ class RecipeReader:
             raise ConfigError([_syntax_problem(name, text, error)]) from None
         except RecursionError:
             raise ConfigError([Problem(name, "", "nested too deeply to read")]) from None
+        except ValueError:  # Python does not convert longer ones
+            raise ConfigError([Problem(name, "", "an integer has more than 4,300 digits")]) from None
         lines = line_index(text)
 
         def origin(path: KeyPath) -> Origin:

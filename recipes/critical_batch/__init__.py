@@ -32,7 +32,7 @@ from components.run_directory import RunDirectory
 from components.units import format_count
 from recipes.bad_steps import NonFiniteError
 from recipes.config import Config, ConfigError, derive
-from recipes.critical_batch.branches import Branches, BranchPoint, find_branch_point
+from recipes.critical_batch.branches import Branches, find_branch_point, read_branch_point
 from recipes.critical_batch.report import Branch, Report, draw_report
 from recipes.errors import RunError, config_errors_at
 from recipes.pretrain import Pretrain
@@ -277,9 +277,9 @@ class CriticalBatchMeasurement:
     def _require_same_measurement(self, start_file: Path) -> None:
         """Raise ValueError or ConfigError if the existing branches are of another measurement."""
         try:
-            before = BranchPoint(**json.loads(start_file.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--resume: {start_file} is damaged: {error}") from None
+            before = read_branch_point(start_file)
+        except ValueError as error:
+            raise ValueError(f"--resume: {error}") from None
         if before != self.start:
             raise ValueError(
                 f"--resume: {self.directory.path} started from {before}, this is {self.start}; give this measurement "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,14 @@ class BranchPoint:
     batch: int
     """B in samples, rounded to the mesh."""
     lr: float
+
+
+def read_branch_point(file: Path) -> BranchPoint:
+    """Return the branch point stored in `file`. Raises ValueError if it is damaged."""
+    try:
+        return BranchPoint(**json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def find_branch_point(branches: Branches, rounding: BatchRounding, config: Config) -> BranchPoint:

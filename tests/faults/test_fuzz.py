@@ -1,79 +1,142 @@
-"""Files of any bytes are read correctly or give one clear error; the bytes come from hypothesis."""
+"""Files of any bytes are read correctly or give one clear error; benchmarks/fuzz/ has the readers and mutates files."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import zipfile
+from io import BytesIO
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.checkpoint import list_checkpoints, load_tensors, tensor_names, verify
-from components.checkpoint.load import read_state
-from components.data import TextFiles
-from components.tokenizers import Bytes, TiktokenFile
+from benchmarks.fuzz.corpus import make_corpus
+from benchmarks.fuzz.mutator import mutate
+from benchmarks.fuzz.targets import TARGETS, Executions
+from components.checkpoint import DamagedError, tensor_names, verify
+from components.tokenizers import TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load
-from recipes.stored_config import load_stored_config
-from recipes.training_state import read_run_state
-from tests.conftest import RECIPE, TinyRun
+from tests.conftest import RECIPE
 
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20"))
+SLOW = {"resumed run": 0.2, "text of the Hub": 0.2}
+"""Fraction of the examples of a target whose executions take a second."""
 FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "30")),
+    max_examples=EXAMPLES,
     deadline=None,  # of a machine that others use, too
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+NESTED = b"[" * 100_000
+"""JSON that is nested too deeply for Python."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = TinyRun(tmp_path_factory.mktemp("trained"))
-    assert tiny.launch("--training.total_tokens=300") == 0
-    return tiny.folder
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for library in ("pyarrow", "zstandard", "wandb", "tokenizers", "datasets", "fsspec"):
+        pytest.importorskip(library, reason="needs all extras")
+    folder = tmp_path_factory.mktemp("fuzz") / "corpus"
+    make_corpus(folder)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def checkpoint(trained: Path) -> Path:
-    return list_checkpoints(trained / "run" / "checkpoints")[-1]
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Restore the variables that targets set."""
+    for name in ("HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@st.composite
-def mutations(draw: st.DrawFn) -> list[tuple[int, int, bytes]]:
-    """Edits: (position in thousandths of the length, number of bytes to replace, other bytes)."""
-    edit = st.tuples(st.integers(0, 1000), st.sampled_from([0, 1, 2, 8, 10**6]), st.binary(max_size=9))
-    return draw(st.lists(edit, min_size=1, max_size=4))
+@pytest.mark.parametrize("name", TARGETS)
+def test_damaged_files_are_accepted_or_refused(corpus: Path, tmp_path: Path, name: str) -> None:
+    executions = Executions(name, corpus, tmp_path / "work")
+    for number in range(round(EXAMPLES * SLOW.get(name, 1))):
+        executions.run(number)
 
 
-def mutate(content: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-    for place, removed, added in edits:
-        at = len(content) * place // 1000
-        content = content[:at] + added + content[at + removed :]
-    return content
+@pytest.mark.parametrize("name", sorted(TARGETS.keys() - {"recipe"}))  # some recipes name files that are not there
+def test_valid_files_are_accepted(corpus: Path, tmp_path: Path, name: str) -> None:
+    executions = Executions(name, corpus, tmp_path / "work")
+    for file in executions.originals:
+        if name not in SLOW or file == min(executions.originals):
+            assert executions.read(file, (corpus / executions.target.corpus / file).read_bytes()), file
 
 
-def spoilt(source: Path, folder: Path, name: str, content: bytes) -> Path:
-    """A copy of the directory `source` in which the file `name` is another."""
-    copy = folder / "spoilt"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(source, copy)
-    (copy / name).write_bytes(content)
-    return copy
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header
+
+
+def zip_with_bytes_as_a_name() -> bytes:
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("é", b"")
+    return buffer.getvalue().replace("é".encode(), b"\xff\xff")
+
+
+def with_id(number: int) -> bytes:
+    """A tokenizer.json of one token."""
+    model = {"type": "WordLevel", "vocab": {"<|endoftext|>": number}, "unk_token": "<|endoftext|>"}
+    return json.dumps({"version": "1.0", "model": model, "added_tokens": []}).encode()
+
+
+BOS = b'{"add_bos_token": true, "bos_token": %s}'
+RESULT = b'{"digest": "0", "varied": {}, "outcome": {"val_loss": %s}}\n'
+REFUSED: dict[str, tuple[str, str, bytes]] = {
+    "an integer of 5,000 digits": ("recipe", "mine.toml", b"a = " + b"9" * 5000),
+    "a null character in a path": ("recipe", "mine.toml", b'extends = ["a\\u0000b"]'),
+    "a header of NumPy that does not end": ("token files", "numpy.npy", npy(b"{'descr': ('<i8', \n") + bytes(80)),
+    "names in a zip file that are not text": (
+        "pickled weights",
+        "pytorch_model.bin",
+        zip_with_bytes_as_a_name(),
+    ),
+    "a result of another type": ("results of a sweep", "results.jsonl", RESULT % b'"x"'),
+    "a result that is nested": ("results of a sweep", "results.jsonl", RESULT % NESTED),
+    "a prompt that is nested": ("prompts", "prompts.jsonl", NESTED),
+    "a configuration that is nested": ("tokenizer.json", "tokenizer_config.json", NESTED),
+    "a branch point that is nested": ("branch point", "start.json", NESTED),
+    "an id that is too large": ("tokenizer.json", "tokenizer.json", with_id(2**32 - 1)),
+    "a start token that is not text": ("tokenizer.json", "tokenizer_config.json", BOS % b'"\\ud800"'),
+    "a start token that is a number": ("tokenizer.json", "tokenizer_config.json", BOS % b"7"),
+    "a launch that is nested": ("launch in the rendezvous", "launch.json", NESTED),
+    "a W&B record of other bytes": ("W&B file", "run.wandb", bytes(11) + b"\x03\0\x01\xff\xff\xff"),
+    "metrics without tokens": ("metrics", "metrics.jsonl", b'{"step": 1, "loss": 2.5}\n'),
+    "metrics of a sweep without samples": ("metrics of a sweep", "metrics.jsonl", b'{"step": 1, "loss": 2.5}\n'),
+}
+"""What the fuzzer found: a target, a file of it, and a content that once raised another error."""
+READ_AS_EMPTY: dict[str, tuple[str, str, bytes]] = {
+    "hashes that are nested": ("cache of hashes", "file-hashes.json", NESTED),
+    "environments that are nested": ("environment.json", "environment.json", NESTED),
+    "a record of a copy that is nested": ("record of a local copy", "copy.json", NESTED),
+    "a record of a null character": ("record of a local copy", "copy.json", b'{"\\u0000": [1, "1"]}'),
+    "a record of a surrogate": ("record of a local copy", "copy.json", b'{"\\ud800": [1, "1"]}'),
+    "a position without end": ("position of a writer", "position.json", b"[Infinity, 1]"),
+}
+"""As REFUSED, of files that the product replaces when they are damaged."""
+
+
+@pytest.mark.parametrize("what", [*REFUSED, *READ_AS_EMPTY])
+def test_findings_of_the_fuzzer(corpus: Path, tmp_path: Path, what: str) -> None:
+    name, file, content = {**REFUSED, **READ_AS_EMPTY}[what]
+    assert Executions(name, corpus, tmp_path / "work").read(file, content) == (what in READ_AS_EMPTY)
 
 
 @FUZZ
-@given(edits=mutations())
-def test_recipes(tmp_path_factory, edits) -> None:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "mine.toml").write_bytes(mutate(RECIPE.encode(), edits))
-    try:
-        load(folder / "mine.toml", cwd=folder).to_toml()
-    except ConfigError as error:
-        assert str(error).endswith("nothing was started.")
+@given(seed=st.integers(0, 2**32))
+def test_a_change_of_a_checkpoint_is_found(corpus: Path, tmp_path_factory, seed: int) -> None:
+    executions = Executions("checkpoint", corpus, tmp_path_factory.mktemp("fuzz") / "work")
+    file, content, _ = executions.mutation(seed)
+    executions.read(file, content)
+    if content != (corpus / "checkpoint" / file).read_bytes():
+        with pytest.raises((DamagedError, ValueError)):
+            verify(executions.folder)
 
 
 @FUZZ
@@ -100,13 +163,14 @@ def test_overrides(tmp_path_factory, key: str, value: str) -> None:
 
 
 @FUZZ
-@given(edits=mutations(), special=st.lists(st.text(max_size=5), max_size=3), pattern=st.text(max_size=8))
-def test_tokenizer_files(tmp_path_factory, edits, special: list[str], pattern: str) -> None:
-    from tests.faults.bad_files import BYTES
-
+@given(special=st.lists(st.text(max_size=5), max_size=3), pattern=st.text(max_size=8), seed=st.integers(0, 2**32))
+def test_patterns_and_special_tokens(
+    corpus: Path, tmp_path_factory, special: list[str], pattern: str, seed: int
+) -> None:
     file = tmp_path_factory.mktemp("tokenizer") / "my.tiktoken"
-    for content in ("".join([*BYTES, "YWI= 256\n"]).encode(), b"".join(added for _, _, added in edits)):
-        file.write_bytes(mutate(content, edits))
+    original = (corpus / "tokenizers" / "my.tiktoken").read_bytes()
+    for content in (original, mutate(original, Random(seed))):
+        file.write_bytes(content)
         for cut in ("gpt2", pattern):
             try:
                 encoder = TiktokenFile(path=file, pattern=cut, special_tokens=["<|endoftext|>", *special]).build()
@@ -114,40 +178,6 @@ def test_tokenizer_files(tmp_path_factory, edits, special: list[str], pattern: s
                 continue
             (ids,) = encoder.encode_batch(["abé"])
             assert all(0 <= int(number) < encoder.vocab_size for number in ids)
-
-
-@FUZZ
-@given(
-    edits=mutations(),
-    name=st.sampled_from(["index.json", "spans.npy", "source_files.json", "shard.json", "tokens.bin", "documents.bin"]),
-)
-def test_token_shards(trained: Path, tmp_path_factory, edits, name: str) -> None:
-    original = min((trained / "cache").rglob(name))
-    folder = tmp_path_factory.mktemp("shards")
-    content = mutate(original.read_bytes(), edits)
-    cache = spoilt(trained / "cache", folder, str(original.relative_to(trained / "cache")), content)
-    for text in ("*.txt", "held_out/*.txt"):  # one of them has the file
-        try:
-            samples = TextFiles(path=trained / "text" / text).build(
-                tokenizer=Bytes().build(), sequence_length=24, cache_dir=cache, progress=lambda line: None
-            )
-            last = len(samples) - 1
-            assert len(samples[last]) == 25
-            samples.describe(last)
-        except ValueError as error:
-            assert str(cache) in str(error)
-
-
-@FUZZ
-@given(edits=mutations())
-def test_checkpoint_metadata(checkpoint: Path, tmp_path_factory, edits) -> None:
-    content = mutate((checkpoint / ".metadata").read_bytes(), edits)
-    copy = spoilt(checkpoint, tmp_path_factory.mktemp("checkpoint"), ".metadata", content)
-    for read in (lambda: tensor_names(copy), lambda: load_tensors(copy, {"x": torch.zeros(3)}, no_dist=True)):
-        try:
-            read()
-        except ValueError as error:
-            assert str(copy) in str(error)
 
 
 @FUZZ
@@ -159,51 +189,38 @@ def test_bytes_as_metadata(tmp_path_factory, content: bytes) -> None:
         tensor_names(folder)
 
 
-@FUZZ
-@given(edits=mutations())
-def test_checkpoint_tensors(checkpoint: Path, tmp_path_factory, edits) -> None:
-    (file,) = checkpoint.glob("*.distcp")
-    copy = spoilt(checkpoint, tmp_path_factory.mktemp("checkpoint"), file.name, mutate(file.read_bytes(), edits))
-    if (copy / file.name).read_bytes() != file.read_bytes():
-        with pytest.raises(ValueError, match="is damaged"):
-            verify(copy)
-    wanted = {"model": {"tok_embeddings.weight": torch.zeros(257, 16)}}
-    try:
-        load_tensors(copy, wanted, no_dist=True)
-    except ValueError as error:
-        assert str(copy) in str(error)
+@pytest.mark.parametrize(("found", "changed"), [(b"text", b"te\xfft"), (b"\x0c", b"\0")])
+def test_names_and_counts_in_a_parquet_file_are_not_trusted(corpus: Path, tmp_path: Path, found, changed) -> None:
+    """A name of a column that is not UTF-8; no rows, where 0x0c is the number of the six rows in Thrift."""
+    executions = Executions("text", corpus, tmp_path / "work")
+    content = (corpus / "texts" / "a.parquet").read_bytes()
+    places = [match.start() for match in re.finditer(re.escape(found), content)]
+    refused = [
+        at for at in places if not executions.read("a.parquet", content[:at] + changed + content[at + len(found) :])
+    ]
+    assert refused
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
+def test_forged_records_of_prepared_data_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Their checksums are right, but they refer to tokens and documents that are not there."""
+    executions = Executions("prepared data", corpus, tmp_path / "work")
+    (spans,) = (file for file in executions.originals if file.endswith("spans.npy"))
+    (documents,) = (file for file in executions.originals if file.endswith("documents.bin"))
+    original = np.load(corpus / "prepared" / spans)
+    for column, value in enumerate((7, 10**6, -1, 10**6, 2**40)):
+        forged, buffer = original.copy(), BytesIO()
+        forged[0, column] = value
+        np.save(buffer, forged)
+        assert not executions.read(spans, buffer.getvalue(), is_sealed=True), column
+    content = (corpus / "prepared" / documents).read_bytes()
+    assert not executions.read(documents, b"\1" + content[1:], is_sealed=True)
+    assert executions.read(documents, content, is_sealed=True)
 
 
-@FUZZ
-@given(
-    edits=mutations(), key=st.sampled_from(["clock", "batch", "loader", "vocab_size", "format", "guard"]), value=JSON
-)
-def test_checkpoint_state(checkpoint: Path, tmp_path_factory, edits, key: str, value) -> None:
-    text = (checkpoint / "state.json").read_bytes()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for content in (mutate(text, edits), json.dumps({**json.loads(text), key: value}).encode()):
-        copy = spoilt(checkpoint, folder, "state.json", content)
-        for read in (read_state, read_run_state, verify):
-            try:
-                read(copy)
-            except ValueError as error:
-                assert str(copy) in str(error)
-
-
-@FUZZ
-@given(edits=mutations(), name=st.sampled_from(["manifest.json", "config.toml"]))
-def test_checkpoint_manifest_and_configuration(checkpoint: Path, tmp_path_factory, edits, name: str) -> None:
-    content = mutate((checkpoint / name).read_bytes(), edits)
-    copy = spoilt(checkpoint, tmp_path_factory.mktemp("checkpoint"), name, content)
-    for read in (verify, load_stored_config):
-        try:
-            read(copy)
-        except (ValueError, ConfigError) as error:
-            assert "checkpoint" in str(error) or "spoilt" in str(error)
+def test_a_record_of_a_copy_removes_no_other_file(corpus: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "mine.txt"
+    kept.write_text("mine")
+    for name in (str(kept), f"a/{'../' * 20}{kept}"):
+        executions = Executions("record of a local copy", corpus, tmp_path / "work")
+        assert executions.read("copy.json", json.dumps({name: [1, "1"]}).encode())
+        assert kept.read_text() == "mine"

@@ -13,11 +13,13 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
 
 from components.critical_batch import smooth_losses
 from components.metrics.jsonl import read_rows
@@ -79,6 +81,8 @@ def processes_per_run(runs: int, recipe: object) -> int:
 class Outcome:
     """The result of a run."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     val_loss: float | None = None
     """The validation loss at the end, nats per token; None without [validation]."""
     train_loss: float | None = None
@@ -118,6 +122,9 @@ class Outcome:
         return f"{self.loss:.4f} in {self.steps} steps, {self.seconds:.0f} s"
 
 
+_OUTCOMES = TypeAdapter(Outcome)
+
+
 class Results:
     """Outcomes by the digest of their job, stored in a file. A job with an outcome is not run again."""
 
@@ -137,8 +144,8 @@ class Results:
             try:
                 entry = json.loads(line)
                 self._varied[entry["digest"]] = dict(entry["varied"])
-                self._outcomes[entry["digest"]] = Outcome(**entry["outcome"])
-            except (ValueError, KeyError, TypeError):
+                self._outcomes[entry["digest"]] = _OUTCOMES.validate_python(entry["outcome"])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}:{number} is not a result of a sweep; give --results another file") from None
 
     def get(self, job: Job) -> Outcome | None:
@@ -247,7 +254,9 @@ class Runner:
             if self._stopping.is_set():
                 process.terminate()
             output, _ = process.communicate()
-            fields = json.loads(error.read_text(encoding="utf-8")) if error.exists() else None
+            fields = None
+            with suppress(ValueError):  # cut off by a full disk: the output has the message, too
+                fields = json.loads(error.read_text(encoding="utf-8")) if error.exists() else None
         self._processes.discard(process)
         self._free_gpus.put(assignment)
         return process.returncode, output.decode(errors="replace"), fields
@@ -283,8 +292,14 @@ def failure_reason(output: str) -> str:
 
 
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
-    """Return the outcome from metrics.jsonl, which a run that failed early does not have."""
-    rows = read_rows(run.metrics)
+    """Return the outcome from metrics.jsonl, which a run that failed early does not have. Raises ValueError."""
+    try:
+        return _outcome_of(read_rows(run.metrics), failure, curve_points)
+    except (KeyError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{run.metrics} is damaged: {type(error).__name__} {error}") from None
+
+
+def _outcome_of(rows: list[dict[str, Any]], failure: str | None, curve_points: int) -> Outcome:
     steps = [row for row in rows if "loss" in row]
     if not steps:
         return Outcome(failure=failure or "no step was finished")

@@ -113,9 +113,9 @@ def read_parquet(path: Path, log: ReadStats, text_key: str) -> Iterator[Document
                         )
                     yield from documents_of(text, log)
                     row += 1
-                log.source_bytes = before + size * row // file.metadata.num_rows
+                log.source_bytes = before + size * row // max(row, file.metadata.num_rows, 1)
         log.source_bytes = before + size
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the system; those of pyarrow have no errno
             raise
         raise ValueError(f"{path} is damaged, or is not a Parquet file: {error}") from error

@@ -7,14 +7,14 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from components.data.dataset import TokenDataset
 from components.data.file_hash_cache import FileHashCache
 from components.data.sources.text_io import known_format
-from components.data.token_reader import TokenReader
+from components.data.token_reader import TokenReader, map_array
 from components.errors import InputError, MissingFileError
 from components.interfaces import Tokenizer
 from components.paths import is_file
@@ -199,7 +199,7 @@ def _read_llmc(path: Path, dtype: np.dtype, count: int) -> _Tokens:
 
 def _read_numpy(path: Path) -> _Tokens:
     try:
-        array: np.memmap = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: Any = map_array(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or is not a NumPy file of numbers: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
