@@ -4,10 +4,10 @@
 
 A reader of a mutated file must return, or raise one of the errors that its callers report as one message, which names
 the file. A finding is any other exception, a crash, a need for more than `--memory` GB, or for more than `--timeout`
-seconds. The targets are run in turn, for some seconds each, in child processes. Execution N of a target is the same
-every time: `--first N --executions 1 TARGET` repeats it. Findings are counted by the type of the error and the last
-line of the project on its traceback; DIRECTORY gets the input and the traceback of the first of each. Exit status: 1
-with findings.
+seconds of a processor. The targets are run in turn, for some seconds each, in child processes. Execution N of a target
+is the same every time: `--first N --executions 1 TARGET` repeats it. Findings are counted by the type of the error and
+the last line of the project on its traceback; DIRECTORY gets the input and the traceback of the first of each. Exit
+status: 1 with findings.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from benchmarks.shared import ROOT, machine
 
 SLICE_SECONDS = 10.0
 """Time of a target before the next one has its turn."""
+_WAITING = 10
+"""Seconds that an execution may take, for each second of processor time: others may use the machine."""
 PRODUCT = tuple(str(ROOT / name) for name in ("recipes", "components", "models", "tools"))
 
 
@@ -61,8 +63,10 @@ class Fuzzer:
     """A directory for the files of one execution."""
     kept: Path
     """The directory of findings and logs."""
-    timeout: int
+    timeout: float
+    """Processor seconds of an execution."""
     memory: float
+    """GB of address space that an execution may add."""
 
     def run_slice(self, name: str, first: int, count: int | None, tally: Tally) -> None:
         """Run a target from execution `first` on, for SLICE_SECONDS or `count` executions, and add to its tally."""
@@ -83,14 +87,17 @@ class Fuzzer:
     def _execute(self, executions: Executions, first: int, count: int | None, records: Path) -> None:
         """Execute in this process; write the number of an execution before it begins, and its record after it."""
         _limit_memory(self.memory)
+        faulthandler.register(signal.SIGPROF, chain=True)  # write the stack, then end
         until = time.monotonic() + SLICE_SECONDS
         with records.open("w", encoding="utf-8") as file:
             number = first
             while time.monotonic() < until and (count is None or number < first + count):
                 print(number, file=file, flush=True)
-                faulthandler.dump_traceback_later(self.timeout, exit=True)  # also while native code runs
+                signal.setitimer(signal.ITIMER_PROF, self.timeout)
+                faulthandler.dump_traceback_later(_WAITING * self.timeout, exit=True)
                 record = _record_of(executions, number)
                 faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 print(json.dumps(record), file=file, flush=True)
                 number += 1
 
@@ -124,7 +131,7 @@ def _read_records(records: Path, status: int) -> Iterator[tuple[int, dict[str, A
         if at + 1 < len(lines):
             yield int(lines[at]), json.loads(lines[at + 1])
         else:
-            how = signal.Signals(-status).name if status < 0 else f"exit with status {status}, as after --timeout"
+            how = signal.Signals(-status).name if status < 0 else f"exit with status {status}, as when it waits"
             yield int(lines[at]), {"finding": how}
 
 
@@ -189,7 +196,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="begin with execution SEED * 10**9 of each target")
     parser.add_argument("--first", type=int, help="begin with this execution, instead of --seed")
     parser.add_argument("--executions", type=int, help="of each target (default: as many as there is time for)")
-    parser.add_argument("--timeout", type=int, default=60, help="seconds of an execution (default: 60)")
+    parser.add_argument("--timeout", type=float, default=60, help="processor seconds of an execution (default: 60)")
     parser.add_argument("--memory", type=float, default=4.0, help="GB of address space more than at first (default: 4)")
     parser.add_argument("--folder", type=Path, help="directory of findings and logs (default: a temporary one)")
     options = parser.parse_args()

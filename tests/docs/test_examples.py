@@ -33,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 OTHERS = "is another project's; tests/tools/test_other_readers.py runs it where it is installed"
 NOT_RUN = {
     # program: the reason
+    "pip-audit": "needs the network",
+    "cyclonedx-py": "is installed in an environment of its own",
     "git": "needs a repository to clone from",
     "cd": "goes where a clone is",
     "source": "changes the shell of the reader",
