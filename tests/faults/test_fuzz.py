@@ -87,6 +87,10 @@ def with_id(number: int) -> bytes:
 
 
 BOS = b'{"add_bos_token": true, "bos_token": %s}'
+TEXT_FOR_A_LOSS = (
+    b'{"step": 1, "tokens": 8, "samples": 2, "global_batch_size": 2, "loss": 2.5, "lr": 1.0, "step_seconds": 1.0, '
+    b'"val_loss": "x"}\n'
+)
 RESULT = b'{"digest": "0", "varied": {}, "outcome": {"val_loss": %s}}\n'
 REFUSED: dict[str, tuple[str, str, bytes]] = {
     "an integer of 5,000 digits": ("recipe", "mine.toml", b"a = " + b"9" * 5000),
@@ -109,6 +113,7 @@ REFUSED: dict[str, tuple[str, str, bytes]] = {
     "a W&B record of other bytes": ("W&B file", "run.wandb", bytes(11) + b"\x03\0\x01\xff\xff\xff"),
     "metrics without tokens": ("metrics", "metrics.jsonl", b'{"step": 1, "loss": 2.5}\n'),
     "metrics of a sweep without samples": ("metrics of a sweep", "metrics.jsonl", b'{"step": 1, "loss": 2.5}\n'),
+    "a validation loss that is text": ("metrics of a sweep", "metrics.jsonl", TEXT_FOR_A_LOSS),
 }
 """What the fuzzer found: a target, a file of it, and a content that once raised another error."""
 READ_AS_EMPTY: dict[str, tuple[str, str, bytes]] = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from components.critical_batch import smooth_losses
 from components.metrics.jsonl import read_rows
@@ -294,8 +294,8 @@ def failure_reason(output: str) -> str:
 def measure(run: RunDirectory, failure: str | None, curve_points: int = 0) -> Outcome:
     """Return the outcome from metrics.jsonl, which a run that failed early does not have. Raises ValueError."""
     try:
-        return _outcome_of(read_rows(run.metrics), failure, curve_points)
-    except (KeyError, TypeError, ArithmeticError) as error:
+        return _OUTCOMES.validate_python(asdict(_outcome_of(read_rows(run.metrics), failure, curve_points)))
+    except (KeyError, TypeError, ArithmeticError, ValidationError) as error:
         raise ValueError(f"{run.metrics} is damaged: {type(error).__name__} {error}") from None
 
 
