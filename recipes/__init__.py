@@ -21,6 +21,7 @@ batch_policy.py         builds the batch policy (the policies: components/batch/
 prepared_data.py        refuses untokenized text on several nodes
 data_checks.py          checks the micro-batches of a step
 step_results.py         a step queued on the device, and its results read later
+step_timer.py           times the steps, for the metrics and batch policies
 step_metrics.py         the row of a step in metrics.jsonl
 bad_steps.py            skips, rolls back or stops as components/guard.py decides
 hooks.py                the points of the loop, for custom hooks

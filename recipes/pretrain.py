@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
 from components import precision
-from components.batch import StepBatch
+from components.batch import StepBatch, StepTime
 from components.checkpoint import CheckpointConfig
 from components.distributed.collectives import try_call
 from components.distributed.parallel_dims import ParallelConfig
@@ -61,6 +62,7 @@ from recipes.run_config import RunConfig, TrainingConfig
 from recipes.run_setup import build_environment
 from recipes.step_metrics import StepMetrics
 from recipes.step_results import LaunchedStep, StepResult, metrics_delay, request_counts
+from recipes.step_timer import StepTimer
 
 log = logging.getLogger("powertrain")
 
@@ -180,6 +182,8 @@ class Trainer:
             self.model, self.data.dataset, device, self.flops_per_token, peak and peak * self.world.size
         )
         self.metric_logger = build.build_metric_logger(config, environment, self.clock, cleanup)
+        layout = f"{self.mesh.mesh_shape}; {self.batch_rounding}"
+        self.timer = StepTimer(layout, self.world.size, first_step=self.clock.step + 1)
         self.checkpoints = RunCheckpoints(
             self.state,
             manager,
@@ -188,11 +192,11 @@ class Trainer:
             config,
             discard_gradients=self.step.zero_grad,
             read_launched=self.read_launched,
-            restart_timer=self.restart_timer,
+            restart_timer=self.timer.restart,
             is_on_disk=start.fetch is None,
         )
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
-        self.timer_started_at, self.warned_noise = 0.0, False
+        self.warned_noise = False
         intervals = recipe.checkpoint.interval_steps, recipe.checkpoint.in_memory_interval_steps
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, *intervals)]
         if (validation := self.data.validation) is not None:
@@ -209,7 +213,7 @@ class Trainer:
 
     def train(self) -> int:
         """Run the training loop. Returns the request that ended it, or NONE after all tokens are trained."""
-        self.restart_timer()
+        self.timer.restart()
         self.hooks.call("on_run_begin", self.context)
         while not self.clock.done and not is_stop(self.requests.agreed):
             self.hooks.call("on_step_begin", self.context)
@@ -226,6 +230,7 @@ class Trainer:
         lr = compute_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
         micro_batches = self.reader.read(batch.micro_batches)
         data_seconds, measured, numbers, bad = time.perf_counter() - started, False, None, None
+        timed = self.timer.take()
         if isinstance(micro_batches, BadSamples):
             handle_bad_samples(
                 micro_batches, batch, self.clock, self.state.guard, self.checkpoints, self.config, self.world
@@ -234,11 +239,14 @@ class Trainer:
             measured = self.measures_noise(batch)
             self.probes.before_step(self.clock.step + 1, micro_batches)
             numbers = self.step.accumulate(
-                micro_batches, batch.micro_batches, step_tokens, measure=measured, more=self._summands
+                micro_batches, batch.micro_batches, step_tokens, measure=measured, more=partial(self._summands, timed)
             )
         after = replace(self.clock)  # the clock itself advances after the update; a bad step saves the state before it
         after.advance(batch.samples)
-        launched = LaunchedStep(after, batch, lr, numbers, self.mesh.dp.size, measured, data_seconds)
+        with raised_in("batch"):
+            explained = dict(self.policy.metrics())
+        dp_size = self.mesh.dp.size
+        launched = LaunchedStep(after, batch, lr, numbers, dp_size, measured, data_seconds, timed, explained)
         if numbers is not None:
             # with a delay the device skips a non-finite update, and read_launched checks the step
             if not self.metrics_delay and (bad := self._judge(launched.read())) is not None:
@@ -267,10 +275,12 @@ class Trainer:
             if result.moments is not None and bad is None:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
             self.state.observations.append((launched.progress, noise))
-            step_seconds = time.perf_counter() - self.timer_started_at
-            row = self.metrics.row(launched, result, noise, step_seconds=step_seconds)
+            if result.step_time is not None:
+                with raised_in("batch"):
+                    self.policy.observe_time(result.step_time)
+            row = self.metrics.row(launched, result, noise, step_seconds=self.timer.stop(launched))
             self.metric_logger.log(row if launched.probed is None else row | launched.probed.read())
-            self.restart_timer()
+            self.timer.restart()
             # processes agree on a request in the reduction of the step; a single one can poll again
             request = result.request if self.world.size > 1 else self.requests.poll()
             self.requests.agreed = max(self.requests.agreed, request)
@@ -287,10 +297,6 @@ class Trainer:
         while observations and observations[0][0].step <= self.clock.step - self.metrics_delay:
             with raised_in("batch"):
                 self.policy.observe(*observations.popleft())
-
-    def restart_timer(self) -> None:
-        """Start the step timer."""
-        self.timer_started_at = time.perf_counter()
 
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for an invalid size."""
@@ -344,13 +350,17 @@ class Trainer:
         """Return what the guard says about a step; None if the step is good."""
         return self.state.guard.check(result.loss, result.grad_norm)
 
-    def _summands(self) -> dict[str, Tensor]:
+    def _summands(self, timed: StepTime | None) -> dict[str, Tensor]:
         """Return further values to sum over all processes together with those of the step.
 
         Called after the last backward, before the gradients are clipped.
         """
         self.probes.on_gradients()
-        summands = {"requests": request_counts(self.requests.poll(), self.world.device)}
+        device = self.world.device
+        summands = {
+            "requests": request_counts(self.requests.poll(), device),
+            "step_seconds": self.timer.summand(timed, device),
+        }
         if isinstance(self.model, ReportsMetrics) and (sums := self.model.pop_metric_sums()) is not None:
             summands["model"] = sums
         return summands

@@ -49,6 +49,7 @@ class StepMetrics:
             "global_batch_size": batch.samples,
             "requested_batch_size": batch.requested,
             "micro_batches": batch.micro_batches,
+            **launched.policy_metrics,
             "noise_scale": noise and noise.noise_scale,
             "noise_scale_over_batch": noise and noise.noise_scale_over_batch,
             "grad_cov_trace": noise and noise.moments.grad_cov_trace,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from components.batch import StepBatch
+from components.batch import StepBatch, StepTime
 from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
 from components.guard import GuardConfig
@@ -31,6 +32,8 @@ class StepResult:
     """The metric sums of the model, (n,); see `recipes.interfaces.ReportsMetrics`."""
     request: int
     """The largest request of all processes."""
+    step_time: StepTime | None = None
+    """The time of an earlier step, which was reduced with this one; None if there was none to reduce."""
 
 
 @dataclass
@@ -46,6 +49,10 @@ class LaunchedStep:
     dp_size: int
     measured: bool
     data_seconds: float
+    timed: StepTime | None = None
+    """The time of an earlier step on this process; its mean over all processes is in `numbers`."""
+    policy_metrics: Mapping[str, float] = field(default_factory=dict)
+    """How the batch policy explains the size of this step."""
     probed: ProbeResults | None = None
     """The numbers of the probes; None for a step without any."""
 
@@ -69,12 +76,14 @@ class LaunchedStep:
                 micro_batch_size=self.batch.samples // groups,
             )
         made = numbers["requests"].nonzero()
+        step_time = self.timed and replace(self.timed, seconds=float(numbers["step_seconds"]))
         return StepResult(
             loss=float(numbers["loss"]) / (self.batch.samples * self.progress.sequence_length),
             grad_norm=float(torch.tensor(grad_sq_norm, dtype=torch.float64).sqrt()),
             moments=moments,
             model_sums=numbers.get("model"),
             request=REQUESTS[int(made[-1])] if len(made) else NONE,
+            step_time=step_time,
         )
 
 

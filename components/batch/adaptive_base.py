@@ -69,7 +69,7 @@ class Adaptive(ABC):
                 raise InputError(
                     "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
                 )
-        if self.max_growth is not None and self._max_next(self.smallest) == self.smallest < self.max_size:
+        if self.max_growth is not None and self.max_next(self.smallest) == self.smallest < self.max_size:
             needed = 1 + self.multiple_of / self.smallest
             raise InputError(
                 "max_growth",
@@ -103,28 +103,30 @@ class Adaptive(ABC):
         # Compare before clamping: otherwise hysteresis would keep the batch from reaching a bound that is near.
         if not (grows or shrinks) or abs(wanted - current) < self.hysteresis * current:
             return current
-        limited = min(wanted, self._max_next(current)) if grows else max(wanted, self._min_next(current))
+        limited = min(wanted, self.max_next(current)) if grows else max(wanted, self.min_next(current))
         return self._clamp(limited)
 
     def bounded(self, size: int) -> int:
         """Return `size` rounded up to a multiple of `multiple_of` and clamped to the bounds."""
         return self._clamp(self._round_up(size))
 
+    def max_next(self, size: int) -> int:
+        """Return the largest size that may follow `size`."""
+        if self.max_growth is None:
+            return self.max_size
+        return int(min(size * self.max_growth * (1 + ROUNDING), self.max_size)) // self.multiple_of * self.multiple_of
+
+    def min_next(self, size: int) -> int:
+        """Return the smallest size that may follow `size`, not clamped to the bounds."""
+        if self.max_growth is None:
+            return self.smallest
+        return self._round_up(math.ceil(size / self.max_growth * (1 - ROUNDING)))
+
     def _round_up(self, size: int) -> int:
         return -(-size // self.multiple_of) * self.multiple_of
 
     def _clamp(self, size: int) -> int:
         return min(max(size, self.smallest), self.max_size)
-
-    def _max_next(self, size: int) -> int:
-        if self.max_growth is None:
-            return self.max_size
-        return int(min(size * self.max_growth * (1 + ROUNDING), self.max_size)) // self.multiple_of * self.multiple_of
-
-    def _min_next(self, size: int) -> int:
-        if self.max_growth is None:
-            return self.smallest
-        return self._round_up(math.ceil(size / self.max_growth * (1 - ROUNDING)))
 
 
 class AdaptivePolicy(BatchPolicy):
@@ -157,12 +159,16 @@ class AdaptivePolicy(BatchPolicy):
             )
         ):
             return
-        target = self.config.target(noise)
+        target = self.target(noise)
         if target is None or not math.isfinite(target):
             return
         size = self.config.next_size(self._size, target, batch=noise.num_micro_batches * noise.micro_batch_size)
         if size != self._size:
             self._size, self._changed_at = size, progress.samples
+
+    def target(self, noise: GradientNoise) -> float | None:
+        """Return the wanted size; see `Adaptive.target`."""
+        return self.config.target(noise)
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._size, "changed_at": self._changed_at}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from components.errors import InputError
@@ -56,6 +57,20 @@ class GradientNoise(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step took, equal on all ranks."""
+
+    layout: str
+    """The mesh and the size of a micro-batch. Times of different layouts cannot be compared."""
+    micro_batches: int
+    """Micro-batches of each data-parallel rank."""
+    samples: int
+    """Samples of the step: the global batch size."""
+    seconds: float
+    """Mean over all processes, without saves, validation and tasks."""
+
+
 class BatchPolicy:
     """Decides the global batch size of every step, from numbers that are equal on all ranks.
 
@@ -82,6 +97,13 @@ class BatchPolicy:
 
     def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
         """Receive the gradient noise of a step that ended; None if it was not, or could not be, measured."""
+
+    def observe_time(self, time: StepTime) -> None:
+        """Receive the time of a step, one or two steps later. Not called for the first step of a process."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the numbers that explain the size of the next step, by their names in metrics.jsonl."""
+        return {}
 
     def state_dict(self) -> Mapping[str, Any]:
         """Return the state that a resumed run needs; it must be serializable as JSON."""

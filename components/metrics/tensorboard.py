@@ -29,7 +29,7 @@ TAG_GROUPS = {
 }
 
 _TAGS = {name: f"{group}/{name}" for group, names in TAG_GROUPS.items() for name in names}
-_PREFIXES = {"probe_": "probes", "task_": "tasks"}
+_PREFIXES = {"goodput_": "batch", "probe_": "probes", "task_": "tasks"}
 """The groups of metrics whose names begin so."""
 _COUNTERS = ("step", "tokens", "samples")
 """The position of a row, which is not written as a metric."""
@@ -77,7 +77,7 @@ def scalars(row: Row) -> Iterator[tuple[str, float]]:
     """Yield (tag, value) of every finite number of a row; those of a nested table under its name.
 
     Metrics that TAG_GROUPS does not list, such as those of a custom model or hook, are in the group `train`; those of
-    probes and tasks, probe_NAME_... and task_NAME_..., are in the groups `probes` and `tasks`.
+    the Goodput batch policy, of probes and of tasks, whose names begin as in `_PREFIXES`, are in the groups there.
     """
     for name, value in row.items():
         if isinstance(value, Mapping):

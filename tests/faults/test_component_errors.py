@@ -57,7 +57,10 @@ AT_THE_START = [
     ("checkpoint", METHOD, "build"), ("metrics", METHOD, "build"), ("parallel", METHOD, "mesh_shape"),
     ("parallel", METHOD, "build"),
 ]  # fmt: skip
-IN_THE_LOOP = [("batch", "next_batch_size"), ("batch", "measures_noise"), ("batch", "observe"), ("lr_schedule", "lr")]
+IN_THE_LOOP = [
+    ("batch", "next_batch_size"), ("batch", "measures_noise"), ("batch", "observe"), ("batch", "observe_time"),
+    ("batch", "metrics"), ("lr_schedule", "lr"),
+]  # fmt: skip
 
 
 def breaking(tiny: TinyRun, number: int, section: str, source: str, method: str, error: str) -> list[str]:

@@ -99,6 +99,7 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
         second.write({**ROW, "step": step, "loss": float(step * 10)})
     second.write({"step": 6, "tokens": 1, "val_loss": 2.0, "val_perplexity": 7.4, "val_bits_per_byte": 1.1})
     second.write({"step": 6, "tokens": 1, "val_loss_average_ema": 1.9, "my_average_loss": 1.0})
+    second.write({"step": 6, "tokens": 1, "goodput_gain": 0.1})
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -107,7 +108,7 @@ def test_tensorboard_holds_the_same_numbers_under_the_documented_names(tmp_path)
     ]  # fmt: skip
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/grad_norm", "train/epoch", "lr/lr",
-        "batch/global_batch_size", "batch/requested_batch_size", "batch/micro_batches",
+        "batch/global_batch_size", "batch/requested_batch_size", "batch/micro_batches", "batch/goodput_gain",
         "throughput/tokens_per_second", "throughput/step_seconds", "throughput/data_seconds", "throughput/mfu",
         "throughput/memory_bytes", "train/source_epochs/web", "train/my_metric",
         "validation/val_loss", "validation/val_perplexity", "validation/val_bits_per_byte",
