@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +148,7 @@ class CheckpointManager:
         `tensors` is a nested dict of tensors and DTensors; `state` must be serializable as JSON. A checkpoint of the
         same step is replaced. A running save is waited for first.
 
-        Returns whether the checkpoint was saved. An asynchronous save returns None as soon as `tensors` are copied;
+        Returns whether the checkpoint was saved. An asynchronous save returns None as soon as both are copied;
         `wait` then updates `saved_step` or `failed_steps`.
         """
         self.wait()
@@ -158,6 +159,7 @@ class CheckpointManager:
             return self._writer.write(final, tensors, state, config, after_commit=lambda: self._committed(final))
 
         if self._saver is not None:
+            state = deepcopy(dict(state))  # a part may return a list that training changes before it is written
             self._saver.start(tensors, write)
             return None
         with silence_no_dist_warning():

@@ -52,12 +52,14 @@ def test_the_saved_state_is_bitwise_that_of_the_call(tmp_path, store, monkeypatc
     plain = CheckpointManager(tmp_path / "sync", Alone())
     for number in range(1, 4):  # from the second save on the buffers of the first are used again
         step(model, optimizer, number)
-        plain.save(number, tensors.collect(), {"step": number}, "a = 1\n")
+        plain.save(number, tensors.collect(), {"step": number, "counted": [number]}, "a = 1\n")
         expected, saved = plain.path(number), store.path(number)
         with monkeypatch.context() as patch:
             held = HeldBack(patch)
-            assert store.save(number, tensors.collect(), {"step": number}, "a = 1\n") is None
+            counted = [number]
+            assert store.save(number, tensors.collect(), {"step": number, "counted": counted}, "a = 1\n") is None
             step(model, optimizer, 99)  # changes parameters and moments in place, before anything was written
+            counted[0] += 1
             torch.rand(3)
             assert not saved.exists()
             held.go.set()
