@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from benchmarks.shared import machine
-from benchmarks.torture.killed_run import make_recipe
+from benchmarks.torture.kinds import make_recipe
 from recipes.config import Override, load
 from recipes.pretrain import Trainer
 

@@ -1,213 +1,219 @@
-"""A run that is killed at random instants and restarted, compared with an uninterrupted run."""
+"""A run that is killed at random instants and restarted until it ends."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
-import torch
-
-from components.checkpoint import list_checkpoints, load_tensors, verify
-from components.checkpoint.metadata_unpickler import read_index
+from benchmarks.torture.kinds import VALIDATION, VALIDATION_STEPS, Kind, remote_folder
+from components.checkpoint import list_checkpoints
+from components.checkpoint.manifest import MANIFEST
+from components.metrics.jsonl import last_rows
 from recipes import cli
 
-RECIPE = """
-[run]
-name = "torture"
-cache_dir = "cache"
-device = "cpu"
-[model]
-use = "models.llama:Llama"
-size = "debug"
-dim = 16
-layers = 2
-heads = 2
-kv_heads = 1
-head_dim = 8
-ffn_dim = 32
-[tokenizer]
-use = "components.tokenizers:Bytes"
-[data]
-use = "components.data:TextFiles"
-path = "text.txt"
-[training]
-total_tokens = 11_520           # 60 steps of 8 samples
-sequence_length = 24
-micro_batch_size = 2
-precision = "float32"
-[optimizer]
-use = "components.optimizers:AdamW"
-[lr_schedule]
-use = "components.lr_schedules:WSD"
-max_lr = 1e-2
-warmup_tokens = 300
-[batch]
-use = "components.batch:Constant"
-initial_size = 8
-[checkpoint]
-interval_steps = 3
-keep_last = 2
-[metrics.writers]
-tensorboard = "none"
-"""
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes")
-"""Metrics in which two equal runs may differ."""
-INSTANTS = ("start", "any", "save", "metrics")
-_TIMEOUT_SECONDS = 120.0
-_ORPHAN_TIMEOUT_SECONDS = 10.0
+_TIMEOUT_SECONDS = 300.0
+_ORPHAN_TIMEOUT_SECONDS = 2.0
 """Timeout of a process whose peer was killed: before they have connected, it would wait for half an hour."""
+_TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a run that has saved and stopped after SIGTERM."""
+_PORTS = count()
 
 
 @dataclass(frozen=True)
-class Kind:
-    """The processes and the saves of a run."""
+class Pace:
+    """How long an uninterrupted run takes, to choose instants in it."""
 
-    ranks: int = 1
-    async_save: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.ranks} process{'es' if self.ranks > 1 else ''}, {'a' * self.async_save}synchronous saves"
+    start_seconds: float = 0.5
+    """Until the first row of metrics."""
+    run_seconds: float = 2.0
+    """From then to the end."""
 
 
 @dataclass
-class Tally:
-    """The kills and the lives so far."""
+class Life:
+    """What happened to a run: how often it was killed or stopped, by the moment."""
 
-    kills: Counter[str] = field(default_factory=Counter)
-    lives: int = 0
-
-
-def make_recipe(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.txt").write_text("It was the best of times, it was the worst of times. " * 40, encoding="utf-8")
-    recipe = folder / "torture.toml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    return recipe
+    killed: Counter[str] = field(default_factory=Counter)
+    """SIGKILL, by the moment."""
+    stopped: int = 0
+    """SIGTERM, after which it saved and stopped."""
+    lost: int = 0
+    """Removals of the run directory."""
 
 
-def run_life(recipe: Path, directory: Path, kind: Kind, kills: int, rng: random.Random, tally: Tally) -> None:
-    """Kill a run in `directory` up to `kills` times, then let it finish. Raises AssertionError if it fails.
+class KilledRun:
+    """A run in `directory` that is started again and again.
 
     Its processes are forked from this one, which has imported everything and computed nothing, so they start quickly.
     """
-    for _ in range(kills):
-        instant = rng.choice(INSTANTS)
-        ended = _attempt(recipe, directory, kind, lambda i=instant: _wait_for(i, directory, rng), rng)  # type: ignore[misc]
-        if ended is not None:
-            assert ended == 0, f"status {ended}; see {directory}.log"
-            break
-        tally.kills[instant] += 1
-    else:
-        ended = _attempt(recipe, directory, kind, None, rng)
-        assert ended == 0, f"status {ended}; see {directory}.log"
-    tally.lives += 1
 
+    def __init__(self, recipe: Path, directory: Path, kind: Kind, rng: random.Random, pace: Pace | None = None) -> None:
+        self.recipe, self.directory, self.kind, self.rng = recipe, directory, kind, rng
+        self.pace = pace or Pace()
+        self.remote = remote_folder(recipe.parent) / directory.name
+        self.children: list[int] = []
+        self.began_with, self.began_at = "start", 0.0
+        """How the last start began, and when."""
+        self.life = Life()
 
-def compare(run: Path, uninterrupted: Path) -> None:
-    """Raise AssertionError unless `run` is bitwise equal to `uninterrupted` and has the same files."""
-    killed, reference = list_checkpoints(run / "checkpoints"), list_checkpoints(uninterrupted / "checkpoints")
-    assert [path.name for path in killed] == [path.name for path in reference]
-    for one, other in zip(killed, reference, strict=True):
-        verify(one)
-        first, second = _tensors(one), _tensors(other)
-        assert first.keys() == second.keys()
-        different = [name for name in first if not torch.equal(first[name], second[name])]
-        assert not different, f"{one}: {different[:3]}"
-        assert (one / "state.json").read_text() == (other / "state.json").read_text()
-    assert list(_rows(run)) == list(_rows(uninterrupted)), "metrics.jsonl"
-    names = [{str(path.relative_to(each)) for path in each.rglob("*")} for each in (run, uninterrupted)]
-    assert names[0] == names[1], f"left behind: {sorted(names[0] ^ names[1])}"
+    def finish(self, kills: int) -> None:
+        """Kill the run up to `kills` times, then let it finish. Raises AssertionError if it fails."""
+        while self.life.killed.total() < kills:
+            self._start(self.rng.choice(self.kind.ranks))
+            moment = self._wait_for(self.rng.choice(self._moments()))
+            signals = (signal.SIGTERM, signal.SIGKILL) if moment == "stop" else (signal.SIGKILL,)
+            statuses = self._end(*signals)
+            if min(statuses) < 0:
+                self.life.killed[moment] += 1
+            elif max(statuses) == _TERMINATED:
+                self.life.stopped += 1
+            else:
+                self._require_success(statuses)
+                return
+            if self.kind.remote and self.rng.random() < 0.5:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                self.life.lost += 1
+        self._start(self.rng.choice(self.kind.ranks))
+        self._require_success(self._wait(_TIMEOUT_SECONDS))
 
+    def measure(self) -> Pace:
+        """Let the run finish without a kill, and return how long it took."""
+        metrics, started = self.directory / "metrics.jsonl", time.monotonic()
+        self._start(self.kind.ranks[0])
+        self._poll(lambda: _size(metrics) > 0, _TIMEOUT_SECONDS)
+        first = time.monotonic()
+        self._require_success(self._wait(_TIMEOUT_SECONDS))
+        return Pace(first - started, time.monotonic() - first)
 
-def _attempt(
-    recipe: Path, directory: Path, kind: Kind, until: Callable[[], None] | None, rng: random.Random
-) -> int | None:
-    """Start the run and kill it when `until` returns; return its exit status, or None if it was killed."""
-    started = bool(list_checkpoints(directory / "checkpoints"))
-    arguments = [str(recipe), f"--run.dir={directory}", f"--checkpoint.async_save={str(kind.async_save).lower()}"]
-    arguments += ["--resume"] if started else ["--run.if_exists=replace"]
-    environment = {"WORLD_SIZE": str(kind.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if kind.ranks == 1:
-        environment = {}
-    children = [_fork(arguments, environment, rank, directory) for rank in range(kind.ranks)]
-    if until is not None:
-        until()
-        # half of the time all are killed, as in the failure of a machine
-        victims = children if rng.random() < 0.5 else [rng.choice(children)]
-        for child in victims:
+    def _start(self, ranks: int) -> None:
+        """Start the run on `ranks` processes, from its newest checkpoint if there is one."""
+        self.began_with, self.began_at = "start", time.time()
+        if list_checkpoints(self.directory / "checkpoints"):
+            self.began_with = "resume"
+        elif any(self.remote.glob(f"checkpoints/step-*/{MANIFEST}")):
+            self.began_with = "download"
+        arguments = [str(self.recipe), f"--run.dir={self.directory}"]
+        arguments += ["--run.if_exists=replace"] if self.began_with == "start" else ["--resume"]
+        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_unused_port())}
+        self.children = [
+            _fork(arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}, self.log)
+            for rank in range(ranks)
+        ]
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.log")
+
+    def _moments(self) -> list[str]:
+        # a start is rarer than a resume, and a download too
+        moments = ["start"] * (1 if self.began_with == "resume" else 4) + ["any time", "save", "metrics", "stop"]
+        moments += ["upload"] * 3 * self.kind.remote + ["validation"] * (VALIDATION in self.kind.settings)
+        return moments
+
+    def _wait_for(self, wanted: str) -> str:
+        """Wait for a moment and return its name, which is "any time" if that moment did not come."""
+        if wanted == "start":
+            self._poll(lambda: False, self.rng.uniform(0, self.pace.start_seconds))
+            return self.began_with
+        latest = self.pace.start_seconds + self.pace.run_seconds / 5
+        self._poll(lambda: False, self.rng.uniform(0.5 * self.pace.start_seconds, latest))
+        if wanted in ("any time", "stop"):
+            return wanted
+        metrics = self.directory / "metrics.jsonl"
+        before = _size(metrics)
+        reached = {
+            "save": lambda: any(map(self._is_recent, (self.directory / "checkpoints").glob(".*"))),
+            "metrics": lambda: _size(metrics) > before,
+            "upload": self._is_uploading,
+            "validation": self._is_validating,
+        }
+        if not self._poll(reached[wanted], latest):
+            return "any time"
+        if wanted != "metrics":
+            time.sleep(self.rng.uniform(0, 0.03))
+        return wanted
+
+    def _is_recent(self, path: Path) -> bool:
+        """Return whether a directory has changed since the last start; what an earlier one left has not."""
+        try:
+            return path.stat().st_mtime > self.began_at
+        except FileNotFoundError:
+            return False
+
+    def _is_uploading(self) -> bool:
+        """Return whether a remote checkpoint is incomplete: it is uploaded, or removed."""
+        steps = self.remote.glob("checkpoints/step-*")
+        return any(self._is_recent(step) and not (step / MANIFEST).exists() for step in steps)
+
+    def _is_validating(self) -> bool:
+        """Return whether the last row is that of a step after which a validation is due."""
+        try:
+            rows = last_rows(self.directory / "metrics.jsonl")
+        except FileNotFoundError:
+            return False
+        return bool(rows) and rows[-1]["step"] % VALIDATION_STEPS == 0 and "val_loss" not in rows[-1]
+
+    def _poll(self, reached: Callable[[], bool], seconds: float) -> bool:
+        """Wait until `reached`, the end of the first process, or for some seconds; return whether it was reached."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not _has_ended(self.children[0]):
+            if reached():
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def _end(self, *signals: signal.Signals) -> list[int]:
+        """Send signals to all processes, as if the machine failed, or to one; return the statuses of all."""
+        victims = self.children if self.rng.random() < 0.5 else [self.rng.choice(self.children)]
+        for number in signals:
+            for child in victims:
+                os.kill(child, number)  # a process that has ended stays until `_wait`
+            if number == signal.SIGTERM:
+                # the grace period of a scheduler, which half of the time suffices
+                grace = self.rng.choice((self.rng.uniform(0, 0.2), _TIMEOUT_SECONDS))
+                self._poll(lambda: any(map(_has_ended, victims)), grace)
+        return self._wait(_ORPHAN_TIMEOUT_SECONDS)
+
+    def _wait(self, seconds: float) -> list[int]:
+        """Return the exit statuses, negative for a signal; processes that have not ended in time are killed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not all(map(_has_ended, self.children)):
+            time.sleep(0.002)
+        for child in self.children:
             os.kill(child, signal.SIGKILL)
-    timeout = _TIMEOUT_SECONDS if until is None else _ORPHAN_TIMEOUT_SECONDS
-    statuses = [_status(child, timeout) for child in children]
-    if any(status < 0 for status in statuses):
-        return None
-    return max(statuses)
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.children]
+
+    def _require_success(self, statuses: list[int]) -> None:
+        assert set(statuses) == {0}, f"statuses {statuses}; see {self.log}"
 
 
-def _fork(arguments: list[str], environment: dict[str, str], rank: int, directory: Path) -> int:
+def _fork(arguments: list[str], environment: dict[str, str], log: Path) -> int:
+    """Start a run in a forked process, and return its process id."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        log = os.open(f"{directory}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         os.environ.update(environment)
-        if environment:
-            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
         status = cli.main(arguments)
     finally:
         os._exit(status)
 
 
-def _status(child: int, timeout: float) -> int:
-    """Return the exit status, negative for a signal; after `timeout` seconds the child is killed."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _wait_for(instant: str, directory: Path, rng: random.Random) -> None:
-    """Wait for an instant: while the run starts, at any time, during a save, or after a write of metrics."""
-    if instant in ("start", "any"):
-        time.sleep(rng.uniform(0, 0.4 if instant == "start" else 2.5))
-        return
-    metrics, deadline = directory / "metrics.jsonl", time.monotonic() + 2.5
-    time.sleep(rng.uniform(0.2, 1.0))
-    before = _size(metrics)
-    while time.monotonic() < deadline:
-        if instant == "metrics" and _size(metrics) > before:
-            break
-        if instant == "save" and any((directory / "checkpoints").glob(".*")):
-            time.sleep(rng.uniform(0, 0.03))
-            break
-        time.sleep(0.0005)
-
-
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint, unsharded, by name."""
-    entries = read_index(checkpoint).entries
-    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items() if entry.dtype}
-    load_tensors(checkpoint, tensors, no_dist=True)
-    return tensors
-
-
-def _rows(run: Path) -> Iterator[dict]:
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        yield {key: value for key, value in json.loads(line).items() if key not in TIMES}
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _size(file: Path) -> int:
@@ -215,6 +221,20 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def _unused_port() -> int:
+    """Return a port outside of the range from which systems choose ports, and of those of processes that are forked
+    next to this one: between this call and its use, no other connection takes it."""
+    first = 20_000 + 100 * (os.getpid() % 100)
+    while True:
+        with socket.socket() as probe:
+            port = first + next(_PORTS) % 100
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def free_port() -> int:

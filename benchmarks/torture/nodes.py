@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared import ROOT, machine, repeat_with, spread
-from benchmarks.torture.killed_run import free_port, make_recipe
+from benchmarks.torture.killed_run import free_port
+from benchmarks.torture.kinds import make_recipe
 from components.metrics.jsonl import read_rows
 
 SETTINGS = [
@@ -134,8 +135,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = make_recipe(folder)
-        # a text that is not learned by heart: the relative difference of losses near 0 says nothing
-        (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
         (folder / "paced.py").write_text(PACED, encoding="utf-8")
         alone = folder / "alone"
         command: list[Any] = [sys.executable, ROOT / "recipes", recipe, f"--run.dir={alone}", *SETTINGS]
