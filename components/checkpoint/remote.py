@@ -17,7 +17,7 @@ from components.atomic_files import fsync_directory, fsync_file
 from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
 from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, parse_manifest
-from components.storage.address import RemoteDirectory, StorageError, address_of
+from components.storage.address import PARTIAL, RemoteDirectory, StorageError, address_of
 from components.storage.local_copy import fetch
 
 log = logging.getLogger("powertrain")
@@ -27,6 +27,8 @@ _RUN = re.compile(r"[0-9a-f]{16}")
 """Identifier of a run, as in run.json."""
 _RUN_FILE = re.compile(r"run\.json|metrics\.jsonl|environment\.json|log\.txt|writers/[A-Za-z0-9_-]+\.json")
 """Files of the run directory that a run needs to continue on another machine."""
+_UPLOADED = re.compile(rf"{WRITTEN.pattern}|\.({WRITTEN.pattern})\.partial")
+"""Files of a checkpoint, and partial copies of them."""
 
 
 class RemoteCheckpoints:
@@ -105,14 +107,14 @@ class RemoteCheckpoints:
         files = {name: run_directory / name for name in self._run_files() if not (run_directory / name).exists()}
         for name, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
+            partial = path.with_name(PARTIAL.format(path.name))
             self.directory.download({name: partial})
             partial.replace(path)
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint: first its manifest, so that an interrupted removal does not leave half a checkpoint."""
         remote = self._checkpoints.child(name)
-        files = [file for file in remote.list_files() if WRITTEN.fullmatch(file)]
+        files = [file for file in remote.list_files() if _UPLOADED.fullmatch(file)]
         remote.remove(sorted(files, key=lambda file: file != MANIFEST))
         if not remote.list_files():
             remote.remove_empty()

@@ -18,6 +18,9 @@ _PASSWORD = re.compile(r"(\w[\w+.-]*)://?[^/@:\s]*:(?!\d*(?:/|$))[^@\s\"']*@")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
 _OBJECT_STORES = {*_EXTRAS, "abfs", "az"}
 """File systems without directories, where a file needs no parent."""
+_LOCAL = {"file", "local"}
+PARTIAL = ".{}.partial"
+"""Name of the partial copy of a file in a local directory."""
 
 
 class StorageError(OSError):
@@ -140,13 +143,22 @@ class RemoteDirectory:
                 self._fs.get_file(f"{self._root}/{name}".rstrip("/"), str(path))
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Copy local files, name -> local path, and replace those that exist."""
+        """Copy local files, name -> local path, and replace those that exist.
+
+        Object stores and local directories replace a file at once: an interrupted upload leaves the earlier one.
+        """
         with self._errors("written"):
             for name, path in files.items():
                 remote = f"{self._root}/{name}"
                 if self.protocol not in _OBJECT_STORES:
                     self._fs.makedirs(remote.rpartition("/")[0], exist_ok=True)
-                self._fs.put_file(str(path), remote)
+                if self.protocol in _LOCAL:
+                    folder, _, last = remote.rpartition("/")
+                    partial = f"{folder}/{PARTIAL.format(last)}"
+                    self._fs.put_file(str(path), partial)
+                    self._fs.mv(partial, remote)
+                else:
+                    self._fs.put_file(str(path), remote)
 
     def remove(self, names: Sequence[str]) -> None:
         """Delete files that exist, in this order."""

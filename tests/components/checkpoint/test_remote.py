@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -112,6 +113,32 @@ def test_an_interrupted_upload_is_not_a_checkpoint(remote, run, written):
         remote.upload(saved(run, 5))
     assert remote.list_complete() == ["step-00000003"]
     Remote.writes_left = 1_000_000
+    remote.upload(saved(run, 7))
+    remote.remove_old(RUN, keep_last=None, keep_every=None)
+    assert not [name for name in remote.directory.list_files() if "0005" in name], "the rest is removed"
+
+
+@pytest.mark.parametrize("written", range(8))
+def test_a_file_that_is_cut_off_during_an_upload_leaves_the_earlier_one(remote, run, tmp_path, monkeypatch, written):
+    remote.upload(saved(run, 3))
+    (run / "metrics.jsonl").write_text("more metrics")
+    copy, copied = shutil.copyfile, []
+
+    def cut_off(source, target, **options):
+        copied.append(source)
+        if len(copied) > written:
+            Path(target).write_text(Path(source).read_text()[:3])
+            raise OSError("killed")
+        return copy(source, target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", cut_off)
+        with pytest.raises(StorageError, match="killed"):
+            remote.upload(saved(run, 5))
+    other = tmp_path / "other" / "run"
+    restore_run(remote, other, None)
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000003"]
+    assert (other / "metrics.jsonl").read_text() in ("metrics.jsonl", "more metrics")
     remote.upload(saved(run, 7))
     remote.remove_old(RUN, keep_last=None, keep_every=None)
     assert not [name for name in remote.directory.list_files() if "0005" in name], "the rest is removed"
