@@ -181,6 +181,7 @@ class CheckpointManager:
             return writer.write_step(step, tensors, state, config)
 
         if self._saver is not None:
+            state = deepcopy(dict(state))
             self._saver.start(tensors, write)
             return
         with silence_no_dist_warning():
