@@ -86,6 +86,8 @@ class CheckpointWriter:
                     no_dist=self.world.size == 1,
                 )
             except CheckpointException as error:
+                if error.failures and self.world.rank not in error.failures:
+                    return  # a rank that failed raises its error on all, which names it
                 raise OSError(str(root_cause(error))) from error
 
         def finish() -> None:

@@ -6,6 +6,7 @@ If only the failing process raised its error, the others would wait for it in th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ T = TypeVar("T")
 
 BAD_INPUT_ERRORS = (ValueError, OSError, ImportError)
 """Errors caused by the recipe or the data, whose message suffices. For other errors the traceback is needed."""
+
+NODE = "POWERTRAIN_NODE"
+"""Environment variable of the workers of a run on several nodes: what the other nodes call this one."""
 
 
 def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
@@ -63,14 +67,14 @@ def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[s
     if failure is not None:
         is_input = isinstance(failure, (ValueError, OSError))
         message = message_of(failure) if is_input else repr(failure)
-        report = json.dumps([is_input, getattr(failure, "key", ""), message])
+        report = json.dumps([is_input, getattr(failure, "key", ""), message, os.environ.get(NODE, "")])
     reports = gather(report)
     if failure is not None:
         raise failure
     for rank, report in enumerate(reports):
         if report:
-            is_input, key, message = json.loads(report)
-            message = f"{message} (rank {rank})"
+            is_input, key, message, node = json.loads(report)
+            message = f"{message} (rank {rank} on {node})" if node else f"{message} (rank {rank})"
             raise InputError(key, message) if is_input else RuntimeError(message)
 
 

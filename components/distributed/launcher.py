@@ -34,6 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
 from torch.numa.binding import AffinityMode, NumaOptions
 
+from components.distributed.collectives import NODE
 from components.distributed.heartbeat import DUMPING, Heartbeats
 from components.distributed.membership import (
     Membership,
@@ -135,6 +136,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         exit_dir.mkdir()
         os.environ[EXIT_DIR] = str(exit_dir)
         os.environ[ELASTIC] = "1" if node.is_elastic else ""
+        os.environ[NODE] = node.name if node.nodes > 1 else ""
         launch, launched_at = os.environ.get(LAUNCH_ID) or uuid.uuid4().hex, time.time()
         # By default torchelastic catches all of these. A worker does not inherit "ignored" from a caught signal, so
         # SIGHUP would then end a run that was started with nohup.

@@ -45,6 +45,16 @@ def test_another_rank_raises_it_with_its_key(failure, kind, key, message):
     assert (raised.value.key, raised.value.message) == (key, message)
 
 
+def test_on_several_nodes_it_names_the_node(monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_NODE", "node7")
+    sent = []
+    with pytest.raises(OSError, match="full"):
+        raise_on_all_ranks(OSError("full"), lambda text: sent.append(text) or [text])
+    monkeypatch.setenv("POWERTRAIN_NODE", "node0")
+    with pytest.raises(InputError, match=r"^full \(rank 1 on node7\)$"):
+        raise_on_all_ranks(None, lambda text: ["", *sent])
+
+
 def test_another_rank_raises_what_is_not_bad_input_as_a_runtime_error():
     sent = []
     with pytest.raises(KeyError):
