@@ -60,8 +60,8 @@ class Patience:
 def create_rendezvous(parameters: RendezvousParameters, patience: Patience) -> DynamicRendezvousHandler:
     """Return torchelastic's handler, for which a node is lost when its heartbeat does not change any more.
 
-    torchelastic compares the time of the heartbeat, by the clock of its node, with the clock of this one: a node whose
-    clock is slow would be lost at once.
+    torchelastic compares times of other nodes, by their clocks, with the clock of this one: a node whose clock is slow
+    would be lost at once, and the nodes would not wait for more of them, or for as long as a clock is fast.
     """
     backend, store = create_backend(parameters)
     handler = create_handler(store, backend, parameters)
@@ -80,6 +80,29 @@ class _StateHolder(_BackendRendezvousStateHolder):
         self._own_node, self._lost_after = own_node, lost_after
         self._seen: dict[Any, tuple[datetime, float]] = {}
         """Node -> its latest heartbeat, and when it was first seen here."""
+        self.asked_at: float | None = None
+        """When the place where the nodes meet was asked for the state, while there is no answer."""
+        self._deadline: datetime | None = None
+        """Until when the nodes wait for more, by the clock of the node that set it."""
+        self._deadline_seen_at = 0.0
+        self._own_deadline: datetime | None = None
+        """The same by the clock of this node, for torchelastic, which compares the two."""
+
+    def sync(self) -> bool | None:
+        if self._state.deadline is not None and self._state.deadline == self._own_deadline:
+            self._state.deadline = self._deadline  # the other nodes get what they have
+        self.asked_at = time.monotonic()
+        try:
+            changed: bool | None = super().sync()
+        finally:
+            self.asked_at = None
+        if self._state.deadline is not None:
+            if self._state.deadline != self._deadline:
+                self._deadline, self._deadline_seen_at = self._state.deadline, time.monotonic()
+            passed = timedelta(seconds=time.monotonic() - self._deadline_seen_at)
+            self._own_deadline = datetime.now(timezone.utc) + self._settings.timeout.last_call - passed
+            self._state.deadline = self._own_deadline
+        return changed
 
     def _sanitize(self) -> None:
         heartbeats, now = self._state.last_heartbeats, time.monotonic()
@@ -105,8 +128,6 @@ class Membership:
         self._rendezvous, self._patience, self.watches = rendezvous, patience, watch
         self._missing_since: float | None = None
         self._nodes: frozenset[str] = frozenset()
-        self._asked_at: float | None = None
-        """When the state was asked for, while there is no answer."""
         self._waiting_since: float | None = None
         # this class decides when a node that waits is taken in; torchelastic would kill the workers at once
         rendezvous.num_nodes_waiting = lambda: 0  # type: ignore[method-assign]
@@ -142,8 +163,9 @@ class Membership:
 
     def is_cut_off(self) -> bool:
         """Return whether the place where the nodes meet has not answered for so long that the others go on without this
-        one. May be called while another method waits for that answer."""
-        asked_at = self._asked_at
+        one. May be called while this launcher waits for that answer, also while the nodes meet."""
+        holder: Any = self._rendezvous._state_holder
+        asked_at = holder.asked_at if self.watches else None
         return asked_at is not None and time.monotonic() - asked_at > self._patience.lost_after
 
     def takes_in(self) -> bool:
@@ -172,12 +194,8 @@ class Membership:
 
     def _sync(self) -> Any:
         # torchelastic has no public access to the nodes; its own num_nodes_waiting is this, with the length of a list
-        self._asked_at = time.monotonic()
-        try:
-            with self._rendezvous._heartbeat_lock:
-                self._rendezvous._state_holder.sync()
-        finally:
-            self._asked_at = None
+        with self._rendezvous._heartbeat_lock:
+            self._rendezvous._state_holder.sync()
         return self._rendezvous._state_holder.state
 
     def _participants(self) -> frozenset[str]:

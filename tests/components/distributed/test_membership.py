@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
     RendezvousSettings,
     RendezvousTimeout,
     _NodeDesc,
@@ -15,7 +16,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from components.distributed.heartbeat import Heartbeats
-from components.distributed.membership import Patience, _StateHolder, describe_change
+from components.distributed.membership import Membership, Patience, _StateHolder, describe_change
 
 pytestmark = pytest.mark.quick
 
@@ -41,6 +42,10 @@ class Backend:
     def get_state(self) -> tuple[bytes, None]:
         return pickle.dumps(self.state), None
 
+    def set_state(self, state: bytes, token: None) -> tuple[bytes, None, bool]:
+        self.state = pickle.loads(state)
+        return state, None, True
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -62,6 +67,27 @@ def test_only_a_node_whose_heartbeat_stops_is_lost(clock):
         assert holder.state.last_heartbeats[NODES[0]] < datetime.now(timezone.utc) - timedelta(minutes=59), "as it was"
 
 
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_nodes_wait_for_more_by_their_own_clocks(clock, offset):
+    backend = Backend()
+    backend.state.complete = False
+    backend.state.deadline = deadline = datetime.now(timezone.utc) + offset
+    timeout = RendezvousTimeout(last_call=timedelta(seconds=60))
+    holder = _StateHolder(backend, RendezvousSettings("run", 1, 4, timeout, timedelta(seconds=3), 3), NODES[0], 15)
+    for seconds, waits in ((0, True), (30, True), (30.5, True), (61, False)):
+        clock[0] = 1000.0 + seconds
+        backend.beat(NODES)
+        holder.sync()
+        assert (holder.state.deadline > datetime.now(timezone.utc)) == waits, seconds
+        holder.mark_dirty()
+        holder.sync()
+        assert backend.state.deadline == deadline, "the other nodes still have what they had"
+    holder.state.deadline = None
+    holder.mark_dirty()
+    holder.sync()
+    assert holder.state.deadline is backend.state.deadline is None
+
+
 def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
     backend = Backend()
     settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
@@ -70,6 +96,26 @@ def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
         clock[0] = 1000.0 + seconds
         holder.sync()
     assert list(holder.state.participants) == [NODES[2]]
+
+
+@pytest.mark.parametrize(("watch", "seconds", "expected"), [(True, 16, True), (True, 14, False), (False, 16, False)])
+def test_a_node_without_an_answer_is_cut_off_also_while_the_nodes_meet(clock, watch, seconds, expected):
+    """As in next_rendezvous of torchelastic, the state is read without Membership."""
+    backend, found = Backend(), []
+    settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
+    holder = _StateHolder(backend, settings, NODES[0], lost_after=15)
+    handler = DynamicRendezvousHandler(NODES[0], settings, "memory", None, holder)
+    membership = Membership(handler, Patience(lost_after=15), watch=watch)
+
+    def answer_late() -> tuple[bytes, None]:
+        clock[0] += seconds
+        found.append(membership.is_cut_off())
+        return pickle.dumps(backend.state), None
+
+    backend.get_state = answer_late
+    holder.sync()
+    assert found == [expected]
+    assert not membership.is_cut_off(), "there is an answer"
 
 
 def test_a_rank_is_silent_when_its_file_is_not_touched(tmp_path, clock, monkeypatch):
