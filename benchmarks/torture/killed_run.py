@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 from benchmarks.torture.kinds import VALIDATION, VALIDATION_STEPS, Kind, remote_folder
@@ -25,7 +26,8 @@ _ORPHAN_TIMEOUT_SECONDS = 2.0
 """Timeout of a process whose peer was killed: before they have connected, it would wait for half an hour."""
 _TERMINATED = 128 + signal.SIGTERM
 """Exit status of a run that has saved and stopped after SIGTERM."""
-_PORTS = count()
+_FIRST_PORT, _PORTS = 20_000, 12_768
+"""Ports below those that Linux gives to outgoing connections, and to programs that ask for any: 32768 and more."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class KilledRun:
             self.began_with = "download"
         arguments = [str(self.recipe), f"--run.dir={self.directory}"]
         arguments += ["--run.if_exists=replace"] if self.began_with == "start" else ["--resume"]
-        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_unused_port())}
+        environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.children = [
             _fork(arguments, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}, self.log)
             for rank in range(ranks)
@@ -223,22 +225,9 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _unused_port() -> int:
-    """Return a port outside of the range from which systems choose ports, and of those of processes that are forked
-    next to this one: between this call and its use, no other connection takes it."""
-    first = 20_000 + 100 * (os.getpid() % 100)
-    while True:
-        with socket.socket() as probe:
-            port = first + next(_PORTS) % 100
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-
-
 def free_port() -> int:
-    """Return a port of this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of this machine that is free now. No program gets it by asking for any free one."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", _FIRST_PORT + secrets.randbelow(_PORTS)))
+            return int(probe.getsockname()[1])

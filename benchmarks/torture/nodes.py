@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.shared import ROOT, machine, repeat_with, spread
-from benchmarks.torture.killed_run import free_port
 from benchmarks.torture.kinds import make_recipe
 from components.metrics.jsonl import read_rows
 
@@ -37,7 +37,7 @@ SETTINGS = [
 ]  # fmt: skip
 """A multiple of 8 samples is whole micro-batches of two, on two and on four processes."""
 PACED = '''
-"""A Llama whose passes take PACE seconds longer."""
+"""A Llama whose passes take PACE seconds longer, with PACED_WHILE as long as that file exists."""
 
 import os
 import time
@@ -51,7 +51,8 @@ class Paced(Llama):
         forward = model.forward
 
         def paced(*args, **kwargs):
-            time.sleep(float(os.environ.get("PACE", "0")))
+            if os.path.exists(os.environ.get("PACED_WHILE", "/")):
+                time.sleep(float(os.environ.get("PACE", "0")))
             return forward(*args, **kwargs)
 
         model.forward = paced
@@ -66,22 +67,24 @@ class ElasticRun:
 
     def __init__(self, recipe: Path, directory: Path, node_timeout: int) -> None:
         self.recipe, self.directory = recipe, directory
+        self.log = directory.with_suffix(".log")
+        self.launchers: list[subprocess.Popen[bytes]] = []
+        self.rendezvous = subprocess.Popen(
+            [sys.executable, "-m", "tools.rendezvous", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         self.environment = {
-            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting_port(self.rendezvous),
             "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0",
             "OMP_NUM_THREADS": "1", "PACE": "0.1",
         }  # fmt: skip
-        self.log = directory.with_suffix(".log").open("a")
-        self.rendezvous = subprocess.Popen(
-            [sys.executable, "-m", "tools.rendezvous", "--port", self.environment["MASTER_PORT"]],
-            cwd=ROOT, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
 
     def start(self, node: int) -> subprocess.Popen[bytes]:
         """Start the launcher of a node."""
         command: list[Any] = [sys.executable, ROOT / "recipes", self.recipe, f"--run.dir={self.directory}", *SETTINGS]
         environment = {**os.environ, **self.environment, "NODE_ADDR": NODES[node]}
-        return subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
+        with self.log.open("a") as log:
+            self.launchers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        return self.launchers[-1]
 
     def lose_a_node(self, rng: random.Random) -> list[dict[str, Any]]:
         """Kill one node after a random step, start it again, and return all rows of metrics at the end."""
@@ -94,19 +97,53 @@ class ElasticRun:
             self.wait_for_step(at + rng.randint(2, 6), since_restart=True)
             launchers[victim] = self.start(victim)
             statuses = [launcher.wait(_TIMEOUT_SECONDS) for launcher in launchers]
-            assert statuses == [0, 0], f"statuses {statuses}; see {self.log.name}"
+            assert statuses == [0, 0], self.describe()
             return read_rows(self.directory / "metrics.jsonl")
         finally:
             self.rendezvous.kill()
             self.rendezvous.wait()
+            for launcher in self.launchers:
+                if launcher.poll() is None:
+                    kill_all(launcher.pid)
+                    launcher.wait()
 
     def wait_for_step(self, step: int, *, since_restart: bool = False) -> None:
-        def reached() -> bool:
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
             rows = read_rows(self.directory / "metrics.jsonl")
             restarted = not since_restart or any("restart_processes" in row for row in rows)
-            return restarted and any(row["step"] >= step for row in rows)
+            if restarted and any(row["step"] >= step for row in rows):
+                return
+            alive = any(launcher.poll() is None for launcher in self.launchers)
+            assert alive and time.monotonic() < deadline, self.describe()
+            time.sleep(0.05)
 
-        _wait(reached)
+    def describe(self) -> str:
+        """Return the state of all processes and what they have printed."""
+        ends, free = [each.poll() for each in self.launchers], shutil.disk_usage(self.log.parent).free
+        return (
+            f"statuses: rendezvous {self.rendezvous.poll()}, launchers {ends}; {free:,} bytes free on the disk\n"
+            f"{self.log.read_text()[-6000:]}"
+        )
+
+
+def meeting_port(rendezvous: subprocess.Popen[str]) -> str:
+    """Return the port at which `tools.rendezvous --port 0` listens; its output is a pipe."""
+    assert rendezvous.stdout is not None
+    said = rendezvous.stdout.readline()
+    assert said.startswith("nodes can meet at port "), f"tools.rendezvous did not listen: {said!r}"
+    return said.split()[-1]
+
+
+def run_undisturbed(folder: Path, *settings: str) -> tuple[Path, list[dict[str, Any]]]:
+    """Write a recipe, run it on one process, and return the recipe and the rows of metrics; its data is prepared."""
+    recipe = make_recipe(folder)
+    # a text that is not learned by heart: the relative difference of losses near 0 says nothing
+    (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "paced.py").write_text(PACED, encoding="utf-8")
+    command: list[Any] = [sys.executable, ROOT / "recipes", recipe, f"--run.dir={folder / 'alone'}", *settings]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return recipe, read_rows(folder / "alone" / "metrics.jsonl")
 
 
 def kill_all(process: int) -> None:
@@ -134,12 +171,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        recipe = make_recipe(folder)
-        (folder / "paced.py").write_text(PACED, encoding="utf-8")
-        alone = folder / "alone"
-        command: list[Any] = [sys.executable, ROOT / "recipes", recipe, f"--run.dir={alone}", *SETTINGS]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # also prepares the text
-        expected = read_rows(alone / "metrics.jsonl")
+        recipe, expected = run_undisturbed(folder, *SETTINGS)
         batches = sorted({row["global_batch_size"] for row in expected if "loss" in row})
         differences, steps, seconds = [], [], []
         for number in range(arguments.kills):
@@ -163,13 +195,6 @@ def processes_below(parent: int) -> Iterator[int]:
     for task in Path(f"/proc/{parent}/task").iterdir():
         for child in (task / "children").read_text().split():
             yield from processes_below(int(child))
-
-
-def _wait(reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
-    while not reached():
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from benchmarks.torture.killed_run import free_port
-from benchmarks.torture.nodes import kill_all
+from benchmarks.torture.nodes import kill_all, meeting_port
 from tests.conftest import TinyRun
 from tests.distributed.launching import ROOT, SHORT, final_loss, finish, start, steps
 from tests.processes import start_process, wait_until
@@ -34,6 +36,22 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_nodes_can_meet_also_if_the_output_is_full():
+    port = free_port()
+    with Path("/dev/full").open("w") as full:
+        server = start_process(
+            [sys.executable, "-m", "tools.rendezvous", "--port", str(port)],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    try:
+        assert "standard output cannot be written" in server.stderr.readline()
+        TCPStore("127.0.0.1", port, is_master=False).set("key", "value")
+    finally:
+        server.kill()
+        server.communicate()
+
+
 LONGER = ["--training.total_tokens=5760"]
 """Thirty steps."""
 
@@ -51,19 +69,20 @@ def has_step(tiny: TinyRun, step: int) -> bool:
 @pytest.mark.parametrize("how", ["taken away", "first machine, and the rendezvous is elsewhere"])
 def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
     """The samples, the batches and the losses are those of one process."""
-    alone, elastic, port = new_tiny("alone"), new_tiny("elastic"), str(free_port())
+    alone, elastic = new_tiny("alone"), new_tiny("elastic")
     assert alone.launch(*SHORT, *LONGER) == 0
     assert prepare_data.main([str(elastic.recipe)]) == 0
+    server, ranks, port, keys = None, ("0", "1"), str(free_port()), list(LONGER)
+    if how.startswith("first"):
+        rendezvous = [sys.executable, "-m", "tools.rendezvous", "--port", "0"]
+        server = start_process(rendezvous, cwd=ROOT, stdout=subprocess.PIPE)
+        ranks, port = ("1", "1"), meeting_port(server)  # none of them listens
+        keys += ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=1"]
     environment = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NNODES": "1:2", "NPROC": "1", "JOIN_AFTER": "0",
         "NODE_TIMEOUT": "10", "PACE": "0.3", "PACED_WHILE": str(elastic.folder / "paced"),
     }  # fmt: skip
     (elastic.folder / "paced").touch()
-    server, ranks, keys = None, ("0", "1"), list(LONGER)
-    if how.startswith("first"):
-        server = start_process([sys.executable, "-m", "tools.rendezvous", "--port", port], cwd=ROOT)
-        ranks = ("1", "1")  # none of them listens
-        keys += ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=1"]
     try:
         nodes = [
             start(elastic, *keys, NODE_RANK=rank, NODE_ADDR=f"127.0.0.{number}", **environment)
