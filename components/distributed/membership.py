@@ -100,8 +100,10 @@ class _StateHolder(_BackendRendezvousStateHolder):
             if self._state.deadline != self._deadline:
                 self._deadline, self._deadline_seen_at = self._state.deadline, time.monotonic()
             passed = timedelta(seconds=time.monotonic() - self._deadline_seen_at)
-            self._own_deadline = datetime.now(timezone.utc) + self._settings.timeout.last_call - passed
-            self._state.deadline = self._own_deadline
+            left = self._settings.timeout.last_call - passed
+            if self._state.wait_list:  # they are about to take part, or are dead and soon removed
+                left = max(left, timedelta(seconds=1))
+            self._own_deadline = self._state.deadline = datetime.now(timezone.utc) + left
         return changed
 
     def _sanitize(self) -> None:

@@ -82,6 +82,15 @@ def test_nodes_wait_for_more_by_their_own_clocks(clock, offset):
         holder.mark_dirty()
         holder.sync()
         assert backend.state.deadline == deadline, "the other nodes still have what they had"
+    clock[0] += 1.5
+    del backend.state.participants[NODES[1]]
+    backend.state.wait_list.add(NODES[1])
+    holder.sync()
+    assert holder.state.deadline > datetime.now(timezone.utc), "a node that waited to join is on its way"
+    clock[0] += 16
+    backend.beat(NODES[:1])
+    holder.sync()
+    assert holder.state.deadline < datetime.now(timezone.utc), "it died"
     holder.state.deadline = None
     holder.mark_dirty()
     holder.sync()
