@@ -48,7 +48,7 @@ class NetworkRun:
         self._paced.touch()
         self._environment = {
             "NNODES": "1:2", "NPROC": "1", "MASTER_PORT": str(free_port()), "NODE_TIMEOUT": str(node_timeout),
-            "JOIN_AFTER": "1", "OMP_NUM_THREADS": "1", "PACE": "0.3", "PACED_WHILE": str(self._paced),
+            "JOIN_AFTER": "1", "OMP_NUM_THREADS": "1", "PACE": "0.8", "PACED_WHILE": str(self._paced),
         }  # fmt: skip
 
     def start(self, host: str, *prefix: str, **environment: str) -> Launcher:

@@ -138,8 +138,6 @@ def meeting_port(rendezvous: subprocess.Popen[str]) -> str:
 def run_undisturbed(folder: Path, *settings: str) -> tuple[Path, list[dict[str, Any]]]:
     """Write a recipe, run it on one process, and return the recipe and the rows of metrics; its data is prepared."""
     recipe = make_recipe(folder)
-    # a text that is not learned by heart: the relative difference of losses near 0 says nothing
-    (folder / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "paced.py").write_text(PACED, encoding="utf-8")
     command: list[Any] = [sys.executable, ROOT / "recipes", recipe, f"--run.dir={folder / 'alone'}", *settings]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
