@@ -99,6 +99,7 @@ class CheckpointUploader:
             # a newer one that waits already makes it superfluous
             if not self._waiting and (not complete or step_of(Path(complete[-1])) < step_of(self._resumed)):
                 self._waiting.append(self._resumed)
+        self._remove_old()  # a run that was killed during a removal may have nothing left to upload
         return True
 
     def _upload(self) -> bool:
@@ -114,13 +115,17 @@ class CheckpointUploader:
             return False
         self._remote.upload(checkpoint)
         log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
+        self._remove_old()
+        return True
+
+    def _remove_old(self) -> None:
+        """Remove what is not to be kept there; a failure is logged once."""
         try:
             self._remote.remove_old(self._run, keep_last=self._keep_last, keep_every=self._keep_every)
         except StorageError as error:  # such as a bucket that lets nobody delete: the upload must not be repeated
             if not self._told_of_removal:
                 self._told_of_removal = True
                 log.warning(f"{error}; old checkpoints stay there")
-        return True
 
     def _repeat(self, do: Callable[[], bool]) -> bool:
         """Call `do` until it succeeds, at the end for `CLOSE_SECONDS`; return whether it did."""

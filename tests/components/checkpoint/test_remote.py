@@ -209,6 +209,15 @@ def test_the_run_in_a_manifest_is_no_path(remote, run, tmp_path):
     assert not (tmp_path / "b-step-00000003").exists()
 
 
+def test_a_removal_that_was_interrupted_is_completed_by_a_resumed_run_without_uploads(remote, run):
+    newest = [saved(run, step) for step in (1, 2, 3)]
+    for checkpoint in newest:
+        remote.upload(checkpoint)
+    (place(remote, "step-00000001") / MANIFEST).unlink()
+    upload_to(remote, newest=newest[-1]).close()
+    assert sorted(path.name for path in place(remote, "").iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_only_checkpoints_of_the_run_are_removed_when_it_is_replaced(remote, run):
     remote.upload(saved(run, 3))
     remote.remove_all("fedcba9876543210")
