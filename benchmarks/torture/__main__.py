@@ -101,7 +101,7 @@ def _live(recipe: Path, folder: Path, kind: Kind, pace: Pace, kills: int, number
     try:
         run.finish(kills)
         return Outcome(kind, run.life, compare(directory, _uninterrupted(folder, kind), kind, remote))
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:  # ValueError: a damaged checkpoint or metrics.jsonl
         return Outcome(kind, run.life, failure=f"{directory}: {error}")
 
 
