@@ -133,10 +133,9 @@ class RunDirectory:
     def remove_temporary_files(self, *also: Path) -> None:
         """Remove temporary files of killed processes of the run. The caller must have the lock."""
         if self.run is not None:
-            for leftover in (
-                each for file in (self.owner_file, self.config, *also) for each in temporary_files_of(file)
-            ):
-                leftover.unlink(missing_ok=True)
+            for file in (self.owner_file, self.config, self.environment, *also):
+                for leftover in temporary_files_of(file):
+                    leftover.unlink(missing_ok=True)
 
     def clear(self, log_from: int | None = None) -> None:
         """Remove the files that the owner has written, except its checkpoints and `owner_file`.

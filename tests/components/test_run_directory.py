@@ -108,11 +108,12 @@ def test_the_directory_of_a_run_of_another_kind_is_not_claimed(tmp_path):
     assert directory.run == run is not None
 
 
-def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monkeypatch):
-    directory = RunDirectory(tmp_path)
+@pytest.mark.parametrize("name", ["config.toml", "environment.json"])
+def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monkeypatch, name):
+    directory, file = RunDirectory(tmp_path), tmp_path / name
     directory.claim()
     (tmp_path / ".config.toml.new.part").write_text("of another program")
-    atomic_write(directory.config, "the old one")
+    atomic_write(file, "the old one")
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -120,10 +121,10 @@ def test_a_temporary_file_of_a_killed_run_is_removed_by_the_next(tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(atomic_files.Path, "replace", killed)
         patch.setattr(atomic_files.Path, "unlink", lambda *_, **__: None)  # a killed process does not clean up
-        atomic_write(directory.config, "the new one")
+        atomic_write(file, "the new one")
     assert len(list(tmp_path.iterdir())) == 4
     with directory.lock():
         directory.remove_temporary_files()
-        names = sorted(file.name for file in tmp_path.iterdir())
-        assert names == [".config.toml.new.part", ".run.lock", "config.toml", "run.json"]
-        assert directory.config.read_text() == "the old one"
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [".config.toml.new.part", ".run.lock", name, "run.json"]
+        assert file.read_text() == "the old one"
