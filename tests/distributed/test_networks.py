@@ -12,7 +12,8 @@ from benchmarks.torture.networks import CASES, run_on_a_network, run_undisturbed
 from benchmarks.torture.nodes import largest_difference
 from benchmarks.torture.virtual_network import why_impossible
 
-pytestmark = pytest.mark.skipif(why_impossible() is not None, reason=str(why_impossible()))
+IMPOSSIBLE = why_impossible()
+pytestmark = pytest.mark.skipif(IMPOSSIBLE is not None, reason=str(IMPOSSIBLE))
 
 
 @pytest.fixture(scope="module")
