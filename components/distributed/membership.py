@@ -53,7 +53,7 @@ class Patience:
 
     @property
     def last_call(self) -> int:
-        """Time that nodes which have met again, after one was lost, wait for more."""
+        """Time that nodes which meet again, after one was lost, wait for more."""
         return max(1, int(self.lost_after / 3))
 
 
@@ -138,7 +138,7 @@ class Membership:
         """Call when all nodes have met: remember them, and return who left and joined since the last time."""
         before, self._nodes = self._nodes, self._participants()
         self._waiting_since = self._missing_since = None
-        self._rendezvous.settings.timeout._set_timeouts(last_call=timedelta(seconds=self._patience.last_call))
+        self._wait_for_more(self._patience.last_call)
         if not before:
             return ""
         return describe_change(before - self._nodes, self._nodes - before, len(self._nodes))
@@ -178,7 +178,10 @@ class Membership:
             return False
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
-        return time.monotonic() - self._waiting_since >= self._patience.join_after
+        if time.monotonic() - self._waiting_since < self._patience.join_after:
+            return False
+        self._wait_for_more(self._patience.lost_after)  # for its sake they meet
+        return True
 
     def end(self, *, leaves: bool) -> None:
         """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` it, or was only
@@ -193,6 +196,10 @@ class Membership:
                 rendezvous._op_executor.run(_RendezvousExitOp(), deadline)
         else:
             rendezvous.shutdown()
+
+    def _wait_for_more(self, seconds: float) -> None:
+        """Set how long the nodes that meet next, fewer than the largest number, wait for others."""
+        self._rendezvous.settings.timeout._set_timeouts(last_call=timedelta(seconds=seconds))
 
     def _sync(self) -> Any:
         # torchelastic has no public access to the nodes; its own num_nodes_waiting is this, with the length of a list

@@ -97,6 +97,24 @@ def test_nodes_wait_for_more_by_their_own_clocks(clock, offset):
     assert holder.state.deadline is backend.state.deadline is None
 
 
+@pytest.mark.parametrize(("waited", "taken_in"), [(59, False), (61, True)])
+def test_nodes_that_meet_for_one_that_joins_wait_longer_for_it(clock, waited, taken_in):
+    backend = Backend()
+    timeout = RendezvousTimeout(last_call=timedelta(seconds=60))
+    settings = RendezvousSettings("run", 1, 4, timeout, timedelta(seconds=3), 3)
+    holder = _StateHolder(backend, settings, NODES[0], lost_after=15)
+    handler = DynamicRendezvousHandler(NODES[0], settings, "memory", None, holder)
+    membership = Membership(handler, Patience(lost_after=15, join_after=60), watch=True)
+    membership.begin()
+    assert timeout.last_call == timedelta(seconds=5), "after the loss of a node"
+    backend.state.wait_list.add(object())
+    assert not membership.takes_in()
+    clock[0] += waited
+    backend.beat(NODES)
+    assert membership.takes_in() == taken_in
+    assert timeout.last_call == timedelta(seconds=15 if taken_in else 5)
+
+
 def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
     backend = Backend()
     settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
