@@ -1,11 +1,12 @@
 """Kill a node of an elastic run at a random step, bring it back, and compare the run with an undisturbed one.
 
-    python -m benchmarks.torture.nodes [--kills 20] [--seed 0]
+    python -m benchmarks.torture.nodes [--kills 20] [--seed 0] [--namespaces]
 
-Two nodes of two processes each, on this machine, train with an adaptive batch; the nodes meet at a process of its own
-(tools/rendezvous.py). All processes of a node get SIGKILL at once; the node is started again when the other one has
-continued. Every run must have the steps, samples and batches of an undisturbed run of one process, and its losses
-within 1e-5. The table has what the loss of a node costs: steps that are trained again, and seconds without progress.
+Two nodes of two processes each, on this machine or in two network namespaces of it, train with an adaptive batch; the
+nodes meet at a process of its own (tools/rendezvous.py). All processes of a node get SIGKILL at once; the node is
+started again when the other one has continued. Every run must have the steps, samples and batches of an undisturbed run
+of one process, and its losses within 1e-5. The table has what the loss of a node costs: steps that are trained again,
+and seconds without progress.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.shared import ROOT, machine, repeat_with, spread
 from benchmarks.torture.kinds import make_recipe
+from benchmarks.torture.virtual_network import HOSTS, Network, why_impossible
 from components.metrics.jsonl import read_rows
 
 SETTINGS = [
@@ -65,23 +68,30 @@ _TIMEOUT_SECONDS = 300.0
 class ElasticRun:
     """One run of two nodes, of which one is lost and comes back."""
 
-    def __init__(self, recipe: Path, directory: Path, node_timeout: int) -> None:
-        self.recipe, self.directory = recipe, directory
+    def __init__(self, recipe: Path, directory: Path, node_timeout: int, network: Network | None) -> None:
+        self.recipe, self.directory, self.network = recipe, directory, network
         self.log = directory.with_suffix(".log")
         self.launchers: list[subprocess.Popen[bytes]] = []
         self.rendezvous = subprocess.Popen(
-            [sys.executable, "-m", "tools.rendezvous", "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+            [*self.on(0), sys.executable, "-m", "tools.rendezvous", "--port", "0"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self.environment = {
             "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting_port(self.rendezvous),
             "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0",
             "OMP_NUM_THREADS": "1", "PACE": "0.1",
         }  # fmt: skip
 
+    def on(self, node: int) -> list[str]:
+        """Return the words before a command that run it on a node."""
+        return [] if self.network is None else self.network.on(HOSTS[node])
+
     def start(self, node: int) -> subprocess.Popen[bytes]:
         """Start the launcher of a node."""
-        command: list[Any] = [sys.executable, ROOT / "recipes", self.recipe, f"--run.dir={self.directory}", *SETTINGS]
-        environment = {**os.environ, **self.environment, "NODE_ADDR": NODES[node]}
+        command: list[Any] = [*self.on(node), sys.executable, ROOT / "recipes", self.recipe]
+        command += [f"--run.dir={self.directory}", *SETTINGS]
+        place = {"NODE_ADDR": NODES[node]} if self.network is None else self.network.environment(HOSTS[node])
+        environment = {**os.environ, **self.environment, **place}
         with self.log.open("a") as log:
             self.launchers.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         return self.launchers[-1]
@@ -165,15 +175,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--node-timeout", type=int, default=15, help="seconds until a node is lost")
+    parser.add_argument("--namespaces", action="store_true", help="each node has a network of its own; needs root")
     arguments = parser.parse_args()
+    if arguments.namespaces and (impossible := why_impossible()) is not None:
+        parser.error(impossible)
     rng = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    network = Network(f"nodes-{os.getpid()}") if arguments.namespaces else None
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:
+        if network is not None:
+            cleanup.callback(network.remove)
+            network.make()
         folder = Path(temporary)
         recipe, expected = run_undisturbed(folder, *SETTINGS)
         batches = sorted({row["global_batch_size"] for row in expected if "loss" in row})
         differences, steps, seconds = [], [], []
         for number in range(arguments.kills):
-            rows = ElasticRun(recipe, folder / f"run-{number}", arguments.node_timeout).lose_a_node(rng)
+            rows = ElasticRun(recipe, folder / f"run-{number}", arguments.node_timeout, network).lose_a_node(rng)
             differences.append(largest_difference(rows, expected))
             lost = next(row for row in rows if "restart_processes" in row)
             steps.append(lost["restart_lost_steps"])
