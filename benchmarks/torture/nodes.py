@@ -1,6 +1,6 @@
 """Kill a node of an elastic run at a random step, bring it back, and compare the run with an undisturbed one.
 
-    python -m benchmarks.torture.nodes [--kills 20] [--seed 0] [--namespaces]
+    python -m benchmarks.torture.nodes [--kills 20] [--seed 0] [--namespaces] [--section.key=value ...]
 
 Two nodes of two processes each, on this machine or in two network namespaces of it, train with an adaptive batch; the
 nodes meet at a process of its own (tools/rendezvous.py). All processes of a node get SIGKILL at once; the node is
@@ -68,8 +68,10 @@ _TIMEOUT_SECONDS = 300.0
 class ElasticRun:
     """One run of two nodes, of which one is lost and comes back."""
 
-    def __init__(self, recipe: Path, directory: Path, node_timeout: int, network: Network | None) -> None:
-        self.recipe, self.directory, self.network = recipe, directory, network
+    def __init__(
+        self, recipe: Path, directory: Path, settings: list[str], node_timeout: int, network: Network | None
+    ) -> None:
+        self.recipe, self.directory, self.settings, self.network = recipe, directory, settings, network
         self.log = directory.with_suffix(".log")
         self.launchers: list[subprocess.Popen[bytes]] = []
         self.rendezvous = subprocess.Popen(
@@ -89,7 +91,7 @@ class ElasticRun:
     def start(self, node: int) -> subprocess.Popen[bytes]:
         """Start the launcher of a node."""
         command: list[Any] = [*self.on(node), sys.executable, ROOT / "recipes", self.recipe]
-        command += [f"--run.dir={self.directory}", *SETTINGS]
+        command += [f"--run.dir={self.directory}", *self.settings]
         place = {"NODE_ADDR": NODES[node]} if self.network is None else self.network.environment(HOSTS[node])
         environment = {**os.environ, **self.environment, **place}
         with self.log.open("a") as log:
@@ -176,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--node-timeout", type=int, default=15, help="seconds until a node is lost")
     parser.add_argument("--namespaces", action="store_true", help="each node has a network of its own; needs root")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
     if arguments.namespaces and (impossible := why_impossible()) is not None:
         parser.error(impossible)
     rng = random.Random(arguments.seed)
@@ -190,7 +192,8 @@ def main() -> None:
         batches = sorted({row["global_batch_size"] for row in expected if "loss" in row})
         differences, steps, seconds = [], [], []
         for number in range(arguments.kills):
-            rows = ElasticRun(recipe, folder / f"run-{number}", arguments.node_timeout, network).lose_a_node(rng)
+            directory, settings = folder / f"run-{number}", [*SETTINGS, *more]
+            rows = ElasticRun(recipe, directory, settings, arguments.node_timeout, network).lose_a_node(rng)
             differences.append(largest_difference(rows, expected))
             lost = next(row for row in rows if "restart_processes" in row)
             steps.append(lost["restart_lost_steps"])
