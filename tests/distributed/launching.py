@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SABOTAGE = '''
 """A Llama that fails in one forward pass: SABOTAGE_<restart> = "kill:1:10" or "raise:1:10", the 10th of rank 1.
 
+A kill waits for the file or directory KILL_AFTER in the memory of the node, if that is set.
 PACE=0.1 makes every pass take that many seconds longer, with PACED_WHILE as long as that file exists.
 """
 
@@ -39,6 +40,9 @@ class Sabotaged(Llama):
                 time.sleep(float(os.environ.get("PACE", "0")))
             if os.environ.get("RANK") == rank and passes[0] == int(when):
                 if what == "kill":
+                    memory = os.environ.get("POWERTRAIN_HOST_MEMORY", "/")
+                    while not os.path.exists(os.path.join(memory, os.environ.get("KILL_AFTER", ""))):
+                        time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ArithmeticError("sabotage")
             return forward(*args, **kwargs)

@@ -33,9 +33,10 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_as_if_uninterrupted(new_tin
 def test_a_restart_continues_from_the_memory_of_the_node(new_tiny, asynchronous):
     alone, killed = new_tiny("alone"), new_tiny("killed")
     assert alone.launch(*SHORT) == 0
-    keys = ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=2"]
+    keys = ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=4"]
     keys += [f"--checkpoint.async_save={asynchronous}"]
-    status, said = finish(start(killed, *keys, sabotage={0: "kill:1:12"}, NPROC="2", MAX_RESTARTS="1"))
+    once = {"NPROC": "2", "MAX_RESTARTS": "1", "KILL_AFTER": "step-00000004"}
+    status, said = finish(start(killed, *keys, sabotage={0: "kill:1:12"}, **once))
     assert status == 0, said
     (place,) = re.findall(r"resumed from (/dev/shm/powertrain-.*)/step-00000004: step 4", said)
     assert not Path(place).exists(), "the memory is free again"
