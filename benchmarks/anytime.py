@@ -27,7 +27,7 @@ HALF_LIVES = (0.01, 0.03, 0.1)
 """Of the averages, as fractions of all tokens."""
 TOLERANCE = 0.005
 METHODS: dict[str, tuple[Settings, str, Sequence[float]]] = {
-    "WSD": ({}, "lr_schedule.max_lr", (2.8e-3, 4e-3, 5.7e-3, 8e-3)),
+    "WSD": ({}, "lr_schedule.max_lr", (1.4e-3, 2e-3, 2.8e-3, 4e-3)),
     "Power": (
         {
             "lr_schedule.use": "components.lr_schedules:Power",
