@@ -210,8 +210,9 @@ def launch_workers(
     hang_timeout_seconds: float | None = None,
 ) -> int:
     """Start this command line in every worker process of this node. Returns the exit status. Raises UsageError."""
-    from components.distributed.launcher import NodeSpec, run_workers
+    from components.distributed.launcher import run_workers
     from components.distributed.membership import Patience
+    from components.distributed.node import NodeSpec
 
     numbers, elastic = {}, shape.min_nodes > 0
     defaults = {"NODE_RANK": "0", "MASTER_PORT": "29500", "MAX_RESTARTS": "10" if elastic else "0"}

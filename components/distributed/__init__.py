@@ -1,6 +1,7 @@
 """Processes of a run, and parallelism over them.
 
 launcher.py          starts and watches the processes of a node, and returns their exit status
+node.py              the processes of a node, and where it meets the others
 worker.py            what a process knows of its launcher, and reports to it
 membership.py        the nodes that take part: those that are lost, and those that join
 heartbeat.py         processes that make no progress

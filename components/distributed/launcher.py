@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -31,20 +30,19 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from components.distributed.collectives import NODE
 from components.distributed.heartbeat import DUMPING, Heartbeats
 from components.distributed.membership import (
     Membership,
-    Patience,
     agree_on_launch,
     create_rendezvous,
-    own_address,
     own_name,
     wait_for_name,
 )
+from components.distributed.node import RENDEZVOUS_TIMEOUT_SECONDS, NodeSpec
 from components.distributed.worker import CHANGE, ELASTIC, EXIT_DIR, LAUNCH_ID, LAUNCHED_AT
 from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repeated, not_ignored
 
@@ -56,69 +54,6 @@ _MEETINGS = 5
 """Attempts of the nodes to meet, if one of them dies while they do."""
 _DUMP_SECONDS = 2
 """Time that workers get to write their stacks."""
-_RENDEZVOUS_TIMEOUT_SECONDS = 900
-"""Time that the nodes of a run wait for each other: the slowest may first have to set up its environment."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeSpec:
-    """This node, and the address at which all nodes meet."""
-
-    processes: int
-    """Number of worker processes on this node."""
-    nodes: int = 1
-    """The largest number of nodes."""
-    min_nodes: int = 0
-    """The smallest number of nodes that the run continues with; 0: all of them."""
-    rank: int | None = 0
-    """Index of this node. Node 0 listens on `address`:`port`, and the others connect to it. None: the node whose
-    machine has that address listens."""
-    address: str = "127.0.0.1"
-    port: int = 29500
-    max_restarts: int = 0
-    """Number of times that all workers are restarted after one of them failed, or a node was lost."""
-    hang_timeout_seconds: float | None = None
-    """Time without progress after which the workers are restarted; None: never."""
-    patience: Patience = field(default_factory=Patience)
-
-    @property
-    def is_elastic(self) -> bool:
-        """Whether nodes may leave and join."""
-        return 0 < self.min_nodes < self.nodes
-
-    @property
-    def run_id(self) -> str:
-        """What distinguishes this run at a place where the nodes of several runs meet, one after the other."""
-        return os.environ.get(LAUNCH_ID) or "powertrain"
-
-    @property
-    def is_host(self) -> bool | None:
-        """Whether this node listens; None: if the host name of this machine has the address, and the port is free."""
-        if self.rank is None:
-            return True if own_address() == self.address else None
-        return self.rank == 0
-
-    @property
-    def name(self) -> str:
-        """What other nodes call this one."""
-        return own_name()
-
-    def rendezvous(self) -> RendezvousParameters:
-        """Return the rendezvous parameters: any free port for a single node, `address`:`port` for several."""
-        alone = self.nodes == 1
-        return RendezvousParameters(
-            backend="c10d",
-            endpoint="127.0.0.1:0" if alone else f"{self.address}:{self.port}",
-            run_id=self.run_id,
-            min_nodes=self.min_nodes or self.nodes,
-            max_nodes=self.nodes,
-            local_addr="127.0.0.1" if alone else own_address() or (self.address if self.rank == 0 else None),
-            is_host=self.is_host,
-            join_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
-            read_timeout=_RENDEZVOUS_TIMEOUT_SECONDS,
-            last_call_timeout=self.patience.first_call,
-            keep_alive_interval=self.patience.heartbeat,
-        )
 
 
 def run_workers(command: Sequence[str], node: NodeSpec) -> int:
@@ -146,7 +81,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
             run_id = node.run_id
             if node.nodes > 1:
                 _print_error(f"node {node.name} waits for the others at {node.address}:{node.port}")
-                wait_for_name(node.address, _RENDEZVOUS_TIMEOUT_SECONDS)
+                wait_for_name(node.address, RENDEZVOUS_TIMEOUT_SECONDS)
             rendezvous = create_rendezvous(node.rendezvous(), node.patience)
             if node.nodes > 1:
                 # a node that dies while they meet leaves the others waiting for what it would have stored

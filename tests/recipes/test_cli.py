@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from components.distributed.launcher import NodeSpec, numa_options
+from components.distributed.launcher import numa_options
+from components.distributed.node import NodeSpec
 from recipes import cli
 from recipes.cli import (
     DEFAULT_CONFIG,
