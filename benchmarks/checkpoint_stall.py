@@ -56,7 +56,7 @@ def measure(
         directory = _of_first_rank(own)
         if in_memory:
             cleanup.enter_context(make_host_memory_directory())
-        batch, steps = 8, WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
+        batch, steps = 8 * int(os.environ.get("WORLD_SIZE", "1")), WARM_UP + STEPS_BETWEEN * (saves + 1) + 1
         settings = {
             "run.dir": directory, "batch.use": "benchmarks.shared:StopwatchBatch", "batch.initial_size": str(batch),
             "validation.interval_steps": "none", "checkpoint.interval_steps": "none", "checkpoint.keep_last": "2",
