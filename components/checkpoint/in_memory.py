@@ -26,7 +26,7 @@ from components.atomic_files import remove_files, write_fsync
 from components.checkpoint.async_saver import AsyncSaver
 from components.checkpoint.commit import CheckpointWriter, format_state
 from components.checkpoint.file_transfer import Received, Sent, transfer
-from components.checkpoint.load import list_checkpoints, step_of
+from components.checkpoint.load import list_checkpoints, step_name, step_of
 from components.checkpoint.manifest import WRITTEN
 from components.distributed.collectives import run_on_all_ranks
 from components.interfaces import WorldComm
@@ -51,7 +51,7 @@ class InMemoryWriter(CheckpointWriter):
 
     def write_step(self, step: int, tensors: dict[str, Any], state: Mapping[str, Any], config: str) -> bool:
         """Write the checkpoint of `step` and remove the one before it; return whether that succeeded, on every rank."""
-        final = self._directory / f"step-{step:08d}"
+        final = self._directory / step_name(step)
         written = self.write(final, tensors, state, config)
         if written and self.makes_directory:
             keep_only(self._directory, final)  # not before all nodes have the new one
@@ -123,7 +123,7 @@ class InMemoryCheckpoint(NamedTuple):
             source = next(rank for rank, copy in enumerate(copies) if copy)
             files: dict[str, int] = copies[source]["files"]
             if set().union(*holders) >= files.keys():
-                checkpoint = cls(directory / f"step-{step:08d}", holders, files, world)
+                checkpoint = cls(directory / step_name(step), holders, files, world)
                 run_on_all_ranks(lambda c=checkpoint, s=source: c._open(s), world.gather)  # type: ignore[misc]
                 return checkpoint
         if directory is not None and world.rank % world.local_size == 0:
@@ -160,7 +160,7 @@ class InMemoryCheckpoint(NamedTuple):
             dist.broadcast_object_list(common, src=source)
         if world.rank % world.local_size:
             return
-        if not self.path.exists():
+        if not self.holders[world.rank]:  # it joined, or has another save of this step
             temporary = self.path.with_name(f".{self.path.name}")
             temporary.mkdir(exist_ok=True)
             _complete(temporary, self.path, common[0])
@@ -189,12 +189,11 @@ def _describe(checkpoint: Path) -> dict[str, Any]:
     """Return the content of files.json, and "held": the names of the tensor files whose content this node has."""
     described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
     # a file of another node has its size and no blocks; one that was only partly received has other blocks
-    held = [path.name for path in checkpoint.glob(_TENSORS) if path.stat().st_blocks * 512 >= path.stat().st_size]
-    return {**described, "held": [name for name in held if described["files"].get(name) == _size(checkpoint / name)]}
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size
+    found = {path.name: path.stat() for path in checkpoint.glob(_TENSORS)}
+    held = [
+        name for name, stat in found.items() if described["files"].get(name) == stat.st_size <= stat.st_blocks * 512
+    ]
+    return {**described, "held": held}
 
 
 def _raise(failure: Exception | None) -> None:

@@ -70,8 +70,7 @@ def load_tensors(
     """Fill `tensors` in place from `checkpoint`; each rank reads only its shards. Stored code is never executed.
 
     `index` is the result of `tensor_index`, if the caller has it already. `fetch` is called first, with the names of
-    the files that this rank reads. Raises ValueError for files that are damaged
-    or hold other tensors.
+    the files that this rank reads. Raises ValueError for files that are damaged or hold other tensors.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -113,6 +112,11 @@ def tensor_names(checkpoint: Path) -> set[str]:
 def root_cause(error: CheckpointException) -> BaseException:
     """Return the first of the errors that torch.distributed.checkpoint gathered from the ranks."""
     return next((failure for failure, _ in error.failures.values()), error)
+
+
+def step_name(step: int) -> str:
+    """Return the name of the directory of the checkpoint of `step`."""
+    return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:

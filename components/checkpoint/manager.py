@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.checkpoint.commit import CheckpointWriter, remove
 from components.checkpoint.host_memory import host_memory_directory
-from components.checkpoint.load import list_checkpoints, old_checkpoints, silence_no_dist_warning, step_of
+from components.checkpoint.load import list_checkpoints, old_checkpoints, silence_no_dist_warning, step_name, step_of
 from components.checkpoint.manifest import run_of
 from components.errors import InputError
 from components.interfaces import WorldComm
@@ -151,23 +151,16 @@ class CheckpointManager:
         Returns whether the checkpoint was saved. An asynchronous save returns None as soon as both are copied;
         `wait` then updates `saved_step` or `failed_steps`.
         """
-        self.wait()
-        self._saving = step
         final = self.path(step)
 
-        def write(tensors: dict[str, Any]) -> bool:
+        def write(tensors: dict[str, Any], state: Mapping[str, Any]) -> bool:
             return self._writer.write(final, tensors, state, config, after_commit=lambda: self._committed(final))
 
-        if self._saver is not None:
-            state = deepcopy(dict(state))  # a part may return a list that training changes before it is written
-            self._saver.start(tensors, write)
-            return None
-        with silence_no_dist_warning():
-            self._record(write(tensors))
-        return self.saved_step == step
+        self._write(step, tensors, state, write)
+        return None if self._saver is not None else self.saved_step == step
 
     def can_save_in_memory(self) -> bool:
-        """Return whether `save_in_memory` would not wait for a save to disk; equal on all ranks, which must call it."""
+        """Return whether `save_in_memory` would not wait for a running save; equal on all ranks, which must call it."""
         busy = self._saver is not None and self._saver.is_busy
         return self._memory_writer is not None and not self.world.all_reduce_max(int(busy))
 
@@ -175,21 +168,11 @@ class CheckpointManager:
         """Keep the state after `step` in the memory of the nodes, instead of the one before. See `save`."""
         writer = self._memory_writer
         assert writer is not None
-        self.wait()
-
-        def write(tensors: dict[str, Any]) -> bool:
-            return writer.write_step(step, tensors, state, config)
-
-        if self._saver is not None:
-            state = deepcopy(dict(state))
-            self._saver.start(tensors, write)
-            return
-        with silence_no_dist_warning():
-            write(tensors)
+        self._write(None, tensors, state, lambda tensors, state: writer.write_step(step, tensors, state, config))
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint of `step`."""
-        return self.directory / f"step-{step:08d}"
+        return self.directory / step_name(step)
 
     def wait(self) -> None:
         """Wait for a running asynchronous save."""
@@ -206,6 +189,23 @@ class CheckpointManager:
             self._memory_writer.close()
         if self._uploader is not None:
             self._uploader.close()
+
+    def _write(
+        self,
+        saved_step: int | None,
+        tensors: dict[str, Any],
+        state: Mapping[str, Any],
+        write: Callable[[dict[str, Any], Mapping[str, Any]], bool],
+    ) -> None:
+        """Call `write`, or start it in the background on copies; its result is recorded for the step `saved_step`."""
+        self.wait()
+        self._saving = saved_step
+        if self._saver is not None:
+            copied = deepcopy(dict(state))  # a part may return a list that training changes before it is written
+            self._saver.start(tensors, lambda tensors: write(tensors, copied))
+            return
+        with silence_no_dist_warning():
+            self._record(write(tensors, state))
 
     def _committed(self, checkpoint: Path) -> None:
         if self._uploader is not None:

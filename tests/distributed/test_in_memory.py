@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def lose_nodes(rank: int, folder: Path) -> None:
             memory.mkdir()
         check(find(), 4 + lost)
         check(find(), 4 + lost)
+
+    busy = CheckpointManager(folder / "disk", world, in_memory=memory, async_save=True)
+    assert busy._memory_writer is not None
+    write, resumes = busy._memory_writer.write_step, threading.Event()
+    if rank == 1:
+        busy._memory_writer.write_step = lambda *args: resumes.wait() and write(*args)  # type: ignore[method-assign]
+    state = {"step": 7, "counts": [1]}
+    busy.save_in_memory(7, sharded(7), state, "")
+    state["counts"].append(2)  # type: ignore[attr-defined]
+    assert not busy.can_save_in_memory(), "one rank is still writing"
+    resumes.set()
+    busy.wait()
+    assert busy.can_save_in_memory()
+    busy.close()
+    found = find()
+    assert found is not None and read_state(found.path)["counts"] == [1], "as it was when the save began"
+    manager.save_in_memory(6, sharded(6), {"step": 6}, "")
 
     writer = manager._memory_writer
     assert writer is not None
