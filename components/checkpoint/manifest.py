@@ -93,6 +93,8 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
         raise _damaged(checkpoint, f"{MANIFEST}: {error}") from None
     if missing := {"state.json", "config.toml", ".metadata"} - files.keys():
         raise _damaged(checkpoint, f"{MANIFEST} does not list {min(missing)}")
+    if unlisted := {path.name for path in checkpoint.glob("__*")} - files.keys():  # nothing would check its content
+        raise _damaged(checkpoint, f"{MANIFEST} does not list {min(unlisted)}")
     for name, described in files.items():
         file = checkpoint / name
         if not file.is_file():

@@ -61,8 +61,9 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
 
     0: finished; 128 + n: stopped by signal n, after saving; 1 or 2: the status of a worker; 1: a worker was killed.
     """
-    # Each restart needs a new store: in a shared one, workers would find the addresses of the previous, dead workers.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # The launcher of the first node listens for the workers. If rank 0 did, another process could take the port that is
+    # chosen for it while it starts.
+    os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
     for name in ("agent.server.api", "multiprocessing.api"):
         # this module reports failures itself
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel("CRITICAL")
@@ -186,6 +187,7 @@ class WorkerAgent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         for attempt in range(_MEETINGS):
+            self._membership.forget_store()
             try:
                 super()._rendezvous(worker_group)
                 break
@@ -206,7 +208,8 @@ class WorkerAgent(LocalElasticAgent):
             store.add(_FINISHED, 1)
             while store.add(_FINISHED, 0) < self._worker_group.group_world_size:
                 lost = self._membership.lost(is_saving=True) if self._membership.watches else []
-                if lost or (not self._membership.watches and time.monotonic() > deadline):
+                is_late = not self._membership.watches and time.monotonic() > deadline
+                if lost or is_late or self._membership.is_closed():
                     break
                 time.sleep(0.2)
 
@@ -278,6 +281,11 @@ class WorkerAgent(LocalElasticAgent):
         if lost := self._membership.lost(is_saving=is_saving):
             self._kill_workers()  # they may wait for the lost node in a collective
             _print_error(f"lost contact with {', '.join(lost)}; {action}")
+            return RunResult(WorkerState.UNHEALTHY)
+        if not is_saving and self._membership.has_ended():
+            self._kill_workers()  # they may wait for those of the other node, up to half an hour while they start
+            _print_error("another node has ended the run")
+            self._remaining_restarts = 0
             return RunResult(WorkerState.UNHEALTHY)
         if silent := self._heartbeats.silent():
             self._signal_workers(DUMPING, None)

@@ -129,6 +129,7 @@ class Membership:
         """Without `watch` no node is ever lost or taken in: the run could not continue."""
         self._rendezvous, self._patience, self.watches = rendezvous, patience, watch
         self._missing_since: float | None = None
+        self._closed_since: float | None = None
         self._nodes: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
         # this class decides when a node that waits is taken in; torchelastic would kill the workers at once
@@ -142,6 +143,26 @@ class Membership:
         if not before:
             return ""
         return describe_change(before - self._nodes, self._nodes - before, len(self._nodes))
+
+    def forget_store(self) -> None:
+        """Call before the nodes meet: in the store of the workers before, others would find those that are dead."""
+        self._rendezvous._bootstrap_store_info = self._rendezvous._shared_tcp_store_server = None
+
+    def is_closed(self) -> bool:
+        """Return whether a node had ended the run by the last call of `lost`, without restarts left or at its end."""
+        return self.watches and bool(self._rendezvous._state_holder.state.closed)
+
+    def has_ended(self) -> bool:
+        """Return whether a node ended the run so long ago that workers here, which run, wait for its workers in vain.
+
+        Workers that are connected have failed by then; those that start wait until a timeout. Call often, after `lost`.
+        """
+        if not self.is_closed():
+            self._closed_since = None
+            return False
+        if self._closed_since is None:
+            self._closed_since = time.monotonic()
+        return time.monotonic() - self._closed_since > self._patience.lost_after
 
     def lost(self, *, is_saving: bool) -> list[str]:
         """Return the nodes that are not reachable any more, and those that have left to meet again, because their

@@ -80,9 +80,16 @@ def start(
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Return the exit status and all output."""
-    said, _ = process.communicate()
-    return process.returncode, said
+    """Return the exit status and all output; print it if pytest ends the wait."""
+    said: list[str] = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+        return process.wait(), "".join(said)
+    except BaseException:
+        process.kill()
+        print("".join(said))
+        raise
 
 
 def steps(tiny: TinyRun) -> list[int]:

@@ -36,6 +36,21 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
+def test_a_node_whose_workers_cannot_start_ends_the_run_of_the_others(new_tiny):
+    tiny = new_tiny("run")
+    assert prepare_data.main([str(tiny.recipe)]) == 0
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
+    meeting["NODE_TIMEOUT"] = "10"
+    waiting = start(tiny, NODE_RANK="0", MAX_RESTARTS="1", **meeting)
+    failing = start(tiny, "--run.device=cuda", NODE_RANK="1", CUDA_VISIBLE_DEVICES="", **meeting)
+    status, said = finish(failing)
+    assert status == 2, said
+    assert "this machine has no CUDA device" in said
+    status, said = finish(waiting)
+    assert status == 1, said
+    assert "another node has ended the run" in said, "its worker would wait for half an hour"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_nodes_can_meet_also_if_the_output_is_full():
     port = free_port()
