@@ -46,7 +46,7 @@ class NoiseHooks(Protocol):
 
     def start(self, *, measure: bool) -> None: ...
     def end_micro_batch(self) -> None: ...
-    def sums(self, gradients: Iterable[Tensor]) -> Tensor: ...
+    def sums(self, parameters: Iterable[Tensor]) -> Tensor: ...
 
 
 class StepSums:
@@ -133,7 +133,7 @@ class TrainStep:
         also measures the squared norms of the micro-batches' gradients. `more` is called after the last backward and
         returns further values to be summed over all processes.
 
-        Returns the sums `loss` (1,), over the step's tokens; `squares` (2,), of `GradientNoiseHooks.sums`; and `more`.
+        Returns the sums `loss` (1,), over the step's tokens; `squares` (4,), of `GradientNoiseHooks.sums`; and `more`.
         """
         self.noise_hooks.start(measure=measure)
         total = torch.zeros((), device=self.dp.device)
@@ -150,7 +150,7 @@ class TrainStep:
         # The CP and TP ranks of a data-parallel rank all have its loss: each contributes a part of it to the sum over
         # the world.
         ranks = self.world.size // self.dp.size
-        summands = {"loss": total.double() / ranks, "squares": self.noise_hooks.sums(gradients), **more()}
+        summands = {"loss": total.double() / ranks, "squares": self.noise_hooks.sums(self.parameters), **more()}
         sums = StepSums(summands, self.world.all_reduce_sum)
         if self.max_grad_norm is not None:
             with profiler_range("clip_gradients"):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import ParallelDims
 from components.environment import describe_environment, record_environment
 from components.float8 import convert_to_float8
-from components.gradient_noise import GradientNoiseHooks, backward_parameters
+from components.gradient_noise import AdamNorm, GradientNoiseHooks, named_backward_parameters, require_preconditioner
 from components.interfaces import PackedDataset
 from components.metrics.logger import MetricLogger
 from components.metrics.writer import RunInfo
@@ -197,13 +198,20 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
     if mesh.summands is not None:
         from components.distributed.context_parallel import SummandGradients  # not at the top: it imports DTensor
 
-        summands = SummandGradients(mesh.summands)
+        summands = partial(SummandGradients, mesh.summands)
+    tensors, adam = dict(named_backward_parameters(model)), None
+    if built.working_copies is not None:
+        tensors = dict(zip(tensors, built.working_copies, strict=True))
+    if "adam" in recipe.gradient_noise.norms:
+        with config_errors_at(config, "gradient_noise.norms"):
+            preconditioner = require_preconditioner(optimizer)
+        adam = AdamNorm(preconditioner, tensors, dict(model.named_parameters()), world)
     return TrainStep(
         model,
         optimizer,
         mesh.dp,
         world,
-        noise_hooks=GradientNoiseHooks(built.working_copies or backward_parameters(model), world.device, summands),
+        noise_hooks=GradientNoiseHooks(tensors.values(), world.device, summands, adam),
         grad_sync=built.grad_sync,
         max_grad_norm=recipe.training.max_grad_norm,
         compute_context=built.compute,

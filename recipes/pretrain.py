@@ -16,7 +16,7 @@ from functools import partial
 from torch import Tensor
 
 from components import precision
-from components.batch import StepBatch, StepTime
+from components.batch import Adaptive, StepBatch, StepTime
 from components.checkpoint import CheckpointConfig
 from components.distributed.collectives import try_call
 from components.distributed.parallel_dims import ParallelConfig
@@ -114,6 +114,8 @@ class Pretrain:
                 f'{type(self.batch).__name__} needs the gradient noise, and "none" never measures it; remove the key, '
                 "or use components.batch:Constant",
             )
+        if isinstance(self.batch, Adaptive) and self.batch.norm not in self.gradient_noise.norms:
+            yield "batch.norm", f'"{self.batch.norm}" is not measured; add it to gradient_noise.norms'
         for section in ("average", "tasks", "probes"):
             yield from ((section, problem) for problem in invalid_names(getattr(self, section)))
         yield from check_probes(self)
@@ -272,7 +274,7 @@ class Trainer:
                 bad_steps.append((bad, launched))
                 unread = 0  # read all launched steps before it is handled
             noise = None
-            if result.moments is not None and bad is None:
+            if result.moments and bad is None:
                 noise = self.state.noise.update(launched.progress.samples, result.moments)
             self.state.observations.append((launched.progress, noise))
             if result.step_time is not None:

@@ -50,12 +50,8 @@ class StepMetrics:
             "requested_batch_size": batch.requested,
             "micro_batches": batch.micro_batches,
             **launched.policy_metrics,
-            "noise_scale": noise and noise.noise_scale,
-            "noise_scale_over_batch": noise and noise.noise_scale_over_batch,
-            "grad_cov_trace": noise and noise.moments.grad_cov_trace,
-            "grad_sq_norm": noise and noise.moments.grad_sq_norm,
-            "grad_cov_trace_ema": noise and noise.grad_cov_trace,
-            "grad_sq_norm_ema": noise and noise.grad_sq_norm,
+            **noise_metrics(noise),
+            **({} if noise is None or noise.adam is None else noise_metrics(noise.adam, "_adam")),
             **(self.model.metrics_of(sums) if sums is not None and isinstance(self.model, ReportsMetrics) else {}),
             "tokens_per_second": tokens_per_second,
             "step_seconds": step_seconds,
@@ -63,3 +59,16 @@ class StepMetrics:
             "mfu": tokens_per_second * self.flops_per_token / self.peak_flops if self.peak_flops else None,
             "memory_bytes": peak_memory_bytes(self.device),
         }
+
+
+def noise_metrics(noise: GradientNoise | None, suffix: str = "") -> dict[str, float | None]:
+    """Return the metrics of the noise in one norm; None if it was not measured."""
+    values = {
+        "noise_scale": None if noise is None else noise.noise_scale,
+        "noise_scale_over_batch": None if noise is None else noise.noise_scale_over_batch,
+        "grad_cov_trace": None if noise is None else noise.moments.grad_cov_trace,
+        "grad_sq_norm": None if noise is None else noise.moments.grad_sq_norm,
+        "grad_cov_trace_ema": None if noise is None else noise.grad_cov_trace,
+        "grad_sq_norm_ema": None if noise is None else noise.grad_sq_norm,
+    }
+    return {f"{name}{suffix}": value for name, value in values.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from components.batch import StepBatch, StepTime
 from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
+from components.gradient_noise.moments import Norm
 from components.guard import GuardConfig
 from components.interrupts import NONE, REQUESTS
 from components.train_step import StepSums, TrainStep
@@ -26,8 +27,8 @@ class StepResult:
     """The mean loss over the tokens of the step."""
     grad_norm: float
     """The gradient norm before clipping."""
-    moments: GradientMoments | None
-    """The gradient moments; None if they were not measured."""
+    moments: Mapping[Norm, GradientMoments]
+    """The gradient moments in the norms in which they were measured."""
     model_sums: Tensor | None
     """The metric sums of the model, (n,); see `recipes.interfaces.ReportsMetrics`."""
     request: int
@@ -63,18 +64,19 @@ class LaunchedStep:
     def read(self) -> StepResult:
         """Wait until the device has computed the gradient of this step, and return its results."""
         if self.numbers is None:
-            return StepResult(math.nan, math.nan, None, None, NONE)
+            return StepResult(math.nan, math.nan, {}, None, NONE)
         numbers = self.numbers.read()
-        grad_sq_norm, micro_sq_norms = numbers["squares"].tolist()
-        moments = None
-        if self.measured:
-            groups = self.batch.micro_batches * self.dp_size
-            moments = GradientMoments.from_sums(
-                grad_sq_norm,
-                micro_sq_norms,
-                num_micro_batches=groups,
-                micro_batch_size=self.batch.samples // groups,
+        grad_sq_norm, micro_sq_norms, adam_sq_norm, adam_micro_sq_norms = numbers["squares"].tolist()
+        groups = self.batch.micro_batches * self.dp_size
+        measured: dict[Norm, tuple[float, float]] = {"l2": (grad_sq_norm, micro_sq_norms)} if self.measured else {}
+        if adam_micro_sq_norms:
+            measured["adam"] = adam_sq_norm, adam_micro_sq_norms
+        moments = {
+            norm: GradientMoments.from_sums(
+                *sums, num_micro_batches=groups, micro_batch_size=self.batch.samples // groups
             )
+            for norm, sums in measured.items()
+        }
         made = numbers["requests"].nonzero()
         step_time = self.timed and replace(self.timed, seconds=float(numbers["step_seconds"]))
         return StepResult(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from components.batch.policy import BatchPolicy, GradientNoise, Progress
+from components.batch.policy import BatchPolicy, GradientNoise, Norm, Progress
 from components.errors import InputError
 from components.units import Count, PositiveCount, Tokens
 
@@ -46,6 +46,8 @@ class Adaptive(ABC):
     delay_tokens: Tokens = 0
     """Tokens to train before the first decision, because the gradient noise of the warm-up does not predict what
     follows."""
+    norm: Norm = "l2"
+    """Norm of the gradients whose noise is followed: "l2", or "adam" if [gradient_noise] norms has it."""
     measure_at_maximum: bool = True
     """Keep measuring, for the metrics only, after a batch that never shrinks has reached max_size."""
 
@@ -147,6 +149,7 @@ class AdaptivePolicy(BatchPolicy):
         return self.config.measure_at_maximum or self._size < self.config.max_size
 
     def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
+        noise = noise and noise.in_norm(self.config.norm)
         if noise is None or progress.tokens < self.config.delay_tokens:
             return
         if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from components.errors import InputError
 from components.protocol_defaults import with_defaults
+
+Norm = Literal["l2", "adam"]
+"""The norms of gradients in which [gradient_noise] measures noise."""
 
 
 class Progress(Protocol):
@@ -54,6 +57,10 @@ class GradientNoise(Protocol):
     @property
     def grad_sq_norm(self) -> float:
         """||G||^2: squared norm of the true gradient, smoothed over steps; being unbiased, it may be negative."""
+        ...
+
+    def in_norm(self, norm: Norm) -> GradientNoise | None:
+        """Return the noise in a norm of [gradient_noise] norms; None if it was not measured in this step."""
         ...
 
 

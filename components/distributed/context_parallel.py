@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from components.gradient_noise.norms import local_part
-
 BUCKET = 2**24
 """Elements that are reduced at a time: 64 MiB."""
 
@@ -79,11 +77,9 @@ class SummandGradients:
         self._buffers: dict[int, tuple[Tensor, int]] = {}
         """Number of TP ranks that hold the same values -> buffer, and the elements that are filled."""
 
-    def add(self, gradient: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Copy a gradient, and yield parts of the sum that are complete: this rank's shard (n,) in float32, and the
-        number of ranks that hold the same. Under tensor parallelism a gradient is a DTensor over the tp ranks, without
-        Partial placements."""
-        copies, local = local_part(gradient)
+    def add(self, local: Tensor, copies: int) -> Iterator[tuple[Tensor, int]]:
+        """Copy this rank's part of a gradient, which `copies` TP ranks hold, and yield parts of the sum that are
+        complete: this rank's shard (n,) in float32, and the number of ranks that hold the same."""
         values = local.detach().reshape(-1)
         while values.numel():
             buffer, filled = self._buffers.get(copies) or (self._new_buffer(local), 0)

@@ -11,7 +11,10 @@ tr(Sigma), the trace of the covariance of one sample's gradient, and |G|^2, the 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+Norm = Literal["l2", "adam"]
+"""The norms of gradients in which their noise is measured: the Euclidean one, and that of adam_norm.py."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class GradientNoise:
     """S, smoothed."""
     grad_sq_norm: float
     """|G|^2, smoothed."""
+    adam: GradientNoise | None = None
+    """The same in the norm of Adam; None if it was not measured."""
+
+    def in_norm(self, norm: Norm) -> GradientNoise | None:
+        """Return the noise in a norm; None if it was not measured."""
+        return self if norm == "l2" else self.adam
 
     @property
     def num_micro_batches(self) -> int:
@@ -96,7 +105,13 @@ class GradientNoise:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> GradientNoise:
-        return cls(GradientMoments(**state["moments"]), state["grad_cov_trace"], state["grad_sq_norm"])
+        adam = state.get("adam")
+        return cls(
+            GradientMoments(**state["moments"]),
+            state["grad_cov_trace"],
+            state["grad_sq_norm"],
+            adam and cls.from_state_dict(adam),
+        )
 
     @property
     def noise_scale_over_batch(self) -> float | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from components.gradient_noise.moments import GradientMoments, GradientNoise
+from components.errors import InputError
+from components.gradient_noise.moments import GradientMoments, GradientNoise, Norm
 from components.units import PositiveCount
 
 
@@ -19,6 +21,13 @@ class GradientNoiseConfig:
     smoothing_samples: PositiveCount = 1000
     """Samples after which the weight of a measurement has decayed to 1/e. Counted in samples, not steps, so that the
     smoothing window does not grow with the batch (AdaptDL)."""
+    norms: tuple[Norm, ...] = ("l2",)
+    """Norms of the gradients: "l2", the Euclidean one, which is always measured, and "adam", which weights each element
+    as the update of AdamW does."""
+
+    def __post_init__(self) -> None:
+        if "l2" not in self.norms or len(set(self.norms)) < len(self.norms):
+            raise InputError("norms", f'{list(self.norms)}: expected ["l2"] or ["l2", "adam"]')
 
     def build(self) -> NoiseEstimator:
         return NoiseEstimator(self.smoothing_samples)
@@ -33,12 +42,21 @@ class NoiseEstimator:
     _grad_sq_norm: float = field(default=0.0, init=False)
     _weight: float = field(default=0.0, init=False)
     _samples: int = field(default=0, init=False)
+    _adam: NoiseEstimator | None = field(default=None, init=False)
+    """The averages in the norm of Adam, after its first measurement."""
 
-    def update(self, samples: int, moments: GradientMoments) -> GradientNoise | None:
+    def update(self, samples: int, moments: Mapping[Norm, GradientMoments]) -> GradientNoise | None:
         """Add the moments of a step that ended after `samples` trained samples, and return the smoothed noise.
 
         Returns None, and changes nothing, for a step with a single micro-batch or with values that are not finite.
         """
+        noise = self._update(samples, moments["l2"])
+        if noise is None or "adam" not in moments:
+            return noise
+        self._adam = self._adam or NoiseEstimator(self.smoothing_samples)
+        return replace(noise, adam=self._adam._update(samples, moments["adam"]))
+
+    def _update(self, samples: int, moments: GradientMoments) -> GradientNoise | None:
         if moments.num_micro_batches < 2 or not (
             math.isfinite(moments.grad_cov_trace) and math.isfinite(moments.grad_sq_norm)
         ):
@@ -60,8 +78,12 @@ class NoiseEstimator:
             "grad_sq_norm": self._grad_sq_norm,
             "weight": self._weight,
             "samples": self._samples,
+            "adam": self._adam and self._adam.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._grad_cov_trace, self._grad_sq_norm = state["grad_cov_trace"], state["grad_sq_norm"]
         self._weight, self._samples = state["weight"], state["samples"]
+        if (adam := state.get("adam")) is not None:
+            self._adam = NoiseEstimator(self.smoothing_samples)
+            self._adam.load_state_dict(adam)

@@ -9,6 +9,10 @@ from typing import Any
 
 from components.metrics.writer import Row, RunInfo, Writer
 
+_NOISE = (
+    *("noise_scale", "noise_scale_over_batch", "grad_cov_trace", "grad_sq_norm"),
+    *("grad_cov_trace_ema", "grad_sq_norm_ema"),
+)
 TAG_GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),
     "lr": ("lr",),
@@ -16,12 +20,8 @@ TAG_GROUPS = {
         "global_batch_size",
         "requested_batch_size",
         "micro_batches",
-        "noise_scale",
-        "noise_scale_over_batch",
-        "grad_cov_trace",
-        "grad_sq_norm",
-        "grad_cov_trace_ema",
-        "grad_sq_norm_ema",
+        *_NOISE,
+        *(f"{name}_adam" for name in _NOISE),
     ),
     "experts": ("load_balancing_loss", "router_z_loss", "router_entropy", "expert_load_max", "expert_load_min"),
     "throughput": ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "memory_bytes"),

@@ -86,6 +86,16 @@ class LocalAdamW(torch.optim.AdamW):
             self._step_with_rounded_moment(group)
         return loss
 
+    def second_moments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float, float]]:
+        """Yield each parameter that was updated, v without the bias of its start, its learning-rate multiplier and
+        eps. v is sharded like the parameter."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if state := self.state.get(parameter):
+                    corrected = 1 - group["betas"][1] ** local_tensor(state["step"])
+                    moment = state["exp_avg_sq"] / corrected.to(parameter.device)
+                    yield parameter, moment, group["lr_multiplier"], group["eps"]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._restore_moment_dtype()

@@ -93,6 +93,9 @@ class MuonOptimizer(BatchScaledAdamW):
     parameter exists from the start, so that a checkpoint before the first step has it.
     """
 
+    second_moments = None  # type: ignore[assignment]
+    """It has none of the matrices."""
+
     def __init__(
         self,
         keys: MuonKeys,

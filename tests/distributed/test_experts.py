@@ -84,10 +84,10 @@ class Runs:
         return tensors
 
     def moments(self, name: str) -> list[GradientMoments]:
-        """Return the measurement of every step, which must be equal on all processes."""
+        """Return the measurement of every step in the Euclidean norm, which must be equal on all processes."""
         reported = {path.read_text() for path in (self.folder / "moments" / name).iterdir()}
         assert len(reported) == 1
-        return [GradientMoments(*json.loads(line)) for line in reported.pop().splitlines()]
+        return [GradientMoments(*json.loads(line)[0]) for line in reported.pop().splitlines()]
 
 
 def built(experts: int) -> torch.nn.Module:

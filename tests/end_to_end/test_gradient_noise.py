@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+from itertools import pairwise
+
 import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -53,3 +57,41 @@ def test_a_batch_that_could_never_adapt_is_refused(tiny, capsys):
     assert tiny.launch(*adaptive, "--batch.eta=1", "--training.micro_batch_size=8") == 2
     assert "batch" in (said := capsys.readouterr().err)
     assert "use 16 or lower training.micro_batch_size" in said
+
+
+ADAM = ["--batch.use=components.batch:NoiseScale", "--batch.initial_size=8", "--batch.max_size=64", "--batch.norm=adam"]
+NORMS = '--gradient_noise.norms=["l2", "adam"]'
+
+
+def test_a_batch_that_follows_the_noise_in_the_norm_of_adam_is_exact_on_resume(new_tiny):
+    whole, cut = new_tiny("whole"), new_tiny("cut")
+    slow = ["--batch.coefficient=20", "--batch.max_growth=1.5", "--checkpoint.interval_steps=1"]
+    for tiny in (whole, cut):
+        assert tiny.launch(*ADAM, NORMS, *slow) == 0
+    assert cut.launch(f"--resume={cut.checkpoint(3)}", f"--run.dir={cut.folder / 'resumed'}", *ADAM, NORMS, *slow) == 0
+    resumed = [json.loads(line) for line in (cut.folder / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: row for row in resumed if "loss" in row and row["step"] > 3}
+    rows = steps(whole)
+    assert "noise_scale_adam" not in rows[0], "Adam has no second moment before its first step"
+    for row, after in pairwise(rows[1:]):
+        for suffix in ("_adam", ""):
+            ratio = row[f"grad_cov_trace_ema{suffix}"] / row[f"grad_sq_norm_ema{suffix}"]
+            assert row[f"noise_scale{suffix}"] == pytest.approx(ratio, rel=1e-9)
+        assert row["noise_scale_adam"] != row["noise_scale"]
+        wanted = min(math.ceil(20 * row["noise_scale_adam"]), int(row["requested_batch_size"] * 1.5), 64)
+        assert after["requested_batch_size"] == max(wanted, row["requested_batch_size"])
+        if row["step"] > 3:
+            same = {key: row[key] for key in row if "second" not in key and "memory" not in key and key != "mfu"}
+            assert {key: found[row["step"]][key] for key in same} == same
+    assert rows[-1]["requested_batch_size"] > 8
+
+
+def test_a_norm_that_is_not_measured_is_refused(tiny, capsys):
+    assert tiny.launch(*ADAM) == 2
+    assert "batch.norm" in (said := capsys.readouterr().err)
+    assert '"adam" is not measured; add it to gradient_noise.norms' in said
+    assert tiny.launch(*CONSTANT, '--gradient_noise.norms=["adam"]') == 2
+    assert 'expected ["l2"] or ["l2", "adam"]' in capsys.readouterr().err
+    assert tiny.launch(*CONSTANT, NORMS, "--optimizer.use=components.optimizers:Muon") == 2
+    assert "gradient_noise.norms" in (said := capsys.readouterr().err)
+    assert "MuonOptimizer does not; use components.optimizers:AdamW" in said

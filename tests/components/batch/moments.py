@@ -23,6 +23,10 @@ class Moments:
     mean_grad_sq_norm: float = 1.0
     grad_cov_trace: float = 1.0
     grad_sq_norm: float = 1.0
+    adam: Moments | None = None
+
+    def in_norm(self, norm: str) -> Moments | None:
+        return self if norm == "l2" else self.adam
 
 
 FLOATS = [field.name for field in fields(Moments) if field.type == "float"]

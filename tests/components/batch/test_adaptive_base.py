@@ -35,6 +35,12 @@ def test_it_starts_at_initial_and_grows_to_the_target_rounded_up():
     assert sizes(policy, 20.2, 30.0) == [21, 30]
 
 
+def test_a_policy_follows_the_norm_that_it_names():
+    both = replace(wants(30), adam=wants(20))
+    assert sizes(NoiseScale(initial_size=8, max_size=1000, norm="adam"), wants(30), both) == [8, 20]
+    assert sizes(NoiseScale(initial_size=8, max_size=1000), wants(30), both) == [30, 30]
+
+
 def test_an_unmeasured_step_changes_nothing():
     assert sizes(NoiseScale(initial_size=8, max_size=1000), None, 20, None) == [8, 20, 20]
 
