@@ -33,7 +33,7 @@ from components.units import format_count
 from recipes.bad_steps import NonFiniteError
 from recipes.config import Config, ConfigError, derive
 from recipes.critical_batch.branches import Branches, find_branch_point, read_branch_point
-from recipes.critical_batch.report import Branch, Report, draw_report
+from recipes.critical_batch.report import NOISE_SCALES, Branch, Report, draw_report
 from recipes.errors import RunError, config_errors_at
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, check_resumable, diff_config, is_inside, rule_of
@@ -264,7 +264,7 @@ class CriticalBatchMeasurement:
             val_loss=validated[-1]
             if validated and rows[-1]["step"] == start.step + self.planned_steps(multiplier)
             else None,
-            noise_scales=tuple(row["noise_scale"] for row in rows if row.get("noise_scale") is not None),
+            noise_scales={name: tuple(row[name] for row in rows if row.get(name) is not None) for name in NOISE_SCALES},
         )
 
     def _is_finished(self, multiplier: int, newest: Path) -> bool:

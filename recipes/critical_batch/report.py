@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import Any
 from components.critical_batch import is_within_tolerance, largest_factor, smooth_losses
 from components.plotting import import_pyplot, label_tokens, save_figure
 from components.units import format_count
+
+NOISE_SCALES = {"noise_scale": "", "noise_scale_adam": ", in the norm of Adam"}
+"""Metric -> how the report names it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Branch:
     """The loss of each step that was taken; nan if not finite. Shorter than `steps` if the branch ended early."""
     val_loss: float | None
     """The final validation loss; None without validation data."""
-    noise_scales: tuple[float, ...]
-    """The gradient noise scale of the steps at which it was measured, in samples."""
+    noise_scales: Mapping[str, tuple[float, ...]]
+    """The gradient noise scales of the steps at which they were measured, in samples, by the name of the metric."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,14 @@ class Report:
         return min(branch.multiplier for branch in self.branches if branch.multiplier > self.multiplier)
 
     @property
-    def noise_scale(self) -> float | None:
-        """The gradient noise scale along the first branch, in samples."""
-        measured = self.branches[0].noise_scales
-        return median(measured) if measured else None
+    def noise_scales(self) -> dict[str, float | None]:
+        """The gradient noise scale along the first branch, in samples, by the name of the metric: in each norm that was
+        measured, and None for a Euclidean one that was not."""
+        return {
+            name: median(values) if values else None
+            for name, values in self.branches[0].noise_scales.items()
+            if values or name == "noise_scale"
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return the result as JSON values."""
@@ -108,7 +115,7 @@ class Report:
             "critical_batch": self.batch,
             "critical_batch_tokens": self.batch * self.sequence_length,
             "is_lower_bound": self.is_lower_bound,
-            "noise_scale": self.noise_scale,
+            **self.noise_scales,
         }
 
     def lines(self) -> Iterator[str]:
@@ -127,8 +134,10 @@ class Report:
         if not self.is_lower_bound:
             least, beyond = "", f"k = {self._too_large} is too large"
         yield f"k* = {self.multiplier}: the critical batch is {least}{self.batch} samples, {tokens} tokens; {beyond}"
-        noise = "not measured" if self.noise_scale is None else f"{self.noise_scale:.4g} samples"
-        yield f"gradient noise scale of the branch k = 1: {noise}"
+        for name, scale in self.noise_scales.items():
+            norm = NOISE_SCALES[name]
+            noise = "not measured" if scale is None else f"{scale:.4g} samples"
+            yield f"gradient noise scale of the branch k = 1{norm}: {noise}"
 
 
 def draw_report(report: Report, output: Path) -> None:
@@ -146,8 +155,9 @@ def draw_report(report: Report, output: Path) -> None:
     over_batch.plot(batches, [loss - first for loss in report.losses], "o-")
     over_batch.axhline(report.tolerance, color="grey", linestyle="--", label="tolerance")
     over_batch.axvline(report.batch, color="C1", label="critical batch" + (" or more" if report.is_lower_bound else ""))
-    if report.noise_scale is not None:
-        over_batch.axvline(report.noise_scale, color="C2", label="gradient noise scale")
+    for number, (name, scale) in enumerate(report.noise_scales.items(), 2):
+        if scale is not None:
+            over_batch.axvline(scale, color=f"C{number}", label=f"gradient noise scale{NOISE_SCALES[name]}")
     over_batch.set_xscale("log", base=2)
     over_batch.set(xlabel="batch, samples", ylabel="difference from k = 1")
     over_batch.legend()

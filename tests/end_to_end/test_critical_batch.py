@@ -340,7 +340,7 @@ def test_a_second_measurement_is_refused_unless_it_replaces_or_continues(measure
 @pytest.mark.quick
 def test_a_branch_with_a_skipped_step_is_not_within_tolerance():
     losses = {1: (3.0, 2.9), 2: (3.0, math.nan)}
-    branches = [Branch(k, 8 * k, 64 * k, 0.1, 2, each, None, ()) for k, each in losses.items()]
+    branches = [Branch(k, 8 * k, 64 * k, 0.1, 2, each, None, {}) for k, each in losses.items()]
     report = Report(tuple(branches), 100, 0.01, 8)
     assert report.multiplier == 1
     assert report.summary()["branches"][1]["smoothed_loss"] is None
@@ -348,12 +348,17 @@ def test_a_branch_with_a_skipped_step_is_not_within_tolerance():
 
 @pytest.mark.quick
 def test_the_noise_scale_is_the_median_of_what_was_measured_in_the_first_branch():
-    def branch(multiplier: int, noise: tuple[float, ...]) -> Branch:
-        return Branch(multiplier, 8 * multiplier, 64 * multiplier, 0.1, 2, (3.0, 3.0), None, noise)
+    def branch(multiplier: int, noise: tuple[float, ...], in_adam: tuple[float, ...] = ()) -> Branch:
+        scales = {"noise_scale": noise, "noise_scale_adam": in_adam}
+        return Branch(multiplier, 8 * multiplier, 64 * multiplier, 0.1, 2, (3.0, 3.0), None, scales)
 
     report = Report((branch(1, (40.0, 10.0, 90.0)), branch(2, (1.0,))), 100, 0.01, 8)
     assert report.summary()["noise_scale"] == 40.0
-    assert "noise scale of the branch k = 1: 40 samples" in "\n".join(report.lines())
+    assert "noise scale of the branch k = 1: 40 samples" in (said := "\n".join(report.lines()))
+    assert "Adam" not in said
+    report = Report((branch(1, (40.0,), (7.0, 9.0)),), 100, 0.01, 8)
+    assert report.summary()["noise_scale_adam"] == 8.0
+    assert "noise scale of the branch k = 1, in the norm of Adam: 8 samples" in "\n".join(report.lines())
     report = Report((branch(1, ()), branch(2, (1.0,))), 100, 0.01, 8)
     assert report.summary()["noise_scale"] is None
     assert "noise scale of the branch k = 1: not measured" in "\n".join(report.lines())
