@@ -1,4 +1,5 @@
-"""Micro-batches of fixed shape from one global order of samples, through torchdata's StatefulDataLoader.
+"""Micro-batches of fixed shape from one global order of samples, read here or in workers of torchdata's
+StatefulDataLoader.
 
 A step takes a multiple of (data-parallel size x micro-batch size) samples, so micro-batch t of rank r always holds the
 same samples, however many micro-batches the previous steps took: when the batch size changes, nothing prefetched is
@@ -177,8 +178,16 @@ class MicroBatchLoader:
             raise block
         return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
 
+    def _read_here(self, sample_ids: range) -> _Block | Exception:
+        block: _Block | Exception = self._settings["dataset"].__getitems__(sample_ids)
+        return block.pin_memory() if self._settings["pin_memory"] and isinstance(block, _Block) else block
+
     def _start_reading(self) -> None:
-        self._settings["batch_sampler"].skip = self._num_read
+        numbers: _SampleNumbers = self._settings["batch_sampler"]
+        numbers.skip = self._num_read
+        if not self._settings["num_workers"]:  # a StatefulDataLoader takes longer to call than the samples to read
+            self._iterator = map(self._read_here, numbers)
+            return
         with warnings.catch_warnings():  # torchdata 0.11 uses what torch 2.13 deprecates
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             try:

@@ -156,6 +156,8 @@ class TokenReader:
 
     def span_at(self, position: int) -> tuple[int, int]:
         """Return (index of the span, offset within it) of the id at `position`."""
+        if len(self.spans) == 1:  # a corpus in one file
+            return 0, position
         block = bisect_right(self._starts, position) - 1
         ends = self.spans[block * _STRIDE : (block + 1) * _STRIDE, 2].cumsum()
         within = position - self._starts[block]
