@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of each final run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--results", type=Path, default=Path("docs/data/adaptive_batch.jsonl"))
     parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         book = ResultBook(Results(options.results), text or None, options.tokens, options.jobs)
         if not options.report:
             for kind in options.schedules:
-                compare_methods(book, kind, options.seeds)
+                compare_methods(book, kind, options.seeds, options.methods)
         write_report(rows_of(book), options.tokens, options.pictures)
     except KeyboardInterrupt as stop:
         return report_stop(stop)
@@ -66,11 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compare_methods(book: ResultBook, kind: str, seeds: int) -> None:
-    """Run all methods under one schedule, and then a constant batch of the mean size of an adaptive one."""
-    rows = [(name, kind if kind == "power" else method.decay) for name, method in METHODS.items()]
+def compare_methods(book: ResultBook, kind: str, seeds: int, methods: Sequence[str]) -> None:
+    """Run `methods` under one schedule, and then a constant batch of the mean size of an adaptive one."""
+    rows = [(name, kind if kind == "power" else METHODS[name].decay) for name in methods]
     rows = [row for row in rows if row != ("Seesaw", "power")]  # it needs the square-root rule
     run_rows(book, rows, seeds)
+    if SAME_MEAN_AS not in methods:
+        return
     _, (model, *_) = rows_of(book)[SAME_MEAN_AS, kind]
     same_mean = max(SMALL, round(model.mean_batch / 4) * 4)
     run_rows(book, [(f"constant {same_mean}", kind)], seeds)

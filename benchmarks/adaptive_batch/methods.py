@@ -28,6 +28,8 @@ SIZE = {
 
 REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE_LENGTH}
 
+BOTH_NORMS: dict[str, object] = {"gradient_noise.norms": '["l2", "adam"]'}
+
 
 def constant(samples: int) -> dict[str, object]:
     return {"batch.use": "components.batch:Constant", "batch.initial_size": samples}
@@ -45,9 +47,9 @@ def adaptive(kind: str, **keys: object) -> dict[str, object]:
     return {"batch.use": f"components.batch:{kind}", **{f"batch.{key}": value for key, value in settings.items()}}
 
 
-def norm_test(eta: float) -> dict[str, object]:
+def norm_test(eta: float, **keys: object) -> dict[str, object]:
     delay = WARMUP_STEPS * SMALL * SEQUENCE_LENGTH
-    return adaptive("NormTest", eta=eta, max_growth=2, delay_tokens=delay)
+    return adaptive("NormTest", eta=eta, max_growth=2, delay_tokens=delay, **keys)
 
 
 def doubling(*fractions: float) -> dict[str, object]:
@@ -80,6 +82,9 @@ METHODS: dict[str, Method] = {
     "doubling, evenly": Method(doubling(0.2, 0.4, 0.6, 0.8)),
     "doubling, late": Method(doubling(0.35, 0.55, 0.7, 0.85)),
     **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
+    **{
+        f"norm test in Adam's norm, eta {eta}": Method(norm_test(eta, norm="adam") | BOTH_NORMS) for eta in (1.6, 2.0)
+    },
     "norm test of the paper, eta 0.15": Method(
         adaptive("NormTest", eta=0.15, estimator="paper", workers=4), scales_lr=False
     ),

@@ -49,7 +49,7 @@ def settings_of(run: Run) -> dict[str, str]:
     settings = {
         "run.seed": run.seed, "run.device": "cpu", "training.precision": "float32",
         "training.total_tokens": run.tokens, **SIZE, **method.settings, **schedule(kind, run.lr, method),
-        "validation.interval_steps": "none", "validation.max_sequences": 512, "validation.micro_batch_size": 16,
+        "validation.interval_steps": "none", "validation.max_sequences": "none", "validation.micro_batch_size": 16,
     }  # fmt: skip
     return {key: str(value) for key, value in settings.items()}
 
