@@ -45,12 +45,12 @@ class Measurement:
     step: int
     noise_scales: Mapping[str, float | None]
     gaps: Mapping[int, float]
-    """k -> held-out loss above that of k = 1, nats per token."""
+    """k -> held-out loss above that of k = 1, nats per token; without the branches that diverged."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Measurement:
-        losses = {branch["k"]: branch["val_loss"] for branch in row["branches"]}
-        gaps = {k: math.inf if loss is None else loss - losses[1] for k, loss in losses.items()}
+        losses = {branch["k"]: branch["val_loss"] for branch in row["branches"] if branch["val_loss"] is not None}
+        gaps = {k: loss - losses[1] for k, loss in losses.items()}
         return cls(row["seed"], row["step"], {name: row.get(name) for name in SENSORS}, gaps)
 
     @property
@@ -109,7 +109,7 @@ def measure(folder: Path, text: Mapping[str, Path], lr: float, seed: int) -> Ite
         }  # fmt: skip
         run(branches, shared | settings)
         report = json.loads((directory / "critical_batch.json").read_text())
-        kept = {key: report[key] for key in (*SENSORS, "branches")}
+        kept = {key: report.get(key) for key in (*SENSORS, "branches")}
         yield {"seed": seed, "step": step, "lr": lr, **kept}
 
 
@@ -132,7 +132,7 @@ def report(found: Sequence[Measurement]) -> Iterator[str]:
         if not here:
             continue
         scales = [_mean([scale for each in here if (scale := each.noise_scales[name])], ".0f") for name in SENSORS]
-        gaps = [_mean([each.gaps[k] for each in here], ".4f") for k in (2, 4, 8)]
+        gaps = [_mean([each.gaps[k] for each in here if k in each.gaps], ".4f") for k in (2, 4, 8)]
         known = [batch for each in here if (batch := each.critical_batch) is not None]
         cell = _mean(known, ".0f") + (f" ({len(known)} of {len(here)})" if len(known) < len(here) else "")
         yield f"| {step} | {' | '.join((*scales, *gaps, cell))} |"
@@ -173,7 +173,7 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = comparison_parser("square_root_rule", __doc__)
+    parser = comparison_parser("square_root_rule", __doc__, runs_at_a_time=False)
     parser.add_argument("--lr", type=float, default=1.4e-3, help="learning rate at the batch of k = 1")
     parser.add_argument("--work", type=Path, default=Path("runs/square_root_rule"), help="directory of the runs")
     options = parser.parse_args(arguments)
@@ -181,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for seed in range(0 if options.report else options.seeds):
         if {(row["seed"], row["step"], row["lr"]) for row in done} >= {(seed, step, options.lr) for step in POINTS}:
             continue
-        for row in measure(options.work.absolute() / f"seed-{seed}", text_keys(options), options.lr, seed):
+        for row in measure(
+            options.work.absolute() / f"lr-{options.lr:g}-seed-{seed}", text_keys(options), options.lr, seed
+        ):
             if (row["seed"], row["step"], row["lr"]) not in {(each["seed"], each["step"], each["lr"]) for each in done}:
                 done.append(row)
                 with options.results.open("a") as file:

@@ -35,7 +35,9 @@ def text_run(varied: Settings, text: Mapping[str, Path], shared: Settings = SHAR
     return job
 
 
-def comparison_parser(name: str, description: str | None, seeds: int = 3) -> argparse.ArgumentParser:
+def comparison_parser(
+    name: str, description: str | None, seeds: int = 3, *, runs_at_a_time: bool = True
+) -> argparse.ArgumentParser:
     """Return a parser of the options of every comparison; results are kept in docs/data/`name`.jsonl."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
@@ -46,7 +48,8 @@ def comparison_parser(name: str, description: str | None, seeds: int = 3) -> arg
     parser.add_argument("--valid", type=Path, required=True, help="text to validate on")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a tiktoken file of 2048 entries")
     parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    if runs_at_a_time:
+        parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--results", type=Path, default=Path("docs/data") / f"{name}.jsonl")
     parser.add_argument("--report", action="store_true", help="run nothing")
     return parser

@@ -135,6 +135,8 @@ class TrainStep:
 
         Returns the sums `loss` (1,), over the step's tokens; `squares` (4,), of `GradientNoiseHooks.sums`; and `more`.
         """
+        if isinstance(self.optimizer, ScalesWithBatch):  # before the noise is measured, which uses the constants
+            self.optimizer.set_batch_tokens(step_tokens)
         self.noise_hooks.start(measure=measure)
         total = torch.zeros((), device=self.dp.device)
         with self.compute_context():
@@ -157,14 +159,12 @@ class TrainStep:
                 self._clip(gradients, sums["squares"][0].sqrt().float(), self.max_grad_norm)
         return sums
 
-    def update(self, lr: float, step_tokens: int, *, skip: Tensor | None = None) -> None:
+    def update(self, lr: float, *, skip: Tensor | None = None) -> None:
         """Take one optimizer step at `lr` times each group's multiplier, and drop the gradients.
 
-        `step_tokens` is the number of tokens on all ranks. If `skip`, () float32 on the device, is 1, parameters and
-        optimizer state stay unchanged, without a synchronization; it requires `skips_on_device`.
+        If `skip`, () float32 on the device, is 1, parameters and optimizer state stay unchanged, without a
+        synchronization; it requires `skips_on_device`.
         """
-        if isinstance(self.optimizer, ScalesWithBatch):
-            self.optimizer.set_batch_tokens(step_tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         if skip is not None:

@@ -257,7 +257,7 @@ class Trainer:
             else:
                 self.hooks.call("on_gradients_ready", self.context)
                 self.state.is_consistent = False
-                self.step.update(lr, step_tokens, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
+                self.step.update(lr, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
                 self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
                 launched.probed = self.probes.after_update()
         self.clock.advance(batch.samples)

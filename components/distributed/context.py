@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from components.distributed.collectives import all_gather_str, raise_on_all_ranks, try_call
+from components.distributed.worker import report_connected
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class DistributedContext:
             backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
         long_timeout_group = dist.new_group(backend="gloo", timeout=MAIN_PROCESS_TIMEOUT) if size > 1 else None
+        report_connected()
         # torchrun and our launcher set it; with another launcher all processes may count as one node
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
         return cls(rank, size, device, owns_group, long_timeout_group, local_size)

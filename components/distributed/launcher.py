@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed import DistError, DistStoreError
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -34,16 +34,18 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from components.distributed.collectives import NODE
+from components.distributed.context import raise_descriptor_limit
 from components.distributed.heartbeat import DUMPING, Heartbeats
 from components.distributed.membership import (
     Membership,
     agree_on_launch,
     create_rendezvous,
+    own_address,
     own_name,
     wait_for_name,
 )
 from components.distributed.node import RENDEZVOUS_TIMEOUT_SECONDS, NodeSpec
-from components.distributed.worker import CHANGE, ELASTIC, EXIT_DIR, LAUNCH_ID, LAUNCHED_AT
+from components.distributed.worker import CHANGE, ELASTIC, EXIT_DIR, LAUNCH_ID, LAUNCHED_AT, connected_files
 from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repeated, not_ignored
 
 _ASK_AGAIN_SECONDS = 5
@@ -61,6 +63,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
 
     0: finished; 128 + n: stopped by signal n, after saving; 1 or 2: the status of a worker; 1: a worker was killed.
     """
+    raise_descriptor_limit()  # every worker of the run has a connection to the first launcher
     # The launcher of the first node listens for the workers. If rank 0 did, another process could take the port that is
     # chosen for it while it starts.
     os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
@@ -81,6 +84,8 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         try:
             run_id = node.run_id
             if node.nodes > 1:
+                if (address := own_address()) is not None:
+                    wait_for_name(address, RENDEZVOUS_TIMEOUT_SECONDS)
                 _print_error(f"node {node.name} waits for the others at {node.address}:{node.port}")
                 wait_for_name(node.address, RENDEZVOUS_TIMEOUT_SECONDS)
             rendezvous = create_rendezvous(node.rendezvous(), node.patience)
@@ -195,6 +200,10 @@ class WorkerAgent(LocalElasticAgent):
                 _print_error("a node was lost while the nodes met; they meet again")
                 if attempt == _MEETINGS - 1:
                     raise RendezvousError(str(error).splitlines()[0]) from error
+            except DistNetworkError as error:
+                raise RendezvousError(
+                    f"{own_name()} cannot listen for workers: {str(error).splitlines()[0]}"
+                ) from error
 
     def _exit_barrier(self) -> None:
         """Wait for the other nodes, whose workers may still be saving.
@@ -215,7 +224,7 @@ class WorkerAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._asked_to_restart_at = None
-        for file in self._exit_dir.iterdir():  # of the workers before
+        for file in (*self._exit_dir.iterdir(), *connected_files(self._exit_dir)):  # of the workers before
             file.unlink()
         self._heartbeats.clear()
         os.environ[CHANGE] = self._membership.begin()
@@ -282,8 +291,10 @@ class WorkerAgent(LocalElasticAgent):
             self._kill_workers()  # they may wait for the lost node in a collective
             _print_error(f"lost contact with {', '.join(lost)}; {action}")
             return RunResult(WorkerState.UNHEALTHY)
-        if not is_saving and self._membership.has_ended():
-            self._kill_workers()  # they may wait for those of the other node, up to half an hour while they start
+        # Workers that are connected end by themselves when those of another node do, and may have something to finish.
+        # Others would wait for half an hour until they are.
+        if self._membership.has_ended() and not self._are_connected():
+            self._kill_workers()
             _print_error("another node has ended the run")
             self._remaining_restarts = 0
             return RunResult(WorkerState.UNHEALTHY)
@@ -304,6 +315,9 @@ class WorkerAgent(LocalElasticAgent):
             self._asked_to_restart_at = now
             self._signal_workers(RESTARTING, None)
         return healthy
+
+    def _are_connected(self) -> bool:
+        return len(connected_files(self._exit_dir)) == len(self._worker_group.workers)
 
     def _kill_workers(self) -> None:
         if self._pcontext is not None:

@@ -149,14 +149,12 @@ class Membership:
         self._rendezvous._bootstrap_store_info = self._rendezvous._shared_tcp_store_server = None
 
     def is_closed(self) -> bool:
-        """Return whether a node had ended the run by the last call of `lost`, without restarts left or at its end."""
-        return self.watches and bool(self._rendezvous._state_holder.state.closed)
+        """Return whether a node has ended the run, without restarts left or at its end; known after its heartbeat."""
+        return bool(self._rendezvous._state_holder.state.closed)
 
     def has_ended(self) -> bool:
-        """Return whether a node ended the run so long ago that workers here, which run, wait for its workers in vain.
-
-        Workers that are connected have failed by then; those that start wait until a timeout. Call often, after `lost`.
-        """
+        """Return whether a node ended the run so long ago that workers which start here wait for its workers in vain.
+        Call often."""
         if not self.is_closed():
             self._closed_since = None
             return False

@@ -45,6 +45,17 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(number))
 
 
+def report_connected() -> None:
+    """Call in a worker when it is connected to all others: a collective then fails when one of them dies."""
+    if EXIT_DIR in os.environ:
+        (Path(os.environ[EXIT_DIR]).parent / f"connected-{os.environ['RANK']}").touch()
+
+
+def connected_files(exit_dir: Path) -> list[Path]:
+    """Return a file for each worker of this node that has called `report_connected`."""
+    return list(exit_dir.parent.glob("connected-*"))
+
+
 def report_exit(status: int, message: str = "") -> int:
     """Call in a worker: report the exit status of the run to the launcher, and return the status to exit with.
 

@@ -26,8 +26,8 @@ class DiagonalPreconditioner(Protocol):
     """An optimizer like Adam, which divides each element of the momentum by the root of a second moment."""
 
     def second_moments(self) -> Iterable[tuple[Tensor, Tensor, float, float]]:
-        """Yield each parameter that was updated, v without the bias of its start, its learning-rate multiplier and
-        eps. v is sharded like the parameter."""
+        """Yield each parameter that has a state, v without the bias of its start, its learning-rate multiplier and eps.
+        v is sharded like the parameter, and nan before its first update."""
         ...
 
 
@@ -118,10 +118,10 @@ def _like_gradient(local: Tensor, parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def require_preconditioner(optimizer: object) -> DiagonalPreconditioner:
-    """Return `optimizer`. Raises ValueError if it does not divide by a second moment in all parameters."""
+    """Return `optimizer`. Raises ValueError if it has no second moments of all parameters."""
     if not isinstance(optimizer, DiagonalPreconditioner):
         raise ValueError(
-            f'"adam" needs an optimizer that divides all of its momentum by the root of a second moment, and '
-            f"{type(optimizer).__name__} does not; use components.optimizers:AdamW, or remove it"
+            f'"adam" needs the second moments of all parameters, from a method second_moments of the optimizer, and '
+            f"{type(optimizer).__name__} has none; use components.optimizers:AdamW, or remove it"
         )
     return optimizer

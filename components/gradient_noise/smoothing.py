@@ -84,6 +84,7 @@ class NoiseEstimator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._grad_cov_trace, self._grad_sq_norm = state["grad_cov_trace"], state["grad_sq_norm"]
         self._weight, self._samples = state["weight"], state["samples"]
+        self._adam = None
         if (adam := state.get("adam")) is not None:
             self._adam = NoiseEstimator(self.smoothing_samples)
             self._adam.load_state_dict(adam)

@@ -87,8 +87,8 @@ class LocalAdamW(torch.optim.AdamW):
         return loss
 
     def second_moments(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float, float]]:
-        """Yield each parameter that was updated, v without the bias of its start, its learning-rate multiplier and
-        eps. v is sharded like the parameter."""
+        """Yield each parameter that has a state, v without the bias of its start, its learning-rate multiplier and eps.
+        v is sharded like the parameter, and nan before its first update."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if state := self.state.get(parameter):

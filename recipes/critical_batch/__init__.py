@@ -53,7 +53,8 @@ class CriticalBatch(Pretrain):
 
     def check(self) -> Iterator[tuple[str, str]]:
         """Yield the problems of pre-training, except about gradient noise: the batch of a branch is constant."""
-        yield from (problem for problem in super().check() if problem[0] != "gradient_noise.interval_steps")
+        ignored = "gradient_noise.interval_steps", "batch.norm"
+        yield from (problem for problem in super().check() if problem[0] not in ignored)
 
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train the branches that are not finished, then compare all. Returns the exit status."""

@@ -93,7 +93,10 @@ def estimate_memory(
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if shards > 1 else 0
     copies = count_copies(recipe)
-    resident = (8 + 4 * copies) * local_params + state + RESERVED_BYTES[device_type]
+    factors = 0
+    if "adam" in recipe.gradient_noise.norms:
+        factors = 2 * local_params + (2 * math.ceil(whole) if shards > 1 else 0)
+    resident = (8 + 4 * copies) * local_params + state + factors + RESERVED_BYTES[device_type]
     peak = resident + max(gathered + kept + keys + loss, reducing)
     # The head is reduced first, when the loss is freed and all blocks still wait for their backward.
     local = peak
@@ -109,6 +112,7 @@ def estimate_memory(
             "activations": (kept, f"{tokens:,} tokens, activation_checkpoint = {mode}{', compiled' * compiled}"),
             **({"keys and values": (keys, "gathered from the cp ranks")} if keys else {}),
             "loss": (loss, "one chunk of logits, and the gradients"),
+            **({"norm of Adam": (factors, "factors in bf16, in measured steps")} if factors else {}),
             "reserved": (RESERVED_BYTES[device_type], "context and buffers, roughly"),
         },
         peak=peak,

@@ -17,6 +17,7 @@ from components.data.mixture import Mixture
 from components.data.sources.base import TextSource
 from components.distributed.parallel_dims import MeshShape
 from components.errors import InputError, message_of
+from components.gradient_noise import require_preconditioner
 from components.hardware import DeviceSpec, device_spec
 from components.interfaces import UpdateCost
 from recipes.batch_policy import build_batch_policy
@@ -144,6 +145,9 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
     if model is not None and isinstance(recipe.optimizer, HasUpdateCost):
         with _collect_problems(config, "optimizer", problems):
             update_cost = recipe.optimizer.update_cost(model)
+    if model is not None and "adam" in recipe.gradient_noise.norms:
+        with _collect_problems(config, "gradient_noise.norms", problems):
+            require_preconditioner(recipe.optimizer.build(model=model))
     if model is not None and complete_recipe(recipe).probes:
         with _collect_problems(config, "probes", problems):
             build_probes(config, model)

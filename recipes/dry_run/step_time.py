@@ -103,6 +103,7 @@ def estimate_step_time(plan: RunPlan, device: DeviceSpec, micro_batches: int) ->
             *tp_collectives(plan, micro_batches, recomputed),
             *cp_collectives(plan, micro_batches, recomputed),
             *update_collectives(plan),
+            *adam_norm_collectives(plan),
         )
         if collective.ranks > 1
     ]
@@ -154,6 +155,14 @@ def cp_collectives(plan: RunPlan, micro_batches: int, recomputed: float) -> Iter
     interval = plan.recipe.gradient_noise.interval_steps
     if interval is not None:
         yield Collective(micro_batches / interval * 4 * numel_per_tp_rank(plan.model, tp), cp, tp)
+
+
+def adam_norm_collectives(plan: RunPlan) -> Iterator[Collective]:
+    """Yield the gather of the factors of the norm of Adam, on average over steps."""
+    noise, mesh_shape = plan.recipe.gradient_noise, plan.mesh_shape
+    if "adam" in noise.norms and noise.interval_steps is not None:
+        size = 2 * sum(parameter.numel() for parameter in plan.model.parameters()) / noise.interval_steps
+        yield Collective(size, mesh_shape.fsdp_size, mesh_shape.tp)
 
 
 def update_collectives(plan: RunPlan) -> Iterator[Collective]:

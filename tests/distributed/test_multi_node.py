@@ -36,12 +36,13 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     assert final_loss(together) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
-def test_a_node_whose_workers_cannot_start_ends_the_run_of_the_others(new_tiny):
+@pytest.mark.parametrize("restarts", ["0", "1"])
+def test_a_node_whose_workers_cannot_start_ends_the_run_of_the_others(new_tiny, restarts):
     tiny = new_tiny("run")
     assert prepare_data.main([str(tiny.recipe)]) == 0
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
     meeting["NODE_TIMEOUT"] = "10"
-    waiting = start(tiny, NODE_RANK="0", MAX_RESTARTS="1", **meeting)
+    waiting = start(tiny, NODE_RANK="0", MAX_RESTARTS=restarts, **meeting)
     failing = start(tiny, "--run.device=cuda", NODE_RANK="1", CUDA_VISIBLE_DEVICES="", **meeting)
     status, said = finish(failing)
     assert status == 2, said
@@ -49,6 +50,42 @@ def test_a_node_whose_workers_cannot_start_ends_the_run_of_the_others(new_tiny):
     status, said = finish(waiting)
     assert status == 1, said
     assert "another node has ended the run" in said, "its worker would wait for half an hour"
+
+
+NODE = """
+import sys
+from components.distributed.launcher import run_workers
+from components.distributed.membership import Patience
+from components.distributed.node import NodeSpec
+rank, port, *worker = sys.argv[1:]
+node = NodeSpec(processes=1, nodes=2, rank=int(rank), port=int(port), max_restarts=1, patience=Patience(lost_after=5))
+sys.exit(run_workers([sys.executable, "-c", *worker], node))
+"""
+UPLOADING = """
+import pathlib, sys, time
+from components.distributed.worker import report_connected, report_exit
+report_connected()
+time.sleep(12)
+pathlib.Path(sys.argv[1]).touch()
+sys.exit(report_exit(1, "the run stopped itself"))
+"""
+STOPPING = """
+import sys
+from components.distributed.worker import report_connected, report_exit
+report_connected()
+sys.exit(report_exit(1, "the run stopped itself"))
+"""
+
+
+def test_workers_that_are_connected_may_finish_after_those_of_another_node_have_failed(tmp_path):
+    """As rank 0 uploads a checkpoint after the run has stopped itself on all ranks."""
+    port, done = str(free_port()), tmp_path / "uploaded"
+    nodes = [
+        start_process([sys.executable, "-c", NODE, rank, port, *worker], cwd=ROOT, stdout=subprocess.PIPE)
+        for rank, worker in (("0", [UPLOADING, str(done)]), ("1", [STOPPING]))
+    ]
+    assert [finish(node)[0] for node in nodes] == [1, 1]
+    assert done.exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

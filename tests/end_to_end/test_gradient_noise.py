@@ -66,6 +66,7 @@ NORMS = '--gradient_noise.norms=["l2", "adam"]'
 def test_a_batch_that_follows_the_noise_in_the_norm_of_adam_is_exact_on_resume(new_tiny):
     whole, cut = new_tiny("whole"), new_tiny("cut")
     slow = ["--batch.coefficient=20", "--batch.max_growth=1.5", "--checkpoint.interval_steps=1"]
+    slow += ["--optimizer.reference_batch_tokens=4000"]
     for tiny in (whole, cut):
         assert tiny.launch(*ADAM, NORMS, *slow) == 0
     assert cut.launch(f"--resume={cut.checkpoint(3)}", f"--run.dir={cut.folder / 'resumed'}", *ADAM, NORMS, *slow) == 0
@@ -92,6 +93,8 @@ def test_a_norm_that_is_not_measured_is_refused(tiny, capsys):
     assert '"adam" is not measured; add it to gradient_noise.norms' in said
     assert tiny.launch(*CONSTANT, '--gradient_noise.norms=["adam"]') == 2
     assert 'expected ["l2"] or ["l2", "adam"]' in capsys.readouterr().err
-    assert tiny.launch(*CONSTANT, NORMS, "--optimizer.use=components.optimizers:Muon") == 2
-    assert "gradient_noise.norms" in (said := capsys.readouterr().err)
-    assert "MuonOptimizer does not; use components.optimizers:AdamW" in said
+    for dry_run in ([], ["--dry-run"]):
+        assert tiny.launch(*CONSTANT, NORMS, "--optimizer.use=components.optimizers:Muon", *dry_run) == 2
+        said = "".join(capsys.readouterr())
+        assert "gradient_noise.norms" in said
+        assert "MuonOptimizer has none; use components.optimizers:AdamW" in said

@@ -105,3 +105,14 @@ def test_the_averages_in_the_norm_of_adam_are_separate_and_are_restored():
         assert GradientNoise.from_state_dict(json.loads(json.dumps(found.state_dict()))) == found
         following = {"l2": estimates(2.0, 1.0, 8), "adam": estimates(1.0, 1.0, 8)}
         assert restored.update(8 * step + 8, following) == copy.deepcopy(first).update(8 * step + 8, following)
+
+
+def test_a_rollback_to_a_step_before_the_first_measurement_in_the_norm_of_adam_forgets_it():
+    smoothed, fresh = NoiseEstimator(100), NoiseEstimator(100)
+    for each in (smoothed, fresh):
+        each.update(8, {"l2": estimates(1.0, 1.0, 8)})
+    before = json.loads(json.dumps(smoothed.state_dict()))
+    smoothed.update(16, {"l2": estimates(2.0, 1.0, 8), "adam": estimates(90.0, 1.0, 8)})
+    smoothed.load_state_dict(before)
+    again = {"l2": estimates(2.0, 1.0, 8), "adam": estimates(3.0, 1.0, 8)}
+    assert smoothed.update(16, again) == fresh.update(16, again)

@@ -106,7 +106,8 @@ def training(**keys) -> tuple[nn.Module, TrainStep]:
 def update(net: nn.Module, step: TrainStep, gradient: torch.Tensor, tokens: int) -> torch.Tensor:
     """One step; returns the second moment after it."""
     net.weight.grad = gradient.clone()
-    step.update(0.01, tokens)
+    step.optimizer.set_batch_tokens(tokens)  # as TrainStep.accumulate does
+    step.update(0.01)
     return step.optimizer.state[net.weight]["exp_avg_sq"].double().clone()
 
 

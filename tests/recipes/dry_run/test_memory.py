@@ -35,6 +35,16 @@ def test_shards_divide_what_is_held_and_replicas_do_not(tiny):
     assert held["dp_replicate=4", "dp_shard=1"] == 4 * TINY_PARAMETERS
 
 
+def test_the_norm_of_adam_has_factors_of_the_whole_model_on_every_rank(tiny):
+    norms = '--gradient_noise.norms=["l2", "adam"]'
+    alone, sharded = memory_of(tiny, norms), memory_of(tiny, norms, processes=4)
+    assert alone.parts["norm of Adam"][0] == 2 * TINY_PARAMETERS
+    assert sharded.parts["norm of Adam"][0] == 2 * TINY_PARAMETERS + sharded.parts["parameters"][0] // 2
+    for measured, plain in ((alone, memory_of(tiny)), (sharded, memory_of(tiny, processes=4))):
+        more = measured.parts["norm of Adam"][0]
+        assert (measured.peak - plain.peak, measured.local_peak - plain.local_peak) == (more, more)
+
+
 def test_tensor_parallelism_slices_matrices_and_the_batch_is_that_of_the_data_parallel_ranks(tiny):
     plan = plan_of(tiny, "--parallel.tp=2", "--model.kv_heads=2", processes=4)
     assert plan.mesh_shape == MeshShape(1, 2, 1, 2)
