@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[Settings, str, Sequence[float]]] = {
             "lr_schedule.max_lr": "0.02",
         },
         "lr_schedule.a",
-        (2.0, 2.8, 4.0, 5.7),
+        (0.7, 1.0, 1.4, 2.0, 2.8),
     ),
 }
 """Name -> its settings, the key that is tuned, and its values."""

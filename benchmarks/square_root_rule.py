@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.shared import machine
 from benchmarks.text_runs import SHARED, SIZES, comparison_parser, text_keys
+from components.plotting import import_pyplot, save_figure
 from recipes.cli import ROOT
 
 BATCH, LENGTH = 16, 128
@@ -32,7 +33,7 @@ BRANCH_TOKENS = 163_840
 """10 steps of the largest batch."""
 GAP = 0.02
 """Nats per token: the critical batch is the one at which the gap crosses this."""
-BINS = (1.0, 2.0, 4.0, 8.0, 16.0)
+BINS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Upper ends of batch / noise scale."""
 SENSORS = {"noise_scale": "Euclidean", "noise_scale_adam": "Adam"}
 
@@ -165,6 +166,26 @@ def report(found: Sequence[Measurement]) -> Iterator[str]:
             )
 
 
+def plot_gaps(found: Sequence[Measurement], output: Path) -> None:
+    """Plot the gap against batch / noise scale, a panel for each norm. Raises ValueError without matplotlib."""
+    figure, axes = import_pyplot().subplots(1, len(SENSORS), figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, (name, label) in zip(axes, SENSORS.items(), strict=True):
+        for number, step in enumerate(POINTS):
+            points = [
+                (k * BATCH / scale, gap)
+                for each in found
+                for k, gap in each.gaps.items()
+                if k > 1 and each.step == step and (scale := each.noise_scales[name])
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o", color=f"C{number}", label=f"step {step}")
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel=f"batch / noise scale, {label}", ylabel="gap, nats per token")
+    axes[0].legend()
+    save_figure(figure, output)
+
+
 def _mean(values: Sequence[float], form: str) -> str:
     if not values:
         return "-"
@@ -174,6 +195,7 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = comparison_parser("square_root_rule", __doc__, runs_at_a_time=False)
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/square_root_rule.svg"))
     parser.add_argument("--lr", type=float, default=1.4e-3, help="learning rate at the batch of k = 1")
     parser.add_argument("--work", type=Path, default=Path("runs/square_root_rule"), help="directory of the runs")
     options = parser.parse_args(arguments)
@@ -190,7 +212,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     file.write(json.dumps(row) + "\n")
                 print(f"seed {seed}, step {row['step']}: done", file=sys.stderr, flush=True)
     print(f"{machine()}\n")
-    print("\n".join(report([Measurement.from_row(row) for row in done if row["lr"] == options.lr])))
+    found = [Measurement.from_row(row) for row in done if row["lr"] == options.lr]
+    print("\n".join(report(found)))
+    try:
+        plot_gaps(found, options.picture)
+    except ValueError as error:  # no matplotlib
+        print(error, file=sys.stderr)
     return 0
 
 

@@ -200,7 +200,7 @@ def step_at(model: Decoder, lr: float, **keys) -> torch.optim.Optimizer:
     unused = {"noise_hooks": None, "grad_sync": None, "max_grad_norm": None, "compute_context": nullcontext}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    TrainStep(model, optimizer, ranks, ranks, **unused).update(lr, 1)
+    TrainStep(model, optimizer, ranks, ranks, **unused).update(lr)
     return optimizer
 
 

@@ -75,7 +75,7 @@ def test_a_state_survives_json(tiny):
 
     state = new()
     state.clock.advance(8)
-    noise = state.noise.update(8, GradientMoments(4, 2, 9.0, 1.0))
+    noise = state.noise.update(8, {"l2": GradientMoments(4, 2, 9.0, 1.0)})
     assert isinstance(noise, GradientNoise)
     state.observations.append((state.clock, noise))
     assert state.guard.check(3.0, 1.0) is None
