@@ -52,7 +52,7 @@ class GradientNoiseHooks:
         object that adds up the gradients of a micro-batch if several processes have summands of them. With `adam`, the
         noise is also measured in its norm.
         """
-        self._device, self._adam, self._measures_adam = device, adam, False
+        self._device, self._adam = device, adam
         self._l2_sums = None if summands is None else summands()
         self._adam_sums = None if summands is None or adam is None else summands()
         self._l2: SquaredNorm | None = None
