@@ -33,7 +33,7 @@ def make_host_memory_directory(root: Path = _ROOT) -> Iterator[None]:
     Does nothing on a machine without `root`. The directory is locked while this process lives: if it is killed, the
     next call on the machine removes what it has left, which would occupy memory until the machine is started again.
     """
-    os.environ[HOST_MEMORY] = ""
+    os.environ.pop(HOST_MEMORY, None)
     if not os.access(root, os.W_OK):
         yield
         return
@@ -45,7 +45,7 @@ def make_host_memory_directory(root: Path = _ROOT) -> Iterator[None]:
         os.environ[HOST_MEMORY] = str(directory)
         yield
     finally:
-        os.environ[HOST_MEMORY] = ""
+        os.environ.pop(HOST_MEMORY, None)
         _remove(directory)
         os.close(handle)
 

@@ -40,9 +40,9 @@ class Sabotaged(Llama):
                 time.sleep(float(os.environ.get("PACE", "0")))
             if os.environ.get("RANK") == rank and passes[0] == int(when):
                 if what == "kill":
-                    memory = os.environ.get("POWERTRAIN_HOST_MEMORY", "/")
-                    while not os.path.exists(os.path.join(memory, os.environ.get("KILL_AFTER", ""))):
-                        time.sleep(0.01)
+                    if awaited := os.environ.get("KILL_AFTER"):
+                        while not os.path.exists(os.path.join(os.environ["POWERTRAIN_HOST_MEMORY"], awaited)):
+                            time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise ArithmeticError("sabotage")
             return forward(*args, **kwargs)
