@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.shared import mean_and_deviation
 from benchmarks.text_runs import SHARED, SIZES, WARMUP, comparison_parser, run_and_report, text_keys, text_run
 from tools.sweep.grid import Job, Settings
 from tools.sweep.runner import Outcome, Results
@@ -107,7 +108,10 @@ class Comparison:
             wsd, power = ([each.loss for each in outcomes[method]] for method in ("WSD", "Power"))
             averaged = [[each.average_losses.get(name, math.inf) for each in outcomes["Power"]] for name in names]
             gap = min(statistics.fmean(losses) for losses in averaged) / statistics.fmean(wsd) - 1
-            cells = [f"{round(self.tokens * at):,}", *(_mean(losses) for losses in (wsd, power, *averaged))]
+            cells = [
+                f"{round(self.tokens * at):,}",
+                *(mean_and_deviation(losses) for losses in (wsd, power, *averaged)),
+            ]
             yield f"| {' | '.join(cells)} | {gap:+.2%}{' *' * (gap <= TOLERANCE)} |"
         yield ""
         yield f"best: {best}; mean and standard deviation over seeds; * within {TOLERANCE:.1%}"
@@ -124,11 +128,6 @@ def _averages(tokens: int) -> Settings:
         settings[f"average.{name}.use"] = "components.average:Exponential"
         settings[f"average.{name}.half_life_tokens"] = str(half_life)
     return settings
-
-
-def _mean(losses: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.4f}{spread}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -140,6 +140,14 @@ def spread(values: Sequence[float], form: str = ".3g") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def mean_and_deviation(values: Sequence[float], form: str = ".4f") -> str:
+    """Return mean and standard deviation as text: "0.52 ± 0.03", or "-" without values."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
+
+
 def repeat_with(module: str) -> str:
     """Return the lines that tell how to repeat this benchmark: its module and the arguments it was started with."""
     return f"\nRepeat with:\n\n    python -m {module} {shlex.join(sys.argv[1:])}".rstrip()

@@ -21,8 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared import machine
+from benchmarks.shared import machine, mean_and_deviation
 from benchmarks.text_runs import SHARED, SIZES, comparison_parser, text_keys
+from components.metrics.jsonl import read_rows
 from components.plotting import import_pyplot, save_figure
 from recipes.cli import ROOT
 
@@ -63,11 +64,6 @@ class Measurement:
                 position = (GAP - below) / (above - below)
                 return BATCH * smaller * (larger / smaller) ** position
         return None
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of results."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run(recipe: Path, settings: Mapping[str, Any]) -> None:
@@ -132,10 +128,13 @@ def report(found: Sequence[Measurement]) -> Iterator[str]:
         here = [each for each in found if each.step == step]
         if not here:
             continue
-        scales = [_mean([scale for each in here if (scale := each.noise_scales[name])], ".0f") for name in SENSORS]
-        gaps = [_mean([each.gaps[k] for each in here if k in each.gaps], ".4f") for k in (2, 4, 8)]
+        scales = [
+            mean_and_deviation([scale for each in here if (scale := each.noise_scales[name])], ".0f")
+            for name in SENSORS
+        ]
+        gaps = [mean_and_deviation([each.gaps[k] for each in here if k in each.gaps], ".4f") for k in (2, 4, 8)]
         known = [batch for each in here if (batch := each.critical_batch) is not None]
-        cell = _mean(known, ".0f") + (f" ({len(known)} of {len(here)})" if len(known) < len(here) else "")
+        cell = mean_and_deviation(known, ".0f") + (f" ({len(known)} of {len(here)})" if len(known) < len(here) else "")
         yield f"| {step} | {' | '.join((*scales, *gaps, cell))} |"
     yield ""
     yield f"| batch / noise scale at most | {' | '.join(f'gap, {name}' for name in SENSORS.values())} |"
@@ -149,7 +148,7 @@ def report(found: Sequence[Measurement]) -> Iterator[str]:
                 for k, gap in each.gaps.items()
                 if k > 1 and (scale := each.noise_scales[name]) and low < k * BATCH / scale <= high
             ]
-            cells.append(f"{_mean(near, '.4f')} ({len(near)})")
+            cells.append(f"{mean_and_deviation(near, '.4f')} ({len(near)})")
         yield f"| {high:g} | {' | '.join(cells)} |"
     yield ""
     for name, label in SENSORS.items():
@@ -162,7 +161,7 @@ def report(found: Sequence[Measurement]) -> Iterator[str]:
             ratios = [batch / scale for scale, batch in pairs]
             yield (
                 f"{label}: rank correlation with the critical batch {rank_correlation(*zip(*pairs, strict=True)):.2f} "
-                f"over {len(pairs)} points; critical batch / noise scale {_mean(ratios, '.2f')}"
+                f"over {len(pairs)} points; critical batch / noise scale {mean_and_deviation(ratios, '.2f')}"
             )
 
 
@@ -186,27 +185,20 @@ def plot_gaps(found: Sequence[Measurement], output: Path) -> None:
     save_figure(figure, output)
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = comparison_parser("square_root_rule", __doc__, runs_at_a_time=False)
     parser.add_argument("--picture", type=Path, default=Path("docs/images/square_root_rule.svg"))
     parser.add_argument("--lr", type=float, default=1.4e-3, help="learning rate at the batch of k = 1")
     parser.add_argument("--work", type=Path, default=Path("runs/square_root_rule"), help="directory of the runs")
     options = parser.parse_args(arguments)
-    done = read_results(options.results)
+    done = read_rows(options.results)
+    known = {(row["seed"], row["step"], row["lr"]) for row in done}
     for seed in range(0 if options.report else options.seeds):
-        if {(row["seed"], row["step"], row["lr"]) for row in done} >= {(seed, step, options.lr) for step in POINTS}:
+        if known >= {(seed, step, options.lr) for step in POINTS}:
             continue
-        for row in measure(
-            options.work.absolute() / f"lr-{options.lr:g}-seed-{seed}", text_keys(options), options.lr, seed
-        ):
-            if (row["seed"], row["step"], row["lr"]) not in {(each["seed"], each["step"], each["lr"]) for each in done}:
+        folder = options.work.absolute() / f"lr-{options.lr:g}-seed-{seed}"
+        for row in measure(folder, text_keys(options), options.lr, seed):
+            if (seed, row["step"], options.lr) not in known:
                 done.append(row)
                 with options.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")

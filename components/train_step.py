@@ -3,7 +3,7 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -46,7 +46,7 @@ class NoiseHooks(Protocol):
 
     def start(self, *, measure: bool) -> None: ...
     def end_micro_batch(self) -> None: ...
-    def sums(self, parameters: Iterable[Tensor]) -> Tensor: ...
+    def sums(self, parameters: Sequence[Tensor]) -> Tensor: ...
 
 
 class StepSums:
@@ -133,7 +133,7 @@ class TrainStep:
         also measures the squared norms of the micro-batches' gradients. `more` is called after the last backward and
         returns further values to be summed over all processes.
 
-        Returns the sums `loss` (1,), over the step's tokens; `squares` (4,), of `GradientNoiseHooks.sums`; and `more`.
+        Returns the sums `loss` (1,), over the step's tokens; `squares`, of `GradientNoiseHooks.sums`; and `more`.
         """
         if isinstance(self.optimizer, ScalesWithBatch):  # before the noise is measured, which uses the constants
             self.optimizer.set_batch_tokens(step_tokens)

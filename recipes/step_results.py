@@ -66,11 +66,11 @@ class LaunchedStep:
         if self.numbers is None:
             return StepResult(math.nan, math.nan, {}, None, NONE)
         numbers = self.numbers.read()
-        grad_sq_norm, micro_sq_norms, adam_sq_norm, adam_micro_sq_norms = numbers["squares"].tolist()
+        grad_sq_norm, micro_sq_norms, *in_adam = numbers["squares"].tolist()
         groups = self.batch.micro_batches * self.dp_size
         measured: dict[Norm, tuple[float, float]] = {"l2": (grad_sq_norm, micro_sq_norms)} if self.measured else {}
-        if adam_micro_sq_norms:
-            measured["adam"] = adam_sq_norm, adam_micro_sq_norms
+        if in_adam and in_adam[1]:  # 0 before the first update
+            measured["adam"] = in_adam[0], in_adam[1]
         moments = {
             norm: GradientMoments.from_sums(
                 *sums, num_micro_batches=groups, micro_batch_size=self.batch.samples // groups

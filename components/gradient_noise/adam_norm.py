@@ -63,6 +63,7 @@ class AdamNorm:
             sums.append(local.sum(dtype=torch.float64) / copies / moment.numel())
         if not sums:
             return False
+        # v is corrected twice: keeping it in between would take 4 bytes per parameter
         means = self._world.all_reduce_sum(torch.stack(sums))
         for (parameter, moment, multiplier, eps), mean in zip(self._optimizer.second_moments(), means, strict=True):
             _, local = local_part(moment)

@@ -8,7 +8,7 @@ Euclidean norm it can be made in that of Adam (adam_norm.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +75,8 @@ class GradientNoiseHooks:
 
     def end_micro_batch(self) -> None:
         """Call after the backward of every micro-batch."""
+        if self._l2 is None:
+            return
         with profiler_range("gradient_noise"):
             for squares, summands in ((self._l2, self._l2_sums), (self._in_adam, self._adam_sums)):
                 if squares is not None:
@@ -82,23 +84,21 @@ class GradientNoiseHooks:
                         squares.add_local(shard, copies)
                     squares.flush()
 
-    def sums(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Return (4,) float64 on the device, to be summed over all processes of the run. Does not synchronize.
+    def sums(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return (2,) or (4,) float64 on the device, to be summed over all processes of the run. Does not synchronize.
 
         The first is the squared norm of the step's gradient, after its reduction and before clipping; the second is the
         sum over micro-batches of the squared norms of their gradients, 0 in a step that is not measured. The others
-        are the same in the norm of Adam, and 0 if that is not measured. `parameters` are those of the model.
+        are the same in the norm of Adam, if that is measured. `parameters` are those of the model.
         """
-        square, in_adam, count = SquaredNorm(self._device), SquaredNorm(self._device), 0
+        square, count = SquaredNorm(self._device), 0
         with profiler_range("clip_gradients"):  # clipping needs this norm also in steps that are not measured
             for parameter in parameters:
                 if parameter.grad is not None:
                     square.add(parameter.grad)
                     count += 1
-                    if self._in_adam is not None and self._adam is not None:
-                        copies, local = local_part(parameter.grad)
-                        in_adam.add_local(self._adam.scale_sharded(parameter, local), copies)
-            totals = [square.total(), torch.zeros((), dtype=torch.float64, device=self._device)]
+            total = square.total()
+        totals = [total, torch.zeros_like(total)]
         if self._l2 is not None:
             if len(self._seen) < count:
                 raise RuntimeError(
@@ -106,8 +106,14 @@ class GradientNoiseHooks:
                     "check whether the model replaces its parameters"
                 )
             totals[1] = self._l2.total()
-        totals += [in_adam.total(), torch.zeros_like(totals[0]) if self._in_adam is None else self._in_adam.total()]
-        if self._adam is not None:
+        if self._in_adam is not None and self._adam is not None:
+            with profiler_range("gradient_noise"):
+                scaled = SquaredNorm(self._device)
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        copies, local = local_part(parameter.grad)
+                        scaled.add_local(self._adam.scale_sharded(parameter, local), copies)
+                totals += [scaled.total(), self._in_adam.total()]
             self._adam.clear()
         self._l2 = self._in_adam = None
         return torch.stack(totals)

@@ -10,8 +10,12 @@ from typing import Any
 from components.metrics.writer import Row, RunInfo, Writer
 
 _NOISE = (
-    *("noise_scale", "noise_scale_over_batch", "grad_cov_trace", "grad_sq_norm"),
-    *("grad_cov_trace_ema", "grad_sq_norm_ema"),
+    "noise_scale",
+    "noise_scale_over_batch",
+    "grad_cov_trace",
+    "grad_sq_norm",
+    "grad_cov_trace_ema",
+    "grad_sq_norm_ema",
 )
 TAG_GROUPS = {
     "train": ("loss", "grad_norm", "epoch"),

@@ -77,6 +77,32 @@ sys.exit(report_exit(1, "the run stopped itself"))
 """
 
 
+ALONE = """
+import resource, sys
+from torch.distributed import DistNetworkError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from components.distributed.launcher import run_workers
+from components.distributed.node import NodeSpec
+def cannot_listen(*_):
+    raise DistNetworkError("no such address")
+if sys.argv[1] == "cannot listen":
+    DynamicRendezvousHandler._create_tcp_store_server = cannot_listen
+else:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+worker = "import os, resource; soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE); os._exit(soft != hard)"
+sys.exit(run_workers([sys.executable, "-c", worker], NodeSpec(processes=1)))
+"""
+
+
+@pytest.mark.parametrize(("case", "status"), [("cannot listen", 1), ("few descriptors", 0)])
+def test_the_launcher_listens_for_the_workers_of_the_run(case, status):
+    ended, said = finish(
+        start_process([sys.executable, "-c", ALONE, case], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    )
+    assert ended == status, said
+    assert ("cannot listen for workers: no such address" in said) == (case == "cannot listen"), said
+
+
 def test_workers_that_are_connected_may_finish_after_those_of_another_node_have_failed(tmp_path):
     """As rank 0 uploads a checkpoint after the run has stopped itself on all ranks."""
     port, done = str(free_port()), tmp_path / "uploaded"

@@ -45,7 +45,8 @@ def measure(model: nn.Module, hooks: GradientNoiseHooks, losses, samples: int) -
     for loss in losses:
         (loss() / len(losses)).backward()
         hooks.end_micro_batch()
-    *_, total, micro = hooks.sums(model.parameters()).tolist()
+    _, _, *in_adam = hooks.sums(list(model.parameters())).tolist()
+    total, micro = in_adam or (0.0, 0.0)
     return GradientMoments.from_sums(total, micro, num_micro_batches=len(losses), micro_batch_size=samples)
 
 

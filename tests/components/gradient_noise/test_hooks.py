@@ -16,8 +16,7 @@ SHAPES = combined_shapes(LlamaShape(dim=16, layers=2, heads=4, kv_heads=2, ffn_d
 
 
 def finish(hooks: GradientNoiseHooks, model: nn.Module) -> tuple[float, float]:
-    l2, micro, *in_adam = hooks.sums(model.parameters()).tolist()
-    assert in_adam == [0, 0], "not measured"
+    l2, micro = hooks.sums(list(model.parameters())).tolist()  # no others: the norm of Adam is not measured
     return l2, micro
 
 

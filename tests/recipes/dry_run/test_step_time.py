@@ -94,6 +94,16 @@ def test_a_step_on_the_cpu_has_no_such_bounds(tiny, capsys):
 MUON = "--optimizer.use=components.optimizers:Muon"
 
 
+def test_the_norm_of_adam_gathers_its_factors_in_measured_steps(tiny):
+    plan, plain = step(tiny, 8, 8)
+    norms, third = '--gradient_noise.norms=["l2", "adam"]', "--gradient_noise.interval_steps=3"
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    for keys, interval in (([norms], 1), ([norms, third], 3)):
+        _, found = step(tiny, 8, 8, *keys)
+        more = 2 * parameters / interval * 7 / 8 / (H100.link_bytes * 0.73)
+        assert found.nvlink - plain.nvlink == pytest.approx(more, rel=1e-3)
+
+
 def test_muon_adds_its_products_and_its_exchange_to_a_step(tiny):
     """The tiny model, dim 16 and ffn_dim 32, two blocks: q and o are 16 x 16, k and v 8 x 16, three of 32 x 16."""
     plan, plain = step(tiny, 8, 8)
