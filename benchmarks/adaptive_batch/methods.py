@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,24 @@ def norm_test(eta: float, **keys: object) -> dict[str, object]:
     return adaptive("NormTest", eta=eta, max_growth=2, delay_tokens=delay, **keys)
 
 
+def closed_form(mean: int, decay: float = 0.3, stages_at: int = 20) -> dict[str, object]:
+    """Return the batch of arXiv 2607.27731 for WSD: proportional to lr(t) / sqrt(integral of lr from t to the end).
+
+    `mean`: the mean of the batch over the tokens, in samples; the form says nothing about it. The learning rate is
+    constant, then decays as 1 - sqrt(x) over the last `decay` of the tokens; the warm-up is ignored.
+    """
+
+    def size(t: float) -> float:
+        x = max(0.0, (t - (1 - decay)) / decay)
+        rest = max(0.0, 1 - decay - t) + decay * (1 / 3 - x + 2 / 3 * x**1.5)
+        return float((1 - math.sqrt(x)) / math.sqrt(rest))
+
+    points = {number / stages_at: size((number + 0.5) / stages_at) for number in range(stages_at)}
+    scale = mean / (sum(points.values()) / stages_at)
+    sizes = {t: round(scale * each / MICRO_BATCH) * MICRO_BATCH for t, each in points.items()}
+    return stages({t: each for t, each in sizes.items() if t}, sizes[0.0])
+
+
 def doubling(*fractions: float) -> dict[str, object]:
     """Return a ramp from the small batch, doubled at each of four fractions of the tokens."""
     return stages({fraction: SMALL * 2 ** (number + 1) for number, fraction in enumerate(fractions)}, SMALL)
@@ -81,7 +100,14 @@ METHODS: dict[str, Method] = {
     "doubling, early": Method(doubling(0.05, 0.1, 0.2, 0.4)),
     "doubling, evenly": Method(doubling(0.2, 0.4, 0.6, 0.8)),
     "doubling, late": Method(doubling(0.35, 0.55, 0.7, 0.85)),
+    "a quarter, a half, all (nanochat)": Method(
+        stages({0.05: LARGE // 2, 0.1: LARGE}, LARGE // 4), first=LARGE // 4
+    ),
+    "doubling by branches (Merrill)": Method(stages({0.015: 16, 0.12: 32, 0.21: 64}, SMALL)),
+    "one switch at 75 %": Method(stages({0.75: LARGE}, SMALL)),
+    "closed form of 2607.27731": Method(closed_form(MEDIUM), first=MEDIUM, scales_lr=False),
     **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
+    "norm test, eta 1.3, at most 96": Method(norm_test(1.3, max_size=96)),
     **{
         f"norm test in Adam's norm, eta {eta}": Method(norm_test(eta, norm="adam") | BOTH_NORMS) for eta in (1.6, 2.0)
     },
