@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.lr_transfer.groups import Group, group_results
 from benchmarks.lr_transfer.methods import METHODS, Grid, Method, relative_cost, sweep_of
 from benchmarks.lr_transfer.report import plot_regret, report_lines
 from benchmarks.text_runs import comparison_parser, run_and_report, text_keys
 from tools.sweep.grid import Job
+from tools.sweep.groups import Group, group_results
 from tools.sweep.runner import Results
 
 

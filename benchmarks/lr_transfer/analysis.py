@@ -15,13 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lr_transfer.groups import Group, group_results, lr_of, minimax_lr, optimum_points
-from benchmarks.lr_transfer.lr_law import PUBLISHED_A, PUBLISHED_B, Optimum, fit_law
 from components.plotting import import_pyplot, save_figure
 from components.units import format_count
 from recipes.cli import UsageError
 from tools.sweep.__main__ import build_parser, read_sweep
 from tools.sweep.grid import Job
+from tools.sweep.groups import Group, group_results, lr_of, minimax_lr, optimum_points
+from tools.sweep.lr_law import PUBLISHED_A, PUBLISHED_B, Optimum, fit_law
 
 LR_KEYS = ("lr_schedule.max_lr", "lr_schedule.a")
 """The key that is tuned, if it is varied and --lr-key is not given."""

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.lr_transfer.analysis import format_vertex, law_lines
-from benchmarks.lr_transfer.groups import Group, minimax_lr
 from benchmarks.lr_transfer.methods import Method
 from components.plotting import import_pyplot, save_figure
+from tools.sweep.groups import Group, minimax_lr
 
 GOAL = 0.01
 """One setting should end within this fraction of the best loss of every group."""

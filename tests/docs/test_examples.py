@@ -43,6 +43,7 @@ NOT_RUN = {
     "python -m venv": "makes an environment for what needs the network",
     "python -m pytest": "is what runs this",
     "python -m tools.sweep": "trains 64 runs; tests/tools/sweep/ has small ones",
+    "python -m tools.plan_run": "trains 36 runs; tests/tools/plan_run/ has small ones",
     "python -m benchmarks": "measures for minutes or hours; the tests of each benchmark run it at a tiny size",
     "lm_eval": OTHERS,
     "mlx_lm.generate": OTHERS,
@@ -100,7 +101,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / place).mkdir(parents=True)
         for number in range(150):
             (folder / place / f"{number}.txt").write_text(f"{number} {TEXT} {place} ")
-    for name in ("my", "mine", "base", "my_recipe"):
+    for name in ("my", "mine", "base", "my_recipe", "plan"):
         (folder / f"{name}.toml").write_text(f'extends = ["train_configs/debug.toml"]\n[run]\nname = "{name}"\n')
     (folder / "prompts.txt").write_text("def\n")
     return folder

@@ -41,6 +41,8 @@ class Job:
     """The keys in which this run differs from the others."""
     digest: str
     """The digest of the resolved configuration and the content of its data."""
+    resume_from: Path | None = None
+    """A checkpoint of a run that is equal up to there, from which to continue; None: run all of it."""
 
     def __str__(self) -> str:
         return ", ".join(f"{key} = {value}" for key, value in self.varied.items()) or str(self.recipe)

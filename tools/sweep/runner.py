@@ -100,6 +100,8 @@ class Outcome:
     """Empty unless the curve of the run is kept."""
     average_losses: dict[str, float] = field(default_factory=dict)
     """The validation loss of each average of the weights at the end, by name."""
+    noise: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens, and the smoothed noise scale in samples, at points along the run; empty unless its curve is kept."""
 
     @property
     def loss(self) -> float:
@@ -225,7 +227,7 @@ class Runner:
         if self._stopping.is_set():
             return None
         places = {"run.dir": str(folder), "run.name": job.digest, "run.if_exists": "replace"}
-        status, output, error = self._launch(job.recipe, {**job.settings, **places, **extra})
+        status, output, error = self._launch(job, {**job.settings, **places, **extra})
         if self._stopping.is_set() or status < 0 or status in KILLED:
             return None
         if status == INPUT and not (error and error["started"]):
@@ -237,14 +239,17 @@ class Runner:
         self.results.add(job, outcome)
         return outcome
 
-    def _launch(self, recipe: Path, settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
+    def _launch(self, job: Job, settings: Settings) -> tuple[int, str, dict[str, Any] | None]:
         """Return the exit status, all output, and the configuration error that the run ended with, if it did."""
         threads = str(max(1, (os.cpu_count() or 1) // self.at_a_time))
+        resume = {} if job.resume_from is None else {"resume": job.resume_from}
+        options = (f"--{key}={value}" for key, value in {**settings, **resume}.items())
+        command: list[Any] = [sys.executable, ROOT / "recipes", job.recipe, *options]
         assignment = self._free_gpus.get()
         with tempfile.TemporaryDirectory() as folder:
             error = Path(folder) / "error.json"
             process = subprocess.Popen(
-                [sys.executable, ROOT / "recipes", recipe, *(f"--{key}={value}" for key, value in settings.items())],
+                command,
                 env={"OMP_NUM_THREADS": threads, **os.environ, **assignment, ERROR_FILE: str(error)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -318,6 +323,7 @@ def _outcome_of(rows: list[dict[str, Any]], failure: str | None, curve_points: i
         peak_lr=max(row["lr"] for row in steps),
         curve=sample_curve(steps, losses, curve_points),
         average_losses=_average_losses(rows),
+        noise=sample_noise(steps, curve_points),
     )
 
 
@@ -340,9 +346,19 @@ def smoothed_losses(rows: Sequence[Mapping[str, Any]], window: float) -> list[fl
 
 def sample_curve(rows: Sequence[Mapping[str, Any]], losses: Sequence[float], points: int) -> Curve:
     """Return `Outcome.curve`: the last step and those before it at equal distances, at most `points` points."""
-    if not points:
-        return []
-    every = math.ceil(len(rows) / points)
-    kept = range((len(rows) - 1) % every, len(rows), every)
-    sampled = ((rows[at], losses[at]) for at in kept)
+    sampled = ((rows[at], losses[at]) for at in _kept(len(rows), points))
     return [(row["step"], row["tokens"], round(loss, 5), row["global_batch_size"]) for row, loss in sampled]
+
+
+def sample_noise(rows: Sequence[Mapping[str, Any]], points: int) -> list[tuple[int, float]]:
+    """Return `Outcome.noise`: of the steps with a noise scale, the last and others at equal distances."""
+    measured = [(row["tokens"], round(scale, 3)) for row in rows if (scale := row.get("noise_scale")) is not None]
+    return [measured[at] for at in _kept(len(measured), points)]
+
+
+def _kept(length: int, points: int) -> range:
+    """Return at most `points` indices at equal distances, the last one included."""
+    if not points or not length:
+        return range(0)
+    every = math.ceil(length / points)
+    return range((length - 1) % every, length, every)

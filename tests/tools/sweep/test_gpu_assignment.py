@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tools.sweep.grid import Job
 from tools.sweep.runner import VISIBLE_GPUS, Results, Runner, gpu_assignments, processes_per_run, visible_gpus
 
 pytestmark = pytest.mark.quick
@@ -51,5 +52,6 @@ def test_a_run_gets_its_gpus_by_environment_and_releases_them(tmp_path, monkeypa
     monkeypatch.setattr("tools.sweep.runner.ROOT", root)
     runner = Runner(Results(tmp_path / "results.jsonl"), at_a_time=2)
     said = ["0,1\n", "2,3\n", "0,1\n"]
-    assert [runner._launch(tmp_path, {}) for _ in range(3)] == [(0, each, None) for each in said]
+    job = Job(tmp_path, {}, {}, "digest")
+    assert [runner._launch(job, {}) for _ in range(3)] == [(0, each, None) for each in said]
     assert os.environ[VISIBLE_GPUS] == "0,1,2,3"

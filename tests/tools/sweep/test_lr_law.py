@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.lr_transfer.lr_law import Optimum, OptimumPoint, Regression, find_optimum, fit_law
+from tools.sweep.lr_law import Optimum, OptimumPoint, Regression, find_optimum, fit_law
 
 pytest.importorskip("scipy", reason="needs the [plot] extra")
 pytestmark = pytest.mark.quick

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.lr_transfer.lr_law import NoOptimum, Optimum, OptimumPoint, find_optimum
 from components.lr_schedules import POWER_LAW_SEQ_LEN
 from tools.sweep.__main__ import SEED
 from tools.sweep.grid import Job
+from tools.sweep.lr_law import NoOptimum, Optimum, OptimumPoint, find_optimum
 from tools.sweep.runner import Outcome
 
 SAME_LR_FACTOR = 1.01

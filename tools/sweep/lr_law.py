@@ -161,11 +161,16 @@ class Regression:
 
     def estimate(self, index: int) -> Estimate:
         """Return a coefficient with its interval of Student's t. Raises ValueError without scipy."""
+        return self.at(np.eye(len(self.coefficients))[index])
+
+    def at(self, row: Sequence[float] | np.ndarray) -> Estimate:
+        """Return the value of the fit for a `row` (k,) of columns, with the same interval. Raises ValueError."""
         try:
             from scipy import stats
         except ModuleNotFoundError:
             raise ValueError("intervals need scipy: pip install -e '.[plot]'") from None
-        error = math.sqrt(self.covariance[index, index])
+        row = np.asarray(row)
+        error = math.sqrt(row @ self.covariance @ row)
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees_of_freedom)) * error
-        value = float(self.coefficients[index])
+        value = float(row @ self.coefficients)
         return Estimate(value, value - reach, value + reach)

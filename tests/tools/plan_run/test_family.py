@@ -1,0 +1,48 @@
+"""Models of other sizes have the parameters that are said, and the proportions of the recipe's."""
+
+from __future__ import annotations
+
+import pytest
+
+from recipes.config import Override, load
+from tools.plan_run.family import Family
+
+pytestmark = pytest.mark.quick
+
+
+def family(tiny, **keys: str) -> Family:
+    config = load(tiny.recipe, [Override(f"model.{key}", value) for key, value in keys.items()])
+    return Family(config, config.recipe.tokenizer.build().vocab_size)
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"tied_embeddings": "true"}, {"qkv_bias": "true", "qk_norm": "per_head", "head_dim": "none"}]
+)
+@pytest.mark.parametrize("wanted", [20_000, 100_000, 3_000_000])
+def test_a_size_has_the_parameters_it_says(tiny, keys, wanted):
+    sizes = family(tiny, **keys)
+    size = sizes.of(wanted)
+    model = sizes.build(size)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert size.parameters == pytest.approx(wanted, rel=0.25)
+    tied = keys.get("tied_embeddings") == "true"
+    assert size.parameters - size.multiplied == (0 if tied else model.tok_embeddings.weight.numel())
+    aspect = sizes.base.dim / sizes.base.layers
+    assert 1 / 4 <= size.dim / size.layers / aspect <= 4
+    assert size.heads == 2 * size.kv_heads and size.dim == 8 * size.heads
+    assert size.ffn_dim == pytest.approx(2 * size.dim, abs=4)
+
+
+def test_the_size_of_the_recipe_is_found_again(tiny):
+    sizes = family(tiny)
+    assert sizes.of(sizes.base.parameters) == sizes.base
+
+
+def test_a_size_that_no_whole_layers_and_heads_have_is_refused(tiny):
+    with pytest.raises(ValueError, match="no model of 500 parameters has about the proportions"):
+        family(tiny).of(500)
+
+
+def test_experts_are_refused(tiny):
+    with pytest.raises(ValueError, match="this recipe has experts"):
+        family(tiny, experts="4", top_k="2")

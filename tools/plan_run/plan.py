@@ -1,0 +1,316 @@
+"""The plan of a run: size, length, learning rate, batch, decay and loss of a target, each with where it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from components.batch import BatchRounding
+from components.lr_schedules import Power
+from components.optimizers import AdamW
+from components.units import format_count
+from recipes.dry_run.plan import HardwareTarget
+from tools.plan_run.family import Family, Size
+from tools.plan_run.ladder import HORIZONS, Ladder
+from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, error_on_largest
+from tools.sweep.groups import Group, minimax_lr
+from tools.sweep.lr_law import Estimate, Optimum
+
+COEFFICIENT = 0.5
+"""The batch in units of the noise scale: up to here the square-root rule costs 0.01 nats (docs/findings.md)."""
+TIME_CONSTANT, TIME_EXPONENT = 1.084, -0.527
+"""The best time constant of weight decay, as a fraction of the run: 1.084 (D / N)^-0.527 (arXiv 2505.13738)."""
+WARMUP_FRACTION = 0.01
+FAR = 10.0
+"""A target this many times beyond the largest pilot run is an extrapolation that the plan warns of."""
+SLICES = 1000
+"""The course of the batch is added up over this many parts of the run."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to plan for. Hours give the tokens, and without `parameters` also the size, of the lowest loss."""
+
+    parameters: int | None
+    tokens: int | None
+    hours: float | None
+    devices: int
+    hardware: HardwareTarget
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Of all devices; None if no device is named."""
+        device = self.hardware.per_process(self.devices).device
+        return None if device is None else device.flops * self.hardware.mfu * self.devices
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One number of the plan."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass
+class Plan:
+    """The plan for a target, from the results of the pilot runs. Raises ValueError if they do not suffice."""
+
+    ladder: Ladder
+    family: Family
+    target: Target
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pilots, self.config = self.ladder.pilots, self.ladder.pilots.config
+        self.groups = [
+            (size, group)
+            for size in self.pilots.sizes
+            for group in self.ladder.groups(size)
+            if math.isfinite(_lowest_loss(group))
+        ]
+        self.points = [LossPoint(size.multiplied, group.tokens, _lowest_loss(group)) for size, group in self.groups]
+        self.loss_law = LossLaw.fit(self.points)
+        self.size, self.tokens = self._resolve()
+        self._warn_of_extrapolation()
+
+    @property
+    def sequence_length(self) -> int:
+        return int(self.config.recipe.training.sequence_length)
+
+    @cached_property
+    def loss(self) -> Estimate:
+        return self.loss_law.interval(self.points, self.size.multiplied, self.tokens)
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        return self.family.flops_per_token(self.size)
+
+    @cached_property
+    def lr_law(self) -> PowerLaw | None:
+        """The law of the best max_lr; None under Power, whose amplitude is one for all, or without an optimum."""
+        found = [(size, group, best) for size, group in self.groups if isinstance(best := group.optimum, Optimum)]
+        if self._is_power or not found:
+            return None
+        variables: dict[str, Sequence[float]] = {"D": [group.tokens for _, group, _ in found]}
+        if self.config.recipe.model.resolved_shape.mup is None:
+            variables["N"] = [size.multiplied for size, _, _ in found]
+        return PowerLaw.of([best.lr for _, _, best in found], variables)
+
+    @cached_property
+    def lr(self) -> Answer:
+        """The peak learning rate at the batch of the pilot runs, or the amplitude of Power."""
+        key, runs = self.pilots.lr_key, f"{len(self.groups)} groups of pilot runs"
+        if self.lr_law is None:
+            value, worst = minimax_lr([group for _, group in self.groups])
+            if not self._is_power:
+                self.warnings.append("no group of pilot runs has its best learning rate inside the grid: more --lrs")
+            return Answer(key, f"{value:.3g}", f"one value for {runs}: at the worst {worst:.2%} above the best of one")
+        estimate = self.lr_law.at(N=self.size.multiplied, D=self.tokens)
+        kept = " and ".join(self.lr_law.names) or "neither N nor D"
+        return Answer(
+            key,
+            f"{estimate.value:.3g}",
+            f"{self.lr_law}, interval {estimate.low:.3g} to {estimate.high:.3g}; vertices of {self.lr_law.points} of "
+            f"{runs}, which depend on {kept}; at {format_count(self.pilots.batch_tokens)} tokens a step",
+        )
+
+    @cached_property
+    def noise_law(self) -> PowerLaw | None:
+        """The noise scale in samples after D tokens of the stable phase; None if it was not measured."""
+        tokens, scales = [], []
+        for size in self.pilots.sizes:
+            groups, stable = self.ladder.groups(size), self.ladder.stable(size)
+            if not groups or not stable:
+                continue
+            _, outcome = min(stable, key=lambda pair: abs(math.log(pair[0] / groups[-1].best)))
+            for horizon in HORIZONS:
+                end = self.pilots.stable_tokens(horizon)
+                before = [(at, scale) for at, scale in outcome.noise if 0.8 * end <= at <= end and scale > 0]
+                if before:
+                    middle, scale = np.median(before, axis=0)
+                    tokens.append(float(middle))
+                    scales.append(float(scale))
+        return PowerLaw.of(scales, {"D": tokens}) if scales else None
+
+    @cached_property
+    def rounding(self) -> BatchRounding:
+        mesh = self.config.recipe.parallel.mesh_shape(self.target.devices, self.target.devices)
+        return BatchRounding(self.config.recipe.training.micro_batch_size, mesh.dp_size)
+
+    @cached_property
+    def bounds(self) -> tuple[int, int]:
+        """The first and the largest batch, in samples."""
+        law, unit = self.noise_law, self.rounding.samples_per_micro_step
+        if law is None:
+            return (self.pilots.batch,) * 2
+        first, last = (
+            max(2, math.ceil(COEFFICIENT * law.at(D=tokens).value / unit)) * unit
+            for tokens in (self.warmup_tokens, self.tokens)
+        )
+        return min(first, last), last
+
+    @property
+    def warmup_tokens(self) -> int:
+        return max(self.pilots.warmup_tokens, round(WARMUP_FRACTION * self.tokens))
+
+    def batch_at(self, tokens: float) -> float:
+        """Return the batch that the law predicts after `tokens`, in samples."""
+        first, last = self.bounds
+        if self.noise_law is None or tokens <= self.warmup_tokens:
+            return first
+        return min(last, max(first, COEFFICIENT * self.noise_law.at(D=tokens).value))
+
+    @cached_property
+    def steps(self) -> float:
+        part = self.tokens / SLICES
+        return sum(part / (self.batch_at((number + 0.5) * part) * self.sequence_length) for number in range(SLICES))
+
+    @property
+    def mean_batch(self) -> float:
+        """In samples."""
+        return self.tokens / self.steps / self.sequence_length
+
+    @cached_property
+    def weight_decay(self) -> float | None:
+        """Of the published law; None where the optimizer, or its learning rate, is not that of the law."""
+        if type(self.config.recipe.optimizer) is not AdamW or self._is_power:
+            return None
+        fraction = TIME_CONSTANT * (self.tokens / self.size.multiplied) ** TIME_EXPONENT
+        mean_tokens = self.mean_batch * self.sequence_length
+        lr = float(self.lr.value) * math.sqrt(mean_tokens / self.pilots.batch_tokens)
+        return float(f"{mean_tokens / (lr * fraction * self.tokens):.3g}")
+
+    @property
+    def hours(self) -> float | None:
+        speed = self.target.flops_per_second
+        return None if speed is None else self.flops_per_token * self.tokens / speed / 3600
+
+    @property
+    def _is_power(self) -> bool:
+        return isinstance(self.config.recipe.lr_schedule, Power)
+
+    @property
+    def _sets_beta2(self) -> bool:
+        """Whether beta2 follows the batch, and the recipe does not say which batch it is meant for."""
+        return getattr(self.config.recipe.optimizer, "reference_batch_tokens", 0) is None
+
+    def answers(self) -> Iterator[Answer]:
+        """Yield every number of the plan."""
+        size, pilots = self.size, self.pilots
+        yield Answer("parameters", f"{size.parameters:,}", self._reason_for_size())
+        proportions = "proportions of the recipe, in whole heads and layers"
+        yield Answer("shape", f"{size.layers} layers of {size.dim}, {size.heads} heads", proportions)
+        yield Answer("tokens", f"{self.tokens:,}", f"{self.tokens / size.multiplied:.3g} per parameter")
+        checked = error_on_largest(self.points)
+        check = "" if checked is None else f"; without the largest size it is {checked:+.2%} off at its longest run"
+        yield Answer(
+            "loss", f"{self.loss.value:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})",
+            f"{self.loss_law}, {len(self.points)} pilot runs{check}",
+        )  # fmt: skip
+        yield self.lr
+        first, last = self.bounds
+        if self.noise_law is None:
+            yield Answer("batch", f"{first}", "that of the pilot runs, which did not measure the noise scale")
+        else:
+            yield Answer(
+                "batch", f"{first} to {last}, mean {self.mean_batch:.0f}",
+                f"{COEFFICIENT:g} of the noise scale, {self.noise_law} samples at {self.noise_law.points} points; the "
+                "run measures its own, within these bounds",
+            )  # fmt: skip
+        yield Answer("steps", f"{self.steps:,.0f}", "the course of the batch that the law predicts")
+        yield Answer("warm-up", format_count(self.warmup_tokens), f"{WARMUP_FRACTION:.0%}, or that of the pilot runs")
+        yield Answer("decay", f"{pilots.decay_fraction:.0%}", "that of the pilot runs")
+        if self.weight_decay is not None:
+            law = (
+                f"time constant of {TIME_CONSTANT} (D / N)^{TIME_EXPONENT} of the run (arXiv 2505.13738); not measured"
+            )
+            yield Answer("weight decay", f"{self.weight_decay:g}", law)
+        if self._sets_beta2:
+            source = "that of the pilot runs; its half-life in tokens is kept"
+            yield Answer("batch of beta2", f"{format_count(pilots.batch_tokens)} tokens", source)
+        if (hours := self.hours) is not None:
+            hardware, device = self.target.hardware, self.target.hardware.device
+            assert device is not None
+            yield Answer(
+                "hours", f"{hours:.3g}", f"{self.target.devices} x {device.name} at {hardware.mfu:.0%} of peak"
+            )
+
+    def changes(self) -> dict[str, Mapping[str, Any]]:
+        """Return the keys that the recipe of the plan sets, by section."""
+        pilots, unit = self.pilots, self.rounding.samples_per_micro_step
+        schedule: dict[str, Any] = {
+            pilots.lr_key.partition(".")[2]: float(self.lr.value), "warmup_tokens": self.warmup_tokens,
+            "decay_tokens": "none", "decay_fraction": pilots.decay_fraction,
+        }  # fmt: skip
+        if not self._is_power:
+            schedule |= {"batch_scaling": "sqrt", "reference_batch_tokens": pilots.batch_tokens}
+        first, last = self.bounds
+        batch: dict[str, Any] = {"use": "components.batch:Constant", "initial_size": first}
+        if self.noise_law is not None:
+            batch = {
+                "use": "components.batch:NoiseScale", "coefficient": COEFFICIENT, "initial_size": first,
+                "max_size": last, "multiple_of": unit, "max_growth": 2.0, "delay_tokens": self.warmup_tokens,
+            }  # fmt: skip
+        optimizer: dict[str, Any] = {}
+        if self._sets_beta2:
+            optimizer["reference_batch_tokens"] = pilots.batch_tokens
+        if self.weight_decay is not None:
+            optimizer["weight_decay"] = self.weight_decay
+        model = {key.partition(".")[2]: int(value) for key, value in self.size.settings.items()}
+        return {
+            "model": model, "training": {"total_tokens": self.tokens}, "lr_schedule": schedule, "batch": batch,
+            "optimizer": optimizer,
+        }  # fmt: skip
+
+    def _resolve(self) -> tuple[Size, int]:
+        target = self.target
+        if target.parameters is not None:
+            size = self.family.of(target.parameters)
+            return size, target.tokens if target.tokens is not None else self._affordable(size)
+        smallest, largest = (pick(size.parameters for size in self.pilots.sizes) for pick in (min, max))
+        found: list[tuple[float, Size, int]] = []
+        for parameters in np.geomspace(smallest, 1000 * largest, 60):
+            try:
+                size = self.family.of(int(parameters))
+            except ValueError:
+                continue  # no proportions near this number
+            tokens = self._affordable(size)
+            if tokens < self.sequence_length * self.pilots.batch:
+                break
+            found.append((self.loss_law.loss(size.multiplied, tokens), size, tokens))
+        if not found:
+            raise ValueError("these hours do not suffice for one step of the smallest pilot model")
+        _, size, tokens = min(found, key=lambda item: item[0])
+        return size, tokens
+
+    def _affordable(self, size: Size) -> int:
+        speed = self.target.flops_per_second
+        assert speed is not None and self.target.hours is not None
+        return int(self.target.hours * 3600 * speed / self.family.flops_per_token(size))
+
+    def _reason_for_size(self) -> str:
+        if self.target.parameters is None:
+            return "the lowest predicted loss in these hours"
+        return f"asked for {format_count(self.target.parameters)}"
+
+    def _warn_of_extrapolation(self) -> None:
+        if limit := self.loss_law.at_limit:
+            self.warnings.append(f"the pilot runs do not determine {limit} of the law of the loss: vary them more")
+        largest = max(point.parameters for point in self.points)
+        longest = max(point.tokens for point in self.points)
+        for what, ratio in (("parameters", self.size.multiplied / largest), ("tokens", self.tokens / longest)):
+            if ratio > FAR:
+                self.warnings.append(f"{ratio:.0f} times the {what} of the largest pilot run: all laws extrapolate")
+
+
+def _lowest_loss(group: Group) -> float:
+    """Return the loss at the vertex of a group, or at its best learning rate."""
+    best = group.optimum
+    return best.loss if isinstance(best, Optimum) else min(group.means.values())
