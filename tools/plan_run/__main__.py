@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,
     )
-    count, counts = _parsed(parse_count), _parsed(lambda text: [parse_count(each) for each in text.split(",")])
+    count = _parsed(parse_count, "a count, such as 5M or 1.5B")
+    counts = _parsed(lambda text: [parse_count(each) for each in text.split(",")], "a list of counts, such as 400K,2M")
+    rates = _parsed(lambda text: [float(each) for each in text.split(",")], "a list of numbers, such as 1e-3,2e-3")
     parser.add_argument("--parameters", type=count, metavar="N", help="target: parameters of the model")
     parser.add_argument("--tokens", type=count, metavar="D", help="target: tokens of the run")
     parser.add_argument("--hours", type=float, help="target: hours, which give the tokens, and without N the size too")
@@ -84,7 +86,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--pilot-tokens", type=count, required=True, metavar="D", help="tokens of the longest pilot runs"
     )
     parser.add_argument("--pilot-batch", type=count, metavar="B", help="samples a step (default: the recipe's first)")
-    rates = _parsed(lambda text: [float(each) for each in text.split(",")])
     parser.add_argument("--lrs", type=rates, metavar="LR,LR,...", help="first tried (default: half, one, twice)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of every pilot run (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="pilot runs at a time (default: 1)")
@@ -99,8 +100,8 @@ def read_target(options: argparse.Namespace) -> Target:
         raise ValueError("--tokens needs --parameters")
     if (options.tokens is None) == (options.hours is None):
         raise ValueError("give --parameters with --tokens or --hours, or --hours alone")
-    for name in ("parameters", "tokens", "hours", "devices", "jobs", "seeds"):
-        if (value := getattr(options, name)) is not None and not value > 0:
+    for name in ("parameters", "tokens", "hours", "devices", "pilot-tokens", "pilot-batch", "jobs", "seeds"):
+        if (value := getattr(options, name.replace("-", "_"))) is not None and not value > 0:
             raise ValueError(f"--{name} {value}: expected a number above 0")
     hardware = HardwareTarget.parse(options.device)
     if options.hours is not None and hardware.device is None:
@@ -141,14 +142,14 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     return Ladder(pilots, Results(options.results)), family
 
 
-def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return `parse` with its errors as argparse reports them."""
+def _parsed(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:
+    """Return `parse` with its errors as argparse reports them: the text is not of this `kind`."""
 
     def parsed(text: str) -> Any:
         try:
             return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is not {kind}") from None
 
     return parsed
 

@@ -94,9 +94,10 @@ class Family:
         base = self.base
         per_layer = self._per_layer(base.dim, base.heads, base.kv_heads, base.ffn_dim)[1]
         guess = (parameters * aspect * base.dim**2 / per_layer) ** (1 / 3)  # layers x dim^2 x a constant
-        kv_heads_of_guess = guess / base.dim * base.kv_heads
-        first, last = int(kv_heads_of_guess / SEARCHED), math.ceil(kv_heads_of_guess * SEARCHED)
-        for kv_heads in range(max(1, first), last + 1):
+        tp = self.config.recipe.parallel.tp  # which divides the heads
+        units = guess / base.dim * base.kv_heads / tp
+        for unit in range(max(1, int(units / SEARCHED)), math.ceil(units * SEARCHED) + 1):
+            kv_heads = unit * tp
             heads = base.heads // base.kv_heads * kv_heads
             dim = round(base.dim / base.heads * heads)
             ffn_dim = max(1, round(base.ffn_dim / base.dim * dim / FFN_MULTIPLE)) * FFN_MULTIPLE

@@ -81,8 +81,7 @@ class Pilots:
     @property
     def warmup_tokens(self) -> int:
         """The warm-up of all runs: that of the recipe, at most a tenth of the shortest stable phase."""
-        shortest = self.steps_between * self.batch_tokens // 10
-        return min(self.config.recipe.lr_schedule.warmup_tokens, shortest) or shortest
+        return min(self.config.recipe.lr_schedule.warmup_tokens, self.steps_between * self.batch_tokens // 10)
 
     def stable_tokens(self, horizon: int) -> int:
         return horizon * self.steps_between * self.batch_tokens

@@ -152,18 +152,24 @@ class Plan:
             return (self.pilots.batch,) * 2
         first, last = (
             max(2, math.ceil(COEFFICIENT * law.at(D=tokens).value / unit)) * unit
-            for tokens in (self.warmup_tokens, self.tokens)
+            for tokens in (self.adaptive_from, self.tokens)
         )
         return min(first, last), last
 
     @property
     def warmup_tokens(self) -> int:
-        return max(self.pilots.warmup_tokens, round(WARMUP_FRACTION * self.tokens))
+        used = self.pilots.warmup_tokens
+        return max(used, round(WARMUP_FRACTION * self.tokens)) if used else 0
+
+    @property
+    def adaptive_from(self) -> int:
+        """Tokens before which the batch is the first one: the noise of the start does not predict what follows."""
+        return max(self.warmup_tokens, round(WARMUP_FRACTION * self.tokens))
 
     def batch_at(self, tokens: float) -> float:
         """Return the batch that the law predicts after `tokens`, in samples."""
         first, last = self.bounds
-        if self.noise_law is None or tokens <= self.warmup_tokens:
+        if self.noise_law is None or tokens <= self.adaptive_from:
             return first
         return min(last, max(first, COEFFICIENT * self.noise_law.at(D=tokens).value))
 
@@ -211,7 +217,8 @@ class Plan:
         checked = error_on_largest(self.points)
         check = "" if checked is None else f"; without the largest size it is {checked:+.2%} off at its longest run"
         yield Answer(
-            "loss", f"{self.loss.value:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})",
+            "training loss" if self.config.recipe.validation is None else "validation loss",
+            f"{self.loss.value:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})",
             f"{self.loss_law}, {len(self.points)} pilot runs{check}",
         )  # fmt: skip
         yield self.lr
@@ -256,7 +263,7 @@ class Plan:
         if self.noise_law is not None:
             batch = {
                 "use": "components.batch:NoiseScale", "coefficient": COEFFICIENT, "initial_size": first,
-                "max_size": last, "multiple_of": unit, "max_growth": 2.0, "delay_tokens": self.warmup_tokens,
+                "max_size": last, "multiple_of": unit, "max_growth": 2.0, "delay_tokens": self.adaptive_from,
             }  # fmt: skip
         optimizer: dict[str, Any] = {}
         if self._sets_beta2:

@@ -43,6 +43,12 @@ def test_a_size_that_no_whole_layers_and_heads_have_is_refused(tiny):
         family(tiny).of(500)
 
 
+def test_heads_can_be_divided_among_the_ranks_of_tensor_parallelism(tiny):
+    config = load(tiny.recipe, [Override("parallel.tp", "2"), Override("model.kv_heads", "2")])
+    sizes = Family(config, 257)
+    assert {sizes.of(parameters).kv_heads % 2 for parameters in (30_000, 100_000, 300_000)} == {0}
+
+
 def test_experts_are_refused(tiny):
     with pytest.raises(ValueError, match="this recipe has experts"):
         family(tiny, experts="4", top_k="2")

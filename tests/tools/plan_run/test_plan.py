@@ -64,7 +64,7 @@ def test_the_plan_follows_the_laws_of_its_pilot_runs(tiny, tmp_path, launched, c
     size = Family(load(output), 257).base
     assert size.parameters == pytest.approx(600_000, rel=0.2)
     assert recipe.run.name == "big" and recipe.training.total_tokens == 2_000_000
-    value = next(line for line in said.splitlines() if line.startswith("| loss |")).split("|")[2].split()[0]
+    value = next(line for line in said.splitlines() if line.startswith("| validation loss |")).split("|")[2].split()[0]
     assert float(value) == pytest.approx(lowest(size.multiplied, 2e6), rel=5e-3)
     assert recipe.lr_schedule.max_lr == pytest.approx(best_lr(2e6), rel=0.02)
     assert (recipe.lr_schedule.batch_scaling, recipe.lr_schedule.reference_batch_tokens) == ("sqrt", 8 * LENGTH)
@@ -107,7 +107,7 @@ def test_hours_give_the_tokens_and_the_size_with_the_lowest_loss(tiny, tmp_path,
         said = capsys.readouterr().out
         recipe = load(output).recipe
         cells = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines() if "|" in line}
-        return float(cells["loss"].split()[0]), recipe.training.total_tokens, float(cells["hours"])
+        return float(cells["validation loss"].split()[0]), recipe.training.total_tokens, float(cells["hours"])
 
     device = ["--devices=4", "--device=H100@1%"]
     hours = "--hours=0.00002"
@@ -137,6 +137,7 @@ def test_a_target_far_away_is_warned_of(tiny, tmp_path, launched, capsys):
         (["--parameters=1M", "--hours=1"], "--hours needs --device"),
         (["--hours=1", "--device=H10"], "H10 is not a known device"),
         ([*TARGET, "--devices=0"], "--devices 0: expected a number above 0"),
+        ([*TARGET, "--pilot-batch=0"], "--pilot-batch 0: expected a number above 0"),
         ([*TARGET, "--pilot-sizes=20K"], "two sizes or more"),
         ([*TARGET, "--pilot-sizes=20K,20_100"], "the same model"),
         ([*TARGET, "--lrs=0.01"], "two learning rates or more"),
@@ -151,6 +152,14 @@ def test_bad_input_starts_nothing(tiny, tmp_path, launched, capsys, given, messa
     assert main(arguments(tiny, tmp_path, *given)) == 2
     assert message in capsys.readouterr().err
     assert not launched
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("given", ["--tokens=1Q", "--pilot-sizes=20K,x", "--lrs=0.01,?"])
+def test_what_is_not_a_number_is_named(tiny, tmp_path, launched, capsys, given):
+    with pytest.raises(SystemExit):
+        main(arguments(tiny, tmp_path, *TARGET, given))
+    assert f"{given.partition('=')[2]} is not a" in capsys.readouterr().err
 
 
 @pytest.mark.quick
