@@ -1,6 +1,7 @@
 """Training throughput and memory against a plain loop over transformers' LlamaForCausalLM.
 
     python -m benchmarks.throughput [--steps 30] [--sizes 7M 20M]
+    python -m benchmarks.throughput --variants      # float32 and bf16, eager and compiled, without transformers
 
 Both have the same shape, precision, optimizer (fused AdamW), clipping and batch. The recipe runs with loader, metrics
 and TensorBoard; the plain loop has its tokens in memory. They run in separate processes and take turns step by step,
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -25,22 +27,29 @@ SIZES = {
     "7M": {"dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "head_dim": 32, "ffn_dim": 768},
     "20M": {"dim": 384, "layers": 9, "heads": 6, "kv_heads": 6, "head_dim": 64, "ffn_dim": 1152},
 }
+VARIANTS = {
+    "float32": {"training.precision": "float32"},
+    "float32, compiled": {"training.precision": "float32", "training.compile": "true"},
+    "bf16": {"training.precision": "bf16"},
+    "bf16, compiled": {"training.precision": "bf16", "training.compile": "true"},
+}
+"""The recipe in another precision, or compiled."""
 SEQUENCE, MICRO_BATCH, VOCAB = 512, 8, 4096
 WARM_UP = 3
 
 
-def train_recipe(size: str, steps: int) -> None:
-    """Train the recipe."""
+def train_recipe(size: str, steps: int, variant: str = "float32") -> None:
+    """Train a variant of the recipe."""
     from recipes.config import Override, load
 
     with tempfile.TemporaryDirectory() as directory:
         settings = {
             "run.dir": directory, "training.sequence_length": SEQUENCE, "training.micro_batch_size": MICRO_BATCH,
-            "training.precision": "float32", "training.total_tokens": steps * SEQUENCE * MICRO_BATCH,
+            "training.total_tokens": steps * SEQUENCE * MICRO_BATCH,
             "batch.use": "benchmarks.shared:TurnsBatch", "batch.initial_size": MICRO_BATCH,
             "model.vocab_size": VOCAB, "model.tied_embeddings": "false", "validation.max_sequences": 1,
             "lr_schedule.warmup_tokens": 0, "checkpoint.interval_steps": "none",
-            **{f"model.{key}": value for key, value in SIZES[size].items()},
+            **{f"model.{key}": value for key, value in SIZES[size].items()}, **VARIANTS[variant],
         }  # fmt: skip
         config = load(DEBUG, [Override(key, str(value)) for key, value in settings.items()])
         config.recipe.main(config, None)
@@ -72,15 +81,19 @@ def train_plain_loop(size: str, steps: int) -> None:
         loss.item()
 
 
-TRAIN = {"recipe": train_recipe, "plain": train_plain_loop}
+BOTH = ("float32", "plain")
 
 
 class Measured:
-    """One of the two in a separate process, run step by step."""
+    """The plain loop, or a variant of the recipe, in a separate process, run step by step."""
 
-    def __init__(self, who: str, size: str, steps: int) -> None:
+    def __init__(self, who: str, size: str, steps: int, compiled: str | None = None) -> None:
+        """`compiled`: the directory in which torch keeps what it has compiled."""
         command = [sys.executable, "-m", "benchmarks.throughput", "--measured", who, size, "--steps", str(steps)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, **({} if compiled is None else {"TORCHINDUCTOR_CACHE_DIR": compiled})}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._until_ready()
 
     def step(self) -> float:
@@ -108,7 +121,7 @@ class Measured:
 
 def compare(size: str, steps: int) -> str:
     """Return a row of the table."""
-    both = [Measured(who, size, steps + WARM_UP + 1) for who in TRAIN]
+    both = [Measured(who, size, steps + WARM_UP + 1) for who in BOTH]
     pairs = [[each.step() for each in both] for _ in range(steps + WARM_UP)][WARM_UP:]
     speeds = [[SEQUENCE * MICRO_BATCH / pair[side] for pair in pairs] for side in (0, 1)]
     peaks = [each.end() for each in both]
@@ -116,6 +129,32 @@ def compare(size: str, steps: int) -> str:
     ratios = [pair[1] / pair[0] for pair in pairs]
     cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})"]
     return " | ".join([size, *cells, *(f"{peak:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"])
+
+
+def compare_variants(size: str, steps: int) -> Iterator[str]:
+    """Yield a row for each variant; those that are compiled run once before, to measure compiling without a cache."""
+    with tempfile.TemporaryDirectory() as compiled:
+        cold: dict[str, float] = {}
+        for name, settings in VARIANTS.items():
+            if "training.compile" in settings:
+                first = Measured(name, size, 2, compiled)
+                cold[name] = first.step()
+                first.end()
+        each = {name: Measured(name, size, steps + WARM_UP + 1, compiled) for name in VARIANTS}
+        turns = [{name: measured.step() for name, measured in each.items()} for _ in range(steps + WARM_UP)]
+        peaks = {name: measured.end() for name, measured in each.items()}
+    timed = turns[WARM_UP:]
+    for name in VARIANTS:
+        speeds = [SEQUENCE * MICRO_BATCH / turn[name] for turn in timed]
+        gained = [turn[name.removesuffix(", compiled")] - turn[name] for turn in timed]
+        ratios = [turn["float32"] / turn[name] for turn in timed]
+        warm = turns[0][name] - statistics.median(turn[name] for turn in timed)
+        compiling = f"{cold[name]:.0f} s, {warm:.0f} s" if name in cold else ""
+        saved = statistics.median(gained)
+        pays = "" if name not in cold else f"{cold[name] / saved:,.0f} steps" if saved > 0 else "never"
+        cells = [f"{statistics.median(speeds):,.0f} ({quartiles(speeds, ',.0f')})"]
+        cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{peaks[name]:,.0f}", compiling]
+        yield f"| {size} | {name} | {' | '.join([*cells, pays])} |"
 
 
 def quartiles(values: list[float], form: str) -> str:
@@ -127,11 +166,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--variants", action="store_true", help="precisions, eager and compiled")
     parser.add_argument("--measured", nargs=2, metavar=("WHO", "SIZE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measured:
         who, size = arguments.measured
-        TRAIN[who](size, arguments.steps)
+        if who == "plain":
+            train_plain_loop(size, arguments.steps)
+        else:
+            train_recipe(size, arguments.steps, who)
+        return
+    if arguments.variants:
+        print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens per step, {arguments.steps} turns; medians, quartiles\n")
+        print("| model | variant | tokens/s | ratio to float32 | peak MiB | to compile, new and cached | pays after |")
+        print("|---|---|---|---|---|---|---|")
+        for size in arguments.sizes:
+            print("\n".join(compare_variants(size, arguments.steps)), flush=True)
         return
     print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens per step, float32, {arguments.steps} pairs of steps;")
     print("medians, with the quartiles\n")

@@ -105,8 +105,9 @@ class Pilots:
             "batch.use": "components.batch:Constant", "batch.initial_size": str(self.batch),
             "lr_schedule.warmup_tokens": str(self.warmup_tokens), "lr_schedule.decay_fraction": "none",
             "checkpoint.interval_steps": str(self.steps_between), "checkpoint.keep_last": "none",
-            "validation.interval_steps": "none",
         }  # fmt: skip
+        if self.config.recipe.validation is not None:
+            keys["validation.interval_steps"] = "none"
         if isinstance(self.config.recipe.lr_schedule, WSD):
             keys |= {"lr_schedule.batch_scaling": "none", "lr_schedule.reference_batch_tokens": "none"}
         seeds = [{"run.seed": str(self.config.recipe.run.seed + number)} for number in range(self.seeds)]

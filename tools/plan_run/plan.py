@@ -210,7 +210,8 @@ class Plan:
     def answers(self) -> Iterator[Answer]:
         """Yield every number of the plan."""
         size, pilots = self.size, self.pilots
-        yield Answer("parameters", f"{size.parameters:,}", self._reason_for_size())
+        multiplied = "" if size.multiplied == size.parameters else f", N = {size.multiplied:,} without the embedding"
+        yield Answer("parameters", f"{size.parameters:,}{multiplied}", self._reason_for_size())
         proportions = "proportions of the recipe, in whole heads and layers"
         yield Answer("shape", f"{size.layers} layers of {size.dim}, {size.heads} heads", proportions)
         yield Answer("tokens", f"{self.tokens:,}", f"{self.tokens / size.multiplied:.3g} per parameter")

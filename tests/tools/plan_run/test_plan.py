@@ -100,6 +100,16 @@ def test_pilot_runs_share_stable_phases_and_are_not_run_twice(tiny, tmp_path, la
 
 
 @pytest.mark.quick
+def test_without_validation_the_law_is_of_the_training_loss(tiny, tmp_path, launched, capsys):
+    text = tiny.recipe.read_text()
+    start = text.index("[validation]")
+    tiny.recipe.write_text(text[:start] + text[text.index("[training]", start) :])
+    assert main(arguments(tiny, tmp_path, *TARGET)) == 0
+    assert "| training loss |" in capsys.readouterr().out
+    assert not any("validation" in key for key in launched[0])
+
+
+@pytest.mark.quick
 def test_hours_give_the_tokens_and_the_size_with_the_lowest_loss(tiny, tmp_path, launched, capsys):
     def plan(*target: str) -> tuple[float, int, float]:
         output = tmp_path / "plan.toml"
