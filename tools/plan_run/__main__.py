@@ -15,6 +15,7 @@ stopped by a signal.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from components.batch import BatchRounding
 from components.standard_streams import run_command
 from components.units import parse_count
 from recipes.cli import UsageError, parse_recipe
@@ -40,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         target = read_target(options)
         ladder, family = read_ladder(options, rest)
+        check_target(target, family, options)
         folder = options.runs or options.results.with_suffix(".runs")
-        if not options.report and (killed := ladder.run(folder, options.jobs)):
+        killed = 0 if options.report else ladder.run(folder, options.jobs)
+        if not killed and options.retry:
+            killed = ladder.retry(options.jobs)
+        if killed:
             print(f"{killed} pilot runs were killed; the same command runs them again", file=sys.stderr)
             return 1
         if missing := ladder.missing():
@@ -90,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="seeds of every pilot run (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="pilot runs at a time (default: 1)")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="for stable phases (default: RESULTS.runs)")
+    parser.add_argument("--retry", action="store_true", help="also run the failed pilot runs again")
     parser.add_argument("--report", action="store_true", help="run nothing")
     return parser
 
@@ -109,6 +116,20 @@ def read_target(options: argparse.Namespace) -> Target:
     return Target(options.parameters, options.tokens, options.hours, options.devices, hardware)
 
 
+def check_target(target: Target, family: Family, options: argparse.Namespace) -> None:
+    """Raise ValueError for what would make a plan impossible, before anything is trained."""
+    if target.parameters is not None:
+        family.of(target.parameters)
+    family.config.recipe.parallel.mesh_shape(target.devices, target.devices)
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError("the laws need scipy: pip install -e '.[plot]'")
+    if (output := options.output) is not None:
+        if output.suffix != ".toml" or output.is_dir():
+            raise ValueError(f"--output {output}: expected the name of a recipe, such as plan.toml")
+        if output.exists() and not (output.with_suffix(".md")).exists():
+            raise ValueError(f"--output {output} exists, and is not a plan; give another name")
+
+
 def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladder, Family]:
     """Return the pilot runs, and the sizes of the recipe. Raises UsageError, ConfigError, ValueError or OSError."""
     command = parse_recipe(rest)
@@ -120,6 +141,9 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
         raise ValueError(f"{type(recipe.batch).__name__} has no initial_size: give --pilot-batch")
     if len(set(options.pilot_sizes)) < 2:
         raise ValueError("--pilot-sizes: give two sizes or more, a factor of four apart or more")
+    rounding, batch = round_pilot_batch(options.jobs, recipe, batch)
+    if not rounding.can_measure_noise(rounding.round_up(batch)):
+        raise ValueError(f"--pilot-batch {batch}: the noise needs two micro-batches a step; use {2 * batch}")
     sizes = [family.of(parameters) for parameters in sorted(set(options.pilot_sizes))]
     if len(set(sizes)) < len(sizes):
         raise ValueError("--pilot-sizes: two of them are the same model, because layers and heads are whole numbers")
@@ -140,6 +164,13 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     if len(set(pilots.lrs)) < 2 or min(pilots.lrs) <= 0:
         raise ValueError("--lrs: give two learning rates or more, above 0")
     return Ladder(pilots, Results(options.results)), family
+
+
+def round_pilot_batch(jobs: int, recipe: Any, batch: int) -> tuple[BatchRounding, int]:
+    """Return how the pilot runs round a batch, and `batch` rounded up: their checkpoints are counted in steps of it."""
+    processes = processes_per_run(jobs, recipe)
+    rounding = BatchRounding(recipe.training.micro_batch_size, recipe.parallel.mesh_shape(processes, processes).dp_size)
+    return rounding, rounding.round_up(batch).samples
 
 
 def _parsed(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:

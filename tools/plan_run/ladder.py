@@ -1,7 +1,7 @@
 """The pilot runs of a plan: for each size and learning rate one stable phase, and decays that branch off from it.
 
 A decay continues a checkpoint of the stable phase. It is bitwise equal to a whole run of its length
-(tests/end_to_end/test_extend.py), and is recorded as that run, so results of whole runs serve as well.
+(tests/end_to_end/test_extend.py), and is recorded as that run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tools.sweep.runner import Outcome, Results, Runner
 
 HORIZONS = (1, 2, 4)
 """Lengths of the stable phase before each decay, in checkpoints."""
-DEFAULT_DECAY = 0.2
-"""The fraction of decay where the recipe sets none."""
+DEFAULT_DECAY, MAX_DECAY = 0.1, 0.9
+"""The fraction of decay where the recipe sets none, which is that of its schedule, and the largest one."""
 MAX_EXTENSIONS = 3
 """Learning rates are added this often at either end while the best one is the last."""
 NOISE_POINTS = 200
@@ -40,7 +40,7 @@ class Pilots:
     """The recipe with these keys."""
     sizes: Sequence[Size]
     batch: int
-    """Samples of every step."""
+    """Samples of every step, as many as the processes of a run can share: the checkpoints are counted in them."""
     tokens: int
     """Length of the longest decayed run; rounded to whole steps."""
     lrs: Sequence[float]
@@ -53,6 +53,11 @@ class Pilots:
         if not isinstance(schedule, WSD | Power):
             raise ValueError(
                 f"lr_schedule.use: a plan needs WSD or Power, whose decays branch off, not {type(schedule).__name__}"
+            )
+        if self.decay_fraction > MAX_DECAY:
+            raise ValueError(
+                f"lr_schedule: {self.decay_fraction:.0%} of the recipe is decay; a plan needs a stable phase, so at "
+                f"most {MAX_DECAY:.0%}"
             )
 
     @property
@@ -125,7 +130,8 @@ class Ladder:
     results: Results
 
     def __post_init__(self) -> None:
-        self.lrs: dict[Size, list[float]] = {size: sorted(self.pilots.lrs) for size in self.pilots.sizes}
+        lrs = sorted({rounded(lr) for lr in self.pilots.lrs})
+        self.lrs: dict[Size, list[float]] = {size: list(lrs) for size in self.pilots.sizes}
         self._extended: dict[tuple[Size, int], int] = {}
         self._jobs: dict[tuple[Size, float], tuple[list[Job], list[Job]]] = {}
         while self._extend():  # as far as the results go
@@ -136,6 +142,15 @@ class Ladder:
         return [
             (size, job) for size in self.pilots.sizes for job in self._decayed(size) if self.results.get(job) is None
         ]
+
+    def failed(self) -> list[tuple[Job, Outcome]]:
+        """Return the decayed runs that failed."""
+        found = ((job, self.results.get(job)) for size in self.pilots.sizes for job in self._decayed(size))
+        return [(job, outcome) for job, outcome in found if outcome is not None and outcome.failure]
+
+    def retry(self, at_a_time: int) -> int:
+        """Run the decayed runs that failed again, as whole runs; return how many were killed."""
+        return Runner(self.results, at_a_time).run([job for job, _ in self.failed()], again=True)
 
     def run(self, folder: Path, at_a_time: int) -> int:
         """Run what is missing; return how many runs were killed. Stable phases are kept in `folder` until used."""
@@ -202,8 +217,13 @@ class Ladder:
                 count = self._extended.get((size, end), 0)
                 if lrs[end] in best and count < MAX_EXTENSIONS:
                     self._extended[size, end] = count + 1
-                    lrs.append(float(f"{lrs[end] * factor:.3g}"))
+                    lrs.append(rounded(lrs[end] * factor))
                     lrs.sort()
                     added = True
                     break
         return added
+
+
+def rounded(lr: float) -> float:
+    """Return a learning rate with the digits that a job has."""
+    return float(f"{lr:.4g}")

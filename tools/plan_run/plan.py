@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from components.batch import BatchRounding
+from components.batch import BatchRounding, NoiseScale
 from components.lr_schedules import Power
 from components.optimizers import AdamW
 from components.units import format_count
 from recipes.dry_run.plan import HardwareTarget
 from tools.plan_run.family import Family, Size
 from tools.plan_run.ladder import HORIZONS, Ladder
-from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, error_on_largest
+from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, error_on_largest, seed_deviation
 from tools.sweep.groups import Group, minimax_lr
 from tools.sweep.lr_law import Estimate, Optimum
 
@@ -65,7 +65,6 @@ class Plan:
     ladder: Ladder
     family: Family
     target: Target
-    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pilots, self.config = self.ladder.pilots, self.ladder.pilots.config
@@ -75,10 +74,13 @@ class Plan:
             for group in self.ladder.groups(size)
             if math.isfinite(_lowest_loss(group))
         ]
-        self.points = [LossPoint(size.multiplied, group.tokens, _lowest_loss(group)) for size, group in self.groups]
+        deviation = seed_deviation([group.losses[group.best] for _, group in self.groups])
+        self.points = [
+            LossPoint(size.multiplied, group.tokens, _lowest_loss(group), deviation, self.pilots.seeds)
+            for size, group in self.groups
+        ]
         self.loss_law = LossLaw.fit(self.points)
         self.size, self.tokens = self._resolve()
-        self._warn_of_extrapolation()
 
     @property
     def sequence_length(self) -> int:
@@ -107,24 +109,38 @@ class Plan:
     def lr(self) -> Answer:
         """The peak learning rate at the batch of the pilot runs, or the amplitude of Power."""
         key, runs = self.pilots.lr_key, f"{len(self.groups)} groups of pilot runs"
-        if self.lr_law is None:
+        law = self.lr_law
+        if law is None:
             value, worst = minimax_lr([group for _, group in self.groups])
-            if not self._is_power:
-                self.warnings.append("no group of pilot runs has its best learning rate inside the grid: more --lrs")
-            return Answer(key, f"{value:.3g}", f"one value for {runs}: at the worst {worst:.2%} above the best of one")
-        estimate = self.lr_law.at(N=self.size.multiplied, D=self.tokens)
-        kept = " and ".join(self.lr_law.names) or "neither N nor D"
+            scaling = "; linear in the batch, where half of the noise scale is justified by the square-root rule"
+            source = f"one value for {runs}: at the worst {worst:.2%} above the best of one{scaling * self._is_power}"
+            return Answer(key, f"{value:.3g}", source)
+        estimate = law.at(N=self.size.multiplied, D=self.tokens)
+        unknown = f"; the exponent of {' and '.join(law.dropped)} is not known to differ from 0" if law.dropped else ""
         return Answer(
             key,
-            f"{estimate.value:.3g}",
-            f"{self.lr_law}, interval {estimate.low:.3g} to {estimate.high:.3g}; vertices of {self.lr_law.points} of "
-            f"{runs}, which depend on {kept}; at {format_count(self.pilots.batch_tokens)} tokens a step",
+            f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})",
+            f"{law}, the vertices of {law.points} of {runs}{unknown}; for {format_count(self.pilots.batch_tokens)} "
+            "tokens a step, and with the square root of the batch",
         )
+
+    @property
+    def peak_lr(self) -> float:
+        """The value of `lr`."""
+        return float(self.lr.value.split()[0])
 
     @cached_property
     def noise_law(self) -> PowerLaw | None:
         """The noise scale in samples after D tokens of the stable phase; None if it was not measured."""
-        tokens, scales = [], []
+        if not self.noise_points:
+            return None
+        _, tokens, scales = zip(*self.noise_points, strict=True)
+        return PowerLaw.of(scales, {"D": tokens})
+
+    @cached_property
+    def noise_points(self) -> list[tuple[Size, float, float]]:
+        """Size, tokens and noise scale of the stable phases, near their checkpoints."""
+        found = []
         for size in self.pilots.sizes:
             groups, stable = self.ladder.groups(size), self.ladder.stable(size)
             if not groups or not stable:
@@ -135,9 +151,8 @@ class Plan:
                 before = [(at, scale) for at, scale in outcome.noise if 0.8 * end <= at <= end and scale > 0]
                 if before:
                     middle, scale = np.median(before, axis=0)
-                    tokens.append(float(middle))
-                    scales.append(float(scale))
-        return PowerLaw.of(scales, {"D": tokens}) if scales else None
+                    found.append((size, float(middle), float(scale)))
+        return found
 
     @cached_property
     def rounding(self) -> BatchRounding:
@@ -147,11 +162,13 @@ class Plan:
     @cached_property
     def bounds(self) -> tuple[int, int]:
         """The first and the largest batch, in samples."""
-        law, unit = self.noise_law, self.rounding.samples_per_micro_step
+        law, rounding = self.noise_law, self.rounding
         if law is None:
-            return (self.pilots.batch,) * 2
+            return (rounding.round_up(self.pilots.batch).samples,) * 2
+        # the noise is measured between two micro-batches
+        smallest = rounding.samples_per_micro_step * (1 if rounding.dp_size > 1 else 2)
         first, last = (
-            max(2, math.ceil(COEFFICIENT * law.at(D=tokens).value / unit)) * unit
+            max(smallest, rounding.round_up(math.ceil(COEFFICIENT * law.at(D=tokens).value)).samples)
             for tokens in (self.adaptive_from, self.tokens)
         )
         return min(first, last), last
@@ -166,12 +183,20 @@ class Plan:
         """Tokens before which the batch is the first one: the noise of the start does not predict what follows."""
         return max(self.warmup_tokens, round(WARMUP_FRACTION * self.tokens))
 
-    def batch_at(self, tokens: float) -> float:
+    def batch_at(self, tokens: float) -> int:
         """Return the batch that the law predicts after `tokens`, in samples."""
         first, last = self.bounds
         if self.noise_law is None or tokens <= self.adaptive_from:
             return first
-        return min(last, max(first, COEFFICIENT * self.noise_law.at(D=tokens).value))
+        wanted = math.ceil(COEFFICIENT * self.noise_after(tokens))
+        return min(last, max(first, self.rounding.round_up(wanted).samples))
+
+    def noise_after(self, tokens: float) -> float:
+        """Return the noise scale of the law, in samples, without its interval, which takes longer."""
+        law = self.noise_law
+        assert law is not None
+        exponent = law.fit.coefficients[1] if law.names else 0.0
+        return float(math.exp(law.fit.coefficients[0]) * (tokens / law.middle.get("D", tokens)) ** exponent)
 
     @cached_property
     def steps(self) -> float:
@@ -185,12 +210,16 @@ class Plan:
 
     @cached_property
     def weight_decay(self) -> float | None:
-        """Of the published law; None where the optimizer, or its learning rate, is not that of the law."""
-        if type(self.config.recipe.optimizer) is not AdamW or self._is_power:
+        """Of the published law; None where that of the recipe is kept: without decay, and where the law does not hold,
+        for another optimizer, a learning rate that falls from the start, or a decay that differs between groups."""
+        optimizer = self.config.recipe.optimizer
+        if type(optimizer) is not AdamW or self._is_power or optimizer.weight_decay_lr == "group":
+            return None
+        if not optimizer.weight_decay or optimizer.weight_decay_on == "none":
             return None
         fraction = TIME_CONSTANT * (self.tokens / self.size.multiplied) ** TIME_EXPONENT
         mean_tokens = self.mean_batch * self.sequence_length
-        lr = float(self.lr.value) * math.sqrt(mean_tokens / self.pilots.batch_tokens)
+        lr = self.peak_lr * math.sqrt(mean_tokens / self.pilots.batch_tokens)
         return float(f"{mean_tokens / (lr * fraction * self.tokens):.3g}")
 
     @property
@@ -214,7 +243,7 @@ class Plan:
         yield Answer("parameters", f"{size.parameters:,}{multiplied}", self._reason_for_size())
         proportions = "proportions of the recipe, in whole heads and layers"
         yield Answer("shape", f"{size.layers} layers of {size.dim}, {size.heads} heads", proportions)
-        yield Answer("tokens", f"{self.tokens:,}", f"{self.tokens / size.multiplied:.3g} per parameter")
+        yield Answer("tokens", f"{self.tokens:,}", f"{self.tokens / size.multiplied:.3g} N")
         checked = error_on_largest(self.points)
         check = "" if checked is None else f"; without the largest size it is {checked:+.2%} off at its longest run"
         yield Answer(
@@ -235,11 +264,12 @@ class Plan:
         yield Answer("steps", f"{self.steps:,.0f}", "the course of the batch that the law predicts")
         yield Answer("warm-up", format_count(self.warmup_tokens), f"{WARMUP_FRACTION:.0%}, or that of the pilot runs")
         yield Answer("decay", f"{pilots.decay_fraction:.0%}", "that of the pilot runs")
+        given = getattr(self.config.recipe.optimizer, "weight_decay", None)
         if self.weight_decay is not None:
-            law = (
-                f"time constant of {TIME_CONSTANT} (D / N)^{TIME_EXPONENT} of the run (arXiv 2505.13738); not measured"
-            )
-            yield Answer("weight decay", f"{self.weight_decay:g}", law)
+            law = f"time constant of {TIME_CONSTANT} (D / N)^{TIME_EXPONENT} of the run (arXiv 2505.13738)"
+            yield Answer("weight decay", f"{self.weight_decay:g}", f"{law}, not measured; pilot runs had {given:g}")
+        elif given is not None:
+            yield Answer("weight decay", f"{given:g}", "that of the recipe, where the published law does not hold")
         if self._sets_beta2:
             source = "that of the pilot runs; its half-life in tokens is kept"
             yield Answer("batch of beta2", f"{format_count(pilots.batch_tokens)} tokens", source)
@@ -254,7 +284,7 @@ class Plan:
         """Return the keys that the recipe of the plan sets, by section."""
         pilots, unit = self.pilots, self.rounding.samples_per_micro_step
         schedule: dict[str, Any] = {
-            pilots.lr_key.partition(".")[2]: float(self.lr.value), "warmup_tokens": self.warmup_tokens,
+            pilots.lr_key.partition(".")[2]: self.peak_lr, "warmup_tokens": self.warmup_tokens,
             "decay_tokens": "none", "decay_fraction": pilots.decay_fraction,
         }  # fmt: skip
         if not self._is_power:
@@ -262,10 +292,12 @@ class Plan:
         first, last = self.bounds
         batch: dict[str, Any] = {"use": "components.batch:Constant", "initial_size": first}
         if self.noise_law is not None:
-            batch = {
-                "use": "components.batch:NoiseScale", "coefficient": COEFFICIENT, "initial_size": first,
-                "max_size": last, "multiple_of": unit, "max_growth": 2.0, "delay_tokens": self.adaptive_from,
-            }  # fmt: skip
+            policy = NoiseScale(
+                coefficient=COEFFICIENT, initial_size=first, max_size=last, multiple_of=unit, max_growth=2.0,
+                delay_tokens=self.adaptive_from,
+            )  # fmt: skip
+            keys = {key: "none" if value is None else value for key, value in vars(policy).items()}
+            batch = {"use": "components.batch:NoiseScale", **keys}  # all keys: those of the recipe's policy may differ
         optimizer: dict[str, Any] = {}
         if self._sets_beta2:
             optimizer["reference_batch_tokens"] = pilots.batch_tokens
@@ -284,7 +316,7 @@ class Plan:
             return size, target.tokens if target.tokens is not None else self._affordable(size)
         smallest, largest = (pick(size.parameters for size in self.pilots.sizes) for pick in (min, max))
         found: list[tuple[float, Size, int]] = []
-        for parameters in np.geomspace(smallest, 1000 * largest, 60):
+        for parameters in np.geomspace(smallest / FAR, 1000 * largest, 80):
             try:
                 size = self.family.of(int(parameters))
             except ValueError:
@@ -307,15 +339,6 @@ class Plan:
         if self.target.parameters is None:
             return "the lowest predicted loss in these hours"
         return f"asked for {format_count(self.target.parameters)}"
-
-    def _warn_of_extrapolation(self) -> None:
-        if limit := self.loss_law.at_limit:
-            self.warnings.append(f"the pilot runs do not determine {limit} of the law of the loss: vary them more")
-        largest = max(point.parameters for point in self.points)
-        longest = max(point.tokens for point in self.points)
-        for what, ratio in (("parameters", self.size.multiplied / largest), ("tokens", self.tokens / longest)):
-            if ratio > FAR:
-                self.warnings.append(f"{ratio:.0f} times the {what} of the largest pilot run: all laws extrapolate")
 
 
 def _lowest_loss(group: Group) -> float:

@@ -1,1 +1,7 @@
-"""Sweeps: many runs of one recipe over grids of its keys, planned, run and recorded."""
+"""Sweeps: many runs of one recipe over grids of its keys, planned, run and recorded.
+
+grid.py     the runs, and what identifies them
+runner.py   runs them, and keeps their outcomes in a file
+groups.py   outcomes of runs that differ in the learning rate and the seed only
+lr_law.py   the best learning rate of a group, and its law
+"""

@@ -63,14 +63,15 @@ def test_the_plan_follows_the_laws_of_its_pilot_runs(tiny, tmp_path, launched, c
     recipe = load(output).recipe
     size = Family(load(output), 257).base
     assert size.parameters == pytest.approx(600_000, rel=0.2)
-    assert recipe.run.name == "big" and recipe.training.total_tokens == 2_000_000
+    assert recipe.run.directory.parts[-2:] == ("runs", "big") and recipe.training.total_tokens == 2_000_000
     value = next(line for line in said.splitlines() if line.startswith("| validation loss |")).split("|")[2].split()[0]
     assert float(value) == pytest.approx(lowest(size.multiplied, 2e6), rel=5e-3)
     assert recipe.lr_schedule.max_lr == pytest.approx(best_lr(2e6), rel=0.02)
     assert (recipe.lr_schedule.batch_scaling, recipe.lr_schedule.reference_batch_tokens) == ("sqrt", 8 * LENGTH)
     assert recipe.batch.max_size == pytest.approx(noise(2_000_000) / 2, abs=2)  # rounded up to a micro-batch of 2
     assert recipe.batch.coefficient == 0.5 and recipe.optimizer.reference_batch_tokens == 8 * LENGTH
-    batches = [max(recipe.batch.initial_size, noise(at + 1000) / 2) for at in range(0, 2_000_000, 2000)]
+    wanted = [math.ceil(noise(at + 1000) / 2 / 2) * 2 for at in range(0, 2_000_000, 2000)]  # in micro-batches of 2
+    batches = [max(recipe.batch.initial_size, batch) for batch in wanted]
     steps = sum(2_000 / LENGTH / batch for batch in batches)
     stated = next(line for line in said.splitlines() if line.startswith("| steps |")).split("|")[2]
     assert float(stated.replace(",", "")) == pytest.approx(steps, rel=0.02)
@@ -97,6 +98,55 @@ def test_pilot_runs_share_stable_phases_and_are_not_run_twice(tiny, tmp_path, la
     capsys.readouterr()
     assert main(arguments(tiny, tmp_path, *TARGET, "--seeds=2", "--report")) == 1
     assert "pilot runs are missing" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_a_pilot_batch_is_one_that_the_runs_can_have(tiny, tmp_path, launched, capsys):
+    """Checkpoints are counted in steps: a batch that the run rounds up would put them elsewhere."""
+    output = tmp_path / "plan.toml"
+    assert main(arguments(tiny, tmp_path, *TARGET, "--pilot-batch=5", f"--output={output}")) == 0
+    assert {keys["batch.initial_size"] for keys in launched} == {"6"}  # micro-batches of 2
+    assert load(output).recipe.lr_schedule.reference_batch_tokens == 6 * LENGTH
+    assert "6 samples a step" in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_keys_of_the_policy_of_the_recipe_do_not_reach_the_plan(tiny, tmp_path, launched):
+    output = tmp_path / "plan.toml"
+    own = {"use": "components.batch:NoiseScale", "initial_size": "64", "max_size": "128", "min_size": "64",
+           "shrink": "true", "hysteresis": "0.3"}  # fmt: skip
+    keys = [f"--batch.{key}={value}" for key, value in own.items()]
+    assert main(arguments(tiny, tmp_path, *TARGET, *keys, f"--output={output}")) == 0
+    batch = load(output).recipe.batch
+    assert (batch.min_size, batch.shrink, batch.hysteresis) == (None, False, 0.0) and batch.max_size < 100
+
+
+@pytest.mark.quick
+def test_failed_pilot_runs_are_said_and_run_again_on_request(tiny, tmp_path, launched, monkeypatch, capsys):
+    healthy = Runner._launch
+
+    def launch(runner, job, settings):
+        status, said, error = healthy(runner, job, settings)
+        fails = settings["model.dim"] == "16" and settings["lr_schedule.max_lr"] == "0.004"
+        return (1, "No space left on device", None) if fails else (status, said, error)
+
+    monkeypatch.setattr(Runner, "_launch", launch)
+    assert main(arguments(tiny, tmp_path, *TARGET)) == 0
+    said = capsys.readouterr().out
+    assert "3 pilot runs failed" in said and "No space left on device" in said
+    monkeypatch.setattr(Runner, "_launch", healthy)
+    before = len(launched)
+    assert main(arguments(tiny, tmp_path, *TARGET, "--retry")) == 0
+    assert len(launched) == before + 3 and "pilot runs failed" not in capsys.readouterr().out
+
+
+@pytest.mark.quick
+def test_a_batch_above_what_the_noise_allows_is_warned_of(tiny, tmp_path, launched, capsys):
+    output = tmp_path / "plan.toml"
+    assert main(arguments(tiny, tmp_path, *TARGET, "--devices=64", f"--output={output}")) == 0
+    batch = load(output).recipe.batch
+    assert (batch.initial_size, batch.max_size) == (128, 128)  # one micro-batch on each of 64 ranks
+    assert "the first batch of the plan, 128 samples, is" in capsys.readouterr().out
 
 
 @pytest.mark.quick
@@ -148,6 +198,11 @@ def test_a_target_far_away_is_warned_of(tiny, tmp_path, launched, capsys):
         (["--hours=1", "--device=H10"], "H10 is not a known device"),
         ([*TARGET, "--devices=0"], "--devices 0: expected a number above 0"),
         ([*TARGET, "--pilot-batch=0"], "--pilot-batch 0: expected a number above 0"),
+        ([*TARGET, "--pilot-batch=2"], "the noise needs two micro-batches a step; use 4"),
+        (["--parameters=500", "--tokens=1M"], "no model of 500 parameters"),
+        ([*TARGET, "--parallel.tp=2", "--model.kv_heads=2"], "2 (tp) is not the 1 processes"),
+        ([*TARGET, "--output=plan.md"], "expected the name of a recipe"),
+        ([*TARGET, "--lr_schedule.decay_fraction=1.0"], "a plan needs a stable phase"),
         ([*TARGET, "--pilot-sizes=20K"], "two sizes or more"),
         ([*TARGET, "--pilot-sizes=20K,20_100"], "the same model"),
         ([*TARGET, "--lrs=0.01"], "two learning rates or more"),
