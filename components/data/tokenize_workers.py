@@ -44,14 +44,20 @@ def run_in_processes(
     progress: Any = context.Queue()
     pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, progress))
     try:
-        pending: set[Future[None]] = {pool.submit(_Worker.run, work, group) for group in groups}
+        pending: set[Future[tuple[int, int]]] = {pool.submit(_Worker.run, work, group) for group in groups}
+        late_bytes = late_tokens = 0
         while pending:
             done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
             for future in done:
-                future.result()
+                group_bytes, group_tokens = future.result()
+                late_bytes, late_tokens = late_bytes + group_bytes, late_tokens + group_tokens
             with suppress(queue.Empty):
                 while True:
-                    on_progress(*progress.get_nowait())
+                    read_bytes, tokens = progress.get_nowait()
+                    late_bytes, late_tokens = late_bytes - read_bytes, late_tokens - tokens
+                    on_progress(read_bytes, tokens)
+        if late_bytes or late_tokens:  # a process sends by a thread, which may be later than the result of its group
+            on_progress(late_bytes, late_tokens)
     except BrokenProcessPool:
         raise OSError(
             "a process that prepared data was killed, possibly because memory ran out; start again to continue: "
@@ -77,13 +83,16 @@ class _Worker:
         threading.Thread(target=_die_with_parent, daemon=True).start()
 
     @classmethod
-    def run(cls, work: Callable[..., None], group: Sequence[SourceFile]) -> None:
-        work(
-            group,
-            tokenizer=cls.tokenizer,
-            encode=cls.encode,
-            on_progress=lambda read_bytes, tokens: cls.progress.put((read_bytes, tokens)),
-        )
+    def run(cls, work: Callable[..., None], group: Sequence[SourceFile]) -> tuple[int, int]:
+        """Work on a group, and return the bytes and tokens that it has reported in all."""
+        reported: list[tuple[int, int]] = []
+
+        def report(read_bytes: int, tokens: int) -> None:
+            reported.append((read_bytes, tokens))
+            cls.progress.put((read_bytes, tokens))
+
+        work(group, tokenizer=cls.tokenizer, encode=cls.encode, on_progress=report)
+        return sum(read_bytes for read_bytes, _ in reported), sum(tokens for _, tokens in reported)
 
     @classmethod
     def encode(cls, texts: Sequence[str]) -> list[np.ndarray]:

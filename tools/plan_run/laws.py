@@ -201,7 +201,8 @@ class PowerLaw:
             unknown = {name: each for name, each in exponents.items() if each.low <= 0 <= each.high}
             if not unknown:
                 break
-            kept.remove(max(unknown, key=lambda name: unknown[name].high - unknown[name].low))
+            widest = max(unknown, key=lambda name: unknown[name].high - unknown[name].low)
+            kept = [name for name in kept if name != widest]
             fit = _regress(y, [logs[name] for name in kept])
         middle = {name: float(math.exp(values.mean())) for name, values in logs.items()}
         return cls(fit, full, tuple(kept), middle, len(y))
