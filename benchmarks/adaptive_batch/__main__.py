@@ -7,8 +7,8 @@ The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path nov
 For every method and schedule the learning rate is tuned first, with one seed and a quarter of the tokens: three values
 about a factor sqrt(2) apart, extended while the best one is at the edge. The best learning rate decreases with the
 length of a run; by the law of Power it halves for four times the tokens. At full length the first seed therefore tries
-two values: the next two below the tuned one under WSD and cosine; the tuned amplitude and the next below under Power,
-whose law contains the length. The better one gets the other seeds. Runs in the file of results are not run again, so
+the tuned value and the next two below under WSD and cosine; the tuned amplitude and the next below under Power, whose
+law contains the length. The best one gets the other seeds. Runs in the file of results are not run again, so
 the comparison can be stopped at any time. The default takes about four hours on two otherwise idle cores, half of it
 for each schedule; it does not include larger models or longer runs.
 """
@@ -80,20 +80,19 @@ def compare_methods(book: ResultBook, kind: str, seeds: int, methods: Sequence[s
 
 
 def run_rows(book: ResultBook, rows: Sequence[Row], seeds: int) -> None:
-    """Tune each row and run every seed at the better of two learning rates; of the ramp variants only the best."""
+    """Tune each row and run every seed at the best of its learning rates; of the ramp variants only the best."""
     best = tune_lrs(book, rows)
     variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: best[row][1])
     lrs = {row: full_length_lrs(lr, row[1]) for row, (lr, _) in best.items() if row not in variants[1:]}
-    book.run(Run(row, lr, 0, book.final_tokens) for row, two in lrs.items() for lr in two)
-    better = {row: lr for row, (lr, _) in rows_of(book).items() if row in lrs}
-    book.run(Run(row, lr, seed, book.final_tokens) for seed in range(1, seeds) for row, lr in better.items())
+    book.run(Run(row, lr, 0, book.final_tokens) for row, tried in lrs.items() for lr in tried)
+    chosen = {row: lr for row, (lr, _) in rows_of(book).items() if row in lrs}
+    book.run(Run(row, lr, seed, book.final_tokens) for seed in range(1, seeds) for row, lr in chosen.items())
 
 
 def full_length_lrs(tuned: float, kind: str) -> Sequence[float]:
     """Return the learning rates to try at full length, in increasing order."""
-    lrs = LRS[kind]
-    at = lrs.index(tuned) + (kind == "power")
-    return lrs[max(0, at - 2) : max(at, 1)]
+    at = LRS[kind].index(tuned)
+    return LRS[kind][max(0, at - (1 if kind == "power" else 2)) : at + 1]
 
 
 def tune_lrs(book: ResultBook, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:

@@ -51,13 +51,13 @@ def test_tuning_continues_while_the_best_lr_is_at_the_edge(trained, text, tmp_pa
     assert {job.varied["tokens"] for job in trained} == {"375000"}
 
 
-def test_a_row_is_run_at_the_better_lr_below_the_tuned_one(trained, text, tmp_path):
+def test_a_row_is_run_at_the_best_of_the_tuned_lr_and_two_below(trained, text, tmp_path):
     book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
     comparison.run_rows(book, [ROW], seeds=3)
     finals = [(job.varied["seed"], job.varied["lr"]) for job in trained if job.varied["tokens"] == "1500000"]
-    assert finals == [("0", "0.004"), ("0", "0.0056"), ("1", "0.0056"), ("2", "0.0056")]
+    assert finals == [("0", "0.004"), ("0", "0.0056"), ("0", "0.008"), ("1", "0.008"), ("2", "0.008")]
     ((lr, outcomes),) = comparison.rows_of(book).values()
-    assert (lr, len(outcomes)) == (0.0056, 3)
+    assert (lr, len(outcomes)) == (0.008, 3)
 
 
 def test_stored_runs_are_not_run_again_unless_their_settings_changed(trained, text, tmp_path, monkeypatch):
@@ -83,8 +83,9 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
     methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps only the best
-    # the first seed tries two learning rates where there are two below the tuned one; Seesaw is run under one schedule
-    assert len(finals) == 3 * methods_run + 2 * (methods_run - 1)
+    # the first seed tries three learning rates where there are two below the tuned one, and one under Power, whose
+    # tuned one is the smallest here; Seesaw is run under one schedule
+    assert len(finals) == 4 * methods_run + 2 * (methods_run - 1)
     assert all(f"| {job['method']} | " in found for job in finals)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"adaptive_batch_loss.svg", "adaptive_batch_size.svg"}
     before = len(trained)
