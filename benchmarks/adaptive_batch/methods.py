@@ -56,6 +56,8 @@ def norm_test(eta: float, **keys: object) -> dict[str, object]:
 def closed_form(mean: int, decay: float = 0.3, stages_at: int = 20) -> dict[str, object]:
     """Return the batch of arXiv 2607.27731 for WSD: proportional to lr(t) / sqrt(integral of lr from t to the end).
 
+    Taken from a summary of the paper, which was not read.
+
     `mean`: the mean of the batch over the tokens, in samples; the form says nothing about it. The learning rate is
     constant, then decays as 1 - sqrt(x) over the last `decay` of the tokens; the warm-up is ignored.
     """

@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target = read_target(options)
         ladder, family = read_ladder(options, rest)
         check_target(target, family, options)
+        if options.output is not None and options.output.resolve() == ladder.pilots.recipe.resolve():
+            raise ValueError(f"--output {options.output} is the recipe to plan for; give another name")
         folder = options.runs or options.results.with_suffix(".runs")
         killed = 0 if options.report else ladder.run(folder, options.jobs)
-        if not killed and options.retry:
+        if options.retry and not options.report and not killed:
             killed = ladder.retry(options.jobs)
         if killed:
             print(f"{killed} pilot runs were killed; the same command runs them again", file=sys.stderr)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from components.units import format_count
-from tools.plan_run.plan import COEFFICIENT, Plan
+from tools.plan_run.plan import COEFFICIENT, FAR, Plan
 from tools.sweep.lr_law import Optimum
 
-FAR = 10.0
-"""A target this many times beyond the pilot runs is an extrapolation."""
 TOLERANCE = 1.5
 """A batch this many times above what the law of the noise allows is warned of."""
 

@@ -212,11 +212,16 @@ class PowerLaw:
         """The variables whose exponent is not known to differ from zero."""
         return [name for name in self.middle if name not in self.names]
 
+    def value(self, **variables: float) -> float:
+        """Return y."""
+        logs = [math.log(variables[name] / self.middle[name]) for name in self.names]
+        return float(math.exp(self.fit.coefficients @ [1.0, *logs]))
+
     def at(self, **variables: float) -> Estimate:
         """Return y with its 95 % interval, which covers the fit with all variables too; from one point all numbers."""
         logs = {name: math.log(variables[name] / middle) for name, middle in self.middle.items()}
         if self.fit.degrees_of_freedom < 1:
-            return Estimate(math.exp(self.fit.coefficients[0]), 0.0, math.inf)
+            return Estimate(self.value(**variables), 0.0, math.inf)
         reduced = self.fit.at([1.0, *(logs[name] for name in self.names)]).exp()
         full = self.full.at([1.0, *logs.values()]).exp()
         return Estimate(reduced.value, min(reduced.low, full.low), max(reduced.high, full.high))

@@ -27,7 +27,7 @@ TIME_CONSTANT, TIME_EXPONENT = 1.084, -0.527
 """The best time constant of weight decay, as a fraction of the run: 1.084 (D / N)^-0.527 (arXiv 2505.13738)."""
 WARMUP_FRACTION = 0.01
 FAR = 10.0
-"""A target this many times beyond the largest pilot run is an extrapolation that the plan warns of."""
+"""A target this many times beyond the pilot runs is an extrapolation; hours are planned down to sizes so far below."""
 SLICES = 1000
 """The course of the batch is added up over this many parts of the run."""
 
@@ -162,13 +162,13 @@ class Plan:
     @cached_property
     def bounds(self) -> tuple[int, int]:
         """The first and the largest batch, in samples."""
-        law, rounding = self.noise_law, self.rounding
-        if law is None:
+        rounding = self.rounding
+        if self.noise_law is None:
             return (rounding.round_up(self.pilots.batch).samples,) * 2
         # the noise is measured between two micro-batches
         smallest = rounding.samples_per_micro_step * (1 if rounding.dp_size > 1 else 2)
         first, last = (
-            max(smallest, rounding.round_up(math.ceil(COEFFICIENT * law.at(D=tokens).value)).samples)
+            max(smallest, rounding.round_up(math.ceil(COEFFICIENT * self.noise_after(tokens))).samples)
             for tokens in (self.adaptive_from, self.tokens)
         )
         return min(first, last), last
@@ -192,11 +192,9 @@ class Plan:
         return min(last, max(first, self.rounding.round_up(wanted).samples))
 
     def noise_after(self, tokens: float) -> float:
-        """Return the noise scale of the law, in samples, without its interval, which takes longer."""
-        law = self.noise_law
-        assert law is not None
-        exponent = law.fit.coefficients[1] if law.names else 0.0
-        return float(math.exp(law.fit.coefficients[0]) * (tokens / law.middle.get("D", tokens)) ** exponent)
+        """Return the noise scale of the law, in samples."""
+        assert self.noise_law is not None
+        return self.noise_law.value(D=tokens)
 
     @cached_property
     def steps(self) -> float:

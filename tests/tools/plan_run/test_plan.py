@@ -220,6 +220,15 @@ def test_bad_input_starts_nothing(tiny, tmp_path, launched, capsys, given, messa
 
 
 @pytest.mark.quick
+def test_the_recipe_is_not_overwritten_by_its_plan(tiny, tmp_path, launched, capsys):
+    tiny.recipe.with_suffix(".md").write_text("notes")
+    before = tiny.recipe.read_text()
+    assert main(arguments(tiny, tmp_path, *TARGET, f"--output={tiny.recipe}")) == 2
+    assert "is the recipe to plan for" in capsys.readouterr().err
+    assert not launched and tiny.recipe.read_text() == before
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("given", ["--tokens=1Q", "--pilot-sizes=20K,x", "--lrs=0.01,?"])
 def test_what_is_not_a_number_is_named(tiny, tmp_path, launched, capsys, given):
     with pytest.raises(SystemExit):
