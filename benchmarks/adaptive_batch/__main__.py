@@ -4,20 +4,18 @@
     python -m benchmarks.adaptive_batch --report     # tables and figures of the stored results; needs no text
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
-For every method and schedule the learning rate is tuned first, with one seed and a quarter of the tokens: three values
-about a factor sqrt(2) apart, extended while the best one is at the edge. The best learning rate decreases with the
-length of a run; by the law of Power it halves for four times the tokens. At full length the first seed therefore tries
-the tuned value and the next two below under WSD and cosine; the tuned amplitude and the next below under Power, whose
-law contains the length. The best one gets the other seeds. Runs in the file of results are not run again, so
-the comparison can be stopped at any time. The default takes about four hours on two otherwise idle cores, half of it
-for each schedule; it does not include larger models or longer runs.
+For every method and schedule the learning rate is tuned with one seed, among values about a factor sqrt(2) apart: first
+with a quarter of the tokens, and then, from the best one on, at full length. Each time neighbors are added until the
+best one lies between two others. It gets the other seeds. Runs in the file of results are not run again, so the
+comparison can be stopped at any time. The default takes about four hours on two otherwise idle cores, half of it for
+each schedule; it does not include larger models or longer runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.adaptive_batch.methods import FIRST, LRS, METHODS, SMALL, VARIANTS
@@ -81,31 +79,27 @@ def compare_methods(book: ResultBook, kind: str, seeds: int, methods: Sequence[s
 
 def run_rows(book: ResultBook, rows: Sequence[Row], seeds: int) -> None:
     """Tune each row and run every seed at the best of its learning rates; of the ramp variants only the best."""
-    best = tune_lrs(book, rows)
-    variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: best[row][1])
-    lrs = {row: full_length_lrs(lr, row[1]) for row, (lr, _) in best.items() if row not in variants[1:]}
-    book.run(Run(row, lr, 0, book.final_tokens) for row, tried in lrs.items() for lr in tried)
-    chosen = {row: lr for row, (lr, _) in rows_of(book).items() if row in lrs}
-    book.run(Run(row, lr, seed, book.final_tokens) for seed in range(1, seeds) for row, lr in chosen.items())
+    short = tune_lrs(book, {row: LRS[row[1]][FIRST] for row in rows}, book.final_tokens // TUNING)
+    variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: short[row][1])
+    tuned = {row: [lr] for row, (lr, _) in short.items() if row not in variants[1:]}
+    best = tune_lrs(book, tuned, book.final_tokens)
+    book.run(Run(row, lr, seed, book.final_tokens) for seed in range(1, seeds) for row, (lr, _) in best.items())
 
 
-def full_length_lrs(tuned: float, kind: str) -> Sequence[float]:
-    """Return the learning rates to try at full length, in increasing order."""
-    at = LRS[kind].index(tuned)
-    return LRS[kind][max(0, at - (1 if kind == "power" else 2)) : at + 1]
+def tune_lrs(book: ResultBook, first: Mapping[Row, Sequence[float]], tokens: int) -> dict[Row, tuple[float, float]]:
+    """Return the best learning rate of each row and its loss after `tokens`, with one seed.
 
-
-def tune_lrs(book: ResultBook, rows: Sequence[Row]) -> dict[Row, tuple[float, float]]:
-    """Return the best learning rate of each row, and its loss."""
-    tried = {row: set(LRS[row[1]][FIRST]) for row in rows}
+    `first`: the learning rates of each row to begin with. The neighbors of the best one are tried too.
+    """
+    tried = {row: set(lrs) for row, lrs in first.items()}
     while True:
-        runs = [Run(row, lr, 0, book.final_tokens // TUNING) for row in rows for lr in sorted(tried[row])]
+        runs = [Run(row, lr, 0, tokens) for row, lrs in tried.items() for lr in sorted(lrs)]
         losses = {run: outcome.loss for run, outcome in zip(runs, book.run(runs), strict=True)}
-        best = {row: min((loss, run.lr) for run, loss in losses.items() if run.row == row) for row in rows}
-        neighbors = {row: set(with_neighbors(best[row][1], LRS[row[1]])) for row in rows}
-        if all(neighbors[row] <= tried[row] for row in rows):
+        best = {row: min((loss, run.lr) for run, loss in losses.items() if run.row == row) for row in tried}
+        neighbors = {row: set(with_neighbors(best[row][1], LRS[row[1]])) for row in tried}
+        if all(neighbors[row] <= tried[row] for row in tried):
             return {row: (lr, loss) for row, (loss, lr) in best.items()}
-        tried = {row: tried[row] | neighbors[row] for row in rows}
+        tried = {row: tried[row] | neighbors[row] for row in tried}
 
 
 def with_neighbors(lr: float, lrs: Sequence[float]) -> Sequence[float]:

@@ -46,16 +46,17 @@ def trained(monkeypatch):
 
 def test_tuning_continues_while_the_best_lr_is_at_the_edge(trained, text, tmp_path):
     book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
-    assert comparison.tune_lrs(book, [ROW]) == {ROW: (0.008, pytest.approx(0.0005))}
+    best = comparison.tune_lrs(book, {ROW: methods.LRS["wsd"][methods.FIRST]}, 375_000)
+    assert best == {ROW: (0.008, pytest.approx(0.0005))}
     assert sorted(float(job.varied["lr"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
     assert {job.varied["tokens"] for job in trained} == {"375000"}
 
 
-def test_a_row_is_run_at_the_best_of_the_tuned_lr_and_two_below(trained, text, tmp_path):
+def test_a_row_is_run_at_the_best_lr_of_full_length_which_lies_between_two_others(trained, text, tmp_path):
     book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
     comparison.run_rows(book, [ROW], seeds=3)
     finals = [(job.varied["seed"], job.varied["lr"]) for job in trained if job.varied["tokens"] == "1500000"]
-    assert finals == [("0", "0.004"), ("0", "0.0056"), ("0", "0.008"), ("1", "0.008"), ("2", "0.008")]
+    assert finals == [("0", "0.008"), ("0", "0.0056"), ("0", "0.011"), ("1", "0.008"), ("2", "0.008")]
     ((lr, outcomes),) = comparison.rows_of(book).values()
     assert (lr, len(outcomes)) == (0.008, 3)
 
@@ -83,9 +84,9 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
     methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps only the best
-    # the first seed tries three learning rates where there are two below the tuned one, and one under Power, whose
-    # tuned one is the smallest here; Seesaw is run under one schedule
-    assert len(finals) == 4 * methods_run + 2 * (methods_run - 1)
+    # the first seed tries the best learning rate and its neighbors, of which there is one under Power, where the best
+    # one is the smallest here; Seesaw is run under one schedule
+    assert len(finals) == 4 * methods_run + 3 * (methods_run - 1)
     assert all(f"| {job['method']} | " in found for job in finals)
     assert {path.name for path in tmp_path.glob("*.svg")} == {"adaptive_batch_loss.svg", "adaptive_batch_size.svg"}
     before = len(trained)
