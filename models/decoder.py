@@ -240,10 +240,13 @@ class Decoder(nn.Module):
 
     def active_parameters(self) -> int:
         """Return the number of matrix parameters in the layers that one token uses: of the experts, only top_k."""
-        matrices = [p for layer in self.layers.values() for p in layer.parameters() if p.dim() > 1]
-        experts = sum(p.numel() for p in matrices if p.dim() == 3)
-        idle = experts // self.shape.experts * (self.shape.experts - self.shape.top_k) if experts else 0
-        return sum(p.numel() for p in matrices) - idle
+        matrices = (p for layer in self.layers.values() for p in layer.parameters() if p.dim() > 1)
+        return sum(p.numel() for p in matrices) - self.idle_parameters()
+
+    def idle_parameters(self) -> int:
+        """Return the number of parameters of the experts that a token is not routed to."""
+        experts = sum(p.numel() for layer in self.layers.values() for p in layer.parameters() if p.dim() == 3)
+        return experts // self.shape.experts * (self.shape.experts - self.shape.top_k) if experts else 0
 
     def pop_metric_sums(self) -> Tensor | None:
         """Return the sums of the auxiliary losses since the last call, (n,) on the device, and reset them; None without

@@ -32,7 +32,8 @@ class Size:
     parameters: int
     """All parameters."""
     multiplied: int
-    """The parameters that every token is multiplied with: all but an input embedding that is not the output, too."""
+    """The parameters that a token is multiplied with: all but an input embedding that is not the output, too, and but
+    the experts that a token is not routed to."""
 
     @property
     def settings(self) -> dict[str, str]:
@@ -42,18 +43,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Family:
-    """The sizes that have about the proportions of the model of `config`."""
+    """The sizes that have about the proportions of the model of `config`; with experts, as many of them."""
 
     config: Config
     vocab_size: int
-    _by_width: dict[int, tuple[Size, int]] = field(default_factory=dict, compare=False, repr=False)
+    _by_width: dict[int, tuple[Size, Size]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        model = self.config.recipe.model
-        if not isinstance(model, Llama) or model.resolved_shape.experts:
+        if not isinstance(model := self.config.recipe.model, Llama):
             raise ValueError(
                 "a plan changes the size of models.llama:Llama by dim, layers, heads, kv_heads and ffn_dim; this "
-                f"recipe has {'experts' if isinstance(model, Llama) else type(model).__name__}"
+                f"recipe has {type(model).__name__}"
             )
 
     @cached_property
@@ -92,7 +92,8 @@ class Family:
 
     def _near(self, parameters: int, aspect: float) -> Iterator[Size]:
         base = self.base
-        per_layer = self._per_layer(base.dim, base.heads, base.kv_heads, base.ffn_dim)[1]
+        one, two = self._one_and_two_layers(base.dim, base.heads, base.kv_heads, base.ffn_dim)
+        per_layer = two.parameters - one.parameters
         guess = (parameters * aspect * base.dim**2 / per_layer) ** (1 / 3)  # layers x dim^2 x a constant
         tp = self.config.recipe.parallel.tp  # which divides the heads
         units = guess / base.dim * base.kv_heads / tp
@@ -101,16 +102,19 @@ class Family:
             heads = base.heads // base.kv_heads * kv_heads
             dim = round(base.dim / base.heads * heads)
             ffn_dim = max(1, round(base.ffn_dim / base.dim * dim / FFN_MULTIPLE)) * FFN_MULTIPLE
-            one, per_layer = self._per_layer(dim, heads, kv_heads, ffn_dim)
-            layers = max(1, round(1 + (parameters - one.parameters) / per_layer))
-            more = (layers - 1) * per_layer
-            yield replace(one, layers=layers, parameters=one.parameters + more, multiplied=one.multiplied + more)
+            one, two = self._one_and_two_layers(dim, heads, kv_heads, ffn_dim)
+            per_layer, per_token = two.parameters - one.parameters, two.multiplied - one.multiplied
+            more = max(0, round((parameters - one.parameters) / per_layer))
+            yield replace(
+                one, layers=1 + more,
+                parameters=one.parameters + more * per_layer, multiplied=one.multiplied + more * per_token,
+            )  # fmt: skip
 
-    def _per_layer(self, dim: int, heads: int, kv_heads: int, ffn_dim: int) -> tuple[Size, int]:
-        """Return the size with one layer, and the parameters of each further one."""
+    def _one_and_two_layers(self, dim: int, heads: int, kv_heads: int, ffn_dim: int) -> tuple[Size, Size]:
+        """Return the sizes with one layer and with two; each further one adds as much."""
         if dim not in self._by_width:
             one, two = (self._counted(dim, layers, heads, kv_heads, ffn_dim) for layers in (1, 2))
-            self._by_width[dim] = one, two.parameters - one.parameters
+            self._by_width[dim] = one, two
         return self._by_width[dim]
 
     def _counted(self, dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int) -> Size:
@@ -118,4 +122,4 @@ class Family:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tied = self.config.recipe.model.resolved_shape.tied_embeddings
         embedding = 0 if tied else model.tok_embeddings.weight.numel()
-        return Size(dim, layers, heads, kv_heads, ffn_dim, parameters, parameters - embedding)
+        return Size(dim, layers, heads, kv_heads, ffn_dim, parameters, parameters - embedding - model.idle_parameters())

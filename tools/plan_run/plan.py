@@ -237,7 +237,9 @@ class Plan:
     def answers(self) -> Iterator[Answer]:
         """Yield every number of the plan."""
         size, pilots = self.size, self.pilots
-        multiplied = "" if size.multiplied == size.parameters else f", N = {size.multiplied:,} without the embedding"
+        multiplied = (
+            "" if size.multiplied == size.parameters else f", N = {size.multiplied:,} that a token is multiplied with"
+        )
         yield Answer("parameters", f"{size.parameters:,}{multiplied}", self._reason_for_size())
         proportions = "proportions of the recipe, in whole heads and layers"
         yield Answer("shape", f"{size.layers} layers of {size.dim}, {size.heads} heads", proportions)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from recipes.config import Override, load
@@ -49,6 +52,18 @@ def test_heads_can_be_divided_among_the_ranks_of_tensor_parallelism(tiny):
     assert {sizes.of(parameters).kv_heads % 2 for parameters in (30_000, 100_000, 300_000)} == {0}
 
 
-def test_experts_are_refused(tiny):
-    with pytest.raises(ValueError, match="this recipe has experts"):
-        family(tiny, experts="4", top_k="2")
+def test_of_the_experts_those_of_a_token_are_multiplied(tiny):
+    sizes = family(tiny, experts="4", top_k="1")
+    size = sizes.of(400_000)
+    model = sizes.build(size)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+    one_expert = 3 * size.dim * size.ffn_dim
+    embedding = model.tok_embeddings.weight.numel()
+    assert size.multiplied == size.parameters - embedding - 3 * size.layers * one_expert
+
+
+def test_a_model_of_another_class_is_refused(tiny):
+    config = load(tiny.recipe)
+    other = replace(config, recipe=replace(config.recipe, model=SimpleNamespace()))
+    with pytest.raises(ValueError, match="this recipe has SimpleNamespace"):
+        Family(other, 257)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,13 @@ def lowest(multiplied: float, tokens: float) -> float:
 @pytest.fixture
 def launched(tiny, monkeypatch) -> list[dict]:
     """Runs that follow these laws; the keys that every one was started with."""
+    monkeypatch.setattr("tools.plan_run.laws.BOOTSTRAP_FITS", 10)  # of the interval, which test_laws.py tests
     config = load(tiny.recipe)
-    family = Family(config, config.recipe.tokenizer.build().vocab_size)
+    counted = cache(Family(config, config.recipe.tokenizer.build().vocab_size)._counted)
 
     def loss(settings) -> float:
         keys = ("dim", "layers", "heads", "kv_heads", "ffn_dim")
-        size = family._counted(*(int(settings[f"model.{key}"]) for key in keys))
+        size = counted(*(int(settings[f"model.{key}"]) for key in keys))
         tokens = int(settings["training.total_tokens"])
         off = math.log(float(settings["lr_schedule.max_lr"]) / best_lr(tokens))
         return lowest(size.multiplied, tokens) + 0.05 * off**2
