@@ -27,6 +27,8 @@ SIZE = {
 }  # fmt: skip
 """0.7M parameters with 2048 tied embeddings: small, so that a run has several tokens per parameter."""
 
+DECAY_FRACTION = 0.3
+"""Of the tokens, under WSD and Power."""
 REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE_LENGTH}
 
 BOTH_NORMS: dict[str, object] = {"gradient_noise.norms": '["l2", "adam"]'}
@@ -53,7 +55,7 @@ def norm_test(eta: float, **keys: object) -> dict[str, object]:
     return adaptive("NormTest", eta=eta, max_growth=2, delay_tokens=delay, **keys)
 
 
-def closed_form(mean: int, decay: float = 0.3, stages_at: int = 20) -> dict[str, object]:
+def closed_form(mean: int, decay: float, stages_at: int = 20) -> dict[str, object]:
     """Return the batch of arXiv 2607.27731 for WSD: proportional to lr(t) / sqrt(integral of lr from t to the end).
 
     Taken from a summary of the paper, which was not read.
@@ -107,7 +109,7 @@ METHODS: dict[str, Method] = {
     ),
     "doubling by branches (Merrill)": Method(stages({0.015: 16, 0.12: 32, 0.21: 64}, SMALL)),
     "one switch at 75 %": Method(stages({0.75: LARGE}, SMALL)),
-    "closed form of 2607.27731": Method(closed_form(MEDIUM), first=MEDIUM, scales_lr=False),
+    "closed form of 2607.27731": Method(closed_form(MEDIUM, DECAY_FRACTION), first=MEDIUM, scales_lr=False),
     **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
     "norm test, eta 1.3, at most 96": Method(norm_test(1.3, max_size=96)),
     **{
@@ -146,7 +148,7 @@ FIRST = slice(2, 5)
 def schedule(name: str, lr: float, method: Method) -> dict[str, object]:
     """Return the keys of a schedule at one value of its tuned learning rate (for Power, its amplitude)."""
     warmup = {"lr_schedule.warmup_tokens": WARMUP_STEPS * method.first * SEQUENCE_LENGTH}
-    end = {"lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": 0.3, "lr_schedule.min_lr_ratio": 0.0}
+    end = {"lr_schedule.decay": "1-sqrt", "lr_schedule.decay_fraction": DECAY_FRACTION, "lr_schedule.min_lr_ratio": 0.0}
     if name == "power":
         return {"lr_schedule.use": "components.lr_schedules:Power", "lr_schedule.a": lr, **warmup, **end}
     scaling = REFERENCE if method.scales_lr else {}

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.adaptive_batch.methods import DECAY_FRACTION
 from benchmarks.adaptive_batch.runs import Row
 from benchmarks.shared import machine
 from components.plotting import import_pyplot, label_tokens, save_figure
@@ -39,7 +40,8 @@ def write_report(rows: Rows, tokens: int, figures: Path) -> None:
 def print_table(in_panel: Rows) -> None:
     names = " | ".join(name.removeprefix("constant ") for name in BASELINES)
     columns = (
-        "method | learning rate | validation loss | training loss at the end | seeds | steps | mean batch | seconds"
+        "method | learning rate | validation loss | training loss before the decay | training loss at the end | seeds "
+        "| steps | mean batch | seconds"
     )
     print(f"| {columns} | steps to the end of {names} |")
     print("|---" * (columns.count("|") + 1 + len(BASELINES)) + "|")
@@ -49,6 +51,7 @@ def print_table(in_panel: Rows) -> None:
         reached = [format_steps_to(results, goals.get(name)) for name in BASELINES]
         print(
             f"| {row[0]} | {lr:g} | {format_losses([r.loss for r in results])} "
+            f"| {'-' if row[1] == 'cosine' else format_losses(losses_before_decay(results))} "
             f"| {format_losses(final_train_losses(results))} "
             f"| {len(results)} | {statistics.mean(r.steps for r in results):.0f} "
             f"| {statistics.mean(r.mean_batch for r in results):.1f} "
@@ -68,6 +71,15 @@ def mean_loss(results: list[Outcome]) -> float:
 def final_train_losses(results: list[Outcome]) -> list[float]:
     """Return the final smoothed training loss of each seed."""
     return [result.train_loss for result in results if result.train_loss is not None]
+
+
+def losses_before_decay(results: list[Outcome]) -> list[float]:
+    """Return the smoothed training loss of each seed at the last point before the learning rate decays."""
+    before = [
+        [loss for _, tokens, loss, _ in result.curve if tokens <= (1 - DECAY_FRACTION) * result.tokens]
+        for result in results
+    ]
+    return [losses[-1] for losses in before if losses]
 
 
 def format_steps_to(results: list[Outcome], loss: float | None) -> str:
