@@ -12,7 +12,9 @@ if [ $# -eq 0 ]; then
   "$PYTHON" -m ruff format --check .
   "$PYTHON" -m mypy
 fi
-# Two files at a time with one thread each: small tensors do not gain from threads, which would compete for the cores.
+# Three files at a time, because many tests wait, for a timeout or a network; one thread each, because small tensors do
+# not gain from more. In the order of their names: the longest are in tests/distributed, and should not be the last.
 export OMP_NUM_THREADS=1
-unset PYTHONDONTWRITEBYTECODE # compiling the tests and their assertions takes each of the two 10 s; keep it for the next run
-exec "$PYTHON" -m pytest -n 2 --dist loadfile --rootdir "$root" -c "$root/pyproject.toml" "${@:-$root/tests}"
+unset PYTHONDONTWRITEBYTECODE # compiling the tests and their assertions takes 10 s; keep it for the next run
+exec "$PYTHON" -m pytest -n 3 --dist loadfile --no-loadscope-reorder --rootdir "$root" -c "$root/pyproject.toml" \
+  "${@:-$root/tests}"
