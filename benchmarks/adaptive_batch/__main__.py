@@ -7,8 +7,8 @@ The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path nov
 For every method and schedule the learning rate is tuned with one seed, among values about a factor sqrt(2) apart: first
 with a quarter of the tokens, and then, from the best one on, at full length. Each time neighbors are added until the
 best one lies between two others. It gets the other seeds. Runs in the file of results are not run again, so the
-comparison can be stopped at any time. The default takes about four hours on two otherwise idle cores, half of it for
-each schedule; it does not include larger models or longer runs.
+comparison can be stopped at any time. A method takes some 30 core-minutes under each schedule, the default hours; it
+does not include larger models or longer runs.
 """
 
 from __future__ import annotations
