@@ -9,6 +9,17 @@ from __future__ import annotations
 import gc
 
 
+def resume_after_imports() -> None:
+    """Enable the collector if the program began with `gc.disable()`, and leave out what exists by now.
+
+    Importing PyTorch makes a million objects that stay. Going through them again and again takes half a second of a
+    start, and as much again at the next collection.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 class GarbageCollection:
     """Collects every `interval_steps` steps; None leaves it to Python. Objects of the first step are never
     collected."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from components.errors import InputError
+from components.garbage_collection import resume_after_imports
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
 from recipes.errors import RunError, config_errors_at, failing_component, out_of_memory_remedy
@@ -298,6 +299,7 @@ def run_command(arguments: Sequence[str]) -> int:
         print(make_parser().format_help(), end="")
         return 0
     config = load(command.config, command.overrides)
+    resume_after_imports()
     if command.print_config:
         print(config.to_toml(), end="")
         return 0

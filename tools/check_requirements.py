@@ -1,9 +1,12 @@
-"""Check that this interpreter has all dependencies of pyproject.toml, and of EXTRA: check_requirements.py [EXTRA].
+"""Check this interpreter for the Python version and dependencies of pyproject.toml, and of EXTRA.
 
-Exit status: 0 if they are installed, 1 if not: those missing or too old are printed. It also fails if the libraries
-that it imports are missing.
+    check_requirements.py [EXTRA]
+
+Exit status: 0 if it has them, 1 if not: those missing or too old are printed. It also fails if the libraries that it
+imports are missing.
 """
 
+import platform
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -35,5 +38,7 @@ if __name__ == "__main__":
     project = tomli.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     extras = [f"{project['name']}[{extra}]" for extra in sys.argv[1:] if extra]
     missing = list(missing_requirements(project, [*project["dependencies"], *extras]))
+    if not (python := Requirement(f"python{project['requires-python']}")).specifier.contains(platform.python_version()):
+        missing.append(str(python))
     print("\n".join(missing))
     sys.exit(bool(missing))

@@ -6,6 +6,10 @@ use_environment() {
   local names=(python3 python python3.13 python3.12 python3.11 python3.10)
   [ -z "${PYTHON:-}" ] || names=("$PYTHON")
   export PYTHON PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  if [ -z "${PYTHON:-}" ]; then # each start of an interpreter delays every launch; the usual case needs two of them
+    for PYTHON in "$(command -v python3)" "$venv/bin/python"; do ! _is_complete || return 0; done
+  fi
+  PYTHON=""
   for name in "${names[@]}"; do
     if _is_supported "$name"; then base=$(command -v "$name") && break; fi
   done

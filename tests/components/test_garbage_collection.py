@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from components.garbage_collection import GarbageCollection
+from components.garbage_collection import GarbageCollection, resume_after_imports
 
 pytestmark = pytest.mark.quick
 
@@ -43,3 +43,16 @@ def test_without_an_interval_nothing_is_touched():
     collection.close()
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_a_disabled_collector_is_enabled_and_skips_what_was_imported():
+    resume_after_imports()
+    assert gc.get_freeze_count() == 0, "it was enabled: a program that calls `main` keeps its own settings"
+    gc.disable()
+    try:
+        resume_after_imports()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
