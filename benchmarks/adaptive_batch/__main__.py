@@ -79,7 +79,7 @@ def compare_methods(book: ResultBook, kind: str, seeds: int, methods: Sequence[s
 
 def run_rows(book: ResultBook, rows: Sequence[Row], seeds: int) -> None:
     """Tune each row and run every seed at the best of its learning rates; of the ramp variants only the best."""
-    short = tune_lrs(book, {row: LRS[row[1]][FIRST] for row in rows}, book.final_tokens // TUNING)
+    short = tune_lrs(book, {row: FIRST[row[1]] for row in rows}, book.final_tokens // TUNING)
     variants = sorted((row for row in rows if row[0] in VARIANTS), key=lambda row: short[row][1])
     tuned = {row: [lr] for row, (lr, _) in short.items() if row not in variants[1:]}
     best = tune_lrs(book, tuned, book.final_tokens)

@@ -46,7 +46,7 @@ def trained(monkeypatch):
 
 def test_tuning_continues_while_the_best_lr_is_at_the_edge(trained, text, tmp_path):
     book = ResultBook(Results(tmp_path / "results"), text, final_tokens=1_500_000)
-    best = comparison.tune_lrs(book, {ROW: methods.LRS["wsd"][methods.FIRST]}, 375_000)
+    best = comparison.tune_lrs(book, {ROW: methods.FIRST["wsd"]}, 375_000)
     assert best == {ROW: (0.008, pytest.approx(0.0005))}
     assert sorted(float(job.varied["lr"]) for job in trained) == [0.0014, 0.002, 0.0028, 0.004, 0.0056, 0.008, 0.011]
     assert {job.varied["tokens"] for job in trained} == {"375000"}
