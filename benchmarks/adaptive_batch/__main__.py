@@ -7,8 +7,8 @@ The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path nov
 For every method and schedule the learning rate is tuned with one seed, among values about a factor sqrt(2) apart: first
 with a quarter of the tokens, and then, from the best one on, at full length. Each time neighbors are added until the
 best one lies between two others. It gets the other seeds. Runs in the file of results are not run again, so the
-comparison can be stopped at any time. A method takes some 30 core-minutes under each schedule, the default hours; it
-does not include larger models or longer runs.
+comparison can be stopped at any time. A method takes some 30 core-minutes under each schedule, the default hours;
+with `--size 5M` it takes seven times as long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.adaptive_batch.methods import FIRST, LRS, METHODS, SMALL, VARIANTS
+from benchmarks.adaptive_batch.methods import FIRST, LRS, METHODS, SIZES, SMALL, VARIANTS
 from benchmarks.adaptive_batch.report import Rows, write_report
 from benchmarks.adaptive_batch.runs import ResultBook, Row, Run
 from tools.sweep.runner import Results, report_stop
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="a tiktoken file of 2048 entries")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens of each final run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--size", choices=SIZES, default="0.7M", help="the model; another needs its own --results")
     parser.add_argument("--schedules", nargs="+", choices=("wsd", "power"), default=["wsd", "power"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(text) < len(paths) and (text or not options.report):
         parser.error("--train, --valid and --tokenizer are required together; only --report works without them")
     try:
-        book = ResultBook(Results(options.results), text or None, options.tokens, options.jobs)
+        book = ResultBook(Results(options.results), text or None, options.tokens, options.jobs, options.size)
         if not options.report:
             for kind in options.schedules:
                 compare_methods(book, kind, options.seeds, options.methods)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks import text_runs
+
 SEQUENCE_LENGTH = 128
 MICRO_BATCH = 4
 SMALL, MEDIUM, LARGE = 8, 24, 64
@@ -20,12 +22,16 @@ WARMUP_STEPS = 60
 """In steps of the first batch of every method: with equal tokens a batch of 64 would have an eighth of the steps of a
 batch of 8. Ten steps are too few: the best learning rates then ruin the start of a batch of 8."""
 
-SIZE = {
-    "model.dim": 128, "model.layers": 2, "model.heads": 4, "model.kv_heads": 4, "model.ffn_dim": 384,
+SHARED = {
     "training.sequence_length": SEQUENCE_LENGTH, "training.micro_batch_size": MICRO_BATCH,
     "gradient_noise.smoothing_samples": SMOOTHING,
 }  # fmt: skip
-"""0.7M parameters with 2048 tied embeddings: small, so that a run has several tokens per parameter."""
+SIZES = {
+    "0.7M": {"model.dim": "128", "model.layers": "2", "model.heads": "4", "model.kv_heads": "4",
+             "model.ffn_dim": "384"},
+    "5M": text_runs.SIZES["5M"],
+}  # fmt: skip
+"""The model by its number of parameters, with 2048 tied embeddings; the first has several tokens per parameter."""
 
 DECAY_FRACTION = 0.3
 """Of the tokens, under WSD and Power."""

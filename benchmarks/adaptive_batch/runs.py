@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.adaptive_batch.methods import SIZE, method_of, schedule
+from benchmarks.adaptive_batch.methods import SHARED, SIZES, method_of, schedule
 from benchmarks.shared import ROOT
 from recipes.config import Override, load
 from tools.sweep.grid import Fingerprints, Job, Settings, digest
@@ -42,13 +42,14 @@ class Run:
         return Run(row, float(labels["lr"]), int(labels["seed"]), int(labels["tokens"]))
 
 
-def settings_of(run: Run) -> dict[str, str]:
-    """Return the recipe keys of a run, except the paths of its text."""
+def settings_of(run: Run, size: str) -> dict[str, str]:
+    """Return the recipe keys of a run with a model of `SIZES`, except the paths of its text."""
     name, kind = run.row
     method = method_of(name)
     settings = {
         "run.seed": run.seed, "run.device": "cpu", "training.precision": "float32",
-        "training.total_tokens": run.tokens, **SIZE, **method.settings, **schedule(kind, run.lr, method),
+        "training.total_tokens": run.tokens, **SHARED, **SIZES[size],
+        **method.settings, **schedule(kind, run.lr, method),
         "validation.interval_steps": "none", "validation.max_sequences": "none", "validation.micro_batch_size": 16,
     }  # fmt: skip
     return {key: str(value) for key, value in settings.items()}
@@ -58,14 +59,19 @@ class ResultBook:
     """Outcomes by run, stored in a file: a run in it is not run again, unless its settings have changed."""
 
     def __init__(
-        self, results: Results, text: Mapping[str, Path] | None, final_tokens: int, at_a_time: int = 1
+        self,
+        results: Results,
+        text: Mapping[str, Path] | None,
+        final_tokens: int,
+        at_a_time: int = 1,
+        size: str = "0.7M",
     ) -> None:
         """Open the results.
 
         `text`: the paths of data, validation data and tokenizer, by key; None to report only. `final_tokens`: the
-        length of the runs whose curve is kept.
+        length of the runs whose curve is kept. `size`: the model of all runs, which their labels do not name.
         """
-        self.results, self.text, self.final_tokens = results, text, final_tokens
+        self.results, self.text, self.final_tokens, self.size = results, text, final_tokens, size
         self._runners = {final: Runner(results, at_a_time, curve_points=POINTS * final) for final in (False, True)}
         self._jobs: dict[Run, Job] = {}
         self._fingerprints: Fingerprints = {}
@@ -95,7 +101,7 @@ class ResultBook:
     def _job(self, run: Run) -> Job:
         if run not in self._jobs:
             assert self.text is not None
-            settings = {**settings_of(run), **{key: str(path.absolute()) for key, path in self.text.items()}}
+            settings = {**settings_of(run, self.size), **{key: str(path.absolute()) for key, path in self.text.items()}}
             config = load(RECIPE, [Override(key, value) for key, value in settings.items()])
             self._jobs[run] = Job(RECIPE, settings, run.labels, digest(config, self._fingerprints))
         return self._jobs[run]

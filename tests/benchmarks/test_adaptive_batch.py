@@ -70,7 +70,7 @@ def test_stored_runs_are_not_run_again_unless_their_settings_changed(trained, te
     (again,) = book().run([run])
     assert (again.loss, len(trained)) == (first.loss, 1)
     assert {row: list(found) for row, found in book().finals().items()} == {ROW: [0.004]}
-    monkeypatch.setitem(methods.SIZE, "model.layers", 7)
+    monkeypatch.setitem(methods.SIZES["0.7M"], "model.layers", "7")
     assert book().finals() == {}
     book().run([run])
     assert len(trained) == 2
@@ -112,7 +112,7 @@ def test_every_method_is_a_recipe(name, kind, tmp_path):
     """Keys, types and cross-checks, which need no text."""
     from recipes import cli
 
-    settings = runs.settings_of(Run((name, kind), 0.002, 0, 100_000))
+    settings = runs.settings_of(Run((name, kind), 0.002, 0, 100_000), "0.7M")
     extra = ["--tokenizer.path=x", "--data.path=x", "--validation.data.path=x", f"--run.dir={tmp_path / 'run'}"]
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     assert cli.main([str(runs.RECIPE), *arguments, *extra, "--lr_schedule.warmup_tokens=0", "--print-config"]) == 0
