@@ -33,6 +33,7 @@ def test_an_exact_law_predicts_ten_times_the_size_and_the_tokens():
     assert abs(error_on_largest(points())) < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0.0, 0.004])
 def test_intervals_contain_the_loss_of_a_larger_model_in_most_repetitions(shared):
     """Nominally 95 %. With `shared`, all runs of a size have the same error, as those of one seed have."""
@@ -50,6 +51,7 @@ def test_intervals_contain_the_loss_of_a_larger_model_in_most_repetitions(shared
     assert contained >= 5
 
 
+@pytest.mark.slow
 def test_the_deviation_between_seeds_is_measured_or_assumed():
     assert seed_deviation([[2.0], [3.0]]) == SEED_DEVIATION
     assert seed_deviation([[2.0 * np.exp(0.01), 2.0 * np.exp(-0.01)], [3.0]]) == pytest.approx(0.01 * 2**0.5)

@@ -161,7 +161,6 @@ def test_without_validation_the_law_is_of_the_training_loss(tiny, tmp_path, laun
     assert not any("validation" in key for key in launched[0])
 
 
-@pytest.mark.quick
 def test_hours_give_the_tokens_and_the_size_with_the_lowest_loss(tiny, tmp_path, launched, capsys):
     def plan(*target: str) -> tuple[float, int, float]:
         output = tmp_path / "plan.toml"
