@@ -19,10 +19,11 @@ from components.batch.constant import Constant
 from components.batch.goodput import Goodput
 from components.batch.noise_scale import NoiseScale
 from components.batch.norm_test import NormTest
-from components.batch.policy import BatchPolicy, GradientNoise, Progress, StepTime, complete_policy
+from components.batch.policy import BatchPolicy, Progress, StepTime, complete_policy
 from components.batch.ramp import Ramp, Stage
 from components.batch.rounding import BatchRounding, StepBatch
 from components.batch.seesaw import Seesaw
+from components.gradient_noise.moments import GradientNoise
 
 __all__ = [
     "Adaptive",

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from components.batch.policy import BatchPolicy, GradientNoise, Norm, Progress
+from components.batch.policy import BatchPolicy, Progress
 from components.errors import InputError
+from components.gradient_noise.moments import GradientNoise, Norm
 from components.units import Count, PositiveCount, Tokens
 
 ROUNDING = 1e-12

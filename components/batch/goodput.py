@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from components.batch.adaptive_base import Adaptive, AdaptivePolicy
-from components.batch.policy import BatchPolicy, GradientNoise, Progress, StepTime
+from components.batch.policy import BatchPolicy, Progress, StepTime
 from components.batch.step_times import StepTimes, efficiency
+from components.gradient_noise.moments import GradientNoise
 from components.units import PositiveCount
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from components.batch.adaptive_base import Adaptive
-from components.batch.policy import GradientNoise
+from components.gradient_noise.moments import GradientNoise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from components.batch.adaptive_base import Adaptive
-from components.batch.policy import GradientNoise
 from components.errors import InputError
+from components.gradient_noise.moments import GradientNoise
 from components.units import PositiveCount
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from components.errors import InputError
+from components.gradient_noise.moments import GradientNoise
 from components.protocol_defaults import with_defaults
-
-Norm = Literal["l2", "adam"]
-"""The norms of gradients in which [gradient_noise] measures noise."""
 
 
 class Progress(Protocol):
@@ -24,44 +22,6 @@ class Progress(Protocol):
     def tokens(self) -> int: ...
     @property
     def total_tokens(self) -> int: ...
-
-
-class GradientNoise(Protocol):
-    """The gradient noise measured in one step, equal on all ranks. components/gradient_noise/ computes it."""
-
-    @property
-    def num_micro_batches(self) -> int:
-        """K, the number of micro-batches of all ranks."""
-        ...
-
-    @property
-    def micro_batch_size(self) -> int:
-        """m, the samples of each micro-batch; K m is the global batch size."""
-        ...
-
-    @property
-    def sum_micro_grad_sq_norms(self) -> float:
-        """Sum over micro-batches of the squared norm of each one's mean gradient, in this step alone."""
-        ...
-
-    @property
-    def mean_grad_sq_norm(self) -> float:
-        """Squared norm of the mean gradient before clipping, in this step alone."""
-        ...
-
-    @property
-    def grad_cov_trace(self) -> float:
-        """tr(Sigma): trace of the covariance of one sample's gradient, smoothed over steps."""
-        ...
-
-    @property
-    def grad_sq_norm(self) -> float:
-        """||G||^2: squared norm of the true gradient, smoothed over steps; being unbiased, it may be negative."""
-        ...
-
-    def in_norm(self, norm: Norm) -> GradientNoise | None:
-        """Return the noise in a norm of [gradient_noise] norms; None if it was not measured in this step."""
-        ...
 
 
 @dataclass(frozen=True)
