@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,7 +29,8 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 POWER_LAW_SEQ_LEN = 4096
 """Tokens of the sequences in which beta counts the batch: the power law was fitted with sequences of 4096 tokens."""
 
-DECAYS: dict[str, Callable[[float, float], float]] = {
+Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
+DECAYS: dict[Decay, Callable[[float, float], float]] = {
     "linear": lambda p, end: 1 - (1 - end) * p,
     "cosine": lambda p, end: end + (1 - end) * (1 + math.cos(math.pi * p)) / 2,
     "1-sqrt": lambda p, end: 1 - (1 - end) * math.sqrt(p),
@@ -37,15 +38,9 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 }
 """Decay shapes f(p, end) with f(0) = 1 and f(1) = end (1-sqrt: arXiv 2405.18392, exponential: arXiv 2408.13359)."""
 
-Decay = Literal["linear", "cosine", "1-sqrt", "exponential"]
-
 BatchScaling = Literal["none", "sqrt", "linear"]
 BATCH_SCALING_EXPONENTS: dict[BatchScaling, float] = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 """The learning rate is multiplied by (batch_tokens / reference_batch_tokens) ** exponent."""
-
-
-def _warmup_factor(tokens: int, batch_tokens: int, warmup_tokens: int) -> float:
-    return min(1.0, (tokens + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
 
 
 def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
@@ -56,7 +51,9 @@ def _progress_after_warmup(tokens: int, start: float, end: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _BatchScaled:
+class _Schedule:
+    warmup_tokens: Tokens = 0
+    """Tokens over which the learning rate rises linearly from zero."""
     batch_scaling: BatchScaling = "none"
     """How the learning rate scales with the batch size: not, with its square root (Adam: arXiv 2405.14578, 2205.10287),
     or linearly (SGD: arXiv 1706.02677)."""
@@ -76,6 +73,9 @@ class _BatchScaled:
                 'has no effect without batch_scaling; set batch_scaling = "sqrt" or "linear", or remove it',
             )
 
+    def _warmup_factor(self, tokens: int, batch_tokens: int) -> float:
+        return min(1.0, (tokens + batch_tokens) / self.warmup_tokens) if self.warmup_tokens > 0 else 1.0
+
     def _batch_factor(self, batch_tokens: int) -> float:
         if self.reference_batch_tokens is None:
             return 1.0
@@ -83,53 +83,46 @@ class _BatchScaled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(_BatchScaled):
+class Constant(_Schedule):
     """Warm-up, then a constant learning rate."""
 
     max_lr: PositiveFloat
     """Learning rate after warm-up."""
-    warmup_tokens: Tokens = 0
-    """Tokens over which the learning rate rises linearly from zero."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        return self.max_lr * _warmup_factor(tokens, batch_tokens, self.warmup_tokens) * self._batch_factor(batch_tokens)
+        return self.max_lr * self._warmup_factor(tokens, batch_tokens) * self._batch_factor(batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DecayToEnd(_BatchScaled):
+class _DecayToEnd(_Schedule):
     max_lr: PositiveFloat
     """Learning rate at the end of warm-up."""
-    warmup_tokens: Tokens = 0
-    """Tokens over which the learning rate rises linearly from zero."""
     min_lr_ratio: Ratio = 0.1
     """Final learning rate, as a fraction of max_lr."""
 
-    def _lr(self, shape: str, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        decay = DECAYS[shape](_progress_after_warmup(tokens, self.warmup_tokens, total_tokens), self.min_lr_ratio)
-        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
+    shape: ClassVar[Decay]
+
+    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
+        progress = _progress_after_warmup(tokens, self.warmup_tokens, total_tokens)
+        decay = DECAYS[self.shape](progress, self.min_lr_ratio)
+        warmup = self._warmup_factor(tokens, batch_tokens)
         return self.max_lr * warmup * decay * self._batch_factor(batch_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Cosine(_DecayToEnd):
     """Warm-up, then half a cosine down to min_lr_ratio x max_lr at the end of the run."""
 
-    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        return self._lr("cosine", tokens, batch_tokens, total_tokens)
+    shape = "cosine"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Linear(_DecayToEnd):
     """Warm-up, then a straight line down to min_lr_ratio x max_lr at the end of the run."""
 
-    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        return self._lr("linear", tokens, batch_tokens, total_tokens)
+    shape = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StableThenDecay(_BatchScaled):
-    warmup_tokens: Tokens = 0
-    """Tokens over which the learning rate rises linearly from zero."""
+class _StableThenDecay(_Schedule):
     decay_tokens: Tokens | None = None
     """Length of the decay at the end of the run; excludes decay_fraction."""
     decay_fraction: Ratio | None = None
@@ -151,11 +144,9 @@ class _StableThenDecay(_BatchScaled):
 
     def _decay_factor(self, tokens: int, total_tokens: int) -> float:
         start = self._decay_start(total_tokens)
-        return (
-            DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.min_lr_ratio)
-            if tokens > start
-            else 1.0
-        )
+        if tokens <= start:
+            return 1.0
+        return DECAYS[self.decay](_progress_after_warmup(tokens, start, total_tokens), self.min_lr_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +157,7 @@ class WSD(_StableThenDecay):
     """Learning rate of the stable phase."""
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
+        warmup = self._warmup_factor(tokens, batch_tokens)
         return self.max_lr * warmup * self._decay_factor(tokens, total_tokens) * self._batch_factor(batch_tokens)
 
 
@@ -202,7 +193,7 @@ class Power(_StableThenDecay):
         super().__post_init__()
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        warmup = _warmup_factor(tokens, batch_tokens, self.warmup_tokens)
+        warmup = self._warmup_factor(tokens, batch_tokens)
         # Warm-up rises to the power law at its end, and decay starts from the power law at its start.
         law_tokens = min(max(tokens, self.warmup_tokens), self._decay_start(total_tokens))
         return self._power_law_lr(law_tokens, batch_tokens) * warmup * self._decay_factor(tokens, total_tokens)
