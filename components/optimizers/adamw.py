@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
+from torch import nn
 from torch.optim.adamw import adamw
 
-from components.optimizers.parameter_groups import OptimizedModel, WeightDecayLR, WeightDecayOn, parameter_groups
 from components.units import PositiveCount
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Device types for which torch's fused AdamW was measured to be the fastest."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizedModel(Protocol):
+    """The model whose parameters an optimizer updates."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def lr_multiplier(self, name: str) -> float:
+        """Return the factor on the learning rate of the parameter `name` for an element-wise update, as of Adam."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +38,10 @@ class AdamW:
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay: a step shrinks a weight by lr x weight_decay."""
-    weight_decay_lr: WeightDecayLR = "schedule"
+    weight_decay_lr: Literal["schedule", "group"] = "schedule"
     """Learning rate that scales weight_decay: the schedule's, equal for all parameters, or the group's, which includes
     the parameter's learning-rate multiplier (muP). Without multipliers both are equal."""
-    weight_decay_on: WeightDecayOn = "matrices"
+    weight_decay_on: Literal["matrices", "all", "none"] = "matrices"
     """Parameters that weight decay applies to: those of two or more dimensions (embeddings, but not norms), all, or
     none."""
     reference_batch_tokens: PositiveCount | None = None
@@ -44,8 +53,31 @@ class AdamW:
 
     def build(self, *, model: OptimizedModel) -> torch.optim.Optimizer:
         """Return the optimizer of the parameters of `model`; `param_names` of each group lists those in it."""
-        groups = parameter_groups(model.named_parameters(), self, model.lr_multiplier)
+        groups = self.parameter_groups(model.named_parameters(), model.lr_multiplier)
         return BatchScaledAdamW(groups, self.options(model), self.reference_batch_tokens, self.moment_dtype)
+
+    def parameter_groups(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], lr_multiplier: Callable[[str], float]
+    ) -> list[dict[str, Any]]:
+        """Return one group for each (weight decay, multiplier) of `parameters`.
+
+        `lr` is set before every step to that of the schedule times `lr_multiplier`. torch adds `param_names`.
+        """
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for name, parameter in parameters:
+            decays = self.weight_decay_on == "all" or (self.weight_decay_on == "matrices" and parameter.ndim >= 2)
+            multiplier = lr_multiplier(name)
+            if not multiplier >= 0:
+                raise ValueError(f"lr_multiplier({name!r}) is {multiplier}; the model must return 0 or more")
+            # torch scales weight decay by the group's lr, so for "schedule" the multiplier is divided out. Weights are
+            # an average over about 1 / (lr x decay) updates, whose length should not depend on width (arXiv
+            # 2405.13698). A multiplier of 0 freezes a parameter, which then does not decay either.
+            decay = self.weight_decay if decays and multiplier else 0.0
+            if decay and self.weight_decay_lr == "schedule":
+                decay /= multiplier
+            settings = {"params": [], "weight_decay": decay, "lr_multiplier": multiplier}
+            groups.setdefault((decay, multiplier), settings)["params"].append((name, parameter))
+        return list(groups.values())
 
     @property
     def moment_dtype(self) -> torch.dtype:
@@ -59,20 +91,53 @@ class AdamW:
         return {"lr": 0.0, "betas": self.betas, "eps": self.eps, "fused": devices <= set(FUSED_DEVICES)}
 
 
-class LocalAdamW(torch.optim.AdamW):
-    """AdamW on the local tensors of DTensors. The update is element-wise, so it needs no communication.
+class BatchScaledAdamW(torch.optim.AdamW):
+    """AdamW on the local tensors of DTensors. The update is element-wise, so it needs no communication; on DTensors the
+    host would run DTensor dispatch for every parameter.
 
-    On DTensors the host would run DTensor dispatch for every parameter.
+    The second moment can have a constant half-life in tokens, at any batch size (arXiv 2507.07101): a step of the
+    reference batch B0 multiplies v by beta2, so a step of B tokens multiplies it by beta2^(B / B0). Unchanged are:
+
+    - beta1, as in the paper. Momentum smooths over a few steps; with a half-life in tokens it would vanish as the batch
+      grows (0.9^8 = 0.43).
+    - weight decay: a step shrinks weights by lr x weight_decay. Per token that is constant with batch_scaling =
+      "linear", and falls like lr per token otherwise.
+    - the bias correction, 1 - beta2^t for t steps at the current beta2. It is inexact only if the batch changes during
+      the first steps.
+
+    The reference batch is not stored in the parameter groups: they are saved in checkpoints, and an additional entry
+    would prevent a resumed run from enabling it.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], moment_dtype: torch.dtype, **options: Any) -> None:
-        """`moment_dtype` is that of the first moment: float32, or bfloat16."""
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        options: dict[str, Any],
+        reference_batch_tokens: int | None,
+        moment_dtype: torch.dtype,
+    ) -> None:
+        """Without `reference_batch_tokens` beta2 is the same at every batch size. `moment_dtype` is that of the first
+        moment: float32, or bfloat16."""
         super().__init__(groups, **options)
+        self.reference_batch_tokens = reference_batch_tokens
+        self.reference_betas: tuple[float, float] = options["betas"]
         self.moment_dtype = moment_dtype
         if moment_dtype != torch.float32:
             for group in self.param_groups:
                 for parameter in group["params"]:
                     self._create_state(parameter)
+
+    def set_batch_tokens(self, batch_tokens: int) -> None:
+        """Set the betas for a step of `batch_tokens`, always from the reference betas, so that no rounding
+        accumulates."""
+        beta1, beta2 = self.reference_betas
+        for group in self.param_groups:
+            group["betas"] = (beta1, self.scaled_to_batch(beta2, batch_tokens))
+
+    def scaled_to_batch(self, decay: float, batch_tokens: int) -> float:
+        """Return the decay factor of a step of `batch_tokens`, given that of a step of the reference batch."""
+        reference = self.reference_batch_tokens
+        return decay if reference is None else decay ** (batch_tokens / reference)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -177,48 +242,6 @@ def round_at_random(x: torch.Tensor) -> torch.Tensor:
     bits = x.view(torch.int32) + torch.randint_like(x, 2**16, dtype=torch.int32)
     rounded = (bits & -(2**16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
-
-
-class BatchScaledAdamW(LocalAdamW):
-    """AdamW whose second moment can have a constant half-life in tokens, at any batch size (arXiv 2507.07101).
-
-    A step of the reference batch B0 multiplies v by beta2, so a step of B tokens multiplies it by beta2^(B / B0).
-    Unchanged are:
-
-    - beta1, as in the paper. Momentum smooths over a few steps; with a half-life in tokens it would vanish as the batch
-      grows (0.9^8 = 0.43).
-    - weight decay: a step shrinks weights by lr x weight_decay. Per token that is constant with batch_scaling =
-      "linear", and falls like lr per token otherwise.
-    - the bias correction, 1 - beta2^t for t steps at the current beta2. It is inexact only if the batch changes during
-      the first steps.
-
-    The reference batch is not stored in the parameter groups: they are saved in checkpoints, and an additional entry
-    would prevent a resumed run from enabling it.
-    """
-
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        options: dict[str, Any],
-        reference_batch_tokens: int | None,
-        moment_dtype: torch.dtype,
-    ) -> None:
-        """Without `reference_batch_tokens` beta2 is the same at every batch size."""
-        super().__init__(groups, moment_dtype, **options)
-        self.reference_batch_tokens = reference_batch_tokens
-        self.reference_betas: tuple[float, float] = options["betas"]
-
-    def set_batch_tokens(self, batch_tokens: int) -> None:
-        """Set the betas for a step of `batch_tokens`, always from the reference betas, so that no rounding
-        accumulates."""
-        beta1, beta2 = self.reference_betas
-        for group in self.param_groups:
-            group["betas"] = (beta1, self.scaled_to_batch(beta2, batch_tokens))
-
-    def scaled_to_batch(self, decay: float, batch_tokens: int) -> float:
-        """Return the decay factor of a step of `batch_tokens`, given that of a step of the reference batch."""
-        reference = self.reference_batch_tokens
-        return decay if reference is None else decay ** (batch_tokens / reference)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

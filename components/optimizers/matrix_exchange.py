@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -53,11 +53,8 @@ class Unit:
         return tuple(end - first for first, end in self.box)
 
 
-def sharding_of(parameter: Tensor, placements: Sequence[Any] | None = None) -> Sharding:
-    """Return the sharding of a matrix or of a stack of matrices, or that of a tensor of its mesh with `placements`.
-
-    Without processes, and for a plain tensor, the one process holds all.
-    """
+def sharding_of(parameter: Tensor) -> Sharding:
+    """Return the sharding of a matrix or of a stack of matrices; of a plain tensor the one process holds all."""
     rows, columns = parameter.shape[-2:]
     shape = (parameter.shape[0] if parameter.ndim == 3 else 1, rows, columns)
     whole: Box = tuple((0, size) for size in shape)
@@ -66,22 +63,15 @@ def sharding_of(parameter: Tensor, placements: Sequence[Any] | None = None) -> S
         return Sharding(shape, [whole], [()])
     if mesh.size() != dist.get_world_size():
         raise ValueError(f"a parameter is sharded over {mesh.size()} of {dist.get_world_size()} processes")
-    placements = parameter.placements if placements is None else placements  # type: ignore[attr-defined]
-    coordinates = {int(rank): place for place, rank in zip(_places(mesh.shape), mesh.mesh.flatten(), strict=True)}
+    placements = parameter.placements  # type: ignore[attr-defined]
+    places = product(*map(range, mesh.shape))
+    coordinates = {int(rank): place for place, rank in zip(places, mesh.mesh.flatten(), strict=True)}
     first_dim = 3 - parameter.ndim
     boxes, replicas = [], []
     for rank in range(mesh.size()):
         boxes.append(_shard_box(whole, placements, mesh.shape, coordinates[rank], first_dim))
         replicas.append(tuple(c for c, p in zip(coordinates[rank], placements, strict=True) if p.is_replicate()))
     return Sharding(shape, boxes, replicas)
-
-
-def _places(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the coordinates of all places of a mesh, in the order of its flattened ranks."""
-    places: list[tuple[int, ...]] = [()]
-    for size in sizes:
-        places = [(*place, index) for place in places for index in range(size)]
-    return places
 
 
 def _shard_box(

@@ -14,10 +14,9 @@ from torch import nn
 
 from components.errors import InputError
 from components.interfaces import UpdateCost
-from components.optimizers.adamw import AdamW, Beta
+from components.optimizers.adamw import AdamW, Beta, OptimizedModel
 from components.optimizers.muon_step import LRScale, MatrixParameter, MuonOptimizer
-from components.optimizers.orthogonalize import CoefficientsName, orthogonalize_flops, resolve_coefficients
-from components.optimizers.parameter_groups import OptimizedModel, parameter_groups
+from components.optimizers.orthogonalize import COEFFICIENTS, CoefficientsName, orthogonalize_flops
 from components.units import PositiveCount
 
 ROUTERS = ("*router.weight",)
@@ -44,20 +43,18 @@ class Muon(AdamW):
     parameters. The inherited keys are those of AdamW; the ones of weight decay apply to both."""
 
     momentum: Beta = 0.95
-    """Decay factor of the momentum of the matrices, per step."""
+    """Decay factor of the momentum of the matrices, per step. It is Nesterov's."""
     momentum_half_life_tokens: PositiveCount | None = None
     """Half-life of the momentum in tokens: a step of B tokens multiplies it by 0.5 ** (B / half-life), in place of
     `momentum`. Unset: `momentum` at every batch size."""
-    nesterov: bool = True
-    """Orthogonalize momentum x (average gradient) + (1 - momentum) x (gradient of this step)."""
     variant: Literal["muon", "normuon"] = "muon"
     """"normuon" also divides each row of an update by its RMS, averaged over steps, and keeps the norm of the update
     (arXiv 2510.05491)."""
     normuon_beta2: Beta = 0.95
     """Decay factor of the mean squares of "normuon", per step, or per step of `reference_batch_tokens`."""
-    coefficients: CoefficientsName | tuple[tuple[float, float, float], ...] = "polar_express"
-    """Newton-Schulz iteration: "quintic" of the original Muon, "polar_express" (arXiv 2505.16932), which is closer to
-    orthogonal at the same cost, or a list of [a, b, c], one for each step."""
+    coefficients: CoefficientsName = "polar_express"
+    """Newton-Schulz iteration: "quintic" of the original Muon, or "polar_express" (arXiv 2505.16932), which is closer
+    to orthogonal at the same cost."""
     lr_scale: LRScale = "match_rms_adamw"
     """Scale of the updates of an R x C matrix. "match_rms_adamw": 0.2 sqrt(max(R, C)), which gives them the RMS of
     AdamW's updates, so that its learning rate and weight decay apply (Moonlight, arXiv 2502.16982). "spectral":
@@ -74,16 +71,13 @@ class Muon(AdamW):
     """dtype of orthogonalization and of what processes exchange for it. "auto": bf16 on CUDA, else that of the
     parameters."""
 
-    def __post_init__(self) -> None:
-        resolve_coefficients(self.coefficients)
-
     def build(self, *, model: OptimizedModel) -> torch.optim.Optimizer:
         """Return the optimizer. Raises InputError if a pattern matches nothing, or no matrix is left for Muon."""
         on_muon = self._names_on_muon(dict(model.named_parameters()))
         multiplier = self._muon_multiplier(model)
         split = [(name, parameter, name in on_muon) for name, parameter in model.named_parameters()]
-        matrices = parameter_groups([(n, p) for n, p, on in split if on], self, multiplier)
-        others = parameter_groups([(n, p) for n, p, on in split if not on], self, model.lr_multiplier)
+        matrices = self.parameter_groups([(n, p) for n, p, on in split if on], multiplier)
+        others = self.parameter_groups([(n, p) for n, p, on in split if not on], model.lr_multiplier)
         merged = model.merged_matrices if isinstance(model, DescribesMatrices) else None
         described = [
             MatrixParameter(name, parameter, 1 if merged is None else merged(name, per_head=self.per_head))
@@ -99,7 +93,7 @@ class Muon(AdamW):
         for name in self._names_on_muon(parameters):
             merged = model.merged_matrices(name, per_head=self.per_head) if isinstance(model, DescribesMatrices) else 1
             *experts, rows, columns = parameters[name].shape
-            steps = len(resolve_coefficients(self.coefficients))
+            steps = len(COEFFICIENTS[self.coefficients])
             flops += math.prod(experts) * merged * orthogonalize_flops(rows // merged, columns, steps)
             elements += parameters[name].numel()
         return UpdateCost(flops, elements)

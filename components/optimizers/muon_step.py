@@ -20,14 +20,7 @@ from torch import Tensor, nn
 
 from components.optimizers.adamw import BatchScaledAdamW, local_tensor
 from components.optimizers.matrix_exchange import MatrixExchange, Sharding, Unit, assign_units, sharding_of
-from components.optimizers.orthogonalize import (
-    MARGIN,
-    Coefficients,
-    CoefficientsName,
-    orthogonalize,
-    orthogonalize_flops,
-    resolve_coefficients,
-)
+from components.optimizers.orthogonalize import CoefficientsName, orthogonalize, orthogonalize_flops
 
 LRScale = Literal["match_rms_adamw", "spectral"]
 
@@ -55,13 +48,11 @@ class MuonKeys(Protocol):
     @property
     def momentum_half_life_tokens(self) -> int | None: ...
     @property
-    def nesterov(self) -> bool: ...
-    @property
     def variant(self) -> Literal["muon", "normuon"]: ...
     @property
     def normuon_beta2(self) -> float: ...
     @property
-    def coefficients(self) -> CoefficientsName | tuple[tuple[float, float, float], ...]: ...
+    def coefficients(self) -> CoefficientsName: ...
     @property
     def lr_scale(self) -> LRScale: ...
     @property
@@ -108,8 +99,6 @@ class MuonOptimizer(BatchScaledAdamW):
         self.keys, self._on_muon = keys, {id(matrix.parameter) for matrix in matrices}
         super().__init__([*matrix_groups, *other_groups], options, keys.reference_batch_tokens, keys.moment_dtype)
         self.momentum, self.normuon_beta2 = keys.momentum, keys.normuon_beta2
-        self.coefficients: Coefficients = resolve_coefficients(keys.coefficients)
-        self._margin = MARGIN.get(keys.coefficients, 1.0) if isinstance(keys.coefficients, str) else 1.0
         self._world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self._rank = dist.get_rank() if self._world_size > 1 else 0
         for group in self.param_groups:
@@ -231,7 +220,7 @@ class MuonOptimizer(BatchScaledAdamW):
         directions = []
         for parameter in bucket.parameters:
             direction = local_tensor(self.state[parameter]["momentum_buffer"])
-            if self.keys.nesterov and parameter.grad is not None:
+            if parameter.grad is not None:  # Nesterov's momentum
                 direction = torch.lerp(local_tensor(parameter.grad), direction, self.momentum)
             directions.append(_stacked(direction).to(self._dtype_of(parameter)))
         return directions
@@ -244,7 +233,7 @@ class MuonOptimizer(BatchScaledAdamW):
         x_KRC = x_KRC.to(dtype)
         finish_gather(_unit_views(x_KRC, owned))
         if len(x_KRC):
-            x_KRC = orthogonalize(x_KRC, self.coefficients, margin=self._margin).contiguous()
+            x_KRC = orthogonalize(x_KRC, self.keys.coefficients).contiguous()
         if bucket.row_exchange is not None:
             x_KRC = self._normalize_rows(bucket, bucket.row_exchange, x_KRC, keep)
         if keep is not None:

@@ -5,20 +5,14 @@ K matrices, R rows, C columns
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from components.errors import InputError
-
-Coefficients = tuple[tuple[float, float, float], ...]
-"""(a, b, c) of each step, which maps every singular value s to a s + b s^3 + c s^5."""
 CoefficientsName = Literal["quintic", "polar_express"]
 
-COEFFICIENTS: dict[CoefficientsName, Coefficients] = {
+COEFFICIENTS: dict[CoefficientsName, tuple[tuple[float, float, float], ...]] = {
     # Jordan et al. 2024, kellerjordan.github.io/posts/muon: the steepest slope at 0. Singular values do not converge;
     # they end between 0.7 and 1.2.
     "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
@@ -32,36 +26,14 @@ COEFFICIENTS: dict[CoefficientsName, Coefficients] = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
-MARGIN: dict[str, float] = {"polar_express": 1.02}
+"""(a, b, c) of each step, which maps every singular value s to a s + b s^3 + c s^5."""
+MARGIN: dict[CoefficientsName, float] = {"quintic": 1.0, "polar_express": 1.02}
 """Factor on the norm that matrices are divided by, so that no rounded singular value is above the valid range."""
 EPS = 1e-7
 """The smallest norm that a matrix is divided by. A matrix of zeros stays zero."""
 
 
-def resolve_coefficients(coefficients: CoefficientsName | Sequence[tuple[float, float, float]]) -> Coefficients:
-    """Return the steps of `coefficients`, a name or the steps themselves.
-
-    Raises InputError for no step, and for steps that take a singular value between 0.05 and 1 to below 0.3 or above
-    1.7: the iteration would not orthogonalize.
-    """
-    if isinstance(coefficients, str):
-        return COEFFICIENTS[coefficients]
-    if not coefficients:
-        raise InputError("coefficients", "[]: expected at least one step, [a, b, c]")
-    values = torch.linspace(0.05, 1, 96, dtype=torch.float64)
-    for a, b, c in coefficients:
-        values = a * values + b * values**3 + c * values**5
-    worst = max(values.tolist(), key=lambda value: abs(value - 1) if math.isfinite(value) else math.inf)
-    if not 0.3 <= worst <= 1.7:
-        raise InputError(
-            "coefficients",
-            f"these {len(coefficients)} steps take a singular value between 0.05 and 1 to {worst:.3g}; it must end "
-            'between 0.3 and 1.7. Use "quintic" or "polar_express"',
-        )
-    return tuple(coefficients)
-
-
-def orthogonalize(x_KRC: Tensor, coefficients: Coefficients, *, margin: float = 1.0) -> Tensor:
+def orthogonalize(x_KRC: Tensor, coefficients: CoefficientsName) -> Tensor:
     """Return (K, R, C) with the singular vectors of each matrix, and singular values near 1.
 
     Computed in the dtype of `x_KRC`. For a matrix U S V^T this approximates the polar factor U V^T. A step takes two
@@ -71,8 +43,8 @@ def orthogonalize(x_KRC: Tensor, coefficients: Coefficients, *, margin: float = 
     if tall:
         x_KRC = x_KRC.mT  # so that the Gram matrix is the smaller one
     # the Frobenius norm bounds the largest singular value
-    x_KRC = x_KRC / (x_KRC.norm(dim=(1, 2), keepdim=True) * margin).clamp(min=EPS)
-    for a, b, c in coefficients:
+    x_KRC = x_KRC / (x_KRC.norm(dim=(1, 2), keepdim=True) * MARGIN[coefficients]).clamp(min=EPS)
+    for a, b, c in COEFFICIENTS[coefficients]:
         gram_KRR = x_KRC @ x_KRC.mT
         polynomial_KRR = torch.baddbmm(gram_KRR, gram_KRR, gram_KRR, beta=b, alpha=c)  # b G + c G^2
         x_KRC = torch.baddbmm(x_KRC, polynomial_KRR, x_KRC, beta=a)  # a X + (b G + c G^2) X
