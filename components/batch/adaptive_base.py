@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from components.batch.policy import BatchPolicy, Progress
+from components.batch.policy import BatchPolicy, Progress, check_sizes
 from components.errors import InputError
 from components.gradient_noise.moments import GradientNoise, Norm
 from components.units import Count, PositiveCount, Tokens
@@ -58,20 +58,7 @@ class Adaptive(ABC):
                 "min_size",
                 f"{self.min_size} is above initial_size = {self.initial_size}; lower it or raise initial_size",
             )
-        if self.max_size < self.initial_size:
-            raise InputError(
-                "max_size",
-                f"{self.max_size} is below initial_size = {self.initial_size}; raise it or lower initial_size",
-            )
-        for name, size in (
-            ("initial_size", self.initial_size),
-            ("min_size", self.min_size),
-            ("max_size", self.max_size),
-        ):
-            if size is not None and size % self.multiple_of:
-                raise InputError(
-                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
-                )
+        check_sizes(self.initial_size, self.max_size, self.multiple_of, self.min_size)
         if self.max_growth is not None and self.max_next(self.smallest) == self.smallest < self.max_size:
             needed = 1 + self.multiple_of / self.smallest
             raise InputError(
@@ -156,12 +143,8 @@ class AdaptivePolicy(BatchPolicy):
         if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:
             return
         # A step that overflowed must not decide the batch size of the rest of the run.
-        if not all(
-            map(
-                math.isfinite,
-                (noise.sum_micro_grad_sq_norms, noise.mean_grad_sq_norm, noise.grad_cov_trace, noise.grad_sq_norm),
-            )
-        ):
+        numbers = (noise.sum_micro_grad_sq_norms, noise.mean_grad_sq_norm, noise.grad_cov_trace, noise.grad_sq_norm)
+        if not all(map(math.isfinite, numbers)):
             return
         target = self.target(noise)
         if target is None or not math.isfinite(target):

@@ -80,6 +80,18 @@ class BatchPolicy:
         """Continue from `state`, which may be that of another policy."""
 
 
+def check_sizes(initial_size: int, max_size: int, multiple_of: int, min_size: int | None = None) -> None:
+    """Raise InputError for a largest size below the first, or a size that `multiple_of` does not divide."""
+    if max_size < initial_size:
+        raise InputError(
+            "max_size", f"{max_size} is below initial_size = {initial_size}; raise it or lower initial_size"
+        )
+    for name, size in (("initial_size", initial_size), ("min_size", min_size), ("max_size", max_size)):
+        if size is not None and size % multiple_of:
+            message = f"{multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
+            raise InputError("multiple_of", message)
+
+
 def complete_policy(policy: Any) -> BatchPolicy:
     """Return `policy` as a `BatchPolicy`: members that its class does not define get the default.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from components.batch.policy import BatchPolicy, Progress
+from components.batch.policy import BatchPolicy, Progress, check_sizes
 from components.errors import InputError
 from components.units import PositiveCount
 
@@ -52,16 +52,7 @@ class Seesaw:
     """Sizes are rounded up to multiples of this; it must divide initial_size and max_size."""
 
     def __post_init__(self) -> None:
-        if self.max_size < self.initial_size:
-            raise InputError(
-                "max_size",
-                f"{self.max_size} is below initial_size = {self.initial_size}; raise it or lower initial_size",
-            )
-        for name, size in (("initial_size", self.initial_size), ("max_size", self.max_size)):
-            if size % self.multiple_of:
-                raise InputError(
-                    "multiple_of", f"{self.multiple_of} does not divide {name} = {size}; make {name} a multiple of it"
-                )
+        check_sizes(self.initial_size, self.max_size, self.multiple_of)
 
     def build(self, *, schedule: Schedule, sequence_length: int, total_tokens: int) -> BatchPolicy:
         """Return the policy of one run. Raises InputError if the schedule does not scale with the batch as required."""
