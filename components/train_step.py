@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -80,6 +81,7 @@ class StepSums:
         return dict(zip(self._on_device, self._host.split(self._sizes), strict=True))
 
 
+@dataclass(eq=False)
 class TrainStep:
     """Forward, backward, clipping and update, under any parallelism.
 
@@ -87,31 +89,20 @@ class TrainStep:
     losses divided by the tokens of the whole step, which is exact for any number of micro-batches and ranks.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        dp: Comm,
-        world: Comm,
-        *,
-        noise_hooks: NoiseHooks,
-        grad_sync: GradientSync,
-        max_grad_norm: float | None,
-        compute_context: Callable[[], AbstractContextManager[object]],
-    ) -> None:
-        """`dp` is the group of data-parallel ranks, `world` that of all processes of the run.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    dp: Comm
+    """The group of data-parallel ranks."""
+    world: Comm
+    """The group of all processes of the run."""
+    noise_hooks: NoiseHooks
+    grad_sync: GradientSync
+    max_grad_norm: float | None
+    compute_context: Callable[[], AbstractContextManager[object]]
+    """Returns the context manager of forward and backward, such as `WorkingWeights` or autocast."""
 
-        `compute_context` returns the context manager of forward and backward, such as `WorkingWeights` or autocast.
-        """
-        self.model = model
-        self.optimizer = optimizer
-        self.dp = dp
-        self.world = world
-        self.noise_hooks = noise_hooks
-        self.grad_sync = grad_sync
-        self.max_grad_norm = max_grad_norm
-        self.compute_context = compute_context
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
     def skips_on_device(self) -> bool:

@@ -44,26 +44,18 @@ class ValidationConfig:
         return Validator(dataset, indices, byte_lengths, self.micro_batch_size, sequence_length, uncounted)
 
 
+@dataclass(frozen=True, eq=False)
 class Validator:
     """Evaluates a model on the sequences `indices` of a dataset, each counted once on any number of ranks."""
 
-    def __init__(
-        self,
-        dataset: PackedDataset,
-        indices: Sequence[int],
-        byte_lengths: Tensor,
-        micro_batch_size: int,
-        sequence_length: int,
-        uncounted: int | None = None,
-    ) -> None:
-        """`byte_lengths` is (V,) int64: the bytes of each token of the vocabulary. `uncounted` is an id that is not
-        predicted: the one that begins every document."""
-        self.dataset = dataset
-        self.indices = indices
-        self.byte_lengths = byte_lengths
-        self.micro_batch_size = micro_batch_size
-        self.sequence_length = sequence_length
-        self.uncounted = uncounted
+    dataset: PackedDataset
+    indices: Sequence[int]
+    byte_lengths: Tensor
+    """(V,) int64: the bytes of each token of the vocabulary."""
+    micro_batch_size: int
+    sequence_length: int
+    uncounted: int | None = None
+    """An id that is not predicted: the one that begins every document."""
 
     def evaluate(
         self, model: nn.Module, world: Comm, compute: Callable[[], AbstractContextManager[object]]
