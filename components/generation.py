@@ -27,17 +27,11 @@ class HasKVCache(Protocol):
         ...
 
 
-class Sampler(Protocol):
-    def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-        """Return (B,) ids sampled from `logits_BV` with the numbers `uniform_B`."""
-        ...
-
-
 @torch.inference_mode()
 def generate_tokens(
     model: HasKVCache,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampler,
+    sampling: Sampling,
     uniform_BN: Tensor,
     *,
     end: int | None,

@@ -39,17 +39,19 @@ class DeviceSpec:
 def device_spec(name: str) -> DeviceSpec:
     """Return a device of `DEVICES` by name, case-insensitive, or this machine for `cpu`. Raises ValueError."""
     if name.lower() == "cpu":
-        import psutil
-
-        measured = [peak_flops(torch.device("cpu"), dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
-        return DeviceSpec("cpu", max(measured), psutil.virtual_memory().total)
-    plain = name.lower().replace("-", " ").replace("_", " ")
-    # a part of the name, but not of a longer number: A100 does not match A1000
-    found = next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
-    if found is None:
+        cpu = torch.device("cpu")
+        measured = [peak_flops(cpu, dtype) or 0.0 for dtype in (torch.float32, torch.bfloat16)]
+        return DeviceSpec("cpu", max(measured), device_memory(cpu))
+    if (found := _known_device(name)) is None:
         raise ValueError(f"{name} is not a known device; use one of {', '.join([*DEVICES, 'cpu'])}")
     tera_flops, gigabytes, link_gigabytes = DEVICES[found]
     return DeviceSpec(name, tera_flops * 1e12, gigabytes * 10**9, link_gigabytes * 1e9)
+
+
+def _known_device(name: str) -> str | None:
+    plain = name.lower().replace("-", " ").replace("_", " ")
+    # a part of the name, but not of a longer number: A100 does not match A1000
+    return next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
 
 
 @cache
@@ -61,9 +63,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     product in bf16 can take seconds of a core that has no instruction for it: the size grows while the time allows.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = next((tera_flops * 1e12 for part, (tera_flops, *_) in DEVICES.items() if part in name), None)
-        return known if dtype == torch.bfloat16 else None
+        found = _known_device(torch.cuda.get_device_name(device))
+        return DEVICES[found][0] * 1e12 if found is not None and dtype == torch.bfloat16 else None
     if device.type != "cpu":
         return None
     size, best = 128, 0.0

@@ -8,7 +8,7 @@ which FSDP2 and DTensor would lose. See docs/mup.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, NamedTuple
 
@@ -120,11 +120,5 @@ class MuPConfig:
         """Return the muP of a preset with these keys applied; None if disabled."""
         if not self.enabled:
             return None
-        base = of_preset or MuP()
-        return MuP(
-            base_width=self.base_width or base.base_width,
-            embedding_multiplier=self.embedding_multiplier or base.embedding_multiplier,
-            residual_multiplier=self.residual_multiplier or base.residual_multiplier,
-            depth=self.depth or base.depth,
-            base_layers=self.base_layers or base.base_layers,
-        )
+        keys = {field.name: getattr(self, field.name) for field in fields(MuP)}
+        return replace(of_preset or MuP(), **{key: value for key, value in keys.items() if value is not None})

@@ -63,8 +63,6 @@ class RopeScaling:
                 raise InputError(key, f'only valid with type = "{used_by}"; this is "{self.type}"')
         if self.attention_factor is not None and not self.attention_factor > 0:
             raise InputError("attention_factor", f"{self.attention_factor} must be above 0")
-        if self.original_max_position < 1:
-            raise InputError("original_max_position", f"{self.original_max_position} must be at least 1")
 
     @property
     def table_factor(self) -> float:

@@ -119,11 +119,7 @@ class DistributedContext:
 
     def all_reduce_max(self, value: int) -> int:
         """Return the largest `value` of all processes."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+        return int(self.all_reduce_maxima(torch.tensor(value)))
 
     def all_reduce_maxima(self, tensor: Tensor) -> Tensor:
         """Take the element-wise maximum of `tensor` over all processes, in place, and return it."""

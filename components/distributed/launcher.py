@@ -75,7 +75,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         exit_dir.mkdir()
         os.environ[EXIT_DIR] = str(exit_dir)
         os.environ[ELASTIC] = "1" if node.is_elastic else ""
-        os.environ[NODE] = node.name if node.nodes > 1 else ""
+        os.environ[NODE] = own_name() if node.nodes > 1 else ""
         launch, launched_at = os.environ.get(LAUNCH_ID) or uuid.uuid4().hex, time.time()
         # By default torchelastic catches all of these. A worker does not inherit "ignored" from a caught signal, so
         # SIGHUP would then end a run that was started with nohup.
@@ -86,7 +86,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
             if node.nodes > 1:
                 if (address := own_address()) is not None:
                     wait_for_name(address, RENDEZVOUS_TIMEOUT_SECONDS)
-                _print_error(f"node {node.name} waits for the others at {node.address}:{node.port}")
+                _print_error(f"node {own_name()} waits for the others at {node.address}:{node.port}")
                 wait_for_name(node.address, RENDEZVOUS_TIMEOUT_SECONDS)
             rendezvous = create_rendezvous(node.rendezvous(), node.patience)
             if node.nodes > 1:
@@ -132,7 +132,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
         except RendezvousError as error:
             address = f"{node.address}:{node.port}"
             _print_error(
-                f"this node, {node.name}, could not reach, or lost contact with, the other nodes at {address}: {error}"
+                f"this node, {own_name()}, could not reach, or lost contact with, the other nodes at {address}: {error}"
             )
             return 1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-from components.distributed.membership import Patience, own_address, own_name
+from components.distributed.membership import Patience, own_address
 from components.distributed.worker import LAUNCH_ID
 
 RENDEZVOUS_TIMEOUT_SECONDS = 900
@@ -51,11 +51,6 @@ class NodeSpec:
         if self.rank is None:
             return True if own_address() == self.address else None
         return self.rank == 0
-
-    @property
-    def name(self) -> str:
-        """What other nodes call this one."""
-        return own_name()
 
     def rendezvous(self) -> RendezvousParameters:
         """Return the rendezvous parameters: any free port for a single node, `address`:`port` for several."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -82,12 +81,7 @@ class Profiler:
         if self._recorded[-1] >= self._last:
             self._stop()
 
-    def close(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    def close(self, kind: type[BaseException] | None = None, *error: object) -> None:
         """Call at the end of the run, as the `__exit__` of a context; an unfinished window is written as it is."""
         if self._waits and self._seen and kind is None:
             first, last = self._config.start_step, self._last

@@ -27,10 +27,6 @@ class Row:
     """Whether lm-evaluation-harness wrote it. Its contexts then contain the few-shot examples already."""
 
 
-class _BadRowError(ValueError):
-    """A row that is not in the format."""
-
-
 def read_rows(path: Path, *, with_choices: bool, delimiter: str, key: str = "path") -> list[Row]:
     """Return the rows of `path`: questions `with_choices`, or texts with a single right continuation.
 
@@ -51,10 +47,10 @@ def read_rows(path: Path, *, with_choices: bool, delimiter: str, key: str = "pat
         try:
             requests, answer = parse(values, delimiter)
             if with_choices and len(requests) < 2:
-                raise _BadRowError("only one choice; use components.tasks:Cloze for rows without choices")
+                raise ValueError("only one choice; use components.tasks:Cloze for rows without choices")
             if not with_choices and len(requests) > 1:
-                raise _BadRowError("several choices; use components.tasks:MultipleChoice for rows with choices")
-        except _BadRowError as error:
+                raise ValueError("several choices; use components.tasks:MultipleChoice for rows with choices")
+        except ValueError as error:
             raise InputError(key, f"{where}: {error}") from None
         rows.append(Row(requests, answer, where, is_exported))
     if not rows:
@@ -82,7 +78,7 @@ def _choice_row(values: Mapping[str, Any], delimiter: str) -> tuple[list[Request
     _, context = _find(values, "context", "query")
     choices = values.get("choices")
     if not isinstance(choices, list) or not choices:
-        raise _BadRowError(f"expected `choices`, a list of texts, found {_brief(choices)}")
+        raise ValueError(f"expected `choices`, a list of texts, found {_brief(choices)}")
     name, answer = _find(values, "answer", "gold")
     context = _text("context", context, may_be_empty=True)
     requests = [Request(context, _text("choices", choice), delimiter) for choice in choices]
@@ -92,7 +88,7 @@ def _choice_row(values: Mapping[str, Any], delimiter: str) -> tuple[list[Request
 def _cloze_row(values: Mapping[str, Any], delimiter: str) -> tuple[list[Request], int]:
     """Read `{"context": ..., "answer": ...}`."""
     if "choices" in values:
-        raise _BadRowError("it has choices; use components.tasks:MultipleChoice")
+        raise ValueError("it has choices; use components.tasks:MultipleChoice")
     _, context = _find(values, "context", "query")
     name, answer = _find(values, "answer", "gold")
     return [Request(_text("context", context, may_be_empty=True), _text(name, answer), delimiter)], 0
@@ -106,7 +102,7 @@ def _exported_row(values: Mapping[str, Any], delimiter: str) -> tuple[list[Reque
     for pair in pairs if isinstance(pairs, list) else [None]:
         parts = list(pair.values()) if isinstance(pair, dict) else pair
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            raise _BadRowError("`arguments` are not those of a multiple_choice or loglikelihood task")
+            raise ValueError("`arguments` are not those of a multiple_choice or loglikelihood task")
         context, continuation = parts
         choice = continuation.removeprefix(delimiter)
         choice, before = (choice, delimiter) if choice and choice != continuation else (continuation, "")
@@ -124,14 +120,14 @@ def _find(values: Mapping[str, Any], *names: str) -> tuple[str, Any]:
     for name in names:
         if name in values:
             return name, values[name]
-    raise _BadRowError(f"it has no key `{names[0]}`; its keys: {', '.join(map(str, values)) or 'none'}")
+    raise ValueError(f"it has no key `{names[0]}`; its keys: {', '.join(map(str, values)) or 'none'}")
 
 
 def _text(name: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise _BadRowError(f"expected text in `{name}`, found {_brief(value)}")
+        raise ValueError(f"expected text in `{name}`, found {_brief(value)}")
     if not value and not may_be_empty:
-        raise _BadRowError(f"`{name}` has an empty text, which cannot be predicted")
+        raise ValueError(f"`{name}` has an empty text, which cannot be predicted")
     return value
 
 
@@ -141,7 +137,7 @@ def _index(name: str, answer: Any, choices: Sequence[str]) -> int:
         return list(choices).index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
-    raise _BadRowError(
+    raise ValueError(
         f"`{name}` is {_brief(answer)}; expected one of its choices, or an index from 0 to {len(choices) - 1}"
     )
 

@@ -95,7 +95,6 @@ def test_scaling_by_one_is_off():
         ({"factor": 0.5}, r"^factor: 0.5 must be at least 1"),
         ({"low_freq_factor": 4.0}, r"^high_freq_factor: 4.0 must be above low_freq_factor = 4.0"),
         ({"low_freq_factor": 0.0}, r"^high_freq_factor: .* both above 0"),
-        ({"original_max_position": 0}, r"^original_max_position: 0 must be at least 1"),
         ({"type": "linear", "beta_fast": 16.0}, r'^beta_fast: only valid with type = "yarn"; this is "linear"'),
         ({"type": "yarn", "low_freq_factor": 2.0}, r'^low_freq_factor: only valid with type = "llama3"'),
     ],

@@ -85,6 +85,10 @@ BAD = {
     "a negative answer": ('{"context": "x", "choices": ["a", "b"], "answer": -1}', "`answer` is -1"),
     "a boolean": ('{"context": "x", "choices": ["a", "b"], "answer": true}', "`answer` is true"),
     "arguments of generation": ('{"arguments": {"gen_args_0": {"arg_0": "x", "arg_1": {}}}}', "are not those of"),
+    "a target of too many digits": (
+        json.dumps(exported(doc=0, pairs=[("x", " a"), ("x", " b")], target="9" * 5000)),
+        "rows.jsonl:1: Exceeds the limit",
+    ),
     "nothing": ("\n", "rows.jsonl has no rows"),
 }  # fmt: skip
 
