@@ -21,8 +21,7 @@ def resume_after_imports() -> None:
 
 
 class GarbageCollection:
-    """Collects every `interval_steps` steps; None leaves it to Python. Objects of the first step are never
-    collected."""
+    """Collects every `interval_steps` steps, except objects of the first step; None leaves it to Python."""
 
     def __init__(self, interval_steps: int | None) -> None:
         self.interval_steps = interval_steps

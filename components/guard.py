@@ -38,8 +38,7 @@ class GuardConfig:
     spike_std: Annotated[float, Field(gt=0)] = 6.0
     """A loss is a spike if it is more than this many standard deviations above the mean of the steps before."""
     spike_window_steps: PositiveCount = 100
-    """Steps after which the weight of a loss in mean and deviation has decayed to 1/e. No spike is detected before as
-    many steps."""
+    """Steps after which the weight of a loss in mean and deviation is 1/e, and before which no spike is detected."""
     max_bad_steps: PositiveCount = 10
     """Consecutive bad steps that end the run, whatever the action."""
 

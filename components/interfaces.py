@@ -132,8 +132,7 @@ class HasOrder(Protocol):
 
 @runtime_checkable
 class DataConfig(Protocol):
-    """A [data] section: `build` prepares the data on first use and returns sequences of `sequence_length + 1`
-    tokens."""
+    """A [data] section: `build` prepares the data on first use, and returns sequences of sequence_length + 1 tokens."""
 
     def build(
         self, *, tokenizer: Any, sequence_length: int, cache_dir: Path, progress: Callable[[str], None]

@@ -31,8 +31,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether this CPU has bf16 matrix instructions (AVX512-BF16, AMX). Emulated bf16 is several times
-    slower."""
+    """Return whether this CPU has bf16 matrix instructions (AVX512-BF16, AMX). Emulation is several times slower."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 

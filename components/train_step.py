@@ -1,5 +1,4 @@
-"""One optimizer step: accumulate gradients over micro-batches, clip, update. Nothing here synchronizes with the
-device."""
+"""One optimizer step: accumulate gradients over micro-batches, clip, update, without synchronizing with the device."""
 
 from __future__ import annotations
 

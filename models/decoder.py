@@ -143,8 +143,7 @@ class Decoder(nn.Module):
             yield table if self.shape.rotates(layer) else None, backend
 
     def _local(self, whole: Tensor, dim: int = 1) -> Tensor:
-        """Return this rank's part of a tensor with whole sequences along `dim`: all of it without context
-        parallelism."""
+        """Return this rank's part, with context parallelism, of a tensor with whole sequences along `dim`."""
         return whole if self.sequence_shards is None else self.sequence_shards.shard(whole, dim)
 
     def _rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -180,8 +179,7 @@ class Decoder(nn.Module):
         )
 
     def use_mkldnn_linear(self) -> None:
-        """Replace the weights by oneDNN's layout for fast generation on a CPU. The model can then not be trained or
-        saved."""
+        """Store the weights in oneDNN's layout, for fast generation on a CPU. They can then not be trained or saved."""
         use_mkldnn_linear(self, self.tok_embeddings.weight)
 
     def init_weights(self, seed: int) -> None:
@@ -213,13 +211,11 @@ class Decoder(nn.Module):
         return 1.0 if self.mup is None else self.mup.lr_factor(name, self.shape.dim)
 
     def muon_lr_multiplier(self, name: str, lr_scale: str) -> float:
-        """Return the factor on the learning rate of the matrix `name` if Muon updates it, with updates of
-        `lr_scale`."""
+        """Return the factor on the learning rate of the matrix `name` under Muon, with updates of `lr_scale`."""
         return 1.0 if self.mup is None else self.mup.muon_lr_factor(name, self.shape.dim, lr_scale)
 
     def merged_matrices(self, name: str, *, per_head: bool) -> int:
-        """Return the number of matrices that `name` concatenates: gate and up of experts, and `per_head` q or k
-        heads."""
+        """Return the number of matrices that `name` concatenates: gate and up, or `per_head` heads of q or k."""
         if name.endswith("w_gate_up.weight"):
             return 2
         heads = {"wq.weight": self.shape.heads, "wk.weight": self.shape.kv_heads}
@@ -249,8 +245,7 @@ class Decoder(nn.Module):
         return experts // self.shape.experts * (self.shape.experts - self.shape.top_k) if experts else 0
 
     def pop_metric_sums(self) -> Tensor | None:
-        """Return the sums of the auxiliary losses since the last call, (n,) on the device, and reset them; None without
-        any."""
+        """Return the sums of auxiliary losses since the last call, (n,) on the device, or None, and reset them."""
         sums = [loss.pop_sums() for loss in (self.z_loss, self.router_loss) if loss is not None]
         parts = [part for part in sums if part is not None]
         return torch.cat(parts) if parts else None

@@ -32,8 +32,7 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
 
     def forward(self, x_SI: Tensor, ends_G: Tensor) -> Tensor:
-        """Return (S, O), in the autocast dtype under autocast. Group g is the rows from ends[g - 1] to ends[g],
-        int32."""
+        """Return (S, O), under autocast in its dtype. Group g is the rows from ends[g - 1] to ends[g], int32."""
         weight_GOI = local_weight(self.weight)
         device = x_SI.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_SI.dtype
@@ -42,8 +41,7 @@ class GroupedLinear(nn.Module):
 
 
 def local_weight(weight: Tensor) -> Tensor:
-    """Return a weight that TP ranks hold as replicas as a plain tensor; each rank computes a partial sum of its
-    gradient."""
+    """Return a weight that TP ranks replicate as a plain tensor; each rank has a partial sum of its gradient."""
     return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 

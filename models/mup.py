@@ -47,8 +47,7 @@ optimizer's `weight_decay_lr`).
 
 @dataclass(frozen=True, kw_only=True)
 class MuP:
-    """The multipliers of muP, and its factors on initialization and learning rate. Attention scales by 1 / head
-    width."""
+    """The multipliers of muP, and its factors on initialization and learning rate."""
 
     base_width: int = 256
     """The width at which all factors are 1, where the learning rate was tuned."""

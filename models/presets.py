@@ -24,8 +24,7 @@ QKNorm = Literal["off", "per_head", "per_head_after_rope", "all_heads"]
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """The shape of a Llama decoder: everything that defines its function, except the vocabulary. Lengths are in
-    tokens."""
+    """The shape of a Llama decoder: what defines its function, except the vocabulary. Lengths are in tokens."""
 
     dim: int
     layers: int

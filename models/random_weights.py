@@ -72,8 +72,7 @@ def _as_dim_0(placement: Any) -> Placement:
 
 
 def contiguous_runs(shape: tuple[int, ...], indices: Sequence[np.ndarray | None]) -> tuple[np.ndarray, int]:
-    """Return the flat offsets at which contiguous runs of the elements at `indices` start, and the length of the
-    runs."""
+    """Return the flat offsets of the contiguous runs of the elements at `indices`, and the length of a run."""
     starts, length = np.zeros(1, dtype=np.int64), 1
     for dimension in reversed(range(len(shape))):
         held, stride = indices[dimension], math.prod(shape[dimension + 1 :])

@@ -38,8 +38,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     """llama3: frequencies with fewer periods than this in original_max_position tokens are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """llama3: frequencies with more periods than this in original_max_position tokens are unchanged; others are
-    interpolated."""
+    """llama3: frequencies with more periods than this in as many tokens are unchanged; others are interpolated."""
     beta_fast: float = 32.0
     """yarn: as high_freq_factor; channels between are interpolated by their index."""
     beta_slow: float = 1.0
@@ -139,8 +138,7 @@ class Rope:
 
 
 def rope_table(length: int, frequencies_C: Tensor, factor: float = 1.0) -> Tensor:
-    """Return cosine and signed sine of every position, times `factor`, (2, T, 1, C) float32: factors of a channel and
-    of its partner."""
+    """Return `factor` times cosine and signed sine, (2, T, 1, C) float32: factors of a channel and of its partner."""
     positions = torch.arange(length, device=frequencies_C.device, dtype=torch.float32)
     angles_TC = torch.outer(positions, frequencies_C)
     cos, sin = angles_TC.cos(), angles_TC.sin()

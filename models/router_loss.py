@@ -70,8 +70,7 @@ class RouterLoss(nn.Module):
         return self.config.load_balancing_coefficient * balance + self.config.z_loss_coefficient * z
 
     def pop_sums(self) -> Tensor | None:
-        """Return the sums since the last call, (L E + 4,) float64 on the device, and reset them; None if there are
-        none."""
+        """Return the sums since the last call, (L E + 4,) float64 on the device, or None, and reset them."""
         if self._counts_LE is None or self._totals is None:
             return None
         sums = torch.cat([self._counts_LE.flatten(), self._totals])

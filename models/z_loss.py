@@ -23,8 +23,7 @@ class ZLoss:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def pop_sums(self) -> Tensor | None:
-        """Return (2,) float64 on the device, the sum since the last call and its tokens, and reset it; None if there
-        were no tokens."""
+        """Return the sum since the last call and its tokens, (2,) float64 on the device, or None, and reset it."""
         sums, self._sums = self._sums, None
         return sums
 

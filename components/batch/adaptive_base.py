@@ -45,8 +45,7 @@ class Adaptive(ABC):
     shrink: bool = False
     """Whether the batch may also get smaller; false: it only grows."""
     delay_tokens: Tokens = 0
-    """Tokens to train before the first decision, because the gradient noise of the warm-up does not predict what
-    follows."""
+    """Tokens to train before the first decision: the noise of the warm-up does not predict what follows."""
     norm: Norm = "l2"
     """Norm of the gradients whose noise is followed: "l2", or "adam" if [gradient_noise] norms has it."""
     measure_at_maximum: bool = True

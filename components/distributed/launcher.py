@@ -358,8 +358,7 @@ class WorkerAgent(LocalElasticAgent):
 
 
 def _failure_order(failure: ProcessFailure) -> tuple[bool, float]:
-    """Return the sort key of a failure: killed workers first, then tracebacks by time, then workers stopped by the
-    agent."""
+    """Return the sort key of a failure: killed workers, then tracebacks by time, then workers stopped by the agent."""
     file = Path(failure.error_file)
     if file.is_file():
         return False, file.stat().st_mtime

@@ -59,8 +59,7 @@ class ParallelConfig:
     """Data-parallel ranks over which a replica's parameters, gradients and optimizer state are sharded, together with
     cp; -1: processes / (dp_replicate x cp x tp), or the processes of one node / (cp x tp) if dp_replicate is -1 too."""
     cp: PositiveCount = 1
-    """Context-parallel ranks, each of which computes a part of every sequence; training.sequence_length must be
-    divisible by 2 cp."""
+    """Context-parallel ranks, each with a part of every sequence; 2 cp must divide training.sequence_length."""
     tp: PositiveCount = 1
     """Tensor-parallel ranks, each of which holds a shard of every matrix."""
 
@@ -115,8 +114,7 @@ class ParallelConfig:
 
 
 class ParallelDims:
-    """The device mesh of a run, and this process's place in it. TP ranks are neighbors, and next to them the CP ranks;
-    one process has no mesh."""
+    """The device mesh of a run: TP ranks are neighbors, and next to them the CP ranks. One process has no mesh."""
 
     def __init__(self, world: DistributedContext, mesh_shape: MeshShape) -> None:
         self.mesh_shape = mesh_shape
@@ -150,8 +148,7 @@ class ParallelDims:
 
     @property
     def summands(self) -> DeviceMesh | None:
-        """The mesh of the ranks that compute summands of the gradient of one micro-batch, (cp,) or (cp, tp); None
-        without context parallelism."""
+        """The mesh of the ranks with summands of a gradient, (cp,) or (cp, tp); None without context parallelism."""
         if self.sequence_mesh is None:
             return None
         return self.sequence_mesh["cp"] if self.mesh_shape.tp == 1 else self.sequence_mesh["cp", "tp"]

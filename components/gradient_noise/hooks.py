@@ -38,8 +38,7 @@ class GradientSum(Protocol):
 
 
 class GradientNoiseHooks:
-    """Adds up the squared norms of all micro-batch gradients that arrive at some tensors, in steps that are
-    measured."""
+    """Adds up the squared norms of the micro-batch gradients that arrive at some tensors, in measured steps."""
 
     def __init__(
         self,
@@ -59,8 +58,7 @@ class GradientNoiseHooks:
         self._in_adam: SquaredNorm | None = None
         self._seen: set[int] = set()
         self.observer: Callable[[int, Tensor], None] | None = None
-        """Also called with every gradient of a measured step, and the index of its tensor in `tensors`. Must not keep
-        it."""
+        """Also called with every gradient of a measured step, and the index of its tensor. Must not keep it."""
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 self._register(index, tensor)

@@ -13,8 +13,7 @@ CHUNK = 4096
 relative error of the norm of two million elements is 2e-4 (torch 2.13). In chunks of this size it is 2e-7, at the same
 speed."""
 MAX_PENDING_TENSORS = 8
-"""Tensors on a GPU whose norms are computed in one launch. They stay in memory until then, about one block's
-gradients."""
+"""Tensors on a GPU whose norms are computed in one launch. They stay in memory until then: about one block's."""
 
 
 def chunk_norms(tensor: Tensor) -> Tensor:
@@ -61,8 +60,7 @@ class SquaredNorm:
             self._launch(copies, pending)
 
     def _launch(self, copies: int, pending: list[Tensor]) -> None:
-        """Compute the norms of the pending GPU tensors in one launch. GPUs add up in a tree, so float32 is exact
-        enough."""
+        """Compute the norms of the pending tensors in one launch. GPUs add in a tree, so float32 is exact enough."""
         if pending:
             dtype = torch.promote_types(pending[0].dtype, torch.float32)
             norms = torch._foreach_norm(pending, 2, dtype)

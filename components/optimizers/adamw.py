@@ -42,8 +42,7 @@ class AdamW:
     """Learning rate that scales weight_decay: the schedule's, equal for all parameters, or the group's, which includes
     the parameter's learning-rate multiplier (muP). Without multipliers both are equal."""
     weight_decay_on: Literal["matrices", "all", "none"] = "matrices"
-    """Parameters that weight decay applies to: those of two or more dimensions (embeddings, but not norms), all, or
-    none."""
+    """Parameters that decay: those of two or more dimensions (embeddings, but not norms), all, or none."""
     reference_batch_tokens: PositiveCount | None = None
     """Tokens of the global batch that beta2 is given for. At a batch of B tokens it becomes beta2 ** (B / reference), a
     constant half-life in tokens (arXiv 2507.07101). Unset: the same beta2 at every batch size."""
@@ -128,8 +127,7 @@ class BatchScaledAdamW(torch.optim.AdamW):
                     self._create_state(parameter)
 
     def set_batch_tokens(self, batch_tokens: int) -> None:
-        """Set the betas for a step of `batch_tokens`, always from the reference betas, so that no rounding
-        accumulates."""
+        """Set the betas for a step of `batch_tokens`, from the reference betas, so that no rounding accumulates."""
         beta1, beta2 = self.reference_betas
         for group in self.param_groups:
             group["betas"] = (beta1, self.scaled_to_batch(beta2, batch_tokens))

@@ -84,8 +84,7 @@ def read_trace(file: Path) -> list[dict[str, Any]]:
 
 
 def break_down(events: Iterable[dict[str, Any]]) -> Breakdown:
-    """Return the breakdown of the window from the first to the last step of a trace. Raises ValueError without a
-    step."""
+    """Return the breakdown of a trace from its first step to its last. Raises ValueError without a step."""
     threads: defaultdict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
     on_device: list[dict[str, Any]] = []
     for event in events:

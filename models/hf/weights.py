@@ -65,8 +65,7 @@ class Part(NamedTuple):
     all of it."""
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Return the part of `parameter`, a view, in the shape in which it is stored: without a dimension of
-        experts."""
+        """Return the part of `parameter`, a view, in the shape that is stored: without a dimension of experts."""
         return parameter[tuple(slice(*each) for each in self.bounds)].squeeze(0) if self.bounds else parameter
 
 
