@@ -48,8 +48,6 @@ class Adaptive(ABC):
     """Tokens to train before the first decision: the noise of the warm-up does not predict what follows."""
     norm: Norm = "l2"
     """Norm of the gradients whose noise is followed: "l2", or "adam" if [gradient_noise] norms has it."""
-    measure_at_maximum: bool = True
-    """Keep measuring, for the metrics only, after a batch that never shrinks has reached max_size."""
 
     def __post_init__(self) -> None:
         if self.min_size is not None and self.min_size > self.initial_size:
@@ -64,11 +62,6 @@ class Adaptive(ABC):
                 "max_growth",
                 f"{self.max_growth} x {self.smallest} samples is below the next multiple of "
                 f"multiple_of = {self.multiple_of}, so the batch could never grow; use {needed:.4g} or more",
-            )
-        if self.shrink and not self.measure_at_maximum:
-            raise InputError(
-                "measure_at_maximum",
-                "false would keep the batch at max_size, but shrink is true; remove one of the two",
             )
 
     @abstractmethod
@@ -131,9 +124,6 @@ class AdaptivePolicy(BatchPolicy):
 
     def next_batch_size(self, progress: Progress) -> int:
         return self._size
-
-    def measures_noise(self, progress: Progress) -> bool:
-        return self.config.measure_at_maximum or self._size < self.config.max_size
 
     def observe(self, progress: Progress, noise: GradientNoise | None) -> None:
         noise = noise and noise.in_norm(self.config.norm)

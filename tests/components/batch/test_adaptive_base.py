@@ -105,14 +105,6 @@ def test_a_layout_that_rounds_up_may_already_reach_the_target():
     assert policy.next_batch_size(clock()) == 17
 
 
-def test_measuring_ends_at_the_maximum_only_if_configured():
-    for always in (True, False):
-        policy = built(NoiseScale(initial_size=8, max_size=16, measure_at_maximum=always))
-        assert policy.measures_noise(clock())
-        assert sizes(policy, 100) == [16]
-        assert policy.measures_noise(clock()) is always
-
-
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_moments_that_are_not_finite_are_ignored(name, value):
@@ -142,7 +134,6 @@ def test_a_signal_that_is_not_positive_changes_nothing(signal):
             {"multiple_of": 8, "max_size": 80, "max_growth": 1.5},
             r"^max_growth: 1.5 x 8 samples is below .* use 2 or",
         ),
-        ({"shrink": True, "measure_at_maximum": False}, r"^measure_at_maximum: .* shrink is true"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(keys, said):
