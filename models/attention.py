@@ -1,12 +1,6 @@
-"""Causal self-attention and its variants, each a field of `LlamaShape` (presets.py):
+"""Causal self-attention with grouped queries (GQA, arXiv 2305.13245), and its variants.
 
-    kv_heads               fewer key-value heads than query heads (GQA, arXiv 2305.13245)
-    qk_norm                RMSNorm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
-    qkv_bias               biases of wq, wk and wv (Qwen2, arXiv 2407.10671)
-    gated_attention        the output times a sigmoid of the input (Qiu et al. 2025, arXiv 2505.06708)
-    sliding_window         attention to the latest tokens (Mistral 7B, arXiv 2310.06825), with global layers in between
-    attention_softcap      bounded logits (Gemma 2, arXiv 2408.00118)
-    partial_rotary_factor, rope_local_theta, no_rope_interval    which channels and layers rotate (rope.py)
+Each variant is a key of `Llama` (llama.py), which describes it; docs/models.md has the sources.
 
 B batch, T queries, S keys, D model width, H query heads, K key-value heads, G = H / K, C head width
 """

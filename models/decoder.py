@@ -1,14 +1,7 @@
 """The Llama decoder (Touvron et al. 2023, arXiv 2302.13971), and what other families change in it.
 
-Each variant is a field of `LlamaShape` (presets.py) and a key of `Llama` (llama.py). Those of attention are in
-attention.py; those here are
-
-    norm_placement      norms before, after, or before and after attention and feed-forward (OLMo 2, arXiv 2501.00656)
-    activation          of the gated feed-forward (Shazeer 2020, arXiv 2002.05202)
-    scaled_embeddings   embeddings times sqrt(D) (Gemma, arXiv 2403.08295)
-    logit_softcap       bounded logits (Gemma 2, arXiv 2408.00118)
-    experts             a mixture of experts (moe.py)
-    mup                 maximal update parametrization (mup.py)
+Each variant is a field of `LlamaShape` (presets.py) and a key of `Llama` (llama.py), which describes it; docs/models.md
+has the sources. Those of attention are in attention.py.
 
 It contains no code for devices, precision or parallelism, which refer to its modules by name:
 
