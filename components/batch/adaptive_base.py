@@ -132,13 +132,14 @@ class AdaptivePolicy(BatchPolicy):
         if self._changed_at is not None and progress.samples - self._changed_at < self.config.cooldown_samples:
             return
         # A step that overflowed must not decide the batch size of the rest of the run.
-        numbers = (noise.sum_micro_grad_sq_norms, noise.mean_grad_sq_norm, noise.grad_cov_trace, noise.grad_sq_norm)
+        moments = noise.moments
+        numbers = (moments.sum_micro_grad_sq_norms, moments.mean_grad_sq_norm, noise.grad_cov_trace, noise.grad_sq_norm)
         if not all(map(math.isfinite, numbers)):
             return
         target = self.target(noise)
         if target is None or not math.isfinite(target):
             return
-        size = self.config.next_size(self._size, target, batch=noise.num_micro_batches * noise.micro_batch_size)
+        size = self.config.next_size(self._size, target, batch=moments.samples)
         if size != self._size:
             self._size, self._changed_at = size, progress.samples
 

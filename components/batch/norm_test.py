@@ -9,7 +9,7 @@ from pydantic import Field
 
 from components.batch.adaptive_base import Adaptive
 from components.errors import InputError
-from components.gradient_noise.moments import GradientNoise
+from components.gradient_noise.moments import GradientMoments, GradientNoise
 from components.units import PositiveCount
 
 
@@ -46,7 +46,7 @@ class NormTest(Adaptive):
             )
 
     def target(self, noise: GradientNoise) -> float | None:
-        return self._paper(noise) if self.estimator == "paper" else self._unbiased(noise)
+        return self._paper(noise.moments) if self.estimator == "paper" else self._unbiased(noise)
 
     def _unbiased(self, noise: GradientNoise) -> float | None:
         tolerated = self.eta * self.eta * noise.grad_sq_norm
@@ -54,17 +54,17 @@ class NormTest(Adaptive):
         # again.
         return noise.grad_cov_trace / tolerated if tolerated > 0 else None
 
-    def _paper(self, noise: GradientNoise) -> float | None:
+    def _paper(self, moments: GradientMoments) -> float | None:
         """Return T of equation 5: (1/J) sum_j ||g_j - g||^2 / (eta^2 ||g||^2), for J = K micro-batches.
 
         For another J: S = m/(K - 1) sum_k ||g_k - g||^2 is estimated from K micro-batches of m samples, and the mean
         over J groups of the same b = K m samples is expected to be S (J - 1) / b.
         """
-        num_micro_batches = noise.num_micro_batches  # K
-        tolerated = self.eta * self.eta * noise.mean_grad_sq_norm
+        num_micro_batches = moments.num_micro_batches  # K
+        tolerated = self.eta * self.eta * moments.mean_grad_sq_norm
         if num_micro_batches < 2 or tolerated <= 0:
             return None
         # sum_k ||g_k - g||^2; rounding can make it slightly negative when all micro-batches are equal
-        spread = max(0.0, noise.sum_micro_grad_sq_norms - num_micro_batches * noise.mean_grad_sq_norm)
+        spread = max(0.0, moments.sum_micro_grad_sq_norms - num_micro_batches * moments.mean_grad_sq_norm)
         workers = num_micro_batches if self.workers is None else self.workers
         return spread / num_micro_batches * ((workers - 1) / (num_micro_batches - 1)) / tolerated

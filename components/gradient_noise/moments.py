@@ -80,22 +80,6 @@ class GradientNoise:
         return self if norm == "l2" else self.adam
 
     @property
-    def num_micro_batches(self) -> int:
-        return self.moments.num_micro_batches
-
-    @property
-    def micro_batch_size(self) -> int:
-        return self.moments.micro_batch_size
-
-    @property
-    def sum_micro_grad_sq_norms(self) -> float:
-        return self.moments.sum_micro_grad_sq_norms
-
-    @property
-    def mean_grad_sq_norm(self) -> float:
-        return self.moments.mean_grad_sq_norm
-
-    @property
     def noise_scale(self) -> float | None:
         """S / |G|^2, in samples: the batch size whose noise equals its signal. None where |G|^2 is not positive."""
         return self.grad_cov_trace / self.grad_sq_norm if self.grad_sq_norm > 0 else None

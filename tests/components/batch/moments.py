@@ -25,6 +25,14 @@ class Moments:
     grad_sq_norm: float = 1.0
     adam: Moments | None = None
 
+    @property
+    def moments(self) -> Moments:
+        return self
+
+    @property
+    def samples(self) -> int:
+        return self.num_micro_batches * self.micro_batch_size
+
     def in_norm(self, norm: str) -> Moments | None:
         return self if norm == "l2" else self.adam
 
