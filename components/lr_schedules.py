@@ -180,16 +180,12 @@ class Power(_StableThenDecay):
     """Must be unset: the power law uses the batch of every step."""
 
     def __post_init__(self) -> None:
-        for key, value in (
-            ("batch_scaling", self.batch_scaling),
-            ("reference_batch_tokens", self.reference_batch_tokens),
-        ):
-            if value not in ("none", None):
-                raise InputError(
-                    key,
-                    "Power already scales linearly with the batch (beta, up to max_lr), and a second rule would "
-                    "count it twice; remove it, or use WSD with a batch_scaling",
-                )
+        if self.batch_scaling != "none" or self.reference_batch_tokens is not None:
+            raise InputError(
+                "reference_batch_tokens" if self.batch_scaling == "none" else "batch_scaling",
+                "Power already scales linearly with the batch (beta, up to max_lr), and a second rule would count it "
+                "twice; remove it, or use WSD with a batch_scaling",
+            )
         super().__post_init__()
 
     def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:

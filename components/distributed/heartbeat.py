@@ -46,13 +46,11 @@ class Heartbeats:
         if now - self._looked_at > _STOPPED_SECONDS:
             self._seen.clear()
         self._looked_at = now
+        before, self._seen = self._seen, {}
         for file in self._directory.iterdir():
             with suppress(FileNotFoundError):  # its process ends
-                touched = file.stat().st_mtime_ns
-                if file.name not in self._seen or self._seen[file.name][0] != touched:
-                    self._seen[file.name] = touched, now
-        present = {file.name for file in self._directory.iterdir()}
-        self._seen = {name: seen for name, seen in self._seen.items() if name in present}
+                touched, seen = file.stat().st_mtime_ns, before.get(file.name)
+                self._seen[file.name] = seen if seen is not None and seen[0] == touched else (touched, now)
         return sorted(int(name) for name, (_, at) in self._seen.items() if now - at > self._timeout)
 
 

@@ -22,8 +22,6 @@ class WandB(Writer):
     """The project of the run."""
     entity: str | None = None
     """The user or team; unset: the default of the account."""
-    name: str | None = None
-    """The displayed name; unset: that of the run."""
     group: str | None = None
     """The group of the run, such as a sweep."""
     tags: Sequence[str] = ()
@@ -43,7 +41,7 @@ class WandB(Writer):
             self._run = wandb.init(
                 project=self.project,
                 entity=self.entity,
-                name=self.name or run.name,
+                name=run.name,
                 group=self.group,
                 tags=list(self.tags),
                 id=run.id,
