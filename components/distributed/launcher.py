@@ -33,6 +33,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.numa.binding import AffinityMode, NumaOptions
 
+from components.cpu import num_cpus
 from components.distributed.collectives import NODE
 from components.distributed.context import raise_descriptor_limit
 from components.distributed.heartbeat import DUMPING, Heartbeats
@@ -107,13 +108,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
                     rdzv_handler=rendezvous,
                     max_restarts=node.max_restarts,
                     monitor_interval=0.1,
-                    numa_options=numa_options(
-                        node.processes,
-                        gpus=torch.cuda.device_count(),
-                        bound_to=os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(),
-                        processors=os.cpu_count() or 0,
-                        numactl=shutil.which("numactl"),
-                    ),
+                    numa_options=numa_options(node.processes),
                 )
                 heartbeats = Heartbeats(Path(folder) / "heartbeats", node.hang_timeout_seconds)
                 logs = DefaultLogsSpecs(log_dir=folder)
@@ -137,15 +132,14 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
             return 1
 
 
-def numa_options(
-    processes: int, *, gpus: int, bound_to: set[int], processors: int, numactl: str | None
-) -> NumaOptions | None:
+def numa_options(processes: int) -> NumaOptions | None:
     """Return options that bind each process to the CPUs of its GPU's NUMA node.
 
     Returns None if there are fewer GPUs than processes, if a scheduler has already bound this launcher to some of the
     CPUs, or if numactl, which torch needs for it, is not installed.
     """
-    if gpus < processes or len(bound_to) < processors or numactl is None:
+    is_bound = num_cpus() < (os.cpu_count() or 1)
+    if torch.cuda.device_count() < processes or is_bound or shutil.which("numactl") is None:
         return None
     return NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)
 

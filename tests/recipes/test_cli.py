@@ -136,16 +136,22 @@ def test_the_allocator_is_chosen_before_torch_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=cli.ROOT, env=environment)
 
 
-def test_processes_are_bound_to_the_processors_near_their_gpus_where_that_can_be_done():
-    whole = set(range(16))
-    assert numa_options(8, gpus=8, bound_to=whole, processors=16, numactl="/usr/bin/numactl") is not None
-    for count, gpus, bound_to, numactl in (
-        (2, 0, whole, "/usr/bin/numactl"),
-        (8, 4, whole, "/usr/bin/numactl"),
-        (8, 8, set(range(8)), "/usr/bin/numactl"),  # a scheduler has bound them already
-        (8, 8, whole, None),
-    ):
-        assert numa_options(count, gpus=gpus, bound_to=bound_to, processors=16, numactl=numactl) is None
+@pytest.mark.parametrize(
+    ("processes", "gpus", "usable", "numactl", "is_bound"),
+    [
+        (8, 8, 16, "/usr/bin/numactl", True),
+        (2, 0, 16, "/usr/bin/numactl", False),
+        (8, 4, 16, "/usr/bin/numactl", False),
+        (8, 8, 8, "/usr/bin/numactl", False),  # a scheduler has bound them already
+        (8, 8, 16, None, False),
+    ],
+)
+def test_processes_are_bound_to_the_processors_near_their_gpus(monkeypatch, processes, gpus, usable, numactl, is_bound):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(usable)), raising=False)
+    monkeypatch.setattr("shutil.which", lambda program: numactl)
+    assert (numa_options(processes) is not None) is is_bound
 
 
 @pytest.mark.parametrize("environment", [{"NPROC": "two"}, {"NPROC": "0"}, {"NPROC": "1", "NNODES": "x"}])
