@@ -1,8 +1,7 @@
 """Averages of the weights over training: an exponential one, and one over a window of tokens.
 
 Both are means of the weights after each step, with weights in tokens, so that they do not depend on how many tokens a
-step has. An average works on the local shards of this rank, float32, one tensor for each parameter, and never reads a
-value of the device.
+step has. An average works on this rank's shards, float32, one for each parameter, and never reads from the device.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ class Exponential:
     """An exponential moving average whose half-life is a number of tokens, whatever the batch size.
 
     The weights after a step of B tokens that lies t tokens back count 2**(-t / half_life) * (1 - 2**(-B / half_life)),
-    divided by the sum of these factors. The average is therefore unbiased from its first step, which sets it to the
-    weights.
+    divided by the sum of these factors. The average is therefore unbiased; its first step sets it to the weights.
     """
 
     half_life_tokens: PositiveCount

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 class InputError(ValueError):
     """A value in the recipe or the data is invalid.
 
-    Components raise it in their constructor, in `build` and later. The recipe reports the message at the line of the
-    key.
+    Components raise it in their constructor, in `build` and later. The recipe reports it at the line of the key.
     """
 
     def __init__(self, key: str, message: str) -> None:

@@ -33,8 +33,7 @@ def convert_to_float8(blocks: Mapping[str, nn.Module], kind: Float8, device: tor
     """Let the linear layers of `blocks` compute in float8, in place; their parameters keep their names.
 
     Layers whose sizes, divided among `tp` ranks, are not multiples of 16 are left as they are. On a CPU float8 is
-    emulated: slower, with the same rounding. Raises InputError if torchao or the hardware is missing, or if no layer is
-    left.
+    emulated: slower, with the same rounding. Raises InputError without torchao, the hardware, or a layer that fits.
     """
     try:
         with warnings.catch_warnings():

@@ -22,8 +22,7 @@ _MIN_RELATIVE_STD = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """[guard]: what to do with a step whose loss or gradient is not finite, whose loss spikes, or that has a bad
-    sample.
+    """[guard]: what to do with a step that has a loss or gradient that is not finite, a loss spike, or a bad sample.
 
     stop: end the run. skip: skip the update of that step. roll_back: skip, and also restore parameters and optimizer
     from the newest checkpoint; the data continues after the samples of the bad step (PaLM, arXiv 2204.02311, 5.1).

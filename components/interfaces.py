@@ -85,8 +85,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, without those that begin and end a document. Special-token text in `texts` is
-        ordinary text."""
+        """Return the ids of each text, without start and end token. Special-token text in `texts` is ordinary text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

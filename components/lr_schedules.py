@@ -7,8 +7,7 @@ end of the run: raising total_tokens moves it.
 Warm-up includes the tokens of the step itself, (tokens + batch_tokens) / warmup_tokens, so no step has a learning rate
 of zero; everything else is evaluated at the first token of the step.
 
-max_lr is meant for one batch size. `batch_scaling` defines the learning rate at other batch sizes, from the batch of
-each step.
+max_lr is meant for one batch size. `batch_scaling` defines the learning rate at others, from the batch of each step.
 """
 
 from __future__ import annotations

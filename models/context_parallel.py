@@ -88,8 +88,7 @@ def context_parallel_attention(
 ) -> ContextParallelAttention:
     """Return the attention of a micro-batch of whole sequences of `length` tokens, which all layers share.
 
-    `documents_BT` is the number of each token's document within its row; None: each sequence is one document. `flex`:
-    use flex attention.
+    `documents_BT` is the number of each token's document within its row; None: each sequence is one document.
     """
     if not flex:
         return ContextParallelAttention(shards, ChunkAttention(shards.chunks(length), documents_BT))
@@ -173,8 +172,7 @@ class ChunkAttention:
     def _mask(self, q_BHQC: Tensor, keys: int, rule: AttentionRule) -> Tensor:
         """Return the mask (Q, keys) of the last Q of `keys` positions.
 
-        It is a part of a mask that is made once: autograd keeps it for every call, and copies would be as large as the
-        logits.
+        It is a part of a mask that is made once: autograd keeps it, and copies would be as large as the logits.
         """
         queries, key = q_BHQC.shape[2], (rule.window, bool(rule.softcap))
         mask = self._masks.get(key)

@@ -215,8 +215,7 @@ class Decoder(nn.Module):
         return heads.get(name.rpartition("attention.")[2], 1) if per_head else 1
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Return the FLOPs per token of forward and backward: 6 per matrix parameter, and 12 H C T for the attention
-        of a layer.
+        """Return the FLOPs per token of forward and backward: 6 per matrix parameter, 12 H C T for a layer's attention.
 
         Counted as in PaLM (arXiv 2204.02311, appendix B): 2 per multiply-add, backward twice the forward, with the
         head, without the embedding lookup, and attention over the full T x T scores, without deducting the masked half;

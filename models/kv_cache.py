@@ -148,7 +148,6 @@ class LayerCache:
             return causal_attention(q_BTHC.transpose(1, 2), k_BKTC, v_BKTC, rule)
         if tokens > 1:
             return masked_attention(q_BTHC.transpose(1, 2), k_BKSC, v_BKSC, slots.mask, rule)
-        # T = 1: treat the G query heads that share a key-value head as a dimension of tokens, so that no key is
-        # repeated.
+        # T = 1: the G query heads that share a key-value head are a dimension of tokens, so that no key is repeated
         q_BKGC = q_BTHC.view(rows, k_BKSC.shape[1], -1, width)
         return masked_attention(q_BKGC, k_BKSC, v_BKSC, slots.mask, rule).view(rows, heads, 1, width)

@@ -31,8 +31,7 @@ _OUTSIDE = {"tok_embeddings": "embedding", "norm": "sequence", "output": "vocabu
 def tensor_parallel_styles(shape: LlamaShape) -> dict[str, str]:
     """Return module name -> style of components/distributed/tensor_parallel.py.
 
-    "columns" shards the output features of a matrix and "rows" its input features, so a pair of them needs one
-    reduction.
+    "columns" shards the output features of a matrix, "rows" its input features: a pair of them needs one reduction.
     """
     styles = _OUTSIDE | _ATTENTION | (_EXPERTS if shape.experts else _DENSE)
     if not shape.gated_attention:

@@ -25,6 +25,5 @@ class NoiseScale(Adaptive):
     """Batch size in units of the noise scale. At 1, noise costs half of the progress that a step could make."""
 
     def target(self, noise: GradientNoise) -> float | None:
-        # An unbiased estimate of a small ||G||^2 may be negative. Then keep the size; smoothing makes it positive
-        # again.
+        # an unbiased estimate of a small ||G||^2 may be negative: keep the size until smoothing makes it positive
         return self.coefficient * noise.grad_cov_trace / noise.grad_sq_norm if noise.grad_sq_norm > 0 else None

@@ -50,8 +50,7 @@ class NormTest(Adaptive):
 
     def _unbiased(self, noise: GradientNoise) -> float | None:
         tolerated = self.eta * self.eta * noise.grad_sq_norm
-        # An unbiased estimate of a small ||G||^2 may be negative. Then keep the size; smoothing makes it positive
-        # again.
+        # an unbiased estimate of a small ||G||^2 may be negative: keep the size until smoothing makes it positive
         return noise.grad_cov_trace / tolerated if tolerated > 0 else None
 
     def _paper(self, moments: GradientMoments) -> float | None:

@@ -34,8 +34,7 @@ class Seesaw:
 
     The batch size is computed from the schedule at `initial_size`. The schedule's batch_scaling = "sqrt", with the
     tokens of `initial_size` as reference_batch_tokens, raises the learning rate with the batch, so lr / sqrt(batch)
-    equals that of the schedule at every step, for any factor. At max_size the batch stays constant, and the learning
-    rate falls as scheduled.
+    equals that of the schedule at every step, for any factor. At max_size the batch stays, and lr falls as scheduled.
 
     A pure function of tokens and schedule, so a resumed run needs no state. An extended run uses the schedule of the
     longer run, whose learning rate is higher, and may return to a smaller batch.

@@ -115,8 +115,7 @@ class StepTimes:
     def _typical(self) -> dict[int, float]:
         """Return the typical seconds by number of micro-batches, of the numbers with enough steps.
 
-        The lower quartile is taken, because what disturbs a step (a save in the background, another process) makes it
-        slower, never faster.
+        It is the lower quartile: what disturbs a step, such as a save or another process, only makes it slower.
         """
         newest: dict[int, list[float]] = {}
         for micro_batches, seconds in reversed(self._times):

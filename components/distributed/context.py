@@ -40,9 +40,8 @@ class DistributedContext:
     owns_group: bool = False
     """Whether `init` created the default process group, so that `close` destroys it."""
     long_timeout_group: dist.ProcessGroup | None = None
-    """A second gloo group with MAIN_PROCESS_TIMEOUT. During setup, processes wait in it for the main process;
-    afterwards the checkpoint thread uses it. One group serves both, because each costs two sockets per pair of
-    processes."""
+    """A second gloo group with MAIN_PROCESS_TIMEOUT. During setup, processes wait in it for the main process; then the
+    checkpoint thread uses it. One group serves both, because each costs two sockets per pair of processes."""
     local_size: int = 1
     """Number of processes on this node."""
 

@@ -66,8 +66,7 @@ class ContextParallelRanks:
 class SummandGradients:
     """Adds up the gradients of a micro-batch, of which each context-parallel rank has computed a summand.
 
-    Gradients are copied into a buffer, and reduced when it is full: collectives of single parameters would take longer
-    to start than to run.
+    Gradients are reduced in full buffers: collectives of single parameters would take longer to start than to run.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

@@ -2,8 +2,7 @@
 
 The groups come from the model's plan (models/parallel_plan.py).
 
-torch.distributed.fsdp takes most of a second to import. It is imported where it is used, so that mistakes in a recipe
-are reported before.
+torch.distributed.fsdp takes most of a second to import; functions import it, so that mistakes are reported before.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ def _prefetch_explicitly(root: FSDPModule, groups: Sequence[FSDPModule]) -> None
     """
     for index, group in enumerate(groups):
         group.set_modules_to_forward_prefetch(list(groups[index + 1 : index + 2]))
-        # An empty list selects FSDP2's default, so the first group names itself: it is gathered already, which is a
-        # no-op.
+        # An empty list selects FSDP2's default, so the first group names itself, which is gathered already.
         group.set_modules_to_backward_prefetch([groups[max(0, index - 1)]])
     root.set_modules_to_backward_prefetch([groups[-1] if groups else root])
 

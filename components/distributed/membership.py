@@ -153,8 +153,7 @@ class Membership:
         return bool(self._rendezvous._state_holder.state.closed)
 
     def has_ended(self) -> bool:
-        """Return whether a node ended the run so long ago that workers which start here wait for its workers in vain.
-        Call often."""
+        """Return whether a node ended the run so long ago that workers here wait for its own in vain. Call often."""
         if not self.is_closed():
             self._closed_since = None
             return False
@@ -203,8 +202,7 @@ class Membership:
         return True
 
     def end(self, *, leaves: bool) -> None:
-        """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` it, or was only
-        waiting for it."""
+        """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` or only waited."""
         rendezvous = self._rendezvous
         rendezvous._stop_heartbeats()
         if rendezvous._this_node not in rendezvous._state_holder.state.participants:

@@ -59,8 +59,7 @@ def connected_files(exit_dir: Path) -> list[Path]:
 def report_exit(status: int, message: str = "") -> int:
     """Call in a worker: report the exit status of the run to the launcher, and return the status to exit with.
 
-    A worker that was stopped by a signal and has saved exits 0, because torchelastic kills the other workers on any
-    other status.
+    A worker that has saved after a signal exits 0: torchelastic kills the other workers on any other status.
     """
     if not status or EXIT_DIR not in os.environ:
         return status

@@ -52,8 +52,7 @@ class SquaredNorm:
         if not local.is_cuda:
             self._norms.setdefault(copies, []).append(chunk_norms(local))
             return
-        # detach() makes an alias: with a second reference to the gradient itself autograd could not steal it and would
-        # copy.
+        # detach() makes an alias: autograd copies a gradient to which there is a second reference
         pending = self._pending.setdefault((copies, local.dtype), [])
         pending.append(local.detach())
         if len(pending) >= MAX_PENDING_TENSORS:

@@ -52,8 +52,7 @@ class MetricsConfig:
 class MetricLogger:
     """Passes every row to every writer. On ranks other than 0 it has no writers and does nothing.
 
-    A writer that fails does not end the run. The first failure and the recovery are logged, and `close` logs what was
-    lost.
+    A writer that fails does not end the run. Its first failure and recovery are logged; `close` logs what was lost.
     """
 
     def __init__(self) -> None:

@@ -50,8 +50,7 @@ class HasQueriesAndKeys(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionLogits:
-    """The largest logit and the mean entropy, in nats, of the attention of each layer, over all heads and a sample of
-    queries."""
+    """The largest logit and mean entropy, in nats, of each layer's attention, over all heads and some queries."""
 
     interval_steps: PositiveCount = 100
     """Steps between two measurements; the first step is measured."""
