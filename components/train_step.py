@@ -80,7 +80,7 @@ class StepSums:
         return dict(zip(self._on_device, self._host.split(self._sizes), strict=True))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class TrainStep:
     """Forward, backward, clipping and update, under any parallelism.
 

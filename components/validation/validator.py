@@ -44,7 +44,7 @@ class ValidationConfig:
         return Validator(dataset, indices, byte_lengths, self.micro_batch_size, sequence_length, uncounted)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Validator:
     """Evaluates a model on the sequences `indices` of a dataset, each counted once on any number of ranks."""
 
