@@ -4,7 +4,7 @@ base.py              TextSource and FileSource, the base classes; a custom sourc
 text_files.py        TextFiles: local files
 formats.py           the file formats: plain text, JSON, CSV, Parquet
 text_io.py           opens, decompresses and decodes text; lists the compressions (COMPRESSED, _SIGNATURES)
-decompression.py     the streams that decompress
+decompression.py     the stream that decompresses
 hub.py               HuggingFaceDataset
 standard_library.py  StandardLibrary: the default corpus
 token_files.py       TokenFiles: ids that other tools have written

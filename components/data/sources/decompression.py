@@ -1,7 +1,8 @@
-"""Streams that decompress gzip and Zstandard files and detect truncated or damaged ones.
+"""Decompressed: the content of a gzip or Zstandard file; a truncated or damaged file is an error.
 
-A new compression is a subclass of `Decompressed` here, and is registered in text_io.py (COMPRESSED, _SIGNATURES and
-`open_text`).
+gzip.GzipFile loses the last block of text if bytes follow the last member, as in downloads and on tapes, and the reader
+of the zstandard library does not detect truncated files. A new compression is added here, and to COMPRESSED and
+_SIGNATURES of text_io.py.
 """
 
 from __future__ import annotations
@@ -15,106 +16,74 @@ from typing import Any
 
 from components.data.document import ReadStats
 
-BLOCK = 2**16
-"""Bytes read from the file at a time."""
+_BLOCK_BYTES = 2**16
+_GZIP_MAGIC = b"\x1f\x8b"
+_WITH_GZIP_HEADER = 16 + zlib.MAX_WBITS
+"""zlib checks the gzip header before the data and the checksum after it."""
 
 
 class Decompressed(io.RawIOBase):
-    """Base class: a stream of the content of a compressed file. Subclasses define `next_content`."""
+    """The content of all members of a gzip file, or of all frames of a Zstandard file.
 
-    def __init__(self, file: BufferedReader) -> None:
-        self._file = file
+    Bytes after the last member of a gzip file are ignored, and counted in `log`. Reading raises EOFError for a
+    truncated or damaged file.
+    """
+
+    def __init__(self, file: BufferedReader, path: Path, log: ReadStats) -> None:
+        """Raise ValueError if the `zstandard` library is needed and missing."""
+        self._file, self._log = file, log
+        self._member: Any = None
+        """The member that is being decompressed."""
         self._packed = b""
         """Bytes read from the file and not decompressed yet."""
         self._content = memoryview(b"")
-
-    def next_content(self) -> bytes | None:
-        """Return some content, possibly empty, or None at the end. Raises EOFError for a truncated or damaged file."""
-        raise NotImplementedError
+        self._is_gzip = path.suffix.lower() == ".gz"
+        self._error: type[Exception] = zlib.error
+        if not self._is_gzip:
+            try:
+                import zstandard
+            except ModuleNotFoundError:
+                raise ValueError(f"{path} needs the `zstandard` library: pip install -e '.[data]'") from None
+            self._library: Any = zstandard
+            self._error = zstandard.ZstdError
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            self._packed = self._packed or self._file.read(BLOCK)
-            content = self.next_content()
-            if content is None:
-                return 0
-            self._content = memoryview(content)
+            self._packed = self._packed or self._file.read(_BLOCK_BYTES)
+            if self._member is None:
+                if not self._packed:
+                    return 0
+                self._member = self._new_member()
+            if not self._packed:
+                raise EOFError("it is truncated")
+            try:
+                self._content = memoryview(self._member.decompress(self._packed))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            self._packed = self._member.unused_data
+            if self._member.eof:
+                self._member = None
+                if self._is_gzip:
+                    self._skip_padding()
         count = min(len(buffer), len(self._content))
         buffer[:count] = self._content[:count]
         self._content = self._content[count:]
         return count
 
+    def _new_member(self) -> Any:
+        if self._is_gzip:
+            return zlib.decompressobj(_WITH_GZIP_HEADER)
+        return self._library.ZstdDecompressor().decompressobj()
 
-_MAGIC = b"\x1f\x8b"
-_MEMBER_WITH_HEADER = 16 + zlib.MAX_WBITS
-"""zlib checks the gzip header before the data and the checksum after it."""
-
-
-class Gzip(Decompressed):
-    """The content of all members of a gzip file. Bytes after the last member are ignored, and counted in `log`.
-
-    Such bytes come from downloads and tapes; gzip.GzipFile loses the last block of text because of them.
-    """
-
-    def __init__(self, file: BufferedReader, log: ReadStats):
-        super().__init__(file)
-        self._log = log
-        self._member: Any = zlib.decompressobj(_MEMBER_WITH_HEADER)
-
-    def next_content(self) -> bytes | None:
-        """Return some content, or None at the end. Raises EOFError or zlib.error for a truncated or damaged member."""
-        if self._member.eof and not self._starts_member():
-            return None
-        if not self._packed:
-            raise EOFError("it is truncated")
-        content: bytes = self._member.decompress(self._packed)
-        self._packed = self._member.unused_data
-        return content
-
-    def _starts_member(self) -> bool:
-        """Start the next member if there is one, after optional zero bytes; return whether there is."""
-        while self._packed and len(self._packed.lstrip(b"\0")) < len(_MAGIC) and (more := self._file.read(BLOCK)):
-            self._packed = self._packed.lstrip(b"\0") + more
+    def _skip_padding(self) -> None:
+        """After a member of gzip, skip zero bytes, and everything else that is not another member."""
         self._packed = self._packed.lstrip(b"\0")
-        if self._packed.startswith(_MAGIC):
-            self._member = zlib.decompressobj(_MEMBER_WITH_HEADER)
-            return True
-        if self._packed:
+        while len(self._packed) < len(_GZIP_MAGIC) and (more := self._file.read(_BLOCK_BYTES)):
+            self._packed = (self._packed + more).lstrip(b"\0")
+        if self._packed and not self._packed.startswith(_GZIP_MAGIC):
             at = self._file.tell()
             self._log.fixups["bytes after the end of a .gz"] += len(self._packed) + self._file.seek(0, os.SEEK_END) - at
             self._packed = b""
-        return False
-
-
-class Zstandard(Decompressed):
-    """The content of all frames of a Zstandard file. The reader of the library does not detect truncated files."""
-
-    def __init__(self, file: BufferedReader, path: Path):
-        """Raise ValueError if the `zstandard` library is missing."""
-        super().__init__(file)
-        try:
-            import zstandard
-        except ModuleNotFoundError:
-            raise ValueError(f"{path} needs the `zstandard` library: pip install -e '.[data]'") from None
-        self._library: Any = zstandard
-        self._frame: Any = None
-
-    def next_content(self) -> bytes | None:
-        """Return some content, or None at the end. Raises EOFError for a truncated file or another format."""
-        if not self._packed:
-            if self._frame is not None:
-                raise EOFError("it is truncated in the middle of a frame")
-            return None
-        if self._frame is None:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
-        try:
-            content: bytes = self._frame.decompress(self._packed)
-        except self._library.ZstdError as error:
-            raise EOFError(str(error)) from error
-        self._packed = self._frame.unused_data
-        if self._frame.eof:
-            self._frame = None
-        return content

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import codecs
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from components.data.document import ReadStats
-from components.data.sources.decompression import Gzip, Zstandard
+from components.data.sources.decompression import Decompressed
 
 BLOCK_BYTES = 2**22
 """Text is read in blocks of this size, so that memory does not grow with the file."""
@@ -103,12 +102,10 @@ def open_text(path: Path, log: ReadStats) -> Iterator[tuple[BufferedReader, Call
     before = log.source_bytes
     with path.open("rb") as file:
         stream = file
-        if path.suffix.lower() in COMPRESSED and not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is damaged, or is not a {path.suffix} file: it is empty")
-        if path.suffix.lower() == ".gz":
-            stream = BufferedReader(Gzip(file, log), BLOCK_BYTES)
-        elif path.suffix.lower() == ".zst":
-            stream = BufferedReader(Zstandard(file, path), BLOCK_BYTES)
+        if path.suffix.lower() in COMPRESSED:
+            if not os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{path} is damaged, or is not a {path.suffix} file: it is empty")
+            stream = BufferedReader(Decompressed(file, path, log), BLOCK_BYTES)
 
         def count_read() -> None:
             log.source_bytes = before + file.tell()
@@ -130,7 +127,7 @@ def open_text(path: Path, log: ReadStats) -> Iterator[tuple[BufferedReader, Call
             elif start.count(0) > _PROBE_BYTES // 4:  # UTF-16 without a mark, or a binary file
                 raise ValueError(f"{path} is not text: {start.count(0)} of its first {len(start)} bytes are 0")
             yield stream, count_read
-        except (EOFError, zlib.error) as error:
+        except EOFError as error:
             raise ValueError(f"{path} is damaged, or is not a {path.suffix} file: {error}") from error
 
 
