@@ -5,13 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -41,23 +39,21 @@ def run_in_processes(
     Raises the first error of `work`, and OSError if a process was killed.
     """
     context = multiprocessing.get_context("spawn")  # forking a process with threads may hang
-    progress: Any = context.Queue()
-    pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, progress))
+    # bytes and tokens of each group; without a lock, which a process that is killed might hold
+    shared = context.RawArray("q", 2 * len(groups))
+    progress = np.frombuffer(shared, dtype=np.int64).reshape(-1, 2)
+    pool = ProcessPoolExecutor(processes, context, _Worker.start, (tokenizer, shared))
     try:
-        pending: set[Future[tuple[int, int]]] = {pool.submit(_Worker.run, work, group) for group in groups}
-        late_bytes = late_tokens = 0
+        pending = {pool.submit(_Worker.run, work, number, group) for number, group in enumerate(groups)}
+        reported = np.zeros(2, dtype=np.int64)
         while pending:
             done, pending = wait(pending, timeout=0.1, return_when=FIRST_EXCEPTION)
             for future in done:
-                group_bytes, group_tokens = future.result()
-                late_bytes, late_tokens = late_bytes + group_bytes, late_tokens + group_tokens
-            with suppress(queue.Empty):
-                while True:
-                    read_bytes, tokens = progress.get_nowait()
-                    late_bytes, late_tokens = late_bytes - read_bytes, late_tokens - tokens
-                    on_progress(read_bytes, tokens)
-        if late_bytes or late_tokens:  # a process sends by a thread, which may be later than the result of its group
-            on_progress(late_bytes, late_tokens)
+                future.result()
+            total = progress.sum(axis=0)
+            if (total > reported).any():
+                on_progress(*(total - reported).tolist())
+            reported = total
     except BrokenProcessPool:
         raise OSError(
             "a process that prepared data was killed, possibly because memory ran out; start again to continue: "
@@ -75,6 +71,7 @@ class _Worker:
 
     tokenizer: Tokenizer
     progress: Any
+    """Bytes and tokens of group 0, of group 1, ..."""
 
     @classmethod
     def start(cls, tokenizer: Tokenizer, progress: Any) -> None:
@@ -83,16 +80,12 @@ class _Worker:
         threading.Thread(target=_die_with_parent, daemon=True).start()
 
     @classmethod
-    def run(cls, work: Callable[..., None], group: Sequence[SourceFile]) -> tuple[int, int]:
-        """Work on a group, and return the bytes and tokens that it has reported in all."""
-        reported: list[tuple[int, int]] = []
-
+    def run(cls, work: Callable[..., None], number: int, group: Sequence[SourceFile]) -> None:
         def report(read_bytes: int, tokens: int) -> None:
-            reported.append((read_bytes, tokens))
-            cls.progress.put((read_bytes, tokens))
+            cls.progress[2 * number] += read_bytes
+            cls.progress[2 * number + 1] += tokens
 
         work(group, tokenizer=cls.tokenizer, encode=cls.encode, on_progress=report)
-        return sum(read_bytes for read_bytes, _ in reported), sum(tokens for _, tokens in reported)
 
     @classmethod
     def encode(cls, texts: Sequence[str]) -> list[np.ndarray]:
