@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -94,20 +93,6 @@ _STRIDE = 256
 """The start of every `_STRIDE`-th span is in memory; those between are computed when they are needed."""
 
 
-@dataclass(frozen=True)
-class _Mapped:
-    """The path of a memory-mapped .npy file, pickled instead of its content."""
-
-    path: str
-
-    @classmethod
-    def of(cls, table: np.ndarray) -> _Mapped | np.ndarray:
-        return cls(table.filename) if isinstance(table, np.memmap) and table.filename else table
-
-    def open(self) -> np.ndarray:
-        return map_array(Path(self.path))
-
-
 def map_array(path: Path) -> np.ndarray:
     """Memory-map an array in a .npy file. Raises ValueError, without the path, for a damaged file."""
     try:
@@ -184,13 +169,14 @@ class TokenReader:
         return np.frombuffer(data, dtype=self._dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"spans": _Mapped.of(self.spans)}
+        file = getattr(self.spans, "filename", None)  # of a memory-mapped table: its content is not sent
+        return self.__dict__ | {"spans": self.spans if file is None else Path(file)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._number = next(_reader_numbers)  # the number from another process may be used here
-        if isinstance(self.spans, _Mapped):
-            self.spans = self.spans.open()
+        if isinstance(self.spans, Path):
+            self.spans = map_array(self.spans)
 
     def __del__(self) -> None:
         if hasattr(self, "_number"):
