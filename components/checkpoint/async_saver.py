@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.torch_version import TorchVersion
 
-from components.checkpoint.load import NO_DIST_WARNING
 from components.distributed.collectives import all_gather_str
 
 log = logging.getLogger("powertrain")
@@ -33,8 +31,6 @@ class AsyncSaver:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
-        if group is None:
-            warnings.filterwarnings("ignore", message=NO_DIST_WARNING)  # no restore: not thread-safe
         self._stager = _new_stager()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[bool] | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,11 @@ if TYPE_CHECKING:
 FORMAT = 3
 """Version of the checkpoint layout and of the names in its state.json and config.toml; others are refused."""
 
-NO_DIST_WARNING = "torch.distributed is disabled, unavailable or uninitialized"
 _LARGEST_STATE = 2**26
 _NAME = re.compile(r"step-(\d{8,})")
+
+# torch.distributed.checkpoint says so of each save and load of one process, also with `no_dist=True`
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class DamagedError(ValueError):
@@ -84,8 +85,7 @@ def load_tensors(
         fetch({place.relative_path for place in metadata.storage_data.values()})
     reader = UntrustedReader(checkpoint, metadata)
     try:
-        with silence_no_dist_warning():
-            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:
         raise ValueError(f"{checkpoint} is damaged, or belongs to another model: {root_cause(error)}") from error
     except RuntimeError as error:
@@ -134,11 +134,3 @@ def old_checkpoints(checkpoints: list[Path], keep_last: int | None, keep_every: 
     """Return those of `checkpoints`, oldest first, that `[checkpoint]` does not keep."""
     old = [] if keep_last is None else checkpoints[:-keep_last]
     return [checkpoint for checkpoint in old if not is_kept_forever(checkpoint, keep_every)]
-
-
-@contextmanager
-def silence_no_dist_warning() -> Iterator[None]:
-    """Suppress the warning of DCP that it assumes a single process, which it raises even with `no_dist=True`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NO_DIST_WARNING)
-        yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.checkpoint.commit import CheckpointWriter, remove
 from components.checkpoint.host_memory import host_memory_directory
-from components.checkpoint.load import list_checkpoints, old_checkpoints, silence_no_dist_warning, step_name, step_of
+from components.checkpoint.load import list_checkpoints, old_checkpoints, step_name, step_of
 from components.checkpoint.manifest import run_of
 from components.errors import InputError
 from components.interfaces import WorldComm
@@ -204,8 +204,7 @@ class CheckpointManager:
             copied = deepcopy(dict(state))  # a part may return a list that training changes before it is written
             self._saver.start(tensors, lambda tensors: write(tensors, copied))
             return
-        with silence_no_dist_warning():
-            self._record(write(tensors, state))
+        self._record(write(tensors, state))
 
     def _committed(self, checkpoint: Path) -> None:
         if self._uploader is not None:
