@@ -60,14 +60,16 @@ class RemoteCheckpoints:
         names = self.list_complete()
         return self.run_of(names[-1]) if names else None
 
-    def upload(self, checkpoint: Path) -> None:
+    def upload(self, checkpoint: Path) -> bool:
         """Copy `checkpoint` of a run directory, and the files of that directory that a run needs to continue.
 
-        An earlier checkpoint of this name stops being complete first.
+        Return False if it was there already. Another checkpoint of this name stops being complete first.
         """
         manifest = (checkpoint / MANIFEST).read_bytes()
         remote = self._checkpoints.child(checkpoint.name)
-        if MANIFEST in remote.list_files():
+        if there := self._read_manifest(checkpoint.name):
+            if there == manifest:
+                return False
             remote.remove([MANIFEST])
         run = checkpoint.parent.parent
         files = {path.relative_to(run).as_posix(): path for path in (*run.glob("*.*"), *run.glob("writers/*.json"))}
@@ -81,6 +83,7 @@ class RemoteCheckpoints:
             raise StorageError(f"{checkpoint} was replaced while it was uploaded")
         remote.upload({MANIFEST: checkpoint / MANIFEST})
         self._uploading = b""
+        return True
 
     def download(self, name: str, directory: Path, run: str) -> Path:
         """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from components.checkpoint.load import is_kept_forever, step_of
+from components.checkpoint.load import is_kept_forever
 from components.checkpoint.remote import RemoteCheckpoints
 from components.storage.address import StorageError
 
@@ -33,12 +33,11 @@ class CheckpointUploader:
         self._remote, self._run = remote, run
         self._keep_last, self._keep_every = keep_last, keep_every
         self._changed = threading.Condition()
-        self._waiting: list[Path] = []
+        self._waiting = [] if newest is None else [newest]
         self._uploading: Path | None = None
         self._failures, self._is_failing = 0, False
         self._closing_at: float | None = None
         self._closing = threading.Event()
-        self._resumed = newest
         self._told_of_removal = False
         self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
         self._thread.start()
@@ -79,28 +78,16 @@ class CheckpointUploader:
             )
 
     def _work(self) -> None:
-        if self._resumed is not None and not self._repeat(self._submit_resumed):
-            return
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing_at is not None)
                 if not self._waiting:
                     return
                 self._uploading = self._waiting.pop(0)
-            if not self._repeat(self._upload):
+            if not self._repeat_upload():
                 return
             with self._changed:
                 self._uploading = None
-
-    def _submit_resumed(self) -> bool:
-        assert self._resumed is not None
-        complete = self._remote.list_complete()
-        with self._changed:
-            # a newer one that waits already makes it superfluous
-            if not self._waiting and (not complete or step_of(Path(complete[-1])) < step_of(self._resumed)):
-                self._waiting.append(self._resumed)
-        self._remove_old()  # a run that was killed during a removal may have nothing left to upload
-        return True
 
     def _upload(self) -> bool:
         """Upload the checkpoint whose turn it is; return False if that is not necessary any more."""
@@ -113,9 +100,9 @@ class CheckpointUploader:
         if not checkpoint.is_dir():
             log.warning(f"{checkpoint} was removed before it could be uploaded")
             return False
-        self._remote.upload(checkpoint)
-        log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
-        self._remove_old()
+        if self._remote.upload(checkpoint):
+            log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
+        self._remove_old()  # also if it was there: a run that was killed during a removal may upload nothing more
         return True
 
     def _remove_old(self) -> None:
@@ -127,12 +114,12 @@ class CheckpointUploader:
                 self._told_of_removal = True
                 log.warning(f"{error}; old checkpoints stay there")
 
-    def _repeat(self, do: Callable[[], bool]) -> bool:
-        """Call `do` until it succeeds, at the end for `CLOSE_SECONDS`; return whether it did."""
+    def _repeat_upload(self) -> bool:
+        """Upload until it succeeds, at the end for `CLOSE_SECONDS`; return whether it did."""
         seconds, was_closing = FIRST_RETRY_SECONDS, self._closing.is_set()
         while True:
             try:
-                used_storage = do()
+                used_storage = self._upload()
             except Exception as error:  # whatever it is, training does not depend on it
                 self._failures += 1
                 if not self._is_failing:
