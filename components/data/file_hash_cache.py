@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from components.paths import hash_file
 
 HASH_CACHE_FILE = "file-hashes.json"
 """Name of the file in a cache directory."""
-_SETTLED_SECONDS = 2.0
+_SETTLED_NANOSECONDS = 2 * 10**9
 """A file modified more recently may change again without a new timestamp; its hash is not stored."""
 
 
@@ -31,15 +30,14 @@ class FileHashCache:
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of the content of `path` in hex."""
-        status = path.stat()
-        signature = _signature(status)
+        signature = stat_signature(path)
         key = str(path.absolute())
         known = self._known.get(key)
         if known is not None and known[:3] == signature:
             return str(known[3])
-        started = time.time()
+        started = time.time_ns()
         digest = hash_file(path)
-        if started - max(status.st_mtime, status.st_ctime) > _SETTLED_SECONDS:
+        if started - max(signature[1:]) > _SETTLED_NANOSECONDS:
             self._known[key] = [*signature, digest]
             self._changed = True
         return digest
@@ -56,10 +54,7 @@ class FileHashCache:
 
 def stat_signature(path: Path) -> list[int]:
     """Return size, modification time and change time of a file, which change when its content does."""
-    return _signature(path.stat())
-
-
-def _signature(status: os.stat_result) -> list[int]:
+    status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 

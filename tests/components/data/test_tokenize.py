@@ -113,7 +113,7 @@ def test_a_damaged_shard_is_refused_with_its_name_and_the_remedy(
     tmp_path, monkeypatch, file, damage, message, remembered
 ):
     if remembered:  # as if the files had been there for long, so that their hashes are known already
-        monkeypatch.setattr("components.data.file_hash_cache._SETTLED_SECONDS", -1e9)
+        monkeypatch.setattr("components.data.file_hash_cache._SETTLED_NANOSECONDS", -(10**18))
     build(tmp_path)
     build(tmp_path)
     (shard,) = shards(tmp_path)
@@ -285,7 +285,7 @@ def test_only_hashes_of_settled_files_are_cached(tmp_path, monkeypatch):
     with FileHashCache(memory) as hashes:
         assert hashes.sha256(path) == hash_file(path)
     assert not memory.exists()  # written a moment ago: it may change again within the clock's tick
-    monkeypatch.setattr("components.data.file_hash_cache._SETTLED_SECONDS", -1e9)
+    monkeypatch.setattr("components.data.file_hash_cache._SETTLED_NANOSECONDS", -(10**18))
     with FileHashCache(memory) as hashes:
         hashes.sha256(path)
     monkeypatch.setattr("components.data.file_hash_cache.hash_file", lambda path: pytest.fail("read again"))
