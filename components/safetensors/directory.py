@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.atomic_files import fsync_directory, remove_files, write_fsync
+from components.atomic_files import atomic_directory, remove_files, write_fsync
 from components.paths import expand_home, is_file
 
 MARK = "powertrain.json"
@@ -74,24 +73,16 @@ def new_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
     """
     path = expand_home(path).resolve()
     _check_free(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    temporary.mkdir()
-    try:
+    replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.replaced")
+    with atomic_directory(path) as temporary:
         yield temporary
         files = [MARK, *sorted(entry.name for entry in temporary.iterdir())]
         write_json(temporary / MARK, {"files": files})
-        fsync_directory(temporary)
         written = _check_free(path, force)  # checked again: writing may have taken an hour
-        replaced = path.with_name(f"{temporary.name}.replaced")
         if path.exists():
             path.rename(replaced)
-        temporary.rename(path)
-        fsync_directory(path.parent)
-        if replaced.exists():
-            remove_files(replaced, written.__contains__)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if replaced.exists():
+        remove_files(replaced, written.__contains__)
 
 
 def _check_free(path: Path, force: bool) -> set[str]:
