@@ -49,7 +49,7 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
     files: dict[str, _File] = {}
     for rank in range(ranks):
         part = _part(directory, rank)
-        files |= parse_manifest(part.read_bytes()).files
+        files |= Manifest.model_validate_json(part.read_bytes()).files
         part.unlink()
     for path in directory.iterdir():
         if path.name not in files:
@@ -57,17 +57,12 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
     write_fsync(directory / MANIFEST, Manifest(files=dict(sorted(files.items())), run=run).model_dump_json(indent=1))
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """Return the content of a manifest.json. Raises ValueError if it is damaged."""
-    return Manifest.model_validate_json(data)
-
-
 def run_of(checkpoint: Path) -> str | None:
     """Return the identifier of the run that wrote `checkpoint`; None without a readable manifest."""
     try:
         if (checkpoint / MANIFEST).stat().st_size > LARGEST_BYTES:
             return None
-        return parse_manifest((checkpoint / MANIFEST).read_bytes()).run
+        return Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).run
     except (OSError, ValueError):
         return None
 
@@ -82,7 +77,7 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes; at most {LARGEST_BYTES:,} are accepted")
-        files = parse_manifest(path.read_bytes()).files
+        files = Manifest.model_validate_json(path.read_bytes()).files
     except FileNotFoundError:
         raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
     except ValidationError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from components.atomic_files import fsync_directory, fsync_file
 from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
-from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, parse_manifest
+from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, Manifest
 from components.storage.address import PARTIAL, RemoteDirectory, StorageError, address_of
 from components.storage.local_copy import fetch
 
@@ -51,7 +51,7 @@ class RemoteCheckpoints:
     def run_of(self, name: str) -> str | None:
         """Return the identifier of the run that wrote a checkpoint; None without a readable manifest."""
         try:
-            return parse_manifest(self._read_manifest(name)).run
+            return Manifest.model_validate_json(self._read_manifest(name)).run
         except ValueError:
             return None
 
@@ -76,7 +76,7 @@ class RemoteCheckpoints:
         self.directory.upload({name: path for name, path in files.items() if _RUN_FILE.fullmatch(name)})
         if self._uploading != manifest:
             self._uploading, self._uploaded = manifest, set()
-        for name in sorted(parse_manifest(manifest).files.keys() - self._uploaded):
+        for name in sorted(Manifest.model_validate_json(manifest).files.keys() - self._uploaded):
             remote.upload({name: checkpoint / name})
             self._uploaded.add(name)
         if (checkpoint / MANIFEST).read_bytes() != manifest:
@@ -90,7 +90,7 @@ class RemoteCheckpoints:
         target, temporary = directory / name, directory / f"{TMP_PREFIX.format(run)}{name}"
         manifest = self._read_manifest(name)
         try:
-            files = [name for name in parse_manifest(manifest).files if WRITTEN.fullmatch(name)]
+            files = [name for name in Manifest.model_validate_json(manifest).files if WRITTEN.fullmatch(name)]
         except ValueError as error:
             raise DamagedError(f"{self._checkpoints}/{name} is damaged: {MANIFEST}: {error}") from None
         log.info(f"downloading {self._checkpoints}/{name}")

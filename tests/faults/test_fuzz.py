@@ -20,7 +20,7 @@ from benchmarks.fuzz.corpus import make_corpus
 from benchmarks.fuzz.mutator import mutate
 from benchmarks.fuzz.targets import TARGETS, Executions
 from components.checkpoint import DamagedError, tensor_names, verify
-from components.checkpoint.manifest import MANIFEST, parse_manifest
+from components.checkpoint.manifest import MANIFEST, Manifest
 from components.tokenizers import TiktokenFile
 from recipes.config import ConfigError, Override, flatten, load
 from tests.conftest import RECIPE
@@ -151,7 +151,7 @@ def means_the_same(file: str, content: bytes, original: bytes) -> bool:
     if file != MANIFEST:
         return content == original
     try:
-        return parse_manifest(content).files == parse_manifest(original).files
+        return Manifest.model_validate_json(content).files == Manifest.model_validate_json(original).files
     except ValueError:
         return False
 
