@@ -126,7 +126,7 @@ Order = Callable[["np.ndarray"], tuple["np.ndarray", "np.ndarray"]]
 class HasOrder(Protocol):
     """A dataset that defines the order in which it is read, such as a mixture."""
 
-    def order(self, *, seed: int, shuffle: bool) -> Order: ...
+    def order(self, *, seed: int) -> Order: ...
 
 
 @runtime_checkable

@@ -35,13 +35,16 @@ from components.interfaces import HasOrder, Order, PackedDataset
 log = logging.getLogger("powertrain")
 
 ORDER_CHUNK = 4096
+_PREFETCH_FACTOR = 4
+"""Micro-batches that each worker reads ahead."""
+_TIMEOUT_SECONDS = 600.0
 
 
-def build_order(dataset: PackedDataset, *, seed: int, shuffle: bool = True) -> Order:
-    """Return the global order of the samples of `dataset`: `dataset.order(seed=, shuffle=)` if it has one."""
+def build_order(dataset: PackedDataset, *, seed: int) -> Order:
+    """Return the global order of the samples of `dataset`: `dataset.order(seed=)` if it has one."""
     if isinstance(dataset, HasOrder):
-        return dataset.order(seed=seed, shuffle=shuffle)
-    return SampleOrder(len(dataset), seed=seed, shuffle=shuffle)
+        return dataset.order(seed=seed)
+    return SampleOrder(len(dataset), seed=seed)
 
 
 def epochs(dataset: PackedDataset, consumed: int) -> dict[str, Any]:
@@ -78,26 +81,18 @@ class MicroBatchLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         start: int = 0,
-        shuffle: bool = True,
         num_workers: int = 0,
         pin_memory: bool = False,
-        prefetch_factor: int = 4,
-        timeout_seconds: float = 600.0,
     ):
         """`start` is the first global sample not trained on yet; it may come from a run on any number of ranks.
 
-        `prefetch_factor` is the number of micro-batches that each of `num_workers` processes reads ahead; without
-        workers, a micro-batch is read when it is requested. If workers give none for `timeout_seconds`, reading raises
-        OSError.
+        Each of `num_workers` processes reads ahead; without workers, a micro-batch is read when it is requested. If
+        workers give none for `_TIMEOUT_SECONDS`, reading raises OSError.
         """
-        if micro_batch_size < 1 or start < 0 or not 0 <= dp_rank < dp_size:
+        if micro_batch_size < 1 or min(start, num_workers) < 0 or not 0 <= dp_rank < dp_size:
             raise ValueError(
-                f"micro_batch_size = {micro_batch_size} (expected >= 1), start = {start} (expected >= 0), "
-                f"dp_rank = {dp_rank} (expected 0 <= dp_rank < dp_size = {dp_size})"
-            )
-        if num_workers < 0 or prefetch_factor < 1:
-            raise ValueError(
-                f"num_workers = {num_workers} (expected >= 0), prefetch_factor = {prefetch_factor} (expected >= 1)"
+                f"micro_batch_size = {micro_batch_size} (expected >= 1), start = {start}, num_workers = {num_workers} "
+                f"(expected >= 0), dp_rank = {dp_rank} (expected 0 <= dp_rank < dp_size = {dp_size})"
             )
         self._epoch_size = len(dataset)
         self._warned_repeats = False
@@ -105,7 +100,7 @@ class MicroBatchLoader:
         self._num_read = 0  # micro-batches requested on this rank
         first = start + dp_rank * micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedDataset(dataset, build_order(dataset, seed=seed, shuffle=shuffle)),
+            "dataset": _OrderedDataset(dataset, build_order(dataset, seed=seed)),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _identity_collate,
             "num_workers": num_workers,
@@ -115,8 +110,8 @@ class MicroBatchLoader:
         }
         if num_workers:
             self._worker_errors, writer = multiprocessing.Pipe(duplex=False)
-            self._settings |= {"prefetch_factor": prefetch_factor, "worker_init_fn": partial(start_worker, writer)}
-            self._settings |= {"timeout": timeout_seconds}
+            self._settings |= {"prefetch_factor": _PREFETCH_FACTOR, "worker_init_fn": partial(start_worker, writer)}
+            self._settings |= {"timeout": _TIMEOUT_SECONDS}
         self._iterator: Iterator[_Block | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 

@@ -133,10 +133,10 @@ class MixedDataset:
                     rows[place] = row
         return torch.stack(rows)
 
-    def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
+    def order(self, *, seed: int) -> MixedOrder:
         """Return the global order of samples."""
         lengths = [len(source) for source in self.sources.values()]
-        return MixedOrder(self.schedule, lengths, seed=seed, shuffle=shuffle)
+        return MixedOrder(self.schedule, lengths, seed=seed)
 
     def source_epochs(self, samples: int) -> dict[str, float]:
         """Return the epochs of each source among the first `samples` of the global order."""
@@ -154,9 +154,9 @@ class MixedDataset:
 class MixedOrder:
     """Maps global sample numbers to (epoch of the source, index among all sequences), as `SampleOrder`."""
 
-    def __init__(self, schedule: StagedMixingSchedule, lengths: Sequence[int], *, seed: int, shuffle: bool):
+    def __init__(self, schedule: StagedMixingSchedule, lengths: Sequence[int], *, seed: int):
         self._schedule = schedule
-        self._orders = [SampleOrder(length, seed=seed, shuffle=shuffle) for length in lengths]
+        self._orders = [SampleOrder(length, seed=seed) for length in lengths]
         self._starts = [0, *accumulate(lengths)]
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,13 +20,12 @@ _MASK = 2**64 - 1
 class SampleOrder:
     """Maps global sample numbers to (epoch, index), identical on every machine: it uses only 64-bit integers."""
 
-    def __init__(self, length: int, *, seed: int, shuffle: bool = True):
+    def __init__(self, length: int, *, seed: int):
         """`length` is the number of sequences in the data, at least 1."""
         if length < 1:
             raise ValueError(f"the dataset has {length} samples; it needs at least 1")
         self.length = length
         self.seed = seed
-        self.shuffle = shuffle
         # Index x is the point (i, j) with x = b*i + j of a nearly square rectangle a x b with a*b >= length.
         a = isqrt(length - 1) + 1
         self._sides = np.uint64(a), np.uint64(-(-length // a))
@@ -36,9 +35,7 @@ class SampleOrder:
         """Map (n,) global sample numbers from 0 to (n,) epochs and (n,) indices below `length`, both int64."""
         samples = np.asarray(samples, dtype=np.int64)
         epochs, indices = np.divmod(samples, self.length)
-        if self.shuffle:
-            indices = self._permute(indices.astype(np.uint64), epochs.astype(np.uint64)).astype(np.int64)
-        return epochs, indices
+        return epochs, self._permute(indices.astype(np.uint64), epochs.astype(np.uint64)).astype(np.int64)
 
     def _permute(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Return the images (n,) uint64 of `indices` under a permutation of [0, length) for each epoch.

@@ -36,7 +36,7 @@ class ValidationConfig:
         count = len(dataset) if self.max_sequences is None else min(len(dataset), self.max_sequences)
         # The first sequences would come from one file, or from one source of a mixture.
         if count < len(dataset) and isinstance(dataset, HasOrder):
-            indices = sorted(dataset.order(seed=0, shuffle=True)(np.arange(count))[1].tolist())
+            indices = sorted(dataset.order(seed=0)(np.arange(count))[1].tolist())
         else:
             indices = [number * len(dataset) // count for number in range(count)]
         byte_lengths = torch.from_numpy(tokenizer.byte_lengths)

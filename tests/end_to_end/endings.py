@@ -32,7 +32,7 @@ class Samples:
     def __len__(self):
         return 1000
 
-    def order(self, *, seed, shuffle):
+    def order(self, *, seed):
         return in_order
 
     def __getitem__(self, index):

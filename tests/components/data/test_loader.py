@@ -196,14 +196,16 @@ class Stuck(Numbers):
         raise AssertionError
 
 
-def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang():
-    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1, timeout_seconds=0.5)
+def test_a_disk_that_does_not_answer_is_an_error_and_not_a_hang(monkeypatch):
+    monkeypatch.setattr("components.data.loader._TIMEOUT_SECONDS", 0.5)
+    loader = MicroBatchLoader(Stuck(), seed=0, micro_batch_size=1, num_workers=1)
     with loader, pytest.raises(OSError, match=r"no micro-batch in 0\.5 s: the disk .* does not respond"):
         next(loader.next_step(1))
 
 
-def test_a_killed_worker_raises_only_while_a_micro_batch_is_awaited():
-    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1, prefetch_factor=1) as loader:
+def test_a_killed_worker_raises_only_while_a_micro_batch_is_awaited(monkeypatch):
+    monkeypatch.setattr("components.data.loader._PREFETCH_FACTOR", 1)
+    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=1) as loader:
         next(loader.next_step(1))
         (worker,) = loader._iterator._workers
         worker.kill()
@@ -235,9 +237,9 @@ WORKERS = st.sampled_from([0, 1, 3])
 class Mixed(Numbers):
     """Two of them, in a custom order."""
 
-    def order(self, *, seed: int, shuffle: bool) -> MixedOrder:
+    def order(self, *, seed: int) -> MixedOrder:
         schedule = StagedMixingSchedule([(0, [2, 1]), (40, [1, 3])])
-        return MixedOrder(schedule, [10, 13], seed=seed, shuffle=shuffle)
+        return MixedOrder(schedule, [10, 13], seed=seed)
 
 
 @settings(max_examples=12, deadline=None)
@@ -270,7 +272,7 @@ def test_any_sequence_of_layouts_and_batches_gives_one_order(parts, start, sampl
 
 
 def test_workers_live_through_signals_and_end_with_the_loader():
-    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=2, prefetch_factor=1) as loader:
+    with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=1, num_workers=2) as loader:
         list(loader.next_step(2))
         workers = list(loader._iterator._workers)
         for worker in workers:

@@ -63,12 +63,6 @@ def test_small_orders_take_every_permutation():
     assert len(np.unique(indices.reshape(-1, 4), axis=0)) == 24
 
 
-def test_unshuffled_is_in_order():
-    epochs, indices = SampleOrder(5, seed=3, shuffle=False)(np.arange(12))
-    assert indices.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
-    assert epochs.tolist() == [0] * 5 + [1] * 5 + [2] * 2
-
-
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match="needs at least 1"):
         SampleOrder(0, seed=0)
