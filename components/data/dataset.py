@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -73,17 +72,6 @@ class TokenDataset:
         return f"{self.source}, sequence {index}"
 
 
-class SequencePosition(NamedTuple):
-    """The position of a token in the source."""
-
-    source_file: str
-    """Name of the source file, or of the source if it has no files."""
-    document: int
-    """Index among the documents of the file that are used."""
-    token: int
-    """Index in the document."""
-
-
 class TextDataset(TokenDataset):
     """The sequences of a prepared data set, with access to its documents."""
 
@@ -94,7 +82,7 @@ class TextDataset(TokenDataset):
         self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
         """Hash of the text, independent of its location."""
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
-        reader = TokenReader([shard / TOKENS for shard in self._shards], index.token_dtype, spans)
+        reader = TokenReader([shard / TOKENS for shard in self._shards], np.dtype(index.dtype).newbyteorder("<"), spans)
         super().__init__(reader, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)
 
     def document_lengths(self) -> np.ndarray:
@@ -102,8 +90,8 @@ class TextDataset(TokenDataset):
         rows = [self._documents(span) for span in range(len(self.reader.spans))]
         return np.stack([np.concatenate([part[name] for part in rows]) for name in ("tokens", "bytes")], axis=1)
 
-    def locate(self, position: int) -> SequencePosition:
-        """Return where the token at `position` of the concatenated documents comes from."""
+    def locate(self, position: int) -> str:
+        """Return the source file and its document that the token at `position` of all documents comes from."""
         span, offset = self.reader.span_at(position)
         ends = np.cumsum(self._documents(span)["tokens"])
         within = int(np.searchsorted(ends, offset, side="right"))
@@ -114,14 +102,12 @@ class TextDataset(TokenDataset):
             raise ValueError(rebuild_error(self.directory / SOURCE_FILES, "does not belong to its index"))
         source_file = int(np.searchsorted(starts, number, side="right")) - 1
         token = offset - (int(ends[within - 1]) if within else 0)
-        return SequencePosition(source_files[source_file][0], number - starts[source_file], token)
+        return f"{source_files[source_file][0]} document {number - starts[source_file]} token {token}"
 
     def describe(self, index: int) -> str:
         """Return the first and last token of sequence `index` with their documents, for display."""
         start = index * self.sequence_length
-        first, last = self.locate(start), self.locate(start + self.sequence_length)
-        begin = f"{first.source_file} document {first.document} token {first.token}"
-        return f"{begin} to {last.source_file} document {last.document} token {last.token}"
+        return f"{self.locate(start)} to {self.locate(start + self.sequence_length)}"
 
     def _documents(self, span: int) -> np.ndarray:
         shard, _, tokens, first, count = self.reader.spans[span].tolist()

@@ -70,11 +70,6 @@ class Index(StrictModel):
     spans: Size
     spans_sha256: Digest
 
-    @property
-    def token_dtype(self) -> np.dtype:
-        """The dtype of the ids in a shard: little-endian on every machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
     def __str__(self) -> str:
         text = f"{self.documents:,} documents, {self.text_bytes:,} bytes, {self.tokens:,} tokens"
         if self.tokens:
@@ -169,9 +164,9 @@ def write_index(
         spans_sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
     with atomic_directory(directory) as temporary:
-        files = {SPANS: buffer.getvalue(), SOURCE_FILES: json.dumps(names).encode(), INDEX: _json(index)}
-        for name, data in files.items():
-            write_fsync(temporary / name, data)
+        write_fsync(temporary / SPANS, buffer.getvalue())
+        write_fsync(temporary / SOURCE_FILES, json.dumps(names))
+        write_fsync(temporary / INDEX, index.model_dump_json(indent=1))
 
 
 def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) -> tuple[Index, np.ndarray]:
@@ -217,10 +212,6 @@ def _lie_within(spans: np.ndarray, shards: Sequence[Shard]) -> bool:
 def _printable(name: str) -> str:
     """Return a file name with bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _json(index: Index) -> bytes:
-    return index.model_dump_json(indent=1).encode()
 
 
 def _documents(store: Path, file_spans: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:

@@ -74,11 +74,6 @@ class Shard(StrictModel):
     last: bool
     """Whether this is the last shard of its group."""
 
-    @property
-    def token_dtype(self) -> np.dtype:
-        """The dtype of the ids: little-endian on every machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
-
 
 class ShardSpan(NamedTuple):
     """The place of a source file, or a part of it, in a shard."""
@@ -188,7 +183,7 @@ def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache)
         raise ValueError(
             rebuild_error(directory / RECORD, f"was made with another tokenizer ({made}, this run has {wanted})")
         )
-    check_file(directory / TOKENS, shard.tokens * shard.token_dtype.itemsize, shard.tokens_sha256, hashes)
+    check_file(directory / TOKENS, shard.tokens * np.dtype(shard.dtype).itemsize, shard.tokens_sha256, hashes)
     check_file(directory / DOCUMENTS, shard.documents * DOCUMENT_DTYPE.itemsize, shard.documents_sha256, hashes)
     return shard
 

@@ -41,16 +41,30 @@ _PARALLEL_THRESHOLD_BYTES = 2**26
 """Source bytes from which starting processes saves time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preparation:
     """Progress of tokenization; `str` returns a line for display."""
 
     source: str
-    done_bytes: int
     total_bytes: int
     """0 if unknown."""
-    tokens: int
-    seconds: float
+    report: Callable[[Preparation], None]
+    """Called every `report_seconds`."""
+    report_seconds: float
+    done_bytes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """When it was reported last, since the start."""
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+
+    def add(self, read_bytes: int, tokens: int) -> None:
+        self.done_bytes, self.tokens = self.done_bytes + read_bytes, self.tokens + tokens
+        seconds = time.monotonic() - self._started
+        if seconds - self.seconds >= self.report_seconds:
+            self.seconds = seconds
+            self.report(self)
 
     def __str__(self) -> str:
         bytes_per_second = self.done_bytes / max(self.seconds, 1e-9)
@@ -61,23 +75,6 @@ class Preparation:
         else:
             line += " MB"
         return f"{line}; {self.tokens:,} tokens, {bytes_per_second / 1e6:.1f} MB/s"
-
-
-class _ProgressReporter:
-    """Accumulates the progress, and reports it every `report_seconds`."""
-
-    def __init__(self, source: str, total_bytes: int, report: Callable[[Preparation], None], report_seconds: float):
-        self._source, self._total = source, total_bytes
-        self._report, self._seconds = report, report_seconds
-        self._started = self._reported = time.monotonic()
-        self._bytes = self._tokens = 0
-
-    def add(self, read_bytes: int, tokens: int) -> None:
-        self._bytes, self._tokens = self._bytes + read_bytes, self._tokens + tokens
-        now = time.monotonic()
-        if now - self._reported >= self._seconds:
-            self._reported = now
-            self._report(Preparation(self._source, self._bytes, self._total, self._tokens, now - self._started))
 
 
 def tokenize_missing(
@@ -108,15 +105,15 @@ def tokenize_missing(
     if not groups:
         return existing
     total = sum(source_file.size_bytes for group in groups for source_file in group)
-    reporter = _ProgressReporter(source, total, report, report_seconds)
+    progress = Preparation(source, total, report, report_seconds)
     work = partial(tokenize_group, store=store, shard_tokens=shard_tokens)
     if processes is None:
         processes = min(len(groups), num_cpus()) if total >= _PARALLEL_THRESHOLD_BYTES else 1
     if processes > 1 and is_picklable(tokenizer, groups):
-        run_in_processes(work, groups, tokenizer, processes, reporter.add)
+        run_in_processes(work, groups, tokenizer, processes, progress.add)
     else:
         for group in groups:
-            work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, on_progress=reporter.add)
+            work(group, tokenizer=tokenizer, encode=tokenizer.encode_batch, on_progress=progress.add)
     return list_encoded(store)
 
 

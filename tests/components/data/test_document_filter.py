@@ -1,6 +1,7 @@
 """Which documents of a source are prepared: only new files, no duplicates, by split; with any number of processes."""
 
 import hashlib
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def test_added_files_are_all_that_is_encoded_and_come_in_the_order_of_names(tmp_
         "file b", "file d", "file e", "file b", "file a"
     ]  # fmt: skip
     assert len(tokenizer.seen) == 5
-    assert grown.locate(0) == ("a.txt", 0, 0)
-    assert grown.locate(len("file a") + 3) == ("b.txt", 0, 2)
+    assert grown.locate(0) == "a.txt document 0 token 0"
+    assert grown.locate(len("file a") + 3) == "b.txt document 0 token 2"
     assert grown.describe(2) == "b.txt document 0 token 1 to b.txt document 0 token 5"
 
 
@@ -151,7 +152,9 @@ def test_several_processes_write_the_same_shards(tmp_path, monkeypatch):
     for processes in (1, 2):
         patched = partial(tokenize_missing, processes=processes, **settings)
         monkeypatch.setattr("components.data.cache.tokenize_missing", patched)
-        TextFiles(path=folder).cache_entry(Bytes().build(), tmp_path / str(processes)).prepare(seen.append, 0)
+        TextFiles(path=folder).cache_entry(Bytes().build(), tmp_path / str(processes)).prepare(
+            lambda state: seen.append(copy(state)), 0
+        )
     one = contents(tmp_path / "1")
     assert len(one) >= 3 * 8
     assert one == contents(tmp_path / "2")

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +273,7 @@ class Slow(Given):
 @pytest.mark.quick
 def test_progress_has_bytes_tokens_and_eta(tmp_path):
     seen = []
-    Slow(text=()).cache_entry(Bytes().build(), tmp_path).prepare(seen.append, 0)
+    Slow(text=()).cache_entry(Bytes().build(), tmp_path).prepare(lambda state: seen.append(copy(state)), 0)
     assert [state.done_bytes for state in seen] == [n * 1_000_000 for n in [*range(1, 11), 10]]  # last: the end
     assert "3.0 of 10.0 MB (30%)" in str(seen[2])
     assert "eta " in str(seen[2])
