@@ -28,7 +28,7 @@ from components.checkpoint.commit import CheckpointWriter, format_state
 from components.checkpoint.file_transfer import Received, Sent, transfer
 from components.checkpoint.load import list_checkpoints, step_name, step_of
 from components.checkpoint.manifest import WRITTEN
-from components.distributed.collectives import run_on_all_ranks
+from components.distributed.collectives import raise_on_all_ranks, run_on_all_ranks
 from components.interfaces import WorldComm
 
 _FILES = "files.json"
@@ -87,8 +87,7 @@ class InMemoryWriter(CheckpointWriter):
 
     def commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
         """Complete `temporary` on this node and rename it to `final`."""
-        if self.makes_directory:
-            _complete(temporary, final, self._common)
+        _complete(temporary, final, self._common)
 
 
 class InMemoryCheckpoint(NamedTuple):
@@ -146,7 +145,7 @@ class InMemoryCheckpoint(NamedTuple):
                         transfer(None, Received(self.path / name, self.files[name], source), None)
                     except OSError as error:
                         failure = error
-        run_on_all_ranks(lambda: _raise(failure), world.gather)
+        raise_on_all_ranks(failure, world.gather)
 
     def _open(self, source: int) -> None:
         """Make the directory on this node complete except for the content of tensor files: those of other nodes have
@@ -194,8 +193,3 @@ def _describe(checkpoint: Path) -> dict[str, Any]:
         name for name, stat in found.items() if described["files"].get(name) == stat.st_size <= stat.st_blocks * 512
     ]
     return {**described, "held": held}
-
-
-def _raise(failure: Exception | None) -> None:
-    if failure is not None:
-        raise failure

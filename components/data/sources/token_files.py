@@ -92,10 +92,10 @@ class TokenFiles:
         source = ", ".join(map(display, paths))
         reader = TokenReader(paths, found[0].dtype, np.concatenate(numbered).astype(np.int64))
         samples = TokenDataset(reader, sequence_length=sequence_length, vocab_size=tokenizer.vocab_size, source=source)
-        start = 0
+        start, end = 0, tokenizer.end_of_document
         for path, tokens in zip(paths, found, strict=True):
-            end = tokenizer.end_of_document
-            if tokens.ends is not None and not _documents_end_with(end, reader, start + tokens.ends):
+            ends = [] if tokens.ends is None else (start + tokens.ends[:_CHECKED_DOCUMENTS]).tolist()
+            if any(samples.tokens(position, 1)[0] != end for position in ends):
                 progress(
                     f"{path}: its documents do not end with id {end}, the end_of_document of this "
                     "tokenizer, so they are not separated (Megatron-LM writes the id with --append-eod)"
@@ -253,13 +253,3 @@ def _merge_spans(firsts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.empty((0, 2), dtype=np.int64)
     starts = np.flatnonzero(np.concatenate([[True], firsts[1:] != firsts[:-1] + lengths[:-1]]))
     return np.stack([firsts[starts], np.add.reduceat(lengths, starts)], axis=1)
-
-
-def _documents_end_with(token: int, reader: TokenReader, ends: np.ndarray) -> bool:
-    """Return whether the first documents end with the id `token`."""
-    last = np.empty(1, dtype=np.int64)
-    for position in ends[:_CHECKED_DOCUMENTS].tolist():
-        reader.read(position, last)
-        if last[0] != token:
-            return False
-    return True
