@@ -76,7 +76,6 @@ class SignalCatcher:
 
 
 def not_ignored(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Return the signals of `numbers` that this process does not ignore."""
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
@@ -134,7 +133,6 @@ class StopRequests:
 
 
 def is_stop(request: int) -> bool:
-    """Return whether `request` stops the run."""
     return request > SAVE
 
 

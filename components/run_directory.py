@@ -217,7 +217,6 @@ def _locked(file: Path, directory: Path) -> Iterator[bool]:
 
 
 def _is_same_file(file: Path, handle: int) -> bool:
-    """Return whether `file` is still the file of `handle`."""
     try:
         return os.path.samestat(file.stat(), os.fstat(handle))
     except FileNotFoundError:

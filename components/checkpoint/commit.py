@@ -155,7 +155,6 @@ class CheckpointWriter:
 
 
 def format_state(state: Mapping[str, Any]) -> str:
-    """Return the content of state.json."""
     return json.dumps({"format": FORMAT, **state}, indent=1)
 
 

@@ -115,7 +115,6 @@ def root_cause(error: CheckpointException) -> BaseException:
 
 
 def step_name(step: int) -> str:
-    """Return the name of the directory of the checkpoint of `step`."""
     return f"step-{step:08d}"
 
 

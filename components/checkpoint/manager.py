@@ -134,7 +134,6 @@ class CheckpointManager:
             )
 
     def list_checkpoints(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first."""
         return list_checkpoints(self.directory)
 
     def latest(self) -> Path | None:
@@ -171,11 +170,9 @@ class CheckpointManager:
         self._write(None, tensors, state, lambda tensors, state: writer.write_step(step, tensors, state, config))
 
     def path(self, step: int) -> Path:
-        """Return the directory of the checkpoint of `step`."""
         return self.directory / step_name(step)
 
     def wait(self) -> None:
-        """Wait for a running asynchronous save."""
         if self._saver is not None and (saved := self._saver.wait()) is not None:
             self._record(saved)
 

@@ -207,7 +207,6 @@ def _places(
 
 
 def _tensor(value: Any) -> tuple[torch.dtype, tuple[int, ...], list[Any]]:
-    """Return dtype, shape and chunks of a tensor's entry."""
     state = _fields(value, "TensorStorageMetadata")
     properties, shape, chunks = state["properties"], _lengths(state["size"]), state["chunks"]
     if not isinstance(properties, _StandIn) or properties.name != "TensorProperties":

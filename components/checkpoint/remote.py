@@ -132,7 +132,6 @@ class RemoteCheckpoints:
                 self.remove(name)
 
     def remove_all(self, run: str) -> None:
-        """Delete all complete checkpoints of `run`."""
         self._remove_of(run, self.list_complete())
 
     def _remove_of(self, run: str, names: list[str]) -> None:

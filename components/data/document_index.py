@@ -253,7 +253,6 @@ def _select_spans(
 
 
 def _merge_rows(rows: np.ndarray) -> np.ndarray:
-    """Merge rows that are contiguous in a shard."""
     joined = (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 3] == rows[:-1, 3] + rows[:-1, 4])
     starts = np.flatnonzero(np.concatenate([[True], ~joined]))
     spans: np.ndarray = rows[starts]

@@ -29,7 +29,6 @@ class FileHashCache:
         self._changed = False
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of the content of `path` in hex."""
         signature = stat_signature(path)
         key = str(path.absolute())
         known = self._known.get(key)

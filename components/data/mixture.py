@@ -134,7 +134,6 @@ class MixedDataset:
         return torch.stack(rows)
 
     def order(self, *, seed: int) -> MixedOrder:
-        """Return the global order of samples."""
         lengths = [len(source) for source in self.sources.values()]
         return MixedOrder(self.schedule, lengths, seed=seed)
 

@@ -168,7 +168,6 @@ class _OpenShard:
         self._stack.close()
 
     def discard(self) -> None:
-        """Remove the unfinished shard."""
         error = InterruptedError("unfinished shard")
         self._stack.__exit__(type(error), error, None)
 

@@ -19,7 +19,6 @@ from components.interfaces import Tokenizer
 
 
 def is_picklable(*values: object) -> bool:
-    """Return whether `values` can be sent to another process."""
     try:
         pickle.dumps(values)
     except Exception:  # a custom class may raise any exception

@@ -43,7 +43,7 @@ class PickledWeights:
         if table is not None and (missing := sorted(table.keys() - self._tensors.keys())):
             raise ValueError(f"{table[missing[0]]} has no tensor {missing[0]}, which {_INDEX} lists")
         ignored = tuple(ignore)
-        self.dropped = [name for name in self._tensors if ignored and name.endswith(ignored)]
+        self.dropped = [name for name in self._tensors if name.endswith(ignored)]
         for name in self.dropped:
             del self._tensors[name]
         for name, tensor in self._tensors.items():
@@ -79,14 +79,13 @@ def _check_size(path: Path) -> None:
     """Raise ValueError unless the file is a zip archive of uncompressed entries no larger than the file."""
     if not is_file(path):
         raise ValueError(f"{path} is missing, or is not a file")
-    path.open("rb").close()  # raises the error of the system, where `is_zipfile` would return False
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a zip archive as written since torch 1.6; convert it to safetensors")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(
+            f"{path} is not a zip archive as torch has written since 1.6 ({error}); convert it to safetensors"
+        ) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or (
         sum(entry.file_size for entry in entries) > path.stat().st_size
     ):

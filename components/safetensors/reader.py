@@ -44,6 +44,7 @@ class Weights:
         self._open = ExitStack()
         self._handles: dict[str, Any] = {}
         self.specs: dict[str, TensorSpec] = {}
+        self.dropped: list[str] = []
         ignored = tuple(ignore)
         table, self.notes = choose_files(directory / SINGLE, directory / INDEX)
         """`notes` are warnings about the choice of files."""
@@ -57,14 +58,13 @@ class Weights:
                     raise ValueError(f"{file} has no tensor {name}, which {INDEX} lists")
                 self._handles[name] = opened[file][0]
         for name, handle in self._handles.items():
+            if name.endswith(ignored):
+                self.dropped.append(name)
+                continue
             view = handle.get_slice(name)
-            if (stored := view.get_dtype()) in DTYPES:
-                self.specs[name] = TensorSpec(tuple(view.get_shape()), DTYPES[stored])
-            elif not name.endswith(ignored or ("\0",)):
+            if (stored := view.get_dtype()) not in DTYPES:
                 raise ValueError(f"{directory}: {name} is stored as {stored}; only {', '.join(DTYPES)} are supported")
-        self.dropped = [name for name in self._handles if ignored and name.endswith(ignored)]
-        for name in self.dropped:
-            self.specs.pop(name, None)
+            self.specs[name] = TensorSpec(tuple(view.get_shape()), DTYPES[stored])
 
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         """Return a tensor, or the part of it selected by `slices`, one per dimension."""

@@ -51,7 +51,6 @@ def hide_passwords(text: str) -> str:
 
 
 def local_copies() -> Path:
-    """Return the directory of all local copies."""
     return Path("~/.cache/powertrain/storage").expanduser()
 
 
@@ -167,7 +166,6 @@ class RemoteDirectory:
                 self._fs.rm_file(f"{self._root}/{name}")
 
     def remove_empty(self) -> None:
-        """Delete the directory if it is empty and the file system has directories."""
         if self.protocol not in _OBJECT_STORES:
             with self._errors("removed"):
                 self._fs.rmdir(self._root)

@@ -37,7 +37,7 @@ class ByteEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the (bytes,) uint16 ids of each text, without the end of document."""
-        return [np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16) for text in texts]
+        return [np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; the end of a document becomes `<|endoftext|>`.
@@ -56,10 +56,3 @@ class ByteEncoder:
         from components.tokenizers.hf_conversion import to_hugging_face
 
         return to_hugging_face({bytes((byte,)): byte for byte in range(256)}, None, {"<|endoftext|>": _END})
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return replace_surrogates(text).encode("utf-8")

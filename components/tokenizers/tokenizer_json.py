@@ -164,7 +164,6 @@ class JsonEncoder:
         return text
 
     def hugging_face(self) -> Any:
-        """Return the tokenizer of the library."""
         return self._tokenizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
