@@ -318,9 +318,12 @@ TOKENS: dict[str, tuple[bytes | Callable[[Path], None], str | None]] = {
     "NumPy, cut": (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00"), "is damaged, or is not a NumPy file"),
     "NumPy in rows": (saved(IDS.reshape(50, 100)), r"holds int64 of shape \(50, 100\)"),
     "NumPy of objects": (saved(np.array([{}], dtype=object)), "is damaged, or is not a NumPy file of numbers"),
-    "uint32": (IDS.astype("<u4").tobytes(), "^dtype: read as uint16, every other id is 0 in .* look like uint32"),
-    "int64": (IDS.astype("<i8").tobytes(), "^dtype: read as uint16, every other id is 0 in .* look like int64"),
-    "big-endian": (IDS.astype(">u2").tobytes(), "^dtype: read as uint16, token id .* look like big-endian uint16"),
+    "uint32": (
+        IDS.astype("<u4").tobytes(),
+        r"a\.bin: every other id is 0, .* its ids are not little-endian uint16: set dtype",
+    ),
+    "int64": (IDS.astype("<i8").tobytes(), r"a\.bin: every other id is 0, .*: set dtype"),
+    "big-endian": (IDS.astype(">u2").tobytes(), r"a\.bin: token id .* its ids are not little-endian uint16: set dtype"),
     "of another vocabulary": ((IDS + 1).astype("<u2").tobytes(), "token id 300 is outside the vocabulary of 300"),
 }
 

@@ -35,13 +35,6 @@ _LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 _MAX_PROBES, _PROBE_IDS = 512, 4096
 """Number of probes of ids when files are opened, over all files, and ids per probe."""
 _MAX_PROBES_PER_FILE = 16
-_REMEDIES = {
-    "<u2": "its ids look like uint16: set it to that",
-    "<u4": "its ids look like uint32: set it to that",
-    "<i8": "its ids look like int64: set it to that",
-    ">u2": "its ids look like big-endian uint16: convert the file with numpy's byteswap",
-    ">u4": "its ids look like big-endian uint32: convert the file with numpy's byteswap",
-}
 _MIN_IDS = 64
 """With fewer ids, every other one may be 0 by chance."""
 
@@ -149,43 +142,31 @@ def _index_of(path: Path) -> Path | None:
 def _check_ids(path: Path, tokens: _Tokens, vocab_size: int, probes: int) -> None:
     """Raise ValueError if ids in `probes` places, spread over the file, cannot be of the vocabulary."""
     ids = _probe_ids(path, tokens, probes)
-    if (problem := _id_problem(ids, vocab_size, has_dtype=tokens.has_dtype)) is None:
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or high >= vocab_size:
+        problem = f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
+    elif not tokens.has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any():
+        problem = "every other id is 0, as in ids of twice the size"  # their upper halves, in a small vocabulary
+    else:
         return
-    for name, remedy in () if tokens.has_dtype else _REMEDIES.items():
-        dtype = np.dtype(name)
-        if len(ids) * ids.itemsize % dtype.itemsize == 0 and _id_problem(ids.view(dtype), vocab_size) is None:
-            raise InputError("dtype", f"read as {tokens.dtype.name}, {problem} in {path}; {remedy}")
-    raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or has another format")
+    remedy = "" if tokens.has_dtype else f", or its ids are not little-endian {tokens.dtype.name}: set dtype"
+    raise ValueError(f"{path}: {problem}; it was made with another tokenizer, or has another format{remedy}")
 
 
 def _probe_ids(path: Path, tokens: _Tokens, probes: int) -> np.ndarray:
-    """Return (n,) ids from `probes` places. The start in the span and the number of ids are multiples of four, so that
-    ids of up to four times the size are not split."""
+    """Return (n,) ids from `probes` places. The start in the span and the number of ids are even."""
     lengths = tokens.spans[:, 1]
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    positions = np.unique(np.linspace(0, max(total - 1, 0), probes, dtype=np.int64) // 4 * 4)
+    positions = np.unique(np.linspace(0, max(total - 1, 0), probes, dtype=np.int64))
     parts = [np.empty(0, tokens.dtype)]
     for position in positions[positions < total].tolist():
         span = int(np.searchsorted(ends, position, side="right"))
-        skipped = (position - int(ends[span] - lengths[span])) // 4 * 4
-        count = min(_PROBE_IDS, max(total // probes, 4), int(lengths[span]) - skipped)
+        skipped = (position - int(ends[span] - lengths[span])) // 2 * 2
+        count = min(_PROBE_IDS, max(total // probes, 2), int(lengths[span]) - skipped)
         offset = (int(tokens.spans[span, 0]) + skipped) * tokens.dtype.itemsize
-        parts.append(np.fromfile(path, tokens.dtype, count // 4 * 4, offset=offset))
+        parts.append(np.fromfile(path, tokens.dtype, count // 2 * 2, offset=offset))
     return np.concatenate(parts)
-
-
-def _id_problem(ids: np.ndarray, vocab_size: int, *, has_dtype: bool = False) -> str | None:
-    """Return why (n,) `ids` cannot be ids of the vocabulary, or None."""
-    if not len(ids):
-        return None
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        return f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}"
-    # In ids of twice the size, every other id is an upper half, which is 0 in a small vocabulary.
-    if not has_dtype and len(ids) >= _MIN_IDS and ids[0::2].any() and not ids[1::2].any():
-        return "every other id is 0"
-    return None
 
 
 def _read_llmc(path: Path, dtype: np.dtype, count: int) -> _Tokens:
