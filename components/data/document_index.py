@@ -141,7 +141,9 @@ def write_index(
     for _, source_file in source_files:
         fixups.update(source_file.fixups)
     names = [
-        [_printable(name), int(count)] for (name, _), count in zip(source_files, np.diff(kept_before), strict=True)
+        # bytes of a file name that are not UTF-8 are escaped
+        [os.fsencode(name).decode("utf-8", "backslashreplace"), int(count)]
+        for (name, _), count in zip(source_files, np.diff(kept_before), strict=True)
     ]
     buffer = io.BytesIO()
     np.save(buffer, spans, allow_pickle=False)
@@ -207,11 +209,6 @@ def _lie_within(spans: np.ndarray, shards: Sequence[Shard]) -> bool:
         if (count > tokens[shard] - token).any() or (documents_here > documents[shard] - document).any():
             return False
     return True
-
-
-def _printable(name: str) -> str:
-    """Return a file name with bytes that are not UTF-8 escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _documents(store: Path, file_spans: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:

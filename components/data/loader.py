@@ -112,7 +112,7 @@ class MicroBatchLoader:
             self._worker_errors, writer = multiprocessing.Pipe(duplex=False)
             self._settings |= {"prefetch_factor": _PREFETCH_FACTOR, "worker_init_fn": partial(start_worker, writer)}
             self._settings |= {"timeout": _TIMEOUT_SECONDS}
-        self._iterator: Iterator[_Block | Exception] | None = None
+        self._iterator: Iterator[Tensor | Exception] | None = None
         self._at_exit = partial(_close, weakref.ref(self))
 
     def next_step(self, micro_batches: int) -> Iterator[MicroBatch]:
@@ -171,11 +171,11 @@ class MicroBatchLoader:
             raise
         if isinstance(block, Exception):
             raise block
-        return MicroBatch(block.pair[0], block.pair[1], block.sample_ids)
+        return MicroBatch(block[0], block[1], torch.arange(self.last_samples.start, self.last_samples.stop))
 
-    def _read_here(self, sample_ids: range) -> _Block | Exception:
-        block: _Block | Exception = self._settings["dataset"].__getitems__(sample_ids)
-        return block.pin_memory() if self._settings["pin_memory"] and isinstance(block, _Block) else block
+    def _read_here(self, sample_ids: range) -> Tensor | Exception:
+        block: Tensor | Exception = self._settings["dataset"].__getitems__(sample_ids)
+        return block.pin_memory() if self._settings["pin_memory"] and isinstance(block, Tensor) else block
 
     def _start_reading(self) -> None:
         numbers: _SampleNumbers = self._settings["batch_sampler"]
@@ -192,19 +192,6 @@ class MicroBatchLoader:
         # Registered after the exit hook of multiprocessing, so it runs before that one, which would wait forever.
         atexit.register(self._at_exit)
         defer_worker_deaths()
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A micro-batch in one tensor, to be sent between processes and pinned in one operation."""
-
-    pair: Tensor
-    """(2, m, T) int64: inputs and labels."""
-    sample_ids: Tensor
-    """(m,) int64"""
-
-    def pin_memory(self) -> _Block:
-        return _Block(self.pair.pin_memory(), self.sample_ids)
 
 
 @dataclass
@@ -230,8 +217,11 @@ class _OrderedDataset:
         self._first = 0
         self._indices: list[int] = []  # of the samples from `_first` on: computing the order is fast only in bulk
 
-    def __getitems__(self, sample_ids: range) -> _Block | Exception:
-        """Return the block, or the error of reading it: torch would wrap a raised error in a worker's traceback."""
+    def __getitems__(self, sample_ids: range) -> Tensor | Exception:
+        """Return (2, m, T) int64, inputs and labels: one tensor is sent between processes and pinned in one operation.
+
+        An error of reading is returned: torch would wrap a raised one in a worker's traceback.
+        """
         if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
             self._first = sample_ids.start
             bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + ORDER_CHUNK))
@@ -243,9 +233,7 @@ class _OrderedDataset:
             if type(error).__module__ not in ("builtins", InputError.__module__):
                 raise  # may not survive pickling
             return error
-        return _Block(
-            torch.stack((sequences[:, :-1], sequences[:, 1:])), torch.arange(sample_ids.start, sample_ids.stop)
-        )
+        return torch.stack((sequences[:, :-1], sequences[:, 1:]))
 
     def _read(self, indices: Sequence[int]) -> Tensor:
         """Return (m, T+1) int64 token ids."""
@@ -260,7 +248,7 @@ class _OrderedDataset:
         return sequences if isinstance(sequences, Tensor) else torch.stack(list(sequences))
 
 
-def _identity_collate(block: _Block | Exception) -> _Block | Exception:
+def _identity_collate(block: Tensor | Exception) -> Tensor | Exception:
     return block
 
 

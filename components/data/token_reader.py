@@ -13,7 +13,6 @@ import resource
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,9 @@ class _OpenFiles:
     def check_limit(self) -> None:
         """Raise OSError if the process cannot open enough files."""
         if self._max_open is None:
-            allowed, in_use = resource.getrlimit(resource.RLIMIT_NOFILE)[0], _descriptors_in_use()
+            import psutil
+
+            allowed, in_use = resource.getrlimit(resource.RLIMIT_NOFILE)[0], psutil.Process().num_fds()
             free = 2 * _MAX_OPEN if allowed == resource.RLIM_INFINITY else allowed - in_use
             if free < _MIN_FREE:
                 raise OSError(
@@ -77,13 +78,6 @@ class _OpenFiles:
 
     def _close_oldest(self) -> None:
         os.close(self._open.popitem(last=False)[1])
-
-
-def _descriptors_in_use() -> int:
-    for folder in ("/proc/self/fd", "/dev/fd"):
-        with suppress(OSError):
-            return len(list(Path(folder).iterdir()))
-    return 0
 
 
 _files = _OpenFiles()

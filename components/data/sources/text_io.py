@@ -135,10 +135,5 @@ def _incomplete_bytes(data: bytes) -> int:
     """Return how many bytes at the end of `data` the next block may complete: a CR or the start of a character."""
     if data.endswith(b"\r"):
         return 1
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
-            return back if back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4) else 0
-        if byte < 0x80:
-            return 0
-    return 0
+    tail = data[-3:]
+    return len(tail) - codecs.utf_8_decode(tail, "ignore", False)[1]

@@ -3,6 +3,7 @@ import pickle
 import resource
 
 import numpy as np
+import psutil
 import pytest
 
 from components.data import token_reader
@@ -34,7 +35,7 @@ def files(monkeypatch):
     monkeypatch.setattr("components.data.token_reader._files", token_reader._OpenFiles())
 
     def allow(more: int) -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (token_reader._descriptors_in_use() + more, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + more, hard))
 
     yield allow
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -59,9 +60,9 @@ def test_the_limit_of_open_files_is_that_of_the_process_and_not_of_each_source(t
         assert read(tokens, 0, 400) == list(range(400))
     for descriptor in taken:
         os.close(descriptor)
-    before = token_reader._descriptors_in_use()
+    before = psutil.Process().num_fds()
     del sources, tokens, copy
-    assert token_reader._descriptors_in_use() < before
+    assert psutil.Process().num_fds() < before
 
 
 def test_a_limit_of_open_files_that_is_too_low_is_reported_when_data_is_opened(tmp_path, files):
