@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lr_transfer.law import PUBLISHED_A, PUBLISHED_B, fit_law, optimum_points, peak_lr_factor
 from components.plotting import import_pyplot, save_figure
 from components.units import format_count
 from recipes.cli import UsageError
 from tools.sweep.__main__ import build_parser, read_sweep
 from tools.sweep.grid import Job
-from tools.sweep.groups import Group, group_results, lr_of, minimax_lr, optimum_points
-from tools.sweep.lr_law import PUBLISHED_A, PUBLISHED_B, Optimum, fit_law
+from tools.sweep.groups import Group, group_results, lr_of, minimax_lr
+from tools.sweep.optimum import Optimum
 
 LR_KEYS = ("lr_schedule.max_lr", "lr_schedule.a")
 """The key that is tuned, if it is varied and --lr-key is not given."""
@@ -101,7 +102,7 @@ def format_vertex(group: Group) -> str:
 
 def law_lines(groups: Sequence[Group]) -> Iterator[str]:
     """Yield gamma = eta_opt / beta = a T^b next to the published law; eta is the peak learning rate."""
-    if unknown := sum(not group.peak_lr_factor for group in groups):
+    if unknown := sum(not peak_lr_factor(group) for group in groups):
         yield f"in {unknown} groups the peak learning rate is not a fixed multiple of the tuned one: they are left out"
     try:
         law = fit_law(optimum_points(groups))

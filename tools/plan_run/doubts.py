@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from components.units import format_count
 from tools.plan_run.plan import COEFFICIENT, FAR, Plan
-from tools.sweep.lr_law import Optimum
+from tools.sweep.optimum import Optimum
 
 TOLERANCE = 1.5
 """A batch this many times above what the law of the noise allows is warned of."""

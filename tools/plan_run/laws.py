@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.sweep.lr_law import CONFIDENCE, Estimate, Regression
+from tools.sweep.optimum import CONFIDENCE, Estimate, Regression
 
 STARTS = tuple((alpha, beta) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0))
 """Exponents from which the fit starts."""

@@ -19,7 +19,7 @@ from tools.plan_run.family import Family, Size
 from tools.plan_run.ladder import HORIZONS, Ladder
 from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, error_on_largest, seed_deviation
 from tools.sweep.groups import Group, minimax_lr
-from tools.sweep.lr_law import Estimate, Optimum
+from tools.sweep.optimum import Estimate, Optimum
 
 COEFFICIENT = 0.5
 """The batch in units of the noise scale: up to here the square-root rule costs 0.01 nats (docs/findings.md)."""

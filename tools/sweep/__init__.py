@@ -3,5 +3,5 @@
 grid.py     the runs, and what identifies them
 runner.py   runs them, and keeps their outcomes in a file
 groups.py   outcomes of runs that differ in the learning rate and the seed only
-lr_law.py   the best learning rate of a group, and its law
+optimum.py  the best learning rate of a group, and least squares with intervals
 """

@@ -6,14 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from components.lr_schedules import POWER_LAW_SEQ_LEN
 from tools.sweep.__main__ import SEED
 from tools.sweep.grid import Job
-from tools.sweep.lr_law import NoOptimum, Optimum, OptimumPoint, find_optimum
+from tools.sweep.optimum import NoOptimum, Optimum, find_optimum
 from tools.sweep.runner import Outcome
-
-SAME_LR_FACTOR = 1.01
-"""Learning rates within this factor are equal: a warm-up in whole steps may end a little below its peak."""
 
 
 @dataclass
@@ -51,17 +47,6 @@ class Group:
     def tokens(self) -> int:
         return self.finished[0].tokens
 
-    @property
-    def beta(self) -> float:
-        """The mean batch, in sequences of 4096 tokens."""
-        return self.tokens / self.finished[0].steps / POWER_LAW_SEQ_LEN
-
-    @property
-    def peak_lr_factor(self) -> float | None:
-        """The peak learning rate of the runs over the one that is tuned; None if that is not one number."""
-        factors = [run.peak_lr / lr for lr, each in self.outcomes.items() for run in each if run.failure is None]
-        return factors[0] if max(factors) <= SAME_LR_FACTOR * min(factors) else None
-
     def regret(self, lr: float, best: float | None = None) -> float:
         """Return how far the loss at `lr` is above the `best` (by default of this group), as a fraction of it."""
         reference = min(self.means.values()) if best is None else best
@@ -92,13 +77,3 @@ def minimax_lr(groups: Sequence[Group]) -> tuple[float, float]:
     worst = {lr: max(group.regret(lr) for group in groups) for lr in lrs}
     chosen = min(worst, key=worst.__getitem__)
     return chosen, worst[chosen]
-
-
-def optimum_points(groups: Sequence[Group]) -> list[OptimumPoint]:
-    """Return the optima that lie inside the grid, as peak learning rates."""
-    found = ((group, group.optimum, group.peak_lr_factor) for group in groups)
-    return [
-        OptimumPoint(group.tokens, group.beta, best.lr * factor)
-        for group, best, factor in found
-        if isinstance(best, Optimum) and factor
-    ]

@@ -1,8 +1,7 @@
-"""The best learning rate of a sweep, and its law: eta_opt / beta = a T^b (Shen et al. 2024, arXiv 2408.13359, eq. 6).
+"""The best learning rate of a group of runs, and linear least squares with intervals of Student's t.
 
-beta is the batch in sequences of 4096 tokens, T the tokens of a run. The optimum of a group is the vertex of a parabola
-through losses against log learning rate. The law is a line through the logarithms of the optima, by least squares; its
-intervals are Student's t from the residuals, so they cover noise, seeds and the misfit of the law.
+The best learning rate is the vertex of a parabola through losses against log learning rate. Intervals come from the
+residuals, so they cover noise, seeds and the misfit of the law.
 """
 
 from __future__ import annotations
@@ -14,13 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-PUBLISHED_A, PUBLISHED_B = 4.6, -0.51
-"""The law of the paper; its scheduler uses a = 4."""
 FIT_RADIUS = 2.1
 """Learning rates within this factor of the best join the parabola, and at least its neighbors."""
 CONFIDENCE = 0.95
-MIN_LENGTH_FACTOR = 1.5
-"""Lengths of a law differ at least by this factor: runs of one nominal length differ by how steps fill it."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,6 @@ def find_optimum(losses: Mapping[float, Sequence[float]]) -> Optimum | NoOptimum
 
 
 @dataclass(frozen=True)
-class OptimumPoint:
-    """The optimum of one group, for the law."""
-
-    tokens: float
-    """T."""
-    beta: float
-    lr: float
-
-
-@dataclass(frozen=True)
 class Estimate:
     """A number and its 95 % interval."""
 
@@ -96,49 +81,6 @@ class Estimate:
     def exp(self) -> Estimate:
         with np.errstate(over="ignore"):  # an interval may be wider than the range of numbers
             return Estimate(*(float(np.exp(number)) for number in (self.value, self.low, self.high)))
-
-
-@dataclass(frozen=True)
-class LRLaw:
-    """gamma = eta_opt / beta = a T^b."""
-
-    a: Estimate
-    b: Estimate
-    middle: float
-    """The geometric mean of T over the groups."""
-    gamma: Estimate
-    """gamma at the middle, where it is known best: a is its extrapolation to a single token."""
-    batch_exponent: Estimate | None
-    """c of eta_opt = a T^b beta^c, where c is free: the law assumes 1. None with too few kinds of groups."""
-    groups: int
-
-
-def fit_law(points: Sequence[OptimumPoint]) -> LRLaw:
-    """Fit the law. Raises ValueError if the groups do not determine it."""
-    lengths = [point.tokens for point in points]
-    if len(points) < 3 or max(lengths) < MIN_LENGTH_FACTOR * min(lengths):
-        raise ValueError(
-            "the law needs three groups or more with an optimum inside the grid, at two or more lengths, "
-            f"a factor of {MIN_LENGTH_FACTOR:g} apart at least"
-        )
-    tokens, beta, lr = (np.log([getattr(point, name) for point in points]) for name in ("tokens", "beta", "lr"))
-    middle = tokens.mean()
-    ones = np.ones_like(tokens)
-    line = Regression.fit(np.stack([ones, tokens - middle], axis=1), lr - beta)
-    at_one = Regression.fit(np.stack([ones, tokens], axis=1), lr - beta)
-    free = None
-    if len({point.beta for point in points}) > 1 and len(points) > 3:
-        columns = np.stack([ones, tokens - middle, beta - beta.mean()], axis=1)
-        if np.linalg.matrix_rank(columns) == 3:
-            free = Regression.fit(columns, lr).estimate(2)
-    return LRLaw(
-        a=at_one.estimate(0).exp(),
-        b=line.estimate(1),
-        middle=float(math.exp(middle)),
-        gamma=line.estimate(0).exp(),
-        batch_exponent=free,
-        groups=len(points),
-    )
 
 
 @dataclass(frozen=True)
