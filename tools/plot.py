@@ -3,7 +3,6 @@
     python -m tools.plot runs runs/a runs/b --output both.svg
     python -m tools.plot probe runs/a --metric probe_norms_grad_norm --output layers.svg
     python -m tools.plot schedule mine.toml --lr_schedule.decay_fraction=0.2 --output schedule.svg
-    python -m tools.plot schedule runs/a/config.toml --metrics runs/a --output schedule.png
 
 `runs`: loss (each step faint, its running mean on top, validation as points), learning rate, batch size with the
 gradient noise scale where it was measured, and gradient norm, against tokens.
@@ -12,10 +11,9 @@ gradient noise scale where it was measured, and gradient norm, against tokens.
 name of a metric is that of its columns in metrics.jsonl without `_layer_<number>`. Positive values that differ by more
 than a factor of 5 have a logarithmic color scale.
 
-`schedule`: learning rate and batch size, also as a table; nothing is trained. The recipe and its keys are given as to
-the launcher (default: the debug recipe). An adaptive batch is shown at its first size and at its largest, each with the
-learning rate it gets. With --metrics the batches are those that a run has taken, under the schedule of the recipe.
-Without --output only the table is printed.
+`schedule`: learning rate and batch size; nothing is trained. The recipe and its keys are given as to the launcher
+(default: the debug recipe). An adaptive batch is shown at its first size and at its largest, each with the learning
+rate it gets. `./run_train.sh --dry-run` prints a table of it.
 
 A figure needs the `plot` extra. Exit status: 0 done, 2 for a user error.
 """
@@ -41,8 +39,7 @@ from components.standard_streams import run_command
 from recipes.batch_policy import build_batch_policy
 from recipes.cli import UsageError, parse_recipe, resolve_world_shape
 from recipes.config import Config, ConfigError, load
-from recipes.dry_run.report import schedule_table
-from recipes.dry_run.schedule_preview import PlannedStep, planned_steps, summarize_steps
+from recipes.dry_run.schedule_preview import PlannedStep, planned_steps
 from recipes.errors import config_errors_at
 from recipes.recipe import complete_recipe
 
@@ -57,8 +54,6 @@ SMOOTHING = 50
 LOG_SCALE_FROM = 5
 """The colors of a heat map are logarithmic if its values are positive and their ratio is larger than this."""
 MAX_LAYER_LABELS = 12
-MAX_POINTS = 2000
-"""Points of a curve, in addition to every change of the batch: a long run has more steps than a figure has dots."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -75,9 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UsageError(f"unknown option {rest[0]}")
             plot_probes(heat_maps(options.run, options.metric), options.output)
         else:
-            preview_schedule(rest, options.metrics, options.output)
-        if options.output is not None:
-            print(f"wrote {options.output}")
+            command = parse_recipe(rest)
+            config = load(command.config, command.overrides)
+            plot_schedule(schedule_curves(config, resolve_world_shape(os.environ).world_size), config, options.output)
+        print(f"wrote {options.output}")
     except (ConfigError, UsageError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -92,17 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="what probes measured, layers x tokens", allow_abbrev=False)
     probe.add_argument("run", type=Path, help="run directory")
     probe.add_argument("--metric", action="append", help="such as probe_norms_grad_norm; may be repeated")
-    usage = "%(prog)s [CONFIG.toml] [--section.key=value]... [--metrics RUN] [--output FIGURE]"
+    usage = "%(prog)s [CONFIG.toml] [--section.key=value]... --output FIGURE"
     schedule = commands.add_parser("schedule", help="what a recipe will do", usage=usage, allow_abbrev=False)
-    schedule.add_argument("--metrics", type=Path, metavar="RUN", help="take the batches of this run directory")
     for command in (runs, probe, schedule):
-        command.add_argument(
-            "--output",
-            type=Path,
-            metavar="FIGURE",
-            required=command is not schedule,
-            help="file to write: .svg, .png or .pdf",
-        )
+        text = "file to write: .svg, .png or .pdf"
+        command.add_argument("--output", type=Path, metavar="FIGURE", required=True, help=text)
     return parser
 
 
@@ -222,43 +212,8 @@ def plot_probes(maps: Sequence[HeatMap], output: Path) -> None:
     save_figure(figure, output)
 
 
-@dataclass(frozen=True)
-class ScheduleCurve:
-    """All steps of a run, with the label of its curve."""
-
-    label: str
-    steps: list[PlannedStep]
-
-    def points(self, sequence_length: int) -> tuple[list[int], list[float], list[int]]:
-        """Return tokens, learning rate and batch at the start of some steps, and again at the end of the last."""
-        every = max(1, len(self.steps) // MAX_POINTS)
-        last = self.steps[-1]
-        shown = [
-            step
-            for i, step in enumerate(self.steps)
-            if i % every == 0 or step is last or step.batch != self.steps[i - 1].batch
-        ]
-        tokens = [step.tokens for step in shown] + [last.tokens + last.batch * sequence_length]
-        return tokens, [step.lr for step in [*shown, last]], [step.batch for step in [*shown, last]]
-
-
-def preview_schedule(arguments: Sequence[str], metrics: Path | None, output: Path | None) -> None:
-    """Print, and with `output` plot, the schedule of the recipe of the command line."""
-    command = parse_recipe(arguments)
-    config = load(command.config, command.overrides)
-    curves = schedule_curves(config, resolve_world_shape(os.environ).world_size, metrics)
-    length = config.recipe.training.sequence_length
-    for curve in curves:
-        print("\n".join([curve.label, *schedule_table(summarize_steps(curve.steps, config.recipe), length), ""]))
-    if output is not None:
-        plot_schedule(curves, length, output)
-
-
-def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> list[ScheduleCurve]:
-    """Return the curves to show, by the batches of a run if `metrics` is given.
-
-    Raises ConfigError if the recipe has no such run, and ValueError if `metrics` does not fit it.
-    """
+def schedule_curves(config: Config, world_size: int) -> dict[str, list[PlannedStep]]:
+    """Return the steps of the curves to show, by label. Raises ConfigError if the recipe is not of a single run."""
     recipe = config.recipe
     if complete_recipe(recipe).dry_run is not None:
         message = f"{type(recipe).__name__} trains many runs with different schedules; give a recipe of a single run"
@@ -266,43 +221,27 @@ def schedule_curves(config: Config, world_size: int, metrics: Path | None) -> li
     with config_errors_at(config, "parallel"):
         mesh_shape = recipe.parallel.mesh_shape(world_size)
     rounding = BatchRounding(recipe.training.micro_batch_size, mesh_shape.dp_size)
-    if metrics is not None:
-        return [ScheduleCurve(f"the batches of {metrics}", steps_taken(recipe, metrics))]
     with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
         first = list(planned_steps(recipe, rounding, policy))
         if not policy.is_adaptive:
-            return [ScheduleCurve(recipe.run.name, first)]
-        curves = [ScheduleCurve(f"batch at initial_size = {first[0].requested}", first)]
+            return {recipe.run.name: first}
+        curves = {f"batch at initial_size = {first[0].requested}": first}
         if policy.max_size is not None:
-            largest = list(planned_steps(recipe, rounding, Constant(initial_size=policy.max_size)))
-            curves.append(ScheduleCurve(f"batch at max_size = {policy.max_size}", largest))
+            largest = planned_steps(recipe, rounding, Constant(initial_size=policy.max_size))
+            curves[f"batch at max_size = {policy.max_size}"] = list(largest)
         return curves
 
 
-def steps_taken(recipe: Any, run: Path) -> list[PlannedStep]:
-    """Return the steps of a run (its directory or metrics.jsonl), with the learning rates of this recipe's schedule."""
-    length, total = recipe.training.sequence_length, recipe.training.total_tokens
-    steps = []
-    for row in read_run(run.parent if run.is_file() else run):
-        if "loss" not in row:
-            continue
-        batch = row["global_batch_size"]
-        if row["tokens"] != row["samples"] * length:
-            raise ValueError(f"{run} has samples of {row['tokens'] // row['samples']} tokens, the recipe of {length}")
-        tokens = row["tokens"] - batch * length
-        lr = recipe.lr_schedule.lr(tokens, batch * length, total)
-        steps.append(PlannedStep(row["step"], tokens, row["requested_batch_size"], batch, row["micro_batches"], lr))
-    return steps
-
-
-def plot_schedule(curves: Sequence[ScheduleCurve], sequence_length: int, output: Path) -> None:
+def plot_schedule(curves: Mapping[str, Sequence[PlannedStep]], config: Config, output: Path) -> None:
     """Plot learning rate above batch size. Raises ValueError without matplotlib, or for a bad file type."""
     figure, (lrs, batches) = import_pyplot().subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for curve in curves:
-        tokens, lr, batch = curve.points(sequence_length)
-        lrs.plot(tokens, lr, label=curve.label)
-        batches.plot(tokens, batch, drawstyle="steps-post")
+    for label, steps in curves.items():
+        last = steps[-1]
+        end = last.tokens + last.batch * config.recipe.training.sequence_length
+        tokens = [*(step.tokens for step in steps), end]
+        lrs.plot(tokens, [step.lr for step in [*steps, last]], label=label)
+        batches.plot(tokens, [step.batch for step in [*steps, last]], drawstyle="steps-post")
     lrs.set(title="learning rate", ylim=(0, None))
     batches.set(title="batch size, samples", ylim=(0, None))
     lrs.legend()

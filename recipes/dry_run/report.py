@@ -42,22 +42,12 @@ def report_lines(plan: RunPlan) -> Iterator[str]:
     yield ""
     yield from _memory(plan)
     yield ""
-    yield from schedule_table(plan.schedule, plan.recipe.training.sequence_length)
+    yield from _schedule(plan.schedule, plan.recipe.training.sequence_length)
     yield ""
     device = plan.target.device
     devices = [device_spec(name) for name in DEFAULT_DEVICES] if device is None else [device]
     yield from _devices(plan, devices)
     yield from _step(plan, devices)
-
-
-def schedule_table(schedule: SchedulePreview, sequence_length: int) -> Iterator[str]:
-    """Yield the lines of a table of the milestones."""
-    yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
-    for reasons, step in schedule.milestones:
-        yield (
-            f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} "
-            f"{format_count(step.batch * sequence_length):>12} {step.micro_batches:>6,} {step.lr:>10.3g}  {reasons}"
-        )
 
 
 def _run(plan: RunPlan) -> Iterator[str]:
@@ -107,6 +97,16 @@ def _memory(plan: RunPlan) -> Iterator[str]:
             "every_micro_batch": "not here",
         }[plan.recipe.training.grad_sync]
         yield f'  {"or at most":<17}{_format_bytes(memory.local_peak):>10}  with grad_sync = "once_per_step", {where}'
+
+
+def _schedule(schedule: SchedulePreview, sequence_length: int) -> Iterator[str]:
+    yield f"{'step':>10} {'after tokens':>16} {'batch':>7} {'batch tokens':>12} {'micro':>6} {'lr':>10}"
+    for reasons, step in schedule.milestones:
+        yield (
+            f"{step.number:>10,} {step.tokens:>16,} {step.batch:>7,} "
+            f"{format_count(step.batch * sequence_length):>12} {step.micro_batches:>6,} {step.lr:>10.3g}  "
+            + ", ".join(reasons)
+        )
 
 
 def _devices(plan: RunPlan, devices: list[DeviceSpec]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class PlannedStep(NamedTuple):
 class Milestone(NamedTuple):
     """A step to show, and the reasons for showing it."""
 
-    reasons: str
+    reasons: list[str]
     step: PlannedStep
 
 
@@ -79,16 +79,11 @@ def planned_steps(recipe: Any, rounding: BatchRounding, policy: BatchPolicy | No
 
 def simulate_schedule(recipe: Any, rounding: BatchRounding) -> SchedulePreview:
     """Return the preview of `planned_steps(recipe, rounding)`, and raise what that raises."""
-    return summarize_steps(planned_steps(recipe, rounding), recipe)
-
-
-def summarize_steps(steps: Iterable[PlannedStep], recipe: Any) -> SchedulePreview:
-    """Return the preview of the steps of a run; there is at least one."""
     total, warmup = recipe.training.total_tokens, complete_schedule(recipe.lr_schedule).warmup_tokens
-    preview = SchedulePreview()
+    preview, milestones = SchedulePreview(), dict[int, Milestone]()
     last, highest, tenths = None, None, 0
-    for step in steps:
-        reasons = []
+    for step in planned_steps(recipe, rounding):
+        reasons: list[str] = []
         if last is None:
             reasons.append("first")
         elif step.batch != last.batch:
@@ -99,8 +94,8 @@ def summarize_steps(steps: Iterable[PlannedStep], recipe: Any) -> SchedulePrevie
             tenths = step.tokens * 10 // total
             reasons.append(f"{tenths}0 %")
         last = step
-        if reasons and len(preview.milestones) < MAX_MILESTONES:
-            preview.milestones.append(Milestone(", ".join(reasons), step))
+        if reasons and len(milestones) < MAX_MILESTONES:
+            milestones[step.number] = Milestone(reasons, step)
         if highest is None or step.lr > highest.lr:
             highest = step
         if step.batch != step.requested:
@@ -116,14 +111,7 @@ def summarize_steps(steps: Iterable[PlannedStep], recipe: Any) -> SchedulePrevie
         preview.largest_batch = max(preview.largest_batch, step.batch)
     assert last is not None and highest is not None
     for step, reason in ((highest, "highest lr"), (last, "last")):
-        _add_milestone(preview.milestones, step, reason)
+        milestones.setdefault(step.number, Milestone([], step)).reasons.append(reason)
+    preview.milestones = [milestones[number] for number in sorted(milestones)]
     preview.num_steps, preview.tokens = last.number, preview.samples * recipe.training.sequence_length
     return preview
-
-
-def _add_milestone(milestones: list[Milestone], step: PlannedStep, reason: str) -> None:
-    """Add `reason` to the milestone of `step`, which is created if it is absent; the order of steps is kept."""
-    by_number = {mark.step.number: mark for mark in milestones}
-    known = by_number.get(step.number)
-    by_number[step.number] = Milestone(f"{known.reasons}, {reason}" if known else reason, step)
-    milestones[:] = [by_number[number] for number in sorted(by_number)]

@@ -89,11 +89,8 @@ def test_samples_of_an_unknown_step_are_not_shown(own, capsys):
 
 
 @pytest.mark.quick
-def test_its_schedule_is_plotted_at_both_bounds(own, capsys):
-    assert plot.main(["schedule", str(own.recipe)]) == 0
-    output = capsys.readouterr().out
-    assert "batch at initial_size = 4" in output
-    assert "batch at max_size = 16" in output
+def test_its_schedule_is_plotted_at_both_bounds(own):
+    assert list(plot.schedule_curves(load(own.recipe), 1)) == ["batch at initial_size = 4", "batch at max_size = 16"]
 
 
 def test_a_run_does_not_change_its_recipe(own):
