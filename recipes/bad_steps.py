@@ -7,47 +7,26 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Protocol
 
 from components.batch import StepBatch
 from components.clock import TrainingClock
 from components.distributed.collectives import BAD_INPUT_ERRORS, raise_on_all_ranks, try_call
 from components.distributed.context import DistributedContext
 from components.guard import BadStep, StepGuard
+from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config
 from recipes.data_checks import BadSamples
-from recipes.errors import RunError, config_errors_at
+from recipes.errors import NonFiniteError, NonFiniteStateError, RunError, config_errors_at
 from recipes.interfaces import LRSchedule
 from recipes.step_results import LaunchedStep
 
 log = logging.getLogger("powertrain")
 
 
-class BadStepError(RunError):
-    """A step was bad and the guard stopped the run."""
-
-
-class NonFiniteError(BadStepError):
-    """The loss or the gradient norm of a step is not finite."""
-
-
-class NonFiniteStateError(NonFiniteError):
-    """The parameters or the optimizer state are not finite, so they are not saved."""
-
-
-class Checkpoints(Protocol):
-    """The methods of `recipes.checkpointing.RunCheckpoints` that are used here."""
-
-    @property
-    def newest(self) -> str: ...
-    def save_before_end(self) -> None: ...
-    def restore_newest(self, reason: str, then: str = "") -> bool: ...
-
-
-def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: Checkpoints) -> None:
+def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: RunCheckpoints) -> None:
     """Carry out the guard's decision on a step whose update was skipped: continue, roll back to a checkpoint, or stop.
 
-    To stop, it saves the state without the step and raises BadStepError.
+    To stop, it saves the state without the step and raises RunError.
     """
     reason = (
         f"step {launched.progress.step} (samples {launched.first_sample} to {launched.progress.samples - 1}): {bad.why}"
@@ -61,22 +40,22 @@ def handle_bad_step(bad: BadStep, launched: LaunchedStep, checkpoints: Checkpoin
     log.warning(f"{reason}; update skipped")
 
 
-def _stop(bad: BadStep, reason: str, checkpoints: Checkpoints) -> None:
+def _stop(bad: BadStep, reason: str, checkpoints: RunCheckpoints) -> None:
     key = "on_spike" if bad.finite else "on_nonfinite"
     try:
         checkpoints.save_before_end()
     except NonFiniteStateError as error:  # continuing without the step would not help
         raise NonFiniteStateError(f"{reason}. The parameters were not updated, but {error}") from None
-    raise (BadStepError if bad.finite else NonFiniteError)(
+    raise (RunError if bad.finite else NonFiniteError)(
         f"{reason}. The parameters were not updated; the last good checkpoint is {checkpoints.newest}. "
         f"Continue with --resume --guard.{key}=skip to skip such steps, or =roll_back to also restore the checkpoint"
     )
 
 
-def compute_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: Checkpoints) -> float:
+def compute_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, checkpoints: RunCheckpoints) -> float:
     """Return the learning rate of the next step, which trains on `step_tokens` tokens over all ranks.
 
-    Saves a checkpoint and raises BadStepError if the schedule raises, or returns a value that is negative or not
+    Saves a checkpoint and raises RunError if the schedule raises, or returns a value that is negative or not
     finite. A schedule is a pure function, so retrying would not help. Uses only values on the host.
     """
     lr, error = try_call(lambda: float(schedule.lr(clock.tokens, step_tokens, clock.total_tokens)))
@@ -86,7 +65,7 @@ def compute_lr(schedule: LRSchedule, clock: TrainingClock, step_tokens: int, che
     if error is not None:  # the traceback locates the mistake in its code
         log.critical("the run crashed in [lr_schedule]; the traceback is also in log.txt", exc_info=error)
     checkpoints.save_before_end()
-    raise BadStepError(
+    raise RunError(
         f"step {clock.step + 1}: [lr_schedule] {type(schedule).__name__} {found} after {clock.tokens} tokens; it must "
         f"be finite and >= 0. The step was not taken; the last good checkpoint is {checkpoints.newest}. Fix the "
         "schedule and continue with --resume"
@@ -98,7 +77,7 @@ def handle_bad_samples(
     batch: StepBatch,
     clock: TrainingClock,
     guard: StepGuard,
-    checkpoints: Checkpoints,
+    checkpoints: RunCheckpoints,
     config: Config,
     world: DistributedContext,
 ) -> None:

@@ -341,15 +341,8 @@ def build_task_hook(
         multiple=checkpoints.config.recipe.parallel.sequence_multiple,
         min_length=128 if training.document_masking else 64,  # flex attention computes blocks of 128
     )
-    return EvaluateTasks(
-        data.tasks,
-        scorer,
-        checkpoints,
-        environment.requests,
-        mesh.dp,
-        step.compute_context,
-        environment.directory.metrics,
-    )
+    metrics = environment.directory.metrics
+    return EvaluateTasks(checkpoints, mesh.dp, step.compute_context, metrics, data.tasks, scorer)
 
 
 def build_hook_context(

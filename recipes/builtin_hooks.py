@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import Any, ClassVar
 
 from components.clock import TrainingClock
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import DataParallelGroup
 from components.garbage_collection import GarbageCollection
-from components.interrupts import SAVE, StopRequests, is_stop
+from components.interrupts import SAVE, StopRequests
 from components.metrics.jsonl import last_rows
 from components.profiler import Profiler
 from components.validation import Validator
@@ -28,13 +27,6 @@ log = logging.getLogger("powertrain")
 def is_due(interval_steps: int | None, clock: TrainingClock) -> bool:
     """Return True every `interval_steps` steps, except at the last step, which `on_run_end` handles."""
     return interval_steps is not None and clock.step % interval_steps == 0 and not clock.done
-
-
-def lacks_row(metrics: Path, step: int, is_wanted: Callable[[str], bool]) -> bool:
-    """Return whether the file metrics.jsonl ends with the training step `step`, without a metric of a wanted name."""
-    rows = last_rows(metrics)
-    trained = any("loss" in row and row["step"] == step for row in rows)
-    return trained and not any(is_wanted(key) for row in rows for key in row)
 
 
 @dataclass
@@ -75,59 +67,86 @@ class SaveCheckpoints(Hook):
 
 
 @dataclass
-class Validate(Hook):
-    """Writes a row with the validation loss, and that of every average of the weights, at intervals and at the end.
+class EvaluateModel(Hook):
+    """Evaluates the model at intervals and at the end, and writes a row with the metrics.
 
-    Runs after the save, so that unreadable validation data does not prevent it. Raises ConfigError at [validation] if
-    the data cannot be read.
+    Runs after the save, so that unreadable data does not prevent it. A resumed run that was killed after saving a step,
+    before the evaluation due at it, evaluates at its start.
     """
 
-    validation: Validator
     checkpoints: RunCheckpoints
-    requests: StopRequests
     dp: DataParallelGroup
     compute: Callable[[], AbstractContextManager[object]]
     metrics: Path
     """The file metrics.jsonl."""
 
+    prefix: ClassVar[str]
+    """The beginning of the names of its metrics."""
+
+    def due(self, clock: TrainingClock) -> Sequence[Any]:
+        """Return what to evaluate after the step of `clock`; everything after the last step."""
+        raise NotImplementedError
+
+    def evaluate(self, due: Sequence[Any], context: HookContext) -> dict[str, float]:
+        """Return the metrics of what is due."""
+        raise NotImplementedError
+
     def on_run_begin(self, context: HookContext) -> None:
-        if self.checkpoints.world.all_reduce_max(int(self._is_missing(context))):
-            self.validate(context.model, context.clock)
+        is_missing = context.rank == 0 and bool(self.due(context.clock)) and self._lacks_row(context.clock.step)
+        if self.checkpoints.world.all_reduce_max(int(is_missing)):
+            self._write_row(context)
 
     def on_step_end(self, context: HookContext) -> None:
-        if is_due(self._interval_steps, context.clock):
-            self.validate(context.model, context.clock)
+        if not context.clock.done:  # `on_run_end` follows, after the last save
+            self._write_row(context)
 
     def on_run_end(self, context: HookContext) -> None:
-        if not is_stop(self.requests.agreed) or context.clock.done:
-            self.validate(context.model, context.clock)
+        if context.clock.done:
+            self._write_row(context)
 
-    def validate(self, model: nn.Module, clock: TrainingClock) -> None:
-        """Evaluate `model`, with its weights and with each average of them, and write the row of this step."""
+    def _write_row(self, context: HookContext) -> None:
+        if due := self.due(context.clock):
+            self.checkpoints.read_launched()
+            values = self.evaluate(due, context)
+            row = {"step": context.clock.step, "tokens": context.clock.tokens, **values}
+            self.checkpoints.metric_logger.log(row)
+            self.checkpoints.restart_timer()
+
+    def _lacks_row(self, step: int) -> bool:
+        """Return whether metrics.jsonl ends with the training step `step`, without a metric of this hook."""
+        rows = last_rows(self.metrics)
+        trained = any("loss" in row and row["step"] == step for row in rows)
+        return trained and not any(key.startswith(self.prefix) for row in rows for key in row)
+
+
+@dataclass
+class Validate(EvaluateModel):
+    """Evaluates the validation loss, and that of every average of the weights."""
+
+    validation: Validator
+    interval_steps: int | None
+    prefix = "val_loss"
+
+    def due(self, clock: TrainingClock) -> Sequence[Validator]:
+        return [self.validation] if clock.done or is_due(self.interval_steps, clock) else []
+
+    def evaluate(self, due: Sequence[Validator], context: HookContext) -> dict[str, float]:
+        """Return the metrics. Raises ConfigError at [validation] if the data cannot be read."""
         run = self.checkpoints
-        run.read_launched()
 
-        def evaluate() -> dict[str, float]:
+        def losses() -> dict[str, float]:
             return call_on_all_ranks(
-                lambda: self.validation.evaluate(model, self.dp, self.compute), run.config, "validation", run.world
+                lambda: self.validation.evaluate(context.model, self.dp, self.compute),
+                run.config,
+                "validation",
+                run.world,
             )
 
-        values = evaluate()
+        values = losses()
         for name in run.state.averages.started():
             with run.state.averages.swapped(name):
-                values |= {f"{key}_average_{name}": value for key, value in evaluate().items()}
-        run.metric_logger.log({"step": clock.step, "tokens": clock.tokens, **values})
-        run.restart_timer()
-
-    @property
-    def _interval_steps(self) -> int | None:
-        interval: int | None = self.checkpoints.config.recipe.validation.interval_steps
-        return interval
-
-    def _is_missing(self, context: HookContext) -> bool:
-        """Return whether the resumed run was killed after saving this step, before the validation due at it."""
-        due = context.clock.done or is_due(self._interval_steps, context.clock)
-        return not context.rank and due and lacks_row(self.metrics, context.clock.step, "val_loss".__eq__)
+                values |= {f"{key}_average_{name}": value for key, value in losses().items()}
+        return values
 
 
 @dataclass

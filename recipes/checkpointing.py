@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from components.checkpoint import CheckpointManager
 from components.distributed.context import DistributedContext
 from components.metrics.logger import MetricLogger
-from recipes.bad_steps import NonFiniteStateError
 from recipes.config import Config
+from recipes.errors import NonFiniteStateError
 from recipes.run_setup import newest_intact_checkpoint
 from recipes.training_state import TrainingState
 

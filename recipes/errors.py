@@ -25,6 +25,14 @@ class RunError(Exception):
     """The run stopped itself; the message says why and how to continue. Exit status 1, no traceback."""
 
 
+class NonFiniteError(RunError):
+    """The loss or the gradient norm of a step is not finite."""
+
+
+class NonFiniteStateError(NonFiniteError):
+    """The parameters or the optimizer state are not finite, so they are not saved."""
+
+
 @contextmanager
 def config_errors_at(config: Config, path: str, *, started: bool = False) -> Iterator[None]:
     """Turn a ValueError, OSError or ImportError raised in the block into a ConfigError at `path`.

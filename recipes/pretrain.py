@@ -202,9 +202,9 @@ class Trainer:
         intervals = recipe.checkpoint.interval_steps, recipe.checkpoint.in_memory_interval_steps
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, *intervals)]
         if (validation := self.data.validation) is not None:
-            metrics = environment.directory.metrics
-            compute = self.step.compute_context
-            after.append(Validate(validation, self.checkpoints, self.requests, self.mesh.dp, compute, metrics))
+            metrics, compute = environment.directory.metrics, self.step.compute_context
+            interval = config.recipe.validation.interval_steps
+            after.append(Validate(self.checkpoints, self.mesh.dp, compute, metrics, validation, interval))
         if self.data.tasks:
             after.append(build.build_task_hook(environment, self.mesh, self.data, self.step, self.checkpoints))
         compiles = recipe.training.compiles(device)

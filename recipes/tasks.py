@@ -8,21 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from components.clock import TrainingClock
 from components.distributed.context import DistributedContext
 from components.interfaces import Comm, Tokenizer
-from components.interrupts import StopRequests, is_stop
 from components.tasks import Answer, EncodedRequest, Question, Scorer, check_questions, encode_questions
-from recipes.builtin_hooks import is_due, lacks_row
-from recipes.checkpointing import RunCheckpoints
+from recipes.builtin_hooks import EvaluateModel, is_due
 from recipes.config import Config
 from recipes.errors import config_errors_at, raised_in
-from recipes.hooks import Hook, HookContext
+from recipes.hooks import HookContext
 from recipes.interfaces import TaskConfig, TaskDefaults, complete_task
 
 log = logging.getLogger("powertrain")
@@ -94,58 +90,25 @@ def _fingerprint(task: Task) -> str:
 
 
 @dataclass
-class EvaluateTasks(Hook):
-    """Writes a row with the metrics of the tasks that are due at a step, and of all of them at the end.
-
-    The tasks of one step are scored together. Runs after the save and the validation.
-    """
+class EvaluateTasks(EvaluateModel):
+    """Evaluates the tasks that are due at a step, which are scored together, and all of them at the end."""
 
     tasks: Sequence[Task]
     scorer: Scorer
-    checkpoints: RunCheckpoints
-    requests: StopRequests
-    dp: Comm
-    compute: Callable[[], AbstractContextManager[object]]
-    metrics: Path
-    """The file metrics.jsonl."""
+    prefix = "task_"
 
-    def on_run_begin(self, context: HookContext) -> None:
-        due = self.tasks if context.clock.done else self._due(context.clock)
-        if self.checkpoints.world.all_reduce_max(int(self._is_missing(context, due))):
-            self.evaluate(due, context)
+    def due(self, clock: TrainingClock) -> Sequence[Task]:
+        return [task for task in self.tasks if clock.done or is_due(task.config.interval_steps, clock)]
 
-    def on_step_end(self, context: HookContext) -> None:
-        if due := self._due(context.clock):
-            self.evaluate(due, context)
-
-    def on_run_end(self, context: HookContext) -> None:
-        if not is_stop(self.requests.agreed) or context.clock.done:
-            self.evaluate(self.tasks, context)
-
-    def evaluate(self, tasks: Sequence[Task], context: HookContext) -> None:
-        """Evaluate `tasks` and write the row of this step."""
-        run, clock = self.checkpoints, context.clock
-        run.read_launched()
-        answers = evaluate_tasks(tasks, self.scorer, context.model, self.dp, self.compute)
-        row: dict[str, Any] = {"step": clock.step, "tokens": clock.tokens}
-        for task in tasks:
+    def evaluate(self, due: Sequence[Task], context: HookContext) -> dict[str, float]:
+        answers = evaluate_tasks(due, self.scorer, context.model, self.dp, self.compute)
+        metrics: dict[str, float] = {}
+        for task in due:
             values = task.metrics(answers[task.name])
-            row |= values
+            metrics |= values
             if context.rank == 0:
-                log.info(f"step {clock.step:>6}  {format_metrics(task, values)}")
-        run.metric_logger.log(row)
-        run.restart_timer()
-
-    def _due(self, clock: TrainingClock) -> list[Task]:
-        return [task for task in self.tasks if is_due(task.config.interval_steps, clock)]
-
-    def _is_missing(self, context: HookContext, due: Sequence[Task]) -> bool:
-        """Return whether the resumed run was killed after saving this step, before the tasks due at it."""
-        return (
-            not context.rank
-            and bool(due)
-            and lacks_row(self.metrics, context.clock.step, lambda name: name.startswith("task_"))
-        )
+                log.info(f"step {context.clock.step:>6}  {format_metrics(task, values)}")
+        return metrics
 
 
 def format_metrics(task: Task, values: Mapping[str, float]) -> str:

@@ -30,11 +30,10 @@ from components.metrics.console import setup_logging
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.units import format_count
-from recipes.bad_steps import NonFiniteError
 from recipes.config import Config, ConfigError, derive
 from recipes.critical_batch.branches import Branches, find_branch_point, read_branch_point
 from recipes.critical_batch.report import NOISE_SCALES, Branch, Report, draw_report
-from recipes.errors import RunError, config_errors_at
+from recipes.errors import NonFiniteError, RunError, config_errors_at
 from recipes.pretrain import Pretrain
 from recipes.resume import Resume, check_resumable, diff_config, is_inside, rule_of
 from recipes.run_setup import remove_old_run
@@ -232,10 +231,8 @@ class CriticalBatchMeasurement:
         if saved and self._is_finished(multiplier, saved[-1]):
             log.info(f"branch k = {multiplier} is finished")
             return 0
-        # a branch that was killed between its last save and its validation is trained again from the start
-        unfinished = saved and read_run_state(saved[-1])["clock"]["tokens"] < config.recipe.training.total_tokens
         try:
-            status: int = config.recipe.main(config, Resume(None if unfinished else Path(self.start.checkpoint)))
+            status: int = config.recipe.main(config, Resume(None if saved else Path(self.start.checkpoint)))
         except NonFiniteError as error:
             if multiplier == 1:
                 raise

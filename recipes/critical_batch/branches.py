@@ -76,7 +76,7 @@ def read_branch_point(file: Path) -> BranchPoint:
 def find_branch_point(branches: Branches, rounding: BatchRounding, config: Config) -> BranchPoint:
     """Return where `branches` start. Raises InputError at the key that is at fault."""
     try:
-        checkpoint = find_complete_checkpoint(branches.checkpoint)
+        checkpoint = find_checkpoint_at(branches.checkpoint)
         verify(checkpoint)
         state = read_run_state(checkpoint)
     except ValueError as error:
@@ -108,13 +108,3 @@ def find_branch_point(branches: Branches, rounding: BatchRounding, config: Confi
         batch=rounding.round_up(batch).samples,
         lr=lr,
     )
-
-
-def find_complete_checkpoint(path: Path) -> Path:
-    """Return `find_checkpoint_at(path)`. Raises ValueError if a file of the checkpoint is missing."""
-    checkpoint = find_checkpoint_at(path)
-    missing = [name for name in ("config.toml", ".metadata") if not (checkpoint / name).is_file()]
-    if missing or checkpoint.name.startswith(".") or not any(checkpoint.glob("*.distcp")):
-        what = missing[0] if missing else "tensors" if not any(checkpoint.glob("*.distcp")) else "final name"
-        raise ValueError(f"{checkpoint} is incomplete: it has no {what}; use another one")
-    return checkpoint

@@ -8,17 +8,18 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from torch import nn
 
 from components.batch import Constant
-from components.clock import TrainingClock
 from components.train_step import TrainStep
 from recipes import cli
-from recipes.bad_steps import NonFiniteError
 from recipes.builtin_hooks import Validate
 from recipes.critical_batch.report import Branch, Report
+from recipes.errors import NonFiniteError
+from recipes.hooks import HookContext
 from recipes.pretrain import Pretrain
 from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import timeless
@@ -143,16 +144,16 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     rows = {multiplier: timeless(measured.rows(multiplier)) for multiplier in (1, 2)}
     shutil.rmtree(measured.directory)
 
-    validate = Validate.validate
+    evaluate = Validate.evaluate
     with monkeypatch.context() as patch:
         if moment == "before its validation":
 
-            def killed(hook: Validate, model: nn.Module, clock: TrainingClock) -> None:
-                if clock.done and hook.checkpoints.config.recipe.batch.initial_size == 24:
+            def killed(hook: Validate, due: Sequence[Any], context: HookContext) -> dict[str, float]:
+                if context.clock.done and hook.checkpoints.config.recipe.batch.initial_size == 24:
                     kill()
-                validate(hook, model, clock)
+                return evaluate(hook, due, context)
 
-            patch.setattr(Validate, "validate", killed)
+            patch.setattr(Validate, "evaluate", killed)
         else:
             patch.setattr(Constant, "next_batch_size", at_its_step(4, kill))
         with pytest.raises(Killed):
@@ -168,7 +169,8 @@ def test_a_killed_measurement_ends_as_a_whole_one(measured, monkeypatch, moment)
     assert measured.json() == whole
     assert (measured.directory / "branches" / "k-001" / "metrics.jsonl").read_bytes() == finished
     assert {multiplier: timeless(measured.rows(multiplier)) for multiplier in (1, 2)} == rows
-    assert len(taken) == (2 if moment == "after a save" else 5), "it continues from its newest checkpoint"
+    steps = {"after a save": 2, "before its first save": 5, "before its validation": 0}
+    assert len(taken) == steps[moment], "it continues from its newest checkpoint"
 
 
 def test_a_stopped_branch_stops_the_measurement_and_is_continued(measured, monkeypatch):
@@ -282,11 +284,8 @@ def test_mistakes_are_reported_in_one_message(measured, capsys):
         shutil.copytree(source, partial)
         (partial / name).unlink()
         said = refused(measured, capsys, f"--branches.checkpoint={partial}")
-        assert f"is incomplete: it has no {name}" in said
+        assert f"is damaged: {name} is missing" in said
         assert "branches.checkpoint" in said
-    temporary = tiny.directory / "checkpoints" / ".writing-step-00000099"
-    shutil.copytree(source, temporary)
-    assert "is incomplete" in refused(measured, capsys, f"--branches.checkpoint={temporary}")
     assert not measured.directory.exists()
 
 
