@@ -39,7 +39,7 @@ from components.train_step import TrainStep
 from components.units import format_count
 from components.validation import Validator
 from recipes.averages import Averages
-from recipes.batch_policy import build_batch_policy, require_measurable_noise
+from recipes.batch_policy import build_batch_policy
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config
 from recipes.config.errors import PROJECT
@@ -259,12 +259,6 @@ def build_state(
         with config_errors_at(config, "checkpoint"):
             state.restore(checkpoint, environment.start.fetch)
     return state
-
-
-def check_initial_batch(config: Config, state: TrainingState, rounding: BatchRounding) -> None:
-    """Raise ConfigError for an adaptive batch that could never change."""
-    with config_errors_at(config, "batch"):
-        require_measurable_noise(state.policy, rounding, state.clock)
 
 
 def build_loader(

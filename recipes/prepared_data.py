@@ -1,6 +1,8 @@
-"""Refuse text that is not tokenized yet on several nodes, whose GPUs would wait for the CPU of one process."""
+"""The data of a recipe, and whether it is tokenized: otherwise the GPUs of several nodes would wait for one CPU."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
@@ -8,22 +10,32 @@ from components.distributed.context import DistributedContext
 from components.interfaces import Tokenizer
 from recipes.config import Config
 from recipes.errors import config_errors_at
+from recipes.recipe import complete_recipe
+
+
+def data_sources(recipe: Any) -> dict[str, object]:
+    """Return the sources of [data] and [validation.data] by section; those of a mixture each."""
+    validation = complete_recipe(recipe).validation
+    held_out = {} if validation is None else sources_in("validation.data", validation.data)
+    return sources_in("data", recipe.data) | held_out
+
+
+def text_sources(recipe: Any) -> dict[str, TextSource]:
+    """Return those of `data_sources` that are text."""
+    return {section: source for section, source in data_sources(recipe).items() if isinstance(source, TextSource)}
 
 
 def require_prepared_data(config: Config, tokenizer: Tokenizer, world: DistributedContext) -> None:
     """Raise ConfigError, on more than one node, for text that is not tokenized yet. Call on every rank."""
     if world.nodes == 1:
         return
-    recipe = config.recipe
-    validation = {} if recipe.validation is None else sources_in("validation.data", recipe.validation.data)
-    for section, source in {**sources_in("data", recipe.data), **validation}.items():
-        if not isinstance(source, TextSource):
-            continue
+    cache_dir = config.recipe.run.cache_dir
+    for section, source in text_sources(config.recipe).items():
 
         def check(source: TextSource = source) -> None:
-            if not source.cache_entry(tokenizer, recipe.run.cache_dir).is_prepared():
+            if not source.cache_entry(tokenizer, cache_dir).is_prepared():
                 raise ValueError(
-                    f"this text is not tokenized yet in {recipe.run.cache_dir}, and the GPUs of {world.nodes} nodes "
+                    f"this text is not tokenized yet in {cache_dir}, and the GPUs of {world.nodes} nodes "
                     "would wait for it; first run, on one machine, python -m tools.prepare_data RECIPE.toml "
                     "[--section.key=value]... with the recipe and the overrides of this run"
                 )

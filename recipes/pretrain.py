@@ -34,7 +34,7 @@ from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
 from recipes.bad_steps import compute_lr, handle_bad_samples, handle_bad_step
-from recipes.batch_policy import uses_adaptive_batch
+from recipes.batch_policy import require_measurable_noise, uses_adaptive_batch
 from recipes.builtin_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, error_message
@@ -170,7 +170,8 @@ class Trainer:
         manager = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)
         self.clock = self.state.clock
-        build.check_initial_batch(config, self.state, self.batch_rounding)
+        with config_errors_at(config, "batch"):
+            require_measurable_noise(self.policy, self.batch_rounding, self.clock)
         loader = build.build_loader(config, self.mesh, self.data.dataset, self.clock.samples, cleanup)
         self.reader = MicroBatchReader(loader, self.world, self.clock.sequence_length, self.data.identity.vocab_size)
         profiler = build.build_profiler(config, environment, cleanup)

@@ -26,34 +26,30 @@ log = logging.getLogger("powertrain")
 _Number = Annotated[int, Field(ge=0, lt=2**62)]
 
 
-class _Clock(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(strict=True)
 
+
+class _Clock(_Strict):
     step: _Number
     samples: _Number
     tokens: _Number
 
 
-class _Loader(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Loader(_Strict):
     epoch_length: Annotated[int, Field(ge=1, lt=2**62)]
     content: str | None = None
     """Fingerprint of the data; None for a dataset without one."""
 
 
-class _Average(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _Average(_Strict):
     use: str
     num_copies: int
     state: dict[str, Any]
 
 
-class _State(BaseModel):
+class _State(_Strict):
     """The part of state.json that other code than the component that wrote it reads."""
-
-    model_config = ConfigDict(strict=True)
 
     clock: _Clock
     batch: dict[str, Any]

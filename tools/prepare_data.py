@@ -9,13 +9,12 @@ Exit status: 0 done or nothing to do, 2 for a user error, 130 interrupted.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.data.tokenize import Preparation
 from components.interfaces import DataConfig, Tokenizer
@@ -23,6 +22,7 @@ from components.standard_streams import run_command
 from recipes.cli import UsageError, parse_arguments
 from recipes.config import Config, ConfigError, load
 from recipes.errors import config_errors_at
+from recipes.prepared_data import text_sources
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,13 +46,14 @@ def prepare_recipe(config: Config) -> None:
     recipe = config.recipe
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
+    for name, source in text_sources(recipe).items():
+        with config_errors_at(config, name):
+            _prepare_with_bar(name, source, tokenizer, recipe)
     sections: dict[str, DataConfig] = {"data": recipe.data}
     if recipe.validation is not None:
         sections["validation.data"] = recipe.validation.data
     for section, data in sections.items():
         with config_errors_at(config, section):
-            for name, source in _text_sources(section, data):
-                _prepare_with_bar(name, source, tokenizer, recipe)
             dataset = data.build(
                 tokenizer=tokenizer,
                 sequence_length=recipe.training.sequence_length,
@@ -64,22 +65,9 @@ def prepare_recipe(config: Config) -> None:
             print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
 
 
-def _text_sources(section: str, data: DataConfig) -> Iterator[tuple[str, TextSource]]:
-    """Yield the text sources of a section, which may be a mixture, with their names."""
-    for name, part in sources_in(section, data).items():
-        if isinstance(part, TextSource):
-            yield name, part
-
-
 def _prepare_with_bar(section: str, data: TextSource, tokenizer: Tokenizer, recipe: Any) -> None:
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    text, rest = TextColumn("{task.description}"), (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(text, BarColumn(), *rest, console=Console(stderr=True)) as bars:
         task = bars.add_task(f"[{section}]".replace("[", r"\["), total=None)
 
         def update(state: Preparation) -> None:

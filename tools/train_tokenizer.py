@@ -39,10 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--pattern", default="cl100k", help=f"{', '.join(PATTERNS)} or a regular expression (default: cl100k)"
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--source", choices=["stdlib"], default="stdlib", help="the training split of the default corpus"
-    )
-    source.add_argument("--path", nargs="+", help="files, directories or globs, or hf://dataset/config/split")
+    text = "files, directories or globs, or hf://dataset/config/split (default: the default corpus)"
+    source.add_argument("--path", nargs="+", help=text)
     source.add_argument("--recipe", type=Path, help="the [data] of a recipe, or all sources of its mixture")
     parser.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
     options = parser.parse_args(arguments)

@@ -135,18 +135,15 @@ def _hidden(module: str, folders: Sequence[Path]) -> str | None:
 
 def _install(package: str) -> str:
     """Return the command that installs a missing package: an extra of the project if it contains it."""
+    from packaging.requirements import Requirement  # not at the top: only this message needs it
+
     pyproject = PROJECT / "pyproject.toml"
     if pyproject.is_file():
         extras = tomli.loads(pyproject.read_text(encoding="utf-8"))["project"].get("optional-dependencies", {})
         for extra, requirements in extras.items():
-            if extra != "dev" and any(_distribution(line) == package.lower() for line in requirements):
+            if extra != "dev" and any(Requirement(line).name.lower() == package.lower() for line in requirements):
                 return f"pip install -e '.[{extra}]'"
     return f"pip install {package}"
-
-
-def _distribution(requirement: str) -> str:
-    """Return the name in a requirement: `transformers` for `transformers>=5.0`."""
-    return requirement[: next((at for at, char in enumerate(requirement) if char in "<>=!~[; "), None)].lower()
 
 
 def protocol_error(cls: type, slot: type) -> str | None:

@@ -14,8 +14,6 @@ import torch
 
 from components.batch import BatchPolicy
 from components.clock import TrainingClock
-from components.data.mixture import sources_in
-from components.data.sources.base import TextSource
 from components.errors import message_of
 from components.run_directory import RunDirectory
 from components.tasks import check_questions
@@ -23,6 +21,7 @@ from components.units import format_count
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory
 from recipes.dry_run.plan import RunPlan
 from recipes.interfaces import complete_schedule, complete_task
+from recipes.prepared_data import text_sources
 from recipes.recipe import complete_recipe
 
 MIN_WARMUP_STEPS = 3
@@ -81,16 +80,13 @@ def _local_checks(plan: RunPlan) -> Iterator[Finding]:
     recipe = plan.recipe
     if plan.tokenizer_missing:
         yield _missing_here("tokenizer.path", plan.tokenizer_missing)
-    validation = complete_recipe(recipe).validation
-    sections = sources_in("data", recipe.data) | sources_in("validation.data", validation and validation.data)
-    for key, data in sections.items():
-        if isinstance(data, TextSource):
-            try:
-                data.size_bytes()
-            except FileNotFoundError as error:
-                yield _missing_here(f"{key}.path", message_of(error))
-            except (OSError, ValueError) as error:
-                yield Finding("warning", f"{key}.path", message_of(error))
+    for key, source in text_sources(recipe).items():
+        try:
+            source.size_bytes()
+        except FileNotFoundError as error:
+            yield _missing_here(f"{key}.path", message_of(error))
+        except (OSError, ValueError) as error:
+            yield Finding("warning", f"{key}.path", message_of(error))
     if (weights := recipe.run.init_from) is not None:
         from recipes.initial_weights import check_initial_weights  # imports all models
 

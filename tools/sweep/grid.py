@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache
-from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.data.sources.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import DEFAULT
+from recipes.prepared_data import data_sources
 from recipes.resume import LOCATION_KEYS
 
 Settings = Mapping[str, str]
@@ -144,13 +144,10 @@ def is_learned_from(key: str) -> bool:
 
 def _sources(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield the sections that read files, with their components."""
-    recipe = config.recipe
-    yield "tokenizer", recipe.tokenizer
-    held_out = getattr(getattr(recipe, "validation", None), "data", None)
-    for section, data in (("data", recipe.data), ("validation.data", held_out)):
-        for key, source in sources_in(section, data).items():
-            if isinstance(source, TextSource | TokenFiles):
-                yield key, source
+    yield "tokenizer", config.recipe.tokenizer
+    for section, source in data_sources(config.recipe).items():
+        if isinstance(source, TextSource | TokenFiles):
+            yield section, source
 
 
 def _fingerprint(config: Config, section: str, source: Any, known: Fingerprints) -> str:
