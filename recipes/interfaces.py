@@ -147,8 +147,8 @@ class LRSchedule(Protocol):
         ...
 
 
-class ScheduleDefaults:
-    """The optional attributes of [lr_schedule], with their defaults. See `complete_schedule`."""
+class ScheduleDefaults(LRSchedule):
+    """[lr_schedule] with its optional attributes, and their defaults. See `complete_schedule`."""
 
     max_lr: float | None = None
     """The learning rate after warm-up."""
@@ -161,14 +161,10 @@ class ScheduleDefaults:
     reference_batch_tokens: int | None = None
     """Tokens of the batch at which `batch_scaling` is a factor of 1."""
 
-    def lr(self, tokens: int, batch_tokens: int, total_tokens: int) -> float:
-        """See `LRSchedule.lr`."""
-        raise NotImplementedError
-
 
 def complete_schedule(schedule: LRSchedule) -> ScheduleDefaults:
     """Return `schedule` with defaults for the attributes that its class does not define."""
-    return with_defaults(schedule, ScheduleDefaults)
+    return with_defaults(schedule, ScheduleDefaults)  # type: ignore[type-abstract]
 
 
 class AnyHook(Protocol):
@@ -245,15 +241,11 @@ class TaskConfig(Protocol):
         ...
 
 
-class TaskDefaults:
-    """The optional attributes of [tasks.NAME], with their defaults. See `complete_task`."""
+class TaskDefaults(TaskConfig):
+    """[tasks.NAME] with its optional attributes, and their defaults. See `complete_task`."""
 
     interval_steps: int | None = None
     """Optimizer steps between evaluations; None: only at the end of the run."""
-
-    def questions(self) -> Iterable[Question]:
-        """See `TaskConfig.questions`."""
-        raise NotImplementedError
 
     def metrics(self, answers: Sequence[Answer]) -> Mapping[str, float]:
         """Return the metrics by name, given the answers to all questions. Called on every rank."""
@@ -262,4 +254,4 @@ class TaskDefaults:
 
 def complete_task(task: TaskConfig) -> TaskDefaults:
     """Return `task` with defaults for the attributes that its class does not define."""
-    return with_defaults(task, TaskDefaults)
+    return with_defaults(task, TaskDefaults)  # type: ignore[type-abstract]

@@ -3,7 +3,7 @@
     python -m tools.coord_check                                      # muP, and the standard parametrization
     python -m tools.coord_check --parametrization standard           # exit status 1: it fails
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
-    python -m tools.coord_check --experts 8 --top-k 2                # mixture of experts
+    python -m tools.coord_check --model experts=8 top_k=2            # mixture of experts
     python -m tools.coord_check --optimizer muon                     # also normuon, and --lr-scale spectral
     python -m tools.coord_check --model qk_norm=per_head norm_placement=both     # variants of the decoder
     python -m tools.coord_check --depths 2 4 8 16 32                 # CompleteP, and muP without it
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -71,10 +72,6 @@ class CheckConfig:
     """standard deviation of the initial weights, before muP's"""
     base_width: int = 32
     """the width at which all muP multipliers are 1"""
-    experts: int = 0
-    """experts of a feed-forward layer; 0: dense"""
-    top_k: int = 2
-    """experts that a token is routed to"""
     optimizer: Literal["adamw", "muon", "normuon"] = "adamw"
     """optimizer of the matrices of the blocks"""
     lr_scale: Literal["match_rms_adamw", "spectral"] = "match_rms_adamw"
@@ -88,8 +85,6 @@ class CheckConfig:
         for width in self.widths:
             if width % (2 * self.head_dim):
                 raise ValueError(f"--widths: {width} is not a multiple of {2 * self.head_dim}, two heads of --head-dim")
-        if self.experts and not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"--top-k: {self.top_k}: expected 1 to {self.experts}, the number of --experts")
         if min(self.steps, self.seeds) < 1:
             raise ValueError(f"--steps {self.steps}, --seeds {self.seeds}: expected at least 1")
 
@@ -119,8 +114,6 @@ def _measure_one_seed(
         ffn_dim=2 * width,
         init_std=config.init_std,
         depth_scaled_init=False,
-        experts=config.experts,
-        top_k=config.top_k if config.experts else None,
         mup=MuPConfig(
             enabled=parametrization != "standard",
             base_width=config.base_width,
@@ -192,9 +185,7 @@ def fit_slope(widths: Sequence[int], sizes: Sequence[float]) -> float:
     """Return the least-squares slope of log size against log width; nan if a size is zero or not finite."""
     if not all(math.isfinite(size) and size > 0 for size in sizes):
         return math.nan
-    x, y = [math.log(width) for width in widths], [math.log(size) for size in sizes]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return linear_regression([math.log(width) for width in widths], [math.log(size) for size in sizes]).slope
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ TOLERANCE = 0.15
 INNER = {f"layers.{i}{part}" for i in (0, 1) for part in ("", ".attention", ".feed_forward")}
 
 
-@pytest.mark.parametrize("experts", [0, 6])
-def test_mup_passes(experts):
-    assert run_check(replace(SMALL, experts=experts), "mup").failures(TOLERANCE) == []
+@pytest.mark.parametrize("model", [[], ["experts=6", "top_k=2"]], ids=["dense", "experts"])
+def test_mup_passes(model):
+    assert run_check(replace(SMALL, model=model), "mup").failures(TOLERANCE) == []
 
 
 @pytest.mark.slow
