@@ -4,6 +4,7 @@
 
 From a checkpoint of a run with batch B and learning rate lr, branch k trains on the same tokens with batch k B and the
 constant learning rate lr sqrt(k). Each branch is an ordinary pre-training run, in branches/k-004/ of the run directory.
+The same command continues a measurement that was stopped: finished branches are not trained again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ import gc
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,12 @@ from components.atomic_files import atomic_write
 from components.batch import BatchRounding
 from components.checkpoint import list_checkpoints
 from components.distributed.context import DistributedContext
-from components.distributed.worker import LAUNCH_ID
 from components.errors import InputError
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.units import format_count
-from recipes.config import Config, ConfigError, derive
+from recipes.config import Config, ConfigError, Problem, derive
 from recipes.critical_batch.branches import Branches, find_branch_point, read_branch_point
 from recipes.critical_batch.report import NOISE_SCALES, Branch, Report, draw_report
 from recipes.errors import NonFiniteError, RunError, config_errors_at
@@ -62,15 +60,10 @@ class CriticalBatch(Pretrain):
                 world = DistributedContext.init(self.run.device)  # the branches use the same process group
             cleanup.push(world.close_unless_failed)
             measurement = CriticalBatchMeasurement(self, config, world.size)
-
-            def lock() -> None:
-                measurement.directory.check_links(measurement.folder)
-                if world.is_main and cleanup.enter_context(measurement.directory.lock()):
-                    measurement.directory.remove_temporary_files(measurement.report, measurement.start_file)
-
             with config_errors_at(config, "run"):
-                world.main_process_first(lock)
-            measurement.claim_directory(world, resume)
+                if resume is not None and resume.path is not None:
+                    raise ValueError("--resume takes no path here: branches.checkpoint names the checkpoint")
+                measurement.claim_directory(world, cleanup)
             log.info("\n".join(measurement.describe()))
             for multiplier in self.branches.batch_multipliers:
                 status = measurement.train_branch(multiplier)
@@ -117,12 +110,8 @@ class CriticalBatchMeasurement:
                     "or remove the largest of batch_multipliers",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
+        self.smoothing_tokens = self.branches.smoothing_tokens or -(-self.tokens // 4)
         check_resumable(Path(self.start.checkpoint), self.config_for(1))
-
-    @cached_property
-    def smoothing_tokens(self) -> int:
-        """Tokens over which the moving average of the training loss decays by 1/e."""
-        return self.branches.smoothing_tokens or -(-self.tokens // 4)
 
     def config_for(self, multiplier: int) -> Config:
         """Return this config with the directory, length, batch size and learning rate of branch k = `multiplier`."""
@@ -170,45 +159,35 @@ class CriticalBatchMeasurement:
         """Return the number of steps of a branch."""
         return -(-self.tokens // (multiplier * self.start.batch * self.length))
 
-    def claim_directory(self, world: DistributedContext, resume: Resume | None) -> None:
-        """Claim the run directory and set up logging. Existing branches are kept only if they are resumed."""
+    def claim_directory(self, world: DistributedContext, cleanup: ExitStack) -> None:
+        """Lock the run directory until `cleanup`, claim it and set up logging. Branches of this measurement are kept.
+
+        Raises ValueError or ConfigError if another run uses the directory, or if it holds another measurement, unless
+        that is to be replaced.
+        """
 
         def claim() -> None:
+            self.directory.check_links(self.folder)
             if world.is_main:
+                if cleanup.enter_context(self.directory.lock()):
+                    self.directory.remove_temporary_files(self.report, self.start_file)
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
-        launch = os.environ.get(LAUNCH_ID)
-        is_restart = resume is not None or bool(world.all_reduce_max(self.directory.owned_by(launch)))
-        start_file = self.start_file
-        with config_errors_at(self.config, "run"):
-            if resume is not None and resume.path is not None:
-                raise ValueError("--resume takes no path here: branches.checkpoint names the checkpoint to branch from")
-            if resume is not None and not start_file.exists():
-                raise ValueError(f"--resume: no branches in {self.folder}; leave --resume out to start")
-            world.main_process_first(claim)
-            if is_restart and start_file.exists():
-                self._require_same_measurement(start_file)
-            elif start_file.exists() and self.recipe.run.if_exists == "refuse":
-                raise ValueError(
-                    f"{self.directory.path} already holds a measurement; continue it with --resume, give this one "
-                    "another --run.name, or set --run.if_exists=replace"
-                )
-        launches = world.gather(launch or "")
-
         def store() -> None:
-            if not world.is_main:
-                return
-            if not (is_restart and start_file.exists()):
-                self._remove_old()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if launch is not None:
-                self.directory.record_owner(launches)
-            atomic_write(self.directory.config, self.config.to_toml())
-            atomic_write(start_file, json.dumps(asdict(self.start), indent=1) + "\n")
+            if world.is_main:
+                if not continues:
+                    self._remove_old()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                atomic_write(self.directory.config, self.config.to_toml())
+                atomic_write(self.start_file, json.dumps(asdict(self.start), indent=1) + "\n")
 
+        world.main_process_first(claim)
+        changes = self._changes() if self.start_file.exists() else []
+        if changes and self.recipe.run.if_exists == "refuse":
+            raise ConfigError(changes)
+        continues = self.start_file.exists() and not changes
         world.barrier()  # the other ranks are done with the files that are deleted here
-        with config_errors_at(self.config, "run"):
-            world.main_process_first(store)
+        world.main_process_first(store)
         setup_logging(self.directory.log if world.is_main else None, to_console=world.is_main)
 
     def _remove_old(self) -> None:
@@ -272,25 +251,18 @@ class CriticalBatchMeasurement:
             self.recipe.validation is None or any("val_loss" in row for row in rows if row["step"] == rows[-1]["step"])
         )
 
-    def _require_same_measurement(self, start_file: Path) -> None:
-        """Raise ValueError or ConfigError if the existing branches are of another measurement."""
-        try:
-            before = read_branch_point(start_file)
-        except ValueError as error:
-            raise ValueError(f"--resume: {error}") from None
-        if before != self.start:
-            raise ValueError(
-                f"--resume: {self.directory.path} started from {before}, this is {self.start}; give this measurement "
-                "another --run.name, or set branches.checkpoint, batch and lr to the old values"
-            )
-        unused = ("branches.", "batch.", "lr_schedule.")
-        problems = [
-            self.config.problem(key, f"{old!r} in the finished branches, {now!r} now; use another --run.name")
+    def _changes(self) -> list[Problem]:
+        """Return what the existing branches do not fit. Raises ValueError if they are damaged."""
+        before, remedy = read_branch_point(self.start_file), "use another --run.name, or --run.if_exists=replace"
+        changes = [
+            self.config.problem(key, f"{old!r} in the existing branches, {now!r} now; {remedy}")
             for key, old, now in diff_config(self.directory.config, self.config)
-            if rule_of(key) != "allow" and not key.startswith(unused)
+            if rule_of(key) != "allow" and not key.startswith(("branches.", "batch.", "lr_schedule."))
         ]
-        if problems:
-            raise ConfigError(problems)
+        if before != self.start:
+            message = f"{self.directory.path} started from {before}, this is {self.start}; {remedy}"
+            changes.append(self.config.problem("branches", message))
+        return changes
 
 
 def write_report(measurement: CriticalBatchMeasurement) -> None:
@@ -312,4 +284,4 @@ def write_report(measurement: CriticalBatchMeasurement) -> None:
     try:
         draw_report(found, measurement.picture)
     except ValueError as error:
-        log.warning(f"{error}; --resume then draws {measurement.picture.name}")
+        log.warning(f"{error}; the same command then draws {measurement.picture.name}")
