@@ -219,7 +219,6 @@ def build_train_step(config: Config, world: DistributedContext, mesh: ParallelDi
 
 
 def build_checkpoint_manager(config: Config, environment: Environment, cleanup: ExitStack) -> CheckpointManager:
-    """Build the checkpoint manager."""
     directory, start = environment.directory, environment.start
     with config_errors_at(config, "checkpoint"):
         manager: CheckpointManager = config.recipe.checkpoint.build(
@@ -282,7 +281,6 @@ def build_loader(
 
 
 def build_profiler(config: Config, environment: Environment, cleanup: ExitStack) -> Profiler:
-    """Build the profiler of this process."""
     world = environment.world
     with config_errors_at(config, "profile"):
         profiler: Profiler = config.recipe.profile.build(
@@ -325,7 +323,6 @@ def build_metric_logger(
 def build_task_hook(
     environment: Environment, mesh: ParallelDims, data: TrainingData, step: TrainStep, checkpoints: RunCheckpoints
 ) -> EvaluateTasks:
-    """Build the hook that evaluates the tasks."""
     training = checkpoints.config.recipe.training
     scorer = Scorer(
         sequence_length=training.sequence_length,

@@ -260,7 +260,6 @@ class Evaluate:
     def open_mesh_and_tokenizer(
         self, config: Config, world: DistributedContext, pretrained: PretrainedModel
     ) -> tuple[ParallelDims, Tokenizer]:
-        """Return the mesh of the processes, and the tokenizer."""
         with config_errors_at(config, "parallel"):
             mesh = self.parallel.build(world)
         with config_errors_at(config, "tokenizer"):

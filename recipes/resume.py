@@ -77,7 +77,6 @@ class Resume:
 
 
 def rule_of(key: str) -> Rule:
-    """Return the rule for a dotted key."""
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
         prefix = ".".join(parts[:length])

@@ -25,7 +25,6 @@ class StepTimer:
         self._latest: StepTime | None = None
 
     def restart(self) -> None:
-        """Start the timer."""
         self._started_at = time.perf_counter()
 
     def stop(self, launched: LaunchedStep) -> float:

@@ -122,11 +122,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, clock: bool = True) -> None:
-        """Restore what `state_dict` returned; without `clock`, except the clock."""
-        self._load_parts(state, clock=clock)
-        self._load_hooks(state["hooks"])
-
-    def _load_parts(self, state: dict[str, Any], *, clock: bool) -> None:
+        """Restore what `state_dict` returned, except the state of hooks and, without `clock`, the clock."""
         if clock:
             self.clock.load_state_dict(state["clock"])
         self.policy.load_state_dict(state["batch"])
@@ -138,12 +134,6 @@ class TrainingState:
             after = replace(self.clock)
             after.load_state_dict(progress)
             self.observations.append((after, noise and GradientNoise.from_state_dict(noise)))
-
-    def _load_hooks(self, states: dict[str, Any]) -> None:
-        for name, hook in self.hooks.items():
-            if name in states:  # else it is new in the recipe
-                with raised_in(f"hooks.{name}"):
-                    hook.load_state_dict(states[name])
 
     def restore(self, checkpoint: Path, fetch: Callable[[set[str]], None] | None = None) -> None:
         """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer.
@@ -187,7 +177,10 @@ class TrainingState:
     def _load(self, checkpoint: Path, state: dict[str, Any], *, clock: bool) -> None:
         """Load everything except tensors. Raises ValueError that names `checkpoint`; an error of a hook is its own."""
         try:
-            self._load_parts(state, clock=clock)
+            self.load_state_dict(state, clock=clock)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{checkpoint} is damaged: state.json: {type(error).__name__} {error}") from None
-        self._load_hooks(state["hooks"])
+        for name, hook in self.hooks.items():
+            if name in state["hooks"]:  # else it is new in the recipe
+                with raised_in(f"hooks.{name}"):
+                    hook.load_state_dict(state["hooks"][name])

@@ -213,7 +213,6 @@ class Check:
         }
 
     def failures(self, tolerance: float) -> list[str]:
-        """Return the modules with a slope that is further off than `tolerance`."""
         return [name for name, value in self.worst_slope.items() if distance_from_expected(name, value) > tolerance]
 
     def report(self, tolerance: float) -> Iterator[str]:

@@ -74,7 +74,6 @@ class Completion:
         return delta
 
     def record(self) -> dict[str, Any]:
-        """Return the completion as a JSON object."""
         end = "end_of_document" if self.ended else "max_tokens" if self.tokens == self.room else "interrupted"
         return {"prompt": self.prompt, "text": self.text, "tokens": self.tokens, "end": end}
 

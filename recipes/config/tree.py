@@ -52,7 +52,6 @@ class Leaf:
 
     @property
     def toml(self) -> str:
-        """The value as TOML text."""
         return write_value("none" if self.value is None else to_toml_value(self.value))
 
 

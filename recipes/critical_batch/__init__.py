@@ -156,7 +156,6 @@ class CriticalBatchMeasurement:
         yield f"{format_count(self.tokens)} tokens each, {total} in total, in {self.folder}"
 
     def planned_steps(self, multiplier: int) -> int:
-        """Return the number of steps of a branch."""
         return -(-self.tokens // (multiplier * self.start.batch * self.length))
 
     def claim_directory(self, world: DistributedContext, cleanup: ExitStack) -> None:
@@ -228,7 +227,6 @@ class CriticalBatchMeasurement:
         ]
 
     def read_branch(self, multiplier: int) -> Branch:
-        """Return the results of a finished branch."""
         start, rows = self.start, self.read_rows(multiplier)
         validated = [row["val_loss"] for row in rows if "val_loss" in row]
         return Branch(

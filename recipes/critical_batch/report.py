@@ -119,7 +119,6 @@ class Report:
         }
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of a table."""
         yield f"{'k':>6} {'batch':>8} {'lr':>10} {'steps':>8} {'loss':>9} {'difference':>11} {'validation':>11}  within"
         for row in self.summary()["branches"]:
             loss = "not finite" if row["smoothed_loss"] is None else f"{row['smoothed_loss']:.4f}"

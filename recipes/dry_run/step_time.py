@@ -74,7 +74,6 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """The name of the longest part."""
         names = {"compute": "compute", "nvlink": "NVLink", "infiniband": "InfiniBand", "launch": "launching"}
         return names[max(names, key=lambda name: getattr(self, name))]
 

@@ -213,7 +213,6 @@ class PowerLaw:
         return [name for name in self.middle if name not in self.names]
 
     def value(self, **variables: float) -> float:
-        """Return y."""
         logs = [math.log(variables[name] / self.middle[name]) for name in self.names]
         return float(math.exp(self.fit.coefficients @ [1.0, *logs]))
 

@@ -51,8 +51,6 @@ class Target:
 
 @dataclass(frozen=True)
 class Answer:
-    """One number of the plan."""
-
     name: str
     value: str
     source: str
@@ -126,7 +124,6 @@ class Plan:
 
     @property
     def peak_lr(self) -> float:
-        """The value of `lr`."""
         return float(self.lr.value.split()[0])
 
     @cached_property
@@ -192,7 +189,6 @@ class Plan:
         return min(last, max(first, self.rounding.round_up(wanted).samples))
 
     def noise_after(self, tokens: float) -> float:
-        """Return the noise scale of the law, in samples."""
         assert self.noise_law is not None
         return self.noise_law.value(D=tokens)
 

@@ -268,7 +268,6 @@ class Runner:
 
 
 def report_stop(stop: KeyboardInterrupt) -> int:
-    """Report that a sweep was stopped; return its exit status."""
     print("stopped; the same command continues with the remaining runs", file=sys.stderr)
     return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
