@@ -12,12 +12,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec
 
 from components.errors import InputError
 from components.garbage_collection import resume_after_imports
@@ -28,6 +28,7 @@ from recipes.process_environment import choose_allocator, enable_flight_recorder
 from recipes.recipe import complete_recipe
 
 log = logging.getLogger("powertrain")
+P = ParamSpec("P")
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "train_configs" / "debug.toml"
@@ -145,6 +146,20 @@ def parse_arguments(arguments: Sequence[str]) -> Command:
         dry_run=options.dry_run,
         help=options.help,
     )
+
+
+def reports_bad_input(main: Callable[P, int]) -> Callable[P, int]:
+    """Return `main` of a tool with errors that stand for bad input printed, and exit status 2 for them."""
+
+    @wraps(main)
+    def reported(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (ConfigError, UsageError, ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return reported
 
 
 def parse_recipe(arguments: Sequence[str]) -> Command:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from components.checkpoint import CheckpointManager, list_checkpoints, verify
+from components.checkpoint import CheckpointManager, list_checkpoints
 from components.distributed.context import DistributedContext
 from components.standard_streams import run_command
-from recipes.averages import StoredAverage, find_average, load_weights
-from recipes.config import ConfigError
+from recipes.averages import load_weights
+from recipes.cli import reports_bad_input
 from recipes.resume import list_checkpoints_at
-from recipes.stored_config import load_stored_config
+from recipes.trained_model import load_pretrained
 from recipes.training_state import read_run_state
 
 
+@reports_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.average", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sources", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT")
@@ -33,16 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--average", metavar="NAME", help="merge this average of the weights (default: the last step)")
     parser.add_argument("--trust-code", action="store_true", help="import the custom code that the checkpoints name")
     options = parser.parse_args(arguments)
-    try:
-        if options.last is not None and options.last < 1:
-            raise ValueError(f"--last {options.last}: expected 1 or more")
-        found = {checkpoint: None for source in options.sources for checkpoint in list_checkpoints_at(source)}
-        checkpoints = sorted(found, key=lambda checkpoint: read_run_state(checkpoint)["clock"]["tokens"])
-        checkpoints = checkpoints[-options.last :] if options.last else checkpoints
-        written = merge(checkpoints, options.output, average=options.average, trust_code=options.trust_code)
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.last is not None and options.last < 1:
+        raise ValueError(f"--last {options.last}: expected 1 or more")
+    found = {checkpoint: None for source in options.sources for checkpoint in list_checkpoints_at(source)}
+    checkpoints = sorted(found, key=lambda checkpoint: read_run_state(checkpoint)["clock"]["tokens"])
+    checkpoints = checkpoints[-options.last :] if options.last else checkpoints
+    written = merge(checkpoints, options.output, average=options.average, trust_code=options.trust_code)
     print(f"wrote {written}: the mean of {len(checkpoints)} checkpoints, {', '.join(c.name for c in checkpoints)}")
     return 0
 
@@ -55,21 +52,16 @@ def merge(checkpoints: Sequence[Path], output: Path, *, average: str | None = No
     """
     if existing := list_checkpoints(output):
         raise ValueError(f"{existing[-1]} exists; choose another --output")
-    sources: list[tuple[Path, StoredAverage | None]] = []
+    sources = [load_pretrained(each, average=average, trust_code=trust_code) for each in checkpoints]
     states = [read_run_state(checkpoint) for checkpoint in checkpoints]
     for checkpoint, state in zip(checkpoints, states, strict=True):
-        verify(checkpoint)
         if state["tokenizer"] != states[-1]["tokenizer"]:
             raise ValueError(f"{checkpoint} and {checkpoints[-1]} were trained with different tokenizers")
-        config = load_stored_config(checkpoint, trust_code=trust_code)
-        sources.append((checkpoint, find_average(checkpoint, state, config.recipe, average)))
-    recipe = config.recipe
-    with torch.device("meta"):
-        model = recipe.model.build(vocab_size=states[-1]["vocab_size"], sequence_length=recipe.training.sequence_length)
+    model = sources[-1].build(sources[-1].sequence_length)
     weights = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in model.state_dict().items()}
     sums = {name: torch.zeros(each.shape, dtype=torch.float64) for name, each in weights.items()}
-    for checkpoint, stored_average in sources:
-        load_weights(checkpoint, weights, stored_average, no_dist=True)
+    for source in sources:
+        load_weights(source.path, weights, source.average, no_dist=True)
         for name, total in sums.items():
             total += weights[name]
     for name, weight in weights.items():

@@ -38,8 +38,8 @@ from components.plotting import import_pyplot, save_figure
 from components.standard_streams import run_command
 from models.llama import Llama
 from models.mup import MuPConfig
-from recipes.cli import ROOT
-from recipes.config import ConfigError, Override, describe, load
+from recipes.cli import ROOT, reports_bad_input
+from recipes.config import Override, describe, load
 from recipes.model_setup import transformer_blocks
 
 VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
@@ -260,6 +260,7 @@ def plot_checks(checks: Sequence[Check], output: Path) -> None:
     save_figure(figure, output)
 
 
+@reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -287,18 +288,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     judged: Parametrization | None
     judged, tolerance, output = options.pop("parametrization"), options.pop("tolerance"), options.pop("output")
-    try:
-        config = CheckConfig(**options)
-        checked: tuple[Parametrization, ...] = ("completep", "mup") if config.depths else ("mup", "standard")
-        checked = (judged,) if judged else checked
-        checks = [run_check(config, each) for each in checked]
-        print("\n\n".join("\n".join(each.report(tolerance)) for each in checks))
-        if output is not None:
-            plot_checks(checks, output)
-            print(f"\nwrote {output}")
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = CheckConfig(**options)
+    checked: tuple[Parametrization, ...] = ("completep", "mup") if config.depths else ("mup", "standard")
+    checked = (judged,) if judged else checked
+    checks = [run_check(config, each) for each in checked]
+    print("\n\n".join("\n".join(each.report(tolerance)) for each in checks))
+    if output is not None:
+        plot_checks(checks, output)
+        print(f"\nwrote {output}")
     return 1 if checks[0].failures(tolerance) else 0
 
 

@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from components.checkpoint import verify
 from components.safetensors import TensorSpec, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
 from components.token_ids import first_input
 from components.tokenizers.hf_conversion import save
 from models.hf.architectures import architecture_from_model, part_shapes
-from recipes.averages import StoredAverage, find_average, load_weights
-from recipes.config import Config, ConfigError
-from recipes.resume import find_checkpoint_at
-from recipes.stored_config import load_stored_config
-from recipes.training_state import read_run_state
+from recipes.averages import load_weights
+from recipes.cli import reports_bad_input
+from recipes.trained_model import PretrainedModel, load_pretrained
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
+@reports_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.export_hf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run directory")
@@ -42,19 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trust-code", action="store_true", help="import the custom code that CHECKPOINT names")
     parser.add_argument("--force", action="store_true", help="replace the model in OUTPUT")
     options = parser.parse_args(arguments)
-    try:
-        notes = export(
-            options.checkpoint,
-            options.output,
-            average=options.average,
-            dtype=DTYPES[options.dtype] if options.dtype else None,
-            max_shard_bytes=parse_bytes(options.max_shard_size),
-            force=options.force,
-            trust_code=options.trust_code,
-        )
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    notes = export(
+        options.checkpoint,
+        options.output,
+        average=options.average,
+        dtype=DTYPES[options.dtype] if options.dtype else None,
+        max_shard_bytes=parse_bytes(options.max_shard_size),
+        force=options.force,
+        trust_code=options.trust_code,
+    )
     print("\n".join(notes))
     print(f"wrote {options.output}")
     return 0
@@ -74,15 +68,10 @@ def export(
 
     Raises ValueError, ConfigError or OSError.
     """
-    checkpoint = find_checkpoint_at(checkpoint)
-    verify(checkpoint)
-    state = read_run_state(checkpoint)
-    config = load_stored_config(checkpoint, trust_code=trust_code)
-    stored_average = find_average(checkpoint, state, config.recipe, average)
-    with torch.device("meta"):
-        model = config.recipe.model.build(
-            vocab_size=state["vocab_size"], sequence_length=config.recipe.training.sequence_length
-        )
+    trained = load_pretrained(checkpoint, average=average, trust_code=trust_code)
+    if trained.recipe is None:
+        raise ValueError(f"{checkpoint} already is a Hugging Face directory")
+    model = trained.build(trained.sequence_length)
     name, architecture = architecture_from_model(model)
     entries = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
     parts = architecture.hf_parts(model)
@@ -93,49 +82,39 @@ def export(
     }
 
     def read(group: Sequence[str]) -> dict[str, Tensor]:
-        whole = read_model(checkpoint, parameters, {parts[hf_name].name for hf_name in group}, stored_average)
+        names = {parts[hf_name].name for hf_name in group}  # the only ones that are read
+        whole = {name: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for name in names}
+        load_weights(trained.path, whole, trained.average, no_dist=True)
         return {
             hf_name: parts[hf_name].of(whole[parts[hf_name].name]).to(tensors[hf_name].dtype).contiguous()
             for hf_name in group
         }
 
     with new_directory(output, force=force) as temporary:
-        start, end, notes = _write_tokenizer(config, state["vocab_size"], temporary, entries["max_position_embeddings"])
+        start, end, notes = _write_tokenizer(trained, temporary, entries["max_position_embeddings"])
         ids = {"bos_token_id": start, "eos_token_id": end, "pad_token_id": None}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_json(temporary / "config.json", {**entries, **ids, "dtype": stored, "torch_dtype": stored})
         write_json(temporary / "generation_config.json", {**ids, "pad_token_id": end})
         files = write_weights(temporary, tensors, read, max_shard_bytes=max_shard_bytes)
     count = sum(parameter.numel() for parameter in parameters.values())
-    source = checkpoint.name if average is None else f"{checkpoint.name}, average {average}"
+    source = trained.path.name if average is None else f"{trained.path.name}, average {average}"
     summary = f"{source}: {name} of {count:,} parameters in {stored}, {files} file{'s' if files > 1 else ''}"
     return [summary, *notes]
 
 
-def read_model(
-    checkpoint: Path,
-    parameters: Mapping[str, nn.Parameter],
-    names: Iterable[str],
-    average: StoredAverage | None = None,
-) -> dict[str, Tensor]:
-    """Return the parameters `names`, unsharded and on the CPU; no others are read."""
-    tensors = {name: torch.empty(parameters[name].shape, dtype=parameters[name].dtype) for name in names}
-    load_weights(checkpoint, tensors, average, no_dist=True)
-    return tensors
-
-
 def _write_tokenizer(
-    config: Config, vocab_size: int, directory: Path, max_length: int
+    trained: PretrainedModel, directory: Path, max_length: int
 ) -> tuple[int | None, int | None, list[str]]:
     """Write the tokenizer's files if it can be exported; return the first and last id of a document, if known, and
     notes."""
     missing = "warning: no tokenizer was written"
     try:
-        encoder: Any = config.recipe.tokenizer.build()
+        encoder: Any = trained.recipe.tokenizer.build()
     except (OSError, ValueError) as error:
         return None, None, [f"{missing}, and config.json has no eos_token_id: {error}"]
-    if encoder.vocab_size != vocab_size:
-        return None, None, [f"{missing}: it has {encoder.vocab_size} ids, the model was trained with {vocab_size}"]
+    if (ids := encoder.vocab_size) != trained.vocab_size:
+        return None, None, [f"{missing}: it has {ids} ids, the model was trained with {trained.vocab_size}"]
     start, end = first_input(encoder), int(encoder.end_of_document)
     if not hasattr(encoder, "hugging_face"):
         return start, end, [f"{missing}: a {type(encoder).__name__} has no method hugging_face()"]

@@ -32,6 +32,7 @@ from components.safetensors import (
 from components.standard_streams import run_command
 from models.hf.architectures import Architecture, architecture_from_config, match_tensors
 from models.hf.weights import RECOMPUTED_BUFFERS
+from recipes.cli import reports_bad_input
 from recipes.config.toml import write_value
 from recipes.initial_weights import require_equal_copies
 
@@ -50,6 +51,7 @@ COPIED_FILES = (
 _MAX_COPIED_BYTES = 2**28
 
 
+@reports_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.import_hf", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, help="a directory with config.json and weights")
@@ -57,13 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of one weights file (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace the model in OUTPUT")
     options = parser.parse_args(arguments)
-    try:
-        notes = import_model(
-            options.directory, options.output, max_shard_bytes=parse_bytes(options.max_shard_size), force=options.force
-        )
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    notes = import_model(
+        options.directory, options.output, max_shard_bytes=parse_bytes(options.max_shard_size), force=options.force
+    )
     print("\n".join(notes))
     print(f'wrote {options.output}; start from it with extends = ["{options.output / "model.toml"}"]')
     return 0

@@ -29,13 +29,14 @@ from components.standard_streams import run_command
 from components.token_ids import first_input
 from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
-from recipes.cli import UsageError, parse_arguments
-from recipes.config import Config, ConfigError, load
+from recipes.cli import parse_arguments, reports_bad_input
+from recipes.config import Config, load
 from recipes.errors import config_errors_at
 
 BAR, DOUBLE_BAR = "│", "║"
 
 
+@reports_bad_input
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.inspect_data",
@@ -52,13 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, help="largest number of samples to show")
     parser.add_argument("--ids", action="store_true", help="also show the ids")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        command = parse_arguments(rest)
-        for line in inspect(load(command.config, command.overrides), options):
-            print(line)
-    except (ConfigError, UsageError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    command = parse_arguments(rest)
+    for line in inspect(load(command.config, command.overrides), options):
+        print(line)
     return 0
 
 

@@ -37,7 +37,7 @@ from components.plotting import import_pyplot, label_tokens, save_figure
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from recipes.batch_policy import build_batch_policy
-from recipes.cli import UsageError, parse_recipe, resolve_world_shape
+from recipes.cli import UsageError, parse_recipe, reports_bad_input, resolve_world_shape
 from recipes.config import Config, ConfigError, load
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps
 from recipes.errors import config_errors_at
@@ -58,25 +58,22 @@ MAX_LAYER_LABELS = 12
 Rows = Sequence[Mapping[str, Any]]
 
 
+@reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = build_parser().parse_known_args(arguments)
-    try:
-        if options.command == "runs":
-            if rest:
-                raise UsageError(f"unknown option {rest[0]}")
-            plot_runs({path.resolve().name: read_run(path) for path in options.runs}, options.output)
-        elif options.command == "probe":
-            if rest:
-                raise UsageError(f"unknown option {rest[0]}")
-            plot_probes(heat_maps(options.run, options.metric), options.output)
-        else:
-            command = parse_recipe(rest)
-            config = load(command.config, command.overrides)
-            plot_schedule(schedule_curves(config, resolve_world_shape(os.environ).world_size), config, options.output)
-        print(f"wrote {options.output}")
-    except (ConfigError, UsageError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.command == "runs":
+        if rest:
+            raise UsageError(f"unknown option {rest[0]}")
+        plot_runs({path.resolve().name: read_run(path) for path in options.runs}, options.output)
+    elif options.command == "probe":
+        if rest:
+            raise UsageError(f"unknown option {rest[0]}")
+        plot_probes(heat_maps(options.run, options.metric), options.output)
+    else:
+        command = parse_recipe(rest)
+        config = load(command.config, command.overrides)
+        plot_schedule(schedule_curves(config, resolve_world_shape(os.environ).world_size), config, options.output)
+    print(f"wrote {options.output}")
     return 0
 
 

@@ -25,12 +25,14 @@ from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers, pre_tokenizer, to_hugging_face
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
-from recipes.config import ConfigError, load
+from recipes.cli import reports_bad_input
+from recipes.config import load
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _VERIFIED_CHARACTERS = 2_000_000
 
 
+@reports_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.train_tokenizer", description=__doc__.split("\n")[0])
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, including the end of a document")
@@ -44,17 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--recipe", type=Path, help="the [data] of a recipe, or all sources of its mixture")
     parser.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
     options = parser.parse_args(arguments)
-    try:
-        corpus = list(text_sources(options.path, options.recipe, options.text_key))
-        pattern = resolve_pattern(options.pattern)
-        ranks = train_ranks(corpus, vocab_size=options.vocab_size, pattern=pattern)
-        write_ranks(options.output, ranks)
-        json_path = options.output.with_suffix(".tokenizer.json")
-        to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(json_path))
-        print(verify_equal_encodings(options.output, json_path, corpus, pattern))
-    except (ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    corpus = list(text_sources(options.path, options.recipe, options.text_key))
+    pattern = resolve_pattern(options.pattern)
+    ranks = train_ranks(corpus, vocab_size=options.vocab_size, pattern=pattern)
+    write_ranks(options.output, ranks)
+    json_path = options.output.with_suffix(".tokenizer.json")
+    to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(json_path))
+    print(verify_equal_encodings(options.output, json_path, corpus, pattern))
     print(f'wrote {options.output}: {len(ranks):,} ranks; use it with pattern = "{options.pattern}"')
     print(f"wrote {json_path}: the same for Hugging Face")
     return 0

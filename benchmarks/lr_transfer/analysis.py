@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.lr_transfer.law import PUBLISHED_A, PUBLISHED_B, fit_law, optimum_points, peak_lr_factor
 from components.plotting import import_pyplot, save_figure
 from components.units import format_count
-from recipes.cli import UsageError
+from recipes.cli import reports_bad_input
 from tools.sweep.__main__ import build_parser, read_sweep
 from tools.sweep.grid import Job
 from tools.sweep.groups import Group, group_results, lr_of, minimax_lr
@@ -28,25 +28,22 @@ LR_KEYS = ("lr_schedule.max_lr", "lr_schedule.a")
 """The key that is tuned, if it is varied and --lr-key is not given."""
 
 
+@reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser("python -m benchmarks.lr_transfer.analysis", __doc__)
     parser.add_argument("--lr-key", metavar="KEY", help=f"the key whose best value is sought ({' or '.join(LR_KEYS)})")
     parser.add_argument("--output", type=Path, metavar="FIGURE", help="loss against learning rate: .svg, .png or .pdf")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        jobs, results = read_sweep(options, rest)
-        lr_key = find_lr_key(jobs, options.lr_key)
-        done = [(job, outcome) for job in jobs if (outcome := results.get(job)) is not None]
-        failed = [(job, outcome) for job, outcome in done if outcome.failure]
-        print(f"{len(done)} of {len(jobs)} runs are done, {len(failed)} of them failed\n")
-        if groups := group_results(done, lr_key):
-            print("\n".join(analysis_lines(groups, lr_key)))
-            if options.output is not None:
-                plot_groups(groups, lr_key, options.output)
-                print(f"\nwrote {options.output}")
-    except (UsageError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    jobs, results = read_sweep(options, rest)
+    lr_key = find_lr_key(jobs, options.lr_key)
+    done = [(job, outcome) for job in jobs if (outcome := results.get(job)) is not None]
+    failed = [(job, outcome) for job, outcome in done if outcome.failure]
+    print(f"{len(done)} of {len(jobs)} runs are done, {len(failed)} of them failed\n")
+    if groups := group_results(done, lr_key):
+        print("\n".join(analysis_lines(groups, lr_key)))
+        if options.output is not None:
+            plot_groups(groups, lr_key, options.output)
+            print(f"\nwrote {options.output}")
     return 0
 
 

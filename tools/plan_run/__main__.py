@@ -26,8 +26,8 @@ from typing import Any
 from components.batch import BatchRounding
 from components.standard_streams import run_command
 from components.units import parse_count
-from recipes.cli import UsageError, parse_recipe
-from recipes.config import ConfigError, load
+from recipes.cli import parse_recipe, reports_bad_input
+from recipes.config import load
 from recipes.dry_run.plan import HardwareTarget
 from tools.plan_run.family import Family
 from tools.plan_run.ladder import Ladder, Pilots
@@ -36,6 +36,7 @@ from tools.plan_run.plan import Plan, Target
 from tools.sweep.runner import Results, processes_per_run, report_stop
 
 
+@reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -63,9 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  ./run_train.sh {options.output} --dry-run")
     except KeyboardInterrupt as stop:
         return report_stop(stop)
-    except (UsageError, ConfigError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
     return 0
 
 

@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 
 from components.standard_streams import run_command
-from recipes.cli import UsageError, parse_recipe
+from recipes.cli import parse_recipe, reports_bad_input
 from tools.sweep.grid import Job, Sweep, parse_grid
 from tools.sweep.runner import Outcome, Results, Runner, processes_per_run, report_stop
 
 SEED = "run.seed"
 
 
+@reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser("python -m tools.sweep", __doc__)
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="keep the run directories here")
@@ -41,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(report_lines(jobs, results)))
     except KeyboardInterrupt as stop:
         return report_stop(stop)
-    except (UsageError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
     return 1 if killed else 0
 
 
