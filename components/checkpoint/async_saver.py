@@ -13,8 +13,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.torch_version import TorchVersion
 
-from components.distributed.collectives import all_gather_str
-
 log = logging.getLogger("powertrain")
 
 _NOTEWORTHY_SECONDS = 10.0
@@ -64,10 +62,6 @@ class AsyncSaver:
     def is_busy(self) -> bool:
         """Whether a save is still being written on this rank."""
         return self._running is not None and not self._running.done()
-
-    def gather(self, text: str) -> list[str]:
-        """Return the `text` of every process, by rank, gathered in the process group of this saver."""
-        return [text] if self.group is None else all_gather_str(text, self.group)
 
     def close(self) -> None:
         self._thread.shutdown()

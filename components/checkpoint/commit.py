@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from components.atomic_files import fsync_directory, remove_files, write_fsync
 from components.checkpoint.load import FORMAT, root_cause
 from components.checkpoint.manifest import WRITTEN, run_of, write_manifest, write_part
-from components.distributed.collectives import run_on_all_ranks
+from components.distributed.collectives import all_gather_str, run_on_all_ranks
 from components.interfaces import WorldComm
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class CheckpointWriter:
         """`run` identifies the run; with `saver`, its thread calls `write`, on tensors that are copied already."""
         self.world = world
         self.run = run
-        self.saver = saver
+        self.in_background = saver is not None
+        self.group = None if saver is None else saver.group
         self._plans: SavePlans | None = None
 
     def write(
@@ -66,10 +67,9 @@ class CheckpointWriter:
         plans = self._plans = self._plans or SavePlans()
         temporary = final.with_name(f"{TMP_PREFIX.format(self.run)}{final.name}")
         writer = TensorWriter(temporary)
-        if self.saver is not None:
+        if self.in_background:
             # The copy is in main memory already; in this thread, the copy stream of torch would be one of GPU 0.
             writer.per_thread_copy_ahead = 0
-        group = self.saver.group if self.saver is not None else None
 
         def prepare() -> None:
             if self.makes_directory:
@@ -82,7 +82,7 @@ class CheckpointWriter:
                     tensors,
                     storage_writer=writer,
                     planner=plans.planner(),
-                    process_group=group,
+                    process_group=self.group,
                     no_dist=self.world.size == 1,
                 )
             except CheckpointException as error:
@@ -109,7 +109,7 @@ class CheckpointWriter:
                 with suppress(OSError):
                     _remove_partial(temporary)  # it would take the space that the next save needs
             return False
-        if self.saver is not None:
+        if self.in_background:
             log.info(f"saved {final}")
         return True
 
@@ -125,7 +125,7 @@ class CheckpointWriter:
 
     def gather(self, text: str) -> list[str]:
         """Return the `text` of every process, in order of rank, in the process group that this writer uses."""
-        return self.world.gather(text) if self.saver is None else self.saver.gather(text)
+        return [text] if self.world.size == 1 else all_gather_str(text, self.group)
 
     def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
         """Called on every rank when all have written their tensors to `temporary`."""

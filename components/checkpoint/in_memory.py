@@ -59,7 +59,7 @@ class InMemoryWriter(CheckpointWriter):
 
     def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
         """Send the tensor files of this rank to the next node, and those of all nodes the files they share."""
-        world, group = self.world, None if self.saver is None else self.saver.group
+        world = self.world
         own = {path.name: path.stat().st_size for path in temporary.glob(f"__{world.rank}_*")}
         files: list[dict[str, int]] = [json.loads(text) for text in self.gather(json.dumps(own))]
         common: list[dict[str, bytes]] = [{}]
@@ -74,7 +74,7 @@ class InMemoryWriter(CheckpointWriter):
                 }
             ]
         if world.size > 1:
-            dist.broadcast_object_list(common, src=0, group=group)
+            dist.broadcast_object_list(common, src=0, group=self.group)
         self._common = common[0]
         if world.size == world.local_size:
             return
@@ -83,7 +83,7 @@ class InMemoryWriter(CheckpointWriter):
         sent = [Sent(temporary / name, following) for name in own]
         received = [Received(temporary / name, size, before) for name, size in files[before].items()]
         for each in zip_longest(sent, received):  # a rank has one file, or none if others have written its shards
-            transfer(*each, group)
+            transfer(*each, self.group)
 
     def commit(self, temporary: Path, final: Path, state: Mapping[str, Any], config: str) -> None:
         """Complete `temporary` on this node and rename it to `final`."""

@@ -60,9 +60,7 @@ def write_manifest(directory: Path, ranks: int, run: str = "") -> None:
 def run_of(checkpoint: Path) -> str | None:
     """Return the identifier of the run that wrote `checkpoint`; None without a readable manifest."""
     try:
-        if (checkpoint / MANIFEST).stat().st_size > LARGEST_BYTES:
-            return None
-        return Manifest.model_validate_json((checkpoint / MANIFEST).read_bytes()).run
+        return _read(checkpoint).run
     except (OSError, ValueError):
         return None
 
@@ -73,11 +71,8 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     Raises DamagedError, or ValueError for another format.
     """
     read_state(checkpoint)
-    path = checkpoint / MANIFEST
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes; at most {LARGEST_BYTES:,} are accepted")
-        files = Manifest.model_validate_json(path.read_bytes()).files
+        files = _read(checkpoint).files
     except FileNotFoundError:
         raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
     except ValidationError as error:
@@ -103,6 +98,13 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
             raise _damaged(checkpoint, f"{name} cannot be read: {error.strerror or error}") from None
         if found != files[name]:
             raise _damaged(checkpoint, f"{name} was altered: its SHA-256 differs from the one in {MANIFEST}")
+
+
+def _read(checkpoint: Path) -> Manifest:
+    path = checkpoint / MANIFEST
+    if (size := path.stat().st_size) > LARGEST_BYTES:
+        raise ValueError(f"{size:,} bytes; at most {LARGEST_BYTES:,} are accepted")
+    return Manifest.model_validate_json(path.read_bytes())
 
 
 def _damaged(checkpoint: Path, problem: str) -> DamagedError:

@@ -25,7 +25,6 @@ class SampleOrder:
         if length < 1:
             raise ValueError(f"the dataset has {length} samples; it needs at least 1")
         self.length = length
-        self.seed = seed
         # Index x is the point (i, j) with x = b*i + j of a nearly square rectangle a x b with a*b >= length.
         a = isqrt(length - 1) + 1
         self._sides = np.uint64(a), np.uint64(-(-length // a))
