@@ -107,9 +107,8 @@ def store_name(tokenizer: Tokenizer) -> str:
 
 def group_name(source_files: Sequence[SourceFile]) -> str:
     """Return the name prefix of the shards of `source_files`, encoded together."""
-    return (
-        f"shard-{hashlib.sha256(repr([source_file.content for source_file in source_files]).encode()).hexdigest()[:20]}"
-    )
+    contents = [source_file.content for source_file in source_files]
+    return f"shard-{hashlib.sha256(repr(contents).encode()).hexdigest()[:20]}"
 
 
 def shard_name(group: str, part: int) -> str:
@@ -141,17 +140,11 @@ def _encoded_files(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, En
     read = 0
     for number, shard in enumerate(parts):
         token = document = 0
-        for source_file in shard.source_files:
-            spans.append(
-                ShardSpan(shard_name(group, number), token, source_file.tokens, document, source_file.documents)
-            )
-            token, document, read = (
-                token + source_file.tokens,
-                document + source_file.documents,
-                read + source_file.read,
-            )
-            if source_file.ended:
-                yield source_file.content, EncodedFile(tuple(spans), read, source_file.fixups)
+        for file in shard.source_files:
+            spans.append(ShardSpan(shard_name(group, number), token, file.tokens, document, file.documents))
+            token, document, read = token + file.tokens, document + file.documents, read + file.read
+            if file.ended:
+                yield file.content, EncodedFile(tuple(spans), read, file.fixups)
                 spans, read = [], 0
 
 

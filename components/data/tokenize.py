@@ -97,11 +97,8 @@ def tokenize_missing(
     """
     existing = list_encoded(store)
     wanted = list({source_file.content: source_file for source_file in source_files}.values())
-    groups = [
-        missing
-        for group in group_neighbors(wanted, group_bytes)
-        if (missing := [source_file for source_file in group if source_file.content not in existing])
-    ]
+    neighbors = group_neighbors(wanted, group_bytes)
+    groups = [missing for group in neighbors if (missing := [file for file in group if file.content not in existing])]
     if not groups:
         return existing
     total = sum(source_file.size_bytes for group in groups for source_file in group)
@@ -148,9 +145,7 @@ def tokenize_group(
     group = group_name(source_files)
     existing = list(shards_of(store, group))
     if existing and existing[-1].last:
-        on_progress(
-            sum(source_file.size_bytes for source_file in source_files), sum(shard.tokens for shard in existing)
-        )
+        on_progress(sum(file.size_bytes for file in source_files), sum(shard.tokens for shard in existing))
         return
     records = [record for shard in existing for record in shard.source_files]
     ended = {record.content for record in records if record.ended}
@@ -158,7 +153,7 @@ def tokenize_group(
     for record in records:
         skip_documents = 0 if record.ended else skip_documents + record.read
     if existing:
-        done = sum(source_file.size_bytes for source_file in source_files if source_file.content in ended)
+        done = sum(file.size_bytes for file in source_files if file.content in ended)
         on_progress(done, sum(shard.tokens for shard in existing))
     remaining = [source_file for source_file in source_files if source_file.content not in ended]
     with ShardWriter(store, group, len(existing), tokenizer, shard_tokens) as writer:

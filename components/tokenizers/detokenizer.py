@@ -58,10 +58,4 @@ class IncrementalDetokenizer:
         try:
             return self._decode(ids)
         except ValueError:  # an id without a token, in a gap between ranks
-            return "".join(self._one(id) for id in ids)
-
-    def _one(self, id: int) -> str:
-        try:
-            return self._decode([id])
-        except ValueError:
-            return _REPLACEMENT
+            return _REPLACEMENT if len(ids) == 1 else "".join(self._text([id]) for id in ids)
