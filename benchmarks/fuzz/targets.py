@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.fuzz.mutator import mutate
-from components.checkpoint import list_checkpoints, load_tensors, tensor_names
+from components.checkpoint import list_checkpoints, load_tensors
 from components.checkpoint.manifest import MANIFEST, run_of, write_manifest
+from components.checkpoint.metadata_unpickler import read_index
 from components.checkpoint.remote import RemoteCheckpoints, fetch_model, restore_run
 from components.data import HuggingFaceDataset, TextFiles, TokenFiles
 from components.data.document import ReadStats
@@ -132,7 +133,7 @@ def _seal_checkpoint(folder: Path) -> None:
 
 
 def _read_tensors(folder: Path, file: Path) -> None:
-    names = tensor_names(folder)
+    names = set(read_index(folder).entries)
     wanted = {"model": {"tok_embeddings.weight": torch.zeros(257, 16)}}
     load_tensors(folder, wanted, no_dist=True)
     assert names

@@ -38,7 +38,6 @@ from components.checkpoint.load import (
     load_tensors,
     read_state,
     step_of,
-    tensor_names,
 )
 from components.checkpoint.manager import CheckpointConfig, CheckpointManager
 from components.checkpoint.manifest import run_of, verify
@@ -57,6 +56,5 @@ __all__ = [
     "remove_partial_saves",
     "run_of",
     "step_of",
-    "tensor_names",
     "verify",
 ]

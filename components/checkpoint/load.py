@@ -104,11 +104,6 @@ def tensor_index(checkpoint: Path, *, no_dist: bool) -> TensorIndex:
     return read_index(checkpoint) if no_dist else run_on_main(lambda: read_index(checkpoint))
 
 
-def tensor_names(checkpoint: Path) -> set[str]:
-    """Return the names of the tensors in a checkpoint, without collectives. Raises ValueError for damaged metadata."""
-    return set(tensor_index(checkpoint, no_dist=True).entries)
-
-
 def root_cause(error: CheckpointException) -> BaseException:
     """Return the first of the errors that torch.distributed.checkpoint gathered from the ranks."""
     return next((failure for failure, _ in error.failures.values()), error)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.checkpoint import load_tensors, tensor_names
+from components.checkpoint import load_tensors
+from components.checkpoint.metadata_unpickler import read_index
 from components.gradient_noise import GradientMoments
 from models.llama import Llama
 from models.mup import MuPConfig
@@ -78,7 +79,7 @@ class Runs:
         checkpoint = max((self.folder / "runs" / name / "checkpoints").iterdir())
         with torch.device("meta"):
             shapes = {key: p.shape for key, p in built(EXPERTS).named_parameters()}
-        assert {f"model.{key}" for key in shapes} <= set(tensor_names(checkpoint))
+        assert {f"model.{key}" for key in shapes} <= read_index(checkpoint).entries.keys()
         tensors = {key: torch.empty(shape) for key, shape in shapes.items()}
         load_tensors(checkpoint, {"model": tensors}, no_dist=True)
         return tensors

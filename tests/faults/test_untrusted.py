@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.checkpoint import load_tensors, tensor_names
+from components.checkpoint import load_tensors
+from components.checkpoint.metadata_unpickler import read_index
 from components.safetensors import PickledWeights
 from recipes import cli
 from recipes.resume import schedule_mismatch
@@ -144,7 +145,7 @@ def test_every_reader_of_the_component_refuses(untrusted: TinyRun, tmp_path) -> 
     mark, checkpoint = tmp_path / "executed", newest(untrusted)
     in_metadata(checkpoint, Evil(mark))
     with pytest.raises(ValueError, match=r"it names builtins.exec, which is not allowed in metadata"):
-        tensor_names(checkpoint)
+        read_index(checkpoint)
     with pytest.raises(ValueError, match="damaged, or"):
         load_tensors(checkpoint, {"x": torch.zeros(1)}, no_dist=True)
     assert not mark.exists()
@@ -165,7 +166,7 @@ def test_places_stay_within_the_checkpoint(untrusted: TinyRun, change, said: str
     change(next(iter(metadata.storage_data.values())))
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=said):
-        tensor_names(checkpoint)
+        read_index(checkpoint)
 
 
 def test_a_link_out_of_the_checkpoint_is_not_followed(untrusted: TinyRun) -> None:
@@ -174,7 +175,7 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(untrusted: TinyRun) -> Non
     file.rename(untrusted.folder / "elsewhere")
     file.symlink_to(untrusted.folder / "elsewhere")
     with pytest.raises(ValueError, match="is not a file of this checkpoint"):
-        tensor_names(checkpoint)
+        read_index(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_list_that_many_tensors_share_is_not_traversed_for_each(untrusted: Tin
     metadata.state_dict_metadata |= {f"{name}.{number}": tensor for number in range(1000)}
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="fewer places than chunks"):
-        tensor_names(checkpoint)
+        read_index(checkpoint)
 
 
 def test_tensors_that_unpack_to_more_than_their_size_are_refused(untrusted: TinyRun) -> None:
