@@ -1,4 +1,4 @@
-"""Tokenize the data of a recipe before the run, with a progress bar; otherwise a run does so on first use.
+"""Tokenize the data of a recipe before the run; otherwise a run does so on first use.
 
     python -m tools.prepare_data CONFIG.toml [--section.key=value]...
 
@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-from components.data.sources.base import TextSource
-from components.data.tokenize import Preparation
-from components.interfaces import DataConfig, Tokenizer
+from components.interfaces import DataConfig
 from components.standard_streams import run_command
 from recipes.cli import UsageError, parse_arguments
 from recipes.config import Config, ConfigError, load
 from recipes.errors import config_errors_at
-from recipes.prepared_data import text_sources
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,13 +36,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def prepare_recipe(config: Config) -> None:
-    """Tokenize [data] and [validation.data], and build both as the run will. Raises ConfigError."""
+    """Build [data] and [validation.data] as the run will, and print the progress. Raises ConfigError."""
     recipe = config.recipe
     with config_errors_at(config, "tokenizer"):
         tokenizer = recipe.tokenizer.build()
-    for name, source in text_sources(recipe).items():
-        with config_errors_at(config, name):
-            _prepare_with_bar(name, source, tokenizer, recipe)
     sections: dict[str, DataConfig] = {"data": recipe.data}
     if recipe.validation is not None:
         sections["validation.data"] = recipe.validation.data
@@ -58,23 +49,11 @@ def prepare_recipe(config: Config) -> None:
                 tokenizer=tokenizer,
                 sequence_length=recipe.training.sequence_length,
                 cache_dir=recipe.run.cache_dir,
-                progress=print,
+                progress=partial(print, flush=True),
             )
         for name, part in getattr(dataset, "sources", {section: dataset}).items():
             index = getattr(part, "index", "ready")
             print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
-
-
-def _prepare_with_bar(section: str, data: TextSource, tokenizer: Tokenizer, recipe: Any) -> None:
-    text, rest = TextColumn("{task.description}"), (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(text, BarColumn(), *rest, console=Console(stderr=True)) as bars:
-        task = bars.add_task(f"[{section}]".replace("[", r"\["), total=None)
-
-        def update(state: Preparation) -> None:
-            bars.update(task, completed=state.done_bytes, total=state.total_bytes or None)
-
-        data.cache_entry(tokenizer, recipe.run.cache_dir).prepare(update, 0.1)
-        bars.update(task, total=data.size_bytes(), completed=data.size_bytes())
 
 
 if __name__ == "__main__":
