@@ -189,7 +189,7 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(untrusted: TinyRun) -> Non
 def test_a_pickle_that_asks_for_more_than_its_size_is_refused(tmp_path, bomb: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(bomb)
     with pytest.raises(ValueError, match="is not the metadata of a checkpoint"):
-        tensor_names(tmp_path)
+        read_index(tmp_path)
 
 
 def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(untrusted: TinyRun) -> None:
@@ -197,10 +197,10 @@ def test_metadata_may_be_as_large_as_the_tensors_it_describes_and_no_larger(untr
     content = (checkpoint / ".metadata").read_bytes()
     held = sum(file.stat().st_size for file in checkpoint.glob("*.distcp"))
     (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20, b"\0"))  # what follows its end is not read
-    assert tensor_names(checkpoint)
+    assert read_index(checkpoint).entries
     (checkpoint / ".metadata").write_bytes(content.ljust(held + 2**20 + 1, b"\0"))
     with pytest.raises(ValueError, match=r"\.metadata has [\d,]+ bytes; .* at most [\d,]+ are accepted"):
-        tensor_names(checkpoint)
+        read_index(checkpoint)
 
 
 def test_a_list_that_many_tensors_share_is_not_traversed_for_each(untrusted: TinyRun) -> None:
