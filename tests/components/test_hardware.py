@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,12 +13,33 @@ from components.hardware import peak_flops
 pytestmark = pytest.mark.quick
 
 
-@pytest.mark.parametrize(("product_seconds", "size"), [(1.0, 128), (0.009, 256), (0.001, 1024)])
-def test_only_products_that_the_time_allows_are_measured(monkeypatch, product_seconds, size):
-    calls = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: next(calls) * product_seconds)
-    measured = peak_flops.__wrapped__(torch.device("cpu"), torch.float32)
-    assert measured == pytest.approx(2 * size**3 / product_seconds)
+class SlowMatrix:
+    """A matrix whose product takes 2 size^3 / rate seconds of `now`, and those of `stalls` a second more."""
+
+    rate, now, products, stalls = 1.0, 0.0, 0, frozenset({0})
+    sizes: ClassVar[set[int]] = set()
+
+    def __init__(self, size: int, *_: int, dtype: torch.dtype) -> None:
+        self.size = size
+
+    def __matmul__(self, other: SlowMatrix) -> None:
+        kind = type(self)
+        kind.now += 2 * self.size**3 / self.rate + (kind.products in self.stalls)
+        kind.products += 1
+        kind.sizes.add(self.size)
+
+
+@pytest.mark.parametrize(("rate", "largest"), [(1e8, 128), (2e9, 256), (5e11, 1024)])
+def test_the_rate_is_that_of_products_that_did_not_wait_and_for_which_there_is_time(monkeypatch, rate, largest):
+    class Matrix(SlowMatrix):
+        sizes: ClassVar[set[int]] = set()
+
+    Matrix.rate = rate
+    monkeypatch.setattr(torch, "ones", Matrix)
+    monkeypatch.setattr(time, "perf_counter", lambda: Matrix.now)
+    assert peak_flops.__wrapped__(torch.device("cpu"), torch.float32) == pytest.approx(rate)
+    assert max(Matrix.sizes) == largest
+    assert Matrix.now < 1.4, "the wait, and some tenths of a second"
 
 
 @pytest.mark.parametrize(
