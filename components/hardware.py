@@ -63,24 +63,33 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak matrix FLOP/s of one process's device in `dtype`; None if unknown.
 
     For GPUs it is the published value. For a CPU it is measured once per process, for about a tenth of a second, as the
-    best of several products of matrices of up to 1024 x 1024, so MFU is relative to this machine's matrix product. One
-    such product in bf16 can take seconds of a core that has no instruction for it: the size grows while the time
-    allows.
+    best of several products of matrices of up to 1024 x 1024 on one thread, times the number of threads, so MFU is
+    relative to this machine's matrix product. One such product in bf16 can take seconds of a core that has no
+    instruction for it: the size grows while the time allows.
     """
     if device.type == "cuda":
         found = _known_device(torch.cuda.get_device_name(device))
         return DEVICES[found][0] * 1e12 if found is not None and dtype == torch.bfloat16 else None
     if device.type != "cpu":
         return None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * _flops_of_thread(dtype)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _flops_of_thread(dtype: torch.dtype) -> float:
+    """Return the FLOP/s of this thread, in its processor time: on a busy machine, products wait for each other."""
     size, products, flops, best = 128, 0, 0, 0.0
-    # The time that the products would take at the best rate: on a busy machine a single one can wait for a tenth of a
-    # second, and the first one prepares threads and kernels.
+    # Limits the time at the best rate, because the first product also prepares kernels.
     while products < _LEAST_PRODUCTS or flops / best < _MEASURED_SECONDS:
         a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-        start = time.perf_counter()
+        start = time.thread_time()
         a @ b
         products, flops = products + 1, flops + 2 * size**3
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * size**3 / (time.thread_time() - start))
         if size < 1024 and products >= _LEAST_PRODUCTS and 8 * 2 * size**3 / best < _MEASURED_SECONDS - flops / best:
             size *= 2
     return best
