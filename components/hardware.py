@@ -23,6 +23,10 @@ DEVICES = {
 """Part of a device's name (the first match counts) -> vendor's dense bf16 peak in TFLOP/s, memory in 10^9 bytes, and
 bandwidth to the other devices of its node in GB/s, one direction, by NVLink or else PCIe."""
 
+_LEAST_PRODUCTS = 5
+_MEASURED_SECONDS = 0.1
+"""A CPU is measured by at least as many matrix products, and for this time."""
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -52,10 +56,6 @@ def _known_device(name: str) -> str | None:
     plain = name.lower().replace("-", " ").replace("_", " ")
     # a part of the name, but not of a longer number: A100 does not match A1000
     return next((part for part in DEVICES if re.search(rf"{re.escape(part.lower())}(?!\d)", plain)), None)
-
-
-_LEAST_PRODUCTS = 5
-_MEASURED_SECONDS = 0.1
 
 
 @cache

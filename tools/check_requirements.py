@@ -6,7 +6,6 @@ Exit status: 0 if it has them, 1 if not: those missing or too old are printed. I
 imports are missing.
 """
 
-import platform
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -38,7 +37,8 @@ if __name__ == "__main__":
     project = tomli.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     extras = [f"{project['name']}[{extra}]" for extra in sys.argv[1:] if extra]
     missing = list(missing_requirements(project, [*project["dependencies"], *extras]))
-    if not (python := Requirement(f"python{project['requires-python']}")).specifier.contains(platform.python_version()):
+    python = Requirement(f"python{project['requires-python']}")
+    if not python.specifier.contains("{}.{}.{}".format(*sys.version_info)):
         missing.append(str(python))
     print("\n".join(missing))
     sys.exit(bool(missing))

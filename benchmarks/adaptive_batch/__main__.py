@@ -8,7 +8,7 @@ For every method and schedule the learning rate is tuned with one seed, among va
 with a quarter of the tokens, and then, from the best one on, at full length. Each time neighbors are added until the
 best one lies between two others. It gets the other seeds. Runs in the file of results are not run again, so the
 comparison can be stopped at any time. A method takes some 30 core-minutes under each schedule, the default hours;
-with `--size 5M` it takes seven times as long.
+with `--size 5M` it takes several times as long.
 """
 
 from __future__ import annotations

@@ -107,6 +107,17 @@ def test_missing_and_old_requirements_are_named() -> None:
     ]
 
 
+@pytest.mark.parametrize(("versions", "printed"), [(">=3.10,<3.14", "\n"), (">=3.99", "python>=3.99\n")])
+def test_the_version_of_python_is_a_requirement_too(checkout: Path, versions: str, printed: str) -> None:
+    project = checkout / "pyproject.toml"
+    project.write_text(
+        project.read_text().replace('requires-python = ">=3.10,<3.14"', f'requires-python = "{versions}"')
+    )
+    command = [sys.executable, checkout / "tools" / "check_requirements.py"]
+    checked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert (checked.returncode, checked.stdout) == (int(printed != "\n"), printed)
+
+
 def test_installing_the_project_installs_no_package_of_a_common_name(tmp_path: Path) -> None:
     """Packages named models or tools would shadow or overwrite those of other projects."""
     pytest.importorskip("setuptools", minversion="77")
