@@ -16,6 +16,7 @@ document_attention.py   attention within documents
 context_parallel.py     attention of the chunks that a context-parallel rank has
 moe.py                  mixture of experts
 grouped_linear.py       one matrix product for all experts
+recompute.py            element-wise functions that keep only their inputs for the backward pass
 router_loss.py          auxiliary losses of the routers
 z_loss.py               z-loss of the output logits
 loss.py                 cross-entropy in chunks of tokens

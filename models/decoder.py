@@ -31,10 +31,11 @@ from models.kv_cache import KeyValueCache
 from models.lm_head import LMHead
 from models.loss import working_bytes
 from models.mkldnn_linear import use_mkldnn_linear
-from models.moe import MoE, activate
+from models.moe import GATED, MoE
 from models.norm import RMSNorm
 from models.presets import Activation, LlamaShape
 from models.random_weights import fill_normal
+from models.recompute import recompute
 from models.rope import Rope
 from models.router_loss import RouterLoss, RouterLossConfig
 from models.sharded_kv_cache import ShardedKeyValueCache
@@ -311,6 +312,6 @@ class FeedForward(nn.Module):
         self.w_down = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden_BTF = activate(self.w_gate(x_BTD), self.activation) * self.w_up(x_BTD)
+        hidden_BTF = recompute(GATED[self.activation], self.w_gate(x_BTD), self.w_up(x_BTD))
         out_BTD: Tensor = self.w_down(hidden_BTF)
         return out_BTD

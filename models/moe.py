@@ -10,6 +10,7 @@ N tokens of the micro-batch, S = N k copies of them
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,11 +21,20 @@ from torch.distributed.tensor import DTensor
 
 from models.grouped_linear import GroupedLinear, local_weight
 from models.presets import Activation
+from models.recompute import recompute
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Return the activation of a gated feed-forward; "gelu_tanh" is the tanh approximation of GELU, as in Gemma."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+GATED: Mapping[Activation, Callable[[Tensor, Tensor], Tensor]] = {"silu": swiglu, "gelu_tanh": geglu}
+"""Gates of a feed-forward (Shazeer 2020, arXiv 2002.05202), by activation; that of GeGLU is GELU's tanh approximation,
+as in Gemma."""
 
 
 class MoE(nn.Module):
@@ -63,9 +73,8 @@ class MoE(nn.Module):
         weight_S = _PermuteRows.apply(weight_Nk, source_S, slot_Nk)
         gate_SF, up_SF = self.w_gate_up(x_SD, ends_E).chunk(2, -1)
         # apply the router weights before w_down, which is linear: rows of width F are narrower than those of width D
-        y_SD = self.w_down(
-            activate(gate_SF, self.activation) * up_SF * weight_S.to(gate_SF.dtype).unsqueeze(-1), ends_E
-        )
+        hidden_SF = recompute(GATED[self.activation], gate_SF, up_SF) * weight_S.to(gate_SF.dtype).unsqueeze(-1)
+        y_SD = self.w_down(hidden_SF, ends_E)
         out_ND = _Unpermute.apply(y_SD, source_S, slot_Nk)
         return out_ND.view_as(x_BTD), routing_sums(logits_NE, ends_E)
 

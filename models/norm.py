@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.presets import LlamaShape
+from models.recompute import recompute
 
 
 class ChannelReduce(Protocol):
@@ -35,17 +36,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channel_reduce is None and not self.zero_centered:
-            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         # float32: in bf16, 1 + weight would lose the low bits of the weight
         exact = torch.promote_types(x.dtype, torch.float32)
         gain = (self.weight if self.channel_reduce is None else local_part(self.weight)).to(exact)
         if self.zero_centered:
             gain = 1 + gain
         if self.channel_reduce is None:
-            return F.rms_norm(x.to(exact), (self.dim,), gain, self.eps).to(x.dtype)
+            return rms_norm(x.to(exact), gain, self.eps).to(x.dtype)
         z = x.to(exact)
         mean_square = self.channel_reduce.all_reduce_sum(z.square().sum(-1, keepdim=True)) / self.dim
         return (z * torch.rsqrt(mean_square + self.eps) * gain).to(x.dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Return x / rms(x) * gain over the last dimension."""
+
+    def normalize(x: Tensor, gain: Tensor) -> Tensor:
+        return F.rms_norm(x, gain.shape, gain, eps)
+
+    # without a fused kernel, as on a CPU, the backward pass would keep the normalized x too
+    return recompute(normalize, x, gain) if x.device.type == "cpu" else normalize(x, gain)
 
 
 def local_part(weight: Tensor) -> Tensor:

@@ -97,8 +97,8 @@ def test_a_compiled_block_keeps_what_its_partitioned_graph_does(size):
         compiled(x, rope)
     really = sum(storage.nbytes() for number, storage in kept.items() if number not in given)
     counted_block = counted(torch.bfloat16, size).blocks[1].compiled()
-    # experts: which of the small results of the routing the partitioner recomputes is not modeled
-    assert counted_block.kept == pytest.approx(really, rel=0.005 if size.experts else 0)
+    # not modeled: the rms of a token in each norm, and which small results of the routing the partitioner recomputes
+    assert counted_block.kept == pytest.approx(really, rel=0.005)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -116,7 +116,7 @@ def test_experts_are_counted_as_the_rest(dtype):
 
 def test_a_float32_block_follows_the_formula_of_the_documentation():
     heads, kv = SIZE.heads * SIZE.head_width, SIZE.kv_heads * SIZE.head_width
-    values = 6 * SIZE.dim + 2 * heads + 2 * kv + 4 * SIZE.ffn_dim
+    values = 4 * SIZE.dim + 2 * heads + 2 * kv + 3 * SIZE.ffn_dim
     for block in counted().blocks[1:]:
         assert block.kept == pytest.approx(4 * values * BATCH * LENGTH, rel=0.05)
         assert block.input == 4 * SIZE.dim * BATCH * LENGTH
