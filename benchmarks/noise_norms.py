@@ -207,6 +207,8 @@ def report(rows: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, An
     yield ""
     yield "| noise scale | rank correlation | critical batch / noise scale | spread | exponent | growth |"
     yield "|---|---|---|---|---|---|"
+    steps = [(point.step, batch) for point, _ in points if (batch := point.critical_batch)]
+    yield f"| the number of the step | {rank_correlation(*zip(*steps, strict=True)):.2f} | - | - | - | - |"
     for name, label in LABELS.items():
         for bound in BOUNDS if name in NORMS else BOUNDS[:1]:
             pairs = [(scales[name, bound], batch) for point, scales in points if (batch := point.critical_batch)]

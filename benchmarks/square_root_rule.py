@@ -111,11 +111,10 @@ def measure(folder: Path, text: Mapping[str, Path], lr: float, seed: int) -> Ite
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation of values without ties."""
+    """Return Spearman's rank correlation; equal values share their mean rank."""
 
-    def ranks(values: Sequence[float]) -> list[int]:
-        order = sorted(range(len(values)), key=values.__getitem__)
-        return [order.index(index) for index in range(len(values))]
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < value for v in values) + sum(v == value for v in values) / 2 for value in values]
 
     return statistics.correlation(ranks(one), ranks(other))
 

@@ -35,3 +35,8 @@ def test_the_tables_have_every_point_and_bin():
 def test_rank_correlation_depends_on_order_only():
     assert rank_correlation([1, 2, 3], [1, 10, 100]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3], [3, 2, -5]) == pytest.approx(-1)
+
+
+def test_equal_values_share_their_mean_rank():
+    # ranks 1.5, 1.5, 3 and 1, 2, 3: covariance 1.5, variances 1.5 and 2 (times n)
+    assert rank_correlation([0, 0, 5], [1, 2, 3]) == pytest.approx(1.5 / (1.5 * 2) ** 0.5)
