@@ -4,7 +4,7 @@ Command line and configuration
 __main__.py             `python -m recipes`
 cli.py                  options, exit codes, start of the workers
 config/                 TOML files to typed components
-recipe.py               optional attributes of a recipe
+recipe.py               optional attributes of a recipe; refuses a recipe that trains nothing
 run_config.py           [run] and [training]
 interfaces.py           the protocols that components implement
 errors.py               places an error at its recipe line; RunError; remedies
@@ -18,7 +18,7 @@ model_setup.py          builds the model and checks what it supports
 initial_weights.py      [run] init_from: weights of a Hugging Face directory, or of a checkpoint
 parallelize.py          tensor parallelism, activation checkpointing, compile, FSDP2
 batch_policy.py         builds the batch policy (the policies: components/batch/)
-prepared_data.py        the data of a recipe; refuses untokenized text on several nodes
+prepared_data.py        the data of a recipe, built for a tool; refuses untokenized text on several nodes
 data_checks.py          checks the micro-batches of a step
 step_results.py         a step queued on the device, and its results read later
 step_timer.py           times the steps, for the metrics and batch policies

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
 from components.distributed.context import DistributedContext
-from components.interfaces import Tokenizer
+from components.interfaces import DataConfig, PackedDataset, Tokenizer
 from recipes.config import Config
 from recipes.errors import config_errors_at
-from recipes.recipe import complete_recipe
+from recipes.recipe import complete_recipe, require_training
 
 
 def data_sources(recipe: Any) -> dict[str, object]:
@@ -23,6 +24,28 @@ def data_sources(recipe: Any) -> dict[str, object]:
 def text_sources(recipe: Any) -> dict[str, TextSource]:
     """Return those of `data_sources` that are text."""
     return {section: source for section, source in data_sources(recipe).items() if isinstance(source, TextSource)}
+
+
+def build_datasets(
+    config: Config, progress: Callable[[str], None], *, validation: bool
+) -> tuple[Tokenizer, dict[str, PackedDataset]]:
+    """Build the tokenizer and, as a run does, [data] and optionally [validation.data]. Raises ConfigError."""
+    require_training(config)
+    recipe, datasets = config.recipe, {}
+    sections: dict[str, DataConfig] = {"data": recipe.data}
+    if validation and (held_out := complete_recipe(recipe).validation) is not None:
+        sections["validation.data"] = held_out.data
+    with config_errors_at(config, "tokenizer"):
+        tokenizer = recipe.tokenizer.build()
+    for section, data in sections.items():
+        with config_errors_at(config, section):
+            datasets[section] = data.build(
+                tokenizer=tokenizer,
+                sequence_length=recipe.training.sequence_length,
+                cache_dir=recipe.run.cache_dir,
+                progress=progress,
+            )
+    return tokenizer, datasets
 
 
 def require_prepared_data(config: Config, tokenizer: Tokenizer, world: DistributedContext) -> None:

@@ -1,4 +1,4 @@
-"""The optional attributes of a recipe. This module imports nothing large, so that typos are reported at once."""
+"""What a recipe may lack: optional attributes, and training. Without large imports, so that typos are found at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from components.protocol_defaults import with_defaults
+from recipes.config import Config, ConfigError
 
 
 class RecipeDefaults:
@@ -33,3 +34,10 @@ class RecipeDefaults:
 def complete_recipe(recipe: Any) -> RecipeDefaults:
     """Return `recipe` with defaults for the attributes that its class does not define."""
     return with_defaults(recipe, RecipeDefaults)
+
+
+def require_training(config: Config) -> None:
+    """Raise ConfigError for a recipe that trains nothing, such as train_configs/evaluate.toml."""
+    if not hasattr(config.recipe, "training"):
+        message = f"{type(config.recipe).__name__} trains nothing; give the recipe of a training run"
+        raise ConfigError([config.problem("recipe", message)])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from operator import add
 from typing import Any
 
@@ -29,9 +30,11 @@ from components.standard_streams import run_command
 from components.token_ids import first_input
 from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
-from recipes.cli import parse_arguments, reports_bad_input
+from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import Config, load
 from recipes.errors import config_errors_at
+from recipes.prepared_data import build_datasets
+from recipes.recipe import require_training
 
 BAR, DOUBLE_BAR = "│", "║"
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--count", type=int, help="largest number of samples to show")
     parser.add_argument("--ids", action="store_true", help="also show the ids")
     options, rest = parser.parse_known_args(arguments)
-    command = parse_arguments(rest)
+    command = parse_recipe(rest)
     for line in inspect(load(command.config, command.overrides), options):
         print(line)
     return 0
@@ -61,6 +64,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Yield the lines to print. Raises ConfigError, ValueError or OSError."""
+    require_training(config)
+    if not 0 <= options.rank < options.ranks:
+        raise ValueError(
+            f"--rank {options.rank}: expected 0 to {options.ranks - 1}, because --ranks is {options.ranks}"
+        )
     recipe = config.recipe
     size = recipe.training.micro_batch_size
     start, micro_batch = (options.sample, 0) if options.sample is not None else (None, options.micro_batch)
@@ -70,15 +78,8 @@ def inspect(config: Config, options: argparse.Namespace) -> Iterator[str]:
             raise ValueError(f"--micro-batch {micro_batch}: step {options.step} has {micro_batches}, counted from 0")
         which = f"micro-batch {micro_batch} of {micro_batches}, rank {options.rank} of {options.ranks}"
         yield f"step {options.step}, {which}"
-    with config_errors_at(config, "tokenizer"):
-        tokenizer = recipe.tokenizer.build()
-    with config_errors_at(config, "data"):
-        dataset = recipe.data.build(
-            tokenizer=tokenizer,
-            sequence_length=recipe.training.sequence_length,
-            cache_dir=recipe.run.cache_dir,
-            progress=lambda line: print(line, file=sys.stderr),
-        )
+    tokenizer, datasets = build_datasets(config, partial(print, file=sys.stderr), validation=False)
+    dataset = datasets["data"]
     loader_options: dict[str, Any] = {"micro_batch_size": size, "dp_rank": options.rank, "dp_size": options.ranks}
     if options.sample is not None:
         loader_options = {"micro_batch_size": options.count or size}

@@ -41,7 +41,7 @@ from recipes.cli import UsageError, parse_recipe, reports_bad_input, resolve_wor
 from recipes.config import Config, ConfigError, load
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps
 from recipes.errors import config_errors_at
-from recipes.recipe import complete_recipe
+from recipes.recipe import complete_recipe, require_training
 
 PANELS = {
     "loss": "loss, nats per token",
@@ -211,6 +211,7 @@ def plot_probes(maps: Sequence[HeatMap], output: Path) -> None:
 
 def schedule_curves(config: Config, world_size: int) -> dict[str, list[PlannedStep]]:
     """Return the steps of the curves to show, by label. Raises ConfigError if the recipe is not of a single run."""
+    require_training(config)
     recipe = config.recipe
     if complete_recipe(recipe).dry_run is not None:
         message = f"{type(recipe).__name__} trains many runs with different schedules; give a recipe of a single run"

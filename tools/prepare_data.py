@@ -12,16 +12,15 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from components.interfaces import DataConfig
 from components.standard_streams import run_command
-from recipes.cli import UsageError, parse_arguments
+from recipes.cli import UsageError, parse_recipe
 from recipes.config import Config, ConfigError, load
-from recipes.errors import config_errors_at
+from recipes.prepared_data import build_datasets
 
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        command = parse_arguments(arguments)
+        command = parse_recipe(arguments)
         if command.help:
             print(__doc__)
             return 0
@@ -37,23 +36,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def prepare_recipe(config: Config) -> None:
     """Build [data] and [validation.data] as the run will, and print the progress. Raises ConfigError."""
-    recipe = config.recipe
-    with config_errors_at(config, "tokenizer"):
-        tokenizer = recipe.tokenizer.build()
-    sections: dict[str, DataConfig] = {"data": recipe.data}
-    if recipe.validation is not None:
-        sections["validation.data"] = recipe.validation.data
-    for section, data in sections.items():
-        with config_errors_at(config, section):
-            dataset = data.build(
-                tokenizer=tokenizer,
-                sequence_length=recipe.training.sequence_length,
-                cache_dir=recipe.run.cache_dir,
-                progress=partial(print, flush=True),
-            )
+    _, datasets = build_datasets(config, partial(print, flush=True), validation=True)
+    for section, dataset in datasets.items():
         for name, part in getattr(dataset, "sources", {section: dataset}).items():
             index = getattr(part, "index", "ready")
-            print(f"[{name}] {index}; {len(part):,} sequences of {recipe.training.sequence_length}")
+            print(f"[{name}] {index}; {len(part):,} sequences of {config.recipe.training.sequence_length}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_the_counts_are_those_of_the_text(tiny, capsys):
         ("--data.path=nowhere/*.txt", "nowhere"),
         ("--data.pathh=text", "did you mean path"),
         ("--nonsense", "unknown option --nonsense"),
+        ("--dry-run", "options of ./run_train.sh only"),
     ],
 )
 def test_bad_input_is_reported_without_a_traceback(tiny, capsys, argument, message):

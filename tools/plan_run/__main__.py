@@ -29,6 +29,7 @@ from components.units import parse_count
 from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import load
 from recipes.dry_run.plan import HardwareTarget
+from recipes.recipe import require_training
 from tools.plan_run.family import Family
 from tools.plan_run.ladder import Ladder, Pilots
 from tools.plan_run.page import page_lines, write_plan
@@ -134,6 +135,7 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     """Return the pilot runs, and the sizes of the recipe. Raises UsageError, ConfigError, ValueError or OSError."""
     command = parse_recipe(rest)
     config = load(command.config, command.overrides)
+    require_training(config)
     recipe = config.recipe
     family = Family(config, recipe.tokenizer.build().vocab_size)
     batch = options.pilot_batch or getattr(recipe.batch, "initial_size", None)

@@ -16,6 +16,7 @@ from components.data.sources.token_files import TokenFiles
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import DEFAULT
 from recipes.prepared_data import data_sources
+from recipes.recipe import require_training
 from recipes.resume import LOCATION_KEYS
 
 Settings = Mapping[str, str]
@@ -75,6 +76,7 @@ class Sweep:
             settings = {**self.common, **varied}
             try:
                 config = load(self.recipe, [Override(key, value) for key, value in settings.items()])
+                require_training(config)
                 job = Job(self.recipe, settings, varied, digest(config, fingerprints, self.processes(config.recipe)))
             except (ConfigError, OSError, ValueError) as error:
                 which = ", ".join(f"{key} = {value}" for key, value in varied.items())
