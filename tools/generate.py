@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from components import precision
 from components.distributed.context import DistributedContext
 from components.distributed.context_parallel import ContextParallelRanks
+from components.errors import InputError
 from components.generation import Sampling, generate_tokens, uniform_numbers
 from components.standard_streams import run_command
 from components.token_ids import describe_start, first_input, start_of_document
@@ -83,9 +84,12 @@ class Generator:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         """Load the model of the command line. Raises ValueError, OSError or ConfigError."""
-        self.sampling = Sampling(
-            temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
-        )
+        try:
+            self.sampling = Sampling(
+                temperature=0.0 if options.greedy else options.temperature, top_k=options.top_k, top_p=options.top_p
+            )
+        except InputError as error:
+            raise ValueError(f"--{error.key.replace('_', '-')} {error.message}") from None
         self.seed, self.max_tokens = options.seed, options.max_tokens
         self.device = device
         self.ranks: ContextParallelRanks | None = None

@@ -90,6 +90,9 @@ class ParallelConfig:
         Raises InputError if the sizes do not multiply to `world_size`.
         """
         replicas, shards, ranks = self.dp_replicate, self.dp_shard, self.cp * self.tp
+        if world_size % ranks:
+            key = "tp" if self.tp > 1 else "cp"
+            raise InputError(key, f"cp x tp = {ranks} does not divide the {world_size} processes of this run")
         if replicas == shards == -1:
             node = local_size or world_size
             # the ranks of one sample are neighbors; if a node does not hold whole groups, shard over all processes

@@ -216,7 +216,8 @@ def test_bad_input_is_reported_with_status_2(tiny, run_tool, monkeypatch):
     assert "has no prompt" in refused(run, "--prompts", "/dev/null")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # also where it is closed: a command then finds it empty
     assert refused(run, "--prompts=-") == "standard input has no prompt\n"
-    assert "top_p: 2.0" in refused(run, "x", "--top-p=2")
+    assert "--top-p 2.0; expected" in refused(run, "x", "--top-p=2")
+    assert refused(run, "x", "--top-k=0") == "--top-k 0; expected an integer >= 1\n"
     assert "No such file" in refused(run, "--prompts", tiny.folder / "prompts.txt")
     bad = tiny.folder / "bad.jsonl"
     bad.write_text('{"prompt": "x"}\n{"text": "y"}\n')

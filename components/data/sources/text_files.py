@@ -100,6 +100,8 @@ def _matches(path: Path) -> Sequence[Path]:
         if not is_known_format(path):
             raise ValueError(f"{path} does not end in {', '.join(SUFFIXES)}")
         return [path]
+    if not path.exists() and not glob.has_magic(str(path)):
+        raise FileNotFoundError(f"{path} does not exist")
     files = list(walk_files(path)) if path.is_dir() else glob_files(_pattern(path))
     found = [file for file in files if is_known_format(file)]
     if not found and files:

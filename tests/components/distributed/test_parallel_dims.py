@@ -38,8 +38,8 @@ def test_a_node_holds_a_replica_by_default(world, local, keys, expected):
         ({"dp_shard": 3}, "2 (dp_replicate) x 3 (dp_shard) x 1 (tp) is not the 8 processes"),
         ({"dp_shard": 16}, "1 (dp_replicate) x 16 (dp_shard) x 1 (tp)"),
         ({"dp_replicate": 16}, "16 (dp_replicate) x 1 (dp_shard) x 1 (tp)"),
-        ({"tp": 16}, "x 16 (tp)"),
-        ({"cp": 3}, "1 (dp_replicate) x 2 (dp_shard) x 3 (cp) x 1 (tp) is not the 8 processes"),
+        ({"tp": 16}, "tp: cp x tp = 16 does not divide"),
+        ({"cp": 3}, "cp: cp x tp = 3 does not divide the 8 processes of this run"),
         ({"dp_replicate": 2, "dp_shard": 2}, "2 (dp_replicate) x 2 (dp_shard)"),
     ],
 )

@@ -201,7 +201,7 @@ def test_a_target_far_away_is_warned_of(tiny, tmp_path, launched, capsys):
         ([*TARGET, "--pilot-batch=0"], "--pilot-batch 0: expected a number above 0"),
         ([*TARGET, "--pilot-batch=2"], "the noise needs two micro-batches a step; use 4"),
         (["--parameters=500", "--tokens=1M"], "no model of 500 parameters"),
-        ([*TARGET, "--parallel.tp=2", "--model.kv_heads=2"], "2 (tp) is not the 1 processes"),
+        ([*TARGET, "--parallel.tp=2", "--model.kv_heads=2"], "tp: cp x tp = 2 does not divide the 1 processes"),
         ([*TARGET, "--output=plan.md"], "expected the name of a recipe"),
         ([*TARGET, "--lr_schedule.decay_fraction=1.0"], "a plan needs a stable phase"),
         ([*TARGET, "--pilot-sizes=20K"], "two sizes or more"),

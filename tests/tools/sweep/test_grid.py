@@ -146,5 +146,5 @@ def test_a_key_at_its_default_does_not_change_the_digest(tiny):
 
 
 def test_missing_data_is_reported(tiny):
-    with pytest.raises(ValueError, match="matches no file"):
+    with pytest.raises(ValueError, match="/nowhere does not exist"):
         jobs_of(tiny.recipe, data__path="/nowhere")

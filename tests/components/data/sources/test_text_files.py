@@ -170,8 +170,10 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
 
 def test_paths_that_lead_nowhere_name_their_key(tmp_path):
     write(tmp_path / "a.doc", "")
-    with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere matches no file"):
+    with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere does not exist$"):
         TextFiles(path=tmp_path / "nowhere").files()
+    with pytest.raises(FileNotFoundError, match=r"^path: .*nowhere\* matches no file that ends in \.txt"):
+        TextFiles(path=tmp_path / "nowhere*").files()
     with pytest.raises(ValueError, match=r"^path: .* matches 1 files, but none ends in \.txt"):
         TextFiles(path=tmp_path).files()
     with pytest.raises(ValueError, match=r"a\.doc does not end in \.txt"):
