@@ -1,4 +1,5 @@
-"""Paths: file lookups raise an error for files and directories that cannot be accessed, instead of skipping them.
+"""Paths: file lookups raise an error for files and directories that cannot be accessed, instead of skipping them; and
+the check of a file to write.
 
 This module imports nothing of the project, so that every component may import it.
 """
@@ -37,6 +38,17 @@ def is_file(path: Path) -> bool:
         if path.is_symlink():
             raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which does not exist") from None
         return False
+
+
+def check_output_file(path: Path) -> None:
+    """Raise OSError if `path` cannot be written, before the work whose result it is to hold. Creates nothing."""
+    found = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; give the name of a file")
+    if found != path.absolute() and not found.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {found} is not a directory")
+    if not os.access(found, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: there is no permission to write {found}")
 
 
 def hash_file(path: Path) -> str:

@@ -25,6 +25,7 @@ from components.errors import InputError, invalid_names, message_of
 from components.interfaces import DataConfig, Tokenizer
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
+from components.paths import check_output_file
 from components.precision import Precision, WorkingWeights
 from components.tasks import Answer, Scorer, check_questions
 from components.token_ids import describe_start, first_input, start_of_document
@@ -161,6 +162,12 @@ class Evaluate:
         evaluated.
         """
         cfg = self.evaluation
+        for key, path in (("output", cfg.output), ("table", cfg.table)):
+            if rank == 0 and path is not None:
+                try:
+                    check_output_file(path)
+                except OSError as error:
+                    raise InputError.below(key, error) from None
         try:
             pretrained = load_pretrained(
                 cfg.checkpoint,

@@ -21,6 +21,7 @@ from components.data import HuggingFaceDataset, StandardLibrary, TextFiles
 from components.data.document import ReadStats, to_utf8
 from components.data.mixture import sources_in
 from components.data.sources.base import TextSource
+from components.paths import check_output_file
 from components.standard_streams import run_command
 from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers, pre_tokenizer, to_hugging_face
@@ -46,11 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--recipe", type=Path, help="the [data] of a recipe, or all sources of its mixture")
     parser.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
     options = parser.parse_args(arguments)
+    check_output_file(options.output)
+    json_path = options.output.with_name(options.output.name.removesuffix(".tiktoken") + ".tokenizer.json")
+    check_output_file(json_path)
     corpus = list(text_sources(options.path, options.recipe, options.text_key))
     pattern = resolve_pattern(options.pattern)
     ranks = train_ranks(corpus, vocab_size=options.vocab_size, pattern=pattern)
     write_ranks(options.output, ranks)
-    json_path = options.output.with_suffix(".tokenizer.json")
     to_hugging_face(ranks, pattern, {END_OF_DOCUMENT: len(ranks)}).save(str(json_path))
     print(verify_equal_encodings(options.output, json_path, corpus, pattern))
     print(f'wrote {options.output}: {len(ranks):,} ranks; use it with pattern = "{options.pattern}"')

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from components.errors import InputError
 from components.validation import LossTotals
 from recipes import cli
 from recipes.evaluate import Evaluate, Evaluation, metrics_of
@@ -19,6 +20,15 @@ from tools import export_hf
 CONFIG = Path(__file__).resolve().parents[2] / "train_configs" / "evaluate.toml"
 LENGTH, STRIDE = 24, 7
 TEXTS = ["Ça: it was the best of times, 鯨 and 🐋 it was the worst of times.", "I", "Call me Ishmael. " * 4]
+
+
+@pytest.mark.parametrize("key", ["output", "table"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_checkpoint_is_read(tmp_path, key):
+    (tmp_path / "file").touch()
+    for path, message in (tmp_path, "is a directory"), (tmp_path / "file" / "x.json", "file is not a directory"):
+        evaluation = Evaluation(checkpoint=tmp_path / "missing", method="tasks", **{key: path})
+        with pytest.raises(InputError, match=rf"^{key}: .*{message}"):
+            Evaluate(evaluation=evaluation).prepare_model()
 
 
 class Evaluated:

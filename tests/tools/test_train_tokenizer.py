@@ -41,6 +41,12 @@ def test_the_file_holds_every_byte_and_the_ids_asked_for(corpus, tmp_path, capsy
     assert sorted(path.name for path in output.parent.iterdir()) == ["my.tiktoken", "my.tokenizer.json"]
 
 
+def test_only_the_suffix_of_a_rank_file_is_replaced(corpus, tmp_path):
+    for name, written in {"tok-v1.5": "tok-v1.5.tokenizer.json", "a.b.tiktoken": "a.b.tokenizer.json"}.items():
+        assert main(["--vocab-size", "260", "--output", str(tmp_path / name), "--path", str(corpus)]) == 0
+        assert (tmp_path / written).exists()
+
+
 def test_training_twice_gives_the_same_ranks(corpus):
     source = TextFiles(path=corpus)
     assert train_ranks([source], vocab_size=290, pattern=PATTERNS["gpt2"]) == train_ranks(
@@ -84,6 +90,7 @@ def test_json_lines_are_read_by_their_key(tmp_path):
         ({"--vocab-size": "100000"}, "gives only"),
         ({"--pattern": "("}, "pattern"),
         ({"--path": "nowhere"}, "nowhere"),
+        ({"--path": "nowhere", "--output": "."}, ". is a directory; give the name of a file"),
     ],
 )
 def test_bad_input_is_one_message_and_writes_no_file(change, message, corpus, tmp_path, capsys):
