@@ -61,7 +61,8 @@ class WorldComm(Comm, Protocol):
 class Tokenizer(Protocol):
     """A tokenizer with a vocabulary of V ids.
 
-    Optional is `start_of_document`: the id that begins every document and every prompt, or None.
+    Optional are `start_of_document`, the id that begins every document and every prompt, or None; and
+    `leave_out_special(rows)`, called if a model has only so many rows: limits the ids to those below if it can.
     """
 
     @property

@@ -22,6 +22,16 @@ def check_token_ids(ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
 
 
+def fit_vocabulary(tokenizer: Tokenizer, rows: int | None) -> Tokenizer:
+    """Return `tokenizer`, without special tokens for which an embedding of `rows` has no row, if it can be without.
+
+    The tokenizer of Gemma 3 has a token for images, with an id after the last row of its text model.
+    """
+    if rows is not None and tokenizer.vocab_size > rows and hasattr(tokenizer, "leave_out_special"):
+        tokenizer.leave_out_special(rows)
+    return tokenizer
+
+
 def start_of_document(tokenizer: Tokenizer) -> int | None:
     """Return the id that begins every document and every prompt; None if the tokenizer adds none."""
     return getattr(tokenizer, "start_of_document", None)

@@ -86,7 +86,8 @@ class Llama:
     no_rope_interval: Count | None = None
     """Every n-th layer has no rotary embedding (NoPE, arXiv 2501.18795; SmolLM 3: 4); 0: none."""
     vocab_size: PositiveCount | None = None
-    """Rows of the embedding; unset: the tokenizer's vocabulary. A larger number pads it, as to a multiple of 128."""
+    """Rows of the embedding; unset: the tokenizer's vocabulary. A larger number pads it, as to a multiple of 128;
+    a smaller one may only leave out special tokens of a tokenizer.json that no text is encoded to."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     depth_scaled_init: bool = True

@@ -14,7 +14,7 @@ Pre-training
 pretrain.py             the recipe, and Trainer.train, the training loop
 build.py                builds the parts of a run, in order
 run_setup.py            process group, run directory, log, choice of the checkpoint
-model_setup.py          builds the model and checks what it supports
+model_setup.py          builds tokenizer and model, and checks what it supports
 initial_weights.py      [run] init_from: weights of a Hugging Face directory, or of a checkpoint
 parallelize.py          tensor parallelism, activation checkpointing, compile, FSDP2
 batch_policy.py         builds the batch policy (the policies: components/batch/)

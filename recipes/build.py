@@ -47,7 +47,7 @@ from recipes.config.toml import to_toml_value
 from recipes.dry_run.memory import decide_grad_sync
 from recipes.errors import config_errors_at
 from recipes.hooks import Hook, HookContext, complete_hook
-from recipes.model_setup import build_model, enable_document_masking, transformer_blocks
+from recipes.model_setup import build_model, build_tokenizer, enable_document_masking, transformer_blocks
 from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
 from recipes.run_setup import Environment
@@ -96,7 +96,7 @@ def build_data(config: Config, world: DistributedContext) -> TrainingData:
     """Build the tokenizer and open the training and validation data, which the main process prepares first."""
     recipe = config.recipe
     with config_errors_at(config, "tokenizer"):
-        tokenizer = recipe.tokenizer.build()
+        tokenizer = build_tokenizer(recipe)
         vocab_size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
     if (start := describe_start(tokenizer)) is not None:
         log.info(f"documents begin with {start}")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from components.errors import InputError
-from components.interfaces import PackedDataset
+from components.interfaces import PackedDataset, Tokenizer
+from components.token_ids import fit_vocabulary
 from recipes.config import Config
 from recipes.errors import config_errors_at
 from recipes.interfaces import HasParallelPlan, LanguageModel, SupportsContextParallelism, SupportsDocumentMasking
@@ -18,6 +19,11 @@ log = logging.getLogger("powertrain")
 
 SEQUENCES_SAMPLED = 64
 """Number of sequences that are searched for the start of a document."""
+
+
+def build_tokenizer(recipe: Any) -> Tokenizer:
+    """Return the tokenizer, without special tokens for which [model] vocab_size has no row, if it can be without."""
+    return fit_vocabulary(recipe.tokenizer.build(), getattr(recipe.model, "vocab_size", None))
 
 
 def build_model(config: Config, vocab_size: int) -> Any:

@@ -11,6 +11,7 @@ from components.distributed.context import DistributedContext
 from components.interfaces import DataConfig, PackedDataset, Tokenizer
 from recipes.config import Config
 from recipes.errors import config_errors_at
+from recipes.model_setup import build_tokenizer
 from recipes.recipe import complete_recipe, require_training
 
 
@@ -36,7 +37,7 @@ def build_datasets(
     if validation and (held_out := complete_recipe(recipe).validation) is not None:
         sections["validation.data"] = held_out.data
     with config_errors_at(config, "tokenizer"):
-        tokenizer = recipe.tokenizer.build()
+        tokenizer = build_tokenizer(recipe)
     for section, data in sections.items():
         with config_errors_at(config, section):
             datasets[section] = data.build(

@@ -17,6 +17,7 @@ from components.interfaces import Tokenizer
 from components.paths import expand_home, is_file
 from components.safetensors import Weights, read_json
 from components.storage.address import local_copy_of
+from components.token_ids import fit_vocabulary
 from components.tokenizers import TokenizerJson
 from models.hf.architectures import architecture_from_config
 from models.hf.weights import RECOMPUTED_BUFFERS
@@ -66,7 +67,7 @@ class PretrainedModel:
             raise ValueError(f"{self.path} has no tokenizer.json with an end-of-document token; name a tokenizer")
         if not self.add_special_tokens and getattr(chosen, "start_of_document", None) is not None:
             chosen = replace(chosen, start_of_document=None)
-        built: Tokenizer = chosen.build()
+        built = fit_vocabulary(chosen.build(), self.vocab_size)
         # the embedding of a Hugging Face model may have more rows than its tokenizer has ids
         fits = built.vocab_size == self.vocab_size if self.recipe else built.vocab_size <= self.vocab_size
         if not fits:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from components.safetensors import TensorSpec, new_directory, parse_bytes, write_json, write_weights
 from components.standard_streams import run_command
-from components.token_ids import first_input
+from components.token_ids import first_input, fit_vocabulary
 from components.tokenizers.hf_conversion import save
 from models.hf.architectures import architecture_from_model, part_shapes
 from recipes.averages import load_weights
@@ -110,7 +110,7 @@ def _write_tokenizer(
     notes."""
     missing = "warning: no tokenizer was written"
     try:
-        encoder: Any = trained.recipe.tokenizer.build()
+        encoder: Any = fit_vocabulary(trained.recipe.tokenizer.build(), trained.vocab_size)
     except (OSError, ValueError) as error:
         return None, None, [f"{missing}, and config.json has no eos_token_id: {error}"]
     if (ids := encoder.vocab_size) != trained.vocab_size:

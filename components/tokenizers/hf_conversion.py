@@ -20,6 +20,8 @@ class ConvertibleTokenizer(Protocol):
     """A tokenizer that can be converted to a Hugging Face tokenizer."""
 
     @property
+    def vocab_size(self) -> int: ...
+    @property
     def end_of_document(self) -> int: ...
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Any]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -118,7 +120,7 @@ def _verify_roundtrip(encoder: ConvertibleTokenizer, tokenizer: Any) -> None:
     """Raise ValueError for the first text that the two encode differently: a test text, or the text of a token."""
     special = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
     texts = [_PROBE]
-    for token in sorted(set(tokenizer.get_vocab(with_added_tokens=True).values())):
+    for token in sorted(set(tokenizer.get_vocab(with_added_tokens=True).values()) & set(range(encoder.vocab_size))):
         text = encoder.decode([token])
         if text not in special and "\ufffd" not in text:
             texts.append(text)

@@ -151,6 +151,15 @@ class JsonEncoder:
         if start_of_document is not None:
             self.byte_lengths[start_of_document] = 0
 
+    def leave_out_special(self, rows: int) -> None:
+        """Limit the ids to those below `rows` if all others are special tokens that are never encoded."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        others = {id for id in self._tokenizer.get_vocab(with_added_tokens=True).values() if id >= rows}
+        encoded = {self.end_of_document, self.start_of_document}
+        if not self._parse_special and not others & encoded and all(id in added and added[id].special for id in others):
+            self.vocab_size, self.byte_lengths = rows, self.byte_lengths[:rows]
+            self.fingerprint += f"-below-{rows}"
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the (tokens,) uint32 ids of each text."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)

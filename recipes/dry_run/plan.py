@@ -26,7 +26,7 @@ from recipes.dry_run.memory import Memory, estimate_memory, syncs_once_per_step
 from recipes.dry_run.schedule_preview import SchedulePreview, simulate_schedule
 from recipes.errors import config_errors_at
 from recipes.interfaces import HasUpdateCost
-from recipes.model_setup import build_model
+from recipes.model_setup import build_model, build_tokenizer
 from recipes.probes import build_probes
 from recipes.recipe import complete_recipe
 
@@ -130,7 +130,7 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         mesh_shape = recipe.parallel.mesh_shape(world_size, local_size)
     with _collect_problems(config, "tokenizer", problems):
         try:
-            tokenizer = recipe.tokenizer.build()
+            tokenizer = build_tokenizer(recipe)
             vocab_size = tokenizer.vocab_size
         except FileNotFoundError as error:
             vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, message_of(error)

@@ -15,6 +15,8 @@ from components.checkpoint import load_tensors
 from components.safetensors import Weights
 from models.decoder import Decoder
 from recipes.config import load
+from recipes.trained_model import load_pretrained
+from tests.components.tokenizers.test_tokenizer_json import write_byte_tokenizer
 from tests.models.hf.state_dicts import from_hf
 from tests.tools import numpy_llama
 from tools.export_hf import main
@@ -182,3 +184,21 @@ def test_a_failed_export_is_reported_with_status_2(tiny, capsys):
         file.write_bytes(file.read_bytes()[:100])
     assert "is damaged" in refused(checkpoint, tiny.folder / "other")
     assert sorted(path.name for path in tiny.folder.iterdir() if "part" in path.name or path.name == "other") == []
+
+
+def test_a_special_token_that_is_not_encoded_needs_no_row(tiny, tmp_path, capsys):
+    """As in Gemma 3: the run, its export and a run from the export have fewer rows than the tokenizer.json has ids."""
+    keys = [
+        f"--tokenizer.path={write_byte_tokenizer(tmp_path)}", "--tokenizer.use=components.tokenizers:TokenizerJson",
+        "--tokenizer.end_of_document=</s>", "--model.vocab_size=257",
+    ]  # fmt: skip
+    assert tiny.launch("--dry-run", *keys) == 0
+    assert "vocabulary 257" in capsys.readouterr().out
+    trained(tiny, *keys)
+    exported = export(tiny)
+    assert "tokenizer in" in capsys.readouterr().out
+    for source in (tiny.directory, exported):
+        assert load_pretrained(source).load_tokenizer().vocab_size == 257
+    assert tiny.launch(*keys, f"--run.init_from={exported}", "--run.if_exists=replace") == 0
+    assert tiny.launch(*keys, "--tokenizer.parse_special=true", "--run.if_exists=replace") == 2
+    assert "257 is too small for the tokenizer's 258 ids" in capsys.readouterr().err

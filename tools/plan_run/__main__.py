@@ -29,6 +29,7 @@ from components.units import parse_count
 from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import load
 from recipes.dry_run.plan import HardwareTarget
+from recipes.model_setup import build_tokenizer
 from recipes.recipe import require_training
 from tools.plan_run.family import Family
 from tools.plan_run.ladder import Ladder, Pilots
@@ -137,7 +138,7 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     config = load(command.config, command.overrides)
     require_training(config)
     recipe = config.recipe
-    family = Family(config, recipe.tokenizer.build().vocab_size)
+    family = Family(config, build_tokenizer(recipe).vocab_size)
     batch = options.pilot_batch or getattr(recipe.batch, "initial_size", None)
     if batch is None:
         raise ValueError(f"{type(recipe.batch).__name__} has no initial_size: give --pilot-batch")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from components.token_ids import fit_vocabulary
 from components.tokenizers import TiktokenFile, TokenizerJson
 from components.tokenizers.hf_conversion import byte_characters, save
 
@@ -48,6 +49,40 @@ def test_special_tokens_are_parsed_only_where_that_is_asked_for_also_after_pickl
         for each in (encoder, pickle.loads(pickle.dumps(encoder))):
             assert (each.encode_batch([f"x {END} y"])[0] == 4095).sum() == count
     assert plain.fingerprint != parsing.fingerprint
+
+
+IMAGE = "<image_soft_token>"
+
+
+@pytest.mark.parametrize(
+    ("special", "keys", "size"),
+    [
+        (True, {}, 4096),
+        (False, {}, 4097),
+        (True, {"parse_special": True}, 4097),
+        (True, {"end_of_document": IMAGE}, 4097),
+    ],
+)
+def test_only_a_special_token_that_is_never_encoded_may_lack_a_row(pair, tmp_path, special, keys, size):
+    """As in the tokenizer.json of Gemma 3, whose last token has the id 262,144, the number of rows of its 1B model."""
+    encoder = extended(pair, tmp_path / "tokenizer.json", special=special, **keys)
+    before = encoder.fingerprint
+    assert fit_vocabulary(encoder, 4096).vocab_size == len(encoder.byte_lengths) == size
+    assert (encoder.fingerprint == before) == (size == 4097)
+    if size == 4096:
+        assert max(encoder.encode_batch([f"x {IMAGE} y"])[0]) < 4096
+        with pytest.raises(ValueError, match="outside the vocabulary of 4096"):
+            encoder.decode([4096])
+        assert fit_vocabulary(encoder, 300).vocab_size == 4096
+
+
+def extended(pair, path, *, special, **keys):
+    """Return the tokenizer of `pair` with one more token, from the file `path`."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer.from_str(pair[1].hugging_face().to_str())
+    made.add_tokens([tokenizers.AddedToken(IMAGE, special=special, normalized=False)])
+    made.save(str(path))
+    return TokenizerJson(path=path, **keys).build()
 
 
 def test_a_tokenizer_of_sentence_pieces_counts_its_bytes(tmp_path):
