@@ -178,7 +178,7 @@ def main() -> None:
         return
     if arguments.variants:
         print(f"{machine()}; {MICRO_BATCH} x {SEQUENCE} tokens per step, {arguments.steps} turns; medians, quartiles\n")
-        print("| model | variant | tokens/s | ratio to float32 | peak MiB | to compile, new and cached | pays after |")
+        print("| model | variant | tokens/s | ratio to float32 | peak MiB | to compile, new and cached | break-even |")
         print("|---|---|---|---|---|---|---|")
         for size in arguments.sizes:
             print("\n".join(compare_variants(size, arguments.steps)), flush=True)

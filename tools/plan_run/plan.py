@@ -29,7 +29,7 @@ WARMUP_FRACTION = 0.01
 FAR = 10.0
 """A target this many times beyond the pilot runs is an extrapolation; hours are planned down to sizes so far below."""
 SLICES = 1000
-"""The course of the batch is added up over this many parts of the run."""
+"""The predicted steps are added up over this many parts of the run."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class Plan:
                 f"{COEFFICIENT:g} of the noise scale, {self.noise_law} samples at {self.noise_law.points} points; the "
                 "run measures its own, within these bounds",
             )  # fmt: skip
-        yield Answer("steps", f"{self.steps:,.0f}", "the course of the batch that the law predicts")
+        yield Answer("steps", f"{self.steps:,.0f}", "the batch sizes that the law predicts")
         yield Answer("warm-up", format_count(self.warmup_tokens), f"{WARMUP_FRACTION:.0%}, or that of the pilot runs")
         yield Answer("decay", f"{pilots.decay_fraction:.0%}", "that of the pilot runs")
         given = getattr(self.config.recipe.optimizer, "weight_decay", None)
