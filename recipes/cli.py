@@ -51,7 +51,7 @@ environment:
   NODE_TIMEOUT               seconds without a heartbeat until a node is lost (default: 15, at least 5)
   JOIN_AFTER                 seconds until a node that joins is taken in (default: 60)
   MAX_RESTARTS               restarts after a failure (default: 0, with NNODES=2:4: 10)
-  POWERTRAIN_LAUNCH          name of the launch, the same on all nodes; a second launch of this name resumes the run
+  POWERTRAIN_LAUNCH          name of the launch, the same on all nodes (docs/multi_node.md)
   PYTORCH_ALLOC_CONF         settings of the GPU memory allocator (default: expandable_segments:True)
 
 exit codes:
