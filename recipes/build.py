@@ -50,6 +50,7 @@ from recipes.hooks import Hook, HookContext, complete_hook
 from recipes.model_setup import build_model, build_tokenizer, enable_document_masking, transformer_blocks
 from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
+from recipes.resume import log_moved_data
 from recipes.run_setup import Environment
 from recipes.tasks import EvaluateTasks, Task, build_tasks
 from recipes.training_state import DataIdentity, TrainingState
@@ -256,7 +257,8 @@ def build_state(
     )
     if (checkpoint := environment.start.checkpoint) is not None:
         with config_errors_at(config, "checkpoint"):
-            state.restore(checkpoint, environment.start.fetch)
+            if None in (state.restore(checkpoint, environment.start.fetch), data.content):
+                log_moved_data(checkpoint, config)
     return state
 
 

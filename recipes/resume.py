@@ -62,7 +62,8 @@ RULES: dict[str, Rule] = {
 """Rules by prefix. The longest matching prefix of a key counts; a key without one is warned about."""
 
 LOCATION_KEYS = ("path", "cache_dir")
-"""Keys that are locations. Data and tokenizers that moved are recognized by content, not by path."""
+"""Keys that are locations. Data and tokenizers that moved are recognized by content, not by path; see
+`log_moved_data` for data without a fingerprint."""
 
 LR_SAMPLES = 1000
 """Maximum number of past steps at which two schedules are compared."""
@@ -151,11 +152,12 @@ def find_checkpoint_at(path: Path) -> Path:
     return list_checkpoints_at(path)[-1]
 
 
-def diff_config(config_file: Path, config: Config) -> Iterator[tuple[str, Any, Any]]:
+def diff_config(config_file: Path, config: Config, *, locations: bool = False) -> Iterator[tuple[str, Any, Any]]:
     """Yield (key, stored value, current value) for each key that differs from `config_file`; None stands for unset.
 
-    A key with its default value that is missing in the file is skipped: the component did not have it yet, and its
-    default keeps the old behavior. Raises ValueError if the file is damaged.
+    Either LOCATION_KEYS are skipped or, with `locations`, all other keys. A key with its default value that is missing
+    in the file is skipped: the component did not have it yet, and its default keeps the old behavior. Raises ValueError
+    if the file is damaged.
     """
     try:
         stored = flatten(config_file.read_text(encoding="utf-8"))
@@ -165,7 +167,7 @@ def diff_config(config_file: Path, config: Config) -> Iterator[tuple[str, Any, A
     defaults = {key for key, leaf in config.leaves.items() if leaf.origin.source == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):
         before, now = stored.get(key), current.get(key)
-        if before != now and key.rpartition(".")[2] not in LOCATION_KEYS:
+        if before != now and (key.rpartition(".")[2] in LOCATION_KEYS) == locations:
             yield key, before, now
 
 
@@ -195,6 +197,16 @@ def log_config_diff(checkpoint: Path, config: Config) -> None:
             log.info(f"resuming with {key} = {_format_value(now)} (was {_format_value(before)})")
     if schedule_changed and (message := schedule_mismatch(checkpoint, config)):
         log.warning(message)
+
+
+def log_moved_data(checkpoint: Path, config: Config) -> None:
+    """Log changed locations of training data. Call if a fingerprint, now or in `checkpoint`, is not known."""
+    for key, before, now in diff_config(checkpoint / "config.toml", config, locations=True):
+        if key.startswith("data.") and not key.endswith(".cache_dir"):
+            log.warning(
+                f"resuming with a change: {key} was {_format_value(before)}, is {_format_value(now)}; the data may be "
+                "other data, because it has no fingerprint"
+            )
 
 
 def schedule_mismatch(checkpoint: Path, config: Config) -> str | None:

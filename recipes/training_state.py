@@ -135,10 +135,11 @@ class TrainingState:
             after.load_state_dict(progress)
             self.observations.append((after, noise and GradientNoise.from_state_dict(noise)))
 
-    def restore(self, checkpoint: Path, fetch: Callable[[set[str]], None] | None = None) -> None:
-        """Restore `checkpoint`. Raises ValueError if it is damaged, or of another vocabulary or tokenizer.
+    def restore(self, checkpoint: Path, fetch: Callable[[set[str]], None] | None = None) -> str | None:
+        """Restore `checkpoint`, and return the fingerprint of the data it was trained on, if that is known.
 
-        `fetch` is called before its tensors are read, with the names of the files that this rank reads.
+        Raises ValueError if it is damaged, or of another vocabulary or tokenizer. `fetch` is called before its tensors
+        are read, with the names of the files that this rank reads.
         """
         state, data = read_run_state(checkpoint), self.data
         if "merged" in state:
@@ -157,7 +158,7 @@ class TrainingState:
             )
         self.tensors.restore(checkpoint, fetch)
         self._load(checkpoint, state, clock=True)
-        before = state["loader"].get("content")
+        before: str | None = state["loader"].get("content")
         if state["loader"]["epoch_length"] != data.epoch_length:
             log.warning(
                 f"the data has {data.epoch_length} sequences, it had {state['loader']['epoch_length']}: "
@@ -166,6 +167,7 @@ class TrainingState:
         elif None not in (before, data.content) and before != data.content:
             log.warning(f"the data has changed: its fingerprint is {data.content}, it was {before}")
         log.info(f"resumed from {checkpoint}: step {self.clock.step}, {self.clock.tokens} tokens")
+        return before
 
     def roll_back(self, checkpoint: Path) -> None:
         """Restore `checkpoint` except the clock, so that training continues with the samples after the bad step."""

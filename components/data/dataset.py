@@ -23,6 +23,9 @@ class TokenDataset:
     the first is a target exactly once. Fewer than T tokens at the end are dropped.
     """
 
+    fingerprint: str | None = None
+    """Hash of the content, independent of its location; None if it is not known."""
+
     def __init__(self, reader: TokenReader, *, sequence_length: int, vocab_size: int, source: str):
         """`source` is a name for display. Raises ValueError if there is not a single whole sequence."""
         if sequence_length < 1:
@@ -80,7 +83,6 @@ class TextDataset(TokenDataset):
         self.directory = directory
         self.index = index
         self.fingerprint = hashlib.sha256(index.content.encode()).hexdigest()[:16]
-        """Hash of the text, independent of its location."""
         self._shards = [directory.parent / index.store / shard for shard in index.shards]
         reader = TokenReader([shard / TOKENS for shard in self._shards], np.dtype(index.dtype).newbyteorder("<"), spans)
         super().__init__(reader, sequence_length=sequence_length, vocab_size=index.vocab_size, source=index.source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -214,6 +215,51 @@ def test_other_text_of_the_same_length_is_reported(tiny, capsys):
     text.write_text(text.read_text().replace("best", "rest"))
     assert tiny.launch("--resume", "--training.total_tokens=600") == 0
     assert "the data has changed: " in (tiny.directory / "log.txt").read_text()
+
+
+def test_other_token_files_are_reported_and_moved_ones_are_not(tiny, capsys):
+    for name, step in (("one", 1), ("moved", 1), ("other", 3)):
+        np.arange(0, 800 * step, step, dtype=np.uint16).__mod__(251).tofile(tiny.folder / f"{name}.bin")
+
+    def launch(name: str, tokens: int, *more: str) -> str:
+        data = ["--data.use=components.data:Mixture", "--data.weights={ids=1}"]
+        data += [
+            "--data.sources.ids.use=components.data:TokenFiles",
+            f"--data.sources.ids.path={tiny.folder / name}.bin",
+        ]
+        capsys.readouterr()
+        assert tiny.launch(*data, f"--training.total_tokens={tokens}", "--validation=none", *more) == 0
+        return capsys.readouterr().out
+
+    launch("one", 400)
+    assert "resuming with a change" not in (moved := launch("moved", 600, "--resume")) and "has changed" not in moved
+    assert "the data has changed: " in launch("other", 800, "--resume")
+
+
+UNKNOWN = """
+from components.data import TextFiles
+
+class Unknown(TextFiles):
+    def build(self, **given):
+        dataset = super().build(**given)
+        dataset.fingerprint = None
+        return dataset
+"""
+
+
+def test_another_place_of_data_without_fingerprint_is_reported(tiny, capsys, clean_imports):
+    (tiny.folder / "mine_unknown.py").write_text(UNKNOWN)
+    shutil.copytree(tiny.folder / "text", tiny.folder / "moved")
+    use = [f'--import_paths=["{tiny.folder}"]', "--data.use=mine_unknown:Unknown"]
+
+    def launch(folder: str, tokens: int, *more: str) -> str:
+        path = f"--data.path={tiny.folder / folder}/*.txt"
+        assert tiny.launch(*use, path, f"--training.total_tokens={tokens}", *more) == 0
+        return capsys.readouterr().out
+
+    launch("text", 400)
+    assert "no fingerprint" not in launch("text", 600, "--resume")
+    assert "moved/*.txt'; the data may be other data, because it has no fingerprint" in launch("moved", 800, "--resume")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

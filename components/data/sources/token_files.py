@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from components.data.dataset import TokenDataset
-from components.data.file_hash_cache import FileHashCache
+from components.data.file_hash_cache import HASH_CACHE_FILE, FileHashCache
 from components.data.sources.text_io import known_format
 from components.data.token_reader import TokenReader, map_array
 from components.errors import InputError, MissingFileError
@@ -57,7 +58,8 @@ class TokenFiles:
 
     A `.bin` file with an `.idx` file of the same name is read as Megatron-LM; llm.c and NumPy files are detected by
     their first bytes; other files are read as nanoGPT, ids without a header. Several files are concatenated. Ids from
-    all parts of each file are checked against the vocabulary when they are opened.
+    all parts of each file are checked against the vocabulary when they are opened. A file is hashed once, so that a run
+    that resumes with other ids says so.
     """
 
     path: Path | list[Path]
@@ -94,6 +96,8 @@ class TokenFiles:
                     "tokenizer, so they are not separated (Megatron-LM writes the id with --append-eod)"
                 )
             start += int(tokens.spans[:, 1].sum())
+        with FileHashCache(cache_dir / HASH_CACHE_FILE) as hashes:
+            samples.fingerprint = hashlib.sha256(self.fingerprint(hashes).encode()).hexdigest()[:16]
         return samples
 
     def fingerprint(self, hashes: FileHashCache) -> str:

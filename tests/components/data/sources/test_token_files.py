@@ -39,8 +39,12 @@ class Wide:
 
 
 def build(path, tokenizer=None, sequence_length=2, progress=None, **settings):
+    cache_dir = (path[0] if isinstance(path, list) else path).parent / "cache"
     return TokenFiles(path=path, **settings).build(
-        tokenizer=tokenizer or Wide(), sequence_length=sequence_length, cache_dir=None, progress=progress or pytest.fail
+        tokenizer=tokenizer or Wide(),
+        sequence_length=sequence_length,
+        cache_dir=cache_dir,
+        progress=progress or pytest.fail,
     )
 
 
@@ -167,3 +171,12 @@ def test_other_mistakes_are_reported(tmp_path):
     (tmp_path / "b.bin").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"path: all files must have the same dtype: .*a\.bin uint16"):
         build([tmp_path / "a.bin", tmp_path / "b.bin"])
+
+
+def test_the_fingerprint_follows_the_ids_and_not_their_place(tmp_path):
+    folders = [tmp_path / name for name in ("one", "moved", "other")]
+    for folder, last in zip(folders, (7, 7, 8), strict=True):
+        folder.mkdir()
+        np.array([1, 2, 3, 4, 5, 6, last], dtype=np.uint16).tofile(folder / "ids.bin")
+    one, moved, other = (build(folder / "ids.bin").fingerprint for folder in folders)
+    assert one is not None and one == moved != other
