@@ -73,7 +73,7 @@ class RunDirectory:
                 f"{self.owner_file.name}, which every run writes. Move them away, or use another --run.name. To "
                 f"continue from a checkpoint in there, use --resume={self.path} with another --run.name"
             )
-        self._write_owner({"kind": kind, "run": uuid.uuid4().hex[:16], "launches": []})
+        self._write_owner({"kind": kind, "run": new_identifier(), "launches": []})
 
     def unowned_files(self, also: Iterable[Path] = ()) -> list[str]:
         """Return the names of files that a run would overwrite in a directory without owner, except empty ones."""
@@ -83,9 +83,11 @@ class RunDirectory:
         names = [path.name for path in files if _has_content(path)]
         return [*names, self.stop_file.name] if os.path.lexists(self.stop_file) else names
 
-    def record_owner(self, launches: Iterable[str]) -> None:
-        """Record `launches`, the names of the launch on each node, as owners: any of them may restart the run."""
-        self._write_owner({**self._read_owner(), "launches": list(dict.fromkeys(launches))})
+    def record_owner(self, run: str, launches: Iterable[str]) -> None:
+        """Record the identifier of the run, and `launches`, the names of the launch on each node, as owners: any of
+        them may restart the run.
+        """
+        self._write_owner({**self._read_owner(), "run": run, "launches": list(dict.fromkeys(launches))})
 
     def _read_owner(self) -> dict[str, Any]:
         try:
@@ -169,6 +171,11 @@ class RunDirectory:
         self.owner_file.unlink(missing_ok=True)
         with suppress(OSError):
             self.path.rmdir()
+
+
+def new_identifier() -> str:
+    """Return a random identifier of a run."""
+    return uuid.uuid4().hex[:16]
 
 
 def _has_content(path: Path) -> bool:

@@ -32,7 +32,7 @@ from components.interrupts import SignalCatcher, StopRequests
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import last_rows
 from components.paths import is_file
-from components.run_directory import RunDirectory
+from components.run_directory import RunDirectory, new_identifier
 from recipes.config import Config
 from recipes.errors import config_errors_at
 from recipes.resume import Resume, check_resumable, find_checkpoints, is_inside, log_config_diff
@@ -50,13 +50,13 @@ class RunStart:
     """Set if the checkpoint is in the memory of the nodes: copies the files that this rank is going to read to its
     node."""
     run: str = ""
-    """The identifier of the run that owns the directory."""
+    """The identifier of the run, which owns the directory from `commit` on."""
     warnings: list[str] = field(default_factory=list)
     """Messages to log once logging is set up."""
     restart: dict[str, float] | None = None
     """Metrics of a start after the launcher has restarted the processes: what that cost."""
     commit: Callable[[], None] = lambda: None
-    """Call on every rank after setup succeeded: deletes the replaced run and writes config.toml."""
+    """Call on every rank after setup succeeded: deletes the replaced run and writes run.json and config.toml."""
 
 
 def claim_run_directory(
@@ -118,9 +118,10 @@ def claim_run_directory(
             start.restart = _cost_of_restart(directory.metrics, checkpoint, world.size)
             start.warnings.append(_describe_restart(start.restart, checkpoint))
         world.main_process_first(claim)
-        start.run = world.gather(directory.run or "")[0]
+        # trackers of metrics would take the rows of a new run with the old identifier for those of the old run
+        start.run = world.gather(new_identifier() if replaces else directory.run or "")[0]
 
-    start.commit = _make_commit(directory, config, world, replaces=replaces, remote=remote)
+    start.commit = _make_commit(directory, config, world, start.run, replaces=replaces, remote=remote)
     return start
 
 
@@ -148,11 +149,12 @@ def _make_commit(
     directory: RunDirectory,
     config: Config,
     world: DistributedContext,
+    run: str,
     *,
     replaces: bool,
     remote: RemoteCheckpoints | None,
 ) -> Callable[[], None]:
-    """Return the function that removes the replaced run, up to its current log, and writes config.toml."""
+    """Return the function that removes the replaced run, up to its current log, and writes run.json and config.toml."""
     log_from = directory.log.stat().st_size if replaces and directory.log.exists() else 0
     launch = os.environ.get(LAUNCH_ID)
     launches = world.gather(launch or "")
@@ -163,9 +165,9 @@ def _make_commit(
                 if remote is not None and directory.run is not None:
                     remote.remove_all(directory.run)
                 remove_old_run(directory, log_from)
+            if replaces or launch is not None:
+                directory.record_owner(run, filter(None, launches))
             atomic_write(directory.config, config.to_toml())
-            if launch is not None:
-                directory.record_owner(launches)
 
     def commit() -> None:
         with config_errors_at(config, "run"):

@@ -255,7 +255,7 @@ def _read_run_directory(folder: Path, file: Path) -> None:
     run = RunDirectory(folder)
     run.owned_by("launch")
     run.claim()
-    run.record_owner(["launch"])
+    run.record_owner("0123456789abcdef", ["launch"])
     assert run.owned_by("launch")
 
 

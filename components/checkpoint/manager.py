@@ -129,8 +129,11 @@ class CheckpointManager:
         if remote is not None and world.is_main:
             from components.checkpoint.uploader import CheckpointUploader
 
+            newest = self.latest()
+            if newest is not None and run_of(newest) != run:  # of a run that this one is about to replace
+                newest = None
             self._uploader = CheckpointUploader(
-                remote, run=run, keep_last=keep_last, keep_every=keep_every, newest=self.latest()
+                remote, run=run, keep_last=keep_last, keep_every=keep_every, newest=newest
             )
 
     def list_checkpoints(self) -> list[Path]:

@@ -46,7 +46,7 @@ def test_every_node_of_a_launch_recognizes_the_directory(tmp_path):
     directory = RunDirectory(tmp_path)
     assert not directory.owned_by("one")
     directory.claim()
-    directory.record_owner(["one", "two", "two"])
+    directory.record_owner("0123456789abcdef", ["one", "two", "two"])
     assert directory.owned_by("one") and directory.owned_by("two")
     assert not any(directory.owned_by(launch) for launch in ("on", "one\ntwo", None))
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from components.checkpoint import run_of
+from components.run_directory import RunDirectory
 from components.tokenizers.bytes import ByteEncoder
 from tests.checkpoints import rewrite_manifest
 
@@ -190,8 +192,13 @@ def test_a_second_run_in_the_same_directory_is_refused_or_replaces_it(tiny, caps
     (tiny.directory / "notes.md").write_text("mine")
     assert tiny.launch("--training.total_tokens=400") == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert tiny.launch("--training.total_tokens=350", "--run.if_exists=replace") == 0
+    before, remote = RunDirectory(tiny.directory).run, f"--checkpoint.remote=file://{tiny.folder}/remote"
+    assert tiny.launch("--training.total_tokens=350", "--run.if_exists=replace", remote) == 0
     assert max(row["step"] for row in tiny.rows()) == 2
+    run = RunDirectory(tiny.directory).run
+    assert before is not None and run is not None and run != before, "writers of metrics do not append to the old run"
+    uploaded = list((tiny.folder / "remote").rglob("step-*"))
+    assert uploaded and {run_of(path) for path in (*uploaded, *tiny.checkpoints())} == {run}
     assert (tiny.directory / "notes.md").read_text() == "mine"
 
 
