@@ -108,7 +108,8 @@ class InMemoryCheckpoint(NamedTuple):
 
         Every rank calls it, with the directory of its node. Other checkpoints in memory are removed.
         """
-        found = {} if directory is None else {step_of(path): _describe(path) for path in list_checkpoints(directory)}
+        listed = [] if directory is None else list_checkpoints(directory)
+        found = {step_of(path): described for path in listed if (described := _describe(path)) is not None}
         gathered = [json.loads(text) for text in world.gather(json.dumps([directory is not None, found]))]
         nodes: list[dict[str, dict[str, Any]]] = [held for _, held in gathered]
         everywhere = all(has_directory for has_directory, _ in gathered)
@@ -173,20 +174,32 @@ def keep_only(directory: Path, kept: Path | None) -> None:
     """Remove the checkpoints in the memory of this node, complete or not, except `kept`."""
     for path in list(directory.iterdir()):
         if path != kept and path.is_dir():
-            remove_files(path, WRITTEN.fullmatch)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove the files of a save. It is renamed first, so that an interruption never leaves half a checkpoint."""
+    leaving = checkpoint.with_name(f".removed-{uuid.uuid4().hex}")
+    checkpoint.rename(leaving)
+    remove_files(leaving, WRITTEN.fullmatch)
 
 
 def _complete(temporary: Path, final: Path, common: Mapping[str, bytes]) -> None:
     for name, content in common.items():
         write_fsync(temporary / name, content)
     if final.exists():
-        remove_files(final, WRITTEN.fullmatch)
+        _remove(final)
     temporary.rename(final)
 
 
-def _describe(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of files.json, and "held": the names of the tensor files whose content this node has."""
-    described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+def _describe(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the content of files.json, and "held": the names of the tensor files whose content this node has; None if
+    files.json cannot be read.
+    """
+    try:
+        described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # on one node only: the others would wait for it
+        return None
     # a file of another node has its size and no blocks; one that was only partly received has other blocks
     found = {path.name: path.stat() for path in checkpoint.glob(_TENSORS)}
     held = [

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from components.checkpoint import CheckpointManager, load_tensors, read_state, step_of
+from components.atomic_files import remove_files
+from components.checkpoint import CheckpointManager, in_memory, load_tensors, read_state, step_of
 from components.checkpoint.in_memory import InMemoryCheckpoint
 from components.distributed.context import DistributedContext
 from tests.processes import call_in_ranks
@@ -97,6 +99,21 @@ def lose_nodes(rank: int, folder: Path) -> None:
     busy.close()
     found = find()
     assert found is not None and read_state(found.path)["counts"] == [1], "as it was when the save began"
+    manager.save_in_memory(6, sharded(6), {"step": 6}, "")
+
+    def killed(path: Path, is_ours: Any) -> bool:
+        (path / "files.json").unlink()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_memory, "remove_files", killed if rank == 1 else remove_files)
+        with pytest.raises(KeyboardInterrupt) if rank == 1 else nullcontext():
+            in_memory.keep_only(memory, None)
+    assert len(list(memory.glob(".removed-*"))) == (rank == 1), "it is not listed as a checkpoint any more"
+    if rank == 2:  # half a checkpoint under its own name
+        (memory / "step-00000005").mkdir()
+    assert find() is None
+    assert not list(memory.iterdir())
     manager.save_in_memory(6, sharded(6), {"step": 6}, "")
 
     writer = manager._memory_writer
