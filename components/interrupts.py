@@ -98,7 +98,7 @@ class StopRequests:
         self.ends_at = ends_at
         self.agreed = NONE
         """The largest request of all processes that was not fulfilled yet."""
-        self._looked_at = 0.0
+        self._looked_at, self._file_found = 0.0, False
 
     def poll(self) -> int:
         """Return the current request of this process: NONE, SAVE, or one for which `is_stop` is true."""
@@ -120,16 +120,17 @@ class StopRequests:
 
     def remove_stop_file(self) -> None:
         """Remove the stop file after the run obeyed it, or one that was left for an earlier run."""
+        self._file_found = False
         if self.file is not None:
             with suppress(OSError):
                 self.file.unlink()
 
     def _file_exists(self) -> bool:
+        """Return whether the stop file has been seen; looks for it at most every `_FILE_INTERVAL_SECONDS`."""
         now = time.monotonic()
-        if self.file is None or now - self._looked_at < _FILE_INTERVAL_SECONDS:
-            return False
-        self._looked_at = now
-        return self.file.exists()
+        if self.file is not None and not self._file_found and now - self._looked_at >= _FILE_INTERVAL_SECONDS:
+            self._looked_at, self._file_found = now, self.file.exists()
+        return self._file_found
 
 
 def is_stop(request: int) -> bool:

@@ -5,7 +5,15 @@ import time
 
 import pytest
 
-from components.interrupts import ONE_REQUEST_SECONDS, STOPPING, SignalCatcher, exit_status
+from components.interrupts import (
+    NONE,
+    ONE_REQUEST_SECONDS,
+    STOP_FILE,
+    STOPPING,
+    SignalCatcher,
+    StopRequests,
+    exit_status,
+)
 
 pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("terminal_signals")]
 
@@ -54,3 +62,13 @@ def test_what_is_ignored_at_the_start_stays_ignored(number):
         signal.raise_signal(number)
         assert not stop.received
     assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_a_stop_file_is_reported_by_every_poll_until_it_is_removed(tmp_path):
+    with SignalCatcher() as signals:
+        requests = StopRequests(signals, file=tmp_path / "stop", ends_at=None)
+        (tmp_path / "stop").touch()
+        # of two polls in a step of a fast run, the first looks for the file and the second is acted upon
+        assert [requests.poll(), requests.poll()] == [STOP_FILE, STOP_FILE]
+        requests.remove_stop_file()
+        assert requests.poll() == NONE
