@@ -55,11 +55,13 @@ class CheckpointConfig:
         refuse_password(self.remote or "", "remote")
 
     def build(self, directory: Path, world: WorldComm, *, run: str = "") -> CheckpointManager:
+        """Return the manager of a run. Every rank calls it."""
         in_memory = host_memory_directory() if self.in_memory_interval_steps is not None else None
-        if self.in_memory_interval_steps is not None and in_memory is None:
+        if self.in_memory_interval_steps is not None and world.all_reduce_max(int(in_memory is None)):
+            in_memory = None  # on all ranks, which save together
             log.warning(
-                "checkpoint.in_memory_interval_steps has no effect: it needs /dev/shm, and a launcher that restarts "
-                "the processes (MAX_RESTARTS, or NNODES=2:4)"
+                "checkpoint.in_memory_interval_steps has no effect: it needs /dev/shm on every node, and a launcher "
+                "that restarts the processes (MAX_RESTARTS, or NNODES=2:4)"
             )
         return CheckpointManager(
             directory,

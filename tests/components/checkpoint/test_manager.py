@@ -44,6 +44,17 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.zero_grad()
 
 
+def test_copies_in_memory_need_a_directory_on_every_node(tmp_path, monkeypatch, caplog):
+    class OneWithout(Alone):
+        def all_reduce_max(self, value: int) -> int:
+            return 1
+
+    monkeypatch.setenv("POWERTRAIN_HOST_MEMORY", str(tmp_path))
+    manager = CheckpointConfig(in_memory_interval_steps=1).build(tmp_path / "checkpoints", OneWithout())
+    assert not manager.can_save_in_memory(), "the ranks would wait for those of the other node"
+    assert "needs /dev/shm on every node" in caplog.text
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_continues_bitwise(tmp_path, tied):
     model, optimizer = training(0, tied)
