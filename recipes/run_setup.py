@@ -21,6 +21,7 @@ from components.checkpoint import (
     remove_all,
     remove_partial_saves,
     run_of,
+    set_aside,
     step_of,
     verify,
 )
@@ -239,10 +240,9 @@ def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: D
         raise ValueError(f"--resume: {damages[0]}" + (f"; the {others} before it are damaged, too" if others else ""))
 
     def rename_damaged() -> None:
-        """Rename damaged checkpoints: as the newest ones they would make `keep_last` remove intact ones."""
         if world.is_main and checkpoint.parent == directory.checkpoints:
             for damaged in candidates[candidates.index(checkpoint) + 1 :]:
-                damaged.rename(damaged.with_name(f"damaged-{damaged.name}"))
+                set_aside(damaged)
 
     world.main_process_first(rename_damaged)
     return RunStart(checkpoint, warnings=[f"{damage}; using the checkpoint before it" for damage in damages])

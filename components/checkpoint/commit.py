@@ -32,7 +32,7 @@ log = logging.getLogger("powertrain")
 TMP_PREFIX = ".writing-{}-"
 _REPLACED = ".replaced-{}-"
 _REMOVED = "removed-"
-_SAVED = re.compile(r"(damaged-)?step-\d{8,}")
+_SAVED = re.compile(r"step-\d{8,}|damaged-step-\d{8,}(-[0-9a-f]{6})?")
 
 
 class CheckpointWriter:
@@ -166,6 +166,14 @@ def remove(checkpoint: Path, run: str) -> None:
     leaving = checkpoint.with_name(f"{TMP_PREFIX.format(run)}{_REMOVED}{checkpoint.name}")
     checkpoint.rename(leaving)
     _remove_partial(leaving)
+
+
+def set_aside(damaged: Path) -> None:
+    """Rename a damaged checkpoint, so that it is not listed: as the newest, it would make `keep_last` remove others."""
+    target = damaged.with_name(f"damaged-{damaged.name}")
+    if os.path.lexists(target):  # an earlier save of this step was damaged too
+        target = target.with_name(f"{target.name}-{uuid.uuid4().hex[:6]}")
+    damaged.rename(target)
 
 
 def remove_all(directory: Path, run: str) -> None:

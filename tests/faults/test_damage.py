@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from components import run_directory
-from components.checkpoint import DamagedError, remove_partial_saves, verify
+from components.checkpoint import DamagedError, remove_all, remove_partial_saves, run_of, verify
 from tests.conftest import TinyRun
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.faults.bad_files import cut, flip
@@ -65,10 +65,15 @@ def test_all_damaged_is_an_error_and_so_is_one_that_was_asked_for(copy, capsys) 
 
 def test_keeping_the_last_few_never_counts_a_damaged_one(copy) -> None:
     step = last(copy)
+    earlier = copy.checkpoint(step).with_name(f"damaged-{copy.checkpoint(step).name}")
+    shutil.copytree(copy.checkpoint(step), earlier)
     flip("*.distcp")(copy.checkpoint(step))
     assert copy.launch("--resume", "--training.total_tokens=1200", "--checkpoint.keep_last=1") == 0
     (kept,) = (path for path in (copy.directory / "checkpoints").iterdir() if path.name.startswith("step-"))
     verify(kept)
+    assert len(list(earlier.parent.glob("damaged-*"))) == 2
+    remove_all(earlier.parent, str(run_of(earlier)))
+    assert not earlier.parent.exists()
 
 
 @pytest.mark.quick
