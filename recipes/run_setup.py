@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,17 +97,12 @@ def claim_run_directory(
         world.main_process_first(lock)
         # Processes that the launcher restarted after a failure may continue in the directory that they claimed before.
         restarted = bool(world.all_reduce_max(directory.owned_by(launch)))
-        start = _choose_checkpoint(
-            find_checkpoints(resume, directory.checkpoints, restarted=restarted), directory, world
-        )
+        find = partial(find_checkpoints, resume, directory.checkpoints, restarted=restarted)
+        start = _choose_checkpoint(find, directory, world, remote)
         if restarted and config.recipe.checkpoint.in_memory_interval_steps is not None:
             _prefer_memory(start, world)
         checkpoint = start.checkpoint
-        continues = checkpoint is not None and (
-            start.fetch is not None
-            or checkpoint.parent == directory.checkpoints
-            or is_inside(checkpoint, directory.path)
-        )
+        continues = _continues(start, directory)
         replaces = directory.has_run and not continues
         if replaces and config.recipe.run.if_exists == "refuse" and not restarted:
             raise ValueError(
@@ -124,6 +120,15 @@ def claim_run_directory(
 
     start.commit = _make_commit(directory, config, world, start.run, replaces=replaces, remote=remote)
     return start
+
+
+def _continues(start: RunStart, directory: RunDirectory) -> bool:
+    """Return whether the checkpoint of `start` is one of the run in `directory`."""
+    return start.checkpoint is not None and (
+        start.fetch is not None
+        or start.checkpoint.parent == directory.checkpoints
+        or is_inside(start.checkpoint, directory.path)
+    )
 
 
 def _cost_of_restart(metrics: Path, checkpoint: Path, processes: int) -> dict[str, float]:
@@ -230,9 +235,24 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
     return None
 
 
-def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: DistributedContext) -> RunStart:
-    damages: list[str] = []
+def _choose_checkpoint(
+    find: Callable[[], list[Path]],
+    directory: RunDirectory,
+    world: DistributedContext,
+    remote: RemoteCheckpoints | None,
+) -> RunStart:
+    """Return the newest of the checkpoints that `find` returns that is intact. Before an older one is used in place of
+    a damaged one of this run, a copy of the damaged one is looked for at `remote`.
+    """
+    candidates, damages = find(), list[str]()
     checkpoint = newest_intact_checkpoint(candidates, world, damages)
+    if damages and remote is not None and candidates[-1].parent == directory.checkpoints:
+        damaged = candidates[-len(damages) :]
+        world.main_process_first(
+            lambda: restore_run(remote, directory.path, directory.run, damaged=damaged) if world.is_main else None
+        )
+        candidates = find()
+        checkpoint = newest_intact_checkpoint(candidates, world, [])
     if not candidates:
         return RunStart(None)
     if checkpoint is None:
@@ -245,7 +265,7 @@ def _choose_checkpoint(candidates: list[Path], directory: RunDirectory, world: D
                 set_aside(damaged)
 
     world.main_process_first(rename_damaged)
-    return RunStart(checkpoint, warnings=[f"{damage}; using the checkpoint before it" for damage in damages])
+    return RunStart(checkpoint, warnings=[f"{damage}; using {checkpoint}" for damage in damages])
 
 
 def _prefer_memory(start: RunStart, world: DistributedContext) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from components.atomic_files import fsync_directory, fsync_file
-from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves
+from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves, set_aside
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
 from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, Manifest
 from components.storage.address import PARTIAL, RemoteDirectory, StorageError, address_of
@@ -151,14 +152,17 @@ class RemoteCheckpoints:
         return self._checkpoints.child(name).read(MANIFEST, LARGEST_BYTES) or b""
 
 
-def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | None) -> None:
+def restore_run(
+    remote: RemoteCheckpoints, run_directory: Path, owner: str | None, *, damaged: Collection[Path] = ()
+) -> None:
     """Before a run is resumed, download its newest checkpoint if the local ones are older or there are none.
 
-    `owner` is the identifier of the run that owns the directory, if there is one. If the storage cannot be reached,
-    local checkpoints are used, with a warning. Raises ValueError if the checkpoint there is of another run.
+    `owner` is the identifier of the run that owns the directory, if there is one. Local checkpoints that are `damaged`
+    do not count. If the storage cannot be reached, local checkpoints are used, with a warning. Raises ValueError if the
+    checkpoint there is of another run.
     """
     directory = run_directory / "checkpoints"
-    local = list_checkpoints(directory)
+    local = [checkpoint for checkpoint in list_checkpoints(directory) if checkpoint not in damaged]
     try:
         names = remote.list_complete()
         if not names or (local and step_of(local[-1]) >= _step(names[-1])):
@@ -174,11 +178,13 @@ def restore_run(remote: RemoteCheckpoints, run_directory: Path, owner: str | Non
         if not local:
             remote.download_run_files(run_directory)
         remove_partial_saves(directory, run)
+        if (directory / names[-1]).exists():
+            set_aside(directory / names[-1])
         remote.download(names[-1], directory, run)
     except StorageError as error:
-        if not local:
+        if not local and not damaged:
             raise
-        log.warning(f"{error}; continuing from the newest local checkpoint, {local[-1].name}")
+        log.warning(f"{error}; continuing from the newest local checkpoint")
 
 
 def fetch_model(path: Path) -> None:

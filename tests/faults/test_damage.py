@@ -11,7 +11,7 @@ import pytest
 
 from components import run_directory
 from components.checkpoint import DamagedError, remove_all, remove_partial_saves, run_of, verify
-from tests.conftest import TinyRun
+from tests.conftest import TinyRun, refusal
 from tests.end_to_end.test_resume import assert_same_state, timeless
 from tests.faults.bad_files import cut, flip
 from tests.run_info import WITH_TENSORBOARD
@@ -47,7 +47,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_continues_to_the_same_end(
     assert copy.launch("--resume", SHORT) == 0
     said = capsys.readouterr().out
     assert f"{copy.checkpoint(step)} is damaged: " in said
-    assert "using the checkpoint before it" in said
+    assert f"; using {copy.checkpoint(step - 1)}" in said
     assert f"resumed from {copy.checkpoint(step - 1)}" in said
     assert_same_state(copy.checkpoint(step), finished.checkpoint(step))
     assert timeless(copy.rows()) == timeless(finished.rows())
@@ -61,6 +61,25 @@ def test_all_damaged_is_an_error_and_so_is_one_that_was_asked_for(copy, capsys) 
         assert copy.launch(resume, SHORT) == 2
         assert "is damaged: __0_0.distcp has" in capsys.readouterr().err
     assert copy.checkpoint(last(copy)).is_dir(), "nothing was renamed"
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_the_copy_at_the_address_of_a_damaged_one_is_used(tiny, capsys, kept: int) -> None:
+    remote = (f"--checkpoint.remote=file://{tiny.folder}/remote", f"--checkpoint.keep_last={kept}")
+    assert tiny.launch(SHORT, *remote) == 0
+    (*_, newest) = tiny.checkpoints()
+    flip("*.distcp")(newest)
+    assert tiny.launch("--resume", "--training.total_tokens=1200", *remote) == 0
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged: " in said and f"; using {newest}" in said and f"resumed from {newest}: " in said
+    shutil.rmtree(tiny.folder / "remote")
+    damaged = tiny.checkpoints()[-1]
+    flip("*.distcp")(damaged)
+    arguments = ("--resume", "--training.total_tokens=1500", *remote)
+    if kept == 1:
+        assert f"{damaged} is damaged: " in refusal(tiny.launch, capsys, *arguments)
+    else:
+        assert tiny.launch(*arguments) == 0
 
 
 def test_keeping_the_last_few_never_counts_a_damaged_one(copy) -> None:
