@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from components.checkpoint import CheckpointManager
 from components.distributed.context import DistributedContext
@@ -34,6 +35,8 @@ class RunCheckpoints:
     """Restarts the step timer, so that the time of a save does not count as step time."""
     is_on_disk: bool = True
     """Whether the state with which the run starts needs no save: it is new, or that of a checkpoint on disk."""
+    started_from: Path | None = None
+    """The checkpoint on disk with which the run starts, which may be one of another run; None if there is none."""
 
     def __post_init__(self) -> None:
         self.started_at = self.state.clock.step
@@ -71,9 +74,12 @@ class RunCheckpoints:
         """Restore the newest intact checkpoint and log `reason`; return False if there is no checkpoint."""
         self.manager.wait()
         damages: list[str] = []
-        checkpoint = newest_intact_checkpoint(self.manager.list_checkpoints(), self.world, damages)
+        candidates, own = self.manager.list_checkpoints(), self.manager.directory
+        if self.started_from is not None and self.started_from.parent != own:
+            candidates.insert(0, self.started_from)
+        checkpoint = newest_intact_checkpoint(candidates, self.world, damages, own)
         for damage in damages:
-            log.warning(f"{damage}; using the checkpoint before it")
+            log.warning(f"{damage}; using {checkpoint or 'none'}")
         if checkpoint is None:
             return False
         self.state.is_consistent = False  # until it is restored completely
@@ -85,7 +91,7 @@ class RunCheckpoints:
     @property
     def newest(self) -> str:
         """The path of the newest checkpoint, for messages, or "none"."""
-        return str(self.manager.latest() or "none")
+        return str(self.manager.latest() or self.started_from or "none")
 
     def _prepare(self) -> int:
         """Write all metrics to the disk, check that the state is finite, and return the step to save."""

@@ -197,6 +197,7 @@ class Trainer:
             read_launched=self.read_launched,
             restart_timer=self.timer.restart,
             is_on_disk=start.fetch is None,
+            started_from=start.checkpoint if start.fetch is None else None,
         )
         self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
         self.warned_noise = False

@@ -210,11 +210,13 @@ def _refuse_foreign_remote(remote: RemoteCheckpoints, directory: RunDirectory) -
         )
 
 
-def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, damages: list[str]) -> Path | None:
+def newest_intact_checkpoint(
+    candidates: list[Path], world: DistributedContext, damages: list[str], own: Path
+) -> Path | None:
     """Return the last of `candidates` that is intact, or None; add a line to `damages` for each damaged one.
 
-    Each rank verifies a part of the files, and all return the same. Raises ValueError if the ranks have different
-    candidates.
+    Damaged ones after it are renamed if they are in `own`, the directory of this run. Each rank verifies a part of the
+    files, and all return the same. Raises ValueError if the ranks have different candidates.
     """
     names = [checkpoint.name for checkpoint in candidates]
     if not world.all_equal(str(names)):
@@ -222,6 +224,13 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
             f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. Put "
             "the run directory on a file system that all nodes share, and try again"
         )
+    damaged: list[Path] = []
+
+    def rename_damaged() -> None:
+        for each in damaged:
+            if world.is_main and each.parent == own:
+                set_aside(each)
+
     for checkpoint in reversed(candidates):
         damage = ""
         try:
@@ -230,7 +239,9 @@ def newest_intact_checkpoint(candidates: list[Path], world: DistributedContext, 
             damage = str(error)
         found = [text for text in world.gather(damage) if text]
         if not found:
+            world.main_process_first(rename_damaged)
             return checkpoint
+        damaged.append(checkpoint)
         damages.append(found[0])
     return None
 
@@ -244,27 +255,21 @@ def _choose_checkpoint(
     """Return the newest of the checkpoints that `find` returns that is intact. Before an older one is used in place of
     a damaged one of this run, a copy of the damaged one is looked for at `remote`.
     """
-    candidates, damages = find(), list[str]()
-    checkpoint = newest_intact_checkpoint(candidates, world, damages)
-    if damages and remote is not None and candidates[-1].parent == directory.checkpoints:
+    candidates, damages, own = find(), list[str](), directory.checkpoints
+    checkpoint = newest_intact_checkpoint(candidates, world, damages, own)
+    if damages and remote is not None and candidates[-1].parent == own:
         damaged = candidates[-len(damages) :]
         world.main_process_first(
             lambda: restore_run(remote, directory.path, directory.run, damaged=damaged) if world.is_main else None
         )
         candidates = find()
-        checkpoint = newest_intact_checkpoint(candidates, world, [])
+        checkpoint = newest_intact_checkpoint(candidates, world, [], own)
     if not candidates:
         return RunStart(None)
     if checkpoint is None:
         others = len(candidates) - 1
         raise ValueError(f"--resume: {damages[0]}" + (f"; the {others} before it are damaged, too" if others else ""))
 
-    def rename_damaged() -> None:
-        if world.is_main and checkpoint.parent == directory.checkpoints:
-            for damaged in candidates[candidates.index(checkpoint) + 1 :]:
-                set_aside(damaged)
-
-    world.main_process_first(rename_damaged)
     return RunStart(checkpoint, warnings=[f"{damage}; using {checkpoint}" for damage in damages])
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recipes.checkpointing import RunCheckpoints
 from tests.checkpoints import rewrite_manifest
 from tests.end_to_end.test_resume import tensors
+from tests.faults.bad_files import flip
 
 BAD = '''
 import os
@@ -100,6 +102,32 @@ def test_rolling_back_returns_to_the_checkpoint_and_skips_the_samples(tiny, trai
     expected = tensors(tiny.folder / "run" / "checkpoints" / "step-00000010")
     found = tensors(tiny.checkpoint(10))
     assert all(torch.equal(found[name], expected[name]) for name in expected), "the average is rolled back, too"
+
+
+def test_a_fork_rolls_back_to_the_checkpoint_it_started_from(tiny, train) -> None:
+    assert train("", "--training.total_tokens=768")[0] == 0
+    source = tiny.checkpoint(4)
+    tiny.directory = tiny.folder / "fork"
+    roll_back = ["--guard.on_nonfinite=roll_back", f"--run.dir={tiny.directory}", "--checkpoint.interval_steps=2"]
+    status, said = train("1:nan", f"--resume={source}", *roll_back)
+    assert status == 0, said
+    assert "rolled back to step-00000004; these samples are skipped" in said and source.is_dir()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_renamed(tiny, train, monkeypatch) -> None:
+    save = RunCheckpoints.save
+
+    def save_and_damage(checkpoints: RunCheckpoints) -> None:
+        save(checkpoints)
+        if checkpoints.state.clock.step == 4:
+            flip("*.distcp")(tiny.checkpoint(4))
+
+    monkeypatch.setattr(RunCheckpoints, "save", save_and_damage)
+    roll_back = ["--guard.on_nonfinite=roll_back", "--checkpoint.interval_steps=2", "--checkpoint.keep_last=2"]
+    status, said = train("5:nan", *roll_back)
+    assert status == 0, said
+    assert f"; using {tiny.checkpoint(2)}" in said and "rolled back to step-00000002" in said
+    assert tiny.checkpoint(4).with_name("damaged-step-00000004").is_dir()
 
 
 def test_without_a_checkpoint_there_is_nothing_to_return_to(tiny, train) -> None:
