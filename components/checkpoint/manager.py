@@ -211,7 +211,10 @@ class CheckpointManager:
     def _committed(self, checkpoint: Path) -> None:
         if self._uploader is not None:
             self._uploader.submit(checkpoint)
-        self._prune()
+        try:
+            self._prune()
+        except OSError as error:  # the checkpoint is complete
+            log.warning(f"the old checkpoints in {self.directory} could not be listed: {error}")
 
     def _record(self, saved: bool) -> None:
         step, self._saving = self._saving, None

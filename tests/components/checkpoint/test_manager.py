@@ -11,6 +11,7 @@ from components.checkpoint import (
     CheckpointManager,
     StateTensors,
     load_tensors,
+    manager,
     read_state,
 )
 from components.optimizers import AdamW
@@ -123,6 +124,18 @@ def test_a_save_that_fails_is_logged_and_leaves_nothing(tmp_path, monkeypatch, c
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert (store.saved_step, store.failed_steps) == (1, [2, 2, 2])
     assert store.save(3, tensors, {}, ""), "a disk that has room again is used again"
+
+
+def test_old_checkpoints_that_cannot_be_listed_do_not_fail_a_save(tmp_path, monkeypatch, caplog):
+    def fail(directory):
+        raise OSError("Stale file handle")
+
+    store = CheckpointManager(tmp_path, Alone(), keep_last=1)
+    monkeypatch.setattr(manager, "list_checkpoints", fail)
+    assert store.save(1, {"model": {"x": torch.ones(2)}}, {}, "")
+    assert "could not be listed: Stale file handle" in caplog.text
+    monkeypatch.undo()
+    assert store.saved_step == 1 and store.failed_steps == [] and store.list_checkpoints() == [store.path(1)]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
