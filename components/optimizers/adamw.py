@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.adamw import adamw
 
+from components.optimizers.stochastic_rounding import round_at_random, rounding_key
 from components.units import PositiveCount
 
 FUSED_DEVICES = ("cpu", "cuda")
@@ -121,10 +122,12 @@ class BatchScaledAdamW(torch.optim.AdamW):
         self.reference_batch_tokens = reference_batch_tokens
         self.reference_betas: tuple[float, float] = options["betas"]
         self.moment_dtype = moment_dtype
+        self._rounding_keys: dict[torch.Tensor, int] = {}
         if moment_dtype != torch.float32:
             for group in self.param_groups:
-                for parameter in group["params"]:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
                     self._create_state(parameter)
+                    self._rounding_keys[parameter] = rounding_key(name, parameter)
 
     def set_batch_tokens(self, batch_tokens: int) -> None:
         """Set the betas for a step of `batch_tokens`, from the reference betas, so that no rounding accumulates."""
@@ -192,6 +195,7 @@ class BatchScaledAdamW(torch.optim.AdamW):
         """Update one group, a few tensors at a time, with float32 copies of their first moments."""
         parameters, gradients, moments, squares, unused, steps = ([] for _ in range(6))  # type: ignore[var-annotated]
         self._init_group(group, parameters, gradients, moments, squares, unused, steps)
+        keys = [self._rounding_keys[parameter] for parameter in group["params"] if parameter.grad is not None]
         for part in _parts(moments):
             copies = [moment.float() for moment in moments[part]]
             adamw(
@@ -211,8 +215,8 @@ class BatchScaledAdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            for moment, copy in zip(moments[part], copies, strict=True):
-                moment.copy_(round_at_random(copy))
+            for moment, copy, step, key in zip(moments[part], copies, steps[part], keys[part], strict=True):
+                moment.copy_(round_at_random(copy, step, key))
 
 
 MOMENT_ELEMENTS = 2**24
@@ -229,17 +233,6 @@ def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
         elements += tensor.numel()
     if first < len(tensors):
         yield slice(first, len(tensors))
-
-
-def round_at_random(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 `x` in bf16, rounded up or down with probabilities that keep the expectation.
-
-    It draws from the random state of the device, which checkpoints contain. NaN and infinity stay.
-    """
-    # bf16 is the upper half of float32: adding a random lower half carries into it with the right probability
-    bits = x.view(torch.int32) + torch.randint_like(x, 2**16, dtype=torch.int32)
-    rounded = (bits & -(2**16)).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

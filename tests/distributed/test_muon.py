@@ -1,8 +1,9 @@
-"""The updates of Muon on every layout, against a float64 reference for one matrix at a time."""
+"""Updates on every layout: of Muon against a float64 reference for one matrix at a time, and equal in all replicas."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import distribute_tensor
 
 from components.distributed.parallel_dims import MeshShape, ParallelDims
-from components.optimizers import Muon
+from components.optimizers import AdamW, Muon
+from components.optimizers.adamw import local_tensor
 from models.llama import Llama
 from recipes.parallelize import materialize, parallelize
 from tests.components.optimizers.muon_reference import MuonReference
@@ -40,13 +42,17 @@ CASES = {
 }
 
 
+def muon(keys: dict) -> Muon:
+    return Muon(weight_decay=DECAY, coefficients="quintic", **keys)
+
+
 def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
     return torch.randn(shape, generator=generator)
 
 
-def train(rank: int, mesh_shape: MeshShape, shape: dict, keys: dict) -> dict[str, torch.Tensor]:
-    """Take the steps on this layout, and return all parameters as whole tensors."""
+def train(rank: int, mesh_shape: MeshShape, shape: dict, optimizer: AdamW) -> tuple[Llama, torch.optim.Optimizer]:
+    """Take the steps on this layout, and return the model and its optimizer."""
     world = SimpleNamespace(rank=rank, size=mesh_shape.world_size, device=torch.device("cpu"))
     config = Llama(**shape)
     with torch.device("meta"):
@@ -55,7 +61,7 @@ def train(rank: int, mesh_shape: MeshShape, shape: dict, keys: dict) -> dict[str
     parallelize(model, config, mesh, torch.float32, world.device)
     materialize(model, world.device)
     model.init_weights(0)
-    optimizer = Muon(weight_decay=DECAY, coefficients="quintic", **keys).build(model=model)
+    built = optimizer.build(model=model)
     for step in range(STEPS):
         for name, parameter in model.named_parameters():
             whole = gradient(name, parameter.shape, step)
@@ -65,13 +71,36 @@ def train(rank: int, mesh_shape: MeshShape, shape: dict, keys: dict) -> dict[str
                 if placed
                 else whole
             )
-        for group in optimizer.param_groups:
+        for group in built.param_groups:
             group["lr"] = LR * group["lr_multiplier"]
-        optimizer.step()
+        built.step()
+    return model, built
+
+
+def whole_parameters(model: Llama) -> dict[str, torch.Tensor]:
     return {
         name: (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
         for name, parameter in model.named_parameters()
     }
+
+
+def replicas(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, list[list[torch.Tensor]]]:
+    """Return the weight and the state of each shard of which several processes have a replica, by name and process."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        place: list[int] = []
+        if hasattr(parameter, "placements"):
+            coordinate = parameter.device_mesh.get_coordinate()
+            place = [c for c, p in zip(coordinate, parameter.placements, strict=True) if not p.is_replicate()]
+        tensors = [parameter, *optimizer.state[parameter].values()]
+        held[f"{name} {place}"] = [local_tensor(tensor).detach() for tensor in tensors]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, held)
+    found = defaultdict(list)
+    for of_rank in gathered:
+        for shard, tensors in of_rank.items():
+            found[shard].append(tensors)
+    return {shard: each for shard, each in found.items() if len(each) > 1}
 
 
 def train_in_ranks(rank: int, folder: Path) -> None:
@@ -82,9 +111,14 @@ def train_in_ranks(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
     for mesh in meshes:
         for case, (shape, keys) in CASES.items():
-            found = train(rank, MeshShape(*mesh), shape, keys)
+            found = whole_parameters(train(rank, MeshShape(*mesh), shape, muon(keys))[0])
             if rank == 0:
                 torch.save(found, folder / f"{case} {mesh}.pt")
+        for optimizer in (AdamW(state_dtype="bf16"), Muon(state_dtype="bf16", variant="normuon")):
+            torch.manual_seed(rank)  # a run has another random state on every process
+            shards = replicas(*train(rank, MeshShape(*mesh), DENSE, optimizer))
+            if rank == 0:
+                torch.save(shards, folder / f"{type(optimizer).__name__} {mesh} replicas.pt")
     dist.destroy_process_group()
 
 
@@ -106,7 +140,7 @@ def expected() -> dict[str, dict[str, torch.Tensor]]:
     for case, (shape, keys) in CASES.items():
         model = Llama(**shape).build(vocab_size=16, sequence_length=8)
         model.init_weights(0)
-        parameters = train(0, MeshShape(1, 1, 1, 1), shape, keys)
+        parameters = whole_parameters(train(0, MeshShape(1, 1, 1, 1), shape, muon(keys))[0])
         for name, start in model.named_parameters():
             if name.startswith("layers") and start.ndim > 1 and "router" not in name:
                 heads = shape["heads"] if keys.get("per_head") and name.endswith(("wq.weight", "wk.weight")) else 1
@@ -129,3 +163,14 @@ def test_updates_equal_the_float64_reference(trained, expected, mesh, case):
     for name, wanted in expected[case].items():
         tolerance = EQUAL * float(wanted.abs().max())
         torch.testing.assert_close(found[name].double(), wanted.double(), rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+@pytest.mark.parametrize("mesh", [mesh for meshes in MESHES.values() for mesh in meshes if max(mesh[0], mesh[3]) > 1])
+def test_replicas_of_a_shard_stay_equal_with_a_momentum_in_bf16(trained, mesh, optimizer):
+    count = MeshShape(*mesh).world_size
+    shards = torch.load(trained / str(count) / f"{optimizer} {list(mesh)} replicas.pt")
+    assert shards
+    for shard, (first, *others) in shards.items():
+        for other in others:
+            assert all(map(torch.equal, first, other)), shard

@@ -11,7 +11,7 @@ from torch import nn
 
 from components.checkpoint import StateTensors
 from components.optimizers import AdamW, Muon
-from components.optimizers.adamw import round_at_random
+from components.optimizers.stochastic_rounding import round_at_random
 from components.train_step import TrainStep
 
 pytestmark = pytest.mark.quick
@@ -202,17 +202,26 @@ def test_a_checkpoint_brings_its_moments_and_no_betas(tmp_path, before, after):
 
 
 def test_rounding_at_random_keeps_the_expectation():
-    torch.manual_seed(0)
     x = torch.tensor([1.0, 1.001, -1.001, 3e-39, -7.7e8, 0.0])
-    drawn = torch.stack([round_at_random(x) for _ in range(4000)])
+    drawn = torch.stack([round_at_random(x, torch.tensor(float(step)), 5) for step in range(4000)])
     below, above = drawn.amin(0).float(), drawn.amax(0).float()
     assert torch.all((below <= x) & (x <= above)), "one of the two neighbours in bf16"
     gap = above - below
     standard_error = gap / 2 / 4000**0.5
     assert torch.all((drawn.double().mean(0) - x).abs() <= 4 * standard_error)
     assert torch.equal(gap == 0, torch.tensor([True, False, False, False, False, True])), "exact values stay"
-    assert round_at_random(torch.tensor([math.inf, -math.inf])).tolist() == [math.inf, -math.inf]
-    assert round_at_random(torch.tensor([math.nan])).isnan().all()
+    exceptions = torch.tensor([math.inf, -math.inf, math.nan])
+    assert torch.equal(round_at_random(exceptions, torch.ones(()), 5)[:2].float(), exceptions[:2])
+    assert round_at_random(exceptions, torch.ones(()), 5)[2].isnan()
+
+
+def test_elements_steps_and_keys_are_rounded_independently():
+    """Of values in the middle between two in bf16 half are rounded up, and of these again half under another key."""
+    x = torch.full((2**16,), 1 + 2**-8)
+    up = [round_at_random(x, torch.tensor(float(step)), key) > 1 for step, key in ((1, 5), (2, 5), (1, 6))]
+    for a, b in ((up[0], up[1]), (up[0], up[2]), (up[0], up[0].roll(1)), (up[0], up[0].roll(256))):
+        assert float(a.double().mean()) == pytest.approx(0.5, abs=4 * 0.5 / 256)
+        assert float((a & b).double().mean()) == pytest.approx(0.25, abs=4 * 0.43 / 256)  # 4 standard errors
 
 
 @pytest.mark.parametrize("optimizer", [AdamW, Muon])
@@ -252,4 +261,8 @@ def test_a_checkpoint_restores_a_first_moment_in_the_dtype_of_the_recipe(tmp_pat
     assert restored["exp_avg"].dtype == torch.bfloat16
     assert torch.equal(restored["exp_avg"], before["exp_avg"].to(torch.bfloat16))
     assert torch.equal(restored["exp_avg_sq"], before["exp_avg_sq"])
-    update(resumed, resumed_step, torch.rand(4, 4), 100)
+    gradient = torch.rand(4, 4)
+    for part, trained in ((net, step), (resumed, resumed_step)):
+        update(part, trained, gradient, 100)
+    both = [one.optimizer.state[part.weight]["exp_avg"] for one, part in ((step, net), (resumed_step, resumed))]
+    assert torch.equal(*both) == (saved == "bf16"), "bitwise, whatever else drew random numbers"
