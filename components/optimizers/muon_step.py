@@ -256,7 +256,8 @@ class MuonOptimizer(BatchScaledAdamW):
         weight = (1 - self.normuon_beta2) if keep is None else (1 - self.normuon_beta2) * keep
         average_KR1 += weight * (square_KR1 - average_KR1)
         shards, values = exchange.scatter(views, averages)
-        torch._foreach_copy_(shards, values)
+        if shards:
+            torch._foreach_copy_(shards, values)
         factor_KR1 = 1 / (average_KR1.sqrt() + NORMUON_EPS)
         # the squared norms of a matrix before and after, divided by its columns
         before_K11, after_K11 = square_KR1.sum(1, keepdim=True), (square_KR1 * factor_KR1**2).sum(1, keepdim=True)
