@@ -219,9 +219,11 @@ class MuonOptimizer(BatchScaledAdamW):
         """Return the shards of what is orthogonalized, (E, R, C) each, in the dtype of the computation."""
         directions = []
         for parameter in bucket.parameters:
-            direction = local_tensor(self.state[parameter]["momentum_buffer"])
-            if parameter.grad is not None:  # Nesterov's momentum
-                direction = torch.lerp(local_tensor(parameter.grad), direction, self.momentum)
+            momentum = local_tensor(self.state[parameter]["momentum_buffer"])
+            if parameter.grad is None:  # zeros: it stays, and the exchange is the same at every step
+                direction = torch.zeros_like(momentum)
+            else:  # Nesterov's momentum
+                direction = torch.lerp(local_tensor(parameter.grad), momentum, self.momentum)
             directions.append(_stacked(direction).to(self._dtype_of(parameter)))
         return directions
 
@@ -249,6 +251,8 @@ class MuonOptimizer(BatchScaledAdamW):
         The mean squares are sharded as the rows are, so that checkpoints are independent of the layout.
         """
         averages = [_stacked(local_tensor(self.state[p]["row_mean_square"])) for p in bucket.parameters]
+        # without a gradient they stay, as the weight and the momentum do
+        averages = [a.clone() if p.grad is None else a for a, p in zip(averages, bucket.parameters, strict=True)]
         average_KR1 = averages[0].new_empty(len(x_KRC), bucket.rows, 1)
         views = _unit_views(average_KR1, exchange.owned)
         exchange.gather(averages)(views)

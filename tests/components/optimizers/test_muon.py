@@ -176,6 +176,21 @@ def test_a_step_that_the_device_skips_changes_nothing(variant):
         torch.testing.assert_close(net.get_parameter(name), parameter, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("variant", ["muon", "normuon"])
+def test_a_matrix_without_a_gradient_is_skipped_as_torch_does(variant):
+    net = Net()
+    optimizer = Muon(variant=variant).build(model=net)
+    step(net, optimizer, 0)
+    unused = net.layers["0"]["wide"].weight
+    kept = copy.deepcopy((unused, optimizer.state[unused]))
+    other = net.layers["0"].stack.detach().clone()
+    for parameter in net.parameters():
+        parameter.grad = None if parameter is unused else torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close((unused, optimizer.state[unused]), kept, rtol=0, atol=0)
+    assert not torch.equal(net.layers["0"].stack, other)
+
+
 class Scaled(Net):
     def lr_multiplier(self, name: str) -> float:
         return 0.5 if "wide" in name else 1.0
