@@ -28,7 +28,7 @@ def apply_fsdp(
     A group is gathered for its forward, resharded, and gathered again for its backward; the last group stays gathered,
     since its backward comes next. A group of embeddings is not gathered for its backward, because the gradient of a
     lookup does not need the table. Parameters outside of all groups are gathered once for the whole pass. Parameters
-    are cast to `compute_dtype` before they are gathered; gradients are summed in float32, not averaged.
+    are cast to `compute_dtype` before they are gathered, inputs are not; gradients are summed in float32, not averaged.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
@@ -36,7 +36,8 @@ def apply_fsdp(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, mesh.size(-1)))
 
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # cast, the float32 rotary table of a block would be bf16, and the loss not that of one process
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded: list[FSDPModule] = []
     for index, names in enumerate(fsdp_groups):
         modules = [model.get_submodule(name) for name in names]
