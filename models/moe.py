@@ -100,7 +100,7 @@ def _mm_float32(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
 
 @_mm_float32.register_fake
 def _(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-    return x_ND.new_empty(len(x_ND), len(weight_ED), dtype=torch.float32)
+    return x_ND.new_empty(x_ND.shape[0], weight_ED.shape[0], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.token_ids import IGNORE_INDEX
 from models.decoder import Decoder
-from models.moe import MoE, routing_sums
+from models.moe import MoE, _mm_float32, routing_sums
 from models.presets import LlamaShape
 from models.router_loss import RouterLoss, RouterLossConfig
 
@@ -217,3 +218,9 @@ def test_flops_are_those_of_the_experts_a_token_meets():
 def test_a_layer_of_experts_has_no_more_flops_than_the_experts_of_a_token():
     dense = Decoder(replace(SIZE, experts=0, top_k=0, ffn_dim=K * F_WIDTH), V)
     assert decoder(OFF).flops_per_token(T) == dense.flops_per_token(T) + 6 * SIZE.layers * D * E
+
+
+def test_a_graph_of_the_router_on_a_gpu_holds_for_any_number_of_tokens():
+    graph = make_fx(_mm_float32, tracing_mode="symbolic")(drawn(B * T, D), drawn(E, D)).graph
+    (logits_NE,) = graph.output_node().all_input_nodes
+    assert isinstance(logits_NE.meta["val"].shape[0], torch.SymInt)
