@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.attention import AttentionRule
+from models.compilation import raise_recompile_limit
 
 _MIN_HEAD_WIDTH = 16
 """Smallest head width that the kernels support."""
@@ -108,4 +109,5 @@ def _flex_attention(compiled: bool) -> tuple[Any, Any]:
 
     if not compiled:
         return flex_attention, create_block_mask
+    raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)

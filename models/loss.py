@@ -240,7 +240,7 @@ def _fusible_loss(
 
 @cache
 def _compiled_loss() -> Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]:
-    # static shapes: at most two, because only the last chunk of a micro-batch may be shorter
+    # static shapes: at most four, those of training and of validation, whose last chunks may be shorter
     return torch.compile(_fusible_loss, dynamic=False)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from components.activation_checkpointing import apply_activation_checkpointing
 from components.distributed import fsdp
 from components.distributed.parallel_dims import ParallelDims
+from models.compilation import raise_recompile_limit
 from recipes.interfaces import HasParallelPlan, ModelConfig
 from recipes.model_setup import transformer_blocks
 from recipes.run_config import TrainingConfig
@@ -40,6 +41,7 @@ def parallelize(
     if training is not None:
         apply_activation_checkpointing(blocks or [model], training.activation_checkpoint)
         if training.compiles(device):
+            raise_recompile_limit()
             for module in [*blocks, *head] if blocks else [model]:
                 module.compile()
     if mesh.fsdp is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from models import decoder as module
 from models.attention_backends import attention_backends
 from models.decoder import Decoder
 from models.document_attention import PerDocumentAttention, document_positions
-from models.flex_attention import FlexAttention
+from models.flex_attention import FlexAttention, _flex_attention
 from models.mup import MuP
 from models.presets import LlamaShape
 from models.rope import RopeScaling
@@ -183,6 +184,18 @@ def test_a_block_compiles_once_for_all_micro_batches(monkeypatch):
                 given = tokens().roll(shift, 1)
                 torch.testing.assert_close(compiled(given), eager(given), **EXACT)
         assert counter.frame_count == before > 0
+
+
+@pytest.mark.slow
+def test_every_shape_of_training_validation_and_tasks_is_compiled(monkeypatch):
+    """More than the 8 variants of a function after which PyTorch runs it without compiling it."""
+    counter, compile_with = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **keys: compile_with(function, backend=counter, **keys))
+    monkeypatch.setattr("models.flex_attention._flex_attention", cache(_flex_attention.__wrapped__))
+    with torch.compiler.config.patch(recompile_limit=8):
+        for length in (8, 16, 24, 32, 40):
+            FlexAttention(None, length, torch.device("cpu"), (0, 4))
+    assert counter.frame_count == 10
 
 
 def test_without_an_end_it_is_attention_within_the_sequence():

@@ -12,6 +12,7 @@ from components.batch import StepBatch
 from components.data.loader import MicroBatchLoader
 from components.distributed.context import DistributedContext
 from components.gradient_noise import GradientMoments, GradientNoise
+from models.compilation import RECOMPILE_LIMIT
 from recipes import build
 from recipes.config import ConfigError, Override, load
 from recipes.data_checks import BadSamples, MicroBatchReader
@@ -55,6 +56,12 @@ def test_the_model_has_its_weights_and_the_step_its_parameters(tiny):
     assert all(parameter.isfinite().all() for parameter in step.model.parameters())
     trained = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     assert trained == {id(parameter) for parameter in step.model.parameters()}
+
+
+def test_compiled_blocks_may_have_more_variants_than_pytorch_compiles_by_default(tiny):
+    with torch.compiler.config.patch(recompile_limit=8):
+        parts(tiny, **{"training.compile": "true"})
+        assert torch.compiler.config.recompile_limit == RECOMPILE_LIMIT
 
 
 def test_a_policy_is_new_for_each_run(tiny):
