@@ -35,6 +35,7 @@ from components.interfaces import HasOrder, Order, PackedDataset
 log = logging.getLogger("powertrain")
 
 ORDER_CHUNK = 4096
+"""Samples whose order is computed at a time: 4096 take 0.8 ms on a CPU core, and 2 take 0.2 ms."""
 _PREFETCH_FACTOR = 4
 """Micro-batches that each worker reads ahead."""
 _TIMEOUT_SECONDS = 600.0
@@ -99,8 +100,10 @@ class MicroBatchLoader:
         self._stride = dp_size * micro_batch_size
         self._num_read = 0  # micro-batches requested on this rank
         first = start + dp_rank * micro_batch_size
+        # a reader whose next samples are beyond the chunk would compute it for every micro-batch
+        chunk = ORDER_CHUNK if self._stride * max(1, num_workers) < ORDER_CHUNK else micro_batch_size
         self._settings: dict[str, Any] = {
-            "dataset": _OrderedDataset(dataset, build_order(dataset, seed=seed)),
+            "dataset": _OrderedDataset(dataset, build_order(dataset, seed=seed), chunk),
             "batch_sampler": _SampleNumbers(first, self._stride, micro_batch_size),
             "collate_fn": _identity_collate,
             "num_workers": num_workers,
@@ -211,9 +214,10 @@ class _SampleNumbers:
 class _OrderedDataset:
     """The dataset by global sample number. Both ordering and reading happen in the workers."""
 
-    def __init__(self, dataset: PackedDataset, order: Order):
+    def __init__(self, dataset: PackedDataset, order: Order, chunk: int):
         self.dataset = dataset
         self.order = order
+        self.chunk = chunk
         self._first = 0
         self._indices: list[int] = []  # of the samples from `_first` on: computing the order is fast only in bulk
 
@@ -224,7 +228,7 @@ class _OrderedDataset:
         """
         if not self._first <= sample_ids.start <= sample_ids.stop <= self._first + len(self._indices):
             self._first = sample_ids.start
-            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + ORDER_CHUNK))
+            bulk = np.arange(sample_ids.start, max(sample_ids.stop, sample_ids.start + self.chunk))
             self._indices = self.order(bulk)[1].tolist()
         indices = self._indices[sample_ids.start - self._first : sample_ids.stop - self._first]
         try:

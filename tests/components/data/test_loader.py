@@ -134,6 +134,19 @@ def test_workers_read_packed_tokens_alike(packed):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(("ranks", "ordered"), [(2047, [4096]), (2048, [2, 2])])
+def test_samples_of_other_ranks_are_ordered_only_if_the_next_micro_batch_is_near(ranks, ordered):
+    class Counted(Numbers):
+        def order(self, *, seed):
+            order = SampleOrder(len(self), seed=seed)
+            return lambda ids: (computed.append(len(ids)), order(ids))[1]
+
+    computed: list[int] = []
+    loader = MicroBatchLoader(Counted(), seed=5, micro_batch_size=2, dp_rank=3, dp_size=ranks)
+    list(loader.next_step(2))
+    assert computed == ordered
+
+
 def test_shapes_and_shift():
     with MicroBatchLoader(Numbers(), seed=0, micro_batch_size=3) as loader:
         (micro,) = loader.next_step(1)
