@@ -82,6 +82,7 @@ class GradientNoiseHooks:
                         squares.add_local(shard, copies)
                     squares.flush()
 
+    @torch.no_grad()  # or `to_local` of each gradient, a DTensor, would be a function of autograd
     def sums(self, parameters: Sequence[Tensor]) -> Tensor:
         """Return (2,) or (4,) float64 on the device, to be summed over all processes of the run. Does not synchronize.
 

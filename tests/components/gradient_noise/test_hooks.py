@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from components.gradient_noise import GradientMoments, GradientNoiseHooks
+from components.gradient_noise.norms import SquaredNorm
 from models.decoder import Decoder
 from models.presets import LlamaShape
 from tests.models.variants import combined_shapes
@@ -60,6 +61,15 @@ def test_a_step_that_is_not_measured_has_a_norm_and_no_moments():
     model(torch.ones(2, 3)).sum().backward()
     hooks.end_micro_batch()
     assert finish(hooks, model) == (pytest.approx(16.0), 0.0)  # 2 for each of three weights and the bias
+
+
+def test_the_norm_of_a_step_launches_nothing_of_autograd(monkeypatch):
+    with_gradients: list[bool] = []
+    monkeypatch.setattr(SquaredNorm, "add", lambda self, tensor: with_gradients.append(torch.is_grad_enabled()))
+    model = nn.Linear(3, 1)
+    model(torch.ones(2, 3)).sum().backward()
+    GradientNoiseHooks(model.parameters(), torch.device("cpu")).sums(list(model.parameters()))
+    assert with_gradients == [False, False]
 
 
 @pytest.mark.parametrize("replaced", [["weight"], ["weight", "bias"]])
