@@ -71,15 +71,14 @@ class Scorer:
         sums_R2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=world.device)
         with compute():
             for length, batch in self._batches(requests, world):
-                inputs_WT, places_n, labels_n, rows_n = (
-                    each.to(world.device) for each in self._collate([requests[index] for index in batch], length)
-                )
+                collated = self._collate(requests, batch, length)
+                if world.device.type == "cuda":  # a copy from pageable memory would synchronize
+                    collated = [each.pin_memory() for each in collated]
+                inputs_WT, places_n, labels_n, index_n = (each.to(world.device, non_blocking=True) for each in collated)
                 logits_nV = model(inputs_WT).flatten(0, 1)[places_n].float()
                 nats_n = torch.logsumexp(logits_nV, -1) - logits_nV.gather(-1, labels_n.unsqueeze(-1)).squeeze(-1)
                 wrong_n = logits_nV.argmax(-1) != labels_n
-                if len(batch):
-                    index_n = torch.tensor(batch, device=world.device)[rows_n]
-                    sums_R2.index_add_(0, index_n, torch.stack([nats_n, wrong_n], -1).to(sums_R2.dtype))
+                sums_R2.index_add_(0, index_n, torch.stack([nats_n, wrong_n], -1).to(sums_R2.dtype))
         model.train()
         sums = world.all_reduce_sum(sums_R2.cpu()).tolist()  # the only synchronization with the device
         return [(nats, wrong == 0) for nats, wrong in sums]
@@ -98,16 +97,18 @@ class Scorer:
                 start = first + rows * world.rank
                 yield length, indices[start : start + rows]
 
-    def _collate(self, batch: Sequence[EncodedRequest], length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return inputs (W, T), and for each predicted token its place among the W T inputs, its id and its request."""
+    def _collate(self, requests: Sequence[EncodedRequest], batch: Sequence[int], length: int) -> list[Tensor]:
+        """Return inputs (W, T) of the requests with the indices `batch`, and for each predicted token its place among
+        the W T inputs, its id and the index of its request."""
         # padding begins no document: each would otherwise be attended to on its own
         inputs_WT = torch.full((self.rows(length), length), 1 if self.first_input == 0 else 0)
-        places, labels, rows = [], [], []
-        for row, request in enumerate(batch):
+        places, labels, indices = [], [], []
+        for row, index in enumerate(batch):
+            request = requests[index]
             end, count = len(request.inputs), len(request.targets)
             inputs_WT[row, :end] = torch.from_numpy(request.inputs)
             places.append(row * length + torch.arange(end - count, end))
             labels.append(torch.from_numpy(request.targets))
-            rows.append(torch.full((count,), row))
+            indices.append(torch.full((count,), index))
         none = [torch.zeros(0, dtype=torch.int64)]
-        return inputs_WT, torch.cat(places or none), torch.cat(labels or none), torch.cat(rows or none)
+        return [inputs_WT, *(torch.cat(each or none) for each in (places, labels, indices))]
