@@ -6,7 +6,7 @@ shape_checks.py         what a shape may be
 decoder.py              the decoder: blocks, feed-forward, initial std of each matrix
 attention.py            attention and its variants
 attention_backends.py   the attention of each layer: whole sequences, documents, or chunks of them
-compilation.py          the number of variants that torch.compile may compile
+compilation.py          what torch.compile needs on a GPU, and how many variants it may compile
 flex_attention.py       fused attention with masks and softcaps on GPUs
 norm.py                 RMSNorm
 lm_head.py              output projection, with the loss inside

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.attention import AttentionRule
-from models.compilation import raise_recompile_limit
+from models.compilation import missing_for_gpu, raise_recompile_limit
 
 _MIN_HEAD_WIDTH = 16
 """Smallest head width that the kernels support."""
 
 
 def has_flex_attention(device: torch.device, head_width: int) -> bool:
-    """Return whether flex attention has kernels: on a GPU where Triton is installed."""
-    return device.type == "cuda" and head_width >= _MIN_HEAD_WIDTH and find_spec("triton") is not None
+    """Return whether flex attention has kernels: on a GPU for which they can be compiled."""
+    return device.type == "cuda" and head_width >= _MIN_HEAD_WIDTH and missing_for_gpu() is None
 
 
 class FlexAttention:

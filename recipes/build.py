@@ -158,7 +158,7 @@ def build_sharded_model(
         # lets the next run reuse compiled kernels; read when the compiler is first imported
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(recipe.run.cache_dir / "compiled"))
     elif (why := training.slow_eager(device, recipe.parallel.tp)) is not None:
-        log.warning(f'{why}: set training.compile = "auto"')
+        log.warning(why)
     if training.float8 != "off":
         with config_errors_at(config, "training"):
             convert_to_float8(transformer_blocks(model), training.float8, device, tp=mesh.mesh_shape.tp)

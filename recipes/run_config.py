@@ -16,6 +16,7 @@ from components.float8 import Float8
 from components.paths import expand_home
 from components.precision import Precision
 from components.units import Count, PositiveCount, Tokens
+from models.compilation import missing_for_gpu
 
 _LONGEST_NAME = 200
 """Maximum bytes of a run's name, below the limit of 255 of most file systems."""
@@ -98,7 +99,8 @@ class TrainingConfig:
     """Compute the linear layers of the blocks in float8, with a scale for each row ("rowwise") or each tensor
     ("tensorwise"); needs compile and, on a GPU, float8 products, as an H100 has."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile every block of the model and the loss with torch.compile; auto: on GPUs."""
+    """Compile every block of the model and the loss with torch.compile; auto: on GPUs, if Triton and a C compiler are
+    installed."""
     activation_checkpoint: ACMode = "none"
     """Recompute activations in backward: "full": all blocks, n: every n-th, "selective": only cheap operations."""
     grad_sync: GradSyncMode = "auto"
@@ -110,14 +112,19 @@ class TrainingConfig:
     """Steps between runs of Python's garbage collector, at the same step on every rank; "none": automatic."""
 
     def compiles(self, device: torch.device) -> bool:
-        """Return whether to use torch.compile on `device`."""
-        return device.type == "cuda" if self.compile == "auto" else self.compile
+        """Return whether to use torch.compile on `device`. A GPU that is not in this machine has what it needs."""
+        if self.compile != "auto":
+            return self.compile
+        return device.type == "cuda" and not (torch.cuda.is_available() and missing_for_gpu())
 
     def slow_eager(self, device: torch.device, tp: int) -> str | None:
-        """Return why training without torch.compile would be slow with these keys; None if it is not."""
+        """Return why training without torch.compile would be slow here, and a remedy; None if it is not."""
         if device.type != "cuda" or self.compiles(device):
             return None
+        if self.compile == "auto":
+            return f"the model is not compiled, which makes it slow: install {missing_for_gpu()}"
         for used, what in ((self.activation_checkpoint == "selective", "selective checkpointing"), (tp > 1, "tp")):
             if used:
-                return f"without torch.compile, {what} takes several times as long to launch, and the GPU waits"
+                slow = f"without torch.compile, {what} takes several times as long to launch, and the GPU waits"
+                return f'{slow}; leave training.compile at "auto"'
         return None

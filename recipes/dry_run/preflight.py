@@ -116,7 +116,7 @@ def _missing_here(key: str, message: str) -> Finding:
 def _eager(plan: RunPlan) -> Iterator[Finding]:
     device = torch.device("cpu" if plan.recipe.run.device == "cpu" else "cuda")
     if (why := plan.recipe.training.slow_eager(device, plan.mesh_shape.tp)) is not None:
-        yield Finding("warning", "training.compile", f'{why}; leave it at "auto"')
+        yield Finding("warning", "training.compile", why)
 
 
 def _batch(plan: RunPlan) -> Iterator[Finding]:

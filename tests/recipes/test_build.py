@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from components.batch import StepBatch
 from components.data.loader import MicroBatchLoader
 from components.distributed.context import DistributedContext
 from components.gradient_noise import GradientMoments, GradientNoise
-from models.compilation import RECOMPILE_LIMIT
+from models.compilation import RECOMPILE_LIMIT, missing_for_gpu
 from recipes import build
 from recipes.config import ConfigError, Override, load
 from recipes.data_checks import BadSamples, MicroBatchReader
+from recipes.run_config import TrainingConfig
 from recipes.run_setup import build_environment
 from recipes.training_state import TrainingState
 
@@ -62,6 +64,30 @@ def test_compiled_blocks_may_have_more_variants_than_pytorch_compiles_by_default
     with torch.compiler.config.patch(recompile_limit=8):
         parts(tiny, **{"training.compile": "true"})
         assert torch.compiler.config.recompile_limit == RECOMPILE_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("found", "cc", "expected"),
+    [((), "cc", "triton"), (("triton",), "", "C compiler"), (("triton",), "cc", None), (("triton", "clang"), "", None)],
+)
+def test_what_a_gpu_needs_to_compile(monkeypatch, found, cc, expected):
+    monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr("models.compilation.find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in found else None)
+    missing = missing_for_gpu.__wrapped__()
+    assert expected in missing if expected else missing is None
+
+
+@pytest.mark.parametrize("missing", [None, "a C compiler"])
+def test_auto_does_not_compile_for_a_gpu_that_lacks_something(monkeypatch, missing):
+    training = TrainingConfig(total_tokens=1, sequence_length=1, micro_batch_size=1)
+    monkeypatch.setattr("recipes.run_config.missing_for_gpu", lambda: missing)
+    for present, device, expected in ((True, "cuda", not missing), (False, "cuda", True), (True, "cpu", False)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=present: found)
+        assert training.compiles(torch.device(device)) is expected
+        assert replace(training, compile=True).compiles(torch.device(device)), "as it says"
+        why = training.slow_eager(torch.device(device), 1)
+        assert "install a C compiler" in why if present and device == "cuda" and missing else why is None
 
 
 def test_a_policy_is_new_for_each_run(tiny):
