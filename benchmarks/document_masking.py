@@ -9,13 +9,11 @@ with and without masking take turns, so that the varying speed of the machine ca
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 
 import torch
 from torch import Tensor
 
-from benchmarks.shared import machine, repeat_with, spread
+from benchmarks.shared import machine, quartiles, repeat_with, seconds, spread
 from models.decoder import Decoder
 from models.presets import LlamaShape
 
@@ -24,20 +22,11 @@ VOCAB, END, ROWS, LENGTH = 4096, 0, 4, 1024
 WARM_UP = 2
 
 
-def seconds(model: Decoder, tokens: Tensor, end_of_document: int | None) -> float:
+def seconds_of_pass(model: Decoder, tokens: Tensor, end_of_document: int | None) -> float:
     """Return the seconds of a forward and a backward pass."""
     model.first_input = end_of_document
-    synchronize(tokens)
-    started = time.perf_counter()
-    model(tokens, tokens).backward()
-    synchronize(tokens)
     model.zero_grad()
-    return time.perf_counter() - started
-
-
-def synchronize(tokens: Tensor) -> None:
-    if tokens.is_cuda:
-        torch.cuda.synchronize()
+    return seconds(lambda: model(tokens, tokens).backward())
 
 
 def main() -> None:
@@ -57,12 +46,11 @@ def main() -> None:
         for _ in range(WARM_UP + arguments.rounds):
             tokens = torch.randint(1, VOCAB, (ROWS, LENGTH), device=arguments.device)
             tokens[torch.rand(tokens.shape, device=arguments.device) < 1 / length] = END
-            across.append(seconds(model, tokens, None))
-            within.append(seconds(model, tokens, END))
+            across.append(seconds_of_pass(model, tokens, None))
+            within.append(seconds_of_pass(model, tokens, END))
         pairs = [one / other for one, other in zip(across[WARM_UP:], within[WARM_UP:], strict=True)]
-        low, middle, high = statistics.quantiles(pairs, n=4)
         speeds = [spread([ROWS * LENGTH / each for each in times[WARM_UP:]], ",.0f") for times in (across, within)]
-        print(f"| {length:,} | {speeds[0]} | {speeds[1]} | {middle:.2f} ({low:.2f} to {high:.2f}) |", flush=True)
+        print(f"| {length:,} | {speeds[0]} | {speeds[1]} | {quartiles(pairs)} |", flush=True)
     print(repeat_with("benchmarks.document_masking"))
 
 

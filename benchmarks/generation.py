@@ -10,15 +10,13 @@ they differ; the ratio is that of a pair.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.shared import machine
-from benchmarks.throughput import quartiles
+from benchmarks.shared import machine, quartiles
 from components.generation import Sampling, generate_tokens
 from models.decoder import Decoder
 from models.hf.config import llama_entries
@@ -83,8 +81,7 @@ def compare(name: str, rows: int, tokens: int, rounds: int, device: torch.device
         seconds.append(turn)
     speeds = [[rows * tokens / turn[side] for turn in seconds] for side in (0, 1)]
     ratios = [by_transformers / here for here, by_transformers in seconds]
-    cells = [f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds]
-    cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{same:.0%}"]
+    cells = [*(quartiles(of, ",.0f") for of in speeds), quartiles(ratios), f"{same:.0%}"]
     return " | ".join([name, str(rows), *cells])
 
 

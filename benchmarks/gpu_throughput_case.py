@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.shared import ROOT
 from components.hardware import peak_flops, peak_memory_bytes
+from models.hf.config import llama_entries
 from recipes.config import Config, Override, load
 
 KINDS = ("compiled", "eager", "no noise", "documents", "plain", "plain compiled")
@@ -156,14 +157,8 @@ def train_plain_loop(config: Config, report: Report, *, compiled: bool) -> None:
     with torch.device("meta"):
         same = recipe.model.build(vocab_size=vocab_size, sequence_length=training.sequence_length)
     with report.device:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=vocab_size, hidden_size=shape.dim, intermediate_size=shape.ffn_dim,
-                num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                head_dim=shape.head_width, rms_norm_eps=shape.norm_eps, tie_word_embeddings=shape.tied_embeddings,
-                max_position_embeddings=shape.max_sequence_length, attn_implementation="sdpa", use_cache=False,
-            )
-        )  # fmt: skip
+        hf_config = LlamaConfig(**llama_entries(shape, vocab_size), attn_implementation="sdpa", use_cache=False)
+        model = LlamaForCausalLM(hf_config)
     if sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in same.parameters()):
         raise ValueError("the two models differ in their number of parameters")
     if compiled:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.shared import DEBUG, ROOT, machine, repeat_with, spread
+from benchmarks.shared import DEBUG, ROOT, machine, quartiles, repeat_with, spread
 from components.metrics.jsonl import read_rows
 
 WARM_UP = 4
@@ -59,9 +58,8 @@ def main() -> None:
         seconds, _ = run(processes, "2", arguments.steps, extra)
         on, off = seconds[0::2], seconds[1::2]  # steps 0, 2, ... measure, and so do those after an even warm-up
         pairs = [measured / plain - 1 for measured, plain in zip(on, off, strict=False)]
-        low, _, high = statistics.quantiles(pairs, n=4)
         memory = [run(processes, interval, 6, extra)[1] for interval in ("none", "1", "none", "1")]
-        extra_time = f"{statistics.median(pairs):+.2%} ({low:+.2%} to {high:+.2%})"
+        extra_time = quartiles(pairs, "+.2%")
         never, always = (f"{memory[first]:,.0f}, {memory[first + 2]:,.0f}" for first in (0, 1))
         table.append(f"| {processes} | {spread(off)} | {spread(on)} | {extra_time} | {never} | {always} |")
         print(f"{processes} processes: measured", file=sys.stderr, flush=True)

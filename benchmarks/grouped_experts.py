@@ -10,14 +10,12 @@ cancels. Both permute and sum tokens alike and differ only in the products. Thei
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.shared import machine, repeat_with, spread
+from benchmarks.shared import machine, quartiles, repeat_with, seconds, spread
 from models.moe import MoE
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -50,15 +48,7 @@ class Case:
         return max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
 
     def seconds(self, *, grouped: bool) -> float:
-        self.wait()
-        start = time.perf_counter()
-        self.gradients(grouped=grouped)
-        self.wait()
-        return time.perf_counter() - start
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        return seconds(lambda: self.gradients(grouped=grouped))
 
 
 def main() -> None:
@@ -80,8 +70,7 @@ def main() -> None:
             sys.exit(f"{experts} experts: gradients differ by {worst:.2g} of their norm")
         pairs = [(case.seconds(grouped=True), case.seconds(grouped=False)) for _ in range(arguments.pairs)]
         grouped, single = ([1000 * pair[side] for pair in pairs] for side in (0, 1))
-        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
-        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        ratio = quartiles([b / a for a, b in pairs])
         table.append(f"| {experts}, {top_k} | {spread(grouped)} | {spread(single)} | {ratio} | {worst:.1g} |")
         print(f"{experts} experts: measured", file=sys.stderr, flush=True)
     print(f"\n{machine()}; {arguments.dtype} on {arguments.device}, {arguments.tokens} tokens, width {arguments.dim},")

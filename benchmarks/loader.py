@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torchdata.nodes import Batcher, Loader, Mapper, MapStyleWrapper
 
-from benchmarks.shared import machine, spread
+from benchmarks.shared import machine, quartiles, spread
 from components.data import TokenFiles
 from components.data.loader import MicroBatchLoader
 from components.data.order import SampleOrder
@@ -140,8 +139,7 @@ def main() -> None:
                 speeds[f"{name}, warm"].append(tokens_per_second(ways[name], length, count) / 1e6)
         print(f"{machine()}; {count} micro-batches of {size} x {length}, {options.rounds} rounds in turn")
         for name, values in speeds.items():
-            low, _, high = statistics.quantiles(values, n=4)
-            print(f"{name:24} {spread(values)} M tokens/s, quartiles {low:.3g} to {high:.3g}")
+            print(f"{name:24} {spread(values)} M tokens/s, with quartiles {quartiles(values, '.3g')}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import torch
 
-from benchmarks.shared import machine, repeat_with, spread
+from benchmarks.shared import machine, repeat_with, seconds, spread
 from benchmarks.throughput import MICRO_BATCH, SEQUENCE, SIZES, VOCAB
 from components.optimizers import AdamW, Muon
 from models.llama import Llama
@@ -41,13 +40,6 @@ def update_of(model: Any, settings: AdamW) -> Callable[[], object]:
     for parameter in copy.parameters():
         parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=generator)
     return optimizer.step
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Return the seconds of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def measure(size: str, rounds: int) -> list[str]:

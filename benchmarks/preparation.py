@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.corpus import tokenizer, write_files
-from benchmarks.shared import DEBUG, ROOT, machine, spread
+from benchmarks.shared import DEBUG, ROOT, machine, quartiles, spread
 from components.data import TextFiles
 
 _PREPARE = """
@@ -101,10 +100,9 @@ def speed(folder: Path, megabytes: int, rounds: int, text: Path | None) -> None:
         for clock, which in (("clock", 0), ("processor", 1)):
             times = [value[which] for value in values]
             ratios = [base[which] / value for base, value in zip(seconds["tiktoken, 1 thread"], times, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
             print(
                 f"{name:20} {clock:10} {spread([size / value for value in times])} MB/s; "
-                f"{middle:.2f} of tiktoken, quartiles {low:.2f} to {high:.2f}"
+                f"{quartiles(ratios)} of tiktoken, with quartiles"
             )
 
 

@@ -140,6 +140,26 @@ def spread(values: Sequence[float], form: str = ".3g") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def quartiles(values: Sequence[float], form: str = ".2f") -> str:
+    """Return median, lower and upper quartile as text: "0.52 (0.50 to 0.55)"."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the seconds of one call, with what it launches on the GPU."""
+    _synchronize()
+    start = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def mean_and_deviation(values: Sequence[float], form: str = ".4f") -> str:
     """Return mean and standard deviation as text: "0.52 ± 0.03", or "-" without values."""
     if not values:

@@ -18,12 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from benchmarks.shared import DEBUG, READY, ROOT, machine, wait_for_turn
+from benchmarks.shared import DEBUG, READY, ROOT, machine, quartiles, wait_for_turn
+from models.hf.config import llama_entries
+from models.presets import LlamaShape
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "7M": {"dim": 256, "layers": 6, "heads": 8, "kv_heads": 8, "head_dim": 32, "ffn_dim": 768},
     "20M": {"dim": 384, "layers": 9, "heads": 6, "kv_heads": 6, "head_dim": 64, "ffn_dim": 1152},
 }
@@ -59,15 +62,8 @@ def train_plain_loop(size: str, steps: int) -> None:
     """Train a plain loop."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = SIZES[size]
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=shape["dim"], intermediate_size=shape["ffn_dim"],
-            num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv_heads"], head_dim=shape["head_dim"], tie_word_embeddings=False,
-            attn_implementation="sdpa", use_cache=False, max_position_embeddings=SEQUENCE,
-        )
-    )  # fmt: skip
+    shape = LlamaShape(**SIZES[size], max_sequence_length=SEQUENCE, tied_embeddings=False)
+    model = LlamaForCausalLM(LlamaConfig(**llama_entries(shape, VOCAB), attn_implementation="sdpa", use_cache=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.randint(VOCAB, (64, SEQUENCE))
     for step in range(steps):
@@ -125,9 +121,7 @@ def compare(size: str, steps: int) -> str:
     pairs = [[each.step() for each in both] for _ in range(steps + WARM_UP)][WARM_UP:]
     speeds = [[SEQUENCE * MICRO_BATCH / pair[side] for pair in pairs] for side in (0, 1)]
     peaks = [each.end() for each in both]
-    cells = [*(f"{statistics.median(of):,.0f} ({quartiles(of, ',.0f')})" for of in speeds)]
-    ratios = [pair[1] / pair[0] for pair in pairs]
-    cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})"]
+    cells = [*(quartiles(of, ",.0f") for of in speeds), quartiles([pair[1] / pair[0] for pair in pairs])]
     return " | ".join([size, *cells, *(f"{peak:,.0f}" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"])
 
 
@@ -152,14 +146,8 @@ def compare_variants(size: str, steps: int) -> Iterator[str]:
         compiling = f"{cold[name]:.0f} s, {warm:.0f} s" if name in cold else ""
         saved = statistics.median(gained)
         pays = "" if name not in cold else f"{cold[name] / saved:,.0f} steps" if saved > 0 else "never"
-        cells = [f"{statistics.median(speeds):,.0f} ({quartiles(speeds, ',.0f')})"]
-        cells += [f"{statistics.median(ratios):.2f} ({quartiles(ratios, '.2f')})", f"{peaks[name]:,.0f}", compiling]
-        yield f"| {size} | {name} | {' | '.join([*cells, pays])} |"
-
-
-def quartiles(values: list[float], form: str) -> str:
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{low:{form}} to {high:{form}}"
+        cells = [quartiles(speeds, ",.0f"), quartiles(ratios), f"{peaks[name]:,.0f}", compiling, pays]
+        yield f"| {size} | {name} | {' | '.join(cells)} |"
 
 
 def main() -> None:

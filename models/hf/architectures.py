@@ -141,7 +141,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Olmo2ForCausalLM": Architecture(
         model_type="olmo2",
         keys=hf.olmo2_keys,
-        entries=hf.olmo2_entries,
+        entries=hf.common_entries,
         variants={"norm_placement": "post", "qk_norm": "all_heads"},
     ),
     "Olmo3ForCausalLM": Architecture(

@@ -80,7 +80,7 @@ def _keys(
     }
 
 
-def _entries(shape: LlamaShape, vocab_size: int, *, rope_by_layer: bool = False) -> dict[str, Any]:
+def common_entries(shape: LlamaShape, vocab_size: int, *, rope_by_layer: bool = False) -> dict[str, Any]:
     """Return the entries that all families have."""
     return {
         "vocab_size": vocab_size,
@@ -107,15 +107,18 @@ def llama_keys(config: Config) -> dict[str, Any]:
 
 
 def llama_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    return _entries(shape, vocab_size) | {"mlp_bias": False}
+    return common_entries(shape, vocab_size) | {"mlp_bias": False}
 
 
 # Granite: a Llama with the multipliers of muP
 
 
 def granite_keys(config: Config) -> dict[str, Any]:
+    return _with_mup(config, _keys(config))
+
+
+def _with_mup(config: Config, keys: dict[str, Any]) -> dict[str, Any]:
     """The base width follows from logits_scaling. Raises ValueError if the multipliers are not those of muP."""
-    keys = _keys(config)
     attention = read_number(config, "attention_multiplier", 1.0)
     if attention != 1 / keys["head_dim"]:
         raise ValueError(
@@ -152,19 +155,18 @@ def _multipliers(shape: LlamaShape) -> dict[str, Any]:
 
 def granite_moe_keys(config: Config) -> dict[str, Any]:
     """Without muP if all multipliers are those of a Llama."""
-    plain = _keys(config)
-    experts = _experts(config, "num_local_experts", experts=8, top_k=2)
+    keys = _keys(config) | _experts(config, "num_local_experts", experts=8, top_k=2)
     others = [
         read_number(config, name, 1.0) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")
     ]
-    if read_number(config, "attention_multiplier", 1.0) == plain["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
-        return plain | experts
-    return granite_keys(config) | experts
+    if read_number(config, "attention_multiplier", 1.0) == keys["head_dim"] ** -0.5 and others == [1.0, 1.0, 1.0]:
+        return keys
+    return _with_mup(config, keys)
 
 
 def granite_moe_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
     experts = {"num_local_experts": shape.experts, "num_experts_per_tok": shape.top_k}
-    return _entries(shape, vocab_size) | _multipliers(shape) | experts
+    return common_entries(shape, vocab_size) | _multipliers(shape) | experts
 
 
 def _experts(config: Config, name: str, *, experts: int, top_k: int) -> dict[str, int]:
@@ -183,7 +185,7 @@ def mistral_keys(config: Config) -> dict[str, Any]:
 
 
 def mistral_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    return _entries(shape, vocab_size) | {"sliding_window": shape.sliding_window or None}
+    return common_entries(shape, vocab_size) | {"sliding_window": shape.sliding_window or None}
 
 
 # Qwen 2 and 3
@@ -194,7 +196,7 @@ def qwen2_keys(config: Config) -> dict[str, Any]:
 
 
 def qwen2_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    return _entries(shape, vocab_size) | _qwen_window_entries(shape)
+    return common_entries(shape, vocab_size) | _qwen_window_entries(shape)
 
 
 def qwen3_keys(config: Config) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def qwen3_moe_keys(config: Config) -> dict[str, Any]:
 
 
 def qwen3_moe_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    return _entries(shape, vocab_size) | {
+    return common_entries(shape, vocab_size) | {
         "moe_intermediate_size": shape.ffn_dim,
         "num_experts": shape.experts,
         "num_experts_per_tok": shape.top_k,
@@ -285,10 +287,6 @@ def olmo2_keys(config: Config) -> dict[str, Any]:
     return _keys(config, norm_eps=1e-5, norm_placement="post", qk_norm="all_heads")
 
 
-def olmo2_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    return _entries(shape, vocab_size)
-
-
 def olmo3_keys(config: Config) -> dict[str, Any]:
     rope = {"theta": 500_000.0, "local_theta": read_number(config, "rope_theta", 500_000.0)}
     windows = _windows(config, config.get("layer_types") or _every(config, 4), 4096)
@@ -297,7 +295,7 @@ def olmo3_keys(config: Config) -> dict[str, Any]:
 
 
 def olmo3_entries(shape: LlamaShape, vocab_size: int) -> dict[str, Any]:
-    entries = _entries(shape, vocab_size, rope_by_layer=True) | _window_entries(shape)
+    entries = common_entries(shape, vocab_size, rope_by_layer=True) | _window_entries(shape)
     return entries | {"sliding_window": shape.sliding_window or shape.max_sequence_length}
 
 
@@ -361,7 +359,7 @@ def _gemma_entries(shape: LlamaShape, vocab_size: int, *, rope_by_layer: bool = 
     scalar = max(round(shape.attention_scale**-2), 1) if shape.attention_scale else shape.head_width
     if shape.attention_scale and abs(scalar**-0.5 / shape.attention_scale - 1) > 1e-9:
         raise ValueError(f"attention_scale = {shape.attention_scale} is not 1 / sqrt(n) of an integer n, as in Gemma")
-    entries = _entries(shape, vocab_size, rope_by_layer=rope_by_layer)
+    entries = common_entries(shape, vocab_size, rope_by_layer=rope_by_layer)
     del entries["hidden_act"]
     return {
         **entries,

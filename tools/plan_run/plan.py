@@ -104,18 +104,18 @@ class Plan:
         return PowerLaw.of([best.lr for _, _, best in found], variables)
 
     @cached_property
-    def lr(self) -> Answer:
-        """The peak learning rate at the batch of the pilot runs, or the amplitude of Power."""
+    def lr(self) -> tuple[float, Answer]:
+        """The peak learning rate at the batch of the pilot runs, or the amplitude of Power, and where it is from."""
         key, runs = self.pilots.lr_key, f"{len(self.groups)} groups of pilot runs"
         law = self.lr_law
         if law is None:
             value, worst = minimax_lr([group for _, group in self.groups])
             scaling = "; linear in the batch, where half of the noise scale is justified by the square-root rule"
             source = f"one value for {runs}: at the worst {worst:.2%} above the best of one{scaling * self._is_power}"
-            return Answer(key, f"{value:.3g}", source)
+            return float(f"{value:.3g}"), Answer(key, f"{value:.3g}", source)
         estimate = law.at(N=self.size.multiplied, D=self.tokens)
         unknown = f"; the exponent of {' and '.join(law.dropped)} is not known to differ from 0" if law.dropped else ""
-        return Answer(
+        return float(f"{estimate.value:.3g}"), Answer(
             key,
             f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})",
             f"{law}, the vertices of {law.points} of {runs}{unknown}; for {format_count(self.pilots.batch_tokens)} "
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def peak_lr(self) -> float:
-        return float(self.lr.value.split()[0])
+        return self.lr[0]
 
     @cached_property
     def noise_law(self) -> PowerLaw | None:
@@ -247,7 +247,7 @@ class Plan:
             f"{self.loss.value:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})",
             f"{self.loss_law}, {len(self.points)} pilot runs{check}",
         )  # fmt: skip
-        yield self.lr
+        yield self.lr[1]
         first, last = self.bounds
         if self.noise_law is None:
             yield Answer("batch", f"{first}", "that of the pilot runs, which did not measure the noise scale")

@@ -23,10 +23,8 @@ from pathlib import Path
 
 from components.standard_streams import run_command
 from recipes.cli import parse_recipe, reports_bad_input
-from tools.sweep.grid import Job, Sweep, parse_grid
+from tools.sweep.grid import SEED, Job, Sweep, parse_grid
 from tools.sweep.runner import Outcome, Results, Runner, processes_per_run, report_stop
-
-SEED = "run.seed"
 
 
 @reports_bad_input

@@ -26,6 +26,7 @@ Grid = Sequence[Settings]
 Fingerprints = dict[tuple[tuple[str, str], ...], str]
 """Keys of a section -> fingerprint of the files it reads, which is the same for many runs."""
 
+SEED = "run.seed"
 RUN_LOCATION_KEYS = ("run.name", "run.dir", "run.if_exists", "checkpoint", "metrics", "import_paths")
 """Keys and sections that set where a run is stored and what it writes, but do not affect training."""
 OPENERS, CLOSERS, QUOTES = "[{", "]}", "\"'"

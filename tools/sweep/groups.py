@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tools.sweep.__main__ import SEED
-from tools.sweep.grid import Job
+from tools.sweep.grid import SEED, Job
 from tools.sweep.optimum import NoOptimum, Optimum, find_optimum
 from tools.sweep.runner import Outcome
 
