@@ -1,8 +1,8 @@
 """float8 matrix products in the blocks of a model, by torchao (the extra `float8`).
 
-The three products of a linear layer and its gradients are computed from float8 values and scales, made anew in every
-pass (Micikevicius et al., arXiv 2209.05433). Weights stay as they are, so parameters, checkpoints and the optimizer do
-not know of it. Embedding, head, norms, experts and routers keep the precision of the run.
+The three products of a linear layer and its gradients are computed from float8 values and scales, which are computed
+again in every pass (Micikevicius et al., arXiv 2209.05433). Weights stay as they are, so parameters, checkpoints and
+the optimizer are not affected. Embedding, head, norms, experts and routers keep the precision of the run.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import gc
 
 
 def resume_after_imports() -> None:
-    """Enable the collector if the program began with `gc.disable()`, and leave out what exists by now.
+    """Enable the collector if the program began with `gc.disable()`, and exclude all objects that exist now.
 
-    Importing PyTorch makes a million objects that stay. Going through them again and again takes half a second of a
+    Importing PyTorch creates about a million permanent objects; traversing them repeatedly takes half a second of a
     start, and as much again at the next collection.
     """
     if not gc.isenabled():

@@ -49,7 +49,7 @@ environment:
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NODE_ADDR
                              a run on several nodes; NNODES=2:4: on two to four, which may leave and join
   NODE_TIMEOUT               seconds without a heartbeat until a node is lost (default: 15, at least 5)
-  JOIN_AFTER                 seconds until a node that joins is taken in (default: 60)
+  JOIN_AFTER                 seconds that a new node waits before the run restarts with it (default: 60)
   MAX_RESTARTS               restarts after a failure (default: 0, with NNODES=2:4: 10)
   POWERTRAIN_LAUNCH          name of the launch, the same on all nodes (docs/multi_node.md)
   PYTORCH_ALLOC_CONF         settings of the GPU memory allocator (default: expandable_segments:True)

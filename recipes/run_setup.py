@@ -19,10 +19,10 @@ from components.checkpoint import (
     DamagedError,
     host_memory_directory,
     list_checkpoints,
+    mark_damaged,
     remove_all,
     remove_partial_saves,
     run_of,
-    set_aside,
     step_of,
     verify,
 )
@@ -229,7 +229,7 @@ def newest_intact_checkpoint(
     def rename_damaged() -> None:
         for each in damaged:
             if world.is_main and each.parent == own:
-                set_aside(each)
+                mark_damaged(each)
 
     for checkpoint in reversed(candidates):
         damage = ""

@@ -1,4 +1,4 @@
-"""Times the steps of a run, and tells all ranks the mean of their times without a collective of its own."""
+"""Times the steps of a run, and reports their mean over all ranks without an extra collective."""
 
 from __future__ import annotations
 

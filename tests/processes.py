@@ -55,7 +55,7 @@ def run_process(command: list[Any], **options: Any) -> subprocess.CompletedProce
 def run_ranks(count: int, command: list[Any], folder: Path) -> None:
     """Run `command` in `count` processes, as torchrun does; when one fails the others are killed, and so does this.
 
-    They are to meet in the file that the environment variable RENDEZVOUS names. What they write is kept in `folder`.
+    The environment variable RENDEZVOUS names the file of their rendezvous. What they write is kept in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)

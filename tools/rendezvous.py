@@ -1,8 +1,8 @@
-"""Keep the place where the nodes of an elastic run meet, on a machine that does not train: any node may then be lost.
+"""Host the rendezvous of an elastic run on a machine that does not train: the run then survives the loss of any node.
 
     python -m tools.rendezvous --port 29500        # on a login node, for MASTER_ADDR=LOGIN_NODE MASTER_PORT=29500
 
-It holds which nodes take part, not data or weights, and ends with Ctrl-C. Exit status: 0, or 2 if the port is in use.
+It stores which nodes take part, not data or weights, and ends with Ctrl-C. Exit status: 0, or 2 if the port is in use.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"port {options.port} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    with suppress(SystemExit):  # its output is full or nobody reads it: nodes can meet all the same
-        print(f"nodes can meet at port {store.port}", flush=True)
+    with suppress(SystemExit):  # its output is full or nobody reads it: the rendezvous works all the same
+        print(f"the rendezvous is at port {store.port}", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -96,7 +96,7 @@ class NetworkRun:
         self.wait_for_step(max((row["step"] for row in self.rows()), default=0) + count)
 
     def wait_until_connected(self, launcher: Launcher) -> None:
-        """Wait until a launcher has a connection to where the nodes meet."""
+        """Wait until a launcher is connected to the rendezvous store."""
         port = f":{int(self._environment['MASTER_PORT']):04X}"
         tables = [Path(f"/proc/{launcher.process.pid}/net/{name}") for name in ("tcp", "tcp6")]
 

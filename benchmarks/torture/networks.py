@@ -131,7 +131,7 @@ def dies_in_the_rendezvous(run: NetworkRun) -> str:
 
 
 def dies_before_its_workers(run: NetworkRun) -> str:
-    """b loses its network and is killed when the nodes have met and start their workers"""
+    """b loses its network and is killed after the rendezvous, when the nodes start their workers"""
     first, second = run.start("a"), run.start("b")
     children = Path(f"/proc/{first.process.pid}/task/{first.process.pid}/children")
     run.wait(lambda: bool(children.read_text().split()), "the workers of a start")
@@ -223,7 +223,7 @@ def _wrong_clock(run: NetworkRun, seconds: int) -> str:
     kill_all(second.process.pid)
     run.wait_for_more_steps(3)
     run.take_in_again(first, "b", **clock)
-    return "both nodes met; a continued alone; b joined"
+    return "both nodes started; a continued alone; b joined"
 
 
 def _read_only(run: NetworkRun, launchers: tuple[Launcher, Launcher], index: int) -> str:

@@ -3,7 +3,7 @@
     python -m benchmarks.torture.nodes [--kills 20] [--seed 0] [--namespaces] [--section.key=value ...]
 
 Two nodes of two processes each, on this machine or in two network namespaces of it, train with an adaptive batch; the
-nodes meet at a process of its own (tools/rendezvous.py). All processes of a node get SIGKILL at once; the node is
+rendezvous is a separate process (tools/rendezvous.py). All processes of a node get SIGKILL at once; the node is
 started again when the other one has continued. Every run must have the steps, samples and batches of an undisturbed run
 of one process, and its losses within 1e-5. The table has what the loss of a node costs: steps that are trained again,
 and seconds without progress.
@@ -79,7 +79,7 @@ class ElasticRun:
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.environment = {
-            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting_port(self.rendezvous),
+            "NNODES": "1:2", "NPROC": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": rendezvous_port(self.rendezvous),
             "NODE_RANK": "1", "NODE_TIMEOUT": str(node_timeout), "JOIN_AFTER": "0",
             "OMP_NUM_THREADS": "1", "PACE": "0.1",
         }  # fmt: skip
@@ -139,11 +139,11 @@ class ElasticRun:
         )
 
 
-def meeting_port(rendezvous: subprocess.Popen[str]) -> str:
+def rendezvous_port(rendezvous: subprocess.Popen[str]) -> str:
     """Return the port at which `tools.rendezvous --port 0` listens; its output is a pipe."""
     assert rendezvous.stdout is not None
     said = rendezvous.stdout.readline()
-    assert said.startswith("nodes can meet at port "), f"tools.rendezvous did not listen: {said!r}"
+    assert said.startswith("the rendezvous is at port "), f"tools.rendezvous did not listen: {said!r}"
     return said.split()[-1]
 
 

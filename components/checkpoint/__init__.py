@@ -30,7 +30,7 @@ torch.distributed.checkpoint takes most of a second to import, so it is imported
 reported before that.
 """
 
-from components.checkpoint.commit import remove_all, remove_partial_saves, set_aside
+from components.checkpoint.commit import mark_damaged, remove_all, remove_partial_saves
 from components.checkpoint.host_memory import host_memory_directory
 from components.checkpoint.load import (
     DamagedError,
@@ -51,11 +51,11 @@ __all__ = [
     "host_memory_directory",
     "list_checkpoints",
     "load_tensors",
+    "mark_damaged",
     "read_state",
     "remove_all",
     "remove_partial_saves",
     "run_of",
-    "set_aside",
     "step_of",
     "verify",
 ]

@@ -168,7 +168,7 @@ def remove(checkpoint: Path, run: str) -> None:
     _remove_partial(leaving)
 
 
-def set_aside(damaged: Path) -> None:
+def mark_damaged(damaged: Path) -> None:
     """Rename a damaged checkpoint, so that it is not listed: as the newest, it would make `keep_last` remove others."""
     target = damaged.with_name(f"damaged-{damaged.name}")
     if os.path.lexists(target):  # an earlier save of this step was damaged too

@@ -18,7 +18,7 @@ HOST_MEMORY = "POWERTRAIN_HOST_MEMORY"
 _ROOT = Path("/dev/shm")
 _PREFIX = "powertrain-"
 _NEW_SECONDS = 60.0
-"""Age of an empty directory from which on it is not one that another launcher has just made, and has yet to lock."""
+"""Minimum age before an empty directory is removed: a younger one may not be locked yet."""
 
 
 def host_memory_directory() -> Path | None:
@@ -31,7 +31,7 @@ def make_host_memory_directory(root: Path = _ROOT) -> Iterator[None]:
     """Call in a launcher: make the directory and name it in the environment; it is removed at the end.
 
     Does nothing on a machine without `root`. The directory is locked while this process lives: if it is killed, the
-    next call on the machine removes what it has left, which would occupy memory until the machine is started again.
+    next call on the machine removes its directory, which would otherwise occupy memory until the machine restarts.
     """
     os.environ.pop(HOST_MEMORY, None)
     if not os.access(root, os.W_OK):
@@ -51,9 +51,9 @@ def make_host_memory_directory(root: Path = _ROOT) -> Iterator[None]:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove the directories that launchers of this user have left when they were killed."""
+    """Remove the directories of killed launchers of this user."""
     for directory in root.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # it is that of another user, or has just been removed
+        with suppress(OSError):  # it belongs to another user, or has just been removed
             handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """Checkpoints in the main memory of the nodes, from which a run continues after the loss of processes or of a node.
 
-A node keeps the tensor files of its own processes and, with several nodes, those of the node before it. All files are
-therefore left when one node is lost. The directory has the format of a checkpoint on disk, without hashes:
+A node keeps the tensor files of its own processes and, with several nodes, those of the node before it, so that all
+files still exist after the loss of one node. The directory has the format of a checkpoint on disk, without hashes:
 
     HOST_MEMORY/step-00000123/
         __RANK_*.distcp                         some of the tensor files
@@ -38,7 +38,7 @@ _TENSORS = "*.distcp"
 
 
 class InMemoryWriter(CheckpointWriter):
-    """Writes the checkpoints of a run to the memory of the nodes."""
+    """Writes the checkpoints of a run to the main memory of the nodes."""
 
     def __init__(self, world: WorldComm, *, directory: Path, run: str, saver: AsyncSaver | None) -> None:
         super().__init__(world, run=run, saver=saver)
@@ -58,7 +58,7 @@ class InMemoryWriter(CheckpointWriter):
         return written
 
     def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
-        """Send the tensor files of this rank to the next node, and those of all nodes the files they share."""
+        """Send the tensor files of this rank to the next node, and the files in `_COMMON` to all nodes."""
         world = self.world
         own = {path.name: path.stat().st_size for path in temporary.glob(f"__{world.rank}_*")}
         files: list[dict[str, int]] = [json.loads(text) for text in self.gather(json.dumps(own))]
@@ -94,7 +94,7 @@ class InMemoryCheckpoint(NamedTuple):
     """A checkpoint whose tensor files are spread over the memory of the nodes."""
 
     path: Path
-    """On this node, with the files that all nodes have; the others are there with their size and without content."""
+    """The directory on this node: the tensor files of other nodes are sparse files of the right size."""
     holders: list[set[str]]
     """The tensor files of the node of each rank, by rank."""
     files: dict[str, int]
@@ -103,8 +103,7 @@ class InMemoryCheckpoint(NamedTuple):
 
     @classmethod
     def find(cls, directory: Path | None, world: WorldComm, *, newer_than: int) -> InMemoryCheckpoint | None:
-        """Return the newest checkpoint of which all files are left on some node; None if there is none after the step
-        `newer_than`.
+        """Return the newest checkpoint whose files all exist on some node; None if there is none after `newer_than`.
 
         Every rank calls it, with the directory of its node. Other checkpoints in memory are removed.
         """
@@ -149,8 +148,9 @@ class InMemoryCheckpoint(NamedTuple):
         raise_on_all_ranks(failure, world.gather)
 
     def _open(self, source: int) -> None:
-        """Make the directory on this node complete except for the content of tensor files: those of other nodes have
-        their size, which the reader of the metadata checks, and take no memory.
+        """Complete the directory on this node, except for the content of the tensor files of other nodes.
+
+        These are sparse files of the right size, which the reader of the metadata checks; they take no memory.
         """
         world = self.world
         common: list[dict[str, bytes]] = [{}]
@@ -160,7 +160,7 @@ class InMemoryCheckpoint(NamedTuple):
             dist.broadcast_object_list(common, src=source)
         if world.rank % world.local_size:
             return
-        if not self.holders[world.rank]:  # it joined, or has another save of this step
+        if not self.holders[world.rank]:  # the node joined, or has another save of this step
             temporary = self.path.with_name(f".{self.path.name}")
             temporary.mkdir(exist_ok=True)
             _complete(temporary, self.path, common[0])
@@ -200,7 +200,7 @@ def _describe(checkpoint: Path) -> dict[str, Any] | None:
         described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # on one node only: the others would wait for it
         return None
-    # a file of another node has its size and no blocks; one that was only partly received has other blocks
+    # the file of another node is sparse, and one that was only partly received is shorter
     found = {path.name: path.stat() for path in checkpoint.glob(_TENSORS)}
     held = [
         name for name, stat in found.items() if described["files"].get(name) == stat.st_size <= stat.st_blocks * 512

@@ -235,5 +235,5 @@ class CheckpointManager:
             if run_of(old) == self.run:
                 try:
                     remove(old, self.run)
-                except OSError as error:  # one checkpoint too many does no harm
+                except OSError as error:  # an extra checkpoint is harmless
                     log.warning(f"{old} could not be removed: {error}")

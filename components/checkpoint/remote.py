@@ -4,7 +4,7 @@
         run.json, metrics.jsonl, ...        of the run directory, as of the newest checkpoint
         checkpoints/step-00000123/          the files of the checkpoint; manifest.json is written last and removed first
 
-A directory without a manifest is the rest of an interrupted upload, and not a checkpoint.
+A directory without a manifest is left from an interrupted upload, and not a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from components.atomic_files import fsync_directory, fsync_file
-from components.checkpoint.commit import TMP_PREFIX, remove_partial_saves, set_aside
+from components.checkpoint.commit import TMP_PREFIX, mark_damaged, remove_partial_saves
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
 from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, Manifest
 from components.storage.address import PARTIAL, RemoteDirectory, StorageError, address_of
@@ -40,9 +40,9 @@ class RemoteCheckpoints:
         self.directory = directory
         self._checkpoints = directory.child("checkpoints")
         self._uploading = b""
-        """Manifest of the checkpoint that `upload` last began to upload."""
+        """Manifest of the checkpoint that `upload` started last."""
         self._uploaded: set[str] = set()
-        """Its files that are there already, so that a repetition continues where a failure ended."""
+        """Its files that are uploaded already, so that a retry continues where the failed attempt ended."""
 
     def list_complete(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
@@ -107,7 +107,7 @@ class RemoteCheckpoints:
         return target
 
     def download_run_files(self, run_directory: Path) -> None:
-        """Copy the files of the run directory, each completely or not, but for those that exist locally."""
+        """Copy the files of the run directory that do not exist locally, each atomically."""
         files = {name: run_directory / name for name in self._run_files() if not (run_directory / name).exists()}
         for name, path in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +127,8 @@ class RemoteCheckpoints:
         """Delete the complete checkpoints of `run` that are not to be kept, and what interrupted uploads left."""
         complete = self.list_complete()
         self._remove_of(run, [path.name for path in old_checkpoints(list(map(Path, complete)), keep_last, keep_every)])
-        begun = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}
-        for name in begun:
+        incomplete = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}
+        for name in incomplete:
             if _STEP.fullmatch(name) and complete and _step(name) < _step(complete[-1]):
                 self.remove(name)
 
@@ -179,7 +179,7 @@ def restore_run(
             remote.download_run_files(run_directory)
         remove_partial_saves(directory, run)
         if (directory / names[-1]).exists():
-            set_aside(directory / names[-1])
+            mark_damaged(directory / names[-1])
         remote.download(names[-1], directory, run)
     except StorageError as error:
         if not local and not damaged:

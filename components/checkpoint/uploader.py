@@ -38,7 +38,7 @@ class CheckpointUploader:
         self._failures, self._is_failing = 0, False
         self._closing_at: float | None = None
         self._closing = threading.Event()
-        self._told_of_removal = False
+        self._logged_removal_error = False
         self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
         self._thread.start()
 
@@ -90,28 +90,28 @@ class CheckpointUploader:
                 self._uploading = None
 
     def _upload(self) -> bool:
-        """Upload the checkpoint whose turn it is; return False if that is not necessary any more."""
+        """Upload the current checkpoint; return False if that is no longer necessary."""
         checkpoint = self._uploading
         assert checkpoint is not None
         with self._changed:
             if self._waiting and not is_kept_forever(checkpoint, self._keep_every):
-                return False  # a newer one is there after a failed attempt
+                return False  # after a failed attempt, a newer one is pending
         started = time.monotonic()
         if not checkpoint.is_dir():
             log.warning(f"{checkpoint} was removed before it could be uploaded")
             return False
         if self._remote.upload(checkpoint):
             log.info(f"uploaded {checkpoint.name} to {self._remote.directory} in {time.monotonic() - started:.0f} s")
-        self._remove_old()  # also if it was there: a run that was killed during a removal may upload nothing more
+        self._remove_old()  # also if nothing was uploaded: an earlier run may have been killed during a removal
         return True
 
     def _remove_old(self) -> None:
-        """Remove what is not to be kept there; a failure is logged once."""
+        """Remove the remote checkpoints that are not to be kept; a failure is logged once."""
         try:
             self._remote.remove_old(self._run, keep_last=self._keep_last, keep_every=self._keep_every)
-        except StorageError as error:  # such as a bucket that lets nobody delete: the upload must not be repeated
-            if not self._told_of_removal:
-                self._told_of_removal = True
+        except StorageError as error:  # such as a bucket without delete permission: the upload must not be repeated
+            if not self._logged_removal_error:
+                self._logged_removal_error = True
                 log.warning(f"{error}; old checkpoints stay there")
 
     def _repeat_upload(self) -> bool:
@@ -140,5 +140,5 @@ class CheckpointUploader:
 
 
 def upload_order(pending: Sequence[Path], new: Path, keep_every: int | None) -> list[Path]:
-    """Return what waits for its upload once `new` does: of older ones, only those that are kept forever."""
+    """Return the pending uploads once `new` is one of them: of the older ones, only those that are kept forever."""
     return [*(path for path in pending if is_kept_forever(path, keep_every)), new]

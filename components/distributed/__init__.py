@@ -1,10 +1,10 @@
 """Processes of a run, and parallelism over them.
 
 launcher.py          starts and watches the processes of a node, and returns their exit status
-node.py              the processes of a node, and where it meets the others
-worker.py            what a process knows of its launcher, and reports to it
+node.py              the processes of a node, and the address of the rendezvous
+worker.py            the interface between a worker process and its launcher
 membership.py        the nodes that take part: those that are lost, and those that join
-heartbeat.py         processes that make no progress
+heartbeat.py         detects processes that make no progress
 context.py           the processes of a run, and the collectives of all of them
 collectives.py       exchange of strings and errors between processes
 parallel_dims.py     [parallel]: the mesh of replicas, shards, context-parallel and tensor-parallel ranks

@@ -1,4 +1,4 @@
-"""Find processes that make no progress: each touches a file in every step, and its launcher watches the files.
+"""Detect processes that make no progress: each touches a file in every step, and its launcher watches the files.
 
 A process hangs in a collective, in a read from a disk that does not answer, or because it was stopped. The launcher
 then lets all processes of its node write their Python stacks to standard error, and ends them.
@@ -14,18 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 
 _DIRECTORY = "POWERTRAIN_HEARTBEATS"
-"""Environment variable of the workers: the directory of the files; empty if nobody watches them."""
+"""Environment variable of the workers: the directory of the files; empty if heartbeats are off."""
 DUMPING = signal.SIGQUIT
 """Signal on which a worker writes the stacks of its threads."""
 _STOPPED_SECONDS = 5
-"""If the launcher has not looked for this time, it was stopped, as by Ctrl-Z, and probably the workers too."""
+"""If the launcher has not checked for this time, it was stopped, as by Ctrl-Z, and probably the workers too."""
 
 
 class Heartbeats:
     """The heartbeats of the workers of one node, as the launcher sees them."""
 
     def __init__(self, directory: Path, timeout_seconds: float | None) -> None:
-        """None: nothing is watched."""
+        """Without `timeout_seconds`, heartbeats are off."""
         self._directory, self._timeout = directory, timeout_seconds
         self._seen: dict[str, tuple[int, float]] = {}
         self._looked_at = time.monotonic()
@@ -38,7 +38,7 @@ class Heartbeats:
         for file in self._directory.iterdir():
             file.unlink()
 
-    def silent(self) -> list[int]:
+    def hung_ranks(self) -> list[int]:
         """Return the ranks that have made no progress for the timeout. Call often."""
         now = time.monotonic()
         if self._timeout is None:
@@ -48,7 +48,7 @@ class Heartbeats:
         self._looked_at = now
         before, self._seen = self._seen, {}
         for file in self._directory.iterdir():
-            with suppress(FileNotFoundError):  # its process ends
+            with suppress(FileNotFoundError):  # its process has called `end`
                 touched, seen = file.stat().st_mtime_ns, before.get(file.name)
                 self._seen[file.name] = seen if seen is not None and seen[0] == touched else (touched, now)
         return sorted(int(name) for name, (_, at) in self._seen.items() if now - at > self._timeout)
@@ -61,13 +61,13 @@ def dump_stacks_on_request() -> None:
 
 
 def beat(*, first: bool = False) -> None:
-    """Call in a worker when it makes progress. It is watched from the call with `first` on, until `end`."""
+    """Call in a worker when it makes progress. The launcher watches it from the call with `first` on, until `end`."""
     if (file := _own_file()) is not None and (first or file.exists()):
         file.touch()
 
 
 def end() -> None:
-    """Call in a worker when its steps are done: it is not watched any more."""
+    """Call in a worker when its steps are done: the launcher stops watching it."""
     if (file := _own_file()) is not None:
         file.unlink(missing_ok=True)
 

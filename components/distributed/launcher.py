@@ -52,9 +52,9 @@ from components.interrupts import RESTART_STATUS, RESTARTING, STOPPING, is_repea
 _ASK_AGAIN_SECONDS = 5
 """Time after which workers that have not saved yet are asked again."""
 _FINISHED = "powertrain/finished"
-"""Key of the store of a start: the number of nodes whose workers have ended."""
-_MEETINGS = 5
-"""Attempts of the nodes to meet, if one of them dies while they do."""
+"""Key in the store of the current workers: the number of nodes whose workers have ended."""
+_RENDEZVOUS_ATTEMPTS = 5
+"""Attempts at a rendezvous if a node fails during it."""
 _DUMP_SECONDS = 2
 """Time that workers get to write their stacks."""
 
@@ -91,7 +91,7 @@ def run_workers(command: Sequence[str], node: NodeSpec) -> int:
                 wait_for_name(node.address, RENDEZVOUS_TIMEOUT_SECONDS)
             rendezvous = create_rendezvous(node.rendezvous(), node.patience)
             if node.nodes > 1:
-                # a node that dies while they meet leaves the others waiting for what it would have stored
+                # a node that fails during a rendezvous leaves the others waiting for a key that it would have stored
                 rendezvous._store.set_timeout(timedelta(seconds=2 * node.patience.lost_after))
                 launch, launched_at = agree_on_launch(
                     node.address, node.port, run_id, launch=launch, launched_at=launched_at
@@ -164,7 +164,7 @@ class WorkerAgent(LocalElasticAgent):
         self._exit_dir, self._membership, self._heartbeats = exit_dir, membership, heartbeats
         self._signaled, self._signaled_at = 0, 0.0
         self._asked_to_restart_at: float | None = None
-        threading.Thread(target=self._end_if_cut_off, daemon=True).start()
+        threading.Thread(target=self._exit_if_rendezvous_is_lost, daemon=True).start()
 
     def run_to_exit_status(self) -> int:
         """Run the workers to their end, and return the exit status of the run."""
@@ -172,7 +172,7 @@ class WorkerAgent(LocalElasticAgent):
             result = self.run()
         except SignalException as error:  # a second signal, which stops the workers at once
             return 128 + int(error.sigval)
-        if result is None:  # it waited in reserve, and the run has ended
+        if result is None:  # this node was a spare, and the run has ended
             return 0
         if result.state == WorkerState.UNHEALTHY:  # a node was lost or a worker hung, and no restarts are left
             return 128 + self._signaled if self._signaled else 1
@@ -185,14 +185,14 @@ class WorkerAgent(LocalElasticAgent):
         return max((status for status in reported if status < 128), default=1)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        for attempt in range(_MEETINGS):
+        for attempt in range(_RENDEZVOUS_ATTEMPTS):
             self._membership.forget_store()
             try:
                 super()._rendezvous(worker_group)
                 break
-            except DistStoreError as error:  # another node died just now
-                _print_error("a node was lost while the nodes met; they meet again")
-                if attempt == _MEETINGS - 1:
+            except DistStoreError as error:  # another node has just failed
+                _print_error("a node was lost during the rendezvous; retrying")
+                if attempt == _RENDEZVOUS_ATTEMPTS - 1:
                     raise RendezvousError(str(error).splitlines()[0]) from error
             except DistNetworkError as error:
                 raise RendezvousError(
@@ -202,12 +202,12 @@ class WorkerAgent(LocalElasticAgent):
     def _exit_barrier(self) -> None:
         """Wait for the other nodes, whose workers may still be saving.
 
-        That of torchelastic blocks the connection to the store, which the heartbeats of this node use too: the others
-        would find that it is lost.
+        The exit barrier of torchelastic blocks the connection to the store, which the heartbeats of this node use too:
+        the others would consider this node lost.
         """
         deadline = time.monotonic() + self._exit_barrier_timeout
         store: Any = self._store
-        with suppress(DistError):  # the node that listens has ended
+        with suppress(DistError):  # the node that hosts the store has ended
             store.add(_FINISHED, 1)
             while store.add(_FINISHED, 0) < self._worker_group.group_world_size:
                 lost = self._membership.lost(is_saving=True) if self._membership.watches else []
@@ -285,26 +285,26 @@ class WorkerAgent(LocalElasticAgent):
             self._kill_workers()  # they may wait for the lost node in a collective
             _print_error(f"lost contact with {', '.join(lost)}; {action}")
             return RunResult(WorkerState.UNHEALTHY)
-        # Workers that are connected end by themselves when those of another node do, and may have something to finish.
-        # Others would wait for half an hour until they are.
+        # Workers that are connected to the others end by themselves when those of another node do, and may have to
+        # finish a save. Workers that are still connecting would wait for half an hour.
         if self._membership.has_ended() and not self._are_connected():
             self._kill_workers()
             _print_error("another node has ended the run")
             self._remaining_restarts = 0
             return RunResult(WorkerState.UNHEALTHY)
-        if silent := self._heartbeats.silent():
+        if hung := self._heartbeats.hung_ranks():
             self._signal_workers(DUMPING, None)
             time.sleep(_DUMP_SECONDS)
             self._kill_workers()
-            ranks = ", ".join(f"rank {rank}" for rank in silent)
+            ranks = ", ".join(f"rank {rank}" for rank in hung)
             _print_error(
                 f"no progress on {ranks} for run.hang_timeout_seconds; the stacks of the processes of this node are "
                 f"above, except of those that do not run; {action}"
             )
             return RunResult(WorkerState.UNHEALTHY)
-        wanted = self.is_leaving or (not self._signaled and self._membership.takes_in())
+        wanted = self.is_leaving or (not self._signaled and self._membership.should_admit_node())
         now, asked_at = time.monotonic(), self._asked_to_restart_at
-        # again, because workers that are starting ignore it
+        # repeat the signal, because workers that are starting ignore it
         if wanted and (asked_at is None or now - asked_at > _ASK_AGAIN_SECONDS):
             self._asked_to_restart_at = now
             self._signal_workers(RESTARTING, None)
@@ -317,15 +317,15 @@ class WorkerAgent(LocalElasticAgent):
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGKILL)
 
-    def _end_if_cut_off(self) -> None:
-        """End this launcher and its workers when the place where the nodes meet cannot be reached, in a thread.
+    def _exit_if_rendezvous_is_lost(self) -> None:
+        """End this launcher and its workers when the rendezvous store cannot be reached. Runs in a thread.
 
-        A call to it blocks until the network gives up, a quarter of an hour. Until then workers would hold their GPUs,
-        or write into the run directory while the other nodes do.
+        A call to the store blocks until the network gives up, after a quarter of an hour. Until then the workers would
+        hold their GPUs, or write into the run directory while the other nodes do.
         """
         while True:
             time.sleep(1)
-            if self._membership.is_cut_off():
+            if self._membership.lost_rendezvous():
                 _print_error(
                     f"this node, {own_name()}, lost contact with the others; its processes "
                     "are stopped. Start it again to rejoin the run"
@@ -334,7 +334,7 @@ class WorkerAgent(LocalElasticAgent):
                 os._exit(1)
 
     def _saved_to_restart(self) -> bool:
-        """Return whether the workers have saved and ended to be started again with a node that joins."""
+        """Return whether the workers have saved and ended, to be started again with other nodes."""
         statuses = {status for status, _ in self._read_reported_exits().values()}
         return statuses == {RESTART_STATUS}
 

@@ -1,8 +1,8 @@
-"""Which nodes take part in a run, according to the rendezvous of torchelastic.
+"""The nodes of a run, according to the rendezvous of torchelastic.
 
 A node without heartbeats is removed from the rendezvous by the others. torchelastic itself only notices when a worker
 fails, which a lost network connection may delay until a collective times out; here the launcher of every node compares
-the nodes of the rendezvous with those that it started with. The classes of torchelastic used here are not public: its
+the nodes of the rendezvous with those of the last start. The classes of torchelastic used here are not public: its
 interface has neither the nodes nor their heartbeats.
 """
 
@@ -39,7 +39,7 @@ class Patience:
     lost_after: float = 15
     """Time without a heartbeat after which a node counts as lost."""
     join_after: float = 60
-    """Time that a node which joins a run waits before the others save and restart with it."""
+    """Time that a new node waits before the others save and restart with it."""
 
     @property
     def heartbeat(self) -> int:
@@ -48,20 +48,20 @@ class Patience:
 
     @property
     def first_call(self) -> int:
-        """Time that the smallest number of nodes waits for more before the first start."""
+        """Time that the first rendezvous waits for more nodes than the smallest number."""
         return max(1, int(self.join_after), int(self.lost_after))
 
     @property
     def last_call(self) -> int:
-        """Time that nodes which meet again, after one was lost, wait for more."""
+        """Time that the rendezvous after the loss of a node waits for more nodes than the smallest number."""
         return max(1, int(self.lost_after / 3))
 
 
 def create_rendezvous(parameters: RendezvousParameters, patience: Patience) -> DynamicRendezvousHandler:
-    """Return torchelastic's handler, for which a node is lost when its heartbeat does not change any more.
+    """Return torchelastic's handler, with a node lost when its heartbeat no longer changes.
 
-    torchelastic compares times of other nodes, by their clocks, with the clock of this one: a node whose clock is slow
-    would be lost at once, and the nodes would not wait for more of them, or for as long as a clock is fast.
+    torchelastic compares timestamps of other nodes with the clock of this one: a node whose clock is slow would be lost
+    at once, and the rendezvous would wait too short or too long for more nodes.
     """
     backend, store = create_backend(parameters)
     handler = create_handler(store, backend, parameters)
@@ -79,18 +79,18 @@ class _StateHolder(_BackendRendezvousStateHolder):
         super().__init__(backend, settings)
         self._own_node, self._lost_after = own_node, lost_after
         self._seen: dict[Any, tuple[datetime, float]] = {}
-        """Node -> its latest heartbeat, and when it was first seen here."""
+        """Node -> its latest heartbeat, and when this node first read it."""
         self.asked_at: float | None = None
-        """When the place where the nodes meet was asked for the state, while there is no answer."""
+        """Start of the pending request for the rendezvous state; None if there is none."""
         self._deadline: datetime | None = None
-        """Until when the nodes wait for more, by the clock of the node that set it."""
+        """When the rendezvous stops waiting for more nodes, by the clock of the node that set it."""
         self._deadline_seen_at = 0.0
         self._own_deadline: datetime | None = None
-        """The same by the clock of this node, for torchelastic, which compares the two."""
+        """The same by the clock of this node, with which torchelastic compares it."""
 
     def sync(self) -> bool | None:
         if self._state.deadline is not None and self._state.deadline == self._own_deadline:
-            self._state.deadline = self._deadline  # the other nodes get what they have
+            self._state.deadline = self._deadline  # the other nodes keep the deadline that they have
         self.asked_at = time.monotonic()
         try:
             changed: bool | None = super().sync()
@@ -101,7 +101,7 @@ class _StateHolder(_BackendRendezvousStateHolder):
                 self._deadline, self._deadline_seen_at = self._state.deadline, time.monotonic()
             passed = timedelta(seconds=time.monotonic() - self._deadline_seen_at)
             left = self._settings.timeout.last_call - passed
-            if self._state.wait_list:  # they are about to take part, or are dead and soon removed
+            if self._state.wait_list:  # these nodes are about to take part, or are dead and soon removed
                 left = max(left, timedelta(seconds=1))
             self._own_deadline = self._state.deadline = datetime.now(timezone.utc) + left
         return changed
@@ -123,20 +123,20 @@ _NEW, _OLD = (limit.replace(tzinfo=timezone.utc) for limit in (datetime.max, dat
 
 
 class Membership:
-    """The nodes of the current start, and those that left or want to join. All methods are those of one launcher."""
+    """The nodes of the run, as one launcher sees them, and those that left or want to join."""
 
     def __init__(self, rendezvous: DynamicRendezvousHandler, patience: Patience, *, watch: bool) -> None:
-        """Without `watch` no node is ever lost or taken in: the run could not continue."""
+        """Without `watch` no node is ever lost or admitted: the run could not continue."""
         self._rendezvous, self._patience, self.watches = rendezvous, patience, watch
         self._missing_since: float | None = None
         self._closed_since: float | None = None
         self._nodes: frozenset[str] = frozenset()
         self._waiting_since: float | None = None
-        # this class decides when a node that waits is taken in; torchelastic would kill the workers at once
+        # this class decides when a waiting node is admitted; torchelastic would kill the workers at once
         rendezvous.num_nodes_waiting = lambda: 0  # type: ignore[method-assign]
 
     def begin(self) -> str:
-        """Call when all nodes have met: remember them, and return who left and joined since the last time."""
+        """Call after a rendezvous: record its nodes, and return which left and joined since the last one."""
         before, self._nodes = self._nodes, self._participants()
         self._waiting_since = self._missing_since = None
         self._wait_for_more(self._patience.last_call)
@@ -145,15 +145,15 @@ class Membership:
         return describe_change(before - self._nodes, self._nodes - before, len(self._nodes))
 
     def forget_store(self) -> None:
-        """Call before the nodes meet: in the store of the workers before, others would find those that are dead."""
+        """Call before a rendezvous: the store of the previous workers still lists dead ones."""
         self._rendezvous._bootstrap_store_info = self._rendezvous._shared_tcp_store_server = None
 
     def is_closed(self) -> bool:
-        """Return whether a node has ended the run, without restarts left or at its end; known after its heartbeat."""
+        """Return whether a node has ended the run, as of the last heartbeat of this node."""
         return bool(self._rendezvous._state_holder.state.closed)
 
     def has_ended(self) -> bool:
-        """Return whether a node ended the run so long ago that workers here wait for its own in vain. Call often."""
+        """Return whether a node ended the run so long ago that workers here wait for its workers in vain."""
         if not self.is_closed():
             self._closed_since = None
             return False
@@ -162,8 +162,8 @@ class Membership:
         return time.monotonic() - self._closed_since > self._patience.lost_after
 
     def lost(self, *, is_saving: bool) -> list[str]:
-        """Return the nodes that are not reachable any more, and those that have left to meet again, because their
-        workers failed: workers here may then wait for them in a collective. Call often.
+        """Return the nodes that cannot be reached, and those that wait for the next rendezvous because their workers
+        failed: workers here may then wait for them in a collective. Call often.
 
         With `is_saving`, workers save and end by themselves, and a node whose workers are faster waits for this one.
         """
@@ -181,15 +181,17 @@ class Membership:
             return []
         return sorted(missing)
 
-    def is_cut_off(self) -> bool:
-        """Return whether the place where the nodes meet has not answered for so long that the others go on without this
-        one. May be called while this launcher waits for that answer, also while the nodes meet."""
+    def lost_rendezvous(self) -> bool:
+        """Return whether the rendezvous store has not answered for so long that the others continue without this node.
+
+        May be called from another thread while the request is pending, also during a rendezvous.
+        """
         holder: Any = self._rendezvous._state_holder
         asked_at = holder.asked_at if self.watches else None
         return asked_at is not None and time.monotonic() - asked_at > self._patience.lost_after
 
-    def takes_in(self) -> bool:
-        """Return whether a node has waited long enough to be taken in. Call often."""
+    def should_admit_node(self) -> bool:
+        """Return whether a node has waited long enough for a restart that admits it. Call often."""
         state = self._sync() if self.watches else None
         if state is None or not state.wait_list or len(state.participants) >= self._rendezvous.settings.max_nodes:
             self._waiting_since = None
@@ -198,11 +200,11 @@ class Membership:
             self._waiting_since = time.monotonic()
         if time.monotonic() - self._waiting_since < self._patience.join_after:
             return False
-        self._wait_for_more(self._patience.lost_after)  # for its sake they meet
+        self._wait_for_more(self._patience.lost_after)  # the next rendezvous waits for it
         return True
 
     def end(self, *, leaves: bool) -> None:
-        """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` or only waited."""
+        """Call at the end of the launcher. The run of the others ends too, unless this node `leaves` or is a spare."""
         rendezvous = self._rendezvous
         rendezvous._stop_heartbeats()
         if rendezvous._this_node not in rendezvous._state_holder.state.participants:
@@ -215,7 +217,7 @@ class Membership:
             rendezvous.shutdown()
 
     def _wait_for_more(self, seconds: float) -> None:
-        """Set how long the nodes that meet next, fewer than the largest number, wait for others."""
+        """Set how long the next rendezvous, once it has the smallest number of nodes, waits for more."""
         self._rendezvous.settings.timeout._set_timeouts(last_call=timedelta(seconds=seconds))
 
     def _sync(self) -> Any:
@@ -242,8 +244,8 @@ def describe_change(left: Iterable[str], joined: Iterable[str], nodes: int) -> s
 def agree_on_launch(address: str, port: int, run_id: str, *, launch: str, launched_at: float) -> tuple[str, float]:
     """Return the identifier and the start time of the launch, the same on all nodes: those of the first one.
 
-    They are kept where the nodes meet, so a node that joins later, or takes the place of a lost one, has them too.
-    Raises RendezvousError if something else is there.
+    They are kept in the rendezvous store, so that a node that joins later, or replaces a lost one, has them too.
+    Raises RendezvousError if the store has another value under this key.
     """
     store = TCPStore(address, port, is_master=False)
     key = f"powertrain/launch/{run_id}"

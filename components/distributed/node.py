@@ -1,4 +1,4 @@
-"""NodeSpec: what a launcher knows of its node, and of the place where all nodes of a run meet."""
+"""NodeSpec: what a launcher knows of its node and of the rendezvous of all nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RENDEZVOUS_TIMEOUT_SECONDS = 900
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """This node, and the address at which all nodes meet."""
+    """This node, and the address of the rendezvous."""
 
     processes: int
     """Number of worker processes on this node."""
@@ -42,7 +42,7 @@ class NodeSpec:
 
     @property
     def run_id(self) -> str:
-        """What distinguishes this run at a place where the nodes of several runs meet, one after the other."""
+        """The identifier of this run at a rendezvous address that several runs use in turn."""
         return os.environ.get(LAUNCH_ID) or "powertrain"
 
     @property

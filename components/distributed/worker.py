@@ -1,4 +1,4 @@
-"""What a worker process of a run knows of its launcher, and reports to it. It needs nothing of torchelastic's agent."""
+"""The interface between a worker process and its launcher. It does not import torchelastic's agent."""
 
 from __future__ import annotations
 

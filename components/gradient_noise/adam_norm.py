@@ -54,8 +54,8 @@ class AdamNorm:
     def prepare(self) -> bool:
         """Compute the factors from the optimizer's state, on all processes together; False before its first step.
 
-        They are rounded to bf16, which changes neither the norm of a micro-batch nor that of the step more than the
-        other, and is the same on every layout. With FSDP2 they are gathered: 2 bytes per parameter until `clear`.
+        They are rounded to bf16, which affects the norms of micro-batches and step equally, and is the same on every
+        layout. With FSDP2 they are gathered: 2 bytes per parameter until `clear`.
         """
         sums = []
         for _, moment, _, _ in self._optimizer.second_moments():

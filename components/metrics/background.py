@@ -158,7 +158,10 @@ class BackgroundWriter:
                 self._failures += 1
                 if not self._is_failing:
                     self._is_failing = True
-                    log.error(f"{self._name} cannot be {what}: {error}; training continues, and its rows wait")
+                    log.error(
+                        f"{self._name} cannot be {what}: {error}; training continues; "
+                        "its rows stay in metrics.jsonl and are written later"
+                    )
                 if time.monotonic() >= self._last_attempt_at:
                     return False
                 if not self._closing.wait(seconds):

@@ -63,7 +63,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def last_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the last step in a file that a `JsonLinesWriter` has opened."""
+    """Return the rows of the last step in a file that `JsonLines` has opened."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LONGEST_ROW_BYTES))
         rows = [row for line in file.read().splitlines() if (row := parse_row(line)) is not None]

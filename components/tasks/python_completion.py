@@ -34,7 +34,7 @@ class _Place:
         return "" if self.kind == "import" else self.file
 
     def key(self, more: str = "") -> str:
-        """Return a number that orders places, or choices of one, at random but always equally."""
+        """Return a number that orders places, or choices of one, in a fixed pseudo-random order."""
         return hashlib.sha256(f"{self.kind} {self.file} {self.start} {more}".encode()).hexdigest()
 
 

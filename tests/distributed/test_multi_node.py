@@ -11,7 +11,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from benchmarks.torture.killed_run import free_port
-from benchmarks.torture.nodes import kill_all, meeting_port
+from benchmarks.torture.nodes import kill_all, rendezvous_port
 from tests.conftest import TinyRun
 from tests.distributed.launching import ROOT, SHORT, final_loss, finish, start, steps
 from tests.processes import start_process, wait_until
@@ -22,9 +22,10 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
     alone, together = new_tiny("alone"), new_tiny("together")
     assert alone.launch(*SHORT) == 0
     assert prepare_data.main([str(together.recipe)]) == 0, "several nodes do not wait for it"
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
     nodes = [
-        start(together, sabotage={0: "kill:1:10"}, NODE_RANK=rank, MAX_RESTARTS="1", **meeting) for rank in ("1", "0")
+        start(together, sabotage={0: "kill:1:10"}, NODE_RANK=rank, MAX_RESTARTS="1", **rendezvous)
+        for rank in ("1", "0")
     ]
     ends = [finish(node) for node in nodes]
     assert [status for status, _ in ends] == [0, 0], ends
@@ -40,10 +41,10 @@ def test_two_nodes_train_as_one_also_after_a_failure_on_one_of_them(new_tiny):
 def test_a_node_whose_workers_cannot_start_ends_the_run_of_the_others(new_tiny, restarts):
     tiny = new_tiny("run")
     assert prepare_data.main([str(tiny.recipe)]) == 0
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
-    meeting["NODE_TIMEOUT"] = "10"
-    waiting = start(tiny, NODE_RANK="0", MAX_RESTARTS=restarts, **meeting)
-    failing = start(tiny, "--run.device=cuda", NODE_RANK="1", CUDA_VISIBLE_DEVICES="", **meeting)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NNODES": "2", "NPROC": "1"}
+    rendezvous["NODE_TIMEOUT"] = "10"
+    waiting = start(tiny, NODE_RANK="0", MAX_RESTARTS=restarts, **rendezvous)
+    failing = start(tiny, "--run.device=cuda", NODE_RANK="1", CUDA_VISIBLE_DEVICES="", **rendezvous)
     status, said = finish(failing)
     assert status == 2, said
     assert "this machine has no CUDA device" in said
@@ -145,7 +146,7 @@ def has_step(tiny: TinyRun, step: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("how", ["taken away", "first machine, and the rendezvous is elsewhere"])
-def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
+def test_a_node_that_dies_is_left_out_and_admitted_again(new_tiny, how):
     """The samples, the batches and the losses are those of one process."""
     alone, elastic = new_tiny("alone"), new_tiny("elastic")
     assert alone.launch(*SHORT, *LONGER) == 0
@@ -154,7 +155,7 @@ def test_a_node_that_dies_is_left_out_and_taken_in_again(new_tiny, how):
     if how.startswith("first"):
         rendezvous = [sys.executable, "-m", "tools.rendezvous", "--port", "0"]
         server = start_process(rendezvous, cwd=ROOT, stdout=subprocess.PIPE)
-        ranks, port = ("1", "1"), meeting_port(server)  # none of them listens
+        ranks, port = ("1", "1"), rendezvous_port(server)  # none of them listens
         keys += ["--checkpoint.interval_steps=none", "--checkpoint.in_memory_interval_steps=1"]
     environment = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NNODES": "1:2", "NPROC": "1", "JOIN_AFTER": "0",

@@ -119,7 +119,7 @@ def train_in_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meshes = json.loads((folder / "meshes.json").read_text())
     size = MeshShape(*meshes[0]).world_size
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size)
     for mesh in meshes:
         for case in cases_on(mesh):
             shape, keys = CASES[case]

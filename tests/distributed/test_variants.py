@@ -75,7 +75,7 @@ def compute_in_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meshes = [MeshShape(*mesh) for mesh in json.loads((folder / "meshes.json").read_text())]
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=meshes[0].world_size
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=meshes[0].world_size
     )
     for mesh in meshes:
         for name, shape in SHAPES.items():

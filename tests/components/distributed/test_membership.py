@@ -97,8 +97,8 @@ def test_nodes_wait_for_more_by_their_own_clocks(clock, offset):
     assert holder.state.deadline is backend.state.deadline is None
 
 
-@pytest.mark.parametrize(("waited", "taken_in"), [(59, False), (61, True)])
-def test_nodes_that_meet_for_one_that_joins_wait_longer_for_it(clock, waited, taken_in):
+@pytest.mark.parametrize(("waited", "admitted"), [(59, False), (61, True)])
+def test_a_rendezvous_that_admits_a_node_waits_longer_for_it(clock, waited, admitted):
     backend = Backend()
     timeout = RendezvousTimeout(last_call=timedelta(seconds=60))
     settings = RendezvousSettings("run", 1, 4, timeout, timedelta(seconds=3), 3)
@@ -108,11 +108,11 @@ def test_nodes_that_meet_for_one_that_joins_wait_longer_for_it(clock, waited, ta
     membership.begin()
     assert timeout.last_call == timedelta(seconds=5), "after the loss of a node"
     backend.state.wait_list.add(object())
-    assert not membership.takes_in()
+    assert not membership.should_admit_node()
     clock[0] += waited
     backend.beat(NODES)
-    assert membership.takes_in() == taken_in
-    assert timeout.last_call == timedelta(seconds=15 if taken_in else 5)
+    assert membership.should_admit_node() == admitted
+    assert timeout.last_call == timedelta(seconds=15 if admitted else 5)
 
 
 def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
@@ -126,7 +126,7 @@ def test_a_launcher_that_was_stopped_does_not_lose_itself(clock):
 
 
 @pytest.mark.parametrize(("watch", "seconds", "expected"), [(True, 16, True), (True, 14, False), (False, 16, False)])
-def test_a_node_without_an_answer_is_cut_off_also_while_the_nodes_meet(clock, watch, seconds, expected):
+def test_a_node_without_an_answer_has_lost_the_rendezvous_also_during_it(clock, watch, seconds, expected):
     """As in next_rendezvous of torchelastic, the state is read without Membership."""
     backend, found = Backend(), []
     settings = RendezvousSettings("run", 1, 3, RendezvousTimeout(), timedelta(seconds=3), 3)
@@ -136,38 +136,38 @@ def test_a_node_without_an_answer_is_cut_off_also_while_the_nodes_meet(clock, wa
 
     def answer_late() -> tuple[bytes, None]:
         clock[0] += seconds
-        found.append(membership.is_cut_off())
+        found.append(membership.lost_rendezvous())
         return pickle.dumps(backend.state), None
 
     backend.get_state = answer_late
     holder.sync()
     assert found == [expected]
-    assert not membership.is_cut_off(), "there is an answer"
+    assert not membership.lost_rendezvous(), "there is an answer"
 
 
-def test_a_rank_is_silent_when_its_file_is_not_touched(tmp_path, clock, monkeypatch):
+def test_a_rank_hangs_when_its_file_is_not_touched(tmp_path, clock, monkeypatch):
     monkeypatch.setenv("POWERTRAIN_HEARTBEATS", "")  # restored afterwards
     heartbeats = Heartbeats(tmp_path / "beats", 10)
     files = [tmp_path / "beats" / str(rank) for rank in range(2)]
-    assert heartbeats.silent() == [], "before the first step nothing is watched"
+    assert heartbeats.hung_ranks() == [], "before the first step nothing is watched"
     for file in files:
         file.touch()
-    assert heartbeats.silent() == []
+    assert heartbeats.hung_ranks() == []
     for _ in range(3):
         clock[0] += 3
-        assert heartbeats.silent() == []
+        assert heartbeats.hung_ranks() == []
     files[0].write_text("x")
     clock[0] += 2
-    assert heartbeats.silent() == [1]
+    assert heartbeats.hung_ranks() == [1]
     clock[0] += 600
-    assert heartbeats.silent() == [], "the launcher itself was stopped"
+    assert heartbeats.hung_ranks() == [], "the launcher itself was stopped"
     for _ in range(4):
         clock[0] += 3
         files[0].write_text("x")
-        late = heartbeats.silent()
+        late = heartbeats.hung_ranks()
     assert late == [1]
     files[1].unlink()
-    assert heartbeats.silent() == [], "its steps are done"
+    assert heartbeats.hung_ranks() == [], "its steps are done"
     heartbeats.clear()
     assert list((tmp_path / "beats").iterdir()) == []
 

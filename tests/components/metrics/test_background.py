@@ -86,7 +86,8 @@ def test_rows_wait_for_a_writer_that_blocks_or_fails_for_a_time(tmp_path, caplog
     assert writer.steps == list(range(1, 501)) and writer.is_closed
     said = [record.getMessage() for record in caplog.records]
     assert [line for line in said if "no network" in line or "again" in line or "could not" in line] == [
-        "[metrics.writers.remote] cannot be written: no network; training continues, and its rows wait",
+        "[metrics.writers.remote] cannot be written: no network; training continues; its rows stay in "
+        "metrics.jsonl and are written later",
         "[metrics.writers.remote] can be written again",
         "[metrics.writers.remote] could not be written 2 times; the rows were written later",
     ]
