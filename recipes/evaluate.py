@@ -232,7 +232,7 @@ class Evaluate:
             window |= {"stride": evaluated.stride, "documents": len(rows)}
         else:
             window["document_masking"] = self.uses_document_masking(pretrained)
-        return {**about, **window, "precision": chosen, **metrics_of(total)}, rows
+        return {**about, **window, "precision": chosen, **total.metrics(), **asdict(total)}, rows
 
     def evaluate_tasks(
         self, config: Config, world: DistributedContext, pretrained: PretrainedModel, length: int, model: nn.Module
@@ -345,7 +345,7 @@ class Evaluate:
             f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
             f"bits per byte {result['bits_per_byte']:.4f}"
         )
-        self.write_files(result, [{"document": i, **metrics_of(row)} for i, row in enumerate(rows)])
+        self.write_files(result, [{"document": i, **row.metrics(), **asdict(row)} for i, row in enumerate(rows)])
 
     def write_files(self, result: dict[str, Any], table: Sequence[dict[str, Any]]) -> None:
         """Write the files that [evaluation] names."""
@@ -359,12 +359,6 @@ class Evaluate:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content, encoding="utf-8")
                 log.info(f"wrote {path}")
-
-
-def metrics_of(totals: LossTotals) -> dict[str, float]:
-    """Return the metrics of `totals` by their names in the result."""
-    means = {"loss": totals.loss, "perplexity": totals.perplexity, "bits_per_byte": totals.bits_per_byte}
-    return {**means, "tokens": totals.tokens, "bytes": totals.bytes, "nats": totals.nats}
 
 
 def row_of(answer: Answer) -> dict[str, Any]:

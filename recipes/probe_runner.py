@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from components.data.loader import MicroBatch
 from components.distributed.context import DistributedContext
 from components.distributed.parallel_dims import DataParallelGroup
+from components.evaluation_mode import evaluating
 from components.gradient_noise import named_backward_parameters
 from components.probes import ProbedStep
 from components.profiler_range import profiler_range
@@ -186,9 +187,8 @@ class ProbeRunner:
                         cleanup.callback(handle.remove)
             cleanup.enter_context(self.step.compute_context())
             cleanup.enter_context(_eager_blocks(self.model))
-            training = self.model.training
-            self.model.eval()  # so that nothing is drawn at random, and no statistics of a step are counted twice
-            cleanup.callback(self.model.train, training)
+            # so that nothing is drawn at random, and no statistics of a step are counted twice
+            cleanup.enter_context(evaluating(self.model))
             for micro_batch in micro_batches[: -(-sequences // unit)]:
                 for step in steps:
                     step.sampled = int((micro_batch.sample_ids < first + sequences).sum())

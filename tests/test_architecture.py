@@ -18,6 +18,7 @@ SHARED = {
         "distributed.collectives",
         "protocol_defaults",
         "errors",
+        "evaluation_mode",
         "gradient_noise.moments",
         "gradient_noise.norms",
         "interfaces",

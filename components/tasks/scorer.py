@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from components.evaluation_mode import evaluating
 from components.interfaces import Comm
 from components.tasks.encoding import EncodedRequest
 
@@ -66,10 +67,9 @@ class Scorer:
 
         Call on every rank of `world`, the data-parallel ranks, with the same requests. The result is the same on all.
         """
-        model.eval()
         # of each request: nats, and the number of tokens that are not the most probable ones
         sums_R2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=world.device)
-        with compute():
+        with evaluating(model), compute():
             for length, batch in self._batches(requests, world):
                 collated = self._collate(requests, batch, length)
                 if world.device.type == "cuda":  # a copy from pageable memory would synchronize
@@ -79,7 +79,6 @@ class Scorer:
                 nats_n = torch.logsumexp(logits_nV, -1) - logits_nV.gather(-1, labels_n.unsqueeze(-1)).squeeze(-1)
                 wrong_n = logits_nV.argmax(-1) != labels_n
                 sums_R2.index_add_(0, index_n, torch.stack([nats_n, wrong_n], -1).to(sums_R2.dtype))
-        model.train()
         sums = world.all_reduce_sum(sums_R2.cpu()).tolist()  # the only synchronization with the device
         return [(nats, wrong == 0) for nats, wrong in sums]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from components.distributed.collectives import describe_error, try_call
 from components.errors import InputError
+from components.evaluation_mode import evaluating
 from components.interfaces import Comm
 from components.token_ids import IGNORE_INDEX, check_token_ids
 from components.validation.totals import LossTotals, UnreadableError
@@ -99,14 +100,13 @@ class SlidingWindow:
         the rank with an invalid document.
         """
         failure: Exception | None = None
-        model.eval()
         lengths_D2 = self.documents.document_lengths()[: self.limit]
         prepended = self.start_of_document not in (None, self.end_of_document)  # token 0 of each document
         starts = [prepended + ends for ends in (0, *accumulate(lengths_D2[:, 0].tolist()))]
         sizes = (lengths_D2 - [prepended, 0]).tolist()
         nats_D = torch.zeros(len(sizes), dtype=torch.float64)
         windows = sliding_windows([tokens for tokens, _ in sizes], self.size, self.stride)
-        with compute():
+        with evaluating(model), compute():
             while unit := list(islice(windows, self.micro_batch_size * world.size)):
                 local = unit[world.rank * self.micro_batch_size : (world.rank + 1) * self.micro_batch_size]
                 # Sharded models need equally many forward passes on all ranks, also on a rank without a window.
@@ -120,7 +120,6 @@ class SlidingWindow:
                 for window, logits_TV, labels_T in zip(batch, logits_WTV, labels_WT.to(world.device), strict=True):
                     loss = F.cross_entropy(logits_TV.float(), labels_T, reduction="sum", ignore_index=IGNORE_INDEX)
                     nats_D[window.document] += float(loss)
-        model.train()
         nats = world.all_reduce_sum(nats_D).tolist()
         if failure is not None:
             raise UnreadableError(describe_error(failure)) from failure

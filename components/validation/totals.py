@@ -36,3 +36,8 @@ class LossTotals:
     def bits_per_byte(self) -> float:
         """Bits per UTF-8 byte of text, comparable between tokenizers; infinity without text."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.inf
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Return the three means by their names in a row of metrics, each with `prefix`."""
+        means = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        return {f"{prefix}{name}": value for name, value in means.items()}

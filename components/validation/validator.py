@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from components.distributed.collectives import describe_error, try_call
+from components.evaluation_mode import evaluating
 from components.interfaces import Comm, DataConfig, HasOrder, PackedDataset, Tokenizer
 from components.token_ids import IGNORE_INDEX, check_token_ids, prepended_id
 from components.units import PositiveCount
@@ -61,12 +62,7 @@ class Validator:
         self, model: nn.Module, world: Comm, compute: Callable[[], AbstractContextManager[object]]
     ) -> dict[str, float]:
         """Return `val_loss` (nats per token), `val_perplexity` and `val_bits_per_byte`, equal on all ranks."""
-        totals = self.totals(model, world, compute)
-        return {
-            "val_loss": totals.loss,
-            "val_perplexity": totals.perplexity,
-            "val_bits_per_byte": totals.bits_per_byte,
-        }
+        return self.totals(model, world, compute).metrics("val_")
 
     @torch.no_grad()
     def totals(
@@ -74,12 +70,11 @@ class Validator:
     ) -> LossTotals:
         """Return the totals, equal on all ranks. Raises UnreadableError, only on the rank with an invalid sequence."""
         failure: Exception | None = None
-        model.eval()
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
         token_count = byte_count = 0
         unit = self.micro_batch_size * world.size
         count = len(self.indices)
-        with compute():
+        with evaluating(model), compute():
             for first in range(0, count, unit):
                 # Sharded models need equally many forward passes on all ranks: labels beyond the end are ignored.
                 start = first + world.rank * self.micro_batch_size
@@ -96,7 +91,6 @@ class Validator:
                 counted = labels[labels != IGNORE_INDEX]
                 token_count += counted.numel()
                 byte_count += int(self.byte_lengths[counted].sum())
-        model.train()
         # the only synchronization with the device
         counts = torch.tensor([token_count, byte_count], dtype=torch.float64)
         totals = world.all_reduce_sum(torch.cat([nats.reshape(1).cpu(), counts]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from components.errors import InputError
 from components.validation import LossTotals
 from recipes import cli
-from recipes.evaluate import Evaluate, Evaluation, metrics_of
+from recipes.evaluate import Evaluate, Evaluation
 from tests.conftest import TinyRun, refusal
 from tools import export_hf
 
@@ -130,7 +131,7 @@ def test_the_result_of_a_broken_model_is_still_json(tmp_path):
     keys = Evaluation(checkpoint=tmp_path, method="documents", output=output, table=table)
     rows = [LossTotals(math.nan, 3, 2), LossTotals(1.0, 1, 0)]
     about = {"checkpoint": "broken", "data": "text"}
-    Evaluate(evaluation=keys).write_report({**about, **metrics_of(rows[0])}, rows)
+    Evaluate(evaluation=keys).write_report({**about, **rows[0].metrics(), **asdict(rows[0])}, rows)
     written = [output.read_text(), *table.read_text().splitlines()]
     found = [json.loads(text, parse_constant=pytest.fail) for text in written]
     assert [row["loss"] for row in found] == [None, None, 1.0]

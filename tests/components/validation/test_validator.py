@@ -87,6 +87,18 @@ def test_the_start_of_a_document_is_not_counted(start):
     assert (len(pairs) < COUNT * LENGTH) == (start == 0), "a test that can fail"
 
 
+def test_the_model_returns_to_its_mode_after_an_error():
+    class Failing(Bigram):
+        def forward(self, tokens, labels):
+            assert not self.training
+            raise RuntimeError("out of memory")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build().evaluate(model, Alone(), nullcontext)
+    assert model.training
+
+
 def test_bytes_are_counted_beyond_what_float32_holds():
     class Long(Text):
         byte_lengths = np.arange(VOCAB) * (2**22 + 1)
