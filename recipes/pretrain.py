@@ -37,7 +37,7 @@ from recipes.bad_steps import compute_lr, handle_bad_samples, handle_bad_step
 from recipes.batch_policy import require_measurable_noise, uses_adaptive_batch
 from recipes.builtin_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.checkpointing import RunCheckpoints
-from recipes.config import Config, ConfigError, error_message
+from recipes.config import Config, ConfigError, problem_message
 from recipes.data_checks import BadSamples, MicroBatchReader
 from recipes.errors import RunError, config_errors_at, raised_in
 from recipes.hooks import Hook, Hooks
@@ -129,7 +129,7 @@ class Pretrain:
         try:
             check_tensor_parallelism(self.model, self.parallel.tp)
         except Exception as error:
-            yield "parallel.tp", error_message(error)
+            yield "parallel.tp", problem_message(error)
 
     def main(self, config: Config, resume: Resume | None) -> int:
         """Train to the end or until a request to stop. Returns the exit status."""

@@ -12,7 +12,7 @@ The signature is the schema: the typed keyword-only parameters of a component's 
 those of a recipe's constructor are its sections. There is no registry and no second declaration.
 """
 
-from recipes.config.errors import ConfigError, Origin, Problem, error_message
+from recipes.config.errors import ConfigError, Origin, Problem, problem_message
 from recipes.config.load import Config, derive, load
 from recipes.config.schema import describe
 from recipes.config.tree import Leaf, Override, flatten
@@ -26,7 +26,7 @@ __all__ = [
     "Problem",
     "derive",
     "describe",
-    "error_message",
     "flatten",
     "load",
+    "problem_message",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import InputError
-from recipes.config.errors import Origin, Problem, describe_error, did_you_mean, error_message, join_limited
+from recipes.config.errors import Origin, Problem, did_you_mean, error_with_location, join_limited, problem_message
 from recipes.config.imports import (
     UseError,
     describe_slot,
@@ -82,7 +82,7 @@ class ComponentBuilder:
         except SignatureError as error:
             value = self._fail(path[:-1], None, f"the type of {path[-1]} cannot be a key: {error}", node.origin)
         except _RAISED as error:  # a custom validator
-            value = self._fail(path, node, describe_error(error))
+            value = self._fail(path, node, error_with_location(error))
         return value, Leaf(value, node.origin)
 
     def _collection(self, kind: FieldKind, node: Node, path: KeyPath) -> tuple[Any, Node]:
@@ -138,7 +138,7 @@ class ComponentBuilder:
                 message = f"the default of {field.name} in {import_path(cls)} cannot be a key: {error}"
                 return self._fail(parent, None, message, table.origin), nothing
             except _RAISED as error:
-                message = f"its default cannot be created: {error_message(error)}; set it"
+                message = f"its default cannot be created: {problem_message(error)}; set it"
                 return self._fail(path, None, message, table.origin), nothing
         if node is None:
             node = default
@@ -212,7 +212,7 @@ class ComponentBuilder:
             mismatch = missing_attributes(component, kind.annotation) if kind.form == "slot" else None
         except _RAISED as error:  # reported at the key that the error names, or else at the table
             keys: tuple[str, ...] = ()
-            message = error_message(error)
+            message = problem_message(error)
             if isinstance(error, InputError) and error.key.partition(".")[0] in tree.entries:
                 keys, message = tuple(error.key.split(".")), error.message
             self.problems.append(replace(problem_at(tree, keys, message), path=join_key((*path, *keys))))

@@ -70,12 +70,12 @@ class ConfigError(Exception):
         return "\n".join([*map(str, self.problems), f"{count}; {outcome}."])
 
 
-def error_message(error: BaseException) -> str:
-    """Return the message of an error that stands for bad input, and `describe_error(error)` for any other."""
-    return (isinstance(error, (ValueError, TypeError)) and str(error)) or describe_error(error)
+def problem_message(error: BaseException) -> str:
+    """Return the message of an error that stands for bad input, and `error_with_location(error)` for any other."""
+    return (isinstance(error, (ValueError, TypeError)) and str(error)) or error_with_location(error)
 
 
-def describe_error(error: BaseException) -> str:
+def error_with_location(error: BaseException) -> str:
     """Return the type and message of an error, and the innermost line on its traceback that is not in a library."""
     libraries = tuple(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli
 
-from recipes.config.errors import PROJECT, describe_error, did_you_mean, join_limited
+from recipes.config.errors import PROJECT, did_you_mean, error_with_location, join_limited
 
 _SPECIAL_METHODS = ("__call__", "__len__", "__getitem__", "__iter__")
 """Special methods that a protocol may require; every class has the others."""
@@ -51,7 +51,7 @@ def import_class(use: str, folders: Sequence[Path] = ()) -> type:
         except AttributeError:
             raise UseError(_no_attribute(module_name, found, part, folders)) from None
         except (Exception, SystemExit) as error:  # a module may define __getattr__
-            raise UseError(f"{use} cannot be read: {describe_error(error)}") from None
+            raise UseError(f"{use} cannot be read: {error_with_location(error)}") from None
     if not isinstance(found, type):
         raise UseError(f"{use} is not a class but a {type(found).__name__}")
     return found
@@ -80,9 +80,9 @@ def _import_module(name: str, folders: Sequence[Path]) -> ModuleType:
         if missing and missing.partition(".")[0] not in _OURS:
             package = missing.partition(".")[0]
             raise UseError(f"{name} needs {package}, which is not installed: {_install(package)}") from None
-        raise UseError(f"{name} fails on import: {describe_error(error)}") from None
+        raise UseError(f"{name} fails on import: {error_with_location(error)}") from None
     except (Exception, SystemExit) as error:
-        raise UseError(f"{name} fails on import: {describe_error(error)}") from None
+        raise UseError(f"{name} fails on import: {error_with_location(error)}") from None
 
 
 def _not_a_path(use: str) -> str:

@@ -17,9 +17,9 @@ from recipes.config.errors import (
     Origin,
     Problem,
     absolute,
-    describe_error,
     did_you_mean,
     display_path,
+    error_with_location,
 )
 from recipes.config.imports import UseError, import_class, import_root, make_importable
 from recipes.config.schema import fields_of
@@ -158,7 +158,7 @@ def _check(config: Config) -> None:
     try:
         mistakes = list(config.recipe.check()) if hasattr(config.recipe, "check") else []
     except (Exception, SystemExit) as error:  # a bug in the recipe or in a component that it calls
-        mistakes = [("recipe", f"its check() fails: {describe_error(error)}")]
+        mistakes = [("recipe", f"its check() fails: {error_with_location(error)}")]
     if mistakes:
         raise ConfigError([config.problem(path, message) for path, message in mistakes])
 
