@@ -204,16 +204,23 @@ class Decoder(nn.Module):
         """Return the factor on the learning rate of the parameter `name`."""
         return 1.0 if self.mup is None else self.mup.lr_factor(name, self.shape.dim)
 
-    def muon_lr_multiplier(self, name: str, lr_scale: str) -> float:
+    def muon_lr_multiplier(self, name: str, lr_scale: str, *, per_head: bool) -> float:
         """Return the factor on the learning rate of the matrix `name` under Muon, with updates of `lr_scale`."""
-        return 1.0 if self.mup is None else self.mup.muon_lr_factor(name, self.shape.dim, lr_scale)
+        if self.mup is None:
+            return 1.0
+        by_head = per_head and self._heads_of(name) is not None
+        return self.mup.muon_lr_factor(name, self.shape.dim, lr_scale, by_head=by_head)
 
     def merged_matrices(self, name: str, *, per_head: bool) -> int:
         """Return the number of matrices that `name` concatenates: gate and up, or `per_head` heads of q or k."""
         if name.endswith("w_gate_up.weight"):
             return 2
+        return (self._heads_of(name) if per_head else None) or 1
+
+    def _heads_of(self, name: str) -> int | None:
+        """Return the number of heads of a query or key projection; None for another parameter."""
         heads = {"wq.weight": self.shape.heads, "wk.weight": self.shape.kv_heads}
-        return heads.get(name.rpartition("attention.")[2], 1) if per_head else 1
+        return heads.get(name.rpartition("attention.")[2])
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return the FLOPs per token of forward and backward: 6 per matrix parameter, 12 H C T for a layer's attention.

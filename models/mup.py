@@ -77,16 +77,18 @@ class MuP:
     def lr_factor(self, name: str, dim: int) -> float:
         return float(self.width_multiple(dim) ** rule_of(name).lr)
 
-    def muon_lr_factor(self, name: str, dim: int, lr_scale: str) -> float:
+    def muon_lr_factor(self, name: str, dim: int, lr_scale: str, *, by_head: bool) -> float:
         """Return the factor on the learning rate of a matrix that Muon updates. Raises ValueError for other names.
 
-        The spectral norm of an update should not depend on width, for matrices from width to width (Yang et al. 2023,
-        arXiv 2310.17813). Adam's updates have elements near 1, and a spectral norm that grows with the width; Muon's
-        have a fixed one ("spectral"), or one that grows with the root of the width ("match_rms_adamw").
+        The spectral norm of an update should grow as sqrt(rows / columns) (Yang et al. 2023, arXiv 2310.17813): not at
+        all for matrices from width to width, and with 1 / sqrt(width) for one head of queries or keys, whose rows are
+        fixed. Adam's updates have elements near 1, and a spectral norm that grows with the width; Muon's have a fixed
+        one ("spectral"), or one that grows with the root of the width ("match_rms_adamw").
         """
         if rule_of(name).lr != -1:
             raise ValueError(f"muP has no rule for {name} under Muon; add it to optimizer.adamw_on")
-        return 1.0 if lr_scale == "spectral" else float(self.width_multiple(dim) ** -0.5)
+        exponent = -0.5 * ((lr_scale == "match_rms_adamw") + by_head)
+        return float(self.width_multiple(dim) ** exponent)
 
 
 def rule_of(name: str) -> Rule:

@@ -4,7 +4,7 @@
     python -m tools.coord_check --parametrization standard           # exit status 1: it fails
     python -m tools.coord_check --widths 128 256 512 1024 --output coord.svg
     python -m tools.coord_check --model experts=8 top_k=2            # mixture of experts
-    python -m tools.coord_check --optimizer muon                     # also normuon, and --lr-scale spectral
+    python -m tools.coord_check --optimizer muon                     # also normuon, --lr-scale spectral, --per-head
     python -m tools.coord_check --model qk_norm=per_head norm_placement=both     # variants of the decoder
     python -m tools.coord_check --depths 2 4 8 16 32                 # CompleteP, and muP without it
 
@@ -42,7 +42,7 @@ from recipes.cli import ROOT, reports_bad_input
 from recipes.config import Override, describe, load
 from recipes.model_setup import transformer_blocks
 
-VOCABULARY, BATCH, SEQUENCE = 256, 4, 32
+VOCABULARY, BATCH = 256, 4
 EXPECTED = {"output": (-0.5, 0.0), "last block": (-0.5, 0.0)}
 """Module -> range of slopes that pass; 0 for all others."""
 Parametrization = Literal["mup", "standard", "completep"]
@@ -62,6 +62,8 @@ class CheckConfig:
     """channels of a head"""
     layers: int = 2
     """blocks of a model"""
+    sequence_length: int = 32
+    """tokens of each of the 4 samples of the batch; where Muon moves weights far, fewer tokens than a width"""
     steps: int = 5
     """optimizer steps, all on one batch"""
     seeds: int = 2
@@ -76,6 +78,8 @@ class CheckConfig:
     """optimizer of the matrices of the blocks"""
     lr_scale: Literal["match_rms_adamw", "spectral"] = "match_rms_adamw"
     """scale of the updates of Muon"""
+    per_head: bool = False
+    """Muon orthogonalizes each head of the query and key projections by itself"""
 
     def __post_init__(self) -> None:
         if self.depths and (len(set(self.depths)) < 2 or min(self.depths) < 1):
@@ -85,8 +89,9 @@ class CheckConfig:
         for width in self.widths:
             if width % (2 * self.head_dim):
                 raise ValueError(f"--widths: {width} is not a multiple of {2 * self.head_dim}, two heads of --head-dim")
-        if min(self.steps, self.seeds) < 1:
-            raise ValueError(f"--steps {self.steps}, --seeds {self.seeds}: expected at least 1")
+        if min(self.steps, self.seeds, self.sequence_length) < 1:
+            counts = f"--steps {self.steps}, --seeds {self.seeds}, --sequence-length {self.sequence_length}"
+            raise ValueError(f"{counts}: expected at least 1")
 
 
 Sizes = dict[str, list[float]]
@@ -121,10 +126,11 @@ def _measure_one_seed(
             residual_multiplier=1.0 if config.depths else 0.5,
             depth="completep" if parametrization == "completep" else "off",
         ),
-    ).build(vocab_size=VOCABULARY, sequence_length=SEQUENCE)
+    ).build(vocab_size=VOCABULARY, sequence_length=config.sequence_length)
     model.init_weights(seed)
     optimizer = _build_optimizer(config, model)
-    drawn = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(VOCABULARY, (BATCH, config.sequence_length + 1), generator=generator)
     tokens, labels = drawn[:, :-1], drawn[:, 1:]
     sizes: Sizes = {}
     with _recording(model, sizes, by_depth=bool(config.depths)):
@@ -154,13 +160,14 @@ def _load_model(assignments: tuple[str, ...]) -> Llama:
 def _build_optimizer(config: CheckConfig, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
         return AdamW(weight_decay=0.0).build(model=model)  # type: ignore[arg-type]
-    return Muon(weight_decay=0.0, variant=config.optimizer, lr_scale=config.lr_scale).build(model=model)  # type: ignore[arg-type]
+    muon = Muon(weight_decay=0.0, variant=config.optimizer, lr_scale=config.lr_scale, per_head=config.per_head)
+    return muon.build(model=model)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _recording(model: nn.Module, sizes: Sizes, *, by_depth: bool) -> Iterator[None]:
-    """Record the sizes of every forward pass: embedding, each block, its attention and feed-forward, and the head;
-    `by_depth` only those that models of any depth have."""
+    """Record the sizes of every forward pass: embedding, each block, its queries, keys, attention and feed-forward, and
+    the head; `by_depth` only those that models of any depth have."""
 
     def record(name: str, label: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -170,7 +177,8 @@ def _recording(model: nn.Module, sizes: Sizes, *, by_depth: bool) -> Iterator[No
         return model.get_submodule(name).register_forward_hook(hook)
 
     blocks = list(transformer_blocks(model))
-    names = [f"{block}{part}" for block in blocks for part in (".attention", ".feed_forward", "")]
+    parts = (".attention.wq", ".attention.wk", ".attention", ".feed_forward", "")
+    names = [f"{block}{part}" for block in blocks for part in parts]
     labels = {"last block": blocks[-1]} if by_depth else {name: name for name in names}
     labels = {"tok_embeddings": "tok_embeddings", **labels, "output": "output"}
     handles = [record(name, label) for label, name in labels.items()]
@@ -272,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     types = get_type_hints(CheckConfig)
     for key, meaning in describe(CheckConfig).items():
         default = getattr(CheckConfig, key)
+        if isinstance(default, bool):
+            parser.add_argument(f"--{key.replace('_', '-')}", action="store_true", help=meaning)
+            continue
         is_list = key in ("widths", "depths", "model")
         parser.add_argument(
             f"--{key.replace('_', '-')}",

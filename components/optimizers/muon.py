@@ -27,8 +27,9 @@ ROUTERS = ("*router.weight",)
 class DescribesMatrices(Protocol):
     """A model that tells Muon about its matrices. For others, each parameter is one matrix of multiplier 1."""
 
-    def muon_lr_multiplier(self, name: str, lr_scale: LRScale) -> float:
-        """Return the factor on the learning rate of the matrix `name`, given the scale of its updates."""
+    def muon_lr_multiplier(self, name: str, lr_scale: LRScale, *, per_head: bool) -> float:
+        """Return the factor on the learning rate of the matrix `name`, given the scale of its updates, and whether the
+        heads of a query or key projection are matrices by themselves."""
         ...
 
     def merged_matrices(self, name: str, *, per_head: bool) -> int:
@@ -128,7 +129,7 @@ class Muon(AdamW):
     def _muon_multiplier(self, model: OptimizedModel) -> Callable[[str], float]:
         """Return the function from the name of a matrix to the factor on the learning rate of its group."""
         if isinstance(model, DescribesMatrices):
-            return lambda name: self.lr_factor * model.muon_lr_multiplier(name, self.lr_scale)
+            return lambda name: self.lr_factor * model.muon_lr_multiplier(name, self.lr_scale, per_head=self.per_head)
 
         def multiplier(name: str) -> float:
             of_adam = model.lr_multiplier(name)
@@ -136,7 +137,7 @@ class Muon(AdamW):
                 raise InputError(
                     "muon_on",
                     f"the model's lr_multiplier({name!r}) is {of_adam:g}, which holds for AdamW only; give the model "
-                    "muon_lr_multiplier(name, lr_scale) and merged_matrices(name, per_head=...)",
+                    "muon_lr_multiplier(name, lr_scale, per_head=...) and merged_matrices(name, per_head=...)",
                 )
             return self.lr_factor * of_adam
 

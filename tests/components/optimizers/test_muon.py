@@ -203,7 +203,7 @@ class FourDimensions(Net):
 
 
 class ThreeParts(Net):
-    def muon_lr_multiplier(self, name: str, lr_scale: str) -> float:
+    def muon_lr_multiplier(self, name: str, lr_scale: str, *, per_head: bool) -> float:
         return 1.0
 
     def merged_matrices(self, name: str, *, per_head: bool) -> int:
