@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+POLAR_EXPRESS = (  # of modded-nanogpt, for matrices that are divided by 1.02 of their norm
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
 
-def orthogonalized(x: Tensor) -> Tensor:
-    """Return five quintic Newton-Schulz steps from (R, C)."""
-    x = x / x.norm()
-    for a, b, c in QUINTIC:
+def orthogonalized(x: Tensor, coefficients: str) -> Tensor:
+    """Return five Newton-Schulz steps from (R, C)."""
+    quintic = coefficients == "quintic"
+    x = x / (x.norm() * (1 if quintic else 1.02))
+    for a, b, c in QUINTIC if quintic else POLAR_EXPRESS:
         gram = x @ x.T
         x = a * x + b * gram @ x + c * gram @ gram @ x
     return x
@@ -22,11 +30,13 @@ def orthogonalized(x: Tensor) -> Tensor:
 class MuonReference:
     """The updates of one parameter, (R, C) or (E, R, C), which concatenates `merged` matrices along its rows."""
 
-    def __init__(self, weight: Tensor, *, merged: int = 1, normuon: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, *, merged: int = 1, normuon: bool = False, coefficients: str = "polar_express"
+    ) -> None:
         self.weight = weight.double()
         self.momentum = torch.zeros_like(self.weight)
         self.squares = torch.zeros(*self.weight.shape[:-1], 1, dtype=torch.float64)
-        self.merged, self.normuon = merged, normuon
+        self.merged, self.normuon, self.coefficients = merged, normuon, coefficients
 
     def step(self, gradient: Tensor, lr: float, weight_decay: float, *, lr_scale: str = "match_rms_adamw") -> None:
         gradient = gradient.double()
@@ -40,7 +50,7 @@ class MuonReference:
         for expert in range(len(stack)):
             for part in range(self.merged):
                 rows = slice(part * size, (part + 1) * size)
-                update = orthogonalized(stack[expert, rows])
+                update = orthogonalized(stack[expert, rows], self.coefficients)
                 if self.normuon:
                     average = 0.95 * squares[expert, rows] + 0.05 * update.square().mean(1, keepdim=True)
                     squares[expert, rows] = average

@@ -48,12 +48,14 @@ def on_muon(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("variant", ["muon", "normuon"])
 @pytest.mark.parametrize("lr_scale", ["match_rms_adamw", "spectral"])
-def test_updates_equal_the_formula_in_float64(variant, lr_scale):
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_updates_equal_the_formula_in_float64(variant, lr_scale, coefficients):
     net = Net()
-    optimizer = Muon(coefficients="quintic", variant=variant, lr_scale=lr_scale).build(model=net)
+    optimizer = Muon(coefficients=coefficients, variant=variant, lr_scale=lr_scale).build(model=net)
     names = on_muon(optimizer, net)
     assert names == {"layers.0.wide.weight", "layers.0.tall.weight", "layers.0.stack"}
-    references = {name: MuonReference(net.get_parameter(name).detach(), normuon=variant == "normuon") for name in names}
+    keys = {"normuon": variant == "normuon", "coefficients": coefficients}
+    references = {name: MuonReference(net.get_parameter(name).detach(), **keys) for name in names}
     for seed in range(4):
         step(net, optimizer, seed)
         for name, reference in references.items():
