@@ -38,6 +38,11 @@ CASES |= {f"tied, {mode}": ("two shards", mode, ["--model.tied_embeddings=true"]
 CASES |= {f"six layers, {mode}": ("two shards", mode, SIX) for mode in MODES}
 CASES |= {f"plain FSDP2, {mode}": ("two shards", mode, [*SIX, "--optimizer.plain=true"]) for mode in MODES}
 """Name -> (layout, mode, arguments)."""
+AVERAGES = ["--average.ema.use=components.average:Exponential", "--average.ema.half_life_tokens=500"]
+AVERAGES += ["--average.w.use=components.average:Window", "--average.w.window_tokens=800"]
+AVERAGES += ["--average.w.interval_tokens=200"]
+MUON = {f"{layout}, Muon, averages": (layout, MODES[1], AVERAGES) for layout in ("two shards", [*MESHES][-1])}
+"""Further cases whose collectives are not counted."""
 
 
 class Runs:
@@ -46,20 +51,24 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun(folder)
-        run_cases({name: layout for name, (layout, _, _) in CASES.items()}, self.command, folder)
+        run_cases({name: layout for name, (layout, _, _) in (CASES | MUON).items()}, self.command, folder)
 
     def directory(self, name: str) -> Path:
         return self.folder / "runs" / name.replace(" ", "-")
 
     def command(self, name: str) -> list[str]:
-        layout, mode, arguments = CASES[name]
+        layout, mode, arguments = (CASES | MUON)[name]
+        optimizer = ["--optimizer.use=components.optimizers:Muon", "--optimizer.variant=normuon"]
+        if name in CASES:
+            optimizer = ["--optimizer.use=tests.distributed.collectives:CountingAdamW"]
+            optimizer += [f"--optimizer.notes={self.directory(name)}.json"]
         samples = MICRO_BATCHES * MICRO_BATCH * MESHES[layout].dp_size
         return [
             str(self.tiny.recipe), "--model.kv_heads=2", "--validation=none", "--checkpoint.interval_steps=none",
             "--batch.use=components.batch:Constant", f"--batch.initial_size={samples}",
             f"--training.total_tokens={STEPS * samples * SEQUENCE}", "--gradient_noise.interval_steps=2",
-            "--optimizer.use=tests.distributed.collectives:CountingAdamW",
-            f"--optimizer.notes={self.directory(name)}.json", f"--training.grad_sync={mode}",
+            "--hooks.waits.use=tests.waiting:CountWaits", f"--hooks.waits.notes={self.directory(name)}-waits.json",
+            *optimizer, f"--training.grad_sync={mode}",
             f"--run.dir={self.directory(name)}", f"--data.path={self.folder / 'text' / '*.txt'}",
             *LAYOUTS[layout][1], *arguments,
         ]  # fmt: skip
@@ -153,6 +162,13 @@ def test_gathering_less_changes_no_bit_of_loss_norm_and_noise(runs, mode):
     ours, plain = (timeless(runs.rows(f"{name}, {mode}")) for name in ("six layers", "plain FSDP2"))
     assert any(row["grad_cov_trace"] for row in ours)
     assert ours == plain
+
+
+@pytest.mark.parametrize("name", CASES | MUON)
+def test_no_step_waits_for_the_device(runs, name):
+    launches, waits = json.loads(Path(f"{runs.directory(name)}-waits.json").read_text())
+    assert launches >= 2 * (STEPS - 1)
+    assert waits == {}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "plain" not in name])
