@@ -1,15 +1,17 @@
-"""Read the micro-batches of a step and check them on all ranks before the first one is used."""
+"""Read the micro-batches of a step and check them, on all ranks while the first one is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import torch
 
 from components.data.loader import MicroBatch, MicroBatchLoader
 from components.distributed.collectives import describe_error, try_call
 from components.distributed.context import DistributedContext
 from components.profiler_range import profiler_range
-from components.token_ids import check_token_ids
+from components.token_ids import IGNORE_INDEX, check_token_ids
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,16 @@ class BadSamples:
 
 
 @dataclass(frozen=True)
+class StepSamples:
+    """The samples of a step on this rank, which it can compute with before it knows that all ranks have theirs."""
+
+    micro_batches: list[MicroBatch]
+    """Bad ones are replaced by one without a label."""
+    wait_for_bad: Callable[[], BadSamples | None]
+    """Waits until all ranks have read theirs, and returns `BadSamples` on all of them if any found some."""
+
+
+@dataclass(frozen=True)
 class MicroBatchReader:
     """Reads this rank's micro-batches of a step."""
 
@@ -31,26 +43,35 @@ class MicroBatchReader:
     sequence_length: int
     vocab_size: int
 
-    def read(self, count: int) -> list[MicroBatch] | BadSamples:
-        """Return the next `count` micro-batches, or `BadSamples` on all ranks if any rank found bad samples.
+    def read(self, count: int) -> StepSamples:
+        """Return the next `count` micro-batches.
 
-        The ranks agree before any of them computes: a rank that raised later would leave the others waiting in a
-        collective. The next step starts after these micro-batches in either case.
+        A rank with bad samples computes as the others do and raises later: they would wait for it in a collective. The
+        ranks agree while the device computes, and before its results are used. The next step starts after these
+        micro-batches in either case.
         """
         micro_batches: list[MicroBatch] = []
-        failure, where = None, ""
+        failure, message = None, ""
         stream = self.loader.next_step(count)
         for _ in range(count):
             micro_batch, error = try_call(lambda: self._next_checked(stream))
-            if micro_batch is not None:
-                micro_batches.append(micro_batch)
-            elif failure is None:
+            micro_batches.append(micro_batch or self._without_labels())
+            if error is not None and failure is None:
                 ids = self.loader.last_samples
-                failure, where = error, f"samples {ids.start} to {ids.stop - 1}"
-        if not self.world.all_reduce_max(int(failure is not None)):
-            return micro_batches
-        message = "" if failure is None else f"{where}: {describe_error(failure)}"
-        return BadSamples(next(text for text in self.world.gather(message) if text), failure)
+                failure, message = error, f"samples {ids.start} to {ids.stop - 1}: {describe_error(error)}"
+        found = self.world.start_all_reduce_max(int(failure is not None))
+
+        def wait_for_bad() -> BadSamples | None:
+            if not found():
+                return None
+            return BadSamples(next(text for text in self.world.gather(message) if text), failure)
+
+        return StepSamples(micro_batches, wait_for_bad)
+
+    def _without_labels(self) -> MicroBatch:
+        ids = self.loader.last_samples
+        tokens = torch.zeros(len(ids), self.sequence_length, dtype=torch.int64)
+        return MicroBatch(tokens, torch.full_like(tokens, IGNORE_INDEX), torch.arange(ids.start, ids.stop))
 
     def _next_checked(self, stream: Iterator[MicroBatch]) -> MicroBatch:
         with profiler_range("next_micro_batch"):

@@ -29,7 +29,7 @@ from components.interfaces import DataConfig
 from components.interrupts import RESTART, exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
 from components.profiler import ProfilerConfig
-from components.train_step import nonfinite_flag
+from components.train_step import StepSums, nonfinite_flag
 from components.units import format_count
 from components.validation import ValidationConfig
 from recipes import build
@@ -38,7 +38,7 @@ from recipes.batch_policy import require_measurable_noise, uses_adaptive_batch
 from recipes.builtin_hooks import AfterFirstStep, CollectGarbage, ProfileSteps, SaveCheckpoints, Validate
 from recipes.checkpointing import RunCheckpoints
 from recipes.config import Config, ConfigError, problem_message
-from recipes.data_checks import BadSamples, MicroBatchReader
+from recipes.data_checks import MicroBatchReader
 from recipes.errors import RunError, config_errors_at, raised_in
 from recipes.hooks import Hook, Hooks
 from recipes.interfaces import (
@@ -232,19 +232,23 @@ class Trainer:
         """Queue the next step on the device, and advance the clock."""
         started, step_tokens = time.perf_counter(), batch.samples * self.clock.sequence_length
         lr = compute_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
-        micro_batches = self.reader.read(batch.micro_batches)
-        data_seconds, measured, numbers, bad = time.perf_counter() - started, False, None, None
-        timed = self.timer.take()
-        if isinstance(micro_batches, BadSamples):
-            handle_bad_samples(
-                micro_batches, batch, self.clock, self.state.guard, self.checkpoints, self.config, self.world
-            )
-        else:
-            measured = self.measures_noise(batch)
-            self.probes.before_step(self.clock.step + 1, micro_batches)
-            numbers = self.step.accumulate(
-                micro_batches, batch.micro_batches, step_tokens, measure=measured, more=partial(self._summands, timed)
-            )
+        samples = self.reader.read(batch.micro_batches)
+        data_seconds, bad = time.perf_counter() - started, None
+        timed, measured = self.timer.take(), self.measures_noise(batch)
+        undo_forward = self.state.tensors.forward_state()
+        self.probes.before_step(self.clock.step + 1, samples.micro_batches)
+        numbers: StepSums | None = self.step.accumulate(
+            samples.micro_batches,
+            batch.micro_batches,
+            step_tokens,
+            measure=measured,
+            more=partial(self._summands, timed),
+        )
+        if (unread := samples.wait_for_bad()) is not None:
+            self.step.zero_grad()
+            undo_forward()
+            numbers, measured = None, False
+            handle_bad_samples(unread, batch, self.clock, self.state.guard, self.checkpoints, self.config, self.world)
         after = replace(self.clock)  # the clock itself advances after the update; a bad step saves the state before it
         after.advance(batch.samples)
         with raised_in("batch"):

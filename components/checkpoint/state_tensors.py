@@ -108,6 +108,17 @@ class StateTensors:
             self.optimizer.state.pop(self.model.get_parameter(name), None)
         _restore_random_state(random)
 
+    def forward_state(self) -> Callable[[], None]:
+        """Return a function that restores what forward passes change from now on: random state and buffers."""
+        random, buffers = self._random_state(), [buffer.clone() for buffer in self.model.buffers()]
+
+        def restore() -> None:
+            _restore_random_state(random)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+        return restore
+
     def _random_state(self) -> dict[str, torch.Tensor]:
         state = {"cpu": torch.get_rng_state()}
         if any(parameter.is_cuda for parameter in self.model.parameters()):

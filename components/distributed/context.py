@@ -120,6 +120,18 @@ class DistributedContext:
         """Return the largest `value` of all processes."""
         return int(self.all_reduce_maxima(torch.tensor(value)))
 
+    def start_all_reduce_max(self, value: int) -> Callable[[], int]:
+        """Start `all_reduce_max`, and return a function that waits for its result."""
+        tensor = torch.tensor(value)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None
+
+        def wait() -> int:
+            if work is not None:
+                work.wait()
+            return int(tensor)
+
+        return wait
+
     def all_reduce_maxima(self, tensor: Tensor) -> Tensor:
         """Take the element-wise maximum of `tensor` over all processes, in place, and return it."""
         if self.size > 1:

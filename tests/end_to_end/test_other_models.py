@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from tests.end_to_end.endings import prepare
 from tests.end_to_end.test_resume import assert_same_state, timeless
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -77,3 +78,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path):
         assert timeless(tiny.rows()) == timeless(rows), f"resumed at {stopped_at}"
         assert_same_state(tiny.checkpoint(14), whole / "checkpoints" / "step-00000014")
         shutil.rmtree(tiny.directory)
+
+
+def test_a_run_that_a_bad_sample_stopped_resumes_with_the_buffers_and_random_state_before_it(tiny, monkeypatch):
+    """The step was computed without the sample, because other ranks would have waited."""
+    prepare(tiny)
+    drops = MODEL.replace("if self.training:", "x = F.dropout(x, 0.2, self.training)\n        if self.training:")
+    (tiny.folder / "tagger.py").write_text(drops)
+    keys = ["--model.use=tagger:Model", "--data.use=endings:Numbers", "--validation=none"]
+    keys += ["--batch.use=components.batch:Constant", "--batch.initial_size=8", "--training.total_tokens=1152"]
+    keys += ["--checkpoint.interval_steps=none"]
+    assert tiny.launch(*keys) == 0
+    rows, whole = tiny.rows(), tiny.folder / "whole"
+    tiny.directory.rename(whole)
+    monkeypatch.setenv("FAULT", "data: cannot be read")  # in the fourth step of six
+    assert tiny.launch(*keys) == 2
+    monkeypatch.delenv("FAULT")
+    assert tiny.launch("--resume", *keys) == 0
+    assert timeless(tiny.rows()) == timeless(rows)
+    assert_same_state(tiny.checkpoint(6), whole / "checkpoints" / "step-00000006")

@@ -13,10 +13,11 @@ from components.batch import StepBatch
 from components.data.loader import MicroBatchLoader
 from components.distributed.context import DistributedContext
 from components.gradient_noise import GradientMoments, GradientNoise
+from components.token_ids import IGNORE_INDEX
 from models.compilation import RECOMPILE_LIMIT, missing_for_gpu
 from recipes import build
 from recipes.config import ConfigError, Override, load
-from recipes.data_checks import BadSamples, MicroBatchReader
+from recipes.data_checks import MicroBatchReader
 from recipes.run_config import TrainingConfig
 from recipes.run_setup import build_environment
 from recipes.training_state import TrainingState
@@ -134,9 +135,10 @@ def test_bad_samples_are_found_before_a_step_uses_them(ids, length, said):
         reader = MicroBatchReader(loader, WORLD, sequence_length=24, vocab_size=257)
         batch = StepBatch(2, 2, 1)
         first = reader.read(batch.micro_batches)
-        assert isinstance(first, list) and len(first) == 1
-        second = reader.read(batch.micro_batches)
-        assert isinstance(second, BadSamples)
+        assert first.wait_for_bad() is None and len(first.micro_batches) == 1
+        replaced = reader.read(batch.micro_batches)
+        assert (replaced.micro_batches[0].labels == IGNORE_INDEX).all(), "other ranks wait for its results"
+        second = replaced.wait_for_bad()
         assert second.first.startswith("samples 2 to 3: ") and said in second.first
         assert isinstance(second.failure, ValueError)
-        assert isinstance(reader.read(batch.micro_batches), list), "the next step starts behind the bad one"
+        assert reader.read(batch.micro_batches).wait_for_bad() is None, "the next step starts behind the bad one"
