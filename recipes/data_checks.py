@@ -1,4 +1,4 @@
-"""Read the micro-batches of a step and check them, on all ranks while the first one is used."""
+"""Read and check the micro-batches of a step; the ranks agree on the result while they compute."""
 
 from __future__ import annotations
 

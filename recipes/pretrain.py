@@ -244,11 +244,13 @@ class Trainer:
             measure=measured,
             more=partial(self._summands, timed),
         )
-        if (unread := samples.wait_for_bad()) is not None:
+        if (bad_samples := samples.wait_for_bad()) is not None:
             self.step.zero_grad()
             undo_forward()
             numbers, measured = None, False
-            handle_bad_samples(unread, batch, self.clock, self.state.guard, self.checkpoints, self.config, self.world)
+            handle_bad_samples(
+                bad_samples, batch, self.clock, self.state.guard, self.checkpoints, self.config, self.world
+            )
         after = replace(self.clock)  # the clock itself advances after the update; a bad step saves the state before it
         after.advance(batch.samples)
         with raised_in("batch"):

@@ -36,7 +36,7 @@ def apply_fsdp(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dim(parameter.shape, mesh.size(-1)))
 
-    # cast, the float32 rotary table of a block would be bf16, and the loss not that of one process
+    # with cast inputs, RoPE would be computed in bf16, and the loss would differ from that of a single process
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded: list[FSDPModule] = []
     for index, names in enumerate(fsdp_groups):
