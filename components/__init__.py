@@ -30,6 +30,7 @@ interfaces.py                protocols between components
 protocol_defaults.py         defaults of the optional members that a custom class lacks
 errors.py                    InputError: bad input, with its key
 units.py                     "20M" tokens, and other quantities as written in recipes
+retry.py                     repeats calls that fail, in a thread
 evaluation_mode.py           a context in which a model is in evaluation mode
 token_ids.py                 checks of token ids, tokenizers with more ids than a model, and the label that is ignored
 atomic_files.py              files and directories that are complete or do not exist

@@ -26,6 +26,7 @@ SHARED = {
         "paths",
         "profiler_range",
         "python_library",
+        "retry",
         "storage.address",
         "storage.local_copy",
         "token_ids",

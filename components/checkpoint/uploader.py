@@ -10,11 +10,10 @@ from pathlib import Path
 
 from components.checkpoint.load import is_kept_forever
 from components.checkpoint.remote import RemoteCheckpoints
+from components.retry import Retries
 from components.storage.address import StorageError
 
 log = logging.getLogger("powertrain")
-FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
-"""The time between two attempts; it doubles with each."""
 CLOSE_SECONDS = 60.0
 """How long the end of a run repeats uploads that fail. An upload that makes progress is waited for."""
 
@@ -35,9 +34,7 @@ class CheckpointUploader:
         self._changed = threading.Condition()
         self._waiting = [] if newest is None else [newest]
         self._uploading: Path | None = None
-        self._failures, self._is_failing = 0, False
-        self._closing_at: float | None = None
-        self._closing = threading.Event()
+        self._retries = Retries()
         self._logged_removal_error = False
         self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
         self._thread.start()
@@ -56,15 +53,14 @@ class CheckpointUploader:
     def close(self) -> None:
         """Wait for the uploads, for `CLOSE_SECONDS` while they fail; log what is not uploaded."""
         with self._changed:
-            self._closing_at = time.monotonic()
-            self._closing.set()
+            self._retries.close(CLOSE_SECONDS)
             self._changed.notify()
         if self._thread.is_alive() and (self._waiting or self._uploading):
             log.info(f"waiting for the upload to {self._remote.directory}")
         while self._thread.is_alive():
             self._thread.join(0.2)
-            if self._is_failing and time.monotonic() > self._closing_at + CLOSE_SECONDS + MAX_RETRY_SECONDS:
-                break  # the last attempt hangs
+            if self._retries.hangs:
+                break
         with self._changed:
             left = [path.name for path in (self._uploading, *self._waiting) if path is not None]
         if left:
@@ -72,19 +68,21 @@ class CheckpointUploader:
                 f"{', '.join(left)} could not be uploaded to {self._remote.directory}; the local files are complete, "
                 "and --resume uploads the newest"
             )
-        elif self._failures:
+        elif self._retries.failures:
             log.warning(
-                f"uploads to {self._remote.directory} failed {self._failures} times; the newest checkpoint is there"
+                f"uploads to {self._remote.directory} failed {self._retries.failures} times; "
+                "the newest checkpoint is there"
             )
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing_at is not None)
+                self._changed.wait_for(lambda: self._waiting or self._retries.closing.is_set())
                 if not self._waiting:
                     return
                 self._uploading = self._waiting.pop(0)
-            if not self._repeat_upload():
+            # any error is one that training does not depend on
+            if not self._retries.call(self._upload, Exception, _failure, f"{self._remote.directory} can be used again"):
                 return
             with self._changed:
                 self._uploading = None
@@ -114,29 +112,9 @@ class CheckpointUploader:
                 self._logged_removal_error = True
                 log.warning(f"{error}; old checkpoints stay there")
 
-    def _repeat_upload(self) -> bool:
-        """Upload until it succeeds, at the end for `CLOSE_SECONDS`; return whether it did."""
-        seconds, was_closing = FIRST_RETRY_SECONDS, self._closing.is_set()
-        while True:
-            try:
-                used_storage = self._upload()
-            except Exception as error:  # whatever it is, training does not depend on it
-                self._failures += 1
-                if not self._is_failing:
-                    self._is_failing = True
-                    log.error(f"{error}; training continues, and the upload is repeated")
-                if self._closing_at is not None and time.monotonic() > self._closing_at + CLOSE_SECONDS:
-                    return False
-                if not was_closing and self._closing.wait(seconds):
-                    was_closing, seconds = True, FIRST_RETRY_SECONDS
-                else:
-                    time.sleep(seconds if was_closing else 0)
-                    seconds = min(2 * seconds, MAX_RETRY_SECONDS)
-            else:
-                if self._is_failing and used_storage:
-                    self._is_failing = False
-                    log.warning(f"{self._remote.directory} can be used again")
-                return True
+
+def _failure(error: Exception) -> str:
+    return f"{error}; training continues, and the upload is repeated"
 
 
 def upload_order(pending: Sequence[Path], new: Path, keep_every: int | None) -> list[Path]:

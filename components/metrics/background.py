@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import NamedTuple
 
 from components.metrics.jsonl import parse_row
 from components.metrics.writer import Row, RunInfo, Writer
+from components.retry import Retries
 
 log = logging.getLogger("powertrain")
 CLOSE_SECONDS = 30.0
 """How long the end of a run waits for a writer."""
-FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0
-"""The time between two attempts to write a row; it doubles with each."""
 _RECORD_BYTES = 64
 
 
@@ -72,11 +69,10 @@ class BackgroundWriter:
         """
         self._writer, self._name, self._run = writer, name, run
         self._position = PositionFile(position)
-        self._row_added, self._closing, self._opened = threading.Event(), threading.Event(), threading.Event()
+        self._row_added, self._opened, self._retries = threading.Event(), threading.Event(), Retries()
         self._open_error: Exception | None = None
         self._written = self._position.read()
-        self._failures, self._dropped, self._is_failing = 0, 0, False
-        self._last_attempt_at = math.inf
+        self._dropped = 0
         self._thread = threading.Thread(target=self._work, name=f"metrics {name}", daemon=True)
         self._thread.start()
         if not run.after_step:
@@ -90,8 +86,7 @@ class BackgroundWriter:
 
     def close(self) -> None:
         """Write the remaining rows and close the writer. Returns after `CLOSE_SECONDS` at the latest."""
-        self._last_attempt_at = time.monotonic() + CLOSE_SECONDS
-        self._closing.set()
+        self._retries.close(CLOSE_SECONDS)
         self._row_added.set()
         self._thread.join(CLOSE_SECONDS)
 
@@ -100,10 +95,12 @@ class BackgroundWriter:
         found = []
         if self._dropped:
             found.append(f"{self._name} did not accept {self._dropped} rows; its first error is in log.txt")
-        if self._is_failing or self._thread.is_alive():
+        if self._retries.is_failing or self._thread.is_alive():
             found.append(f"{self._name} lacks the last rows; {self._run.metrics} has them, and --resume writes them")
-        elif self._failures:
-            found.append(f"{self._name} could not be written {self._failures} times; the rows were written later")
+        elif self._retries.failures:
+            found.append(
+                f"{self._name} could not be written {self._retries.failures} times; the rows were written later"
+            )
         return found
 
     def _work(self) -> None:
@@ -111,7 +108,7 @@ class BackgroundWriter:
             if self._open() and self._write_rows():
                 self._writer.close()
         except Exception as error:  # in `close`, or metrics.jsonl cannot be read
-            self._is_failing = True
+            self._retries.is_failing = True
             log.error(f"{self._name} has ended: {_describe(error)}; training continues without it")
         self._position.close()
 
@@ -123,7 +120,7 @@ class BackgroundWriter:
                 return True
             return self._repeat(self._call_open, "opened")
         except Exception as error:
-            self._open_error, self._is_failing = error, True
+            self._open_error, self._retries.is_failing = error, True
             if self._run.after_step:
                 log.error(f"{self._name} cannot be opened: {_describe(error)}; training continues without it")
             return False
@@ -150,29 +147,14 @@ class BackgroundWriter:
 
     def _repeat(self, do: Callable[[], None], what: str) -> bool:
         """Call `do` until it raises no OSError, at the end for `CLOSE_SECONDS`; return whether it succeeded."""
-        seconds = FIRST_RETRY_SECONDS
-        while True:
-            try:
-                do()
-            except OSError as error:
-                self._failures += 1
-                if not self._is_failing:
-                    self._is_failing = True
-                    log.error(
-                        f"{self._name} cannot be {what}: {error}; training continues; "
-                        "its rows stay in metrics.jsonl and are written later"
-                    )
-                if time.monotonic() >= self._last_attempt_at:
-                    return False
-                if not self._closing.wait(seconds):
-                    seconds = min(2 * seconds, MAX_RETRY_SECONDS)
-                else:
-                    time.sleep(FIRST_RETRY_SECONDS)
-            else:
-                if self._is_failing:
-                    self._is_failing = False
-                    log.warning(f"{self._name} can be {what} again")
-                return True
+
+        def failure(error: Exception) -> str:
+            return (
+                f"{self._name} cannot be {what}: {error}; training continues; its rows stay in metrics.jsonl and are "
+                "written later"
+            )
+
+        return self._retries.call(do, OSError, failure, f"{self._name} can be {what} again")
 
     def _rows(self) -> Iterator[tuple[Row, Position]]:
         """Yield the rows that are not written yet and the position after each; ends when the run is closed."""
@@ -180,7 +162,7 @@ class BackgroundWriter:
         with self._run.metrics.open("rb") as file:
             while True:
                 self._row_added.clear()
-                is_complete = self._closing.is_set()
+                is_complete = self._retries.closing.is_set()
                 line = file.readline()
                 if not line.endswith(b"\n"):
                     if is_complete:

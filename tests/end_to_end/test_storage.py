@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from components import retry
 from components.checkpoint import uploader, verify
 from recipes.cli import ROOT
 from tests.conftest import refusal
@@ -82,7 +83,7 @@ def test_an_outage_costs_a_warning(tiny, new_tiny, s3, capsys, monkeypatch):
 
 def test_connections_that_break_cost_repetitions(tiny, new_tiny, s3, monkeypatch):
     """Every connection is reset after up to twice the bytes of a checkpoint. What is complete there is intact."""
-    monkeypatch.setattr(uploader, "MAX_RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(retry, "MAX_RETRY_SECONDS", 1.0)
     proxy = BreakingProxy(s3.get_host_and_port()[1], (10_000, 2 * TENSOR_BYTES))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     s3fs.S3FileSystem.clear_instance_cache()

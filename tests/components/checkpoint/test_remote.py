@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from components import retry
 from components.checkpoint import DamagedError, uploader
 from components.checkpoint.manifest import MANIFEST, write_manifest
 from components.checkpoint.remote import RemoteCheckpoints, restore_run
@@ -45,8 +46,8 @@ class Remote(RemoteDirectory):
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    monkeypatch.setattr(uploader, "FIRST_RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(uploader, "MAX_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(retry, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "MAX_RETRY_SECONDS", 0.02)
     monkeypatch.setattr(uploader, "CLOSE_SECONDS", 0.2)
     monkeypatch.setattr(Remote, "is_down", False)
     monkeypatch.setattr(Remote, "writes_left", 1_000_000)

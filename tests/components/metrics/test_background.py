@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from components import retry
 from components.metrics import background
 from components.metrics.background import BackgroundWriter, Position, PositionFile
 from components.metrics.logger import MetricsConfig
@@ -56,7 +57,7 @@ class OnlyWriteAndClose:
 
 @pytest.fixture(autouse=True)
 def retries_at_once(monkeypatch):
-    monkeypatch.setattr(background, "FIRST_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(retry, "FIRST_RETRY_SECONDS", 0.001)
 
 
 def logger_of(folder, *, after_step=0, **writers):
