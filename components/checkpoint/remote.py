@@ -87,7 +87,10 @@ class RemoteCheckpoints:
         return True
 
     def download(self, name: str, directory: Path, run: str) -> Path:
-        """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name."""
+        """Copy a complete checkpoint into `directory` and return its path; a partial copy never has its name.
+
+        A damaged checkpoint of this name is renamed once the copy is complete.
+        """
         target, temporary = directory / name, directory / f"{TMP_PREFIX.format(run)}{name}"
         manifest = self._read_manifest(name)
         try:
@@ -102,6 +105,8 @@ class RemoteCheckpoints:
         for path in temporary.iterdir():
             fsync_file(path)
         fsync_directory(temporary)
+        if target.exists():
+            mark_damaged(target)
         temporary.rename(target)
         fsync_directory(directory)
         return target
@@ -178,8 +183,6 @@ def restore_run(
         if not local:
             remote.download_run_files(run_directory)
         remove_partial_saves(directory, run)
-        if (directory / names[-1]).exists():
-            mark_damaged(directory / names[-1])
         remote.download(names[-1], directory, run)
     except StorageError as error:
         if not local and not damaged:

@@ -98,6 +98,21 @@ def test_what_is_downloaded_is_what_was_uploaded(remote, run, tmp_path):
     restore_run(remote, other, RUN)  # nothing newer
 
 
+def test_a_damaged_checkpoint_is_replaced_by_its_copy_once_that_is_complete(remote, run, monkeypatch, caplog):
+    def fail(self, files):
+        raise StorageError("the connection was reset")
+
+    remote.upload(damaged := saved(run, 3))
+    (damaged / ".metadata").write_text("damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "download", fail)
+        restore_run(remote, run, RUN, damaged=[damaged])
+    assert (damaged / ".metadata").read_text() == "damaged" and "the connection was reset" in caplog.text
+    restore_run(remote, run, RUN, damaged=[damaged])
+    assert (damaged / ".metadata").read_text() == "3 .metadata"
+    assert (damaged.with_name("damaged-step-00000003") / ".metadata").read_text() == "damaged"
+
+
 def test_a_directory_is_not_continued_with_the_checkpoint_of_another_run(remote, run):
     remote.upload(saved(run, 3))
     (run / "checkpoints" / "step-00000003").rename(run / "moved")
