@@ -192,7 +192,7 @@ def remove_all(directory: Path, run: str) -> None:
 
 
 def remove_partial_saves(directory: Path, run: str) -> None:
-    """Remove what interrupted saves of `run` have left in `directory`. No save of `run` may be in progress."""
+    """Remove the leftovers of interrupted saves of `run` in `directory`. No save of `run` may be in progress."""
     if not directory.is_dir():
         return
     replaced, partial = _REPLACED.format(run), TMP_PREFIX.format(run)

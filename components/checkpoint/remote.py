@@ -64,7 +64,7 @@ class RemoteCheckpoints:
     def upload(self, checkpoint: Path) -> bool:
         """Copy `checkpoint` of a run directory, and the files of that directory that a run needs to continue.
 
-        Return False if it was there already. Another checkpoint of this name stops being complete first.
+        Return False if it is already uploaded. Another checkpoint of this name is made incomplete first.
         """
         manifest = (checkpoint / MANIFEST).read_bytes()
         remote = self._checkpoints.child(checkpoint.name)
@@ -129,7 +129,7 @@ class RemoteCheckpoints:
             remote.remove_empty()
 
     def remove_old(self, run: str, *, keep_last: int | None, keep_every: int | None) -> None:
-        """Delete the complete checkpoints of `run` that are not to be kept, and what interrupted uploads left."""
+        """Delete the complete checkpoints of `run` that are not to be kept, and leftovers of interrupted uploads."""
         complete = self.list_complete()
         self._remove_of(run, [path.name for path in old_checkpoints(list(map(Path, complete)), keep_last, keep_every)])
         incomplete = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}

@@ -51,7 +51,7 @@ class CheckpointUploader:
             return checkpoint == self._uploading or checkpoint in self._waiting
 
     def close(self) -> None:
-        """Wait for the uploads, for `CLOSE_SECONDS` while they fail; log what is not uploaded."""
+        """Wait for the uploads, for `CLOSE_SECONDS` while they fail; log the checkpoints that are not uploaded."""
         with self._changed:
             self._retries.close(CLOSE_SECONDS)
             self._changed.notify()

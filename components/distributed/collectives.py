@@ -20,7 +20,7 @@ BAD_INPUT_ERRORS = (ValueError, OSError, ImportError)
 """Errors caused by the recipe or the data, whose message suffices. For other errors the traceback is needed."""
 
 NODE = "POWERTRAIN_NODE"
-"""Environment variable of the workers of a run on several nodes: what the other nodes call this one."""
+"""Environment variable of the workers of a run on several nodes: the name of this node."""
 
 
 def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[str]:

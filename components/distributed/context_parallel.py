@@ -90,7 +90,7 @@ class SummandGradients:
                 yield self._reduce(copies), copies
 
     def flush(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield what `add` has not: call after the last gradient of a micro-batch."""
+        """Yield the rest of the sums: call after the last gradient of a micro-batch."""
         for copies, (_, filled) in self._buffers.items():
             if filled:
                 yield self._reduce(copies), copies

@@ -276,7 +276,7 @@ class WorkerAgent(LocalElasticAgent):
         return result
 
     def _check_membership(self, healthy: RunResult) -> RunResult:
-        """Return what to do with workers that run: nothing, or to restart them without a node that was lost."""
+        """Return `healthy` if running workers may continue, or else a result that restarts or ends them."""
         if self._signaled:  # the workers save and end, and nothing is started again
             self._remaining_restarts = 0
         action = "restarting from the newest checkpoint" if self._remaining_restarts else "no restarts are left"

@@ -153,7 +153,7 @@ class Membership:
         return bool(self._rendezvous._state_holder.state.closed)
 
     def has_ended(self) -> bool:
-        """Return whether a node ended the run so long ago that workers here wait for its workers in vain."""
+        """Return whether a node ended the run so long ago that workers here wait for workers that will not come."""
         if not self.is_closed():
             self._closed_since = None
             return False
@@ -273,7 +273,7 @@ def own_address() -> str | None:
 
 
 def own_name() -> str:
-    """Return what the other nodes call this one."""
+    """Return the name of this node in messages and logs."""
     return own_address() or socket.gethostname()
 
 
