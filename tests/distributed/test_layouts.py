@@ -122,25 +122,20 @@ MUON += ["--optimizer.momentum_half_life_tokens=2000", "--optimizer.reference_ba
 SAVED_BY_MUON = 2
 MUON += [f"--training.total_tokens={2 * SAVED_BY_MUON * SAMPLES * SEQUENCE}"]
 """Two steps after the save: the loss of the second depends on the restored momentum."""
+MUON_LAYOUTS = [layout for layout in LAYOUTS if "CP" not in layout]  # CP ranks are shards to an optimizer
 WITH_MUON = {
     f"{layout}, Muon": (layout, [*SHORT, *MUON, f"--checkpoint.interval_steps={SAVED_BY_MUON}"])
-    for layout in LAYOUTS
-    if "CP" not in layout  # which are shards to an optimizer
+    for layout in MUON_LAYOUTS
 } | {
     f"{layout}, Muon, gradients reduced every time": (layout, [*SHORT, *MUON, "--training.grad_sync=every_micro_batch"])
     for layout in ("two shards", "two replicas of two shards", "two shards of two TP ranks")
 }
 MUON_MOVES = {
     f"{source} to {target}, Muon": (source, target)
-    for source, target in (
-        ("one process", "one process"),
-        ("one process", "two shards of two TP ranks"),
-        ("two shards", "one process"),
-        ("two TP ranks", "two replicas of two shards"),
-        ("two shards of two TP ranks", "two shards of two TP ranks"),
-        ("two shards of two TP ranks", "two TP ranks"),
-    )
+    for targets in (MUON_LAYOUTS, MUON_LAYOUTS[1:] + MUON_LAYOUTS[:1])
+    for source, target in zip(MUON_LAYOUTS, targets, strict=True)
 }
+"""Each layout to itself, and to the next one in the list."""
 
 
 @pytest.fixture(scope="module")

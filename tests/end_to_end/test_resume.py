@@ -112,6 +112,8 @@ def test_a_change_of_what_muon_keeps_is_refused(tiny, capsys):
     for key, value in (("variant", "normuon"), ("adamw_on", '["*.wo.weight"]'), ("muon_on", '["layers.0.*"]')):
         assert tiny.launch("--resume", "--training.total_tokens=800", muon, f"--optimizer.{key}={value}") == 2
         assert f"optimizer.{key}" in capsys.readouterr().err
+    assert tiny.launch("--resume", "--training.total_tokens=800") == 2
+    assert "optimizer.use" in capsys.readouterr().err, "AdamW does not continue Muon either"
     assert tiny.launch("--resume", "--training.total_tokens=800", muon, "--optimizer.lr_scale=spectral") == 0
     assert "optimizer.lr_scale was 'match_rms_adamw', is 'spectral'" in capsys.readouterr().out
 

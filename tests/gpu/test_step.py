@@ -26,6 +26,7 @@ CASES = {
     "experts": [*EXPERTS, "--training.precision=bf16"],
     "experts, eager": [*EXPERTS, "--training.precision=bf16", "--training.compile=false"],
     "documents": [*WIDE, "--training.precision=bf16", "--training.document_masking=true"],
+    "momentum in bf16": [*WIDE, "--optimizer.state_dtype=bf16", "--training.precision=bf16"],
     "muon": [*WIDE, *MUON, "--training.precision=bf16"],
     "muon, experts": [*EXPERTS, *MUON, "--training.precision=bf16"],
     "adaptive": [*WIDE, *ADAPTIVE, "--training.precision=bf16"],
