@@ -36,6 +36,9 @@ _LLMC_TYPES = {(20240520, 1): "<u2", (20240801, 7): "<u4"}
 _MAX_PROBES, _PROBE_IDS = 512, 4096
 """Number of probes of ids when files are opened, over all files, and ids per probe."""
 _MAX_PROBES_PER_FILE = 16
+_HASHED_WHOLE = 2**28
+"""Bytes of the largest file that is hashed as a whole: of terabytes it would take hours."""
+_HASHED_BLOCKS, _BLOCK_BYTES = 1024, 2**16
 _MIN_IDS = 64
 """With fewer ids, every other one may be 0 by chance."""
 
@@ -58,8 +61,8 @@ class TokenFiles:
 
     A `.bin` file with an `.idx` file of the same name is read as Megatron-LM; llm.c and NumPy files are detected by
     their first bytes; other files are read as nanoGPT, ids without a header. Several files are concatenated. Ids from
-    all parts of each file are checked against the vocabulary when they are opened. A file is hashed once, so that a run
-    that resumes with other ids says so.
+    all parts of each file are checked against the vocabulary when they are opened. Files are hashed, of
+    large ones a part, so that a run that resumes with other ids says so.
     """
 
     path: Path | list[Path]
@@ -101,10 +104,10 @@ class TokenFiles:
         return samples
 
     def fingerprint(self, hashes: FileHashCache) -> str:
-        """Return a string that changes whenever the ids could change."""
+        """Return a string that changes with the ids; of a large file only a part of them is read."""
         paths = self.path if isinstance(self.path, list) else [self.path]
         read = [file for path in paths for file in (path, _index_of(path)) if file is not None]
-        return f"TokenFiles-2 {json.dumps([self.dtype, [hashes.sha256(file) for file in read]])}"
+        return f"TokenFiles-2 {json.dumps([self.dtype, [_content_of(file, hashes) for file in read]])}"
 
     def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
         fetch(path)
@@ -133,6 +136,19 @@ class TokenFiles:
         if rest:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes, not a multiple of the size of {self.dtype}")
         return _Tokens(dtype, np.array([[0, count]], dtype=np.int64), None, has_dtype=False)
+
+
+def _content_of(path: Path, hashes: FileHashCache) -> str:
+    """Return a hash of a file, of a large one that of its size and of evenly spaced blocks."""
+    size = path.stat().st_size
+    if size <= _HASHED_WHOLE:
+        return hashes.sha256(path)
+    content = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(_HASHED_BLOCKS):
+            file.seek(number * (size - _BLOCK_BYTES) // (_HASHED_BLOCKS - 1))
+            content.update(file.read(_BLOCK_BYTES))
+    return content.hexdigest()
 
 
 def _index_of(path: Path) -> Path | None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.data import TokenFiles
+from components.data.sources import token_files
 from components.tokenizers import Bytes
 
 pytestmark = pytest.mark.quick
@@ -180,3 +181,22 @@ def test_the_fingerprint_follows_the_ids_and_not_their_place(tmp_path):
         np.array([1, 2, 3, 4, 5, 6, last], dtype=np.uint16).tofile(folder / "ids.bin")
     one, moved, other = (build(folder / "ids.bin").fingerprint for folder in folders)
     assert one is not None and one == moved != other
+
+
+def test_of_a_large_file_size_and_blocks_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "_HASHED_WHOLE", 1000)
+    monkeypatch.setattr(token_files, "_HASHED_BLOCKS", 3)
+    monkeypatch.setattr(token_files, "_BLOCK_BYTES", 10)
+
+    def fingerprint(name: str, size: int, changed: int | None = None) -> str | None:
+        ids = np.arange(size, dtype=np.uint16) % 100
+        if changed is not None:
+            ids[changed] = 101
+        ids.tofile(tmp_path / name)
+        return build(tmp_path / name).fingerprint
+
+    first = fingerprint("first.bin", 600)
+    assert first == fingerprint("equal.bin", 600)
+    assert first == fingerprint("between.bin", 600, changed=100), "between two blocks, which is not read"
+    others = [fingerprint("end.bin", 600, 599), fingerprint("middle.bin", 600, 299), fingerprint("start.bin", 600, 0)]
+    assert len({first, *others, fingerprint("longer.bin", 700)}) == 5
