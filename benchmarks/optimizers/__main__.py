@@ -1,11 +1,11 @@
-"""Compare AdamW (also with a bf16 momentum), Muon and NorMuon at equal tokens, each with its best learning rate.
+"""Compare AdamW (also with a bf16 momentum), Muon and NorMuon, also with muP, at equal tokens and tuned learning rates.
 
     python -m benchmarks.optimizers --train novels/train --valid novels/valid --tokenizer novels2048.tiktoken
     python -m benchmarks.optimizers ... --report        # table and figure of the results so far
 
 The tokenizer is one of 2048 entries: python -m tools.train_tokenizer --path novels/train --vocab-size 2048 --output ...
 For each size, batch and optimizer: at least four learning rates a factor of sqrt(2) apart with one seed, and more while
-the best one is the first or the last; then the best one with all seeds, and for Muon and NorMuon also at 50 % and 70 %
+the best one is the first or the last; then the best one with all seeds, and for variants of Muon also at 50 % and 70 %
 of the tokens, which shows the steps to AdamW's loss, decay included. Results are kept: the same command continues.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.optimizers.runs import MUON_VARIANTS, SHORTER, Setting, Tuning
+from benchmarks.optimizers.runs import BASELINES, SHORTER, Setting, Tuning
 from components.plotting import import_pyplot, save_figure
 
 TOLERANCE = 0.01
@@ -26,7 +26,7 @@ def report_lines(tuning: Tuning, settings: Sequence[Setting]) -> Iterator[str]:
             continue
         loss = _mean_loss(tuning, setting)
         spread = statistics.stdev(each.loss for each in outcomes) if len(outcomes) > 1 else math.nan
-        adamw = _mean_loss(tuning, setting._replace(optimizer="AdamW"))
+        adamw = _mean_loss(tuning, setting._replace(optimizer=BASELINES.get(setting.optimizer, "AdamW")))
         needed = fraction_to(tuning, setting, adamw)
         milliseconds = 1e3 * statistics.median(each.seconds / each.steps for each in outcomes)
         cells = (
@@ -52,7 +52,7 @@ def report_lines(tuning: Tuning, settings: Sequence[Setting]) -> Iterator[str]:
 
 def fraction_to(tuning: Tuning, setting: Setting, loss: float) -> str:
     """Return the fraction of AdamW's steps after which a whole run, decay included, ends at `loss`."""
-    if setting.optimizer not in MUON_VARIANTS:
+    if setting.optimizer not in BASELINES:
         return "100 %" if setting.optimizer == "AdamW" else ""
     points = [(fraction, _mean_loss(tuning, setting, fraction)) for fraction in (*SHORTER, 1.0)]
     points = [point for point in points if math.isfinite(point[1])]

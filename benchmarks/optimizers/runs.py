@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.lr_transfer.methods import MUP
 from benchmarks.text_runs import SIZES, WARMUP, text_run
 from tools.sweep.grid import Job, Settings
 from tools.sweep.runner import Outcome, Results
@@ -18,12 +19,15 @@ OPTIMIZERS: dict[str, Settings] = {
     "Muon": MUON,
     "NorMuon": {**MUON, "optimizer.variant": "normuon"},
     "AdamW, bf16 momentum": {"optimizer.state_dtype": "bf16"},
+    "AdamW, muP": MUP,
+    "Muon, muP": {**MUON, **MUP},
 }
 FIRST_LR = {8: 2e-3, 32: 4e-3, 128: 5.7e-3}
 """The lowest of the first four learning rates, by batch; other batches: 4e-3."""
 SHORTER = (0.5, 0.7)
-"""Fractions of the tokens at which Muon and NorMuon are also trained."""
-MUON_VARIANTS = ("Muon", "NorMuon")
+"""Fractions of the tokens at which the variants of Muon are also trained."""
+BASELINES = {"Muon": "AdamW", "NorMuon": "AdamW", "Muon, muP": "AdamW, muP"}
+"""Variant of Muon -> what it is compared with."""
 
 
 class Setting(NamedTuple):
@@ -95,7 +99,7 @@ class Tuning:
                 lrs = [grid[tried[0] - 1] if best == min(losses) else grid[tried[-1] + 1]]
             yield from (self.job(setting, each) for each in lrs)
         else:
-            for fraction in (1.0, *(SHORTER if setting.optimizer in MUON_VARIANTS else ())):
+            for fraction in (1.0, *(SHORTER if setting.optimizer in BASELINES else ())):
                 yield from (self.job(setting, lr, seed, fraction) for seed in range(self.seeds))
 
 
