@@ -132,10 +132,12 @@ WITH_MUON = {
 }
 MUON_MOVES = {
     f"{source} to {target}, Muon": (source, target)
-    for targets in (MUON_LAYOUTS, MUON_LAYOUTS[1:] + MUON_LAYOUTS[:1])
-    for source, target in zip(MUON_LAYOUTS, targets, strict=True)
+    for source, target in [
+        *zip(MUON_LAYOUTS, MUON_LAYOUTS[1:] + MUON_LAYOUTS[:1], strict=True),
+        *((layout, layout) for layout in ("one process", "two shards", "two shards of two TP ranks")),
+    ]
 }
-"""Each layout to itself, and to the next one in the list."""
+"""Each layout to the next one in the list, and some to themselves."""
 
 
 @pytest.fixture(scope="module")
