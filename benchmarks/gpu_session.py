@@ -123,15 +123,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         session = parts(Path(directory), smoke=options.smoke)
-        for part in session:
-            left = started + 60 * options.minutes - time.monotonic()
-            if left > 0:
-                run_part(part, min(left, part.limit))
-            print(outcome(part), flush=True)
-            about = {"machine": machine(), "parts": [asdict(each) for each in session]}
-            options.output.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
+        try:
+            for part in session:
+                left = started + 60 * options.minutes - time.monotonic()
+                if left > 0:
+                    run_part(part, min(left, part.limit))
+                print(outcome(part), flush=True)
+                save(session, options.output)
+        except KeyboardInterrupt:
+            save(session, options.output)
+            return 130
     print(f"\nAll results: {options.output}")
-    return max((abs(part.status) if part.status is not None else 1) for part in session) and 1
+    return int(any(part.status != 0 for part in session))
+
+
+def save(session: Sequence[Part], output: Path) -> None:
+    about = {"machine": machine(), "parts": [asdict(part) for part in session]}
+    output.write_text(json.dumps(about, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

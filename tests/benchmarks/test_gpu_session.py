@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
+import time
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 
@@ -66,6 +67,21 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_the_time_limit_of_a_job_interrupts():
-    with pytest.raises(KeyboardInterrupt):
-        gpu_session.interrupt(signal.SIGTERM, None)
+def test_an_interrupted_session_keeps_the_parts_before_and_the_output_so_far(monkeypatch, tmp_path):
+    wait = Popen.wait
+
+    def interrupted(process: Popen, timeout: float | None = None) -> int:
+        if "interrupted" in process.args[-1] and timeout is not None:
+            time.sleep(1)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(Popen, "wait", interrupted)
+    session = [
+        Part("first", ["-c", "print('done')"], 60),
+        Part("second", ["-c", "import time; print('begun', flush=True); time.sleep(600)  # interrupted"], 60),
+        Part("third", ["-c", "print('started')"], 60),
+    ]
+    status, (first, second, third) = run_session(monkeypatch, tmp_path, session)
+    assert status == 130
+    assert (first["status"], second["status"], second["output"], third["output"]) == (0, None, "begun\n", "")
