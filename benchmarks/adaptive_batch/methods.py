@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks import text_runs
 
@@ -35,6 +35,10 @@ SIZES = {
 
 DECAY_FRACTION = 0.3
 """Of the tokens, under WSD and Power."""
+DECAYS_FROM = {64: 0.4, 48: 0.7}
+"""Batch, in samples -> fraction of the tokens that are left when eta 1.6 reaches it under WSD: 33 to 52 % and 65 to
+83 % in the stored runs. A decay of that fraction begins at that batch."""
+_VARIANTS = "benchmarks.adaptive_batch.variants"
 REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE_LENGTH}
 
 BOTH_NORMS: dict[str, object] = {"gradient_noise.norms": '["l2", "adam"]'}
@@ -97,6 +101,8 @@ class Method:
     """Whether the learning rate scales with the square root of the batch under WSD and cosine; Power has its rule."""
     decay: str = "wsd"
     """The schedule that the method is run under, in addition to Power."""
+    wsd: Mapping[str, object] = field(default_factory=dict)
+    """Keys of its own under WSD."""
 
 
 VARIANTS = ("doubling, early", "doubling, evenly", "doubling, late")
@@ -118,6 +124,28 @@ METHODS: dict[str, Method] = {
     "closed form of 2607.27731": Method(closed_form(MEDIUM, DECAY_FRACTION), first=MEDIUM, scales_lr=False),
     **{f"norm test, eta {eta}": Method(norm_test(eta)) for eta in (1.6, 2.0, 2.8)},
     "norm test, eta 1.3, at most 96": Method(norm_test(1.3, max_size=96)),
+    "norm test, eta 1.6, lr of at most 32": Method(
+        norm_test(1.6),
+        wsd={"lr_schedule.use": f"{_VARIANTS}:LimitedWSD", "lr_schedule.scaled_up_to_tokens": 32 * SEQUENCE_LENGTH},
+    ),
+    **{
+        f"norm test, eta 1.6, decay from {size} on": Method(
+            norm_test(1.6), wsd={"lr_schedule.decay_fraction": fraction}
+        )
+        for size, fraction in DECAYS_FROM.items()
+    },
+    **{
+        f"constant 8, decay from {size} on": Method(
+            constant(SMALL), scales_lr=False, wsd={"lr_schedule.decay_fraction": fraction}
+        )
+        for size, fraction in DECAYS_FROM.items()
+    },
+    **{
+        f"norm test, eta {eta} that follows the schedule": Method(
+            norm_test(eta, max_size=256) | {"batch.use": f"{_VARIANTS}:FollowingNormTest"}
+        )
+        for eta in (1.3, 1.8)
+    },
     **{
         f"norm test in Adam's norm, eta {eta}": Method(norm_test(eta, norm="adam") | BOTH_NORMS) for eta in (1.6, 2.0)
     },
@@ -167,4 +195,5 @@ def schedule(name: str, lr: float, method: Method) -> dict[str, object]:
     scaling = REFERENCE if method.scales_lr else {}
     if name == "cosine":
         return {"lr_schedule.use": "components.lr_schedules:Cosine", "lr_schedule.max_lr": lr, **warmup, **scaling}
-    return {"lr_schedule.use": "components.lr_schedules:WSD", "lr_schedule.max_lr": lr, **warmup, **end, **scaling}
+    wsd = {"lr_schedule.use": "components.lr_schedules:WSD", "lr_schedule.max_lr": lr, **warmup, **end, **scaling}
+    return {**wsd, **method.wsd}
