@@ -35,9 +35,9 @@ SIZES = {
 
 DECAY_FRACTION = 0.3
 """Of the tokens, under WSD and Power."""
-DECAYS_FROM = {64: 0.4, 48: 0.7}
-"""Batch, in samples -> fraction of the tokens that are left when eta 1.6 reaches it under WSD: 33 to 52 % and 65 to
-83 % in the stored runs. A decay of that fraction begins at that batch."""
+LONG_DECAYS = (0.4, 0.7)
+"""Of the tokens. Under WSD, eta 1.6 reaches 64 samples with 33 to 52 % of the tokens left, and 48 with 65 to 83 % (in
+the stored runs), so these decays begin at about these batches."""
 _VARIANTS = "benchmarks.adaptive_batch.variants"
 REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE_LENGTH}
 
@@ -100,7 +100,9 @@ class Method:
     scales_lr: bool = True
     """Whether the learning rate scales with the square root of the batch under WSD and cosine; Power has its rule."""
     decay: str = "wsd"
-    """The schedule that the method is run under, in addition to Power."""
+    """The schedule that the method is run under."""
+    power: bool = True
+    """Whether it is also run under Power."""
     wsd: Mapping[str, object] = field(default_factory=dict)
     """Keys of its own under WSD."""
 
@@ -126,23 +128,24 @@ METHODS: dict[str, Method] = {
     "norm test, eta 1.3, at most 96": Method(norm_test(1.3, max_size=96)),
     "norm test, eta 1.6, lr of at most 32": Method(
         norm_test(1.6),
+        power=False,
         wsd={"lr_schedule.use": f"{_VARIANTS}:LimitedWSD", "lr_schedule.scaled_up_to_tokens": 32 * SEQUENCE_LENGTH},
     ),
     **{
-        f"norm test, eta 1.6, decay from {size} on": Method(
-            norm_test(1.6), wsd={"lr_schedule.decay_fraction": fraction}
+        f"decay of {fraction:.0%}, norm test, eta 1.6": Method(
+            norm_test(1.6), power=False, wsd={"lr_schedule.decay_fraction": fraction}
         )
-        for size, fraction in DECAYS_FROM.items()
+        for fraction in LONG_DECAYS
     },
     **{
-        f"constant 8, decay from {size} on": Method(
-            constant(SMALL), scales_lr=False, wsd={"lr_schedule.decay_fraction": fraction}
+        f"decay of {fraction:.0%}, constant 8": Method(
+            constant(SMALL), scales_lr=False, power=False, wsd={"lr_schedule.decay_fraction": fraction}
         )
-        for size, fraction in DECAYS_FROM.items()
+        for fraction in LONG_DECAYS
     },
     **{
         f"norm test, eta {eta} that follows the schedule": Method(
-            norm_test(eta, max_size=256) | {"batch.use": f"{_VARIANTS}:FollowingNormTest"}
+            norm_test(eta, max_size=256) | {"batch.use": f"{_VARIANTS}:FollowingNormTest"}, power=False
         )
         for eta in (1.3, 1.8)
     },
@@ -156,7 +159,7 @@ METHODS: dict[str, Method] = {
         adaptive("NoiseScale", coefficient=0.2, shrink="true", max_growth=2,
                  delay_tokens=WARMUP_STEPS * SMALL * SEQUENCE_LENGTH)
     ),
-    "Seesaw": Method(adaptive("Seesaw"), decay="cosine"),
+    "Seesaw": Method(adaptive("Seesaw"), decay="cosine", power=False),
 }  # fmt: skip
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import math
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.adaptive_batch import __main__ as comparison
-from benchmarks.adaptive_batch import methods, runs
+from benchmarks.adaptive_batch import methods, runs, variants
 from benchmarks.adaptive_batch.runs import ResultBook, Run
+from components.batch import NormTest
+from components.gradient_noise.moments import GradientMoments, GradientNoise
+from components.lr_schedules import WSD
 from tools.sweep.runner import Outcome, Results, Runner
 
 ROW = ("constant 8", "wsd")
@@ -84,9 +89,10 @@ def test_the_whole_comparison_ends_in_a_row_for_every_method(trained, text, tmp_
     finals = [job.varied for job in trained if job.varied["tokens"] == "4000000"]
     assert {job["seed"] for job in finals} == {"0", "1"}
     methods_run = len(methods.METHODS) - (len(methods.VARIANTS) - 1)  # of the ramps only the best
+    wsd_only = sum(not method.power for method in methods.METHODS.values())
     # the first seed tries the best learning rate and its neighbors, of which there is one under Power, where the best
-    # one is the smallest here; Seesaw is run under one schedule
-    assert len(finals) == 4 * methods_run + 3 * (methods_run - 1)
+    # one is the smallest here
+    assert len(finals) == 4 * methods_run + 3 * (methods_run - wsd_only)
     assert all(f"| {job['method']} | " in found for job in finals)
     before_and_after = "| 5.000 (5.000 to 5.000) | 4.000 (4.000 to 4.000) |"  # at half and at the end of its tokens
     assert all((before_and_after in line) != ("Seesaw" in line) for line in found.splitlines() if "4.000 (" in line)
@@ -104,10 +110,43 @@ def test_a_comparison_without_its_text_is_refused(tmp_path, capsys):
     assert "--train, --valid and --tokenizer are required" in capsys.readouterr().err
 
 
-EVERY = [(name, kind) for name in [*methods.METHODS, "constant 20"] for kind in ("wsd", "power", "cosine")]
+def test_a_norm_test_follows_the_schedule():
+    """Eta is halved with the learning rate, so the batch is four times as large."""
+    settings = {"initial_size": 8, "max_size": 512, "multiple_of": 4, "eta": 1.6}
+    schedule = WSD(max_lr=2e-3, decay_fraction=0.5, decay="linear", batch_scaling="sqrt", reference_batch_tokens=1024)
+    build = {"schedule": schedule, "sequence_length": 128, "total_tokens": 1_000_000}
+    following = variants.FollowingNormTest(**settings).build(**build)
+    plain = NormTest(**settings).build(**build)
+    moments = GradientMoments(
+        micro_batch_size=4, num_micro_batches=2, sum_micro_grad_sq_norms=1.0, mean_grad_sq_norm=0.4
+    )
+    noise = GradientNoise(grad_cov_trace=100.0, grad_sq_norm=1.0, moments=moments)
+    for tokens, factor in ((400_000, 1), (750_000, 4)):
+        clock = SimpleNamespace(step=9, samples=tokens // 128, tokens=tokens, total_tokens=1_000_000)
+        for policy in (following, plain):
+            policy.observe(clock, noise)
+        assert plain.next_batch_size(clock) == 40  # 100 / 1.6^2 = 39.06, in whole micro-batches of 4
+        assert following.next_batch_size(clock) == math.ceil(factor * 100 / 1.6**2 / 4) * 4
+    following.observe(SimpleNamespace(step=9, samples=7812, tokens=1_000_000, total_tokens=1_000_000), noise)
+    assert following.next_batch_size(clock) == 160, "without a learning rate it stays"
 
 
-@pytest.mark.parametrize("name, kind", [row for row in EVERY if row != ("Seesaw", "power")])  # refused by design
+def test_a_learning_rate_that_scales_up_to_a_batch():
+    keys = {"max_lr": 2e-3, "batch_scaling": "sqrt", "reference_batch_tokens": 1024}
+    limited = variants.LimitedWSD(**keys, scaled_up_to_tokens=4096)
+    assert limited.lr(5000, 2048, 10**6) == WSD(**keys).lr(5000, 2048, 10**6)
+    assert limited.lr(5000, 8192, 10**6) == WSD(**keys).lr(5000, 4096, 10**6) == pytest.approx(4e-3)
+
+
+EVERY = [
+    (name, kind)
+    for name in [*methods.METHODS, "constant 20"]
+    for kind in ("wsd", "power", "cosine")
+    if kind != "power" or methods.method_of(name).power
+]
+
+
+@pytest.mark.parametrize("name, kind", EVERY)
 def test_every_method_is_a_recipe(name, kind, tmp_path):
     """Keys, types and cross-checks, which need no text."""
     from recipes import cli
