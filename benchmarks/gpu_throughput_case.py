@@ -131,7 +131,7 @@ def train_recipe(config: Config, report: Report) -> None:
         run.metric_logger.log = reported  # type: ignore[method-assign]
         samples = config.recipe.batch.initial_size
         report.begin(
-            flops_per_token=run.flops_per_token,
+            flops_per_token=run.metrics.flops_per_token,
             tokens_per_step=samples * run.clock.sequence_length,
             # a smoke run has so many tiny steps that simulating its schedule takes minutes
             estimated_bytes=None if report.device.type == "cpu" else estimated_bytes(config),

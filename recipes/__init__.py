@@ -20,7 +20,8 @@ parallelize.py          tensor parallelism, activation checkpointing, compile, F
 batch_policy.py         builds the batch policy (the policies: components/batch/)
 prepared_data.py        the data of a recipe, built for a tool; refuses untokenized text on several nodes
 data_checks.py          checks the micro-batches of a step
-step_results.py         a step queued on the device, and its results read later
+step_results.py         a step queued on the device, and its results on the host
+pending_steps.py        the steps whose results are not read yet; reads and logs them
 step_timer.py           times the steps, for the metrics and batch policies
 step_metrics.py         the row of a step in metrics.jsonl
 bad_steps.py            skips, rolls back or stops as components/guard.py decides

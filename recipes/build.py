@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components import precision
 from components.batch import BatchPolicy, BatchRounding
@@ -28,6 +28,7 @@ from components.distributed.parallel_dims import ParallelDims
 from components.environment import describe_environment, record_environment
 from components.float8 import convert_to_float8
 from components.gradient_noise import AdamNorm, GradientNoiseHooks, named_backward_parameters, require_preconditioner
+from components.hardware import peak_flops
 from components.interfaces import PackedDataset
 from components.metrics.logger import MetricLogger
 from components.metrics.writer import RunInfo
@@ -52,6 +53,7 @@ from recipes.parallelize import materialize, parallelize
 from recipes.prepared_data import require_prepared_data
 from recipes.resume import log_moved_data
 from recipes.run_setup import Environment
+from recipes.step_metrics import StepMetrics
 from recipes.tasks import EvaluateTasks, Task, build_tasks
 from recipes.training_state import DataIdentity, TrainingState
 
@@ -292,6 +294,16 @@ def build_profiler(config: Config, environment: Environment, cleanup: ExitStack)
     return profiler
 
 
+def build_step_metrics(
+    config: Config, world: DistributedContext, data: TrainingData, built: ShardedModel
+) -> StepMetrics:
+    """Build what makes the row of a step, with the FLOPs per token as the model counts them."""
+    with config_errors_at(config, "model"):
+        flops_per_token = float(built.model.flops_per_token(config.recipe.training.sequence_length))
+    peak = peak_flops(world.device, precision.dtype_of(built.precision))
+    return StepMetrics(built.model, data.dataset, world.device, flops_per_token, peak and peak * world.size)
+
+
 def build_metric_logger(
     config: Config, environment: Environment, clock: TrainingClock, cleanup: ExitStack
 ) -> MetricLogger:
@@ -357,12 +369,6 @@ def build_hook_context(
         directory=environment.directory.path,
         log_metrics=log_metrics,
     )
-
-
-def flops_per_token(config: Config, model: nn.Module) -> float:
-    """Return the FLOPs per trained token, as the model counts them."""
-    with config_errors_at(config, "model"):
-        return float(model.flops_per_token(config.recipe.training.sequence_length))  # type: ignore[operator]
 
 
 def log_startup(

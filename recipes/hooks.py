@@ -1,7 +1,8 @@
 """Hooks: code that the training loop calls at named points, in a fixed order.
 
 To add a point, add a method `on_...` to `Hook`, and call it with `self.hooks.call("on_...", self.context)` where it
-belongs in `Trainer.train` or `Trainer.launch` of pretrain.py. builtin_hooks.py has the hooks of the loop itself.
+belongs in `Trainer.train` or `Trainer.update_weights` of pretrain.py. builtin_hooks.py has the hooks of the loop
+itself.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from functools import partial
 
 from torch import Tensor
 
-from components import precision
 from components.batch import Adaptive, StepBatch, StepTime
 from components.checkpoint import CheckpointConfig
 from components.distributed.collectives import try_call
@@ -23,12 +21,11 @@ from components.distributed.parallel_dims import ParallelConfig
 from components.errors import invalid_names
 from components.garbage_collection import GarbageCollection
 from components.gradient_noise import GradientNoiseConfig
-from components.guard import BadStep, GuardConfig
-from components.hardware import peak_flops
+from components.guard import GuardConfig
 from components.interfaces import DataConfig
 from components.interrupts import RESTART, exit_status, is_stop, reason
 from components.metrics.logger import MetricsConfig
-from components.profiler import ProfilerConfig
+from components.profiler import Profiler, ProfilerConfig
 from components.train_step import StepSums, nonfinite_flag
 from components.units import format_count
 from components.validation import ValidationConfig
@@ -55,13 +52,13 @@ from recipes.interfaces import (
     complete_schedule,
 )
 from recipes.model_setup import check_tensor_parallelism
+from recipes.pending_steps import PendingSteps
 from recipes.probe_runner import ProbeRunner
 from recipes.probes import build_probes, check_probes
 from recipes.resume import Resume
 from recipes.run_config import RunConfig, TrainingConfig
-from recipes.run_setup import build_environment
-from recipes.step_metrics import StepMetrics
-from recipes.step_results import LaunchedStep, StepResult, metrics_delay, request_counts
+from recipes.run_setup import Environment, build_environment
+from recipes.step_results import LaunchedStep, metrics_delay, request_counts
 from recipes.step_timer import StepTimer
 
 log = logging.getLogger("powertrain")
@@ -166,7 +163,6 @@ class Trainer:
         self.model = built.model
         self.step = build.build_train_step(config, self.world, self.mesh, built)
         self.probes = ProbeRunner(self.step, build_probes(config, self.model), self.world, self.mesh.dp)
-        self.metrics_delay = metrics_delay(self.world.device, self.step, recipe.guard)
         manager = build.build_checkpoint_manager(config, environment, cleanup)
         self.state = build.build_state(config, environment, self.step, self.policy, self.data.identity, hooks)
         self.clock = self.state.clock
@@ -175,18 +171,22 @@ class Trainer:
         loader = build.build_loader(config, self.mesh, self.data.dataset, self.clock.samples, cleanup)
         self.reader = MicroBatchReader(loader, self.world, self.clock.sequence_length, self.data.identity.vocab_size)
         profiler = build.build_profiler(config, environment, cleanup)
-        self.flops_per_token = build.flops_per_token(config, self.model)
+        self.metrics = build.build_step_metrics(config, self.world, self.data, built)
         start.commit()
         garbage = GarbageCollection(recipe.training.gc_interval_steps)
         cleanup.callback(garbage.close)
-        device = self.world.device
-        peak = peak_flops(device, precision.dtype_of(built.precision))
-        self.metrics = StepMetrics(
-            self.model, self.data.dataset, device, self.flops_per_token, peak and peak * self.world.size
-        )
         self.metric_logger = build.build_metric_logger(config, environment, self.clock, cleanup)
         layout = f"{self.mesh.mesh_shape}; {self.batch_rounding}"
         self.timer = StepTimer(layout, self.world.size, first_step=self.clock.step + 1)
+        self.pending = PendingSteps(
+            delay=metrics_delay(self.world.device, self.step, recipe.guard),
+            state=self.state,
+            metrics=self.metrics,
+            metric_logger=self.metric_logger,
+            timer=self.timer,
+            requests=self.requests,
+            world_size=self.world.size,
+        )
         self.checkpoints = RunCheckpoints(
             self.state,
             manager,
@@ -199,21 +199,26 @@ class Trainer:
             is_on_disk=start.fetch is None,
             started_from=start.checkpoint if start.fetch is None else None,
         )
-        self.launched: deque[tuple[LaunchedStep, BadStep | None]] = deque()
         self.warned_noise = False
+        self.hooks = self._build_hooks(environment, hooks, profiler, garbage)
+        self.context = build.build_hook_context(environment, self.step, self.clock, self.metric_logger)
+        build.log_startup(config, environment, self.mesh, self.data, built)
+
+    def _build_hooks(
+        self, environment: Environment, custom: dict[str, Hook], profiler: Profiler, garbage: GarbageCollection
+    ) -> Hooks:
+        """Return the hooks of the run: those of the loop itself, and `custom`, those of [hooks]."""
+        recipe, step = self.recipe, self.step
         intervals = recipe.checkpoint.interval_steps, recipe.checkpoint.in_memory_interval_steps
         after: list[Hook] = [SaveCheckpoints(self.checkpoints, self.requests, *intervals)]
         if (validation := self.data.validation) is not None:
-            metrics, compute = environment.directory.metrics, self.step.compute_context
-            interval = config.recipe.validation.interval_steps
-            after.append(Validate(self.checkpoints, self.mesh.dp, compute, metrics, validation, interval))
+            metrics, interval = environment.directory.metrics, self.config.recipe.validation.interval_steps
+            after.append(Validate(self.checkpoints, self.mesh.dp, step.compute_context, metrics, validation, interval))
         if self.data.tasks:
-            after.append(build.build_task_hook(environment, self.mesh, self.data, self.step, self.checkpoints))
-        compiles = recipe.training.compiles(device)
+            after.append(build.build_task_hook(environment, self.mesh, self.data, step, self.checkpoints))
+        compiles = recipe.training.compiles(self.world.device)
         after += [AfterFirstStep(self.world, compiles, self.clock.step), CollectGarbage(garbage)]
-        self.hooks = Hooks([ProfileSteps(profiler)], hooks, after)
-        self.context = build.build_hook_context(environment, self.step, self.clock, self.metric_logger)
-        build.log_startup(config, environment, self.mesh, self.data, built)
+        return Hooks([ProfileSteps(profiler)], custom, after)
 
     def train(self) -> int:
         """Run the training loop. Returns the request that ended it, or NONE after all tokens are trained."""
@@ -222,18 +227,27 @@ class Trainer:
         while not self.clock.done and not is_stop(self.requests.agreed):
             self.hooks.call("on_step_begin", self.context)
             self.launch(self.next_batch())
-            self.read_launched(self.metrics_delay)
-            self.observe()
+            self.read_launched(unread=self.pending.delay)
+            self.pending.observe()
             self.hooks.call("on_step_end", self.context)
         self.finish()
         return self.requests.agreed
 
     def launch(self, batch: StepBatch) -> None:
         """Queue the next step on the device, and advance the clock."""
+        launched = self.compute_gradients(batch)
+        if launched.numbers is not None:
+            self.update_weights(launched, launched.numbers)
+        self.clock.advance(batch.samples)
+        self.state.is_consistent = True
+        self.pending.append(launched)
+
+    def compute_gradients(self, batch: StepBatch) -> LaunchedStep:
+        """Queue forward and backward of the next step, and the reduction of its gradients."""
         started, step_tokens = time.perf_counter(), batch.samples * self.clock.sequence_length
         lr = compute_lr(self.recipe.lr_schedule, self.clock, step_tokens, self.checkpoints)
         samples = self.reader.read(batch.micro_batches)
-        data_seconds, bad = time.perf_counter() - started, None
+        data_seconds = time.perf_counter() - started
         timed, measured = self.timer.take(), self.measures_noise(batch)
         undo_forward = self.state.tensors.forward_state()
         self.probes.before_step(self.clock.step + 1, samples.micro_batches)
@@ -255,58 +269,28 @@ class Trainer:
         after.advance(batch.samples)
         with raised_in("batch"):
             explained = dict(self.policy.metrics())
-        dp_size = self.mesh.dp.size
-        launched = LaunchedStep(after, batch, lr, numbers, dp_size, measured, data_seconds, timed, explained)
-        if numbers is not None:
-            # with a delay the device skips a non-finite update, and read_launched checks the step
-            if not self.metrics_delay and (bad := self._judge(launched.read())) is not None:
+        return LaunchedStep(after, batch, lr, numbers, self.mesh.dp.size, measured, data_seconds, timed, explained)
+
+    def update_weights(self, launched: LaunchedStep, numbers: StepSums) -> None:
+        """Queue the update of the weights, unless the guard finds the step to be bad."""
+        if not self.pending.delay:
+            result = launched.read()
+            launched.bad = self.state.guard.check(result.loss, result.grad_norm)
+            if launched.bad is not None:
                 self.step.zero_grad()
-                handle_bad_step(bad, launched, self.checkpoints)
-            else:
-                self.hooks.call("on_gradients_ready", self.context)
-                self.state.is_consistent = False
-                self.step.update(lr, skip=nonfinite_flag(numbers) if self.metrics_delay else None)
-                self.state.averages.update(tokens=after.tokens, step_tokens=step_tokens)
-                launched.probed = self.probes.after_update()
-        self.clock.advance(batch.samples)
-        self.state.is_consistent = True
-        self.launched.append((launched, bad))
+                handle_bad_step(launched.bad, launched, self.checkpoints)
+                return
+        self.hooks.call("on_gradients_ready", self.context)
+        self.state.is_consistent = False
+        # with a delay the device skips a non-finite update, and `pending.read` checks the step
+        self.step.update(launched.lr, skip=nonfinite_flag(numbers) if self.pending.delay else None)
+        self.state.averages.update(tokens=launched.progress.tokens, step_tokens=launched.tokens)
+        launched.probed = self.probes.after_update()
 
     def read_launched(self, unread: int = 0) -> None:
-        """Read and log the results of the launched steps, except the last `unread`."""
-        bad_steps: list[tuple[BadStep, LaunchedStep]] = []
-        while len(self.launched) > unread:
-            launched, bad = self.launched.popleft()
-            result = launched.read()
-            if self.metrics_delay and launched.numbers is not None and (bad := self._judge(result)) is not None:
-                bad_steps.append((bad, launched))
-                unread = 0  # read all launched steps before it is handled
-            noise = None
-            if result.moments and bad is None:
-                noise = self.state.noise.update(launched.progress.samples, result.moments)
-            self.state.observations.append((launched.progress, noise))
-            if result.step_time is not None:
-                with raised_in("batch"):
-                    self.policy.observe_time(result.step_time)
-            row = self.metrics.row(launched, result, noise, step_seconds=self.timer.stop(launched))
-            self.metric_logger.log(row if launched.probed is None else row | launched.probed.read())
-            self.timer.restart()
-            # processes agree on a request in the reduction of the step; a single one can poll again
-            request = result.request if self.world.size > 1 else self.requests.poll()
-            self.requests.agreed = max(self.requests.agreed, request)
-        for bad, launched in bad_steps:
+        """Read and log the results of the launched steps, except the last `unread`, and handle the bad ones."""
+        for bad, launched in self.pending.read(unread):
             handle_bad_step(bad, launched, self.checkpoints)
-
-    def observe(self) -> None:
-        """Let the batch policy observe the steps up to the one launched `metrics_delay` steps ago.
-
-        A checkpoint reads steps earlier. They wait in `state.observations`, so that the time at which the policy
-        observes a step does not depend on when the run was saved.
-        """
-        observations = self.state.observations
-        while observations and observations[0][0].step <= self.clock.step - self.metrics_delay:
-            with raised_in("batch"):
-                self.policy.observe(*observations.popleft())
 
     def next_batch(self) -> StepBatch:
         """Return the batch of the next step. Raises ConfigError at [batch] for an invalid size."""
@@ -355,10 +339,6 @@ class Trainer:
             log.info(f"stopped by {reason(request)} after step {self.clock.step}; continue with --resume")
         else:
             log.info(f"done: {format_count(self.clock.tokens)} tokens in {self.clock.step} steps")
-
-    def _judge(self, result: StepResult) -> BadStep | None:
-        """Return what the guard says about a step; None if the step is good."""
-        return self.state.guard.check(result.loss, result.grad_norm)
 
     def _summands(self, timed: StepTime | None) -> dict[str, Tensor]:
         """Return further values to sum over all processes together with those of the step.

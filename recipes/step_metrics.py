@@ -37,7 +37,7 @@ class StepMetrics:
     ) -> dict[str, Any]:
         """Return the row of a step; a value that was not measured is None."""
         progress, batch, sums = launched.progress, launched.batch, result.model_sums
-        tokens_per_second = batch.samples * progress.sequence_length / step_seconds
+        tokens_per_second = launched.tokens / step_seconds
         return {
             "step": progress.step,
             "tokens": progress.tokens,

@@ -13,7 +13,7 @@ from components.batch import StepBatch, StepTime
 from components.clock import TrainingClock
 from components.gradient_noise import GradientMoments
 from components.gradient_noise.moments import Norm
-from components.guard import GuardConfig
+from components.guard import BadStep, GuardConfig
 from components.interrupts import NONE, REQUESTS
 from components.train_step import StepSums, TrainStep
 from recipes.probe_runner import ProbeResults
@@ -56,10 +56,17 @@ class LaunchedStep:
     """How the batch policy explains the size of this step."""
     probed: ProbeResults | None = None
     """The numbers of the probes; None for a step without any."""
+    bad: BadStep | None = None
+    """What the guard found; None for a good step, and for one that is not checked yet."""
 
     @property
     def first_sample(self) -> int:
         return self.progress.samples - self.batch.samples
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step, over all ranks."""
+        return self.batch.samples * self.progress.sequence_length
 
     def read(self) -> StepResult:
         """Wait until the device has computed the gradient of this step, and return its results."""
@@ -80,7 +87,7 @@ class LaunchedStep:
         made = numbers["requests"].nonzero()
         step_time = self.timed and replace(self.timed, seconds=float(numbers["step_seconds"]))
         return StepResult(
-            loss=float(numbers["loss"]) / (self.batch.samples * self.progress.sequence_length),
+            loss=float(numbers["loss"]) / self.tokens,
             grad_norm=float(torch.tensor(grad_sq_norm, dtype=torch.float64).sqrt()),
             moments=moments,
             model_sums=numbers.get("model"),
