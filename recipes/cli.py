@@ -21,11 +21,12 @@ from typing import Any, NoReturn, ParamSpec
 
 from components.errors import InputError
 from components.garbage_collection import resume_after_imports
+from components.protocol_defaults import with_defaults
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
 from recipes.errors import RunError, config_errors_at, failing_component, out_of_memory_remedy
 from recipes.process_environment import choose_allocator, enable_flight_recorder
-from recipes.recipe import complete_recipe
+from recipes.recipe import CheckpointDefaults, RunDefaults, complete_recipe
 
 log = logging.getLogger("powertrain")
 P = ParamSpec("P")
@@ -331,14 +332,14 @@ def run_command(arguments: Sequence[str]) -> int:
             "three in each process"
         )
     recipe = complete_recipe(config.recipe)
-    hang_timeout = getattr(recipe.run, "hang_timeout_seconds", None)
+    hang_timeout = with_defaults(recipe.run, RunDefaults).hang_timeout_seconds
     several = shape.world_size > 1 or shape.min_nodes > 0
     if not is_worker() and (several or hang_timeout is not None or "MAX_RESTARTS" in os.environ):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shape.per_node)))
         if recipe.device != "cpu" and recipe.run is not None:
             enable_flight_recorder(os.environ, recipe.run.directory)
         with ExitStack() as cleanup:
-            if getattr(recipe.checkpoint, "in_memory_interval_steps", None) is not None:
+            if with_defaults(recipe.checkpoint, CheckpointDefaults).in_memory_interval_steps is not None:
                 from components.checkpoint.host_memory import make_host_memory_directory
 
                 cleanup.enter_context(make_host_memory_directory())

@@ -45,6 +45,33 @@ class LanguageModel(Protocol):
         ...
 
 
+class ModelDefaults:
+    """The members of a model that the dry run and generation use if they exist, with their defaults."""
+
+    vocab_size: int = 0
+    """The rows of the embedding; 0: not known."""
+
+    def active_parameters(self) -> int | None:
+        """Return the number of matrix parameters in the layers that one token uses; None if it is not known."""
+        return None
+
+    def key_value_bytes(self, tokens: int, *, element_bytes: int) -> int:
+        """Return the bytes of the keys and values of one layer for `tokens`; 0 if they are not known."""
+        return 0
+
+    def loss_bytes(self, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:
+        """Return the bytes of head and loss; by default of float32 logits, log-probabilities and gradients."""
+        return 12 * tokens * self.vocab_size
+
+    def use_mkldnn_linear(self) -> None:
+        """Store the weights for fast generation on a CPU. They need not support training or saving any more."""
+
+
+def complete_model(model: nn.Module) -> ModelDefaults:
+    """Return the optional members of `model`, with defaults for those that its class does not define."""
+    return with_defaults(model, ModelDefaults)
+
+
 @runtime_checkable
 class ReportsMetrics(Protocol):
     """A model that reports metrics."""

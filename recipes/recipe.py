@@ -10,15 +10,29 @@ from components.protocol_defaults import with_defaults
 from recipes.config import Config, ConfigError
 
 
+class RunDefaults:
+    """The optional attributes of the section `run` that the launcher uses, with their defaults."""
+
+    hang_timeout_seconds: float | None = None
+    """Seconds without progress after which the launcher restarts the processes; None: never."""
+
+
+class CheckpointDefaults:
+    """The optional attributes of the section `checkpoint` that the launcher uses, with their defaults."""
+
+    in_memory_interval_steps: int | None = None
+    """Steps between copies of the state in memory, for which the launcher makes a directory; None: none."""
+
+
 class RecipeDefaults:
     """The optional attributes of a recipe, with their defaults."""
 
     device: str = "auto"
     """The device. "cpu" starts one process even if there are GPUs."""
     run: Any = None
-    """The section with the run directory."""
+    """The section with the run directory, and optionally what `RunDefaults` has."""
     checkpoint: Any = None
-    """The section that says when to save."""
+    """The section that says when to save; see `CheckpointDefaults`."""
     validation: Any = None
     """The section with the validation data."""
     average: Mapping[str, Any] = MappingProxyType({})

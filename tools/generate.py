@@ -36,6 +36,7 @@ from components.standard_streams import run_command
 from components.token_ids import describe_start, first_input, start_of_document
 from components.tokenizers.detokenizer import IncrementalDetokenizer
 from recipes.config import ConfigError
+from recipes.interfaces import complete_model
 from recipes.model_setup import require_context_parallelism
 from recipes.parallelize import materialize
 from recipes.trained_model import load_pretrained
@@ -108,8 +109,7 @@ class Generator:
         materialize(model, torch.device("cpu"))
         trained.load_weights(model, single_process=True)
         model.to(self.device, precision.dtype_of(precision.resolve_precision(options.precision, self.device))).eval()
-        if (use_mkldnn_linear := getattr(model, "use_mkldnn_linear", None)) is not None:
-            use_mkldnn_linear()
+        complete_model(model).use_mkldnn_linear()
         self.model: Any = model
         self.trained_length = trained.sequence_length
         self.longest = int(getattr(getattr(model, "shape", None), "max_sequence_length", trained.sequence_length))

@@ -22,6 +22,7 @@ from components.distributed.parallel_dims import MeshShape
 from components.hardware import device_memory
 from recipes.averages import count_copies
 from recipes.dry_run.activation_memory import count_activations
+from recipes.interfaces import complete_model
 from recipes.model_setup import transformer_blocks
 
 RESERVED_BYTES = {"cuda": 2 * 2**30, "cpu": 2**29}
@@ -88,7 +89,7 @@ def estimate_memory(
     # without checkpointing every layer keeps them, in addition to this rank's part
     whole_keys = key_value_bytes(model, training, element) // tp if mesh_shape.cp > 1 else 0
     keys = round(len(blocks) * whole_keys * (1 - 1 / mesh_shape.cp)) if mode == "none" else whole_keys
-    loss = loss_bytes(model, tokens, element_bytes=element, device_type=device_type, compiled=compiled)
+    loss = complete_model(model).loss_bytes(tokens, element_bytes=element, device_type=device_type, compiled=compiled)
     loss = math.ceil(loss / tp)
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if shards > 1 else 0
@@ -183,16 +184,6 @@ def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, f
 
 
 def key_value_bytes(model: nn.Module, training: Any, element_bytes: int) -> int:
-    """Return the bytes of the keys and values of one layer for the whole sequences of a micro-batch: 0 if the model
-    does not say."""
-    of_model: Any = getattr(model, "key_value_bytes", None)
+    """Return the bytes of the keys and values of one layer for the whole sequences of a micro-batch."""
     tokens = training.micro_batch_size * training.sequence_length
-    return 0 if of_model is None else int(of_model(tokens, element_bytes=element_bytes))
-
-
-def loss_bytes(model: nn.Module, tokens: int, *, element_bytes: int, device_type: str, compiled: bool) -> int:
-    """Return the bytes of head and loss: from the model, or else of float32 logits, log-probabilities and gradients."""
-    of_model: Any = getattr(model, "loss_bytes", None)
-    if of_model is not None:
-        return int(of_model(tokens, element_bytes=element_bytes, device_type=device_type, compiled=compiled))
-    return tokens * int(getattr(model, "vocab_size", 0)) * 12
+    return complete_model(model).key_value_bytes(tokens, element_bytes=element_bytes)

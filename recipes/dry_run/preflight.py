@@ -20,7 +20,7 @@ from components.tasks import check_questions
 from components.units import format_count
 from recipes.dry_run.memory import PLANNED_FRACTION, Memory
 from recipes.dry_run.plan import RunPlan
-from recipes.interfaces import complete_schedule, complete_task
+from recipes.interfaces import complete_model, complete_schedule, complete_task
 from recipes.prepared_data import text_sources
 from recipes.recipe import complete_recipe
 
@@ -210,7 +210,7 @@ def _intervals(plan: RunPlan) -> Iterator[Finding]:
 
 
 def _vocabulary(plan: RunPlan) -> Iterator[Finding]:
-    rows = getattr(plan.model, "vocab_size", plan.vocab_size)
+    rows = complete_model(plan.model).vocab_size
     if not plan.tokenizer_missing and rows > plan.vocab_size:
         message = f"{rows - plan.vocab_size} of {rows} rows have no id in the tokenizer"
         yield Finding("note", "model.vocab_size", message)

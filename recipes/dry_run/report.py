@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -15,6 +15,7 @@ from recipes.dry_run.plan import HardwareTarget, RunPlan, make_plan
 from recipes.dry_run.preflight import preflight_checks
 from recipes.dry_run.schedule_preview import SchedulePreview
 from recipes.dry_run.step_time import estimate_step_time, update_collectives
+from recipes.interfaces import complete_model
 
 DEFAULT_DEVICES = ("A100", "H100", "H200", "B200")
 """Devices whose memory and time are shown if none is named."""
@@ -58,9 +59,8 @@ def _run(plan: RunPlan) -> Iterator[str]:
     yield f"run            {recipe.run.directory}"
     yield f"model          {parameters:,} parameters, {matrices:,} of them in matrices; vocabulary {plan.vocab_size:,}"
     experts = sum(n for n, ndim in numels if ndim == 3)
-    active: Callable[[], int] | None = getattr(plan.model, "active_parameters", None)
-    if experts and active is not None:
-        yield f"experts        {experts:,} of the parameters; one token uses {active():,} in the layers"
+    if experts and (active := complete_model(plan.model).active_parameters()) is not None:
+        yield f"experts        {experts:,} of the parameters; one token uses {active:,} in the layers"
     world_size = plan.mesh_shape.world_size
     yield f"processes      {world_size} = {plan.mesh_shape}"
     yield f"batch          multiples of {rounding}"
