@@ -71,33 +71,22 @@ def estimate_memory(
     mode, compiled = training.activation_checkpoint, training.compiles(torch.device(device_type))
     shards, tp, element = mesh_shape.dp_size * mesh_shape.cp, mesh_shape.tp, compute_dtype.itemsize
     tokens = training.micro_batch_size * training.sequence_length // mesh_shape.cp
-    total = sum(parameter.numel() for parameter in model.parameters())
-    local_params = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
-    per_element = optimizer_bytes_per_element(model, recipe.optimizer)
-    state = sum(round(per_element[name] * local_numel(p, mesh_shape)) for name, p in model.named_parameters())
-    full_state = sum(round(per_element[name] * p.numel()) for name, p in model.named_parameters())
+    state, state_bytes = _count_state(recipe, model, mesh_shape)
 
     block_numels = [numel_per_tp_rank(block, tp) for block in blocks.values()]
     whole = numel_per_tp_rank(model, tp)
     root = whole - sum(block_numels)
-    if mesh_shape.world_size == 1:
-        gathered, why = (2 * total, "copies in bf16") if element == 2 else (0, "used as they are")
-    else:
-        gathered = math.ceil(root + 2 * max(block_numels, default=0)) * element
-        why = "gathered: all outside the blocks, the current block and the next"
+    gathered, why = _weights_in_use(root, block_numels, mesh_shape, element)
     kept = activations.peak(mode, tp, compiled=compiled)
     # without checkpointing every layer keeps them, in addition to this rank's part
     whole_keys = key_value_bytes(model, training, element) // tp if mesh_shape.cp > 1 else 0
     keys = round(len(blocks) * whole_keys * (1 - 1 / mesh_shape.cp)) if mode == "none" else whole_keys
     loss = complete_model(model).loss_bytes(tokens, element_bytes=element, device_type=device_type, compiled=compiled)
     loss = math.ceil(loss / tp)
+    factors = _adam_norm_bytes(recipe, model, mesh_shape)
+    resident = sum(size for size, _ in state.values()) + factors + RESERVED_BYTES[device_type]
     # After the last block's backward the gradients outside the blocks are reduced, in float32.
     reducing = math.ceil(root) * (2 * element + 4) if shards > 1 else 0
-    copies = count_copies(recipe)
-    factors = 0
-    if "adam" in recipe.gradient_noise.norms:
-        factors = 2 * local_params + (2 * math.ceil(whole) if shards > 1 else 0)
-    resident = (8 + 4 * copies) * local_params + state + factors + RESERVED_BYTES[device_type]
     peak = resident + max(gathered + kept + keys + loss, reducing)
     # The head is reduced first, when the loss is freed and all blocks still wait for their backward.
     local = peak
@@ -105,10 +94,7 @@ def estimate_memory(
         local = resident + math.ceil(whole) * (element + 4) + kept + keys + max(loss, 4 * math.ceil(root))
     return Memory(
         {
-            "parameters": (4 * local_params, "float32"),
-            "gradients": (4 * local_params, "float32"),
-            "optimizer state": (state, f"{full_state / total:.3g} bytes per parameter"),
-            **({"averages": (4 * copies * local_params, "float32 copies")} if copies else {}),
+            **state,
             "weights in use": (gathered, why),
             "activations": (kept, f"{tokens:,} tokens, activation_checkpoint = {mode}{', compiled' * compiled}"),
             **({"keys and values": (keys, "gathered from the cp ranks")} if keys else {}),
@@ -119,9 +105,50 @@ def estimate_memory(
         peak=peak,
         local_peak=local,
         block_inputs=sum(block.input for block in activations.blocks),
-        parameters=total,
-        state_bytes=(4 + 4 * copies) * total + full_state,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        state_bytes=state_bytes,
     )
+
+
+def _count_state(recipe: Any, model: nn.Module, mesh_shape: MeshShape) -> tuple[dict[str, tuple[int, str]], int]:
+    """Return part -> (bytes, explanation) of what a rank holds all the time, and the bytes of a checkpoint."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    local = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
+    per_element = optimizer_bytes_per_element(model, recipe.optimizer)
+    local_state = sum(round(per_element[name] * local_numel(p, mesh_shape)) for name, p in model.named_parameters())
+    full_state = sum(round(per_element[name] * p.numel()) for name, p in model.named_parameters())
+    copies = count_copies(recipe)
+    parts = {
+        "parameters": (4 * local, "float32"),
+        "gradients": (4 * local, "float32"),
+        "optimizer state": (local_state, f"{full_state / total:.3g} bytes per parameter"),
+        **({"averages": (4 * copies * local, "float32 copies")} if copies else {}),
+    }
+    return parts, (4 + 4 * copies) * total + full_state
+
+
+def _weights_in_use(
+    root: float, block_numels: list[float], mesh_shape: MeshShape, element_bytes: int
+) -> tuple[int, str]:
+    """Return the bytes, with an explanation, of the weights that a rank computes with, besides its own in float32.
+
+    `root` and `block_numels` are the parameters on a tensor-parallel rank, outside the blocks and of each block.
+    """
+    if mesh_shape.world_size == 1 and element_bytes == 2:
+        return round(2 * (root + sum(block_numels))), "copies in bf16"
+    if mesh_shape.world_size == 1:
+        return 0, "used as they are"
+    gathered = math.ceil(root + 2 * max(block_numels, default=0)) * element_bytes
+    return gathered, "gathered: all outside the blocks, the current block and the next"
+
+
+def _adam_norm_bytes(recipe: Any, model: nn.Module, mesh_shape: MeshShape) -> int:
+    """Return the bytes of the factors of the norm of Adam, which are also gathered if there are shards."""
+    if "adam" not in recipe.gradient_noise.norms:
+        return 0
+    local = sum(local_numel(parameter, mesh_shape) for parameter in model.parameters())
+    has_shards = mesh_shape.dp_size * mesh_shape.cp > 1
+    return 2 * local + (2 * math.ceil(numel_per_tp_rank(model, mesh_shape.tp)) if has_shards else 0)
 
 
 def syncs_once_per_step(mode: GradSyncMode, local_peak: int, device_bytes: int) -> bool:

@@ -19,7 +19,7 @@ from components.distributed.parallel_dims import MeshShape
 from components.errors import InputError, message_of
 from components.gradient_noise import require_preconditioner
 from components.hardware import DeviceSpec, device_spec
-from components.interfaces import UpdateCost
+from components.interfaces import Tokenizer, UpdateCost
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config, ConfigError, Problem
 from recipes.dry_run.memory import Memory, estimate_memory, syncs_once_per_step
@@ -125,32 +125,25 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
     target = target.per_process(local_size)
     recipe, training = config.recipe, config.recipe.training
     problems: list[Problem] = []
-    mesh_shape, vocab_size, missing, tokenizer, model = MeshShape(1, world_size, 1, 1), 0, "", None, None
+    mesh_shape, tokenizer, vocab_size, missing, model = MeshShape(1, world_size, 1, 1), None, 0, "", None
+    update_cost: UpdateCost | None = None
     with _collect_problems(config, "parallel", problems):
         mesh_shape = recipe.parallel.mesh_shape(world_size, local_size)
     with _collect_problems(config, "tokenizer", problems):
-        try:
-            tokenizer = build_tokenizer(recipe)
-            vocab_size = tokenizer.vocab_size
-        except FileNotFoundError as error:
-            vocab_size, missing = getattr(recipe.model, "vocab_size", None) or 0, message_of(error)
-            if not vocab_size:
-                message = f"{missing}; set model.vocab_size for a dry run without it"
-                raise InputError(getattr(error, "key", ""), message) from error
+        tokenizer, vocab_size, missing = _open_tokenizer(recipe)
     if vocab_size:
         with _collect_problems(config, "model", problems):
             model = build_model(config, vocab_size)
             model.flops_per_token(training.sequence_length)  # fail here, at [model], and not in the report
-    update_cost: UpdateCost | None = None
-    if model is not None and isinstance(recipe.optimizer, HasUpdateCost):
+    if model is not None:
         with _collect_problems(config, "optimizer", problems):
-            update_cost = recipe.optimizer.update_cost(model)
-    if model is not None and "adam" in recipe.gradient_noise.norms:
+            update_cost = recipe.optimizer.update_cost(model) if isinstance(recipe.optimizer, HasUpdateCost) else None
         with _collect_problems(config, "gradient_noise.norms", problems):
-            require_preconditioner(recipe.optimizer.build(model=model))
-    if model is not None and complete_recipe(recipe).probes:
+            if "adam" in recipe.gradient_noise.norms:
+                require_preconditioner(recipe.optimizer.build(model=model))
         with _collect_problems(config, "probes", problems):
-            build_probes(config, model)
+            if complete_recipe(recipe).probes:
+                build_probes(config, model)
     rounding = BatchRounding(training.micro_batch_size, mesh_shape.dp_size)
     schedule, policy = SchedulePreview(), None
     with _collect_problems(config, "batch", problems):
@@ -175,6 +168,22 @@ def make_plan(config: Config, world_size: int, target: HardwareTarget, local_siz
         memory=estimate_memory(recipe, model, mesh_shape, device_type, dtype),
         epoch_tokens=estimate_epoch_tokens(recipe.data, tokenizer),
     )
+
+
+def _open_tokenizer(recipe: Any) -> tuple[Tokenizer | None, int, str]:
+    """Return the tokenizer, its vocabulary size, and why it is missing: empty if it is not.
+
+    Of a missing one, the vocabulary size is that of [model]. Raises InputError if that is not set either.
+    """
+    try:
+        tokenizer = build_tokenizer(recipe)
+        return tokenizer, tokenizer.vocab_size, ""
+    except FileNotFoundError as error:
+        missing = message_of(error)
+        if vocab_size := getattr(recipe.model, "vocab_size", None):
+            return None, vocab_size, missing
+        message = f"{missing}; set model.vocab_size for a dry run without it"
+        raise InputError(getattr(error, "key", ""), message) from error
 
 
 def estimate_epoch_tokens(data: Any, tokenizer: Any) -> int | None:

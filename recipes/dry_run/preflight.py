@@ -14,7 +14,7 @@ import torch
 
 from components.batch import BatchPolicy
 from components.clock import TrainingClock
-from components.errors import message_of
+from components.errors import InputError, message_of
 from components.run_directory import RunDirectory
 from components.tasks import check_questions
 from components.units import format_count
@@ -223,17 +223,11 @@ def _tasks(plan: RunPlan) -> Iterator[Finding]:
         key = f"tasks.{name}"
         try:
             check_questions(task.questions())
-        except FileNotFoundError as error:
-            yield _missing_here(_key_of(error, key), message_of(error))
         except (OSError, ValueError) as error:
-            yield Finding("error", _key_of(error, key), message_of(error))
+            at = InputError.below(key, error)
+            is_missing = isinstance(error, FileNotFoundError)
+            yield _missing_here(at.key, at.message) if is_missing else Finding("error", at.key, at.message)
         interval = complete_task(task).interval_steps
         if (interval or 0) >= steps:
             message = f"{interval} is not below the {steps} steps of the run: one evaluation, at its end"
             yield Finding("warning", f"{key}.interval_steps", message)
-
-
-def _key_of(error: Exception, section: str) -> str:
-    """Return the dotted path of the key that `error` names, or `section`."""
-    key = getattr(error, "key", "")
-    return f"{section}.{key}" if key else section
