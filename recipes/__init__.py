@@ -38,7 +38,8 @@ resume.py               what a resumed run may change: RULES
 Other uses
 dry_run/                --dry-run
 critical_batch/         critical batch size by branched training
-evaluate.py             loss of a trained model on any text
+evaluate.py             the recipe that evaluates a trained model: its loss on any text, or tasks
+evaluator.py            evaluates it
 trained_model.py        loads a trained model, for evaluation and generation
 stored_config.py        the configuration in an untrusted checkpoint
 """

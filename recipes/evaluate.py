@@ -2,49 +2,39 @@
 
 ./run_train.sh train_configs/evaluate.toml --evaluation.checkpoint=runs/debug
 
-components/validation/sliding_window.py makes the windows, components/tasks/ the scores of tasks.
+evaluator.py computes the result; components/validation/sliding_window.py makes the windows, components/tasks/ the
+scores of tasks.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from components import precision
 from components.distributed.context import DistributedContext
-from components.distributed.parallel_dims import ParallelConfig, ParallelDims
+from components.distributed.parallel_dims import ParallelConfig
 from components.errors import InputError, invalid_names, message_of
-from components.interfaces import DataConfig, Tokenizer
+from components.interfaces import DataConfig
 from components.metrics.console import setup_logging
 from components.metrics.jsonl import json_object
 from components.paths import check_output_file
-from components.precision import Precision, WorkingWeights
-from components.tasks import Answer, Scorer, check_questions
-from components.token_ids import describe_start, first_input, start_of_document
+from components.precision import Precision
+from components.tasks import check_questions
 from components.units import PositiveCount
-from components.validation import Documents, LossTotals, SlidingWindow, ValidationConfig
 from recipes.config import Config
-from recipes.errors import call_on_all_ranks, config_errors_at
+from recipes.errors import config_errors_at
+from recipes.evaluator import Evaluator
 from recipes.interfaces import TaskConfig, TokenizerConfig
-from recipes.model_setup import (
-    check_tensor_parallelism,
-    enable_document_masking,
-    require_context_parallelism,
-    require_document_masking,
-)
-from recipes.parallelize import materialize, parallelize
+from recipes.model_setup import check_tensor_parallelism, require_context_parallelism, require_document_masking
 from recipes.recipe import complete_recipe
 from recipes.resume import Resume
 from recipes.run_config import default_cache_dir
-from recipes.tasks import build_tasks, evaluate_tasks, format_metrics
 from recipes.trained_model import PretrainedModel, load_pretrained
 
 log = logging.getLogger("powertrain")
@@ -134,13 +124,16 @@ class Evaluate:
             setup_logging(None, to_console=world.is_main)
             with config_errors_at(config, "evaluation"):
                 pretrained, length, model = world.main_process_first(lambda: self.prepare_model(world.rank, world.size))
-            if self.evaluation.method == "tasks":
-                self.evaluate_tasks(config, world, pretrained, length, model)
-                return 0
-            result, rows = self.measure(config, world, pretrained, length, model)
+            evaluator = Evaluator(config, world, pretrained, length, model)
+            methods = {
+                "packed": evaluator.evaluate_packed,
+                "documents": evaluator.evaluate_documents,
+                "tasks": evaluator.evaluate_tasks,
+            }
+            result, table = methods[self.evaluation.method]()
             if world.is_main:
                 with config_errors_at(config, "evaluation"):
-                    self.write_report(result, rows)
+                    self.write_files(result, table)
         return 0
 
     def dry_run(self, config: Config, world_size: int) -> int:
@@ -203,104 +196,6 @@ class Evaluate:
             return False
         return pretrained.document_masking if cfg.document_masking is None else cfg.document_masking
 
-    def measure(
-        self, config: Config, world: DistributedContext, pretrained: PretrainedModel, length: int, model: nn.Module
-    ) -> tuple[dict[str, Any], list[LossTotals]]:
-        """Return the result, and the totals of each document with `method = "documents"`."""
-        cfg = self.evaluation
-        mesh, tokenizer = self.open_mesh_and_tokenizer(config, world, pretrained)
-        with config_errors_at(config, "data"):
-            data = self.select_data(pretrained)
-            evaluated = self.open_data(data, world, tokenizer, length)
-            if self.uses_document_masking(pretrained):
-                enable_document_masking(model, evaluated.dataset, first_input(tokenizer))
-        chosen, compute = self.load_model(config, world, mesh, pretrained, model)
-        rows: list[LossTotals] = []
-
-        def evaluate() -> Any:
-            if cfg.method == "packed":
-                return evaluated.totals(model, mesh.dp, compute)
-            return evaluated.evaluate(model, mesh.dp, compute, multiple=self.parallel.sequence_multiple)
-
-        total = call_on_all_ranks(evaluate, config, "data", world)
-        if cfg.method != "packed":
-            rows = total
-            total = LossTotals(*(sum(column) for column in zip(*(asdict(row).values() for row in rows), strict=True)))
-        about = {**self.describe_model(pretrained), "data": str(data)}
-        window: dict[str, Any] = {"sequence_length": length}
-        if cfg.method == "documents":
-            window |= {"stride": evaluated.stride, "documents": len(rows)}
-        else:
-            window["document_masking"] = self.uses_document_masking(pretrained)
-        return {**about, **window, "precision": chosen, **total.metrics(), **asdict(total)}, rows
-
-    def evaluate_tasks(
-        self, config: Config, world: DistributedContext, pretrained: PretrainedModel, length: int, model: nn.Module
-    ) -> None:
-        """Evaluate the tasks, print and write the result."""
-        cfg = self.evaluation
-        mesh, tokenizer = self.open_mesh_and_tokenizer(config, world, pretrained)
-        with config_errors_at(config, "evaluation"):
-            selected = self.select_tasks(pretrained)
-        tasks = build_tasks(config, selected, world, tokenizer, length, cfg.limit)
-        chosen, compute = self.load_model(config, world, mesh, pretrained, model)
-        scorer = Scorer(
-            sequence_length=length,
-            pass_tokens=cfg.micro_batch_size * length,
-            vocab_size=tokenizer.vocab_size,
-            first_input=first_input(tokenizer),
-            multiple=self.parallel.sequence_multiple,
-        )
-        answers = evaluate_tasks(tasks, scorer, model, mesh.dp, compute)
-        result = {**self.describe_model(pretrained), "sequence_length": length, "precision": chosen}
-        table: list[dict[str, Any]] = []
-        for task in tasks:
-            values = task.metrics(answers[task.name])
-            result |= {f"task_{task.name}_questions": len(task.questions), **values}
-            table += [{"task": task.name, **row_of(answer)} for answer in answers[task.name]]
-            if world.is_main:
-                log.info(f"{format_metrics(task, values)}  ({len(task.questions)} questions)")
-        if world.is_main:
-            with config_errors_at(config, "evaluation"):
-                self.write_files(result, table)
-
-    def open_mesh_and_tokenizer(
-        self, config: Config, world: DistributedContext, pretrained: PretrainedModel
-    ) -> tuple[ParallelDims, Tokenizer]:
-        with config_errors_at(config, "parallel"):
-            mesh = self.parallel.build(world)
-        with config_errors_at(config, "tokenizer"):
-            tokenizer = pretrained.load_tokenizer(self.tokenizer)
-        if (start := describe_start(tokenizer)) is not None:
-            log.info(
-                f"documents begin with {start}, which is not counted; evaluation.add_special_tokens = false omits it"
-            )
-        return mesh, tokenizer
-
-    def load_model(
-        self,
-        config: Config,
-        world: DistributedContext,
-        mesh: ParallelDims,
-        pretrained: PretrainedModel,
-        model: nn.Module,
-    ) -> tuple[str, Callable[[], AbstractContextManager[object]]]:
-        """Parallelize and fill `model`. Return the precision, and what returns the context of a forward pass."""
-        chosen = precision.resolve_precision(self.evaluation.precision, world.device)
-        with config_errors_at(config, "evaluation"):
-            parallelize(model, pretrained.component, mesh, precision.dtype_of(chosen), world.device)
-            materialize(model, world.device)
-            pretrained.load_weights(model, single_process=world.size == 1)
-        if chosen == "bf16" and mesh.fsdp is None:
-            return chosen, WorkingWeights(model, torch.bfloat16)
-        return chosen, nullcontext
-
-    def describe_model(self, pretrained: PretrainedModel) -> dict[str, Any]:
-        """Return what the result says of the model and the method."""
-        cfg = self.evaluation
-        about = {"checkpoint": str(pretrained.path), "step": pretrained.step, "method": cfg.method}
-        return about | ({"average": cfg.average} if cfg.average else {})
-
     def select_tasks(self, pretrained: PretrainedModel) -> Mapping[str, TaskConfig]:
         """Return the tasks to evaluate. Raises InputError if neither the recipe nor the run names any."""
         tasks = self.tasks or complete_recipe(pretrained.recipe).tasks
@@ -316,37 +211,6 @@ class Evaluate:
             raise ValueError(f"{pretrained.path} has no [validation] data; choose text in [data]")
         return data
 
-    def open_data(self, data: DataConfig, world: DistributedContext, tokenizer: Tokenizer, length: int) -> Any:
-        """Return a `Validator` of packed sequences or a `SlidingWindow` over documents, of `length` tokens."""
-        cfg = self.evaluation
-        data_kwargs: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": cfg.cache_dir, "progress": log.info}
-        if cfg.method == "packed":
-            validation = ValidationConfig(data=data, max_sequences=cfg.limit, micro_batch_size=cfg.micro_batch_size)
-            dataset = world.main_process_first(lambda: data.build(**data_kwargs, sequence_length=length))
-            return validation.build(dataset, tokenizer=tokenizer, sequence_length=length)
-        documents = world.main_process_first(lambda: data.build(**data_kwargs, sequence_length=1))
-        if not isinstance(documents, Documents):
-            raise InputError("use", f'{type(data).__name__} does not give documents; use method = "packed"')
-        return SlidingWindow(
-            documents,
-            tokenizer.vocab_size,
-            tokenizer.end_of_document,
-            length,
-            cfg.stride or max(1, length // 2),
-            cfg.micro_batch_size,
-            cfg.limit,
-            start_of_document(tokenizer),
-        )
-
-    def write_report(self, result: dict[str, Any], rows: list[LossTotals]) -> None:
-        """Print the result and write the files that [evaluation] names."""
-        log.info(
-            f"{result['checkpoint']}: {result['tokens']:,} tokens, {result['bytes']:,} bytes of {result['data']}\n"
-            f"loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-            f"bits per byte {result['bits_per_byte']:.4f}"
-        )
-        self.write_files(result, [{"document": i, **row.metrics(), **asdict(row)} for i, row in enumerate(rows)])
-
     def write_files(self, result: dict[str, Any], table: Sequence[dict[str, Any]]) -> None:
         """Write the files that [evaluation] names."""
         cfg = self.evaluation
@@ -359,13 +223,3 @@ class Evaluate:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(content, encoding="utf-8")
                 log.info(f"wrote {path}")
-
-
-def row_of(answer: Answer) -> dict[str, Any]:
-    """Return the row of a question in the table of an evaluation."""
-    return {
-        "source": answer.question.source,
-        "answer": answer.question.answer,
-        "nats": [nats if math.isfinite(nats) else None for nats in answer.nats],
-        "is_greedy": list(answer.is_greedy),
-    }

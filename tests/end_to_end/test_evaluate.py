@@ -15,6 +15,7 @@ from components.errors import InputError
 from components.validation import LossTotals
 from recipes import cli
 from recipes.evaluate import Evaluate, Evaluation
+from recipes.evaluator import document_rows
 from tests.conftest import TinyRun, refusal
 from tools import export_hf
 
@@ -131,7 +132,7 @@ def test_the_result_of_a_broken_model_is_still_json(tmp_path):
     keys = Evaluation(checkpoint=tmp_path, method="documents", output=output, table=table)
     rows = [LossTotals(math.nan, 3, 2), LossTotals(1.0, 1, 0)]
     about = {"checkpoint": "broken", "data": "text"}
-    Evaluate(evaluation=keys).write_report({**about, **rows[0].metrics(), **asdict(rows[0])}, rows)
+    Evaluate(evaluation=keys).write_files({**about, **rows[0].metrics(), **asdict(rows[0])}, document_rows(rows))
     written = [output.read_text(), *table.read_text().splitlines()]
     found = [json.loads(text, parse_constant=pytest.fail) for text in written]
     assert [row["loss"] for row in found] == [None, None, 1.0]
