@@ -1,4 +1,4 @@
-"""Build the batch policy of a recipe, and check that it can adapt."""
+"""Build the batch policy of a recipe and the rounding of its batches, and check that the policy can adapt."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def build_batch_policy(recipe: Any) -> BatchPolicy:
             total_tokens=training.total_tokens,
         )
     )
+
+
+def build_batch_rounding(recipe: Any, world_size: int) -> BatchRounding:
+    """Return the rule that rounds batches up to the mesh of `world_size` processes. Raises InputError at [parallel]."""
+    return BatchRounding(recipe.training.micro_batch_size, recipe.parallel.mesh_shape(world_size).dp_size)
 
 
 def uses_adaptive_batch(recipe: Any) -> bool:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from components.batch import BatchRounding
-from components.clock import TrainingClock
 from components.data.loader import MicroBatch, MicroBatchLoader, build_order
 from components.interfaces import PackedDataset, Tokenizer
 from components.metrics.jsonl import read_rows
@@ -32,6 +31,7 @@ from models.document_attention import document_positions
 from recipes.batch_policy import build_batch_policy
 from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import Config, load
+from recipes.dry_run.schedule_preview import planned_steps
 from recipes.errors import config_errors_at
 from recipes.prepared_data import build_datasets
 from recipes.recipe import require_training
@@ -95,7 +95,6 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     """Return the samples before `step` and its micro-batches on each rank. Raises ValueError if they are unknown."""
     recipe = config.recipe
     rounding = BatchRounding(recipe.training.micro_batch_size, ranks)
-    clock = TrainingClock(recipe.training.total_tokens, recipe.training.sequence_length)
     if step < 1:
         raise ValueError(f"--step {step}: steps count from 1")
     metrics = RunDirectory(recipe.run.directory).metrics
@@ -113,12 +112,10 @@ def samples_before(config: Config, step: int, ranks: int) -> tuple[int, int]:
     if policy.is_adaptive:
         raise ValueError(f"--step {step}: the batch is adaptive, and {metrics} does not have this step; use --sample")
     with config_errors_at(config, "batch"):
-        while not clock.done:
-            batch = rounding.round_up(policy.next_batch_size(clock))
-            if clock.step == step - 1:
-                return clock.samples, batch.micro_batches
-            clock.advance(batch.samples)
-    raise ValueError(f"--step {step}: the run ends with step {clock.step}")
+        for planned in planned_steps(recipe, rounding, policy):
+            if planned.number == step:
+                return planned.tokens // recipe.training.sequence_length, planned.micro_batches
+    raise ValueError(f"--step {step}: the run ends with step {planned.number}")
 
 
 def format_samples(

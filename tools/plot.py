@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.batch import BatchRounding, Constant
+from components.batch import Constant
 from components.metrics.jsonl import read_rows
 from components.paths import is_file
 from components.plotting import import_pyplot, label_tokens, save_figure
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
-from recipes.batch_policy import build_batch_policy
+from recipes.batch_policy import build_batch_policy, build_batch_rounding
 from recipes.cli import UsageError, parse_recipe, reports_bad_input, resolve_world_shape
 from recipes.config import Config, ConfigError, load
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps
@@ -61,13 +61,11 @@ Rows = Sequence[Mapping[str, Any]]
 @reports_bad_input
 def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = build_parser().parse_known_args(arguments)
+    if rest and options.command != "schedule":
+        raise UsageError(f"unknown option {rest[0]}")
     if options.command == "runs":
-        if rest:
-            raise UsageError(f"unknown option {rest[0]}")
         plot_runs({path.resolve().name: read_run(path) for path in options.runs}, options.output)
     elif options.command == "probe":
-        if rest:
-            raise UsageError(f"unknown option {rest[0]}")
         plot_probes(heat_maps(options.run, options.metric), options.output)
     else:
         command = parse_recipe(rest)
@@ -217,8 +215,7 @@ def schedule_curves(config: Config, world_size: int) -> dict[str, list[PlannedSt
         message = f"{type(recipe).__name__} trains many runs with different schedules; give a recipe of a single run"
         raise ConfigError([config.problem("recipe", message)])
     with config_errors_at(config, "parallel"):
-        mesh_shape = recipe.parallel.mesh_shape(world_size)
-    rounding = BatchRounding(recipe.training.micro_batch_size, mesh_shape.dp_size)
+        rounding = build_batch_rounding(recipe, world_size)
     with config_errors_at(config, "batch"):
         policy = build_batch_policy(recipe)
         first = list(planned_steps(recipe, rounding, policy))

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import atomic_write
-from components.batch import BatchRounding
 from components.checkpoint import list_checkpoints
 from components.distributed.context import DistributedContext
 from components.errors import InputError
@@ -28,6 +27,7 @@ from components.metrics.console import setup_logging
 from components.metrics.jsonl import read_rows
 from components.run_directory import RunDirectory
 from components.units import format_count
+from recipes.batch_policy import build_batch_rounding
 from recipes.config import Config, ConfigError, Problem, derive
 from recipes.critical_batch.branches import Branches, find_branch_point, read_branch_point
 from recipes.critical_batch.report import NOISE_SCALES, Branch, Report, draw_report
@@ -91,8 +91,7 @@ class CriticalBatchMeasurement:
         self.report = self.directory.path / "critical_batch.json"
         self.picture = self.report.with_suffix(".png")
         with config_errors_at(config, "parallel"):
-            sizes = recipe.parallel.mesh_shape(world_size)
-        rounding = BatchRounding(recipe.training.micro_batch_size, sizes.dp_size)
+            rounding = build_batch_rounding(recipe, world_size)
         self.length = recipe.training.sequence_length
         with config_errors_at(config, "branches"):
             self.start = find_branch_point(self.branches, rounding, config)

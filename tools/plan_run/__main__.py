@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from components.batch import BatchRounding
 from components.standard_streams import run_command
 from components.units import parse_count
+from recipes.batch_policy import build_batch_rounding
 from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import load
 from recipes.dry_run.plan import HardwareTarget
@@ -122,7 +122,7 @@ def check_target(target: Target, family: Family, options: argparse.Namespace) ->
     """Raise ValueError for what would make a plan impossible, before anything is trained."""
     if target.parameters is not None:
         family.of(target.parameters)
-    family.config.recipe.parallel.mesh_shape(target.devices, target.devices)
+    family.config.recipe.parallel.mesh_shape(target.devices)
     if importlib.util.find_spec("scipy") is None:
         raise ValueError("the laws need scipy: pip install -e '.[plot]'")
     if (output := options.output) is not None:
@@ -144,7 +144,8 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
         raise ValueError(f"{type(recipe.batch).__name__} has no initial_size: give --pilot-batch")
     if len(set(options.pilot_sizes)) < 2:
         raise ValueError("--pilot-sizes: give two sizes or more, a factor of four apart or more")
-    rounding, batch = round_pilot_batch(options.jobs, recipe, batch)
+    rounding = build_batch_rounding(recipe, processes_per_run(options.jobs, recipe))
+    batch = rounding.round_up(batch).samples  # checkpoints are counted in steps of it
     if not rounding.can_measure_noise(rounding.round_up(batch)):
         raise ValueError(f"--pilot-batch {batch}: the noise needs two micro-batches a step; use {2 * batch}")
     sizes = [family.of(parameters) for parameters in sorted(set(options.pilot_sizes))]
@@ -167,13 +168,6 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     if len(set(pilots.lrs)) < 2 or min(pilots.lrs) <= 0:
         raise ValueError("--lrs: give two learning rates or more, above 0")
     return Ladder(pilots, Results(options.results)), family
-
-
-def round_pilot_batch(jobs: int, recipe: Any, batch: int) -> tuple[BatchRounding, int]:
-    """Return how the pilot runs round a batch, and `batch` rounded up: their checkpoints are counted in steps of it."""
-    processes = processes_per_run(jobs, recipe)
-    rounding = BatchRounding(recipe.training.micro_batch_size, recipe.parallel.mesh_shape(processes, processes).dp_size)
-    return rounding, rounding.round_up(batch).samples
 
 
 def _parsed(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:

@@ -14,6 +14,7 @@ from components.batch import BatchRounding, NoiseScale
 from components.lr_schedules import Power
 from components.optimizers import AdamW
 from components.units import format_count
+from recipes.batch_policy import build_batch_rounding
 from recipes.dry_run.plan import HardwareTarget
 from tools.plan_run.family import Family, Size
 from tools.plan_run.ladder import HORIZONS, Ladder
@@ -153,8 +154,7 @@ class Plan:
 
     @cached_property
     def rounding(self) -> BatchRounding:
-        mesh = self.config.recipe.parallel.mesh_shape(self.target.devices, self.target.devices)
-        return BatchRounding(self.config.recipe.training.micro_batch_size, mesh.dp_size)
+        return build_batch_rounding(self.config.recipe, self.target.devices)
 
     @cached_property
     def bounds(self) -> tuple[int, int]:
