@@ -101,12 +101,13 @@ class CriticalBatchMeasurement:
                     "checkpoint",
                     f"{self.start.checkpoint} is in the directory of this run; use another --run.name",
                 )
-            largest = self.branches.batch_multipliers[-1] * self.start.batch * self.length
+            most = self.branches.batch_multipliers[-1]
+            largest = self.start.batch_of(most) * self.length
             if self.branches.tokens < largest:
                 raise InputError(
                     "tokens",
-                    f"less than one step of {largest} tokens at k = {self.branches.batch_multipliers[-1]}; raise it, "
-                    "or remove the largest of batch_multipliers",
+                    f"less than one step of {largest} tokens at k = {most}; raise it, or remove the largest of "
+                    "batch_multipliers",
                 )
         self.tokens = -(-self.branches.tokens // largest) * largest
         self.smoothing_tokens = self.branches.smoothing_tokens or -(-self.tokens // 4)
@@ -122,14 +123,14 @@ class CriticalBatchMeasurement:
             {
                 "run": {
                     "name": f"{self.recipe.run.name}, k = {multiplier}",
-                    "dir": str(self.folder / f"k-{multiplier:03d}"),
+                    "dir": str(self.branch_folder(multiplier)),
                     "if_exists": "replace",  # a run without a checkpoint has nothing to keep
                 },
                 "training": {"total_tokens": start.tokens + self.tokens},
-                "batch": {"use": "components.batch:Constant", "initial_size": multiplier * start.batch},
+                "batch": {"use": "components.batch:Constant", "initial_size": start.batch_of(multiplier)},
                 "lr_schedule": {
                     "use": "components.lr_schedules:Constant",
-                    "max_lr": start.lr * math.sqrt(multiplier),
+                    "max_lr": start.lr_of(multiplier),
                     "warmup_tokens": 0,
                 },
                 # the same interval in tokens for all branches; only the last checkpoint is needed to resume
@@ -148,14 +149,21 @@ class CriticalBatchMeasurement:
         yield f"branches of {start.checkpoint}: step {start.step}, {format_count(start.tokens)} tokens"
         yield f"{'k':>6} {'batch':>8} {'batch tokens':>13} {'steps':>8} {'lr':>10}"
         for multiplier in self.branches.batch_multipliers:
-            batch, lr = multiplier * start.batch, start.lr * math.sqrt(multiplier)
+            batch, lr = start.batch_of(multiplier), start.lr_of(multiplier)
             tokens = format_count(batch * self.length)
             yield f"{multiplier:>6} {batch:>8} {tokens:>13} {self.planned_steps(multiplier):>8} {lr:>10.3g}"
         total = format_count(len(self.branches.batch_multipliers) * self.tokens)
         yield f"{format_count(self.tokens)} tokens each, {total} in total, in {self.folder}"
 
+    def branch_folder(self, multiplier: int) -> Path:
+        return self.folder / f"k-{multiplier:03d}"
+
     def planned_steps(self, multiplier: int) -> int:
-        return -(-self.tokens // (multiplier * self.start.batch * self.length))
+        return -(-self.tokens // (self.start.batch_of(multiplier) * self.length))
+
+    def last_step(self, multiplier: int) -> int:
+        """Return the number of the last step of a branch, counted from the start of the run that it branches from."""
+        return self.start.step + self.planned_steps(multiplier)
 
     def claim_directory(self, world: DistributedContext, cleanup: ExitStack) -> None:
         """Lock the run directory until `cleanup`, claim it and set up logging. Branches of this measurement are kept.
@@ -220,24 +228,21 @@ class CriticalBatchMeasurement:
 
     def read_rows(self, multiplier: int) -> list[dict[str, Any]]:
         """Return the metrics of a branch, up to the last step of this measurement."""
-        last = self.start.step + self.planned_steps(multiplier)
-        return [
-            row for row in read_rows(RunDirectory(self.folder / f"k-{multiplier:03d}").metrics) if row["step"] <= last
-        ]
+        metrics, last = RunDirectory(self.branch_folder(multiplier)).metrics, self.last_step(multiplier)
+        return [row for row in read_rows(metrics) if row["step"] <= last]
 
     def read_branch(self, multiplier: int) -> Branch:
-        start, rows = self.start, self.read_rows(multiplier)
+        batch, rows = self.start.batch_of(multiplier), self.read_rows(multiplier)
         validated = [row["val_loss"] for row in rows if "val_loss" in row]
+        has_ended = bool(rows) and rows[-1]["step"] == self.last_step(multiplier)
         return Branch(
             multiplier=multiplier,
-            batch=multiplier * start.batch,
-            batch_tokens=multiplier * start.batch * self.length,
-            lr=start.lr * math.sqrt(multiplier),
+            batch=batch,
+            batch_tokens=batch * self.length,
+            lr=self.start.lr_of(multiplier),
             steps=self.planned_steps(multiplier),
             losses=tuple(math.nan if row["loss"] is None else row["loss"] for row in rows if "loss" in row),
-            val_loss=validated[-1]
-            if validated and rows[-1]["step"] == start.step + self.planned_steps(multiplier)
-            else None,
+            val_loss=validated[-1] if validated and has_ended else None,
             noise_scales={name: tuple(row[name] for row in rows if row.get(name) is not None) for name in NOISE_SCALES},
         )
 

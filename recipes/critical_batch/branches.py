@@ -64,6 +64,14 @@ class BranchPoint:
     """B in samples, rounded to the mesh."""
     lr: float
 
+    def batch_of(self, multiplier: int) -> int:
+        """Return the batch of branch k = `multiplier`, in samples."""
+        return multiplier * self.batch
+
+    def lr_of(self, multiplier: int) -> float:
+        """Return the learning rate of branch k = `multiplier`: that of the first branch, times sqrt(k)."""
+        return self.lr * math.sqrt(multiplier)
+
 
 def read_branch_point(file: Path) -> BranchPoint:
     """Return the branch point stored in `file`. Raises ValueError if it is damaged."""
