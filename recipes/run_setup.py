@@ -68,35 +68,12 @@ def claim_run_directory(
 
     Raises ConfigError if another run uses the directory, or if it holds a run that is neither resumed nor replaced.
     """
-    launch, locked = os.environ.get(LAUNCH_ID), False
     remote = config.recipe.checkpoint.remote_of(directory.path)
-
-    def lock() -> None:
-        nonlocal locked
-        directory.check_links()
-        locked = world.is_main and cleanup.enter_context(directory.lock())
-        if world.is_main and remote is not None and resume is not None and resume.path is None:
-            restore_run(remote, directory.path, directory.run)
-        if locked and (run := directory.run) is not None:
-            remove_partial_saves(directory.checkpoints, run)
-
-    def claim() -> None:
-        if world.is_main:
-            if not continues:
-                _refuse_foreign_checkpoints(directory)
-                if remote is not None:
-                    _refuse_foreign_remote(remote, directory)
-            directory.claim()
-            if remote is not None and not continues:
-                remote.directory.upload({directory.owner_file.name: directory.owner_file})  # fails if not writable
-            if locked:
-                directory.remove_temporary_files()
-            directory.stop_file.unlink(missing_ok=True)  # it was meant for an earlier run
-
+    fetch_from = remote if resume is not None and resume.path is None else None
     with config_errors_at(config, "run"):
-        world.main_process_first(lock)
+        locked = world.main_process_first(partial(_lock, directory, world, cleanup, fetch_from))
         # Processes that the launcher restarted after a failure may continue in the directory that they claimed before.
-        restarted = bool(world.all_reduce_max(directory.owned_by(launch)))
+        restarted = bool(world.all_reduce_max(directory.owned_by(os.environ.get(LAUNCH_ID))))
         find = partial(find_checkpoints, resume, directory.checkpoints, restarted=restarted)
         start = _choose_checkpoint(find, directory, world, remote)
         if restarted and config.recipe.checkpoint.in_memory_interval_steps is not None:
@@ -114,12 +91,54 @@ def claim_run_directory(
         if restarted and checkpoint is not None and world.is_main:
             start.restart = _cost_of_restart(directory.metrics, checkpoint, world.size)
             start.warnings.append(_describe_restart(start.restart, checkpoint))
-        world.main_process_first(claim)
+        world.main_process_first(partial(_claim, directory, world, remote, continues=continues, locked=locked))
         # trackers of metrics would take the rows of a new run with the old identifier for those of the old run
         start.run = world.gather(new_identifier() if replaces else directory.run or "")[0]
 
     start.commit = _make_commit(directory, config, world, start.run, replaces=replaces, remote=remote)
     return start
+
+
+def _lock(
+    directory: RunDirectory, world: DistributedContext, cleanup: ExitStack, remote: RemoteCheckpoints | None
+) -> bool:
+    """Lock the directory until `cleanup`, fetch its run from `remote` and remove incomplete checkpoints.
+
+    Returns whether this process has the lock: the main process, where the file system supports locks.
+    """
+    directory.check_links()
+    if not world.is_main:
+        return False
+    locked = cleanup.enter_context(directory.lock())
+    if remote is not None:
+        restore_run(remote, directory.path, directory.run)
+    if locked and (run := directory.run) is not None:
+        remove_partial_saves(directory.checkpoints, run)
+    return locked
+
+
+def _claim(
+    directory: RunDirectory,
+    world: DistributedContext,
+    remote: RemoteCheckpoints | None,
+    *,
+    continues: bool,
+    locked: bool,
+) -> None:
+    """Claim the directory, and for a new run also the remote one. Raises ValueError if another run has checkpoints in
+    one of them."""
+    if not world.is_main:
+        return
+    if not continues:
+        _refuse_foreign_checkpoints(directory)
+        if remote is not None:
+            _refuse_foreign_remote(remote, directory)
+    directory.claim()
+    if remote is not None and not continues:
+        remote.directory.upload({directory.owner_file.name: directory.owner_file})  # fails if not writable
+    if locked:
+        directory.remove_temporary_files()
+    directory.stop_file.unlink(missing_ok=True)  # it was meant for an earlier run
 
 
 def _continues(start: RunStart, directory: RunDirectory) -> bool:
