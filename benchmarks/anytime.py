@@ -22,7 +22,8 @@ from benchmarks.lr_transfer.methods import MUP
 from benchmarks.shared import mean_and_deviation
 from benchmarks.text_runs import SHARED, SIZES, WARMUP, comparison_parser, run_and_report, text_keys, text_run
 from tools.sweep.grid import Job, Settings
-from tools.sweep.runner import Outcome, Results
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results
 
 HORIZONS = (0.25, 0.5, 1.0)
 """Fractions of the tokens at which the runs are compared."""

@@ -11,7 +11,7 @@ from benchmarks.adaptive_batch.methods import DECAY_FRACTION
 from benchmarks.adaptive_batch.runs import Row
 from benchmarks.shared import machine
 from components.plotting import import_pyplot, label_tokens, save_figure
-from tools.sweep.runner import Outcome
+from tools.sweep.outcome import Outcome
 
 BASELINES = ("constant 8", "constant 24", "constant 64")
 """Methods whose final loss is the goal of a column of steps."""

@@ -10,7 +10,8 @@ from benchmarks.adaptive_batch.methods import SHARED, SIZES, method_of, schedule
 from benchmarks.shared import ROOT
 from recipes.config import Override, load
 from tools.sweep.grid import Fingerprints, Job, Settings, digest
-from tools.sweep.runner import Outcome, Results, Runner
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results, Runner
 
 RECIPE = ROOT / "train_configs" / "own_text.toml"
 POINTS = 200

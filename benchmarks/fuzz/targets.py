@@ -46,7 +46,8 @@ from recipes.trained_model import load_pretrained
 from tools.generate import read_prompts
 from tools.import_hf import import_model
 from tools.plot import heat_maps, read_run
-from tools.sweep.runner import Results, measure
+from tools.sweep.outcome import measure
+from tools.sweep.runner import Results
 
 REFUSALS = (ValueError, OSError, ConfigError)
 """What readers raise for bad input, and their callers report as one message."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from benchmarks.lr_transfer.methods import MUP
 from benchmarks.text_runs import SIZES, WARMUP, text_run
 from tools.sweep.grid import Job, Settings
-from tools.sweep.runner import Outcome, Results
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results
 
 MUON = {"optimizer.use": "components.optimizers:Muon"}
 OPTIMIZERS: dict[str, Settings] = {

@@ -14,7 +14,8 @@ from benchmarks.adaptive_batch.runs import ResultBook, Run
 from components.batch import NormTest
 from components.gradient_noise.moments import GradientMoments, GradientNoise
 from components.lr_schedules import WSD
-from tools.sweep.runner import Outcome, Results, Runner
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results, Runner
 
 ROW = ("constant 8", "wsd")
 

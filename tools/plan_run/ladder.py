@@ -17,7 +17,8 @@ from recipes.config import Config
 from tools.plan_run.family import Size
 from tools.sweep.grid import Job, Settings, Sweep
 from tools.sweep.groups import Group, group_results
-from tools.sweep.runner import Outcome, Results, Runner
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results, Runner
 
 HORIZONS = (1, 2, 4)
 """Lengths of the stable phase before each decay, in checkpoints."""

@@ -24,7 +24,8 @@ from pathlib import Path
 from components.standard_streams import run_command
 from recipes.cli import parse_recipe, reports_bad_input
 from tools.sweep.grid import SEED, Job, Sweep, parse_grid
-from tools.sweep.runner import Outcome, Results, Runner, processes_per_run, report_stop
+from tools.sweep.outcome import Outcome
+from tools.sweep.runner import Results, Runner, processes_per_run, report_stop
 
 
 @reports_bad_input

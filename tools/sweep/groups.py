@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tools.sweep.grid import SEED, Job
 from tools.sweep.optimum import NoOptimum, Optimum, find_optimum
-from tools.sweep.runner import Outcome
+from tools.sweep.outcome import Outcome
 
 
 @dataclass

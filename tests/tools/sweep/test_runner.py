@@ -12,15 +12,8 @@ from recipes.config import ConfigError
 from recipes.config.errors import Problem
 from tests.tools.sweep.outcomes import pretend
 from tools.sweep.grid import Job, Sweep, parse_grid
-from tools.sweep.runner import (
-    Outcome,
-    Results,
-    Runner,
-    failure_reason,
-    measure,
-    sample_curve,
-    smoothed_losses,
-)
+from tools.sweep.outcome import Outcome, measure, sample_curve, smoothed_losses
+from tools.sweep.runner import Results, Runner, failure_reason
 
 pytestmark = pytest.mark.quick
 
