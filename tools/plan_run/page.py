@@ -9,6 +9,7 @@ from components.atomic_files import atomic_write
 from recipes.config import Config
 from recipes.config.imports import import_path
 from recipes.config.load import derive
+from tools.plan_run.answers import answers
 from tools.plan_run.doubts import doubts
 from tools.plan_run.plan import Plan
 
@@ -17,7 +18,7 @@ def page_lines(plan: Plan) -> Iterator[str]:
     """Yield the page: every number with its source, warnings, and the pilot runs."""
     yield "| | | from |"
     yield "|---|---|---|"
-    for answer in plan.answers():
+    for answer in answers(plan):
         yield f"| {answer.name} | {answer.value} | {answer.source} |"
     for warning in doubts(plan):
         yield f"\nwarning: {warning}"

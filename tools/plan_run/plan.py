@@ -1,9 +1,9 @@
-"""The plan of a run: size, length, learning rate, batch, decay and loss of a target, each with where it comes from."""
+"""The plan of a run: size, length, learning rate, batch, decay and loss of a target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,11 @@ import numpy as np
 from components.batch import BatchRounding, NoiseScale
 from components.lr_schedules import Power
 from components.optimizers import AdamW
-from components.units import format_count
 from recipes.batch_policy import build_batch_rounding
 from recipes.dry_run.plan import HardwareTarget
 from tools.plan_run.family import Family, Size
 from tools.plan_run.ladder import HORIZONS, Ladder
-from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, error_on_largest, seed_deviation
+from tools.plan_run.laws import LossLaw, LossPoint, PowerLaw, seed_deviation
 from tools.sweep.groups import Group, minimax_lr
 from tools.sweep.optimum import Estimate, Optimum
 
@@ -48,13 +47,6 @@ class Target:
         """Of all devices; None if no device is named."""
         device = self.hardware.per_process(self.devices).device
         return None if device is None else device.flops * self.hardware.mfu * self.devices
-
-
-@dataclass(frozen=True)
-class Answer:
-    name: str
-    value: str
-    source: str
 
 
 @dataclass
@@ -97,7 +89,7 @@ class Plan:
     def lr_law(self) -> PowerLaw | None:
         """The law of the best max_lr; None under Power, whose amplitude is one for all, or without an optimum."""
         found = [(size, group, best) for size, group in self.groups if isinstance(best := group.optimum, Optimum)]
-        if self._is_power or not found:
+        if self.is_power or not found:
             return None
         variables: dict[str, Sequence[float]] = {"D": [group.tokens for _, group, _ in found]}
         if self.config.recipe.model.resolved_shape.mup is None:
@@ -105,27 +97,18 @@ class Plan:
         return PowerLaw.of([best.lr for _, _, best in found], variables)
 
     @cached_property
-    def lr(self) -> tuple[float, Answer]:
-        """The peak learning rate at the batch of the pilot runs, or the amplitude of Power, and where it is from."""
-        key, runs = self.pilots.lr_key, f"{len(self.groups)} groups of pilot runs"
-        law = self.lr_law
-        if law is None:
-            value, worst = minimax_lr([group for _, group in self.groups])
-            scaling = "; linear in the batch, where half of the noise scale is justified by the square-root rule"
-            source = f"one value for {runs}: at the worst {worst:.2%} above the best of one{scaling * self._is_power}"
-            return float(f"{value:.3g}"), Answer(key, f"{value:.3g}", source)
-        estimate = law.at(N=self.size.multiplied, D=self.tokens)
-        unknown = f"; the exponent of {' and '.join(law.dropped)} is not known to differ from 0" if law.dropped else ""
-        return float(f"{estimate.value:.3g}"), Answer(
-            key,
-            f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})",
-            f"{law}, the vertices of {law.points} of {runs}{unknown}; for {format_count(self.pilots.batch_tokens)} "
-            "tokens a step, and with the square root of the batch",
-        )
+    def peak_lr(self) -> float:
+        """The peak learning rate at the batch of the pilot runs, or the amplitude of Power, to three digits."""
+        if self.lr_law is None:
+            value, _ = self.minimax_lr
+        else:
+            value = self.lr_law.at(N=self.size.multiplied, D=self.tokens).value
+        return float(f"{value:.3g}")
 
     @property
-    def peak_lr(self) -> float:
-        return self.lr[0]
+    def minimax_lr(self) -> tuple[float, float]:
+        """One learning rate for all groups, and how far its loss is above the best of a group at the worst."""
+        return minimax_lr([group for _, group in self.groups])
 
     @cached_property
     def noise_law(self) -> PowerLaw | None:
@@ -207,7 +190,7 @@ class Plan:
         """Of the published law; None where that of the recipe is kept: without decay, and where the law does not hold,
         for another optimizer, a learning rate that falls from the start, or a decay that differs between groups."""
         optimizer = self.config.recipe.optimizer
-        if type(optimizer) is not AdamW or self._is_power or optimizer.weight_decay_lr == "group":
+        if type(optimizer) is not AdamW or self.is_power or optimizer.weight_decay_lr == "group":
             return None
         if not optimizer.weight_decay or optimizer.weight_decay_on == "none":
             return None
@@ -222,59 +205,13 @@ class Plan:
         return None if speed is None else self.flops_per_token * self.tokens / speed / 3600
 
     @property
-    def _is_power(self) -> bool:
+    def is_power(self) -> bool:
         return isinstance(self.config.recipe.lr_schedule, Power)
 
     @property
-    def _sets_beta2(self) -> bool:
+    def sets_beta2(self) -> bool:
         """Whether beta2 follows the batch, and the recipe does not say which batch it is meant for."""
         return getattr(self.config.recipe.optimizer, "reference_batch_tokens", 0) is None
-
-    def answers(self) -> Iterator[Answer]:
-        """Yield every number of the plan."""
-        size, pilots = self.size, self.pilots
-        multiplied = (
-            "" if size.multiplied == size.parameters else f", N = {size.multiplied:,} that a token is multiplied with"
-        )
-        yield Answer("parameters", f"{size.parameters:,}{multiplied}", self._reason_for_size())
-        proportions = "proportions of the recipe, in whole heads and layers"
-        yield Answer("shape", f"{size.layers} layers of {size.dim}, {size.heads} heads", proportions)
-        yield Answer("tokens", f"{self.tokens:,}", f"{self.tokens / size.multiplied:.3g} N")
-        checked = error_on_largest(self.points)
-        check = "" if checked is None else f"; without the largest size it is {checked:+.2%} off at its longest run"
-        yield Answer(
-            "training loss" if self.config.recipe.validation is None else "validation loss",
-            f"{self.loss.value:.3f} ({self.loss.low:.3f} to {self.loss.high:.3f})",
-            f"{self.loss_law}, {len(self.points)} pilot runs{check}",
-        )  # fmt: skip
-        yield self.lr[1]
-        first, last = self.bounds
-        if self.noise_law is None:
-            yield Answer("batch", f"{first}", "that of the pilot runs, which did not measure the noise scale")
-        else:
-            yield Answer(
-                "batch", f"{first} to {last}, mean {self.mean_batch:.0f}",
-                f"{COEFFICIENT:g} of the noise scale, {self.noise_law} samples at {self.noise_law.points} points; the "
-                "run measures its own, within these bounds",
-            )  # fmt: skip
-        yield Answer("steps", f"{self.steps:,.0f}", "the batch sizes that the law predicts")
-        yield Answer("warm-up", format_count(self.warmup_tokens), f"{WARMUP_FRACTION:.0%}, or that of the pilot runs")
-        yield Answer("decay", f"{pilots.decay_fraction:.0%}", "that of the pilot runs")
-        given = getattr(self.config.recipe.optimizer, "weight_decay", None)
-        if self.weight_decay is not None:
-            law = f"time constant of {TIME_CONSTANT} (D / N)^{TIME_EXPONENT} of the run (arXiv 2505.13738)"
-            yield Answer("weight decay", f"{self.weight_decay:g}", f"{law}, not measured; pilot runs had {given:g}")
-        elif given is not None:
-            yield Answer("weight decay", f"{given:g}", "that of the recipe, where the published law does not hold")
-        if self._sets_beta2:
-            source = "that of the pilot runs; its half-life in tokens is kept"
-            yield Answer("batch of beta2", f"{format_count(pilots.batch_tokens)} tokens", source)
-        if (hours := self.hours) is not None:
-            hardware, device = self.target.hardware, self.target.hardware.device
-            assert device is not None
-            yield Answer(
-                "hours", f"{hours:.3g}", f"{self.target.devices} x {device.name} at {hardware.mfu:.0%} of peak"
-            )
 
     def changes(self) -> dict[str, Mapping[str, Any]]:
         """Return the keys that the recipe of the plan sets, by section."""
@@ -283,7 +220,7 @@ class Plan:
             pilots.lr_key.partition(".")[2]: self.peak_lr, "warmup_tokens": self.warmup_tokens,
             "decay_tokens": "none", "decay_fraction": pilots.decay_fraction,
         }  # fmt: skip
-        if not self._is_power:
+        if not self.is_power:
             schedule |= {"batch_scaling": "sqrt", "reference_batch_tokens": pilots.batch_tokens}
         first, last = self.bounds
         batch: dict[str, Any] = {"use": "components.batch:Constant", "initial_size": first}
@@ -295,7 +232,7 @@ class Plan:
             keys = {key: "none" if value is None else value for key, value in vars(policy).items()}
             batch = {"use": "components.batch:NoiseScale", **keys}  # all keys: those of the recipe's policy may differ
         optimizer: dict[str, Any] = {}
-        if self._sets_beta2:
+        if self.sets_beta2:
             optimizer["reference_batch_tokens"] = pilots.batch_tokens
         if self.weight_decay is not None:
             optimizer["weight_decay"] = self.weight_decay
@@ -330,11 +267,6 @@ class Plan:
         speed = self.target.flops_per_second
         assert speed is not None and self.target.hours is not None
         return int(self.target.hours * 3600 * speed / self.family.flops_per_token(size))
-
-    def _reason_for_size(self) -> str:
-        if self.target.parameters is None:
-            return "the lowest predicted loss in these hours"
-        return f"asked for {format_count(self.target.parameters)}"
 
 
 def _lowest_loss(group: Group) -> float:
