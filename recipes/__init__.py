@@ -2,7 +2,8 @@
 
 Command line and configuration
 __main__.py             `python -m recipes`
-cli.py                  options, exit codes, start of the workers
+cli.py                  options, exit codes, and what each option starts
+launch.py               the number of processes, from the environment, and the start of the workers
 config/                 TOML files to typed components
 recipe.py               optional attributes of a recipe; refuses a recipe that trains nothing
 run_config.py           [run] and [training]

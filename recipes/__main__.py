@@ -9,7 +9,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from components.standard_streams import run_command  # noqa: E402
-from recipes.cli import is_worker, main  # noqa: E402
+from recipes.cli import main  # noqa: E402
+from recipes.launch import is_worker  # noqa: E402
 
 if __name__ == "__main__":  # worker processes that tokenize data import this file again, under another name
     gc.disable()  # until the parts of the recipe are imported, see components.garbage_collection

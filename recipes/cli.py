@@ -12,21 +12,27 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import NoReturn, ParamSpec
 
-from components.errors import InputError
 from components.garbage_collection import resume_after_imports
-from components.protocol_defaults import with_defaults
 from recipes.config import Config, ConfigError, Override, load
 from recipes.config.errors import did_you_mean
-from recipes.errors import RunError, config_errors_at, failing_component, out_of_memory_remedy
-from recipes.process_environment import choose_allocator, enable_flight_recorder
-from recipes.recipe import CheckpointDefaults, RunDefaults, complete_recipe
+from recipes.errors import RunError, UsageError, config_errors_at, failing_component, out_of_memory_remedy
+from recipes.launch import (
+    WorldShape,
+    check_layouts,
+    is_worker,
+    launch_recipe,
+    needs_launcher,
+    resolve_world_shape,
+    worker_world_shape,
+)
+from recipes.process_environment import choose_allocator
+from recipes.recipe import complete_recipe
 
 log = logging.getLogger("powertrain")
 P = ParamSpec("P")
@@ -61,10 +67,6 @@ exit codes:
   2                          bad configuration or input, reported in one message
   128 + signal (130, 143)    stopped by a signal, after saving a checkpoint
 """
-
-
-class UsageError(Exception):
-    """The command line is invalid."""
 
 
 @dataclass(frozen=True)
@@ -172,99 +174,6 @@ def parse_recipe(arguments: Sequence[str]) -> Command:
     return command
 
 
-@dataclass(frozen=True)
-class WorldShape:
-    """The number of processes of a launch."""
-
-    per_node: int
-    nodes: int
-    min_nodes: int = 0
-    """The smallest number of nodes that an elastic run continues with; 0: `nodes`."""
-
-    @property
-    def world_size(self) -> int:
-        return self.per_node * self.nodes
-
-
-def resolve_world_shape(environment: Mapping[str, str], recipe: object = None, gpus: int | None = None) -> WorldShape:
-    """Return the world shape that the environment asks for.
-
-    Without NPROC or NGPU it is one process per GPU, or one process for a `recipe` on the CPU. `gpus` is the number of
-    GPUs; by default those visible to this process. Raises UsageError.
-    """
-    per_node = environment.get("NPROC") or environment.get("NGPU")
-    if per_node is None:
-        if complete_recipe(recipe).device == "cpu":
-            gpus = 0
-        if gpus is None:
-            import torch
-
-            gpus = torch.cuda.device_count()
-        per_node = str(max(1, gpus))
-    given = environment.get("NNODES") or "1"
-    smallest, elastic, nodes = given.partition(":")
-    nodes = nodes if elastic else smallest
-    for name, whole, value in (("NPROC", per_node, per_node), ("NNODES", given, smallest), ("NNODES", given, nodes)):
-        if not value.isdigit() or int(value) < 1:
-            form = ", or two such as 2:4" if name == "NNODES" else ""
-            raise UsageError(f"{name}={whole}: expected a whole number >= 1{form}")
-    if int(smallest) > int(nodes):
-        raise UsageError(f"NNODES={smallest}:{nodes}: the smallest number of nodes is above the largest")
-    return WorldShape(int(per_node), int(nodes), int(smallest) if elastic else 0)
-
-
-def worker_world_shape(environment: Mapping[str, str]) -> WorldShape:
-    """Return the world shape of the run to which this worker process belongs."""
-    world_size = int(environment["WORLD_SIZE"])
-    per_node = int(environment.get("LOCAL_WORLD_SIZE") or world_size)
-    return WorldShape(per_node, world_size // per_node) if world_size % per_node == 0 else WorldShape(world_size, 1)
-
-
-def launch_workers(
-    shape: WorldShape,
-    environment: Mapping[str, str],
-    arguments: Sequence[str],
-    *,
-    hang_timeout_seconds: float | None = None,
-) -> int:
-    """Start this command line in every worker process of this node. Returns the exit status. Raises UsageError."""
-    from components.distributed.launcher import run_workers
-    from components.distributed.membership import Patience
-    from components.distributed.node import NodeSpec
-
-    numbers, elastic = {}, shape.min_nodes > 0
-    defaults = {"NODE_RANK": "0", "MASTER_PORT": "29500", "MAX_RESTARTS": "10" if elastic else "0"}
-    defaults |= {"NODE_TIMEOUT": "15", "JOIN_AFTER": "60"}
-    for name, default in defaults.items():
-        value = environment.get(name) or default
-        if not value.isdigit():
-            raise UsageError(f"{name}={value}: expected a whole number >= 0")
-        numbers[name] = int(value)
-    if numbers["NODE_TIMEOUT"] < 5:
-        raise UsageError(f"NODE_TIMEOUT={numbers['NODE_TIMEOUT']}: expected at least 5 seconds")
-    if numbers["NODE_RANK"] >= shape.nodes and not elastic:
-        raise UsageError(
-            f"NODE_RANK={numbers['NODE_RANK']}: expected 0 to {shape.nodes - 1}, because NNODES={shape.nodes}"
-        )
-    if shape.nodes > 1 and not environment.get("MASTER_ADDR"):
-        raise UsageError(f"NNODES={shape.nodes} needs MASTER_ADDR: the host name of node 0")
-    node = NodeSpec(
-        processes=shape.per_node,
-        nodes=shape.nodes,
-        min_nodes=shape.min_nodes,
-        rank=None if elastic and not environment.get("NODE_RANK") else numbers["NODE_RANK"],
-        address=environment.get("MASTER_ADDR") or "127.0.0.1",
-        port=numbers["MASTER_PORT"],
-        max_restarts=numbers["MAX_RESTARTS"],
-        hang_timeout_seconds=hang_timeout_seconds,
-        patience=Patience(lost_after=numbers["NODE_TIMEOUT"], join_after=numbers["JOIN_AFTER"]),
-    )
-    try:
-        return run_workers([sys.executable, "-u", str(ROOT / "recipes" / "__main__.py"), *arguments], node)
-    except OSError as error:
-        raise UsageError(f"cannot start the worker processes: {error}") from error
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command line, report its errors, and return the exit status."""
     status, message = 0, ""
@@ -304,11 +213,6 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def is_worker() -> bool:
-    """Return whether this process is a worker of a run, not the launcher."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def run_command(arguments: Sequence[str]) -> int:
     """Do what the command line asks for, and return the exit status."""
     command = parse_arguments(arguments)
@@ -331,32 +235,9 @@ def run_command(arguments: Sequence[str]) -> int:
             "RANK and WORLD_SIZE are set, as by torchrun, but LOCAL_RANK is not; unset them to start a run, or set all "
             "three in each process"
         )
-    recipe = complete_recipe(config.recipe)
-    hang_timeout = with_defaults(recipe.run, RunDefaults).hang_timeout_seconds
-    several = shape.world_size > 1 or shape.min_nodes > 0
-    if not is_worker() and (several or hang_timeout is not None or "MAX_RESTARTS" in os.environ):
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // shape.per_node)))
-        if recipe.device != "cpu" and recipe.run is not None:
-            enable_flight_recorder(os.environ, recipe.run.directory)
-        with ExitStack() as cleanup:
-            if with_defaults(recipe.checkpoint, CheckpointDefaults).in_memory_interval_steps is not None:
-                from components.checkpoint.host_memory import make_host_memory_directory
-
-                cleanup.enter_context(make_host_memory_directory())
-            return launch_workers(shape, os.environ, arguments, hang_timeout_seconds=hang_timeout)
+    if not is_worker() and needs_launcher(config.recipe, shape, os.environ):
+        return launch_recipe(config.recipe, shape, arguments)
     return start_recipe(config, command)
-
-
-def check_layouts(parallel: Any, shape: WorldShape) -> None:
-    """Raise InputError if [parallel] does not fit the processes, with any number of nodes of an elastic run."""
-    for nodes in range(shape.min_nodes or shape.nodes, shape.nodes + 1):
-        try:
-            parallel.mesh_shape(shape.per_node * nodes, shape.per_node)
-        except InputError as error:
-            if not shape.min_nodes:
-                raise
-            counts = f"NNODES={shape.min_nodes}:{shape.nodes}"
-            raise InputError(error.key, f"{error.message}; {counts} may mean {nodes} nodes") from None
 
 
 def start_dry_run(config: Config, shape: WorldShape, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Two kinds of expected failure: bad input, reported at its recipe line, and a run that stops itself."""
+"""Expected failures: an invalid command line, bad input, reported at its recipe line, and a run that stops itself."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UsageError(Exception):
+    """The command line is invalid."""
 
 
 class RunError(Exception):

@@ -37,10 +37,11 @@ from components.plotting import import_pyplot, label_tokens, save_figure
 from components.run_directory import RunDirectory
 from components.standard_streams import run_command
 from recipes.batch_policy import build_batch_policy, build_batch_rounding
-from recipes.cli import UsageError, parse_recipe, reports_bad_input, resolve_world_shape
+from recipes.cli import parse_recipe, reports_bad_input
 from recipes.config import Config, ConfigError, load
 from recipes.dry_run.schedule_preview import PlannedStep, planned_steps
-from recipes.errors import config_errors_at
+from recipes.errors import UsageError, config_errors_at
+from recipes.launch import resolve_world_shape
 from recipes.recipe import complete_recipe, require_training
 
 PANELS = {

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from components.standard_streams import run_command
-from recipes.cli import UsageError, parse_recipe
+from recipes.cli import parse_recipe
 from recipes.config import Config, ConfigError, load
+from recipes.errors import UsageError
 from recipes.prepared_data import build_datasets
 
 

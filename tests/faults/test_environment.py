@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes.cli import ROOT, UsageError, WorldShape, launch_workers
+from recipes.cli import ROOT
+from recipes.errors import UsageError
+from recipes.launch import WorldShape, launch_workers
 from tests.conftest import TinyRun
 
 

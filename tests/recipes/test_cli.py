@@ -10,17 +10,11 @@ import pytest
 from components.distributed.launcher import numa_options
 from components.distributed.node import NodeSpec
 from recipes import cli
-from recipes.cli import (
-    DEFAULT_CONFIG,
-    Command,
-    UsageError,
-    WorldShape,
-    choose_allocator,
-    launch_workers,
-    parse_arguments,
-    resolve_world_shape,
-)
+from recipes.cli import DEFAULT_CONFIG, Command, parse_arguments
 from recipes.config import ConfigError, Override, load
+from recipes.errors import UsageError
+from recipes.launch import WorldShape, launch_workers, resolve_world_shape
+from recipes.process_environment import choose_allocator, enable_flight_recorder
 
 pytestmark = pytest.mark.quick
 
@@ -213,7 +207,7 @@ def test_several_nodes_meet_at_node_0():
 
 def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_otherwise(tmp_path):
     environment: dict[str, str] = {}
-    cli.enable_flight_recorder(environment, tmp_path)
+    enable_flight_recorder(environment, tmp_path)
     assert environment == {
         "TORCH_FR_BUFFER_SIZE": "20000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -221,5 +215,5 @@ def test_the_flight_recorder_writes_to_the_run_directory_unless_the_user_said_ot
     }
     chosen = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_DUMP_TEMP_FILE": "mine"}
     environment = dict(chosen)
-    cli.enable_flight_recorder(environment, tmp_path)
+    enable_flight_recorder(environment, tmp_path)
     assert environment == chosen

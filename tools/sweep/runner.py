@@ -20,7 +20,8 @@ from typing import Any
 
 from components.paths import is_file
 from components.run_directory import RunDirectory
-from recipes.cli import ERROR_FILE, ROOT, resolve_world_shape
+from recipes.cli import ERROR_FILE, ROOT
+from recipes.launch import resolve_world_shape
 from tools.sweep.grid import Job, Settings
 from tools.sweep.outcome import OUTCOMES, Outcome, measure
 
