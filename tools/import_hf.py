@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from components.paths import is_file
 from components.safetensors import (
@@ -85,20 +86,8 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         shape = {"architectures": [name], "model_type": architecture.model_type, **architecture.hf_config(model)}
     except ValueError as error:
         raise ValueError(f"{directory / 'config.json'}: {error}") from None
-    # pickled weights only if there are no safetensors
-    pickled = has_only_pickles(directory)
-    weights = (
-        PickledWeights(directory, ignore=[RECOMPUTED_BUFFERS])
-        if pickled
-        else Weights(directory, ignore=[RECOMPUTED_BUFFERS])
-    )
-    try:
-        places = match_tensors(model, {stored: described.shape for stored, described in weights.specs.items()})
-        require_equal_copies(weights, places)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    stored_as = {part: stored for stored, part in places.items()}
-    source = {hf_name: stored_as[part] for hf_name, part in architecture.hf_parts(model).items()}
+    weights = (PickledWeights if has_only_pickles(directory) else Weights)(directory, ignore=[RECOMPUTED_BUFFERS])
+    source = _match_names(directory, weights, model, architecture)
     tensors = {hf_name: weights.specs[stored] for hf_name, stored in source.items()}
 
     with new_directory(output, force=force) as temporary:
@@ -112,13 +101,31 @@ def import_model(directory: Path, output: Path, *, max_shard_bytes: int, force: 
         (temporary / "model.toml").write_text(model_toml(architecture, keys), encoding="utf-8")
         copied = [file for file in COPIED_FILES if _copy_file(directory / file, temporary / file)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    notes = [f"{name} of {parameters:,} parameters, in {files} file{'s' if files > 1 else ''}", *weights.notes]
+    summary = f"{name} of {parameters:,} parameters, in {files} file{'s' if files > 1 else ''}"
+    return [summary, *_notes(weights, source, copied)]
+
+
+def _match_names(
+    directory: Path, weights: PickledWeights | Weights, model: nn.Module, architecture: Architecture
+) -> dict[str, str]:
+    """Return current name -> stored name of every tensor. Raises ValueError if the weights do not fit the model."""
+    try:
+        places = match_tensors(model, {stored: described.shape for stored, described in weights.specs.items()})
+        require_equal_copies(weights, places)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    stored_as = {part: stored for stored, part in places.items()}
+    return {hf_name: stored_as[part] for hf_name, part in architecture.hf_parts(model).items()}
+
+
+def _notes(weights: PickledWeights | Weights, source: Mapping[str, str], copied: Sequence[str]) -> Iterator[str]:
+    """Yield what was changed, left out and copied."""
+    yield from weights.notes
     if weights.dropped:
-        notes.append(f"left out {len(weights.dropped)} tensors that are recomputed: {weights.dropped[0]} ...")
+        yield f"left out {len(weights.dropped)} tensors that are recomputed: {weights.dropped[0]} ..."
     if renamed := [f"{stored} as {hf_name}" for hf_name, stored in source.items() if stored != hf_name]:
-        notes.append(f"read {', '.join(renamed)}")
-    notes.append(f"copied {', '.join(copied)}" if copied else "no tokenizer or generation_config.json to copy")
-    return notes
+        yield f"read {', '.join(renamed)}"
+    yield f"copied {', '.join(copied)}" if copied else "no tokenizer or generation_config.json to copy"
 
 
 def model_toml(architecture: Architecture, keys: Mapping[str, Any]) -> str:

@@ -242,7 +242,7 @@ def _qwen_windows(config: Config) -> dict[str, Any]:
     if not isinstance(first, int):
         raise ValueError(f"max_window_layers = {str(first)[:40]} is not an integer")
     types = config.get("layer_types") or [SLIDING if i >= first else FULL for i in range(layers)]
-    return _windows(config, types, 4096)
+    return _windows(config, types)
 
 
 def _qwen_window_entries(shape: LlamaShape) -> dict[str, Any]:
@@ -252,10 +252,15 @@ def _qwen_window_entries(shape: LlamaShape) -> dict[str, Any]:
 
 def _read_window(config: Config) -> int:
     """Return the window; 0 for null, which is none."""
-    return 0 if config.get("sliding_window", 4096) is None else read_count(config, "sliding_window", 4096)
+    return 0 if config.get("sliding_window", 0) is None else _window_size(config)
 
 
-def _windows(config: Config, layer_types: object, default: int) -> dict[str, Any]:
+def _window_size(config: Config) -> int:
+    """Return the window, with the default that all families with windows have."""
+    return read_count(config, "sliding_window", 4096)
+
+
+def _windows(config: Config, layer_types: object) -> dict[str, Any]:
     """Return the keys of windows for these `layer_types`. Raises ValueError if they are not periodic."""
     layers = read_count(config, "num_hidden_layers")
     known = isinstance(layer_types, Sequence) and all(kind in (FULL, SLIDING) for kind in layer_types)
@@ -267,7 +272,7 @@ def _windows(config: Config, layer_types: object, default: int) -> dict[str, Any
     interval = is_global.index(True) + 1 if any(is_global) else 0
     if is_global != [interval > 0 and (layer + 1) % interval == 0 for layer in range(layers)]:
         raise ValueError(f"layer_types: only every n-th layer can be {FULL!r}, beginning with the n-th")
-    return {"sliding_window": read_count(config, "sliding_window", default), "global_attention_interval": interval}
+    return {"sliding_window": _window_size(config), "global_attention_interval": interval}
 
 
 def _window_entries(shape: LlamaShape) -> dict[str, Any]:
@@ -289,7 +294,7 @@ def olmo2_keys(config: Config) -> dict[str, Any]:
 
 def olmo3_keys(config: Config) -> dict[str, Any]:
     rope = {"theta": 500_000.0, "local_theta": read_number(config, "rope_theta", 500_000.0)}
-    windows = _windows(config, config.get("layer_types") or _every(config, 4), 4096)
+    windows = _windows(config, config.get("layer_types") or _every(config, 4))
     keys = _keys(config, norm_eps=1e-5, norm_placement="post", qk_norm="all_heads", rope=rope, **windows)
     return keys if keys["sliding_window"] else keys | {"rope_local_theta": 0.0}
 
@@ -308,7 +313,7 @@ def gemma2_keys(config: Config) -> dict[str, Any]:
         max_position=8192,
         attention_softcap=read_softcap(config, "attn_logit_softcapping", 50.0),
         logit_softcap=read_softcap(config, "final_logit_softcapping", 30.0),
-        **_windows(config, config.get("layer_types") or _every(config, 2), 4096),
+        **_windows(config, config.get("layer_types") or _every(config, 2)),
     )
 
 
@@ -326,7 +331,7 @@ def gemma3_keys(config: Config) -> dict[str, Any]:
         qk_norm="per_head",
         logit_softcap=read_softcap(config, "final_logit_softcapping"),
         rope={"theta": 1_000_000.0, "local_theta": 10_000.0},
-        **_windows(config, config.get("layer_types") or _every(config, pattern), 4096),
+        **_windows(config, config.get("layer_types") or _every(config, pattern)),
     )
 
 

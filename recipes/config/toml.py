@@ -102,10 +102,10 @@ def brief_value(value: Any) -> str:
     return brief(write_value(value))
 
 
-def brief(text: str, width: int = 72) -> str:
-    """Return `text` without passwords of addresses, cut to `width` characters."""
+def brief(text: str) -> str:
+    """Return `text` without passwords of addresses, cut to 72 characters."""
     text = hide_passwords(text)
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return text if len(text) <= 72 else text[:69] + "..."
 
 
 def _string(text: str) -> str:
