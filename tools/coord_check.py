@@ -268,8 +268,8 @@ def plot_checks(checks: Sequence[Check], output: Path) -> None:
     save_figure(figure, output)
 
 
-@reports_bad_input
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser, with an option for every field of `CheckConfig`."""
     parser = argparse.ArgumentParser(prog="python -m tools.coord_check", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--parametrization",
@@ -296,7 +296,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tolerance", type=float, default=0.15, help="distance from the expected slope that passes (default: 0.15)"
     )
     parser.add_argument("--output", type=Path, help="figure to write: .svg, .png or .pdf")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+@reports_bad_input
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = vars(build_parser().parse_args(arguments))
     judged: Parametrization | None
     judged, tolerance, output = options.pop("parametrization"), options.pop("tolerance"), options.pop("output")
     config = CheckConfig(**options)

@@ -31,7 +31,7 @@ from recipes.config import load
 from recipes.dry_run.plan import HardwareTarget
 from recipes.model_setup import build_tokenizer
 from recipes.recipe import require_training
-from tools.plan_run.family import Family
+from tools.plan_run.family import Family, Size
 from tools.plan_run.ladder import Ladder, Pilots
 from tools.plan_run.page import page_lines, write_plan
 from tools.plan_run.plan import Plan, Target
@@ -139,24 +139,12 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     require_training(config)
     recipe = config.recipe
     family = Family(config, build_tokenizer(recipe).vocab_size)
-    batch = options.pilot_batch or getattr(recipe.batch, "initial_size", None)
-    if batch is None:
-        raise ValueError(f"{type(recipe.batch).__name__} has no initial_size: give --pilot-batch")
-    if len(set(options.pilot_sizes)) < 2:
-        raise ValueError("--pilot-sizes: give two sizes or more, a factor of four apart or more")
-    rounding = build_batch_rounding(recipe, processes_per_run(options.jobs, recipe))
-    batch = rounding.round_up(batch).samples  # checkpoints are counted in steps of it
-    if not rounding.can_measure_noise(rounding.round_up(batch)):
-        raise ValueError(f"--pilot-batch {batch}: the noise needs two micro-batches a step; use {2 * batch}")
-    sizes = [family.of(parameters) for parameters in sorted(set(options.pilot_sizes))]
-    if len(set(sizes)) < len(sizes):
-        raise ValueError("--pilot-sizes: two of them are the same model, because layers and heads are whole numbers")
     pilots = Pilots(
         recipe=command.config,
         common={override.path: override.text for override in command.overrides},
         config=config,
-        sizes=sizes,
-        batch=batch,
+        batch=read_pilot_batch(options, recipe),
+        sizes=read_pilot_sizes(options, family),
         tokens=options.pilot_tokens,
         lrs=options.lrs or (),
         seeds=options.seeds,
@@ -168,6 +156,29 @@ def read_ladder(options: argparse.Namespace, rest: Sequence[str]) -> tuple[Ladde
     if len(set(pilots.lrs)) < 2 or min(pilots.lrs) <= 0:
         raise ValueError("--lrs: give two learning rates or more, above 0")
     return Ladder(pilots, Results(options.results)), family
+
+
+def read_pilot_batch(options: argparse.Namespace, recipe: Any) -> int:
+    """Return the batch of the pilot runs, rounded up: their checkpoints are counted in steps of it. Raises ValueError
+    if it is not known, or too small to measure the noise."""
+    batch = options.pilot_batch or getattr(recipe.batch, "initial_size", None)
+    if batch is None:
+        raise ValueError(f"{type(recipe.batch).__name__} has no initial_size: give --pilot-batch")
+    rounding = build_batch_rounding(recipe, processes_per_run(options.jobs, recipe))
+    batch = rounding.round_up(batch).samples
+    if not rounding.can_measure_noise(rounding.round_up(batch)):
+        raise ValueError(f"--pilot-batch {batch}: the noise needs two micro-batches a step; use {2 * batch}")
+    return int(batch)
+
+
+def read_pilot_sizes(options: argparse.Namespace, family: Family) -> list[Size]:
+    """Return the sizes of the pilot models, the smallest first. Raises ValueError for fewer than two."""
+    if len(set(options.pilot_sizes)) < 2:
+        raise ValueError("--pilot-sizes: give two sizes or more, a factor of four apart or more")
+    sizes = [family.of(parameters) for parameters in sorted(set(options.pilot_sizes))]
+    if len(set(sizes)) < len(sizes):
+        raise ValueError("--pilot-sizes: two of them are the same model, because layers and heads are whole numbers")
+    return sizes
 
 
 def _parsed(parse: Callable[[str], Any], kind: str) -> Callable[[str], Any]:
