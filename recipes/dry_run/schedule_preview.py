@@ -79,23 +79,15 @@ def planned_steps(recipe: Any, rounding: BatchRounding, policy: BatchPolicy | No
 
 def simulate_schedule(recipe: Any, rounding: BatchRounding) -> SchedulePreview:
     """Return the preview of `planned_steps(recipe, rounding)`, and raise what that raises."""
-    total, warmup = recipe.training.total_tokens, complete_schedule(recipe.lr_schedule).warmup_tokens
+    warmup = complete_schedule(recipe.lr_schedule).warmup_tokens
     preview, milestones = SchedulePreview(), dict[int, Milestone]()
-    last, highest, tenths = None, None, 0
+    last: PlannedStep | None = None
+    highest: PlannedStep | None = None
     for step in planned_steps(recipe, rounding):
-        reasons: list[str] = []
-        if last is None:
-            reasons.append("first")
-        elif step.batch != last.batch:
-            reasons.append("batch")
-        if step.tokens < warmup <= step.tokens + step.batch * recipe.training.sequence_length:
-            reasons.append("warmed up")
-        if step.tokens * 10 // total > tenths:
-            tenths = step.tokens * 10 // total
-            reasons.append(f"{tenths}0 %")
-        last = step
+        reasons = list(_reasons_to_show(step, last, warmup, recipe.training))
         if reasons and len(milestones) < MAX_MILESTONES:
             milestones[step.number] = Milestone(reasons, step)
+        last = step
         if highest is None or step.lr > highest.lr:
             highest = step
         if step.batch != step.requested:
@@ -115,3 +107,16 @@ def simulate_schedule(recipe: Any, rounding: BatchRounding) -> SchedulePreview:
     preview.milestones = [milestones[number] for number in sorted(milestones)]
     preview.num_steps, preview.tokens = last.number, preview.samples * recipe.training.sequence_length
     return preview
+
+
+def _reasons_to_show(step: PlannedStep, last: PlannedStep | None, warmup: int, training: Any) -> Iterator[str]:
+    """Yield why to show `step`, given the step before it and the tokens of the warm-up."""
+    if last is None:
+        yield "first"
+    elif step.batch != last.batch:
+        yield "batch"
+    if step.tokens < warmup <= step.tokens + step.batch * training.sequence_length:
+        yield "warmed up"
+    tenths = 10 * step.tokens // training.total_tokens
+    if last is not None and tenths > 10 * last.tokens // training.total_tokens:
+        yield f"{tenths}0 %"
