@@ -176,41 +176,43 @@ def parse_recipe(arguments: Sequence[str]) -> Command:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line, report its errors, and return the exit status."""
-    status, message = 0, ""
     choose_allocator(os.environ)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.SIG_IGN)  # the default would kill a process that is not ready to save yet
-    if is_worker():
-        from components.distributed.heartbeat import dump_stacks_on_request
-        from components.distributed.worker import die_with_launcher
-
-        die_with_launcher()
-        dump_stacks_on_request()
     try:
-        status = run_command(arguments)
-    except (ConfigError, UsageError) as error:
-        status, message = 2, str(error)
-        if os.environ.get("RANK", "0") == "0":  # all ranks hit the same error; print it once
-            print(message, file=sys.stderr)
-            if isinstance(error, ConfigError) and ERROR_FILE in os.environ:
-                Path(os.environ[ERROR_FILE]).write_text(json.dumps(error.fields()), encoding="utf-8")
-    except RunError as error:  # rank 0 has logged it
-        status, message = 1, str(error)
+        return run_worker(arguments) if is_worker() else run_and_print_failure(arguments)[0]
     except KeyboardInterrupt:
         return 130
-    except Exception as error:
-        if not is_worker():
-            raise
-        from components.distributed.worker import report_crash
 
+
+def run_worker(arguments: Sequence[str]) -> int:
+    """Run the command line in a worker process, and report to its launcher how it ends. Returns the exit status."""
+    from components.distributed.heartbeat import dump_stacks_on_request
+    from components.distributed.worker import die_with_launcher, report_crash, report_exit
+
+    die_with_launcher()
+    dump_stacks_on_request()
+    try:
+        status, message = run_and_print_failure(arguments)
+    except Exception as error:
         report_crash(error)
         return 1
-    if is_worker():
-        from components.distributed.worker import report_exit
+    return report_exit(status, message)
 
-        return report_exit(status, message)
-    return status
+
+def run_and_print_failure(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run the command line, and print an expected failure. Returns the exit status and the message."""
+    try:
+        return run_command(arguments), ""
+    except (ConfigError, UsageError) as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks hit the same error; print it once
+            print(error, file=sys.stderr)
+            if isinstance(error, ConfigError) and ERROR_FILE in os.environ:
+                Path(os.environ[ERROR_FILE]).write_text(json.dumps(error.fields()), encoding="utf-8")
+        return 2, str(error)
+    except RunError as error:  # rank 0 has logged it
+        return 1, str(error)
 
 
 def run_command(arguments: Sequence[str]) -> int:

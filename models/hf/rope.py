@@ -69,15 +69,7 @@ def _rope_of_table(config: Mapping[str, Any], table: Mapping[str, Any], theta: f
     if kind == "llama3":
         scaling |= {key: read_number(table, key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
-        if theta <= 1:
-            raise ValueError(f"rope_theta = {theta:g} must be above 1 with YaRN")
-        if table.get("truncate") not in (True, None):
-            raise ValueError(f"truncate = {table['truncate']!r} is not supported; YaRN's bounds are integers here")
-        scaling |= {
-            "beta_fast": read_number(table, "beta_fast", 32.0),
-            "beta_slow": read_number(table, "beta_slow", 1.0),
-        }
-        scaling["attention_factor"] = _yarn_attention_factor(table)
+        scaling |= _yarn_of_table(table, theta)
     if kind != "linear":
         name = "original_max_position_embeddings"
         if config.get(name) not in (None, table.get(name)):
@@ -86,6 +78,18 @@ def _rope_of_table(config: Mapping[str, Any], table: Mapping[str, Any], theta: f
             read_count(config, "max_position_embeddings", 2048) if kind == "dynamic" else read_count(table, name)
         )
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn_of_table(table: Mapping[str, Any], theta: float) -> dict[str, float]:
+    if theta <= 1:
+        raise ValueError(f"rope_theta = {theta:g} must be above 1 with YaRN")
+    if table.get("truncate") not in (True, None):
+        raise ValueError(f"truncate = {table['truncate']!r} is not supported; YaRN's bounds are integers here")
+    return {
+        "beta_fast": read_number(table, "beta_fast", 32.0),
+        "beta_slow": read_number(table, "beta_slow", 1.0),
+        "attention_factor": _yarn_attention_factor(table),
+    }
 
 
 def _yarn_attention_factor(table: Mapping[str, Any]) -> float:

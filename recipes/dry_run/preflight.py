@@ -42,7 +42,8 @@ class Finding:
 
 def preflight_checks(plan: RunPlan) -> Iterator[Finding]:
     """Yield all findings, errors first."""
-    checks = (_memory, _local_checks, _eager, _batch, _schedule, _intervals, _vocabulary, _tasks)
+    local_checks = (_text, _initial_weights, _run_directory)
+    checks = (_memory, *local_checks, _eager, _batch, _schedule, _intervals, _vocabulary, _tasks)
     found = [finding for check in checks for finding in check(plan)]
     for level in ("error", "warning", "note"):
         yield from (finding for finding in found if finding.level == level)
@@ -75,38 +76,44 @@ def _memory_remedy(plan: RunPlan, memory: Memory) -> str:
     return "shard over more processes, or set parallel.tp"
 
 
-def _local_checks(plan: RunPlan) -> Iterator[Finding]:
-    """Check what this machine lacks, or has already."""
-    recipe = plan.recipe
+def _text(plan: RunPlan) -> Iterator[Finding]:
     if plan.tokenizer_missing:
         yield _missing_here("tokenizer.path", plan.tokenizer_missing)
-    for key, source in text_sources(recipe).items():
+    for key, source in text_sources(plan.recipe).items():
         try:
             source.size_bytes()
         except FileNotFoundError as error:
             yield _missing_here(f"{key}.path", message_of(error))
         except (OSError, ValueError) as error:
             yield Finding("warning", f"{key}.path", message_of(error))
-    if (weights := recipe.run.init_from) is not None:
-        from recipes.initial_weights import check_initial_weights  # imports all models
 
-        try:
-            for warning in check_initial_weights(plan.model, weights):
-                yield Finding("warning", "run.init_from", warning)
-        except FileNotFoundError as error:
-            yield _missing_here("run.init_from", message_of(error))
-        except ValueError as error:
-            yield Finding("error", "run.init_from", message_of(error))
-    directory = RunDirectory(recipe.run.directory)
+
+def _initial_weights(plan: RunPlan) -> Iterator[Finding]:
+    if (weights := plan.recipe.run.init_from) is None:
+        return
+    from recipes.initial_weights import check_initial_weights  # imports all models
+
+    try:
+        for warning in check_initial_weights(plan.model, weights):
+            yield Finding("warning", "run.init_from", warning)
+    except FileNotFoundError as error:
+        yield _missing_here("run.init_from", message_of(error))
+    except ValueError as error:
+        yield Finding("error", "run.init_from", message_of(error))
+
+
+def _run_directory(plan: RunPlan) -> Iterator[Finding]:
+    directory = RunDirectory(plan.recipe.run.directory)
     if foreign := directory.unowned_files():
         message = f"{directory.path} holds {', '.join(foreign)}, which no run wrote; move them away"
         yield Finding("warning", "run.name", message)
-    if directory.has_run:
-        if recipe.run.if_exists == "replace":
-            yield Finding("note", "run.name", f"{directory.path} already holds a run, which will be replaced")
-        else:
-            message = f"{directory.path} already holds a run; a new one needs another --run.name, or use --resume"
-            yield Finding("warning", "run.name", message)
+    if not directory.has_run:
+        return
+    if plan.recipe.run.if_exists == "replace":
+        yield Finding("note", "run.name", f"{directory.path} already holds a run, which will be replaced")
+    else:
+        message = f"{directory.path} already holds a run; a new one needs another --run.name, or use --resume"
+        yield Finding("warning", "run.name", message)
 
 
 def _missing_here(key: str, message: str) -> Finding:
