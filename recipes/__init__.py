@@ -34,7 +34,7 @@ tasks.py                [tasks.NAME]: tasks during training and of a trained mod
 averages.py             [average.NAME]: averages of the weights in a run and in a checkpoint
 probes.py               [probes.NAME]: the methods of a probe, and checks (the probes: components/probes/)
 probe_runner.py         calls the probes of a run around a step
-resume.py               what a resumed run may change: RULES
+resume.py               the checkpoints that can be resumed; what a resumed run may change: RULES
 
 Other uses
 dry_run/                --dry-run

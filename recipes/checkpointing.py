@@ -12,7 +12,7 @@ from components.distributed.context import DistributedContext
 from components.metrics.logger import MetricLogger
 from recipes.config import Config
 from recipes.errors import NonFiniteStateError
-from recipes.run_setup import newest_intact_checkpoint
+from recipes.resume import newest_intact_checkpoint
 from recipes.training_state import TrainingState
 
 log = logging.getLogger("powertrain")

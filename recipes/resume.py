@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.checkpoint import list_checkpoints, step_of
+from components.checkpoint import DamagedError, list_checkpoints, mark_damaged, step_of, verify
 from components.checkpoint.remote import fetch_model
+from components.distributed.context import DistributedContext
 from components.paths import expand_home
 from components.storage.address import local_copy_of
 from components.units import format_count
@@ -111,6 +112,42 @@ def find_checkpoints(resume: Resume | None, checkpoints: Path, *, restarted: boo
             "give the resumed run another --run.name, or move the newer checkpoints away"
         )
     return chosen
+
+
+def newest_intact_checkpoint(
+    candidates: list[Path], world: DistributedContext, damages: list[str], own: Path
+) -> Path | None:
+    """Return the last of `candidates` that is intact, or None; add a line to `damages` for each damaged one.
+
+    Damaged ones after it are renamed if they are in `own`, the directory of this run. Each rank verifies a part of the
+    files, and all return the same. Raises ValueError if the ranks have different candidates.
+    """
+    names = [checkpoint.name for checkpoint in candidates]
+    if not world.all_equal(str(names)):
+        raise ValueError(
+            f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. Put "
+            "the run directory on a file system that all nodes share, and try again"
+        )
+    damaged: list[Path] = []
+
+    def rename_damaged() -> None:
+        for each in damaged:
+            if world.is_main and each.parent == own:
+                mark_damaged(each)
+
+    for checkpoint in reversed(candidates):
+        damage = ""
+        try:
+            verify(checkpoint, rank=world.rank, ranks=world.size)
+        except DamagedError as error:
+            damage = str(error)
+        found = [text for text in world.gather(damage) if text]
+        if not found:
+            world.main_process_first(rename_damaged)
+            return checkpoint
+        damaged.append(checkpoint)
+        damages.append(found[0])
+    return None
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -16,15 +16,12 @@ from rich.console import Console
 
 from components.atomic_files import atomic_write
 from components.checkpoint import (
-    DamagedError,
     host_memory_directory,
     list_checkpoints,
-    mark_damaged,
     remove_all,
     remove_partial_saves,
     run_of,
     step_of,
-    verify,
 )
 from components.checkpoint.remote import RemoteCheckpoints, restore_run
 from components.data.loader_workers import check_workers
@@ -37,7 +34,14 @@ from components.paths import is_file
 from components.run_directory import RunDirectory, new_identifier
 from recipes.config import Config
 from recipes.errors import config_errors_at
-from recipes.resume import Resume, check_resumable, find_checkpoints, is_inside, log_config_diff
+from recipes.resume import (
+    Resume,
+    check_resumable,
+    find_checkpoints,
+    is_inside,
+    log_config_diff,
+    newest_intact_checkpoint,
+)
 
 log = logging.getLogger("powertrain")
 
@@ -227,42 +231,6 @@ def _refuse_foreign_remote(remote: RemoteCheckpoints, directory: RunDirectory) -
             f"{remote.directory} holds checkpoints of another run; continue it with --resume, give this run another "
             "--run.name, or remove them"
         )
-
-
-def newest_intact_checkpoint(
-    candidates: list[Path], world: DistributedContext, damages: list[str], own: Path
-) -> Path | None:
-    """Return the last of `candidates` that is intact, or None; add a line to `damages` for each damaged one.
-
-    Damaged ones after it are renamed if they are in `own`, the directory of this run. Each rank verifies a part of the
-    files, and all return the same. Raises ValueError if the ranks have different candidates.
-    """
-    names = [checkpoint.name for checkpoint in candidates]
-    if not world.all_equal(str(names)):
-        raise ValueError(
-            f"the processes do not see the same checkpoints; this one sees {', '.join(names) or 'none'}. Put "
-            "the run directory on a file system that all nodes share, and try again"
-        )
-    damaged: list[Path] = []
-
-    def rename_damaged() -> None:
-        for each in damaged:
-            if world.is_main and each.parent == own:
-                mark_damaged(each)
-
-    for checkpoint in reversed(candidates):
-        damage = ""
-        try:
-            verify(checkpoint, rank=world.rank, ranks=world.size)
-        except DamagedError as error:
-            damage = str(error)
-        found = [text for text in world.gather(damage) if text]
-        if not found:
-            world.main_process_first(rename_damaged)
-            return checkpoint
-        damaged.append(checkpoint)
-        damages.append(found[0])
-    return None
 
 
 def _choose_checkpoint(
