@@ -13,7 +13,7 @@ from recipes import cli
 from recipes.cli import DEFAULT_CONFIG, Command, parse_arguments
 from recipes.config import ConfigError, Override, load
 from recipes.errors import UsageError
-from recipes.launch import WorldShape, launch_workers, resolve_world_shape
+from recipes.launch import WorldShape, launch_workers, needs_launcher, resolve_world_shape
 from recipes.process_environment import choose_allocator, enable_flight_recorder
 
 pytestmark = pytest.mark.quick
@@ -106,6 +106,24 @@ def test_a_process_for_each_gpu_unless_the_recipe_wants_none(tiny):
     assert resolve_world_shape({}, on_cpu, gpus=8) == WorldShape(1, 1)
     assert resolve_world_shape({"NPROC": "2"}, on_cpu, gpus=8) == WorldShape(2, 1)
     assert resolve_world_shape({}, on_gpus, gpus=0) == WorldShape(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "environment", "expected"),
+    [
+        (WorldShape(1, 1), {}, False),
+        (WorldShape(1, 1), {"MAX_RESTARTS": "1"}, True),
+        (WorldShape(2, 1), {}, True),
+        (WorldShape(1, 1, 1), {}, True),
+    ],
+)
+def test_a_recipe_without_sections_has_a_launcher_for_several_processes_and_for_restarts(shape, environment, expected):
+    assert needs_launcher(object(), shape, environment) is expected
+
+
+def test_a_hang_timeout_needs_a_launcher(tiny):
+    recipe = load(tiny.recipe, [Override("run.hang_timeout_seconds", "60")]).recipe
+    assert needs_launcher(recipe, WorldShape(1, 1), {})
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
