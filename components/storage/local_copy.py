@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import atomic_write
+from components.errors import InputError, MissingFileError
+from components.paths import is_file
 from components.storage.address import RemoteDirectory, StorageError, address_of, local_copies
 
 log = logging.getLogger("powertrain")
@@ -35,6 +37,17 @@ def fetch(path: Path, *, missing_ok: bool = False) -> None:
     except FileNotFoundError:
         if not missing_ok:
             raise
+
+
+def fetch_file(path: Path, key: str = "path") -> None:
+    """Fetch `path`, a single file. Raises InputError at `key` if it is missing or cannot be accessed."""
+    fetch(path)
+    try:
+        exists = is_file(path)
+    except OSError as error:
+        raise InputError.below(key, error) from None
+    if not exists:
+        raise MissingFileError(key, f"{path} does not exist")
 
 
 @cache

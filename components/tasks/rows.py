@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.errors import InputError, MissingFileError
-from components.paths import is_file
-from components.storage.local_copy import fetch
+from components.errors import InputError
+from components.storage.local_copy import fetch_file
 from components.tasks.question import Request
 
 
@@ -32,9 +31,7 @@ def read_rows(path: Path, *, with_choices: bool, delimiter: str, key: str = "pat
 
     Raises MissingFileError, or InputError with file and line, both at `key`.
     """
-    fetch(path)
-    if not is_file(path):
-        raise MissingFileError(key, f"{path} does not exist")
+    fetch_file(path, key)
     rows: list[Row] = []
     first_filter: Any = None
     for where, values in _objects(path, key):

@@ -15,8 +15,8 @@ import numpy as np
 import tiktoken
 
 from components.cpu import num_cpus
-from components.errors import InputError, MissingFileError
-from components.storage.local_copy import fetch
+from components.errors import InputError
+from components.storage.local_copy import fetch_file
 from components.tokenizers.patterns import PATTERNS, resolve_pattern
 from components.unicode_text import replace_surrogates
 
@@ -108,9 +108,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
     Raises FileNotFoundError, or ValueError with file, line and problem.
     """
-    fetch(path)
-    if not path.is_file():
-        raise MissingFileError("path", f"{path} does not exist")
+    fetch_file(path)
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {_LARGEST_FILE:,} are accepted")
     ranks: dict[bytes, int] = {}

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from components.errors import InputError, MissingFileError
-from components.storage.local_copy import fetch
+from components.errors import InputError
+from components.storage.local_copy import fetch, fetch_file
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers
 from components.unicode_text import replace_surrogates
 
@@ -41,9 +41,7 @@ class TokenizerJson:
 
     def build(self) -> JsonEncoder:
         """Return the tokenizer. Raises FileNotFoundError, or ValueError for an invalid file or a missing token."""
-        fetch(self.path)
-        if not self.path.is_file():
-            raise MissingFileError("path", f"{self.path} does not exist")
+        fetch_file(self.path)
         if self.path.stat().st_size > _LARGEST_FILE:
             raise InputError(
                 "path", f"{self.path} has {self.path.stat().st_size:,} bytes; at most {_LARGEST_FILE:,} are accepted"

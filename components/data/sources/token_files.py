@@ -20,7 +20,7 @@ from components.errors import InputError, MissingFileError
 from components.interfaces import Tokenizer
 from components.paths import is_file
 from components.storage.address import display
-from components.storage.local_copy import fetch
+from components.storage.local_copy import fetch, fetch_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<QBQQ")  # version, code of the type, sequences, documents
@@ -110,9 +110,7 @@ class TokenFiles:
         return f"TokenFiles-2 {json.dumps([self.dtype, [_content_of(file, hashes) for file in read]])}"
 
     def _read_tokens(self, path: Path, vocab_size: int) -> _Tokens:
-        fetch(path)
-        if not is_file(path):
-            raise MissingFileError("path", f"{path} does not exist")
+        fetch_file(path)
         index = _index_of(path)
         if index is not None:
             return _read_megatron(index, path.stat().st_size)

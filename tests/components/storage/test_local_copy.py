@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.data import TokenFiles
+from components.errors import InputError
 from components.storage import local_copy
 from components.storage.address import RemoteDirectory, StorageError, address_of, display, is_address, local_copy_of
 from components.storage.local_copy import fetch
@@ -51,6 +52,14 @@ def test_paths_are_no_addresses():
     assert display(Path("/a/b")) == "/a/b"
     with pytest.raises(ValueError, match=r"`\.\.`"):
         absolute("s3://bucket/../x", Path("/"))
+
+
+def test_a_broken_link_is_an_error_at_the_key(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match="is a link to") as caught:
+        TiktokenFile(path=link, pattern="gpt2").build()
+    assert caught.value.key == "path"
 
 
 def test_only_changed_files_are_read_again_and_removed_ones_are_removed(tmp_path, monkeypatch):
