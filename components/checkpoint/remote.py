@@ -18,7 +18,7 @@ from components.atomic_files import fsync_directory, fsync_file
 from components.checkpoint.commit import TMP_PREFIX, mark_damaged, remove_partial_saves
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
 from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, Manifest
-from components.storage.address import PARTIAL, RemoteDirectory, StorageError, address_of
+from components.storage.address import RemoteDirectory, StorageError, address_of
 from components.storage.local_copy import fetch
 
 log = logging.getLogger("powertrain")
@@ -113,12 +113,11 @@ class RemoteCheckpoints:
 
     def download_run_files(self, run_directory: Path) -> None:
         """Copy the files of the run directory that do not exist locally, each atomically."""
-        files = {name: run_directory / name for name in self._run_files() if not (run_directory / name).exists()}
-        for name, path in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(PARTIAL.format(path.name))
-            self.directory.download({name: partial})
-            partial.replace(path)
+        listed = self.directory.list_files("*.*") | self.directory.list_files("writers/*.json")
+        for name, (size, _) in listed.items():
+            path = run_directory / name
+            if _RUN_FILE.fullmatch(name) and not path.exists():
+                self.directory.download_file(name, path, size)
 
     def remove(self, name: str) -> None:
         """Delete a checkpoint: first its manifest, so that an interrupted removal does not leave half a checkpoint."""
@@ -144,13 +143,6 @@ class RemoteCheckpoints:
         for name in names:
             if self.run_of(name) == run:
                 self.remove(name)
-
-    def _run_files(self) -> list[str]:
-        return [
-            name
-            for name in (*self.directory.list_files("*.*"), *self.directory.list_files("writers/*.json"))
-            if _RUN_FILE.fullmatch(name)
-        ]
 
     def _read_manifest(self, name: str) -> bytes:
         """Return manifest.json; empty if there is none."""

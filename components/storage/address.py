@@ -19,7 +19,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
 _OBJECT_STORES = {*_EXTRAS, "abfs", "az"}
 """File systems without directories, where a file needs no parent."""
 _LOCAL = {"file", "local"}
-PARTIAL = ".{}.partial"
+_PARTIAL = ".{}.partial"
 """Name of the partial copy of a file in a local directory."""
 
 
@@ -141,6 +141,16 @@ class RemoteDirectory:
             for name, path in files.items():
                 self._fs.get_file(f"{self._root}/{name}".rstrip("/"), str(path))
 
+    def download_file(self, name: str, path: Path, size: int) -> None:
+        """Copy one file of `size` bytes. A file at `path` is replaced once the copy is complete."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(_PARTIAL.format(path.name))
+        self.download({name: partial})
+        if (copied := partial.stat().st_size) != size:
+            partial.unlink()
+            raise StorageError(f"{self}/{name} has changed while it was read: {copied:,} of {size:,} bytes")
+        partial.replace(path)
+
     def upload(self, files: Mapping[str, Path]) -> None:
         """Copy local files, name -> local path, and replace those that exist.
 
@@ -153,7 +163,7 @@ class RemoteDirectory:
                     self._fs.makedirs(remote.rpartition("/")[0], exist_ok=True)
                 if self.protocol in _LOCAL:
                     folder, _, last = remote.rpartition("/")
-                    partial = f"{folder}/{PARTIAL.format(last)}"
+                    partial = f"{folder}/{_PARTIAL.format(last)}"
                     self._fs.put_file(str(path), partial)
                     self._fs.mv(partial, remote)
                 else:

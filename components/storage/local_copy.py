@@ -91,14 +91,7 @@ def _copy(
         size = sum(found[name][0] for name in missing)
         log.info(f"fetching {len(missing)} files, {size:,} bytes, from {remote}")
     for name in missing:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        remote.download({name: partial})
-        if (copied := partial.stat().st_size) != found[name][0]:
-            partial.unlink()
-            raise StorageError(f"{remote}/{name} has changed while it was read: {copied:,} of {found[name][0]:,} bytes")
-        partial.replace(target)
+        remote.download_file(name, folder / name, size=found[name][0])
     for name in known.keys() - found.keys():
         (folder / name).unlink(missing_ok=True)
     atomic_write(record_file, json.dumps(found))

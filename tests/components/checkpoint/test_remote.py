@@ -198,13 +198,15 @@ def test_a_checkpoint_that_is_replaced_during_its_upload_is_not_completed(remote
     assert remote.list_complete() == []
 
 
-def test_files_of_the_run_are_copied_completely_or_not(remote, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("raises", [True, False])
+def test_files_of_the_run_are_copied_completely_or_not(remote, run, tmp_path, monkeypatch, raises):
     remote.upload(saved(run, 3))
 
     def break_off(self, wanted):
         for path in wanted.values():
             path.write_text("run")
-        raise StorageError("the connection was reset")
+        if raises:
+            raise StorageError("the connection was reset")
 
     other = tmp_path / "other" / "run"
     with monkeypatch.context() as patch:
