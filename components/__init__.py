@@ -35,6 +35,7 @@ evaluation_mode.py           a context in which a model is in evaluation mode
 token_ids.py                 checks of token ids, tokenizers with more ids than a model, and the label that is ignored
 atomic_files.py              files and directories that are complete or do not exist
 unicode_text.py              text without lone surrogates
+json_files.py                reads JSON that may be damaged or untrusted
 paths.py                     finding, listing and hashing files
 python_library.py            the source files of the Python standard library, in three splits
 standard_streams.py          robust standard output of commands

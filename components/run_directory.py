@@ -17,6 +17,7 @@ from typing import Any
 
 from components.atomic_files import atomic_write, temporary_files_of
 from components.errors import InputError
+from components.json_files import read_object
 
 LOCK = ".run.lock"
 FLIGHT_RECORDER = "nccl_trace_rank_"
@@ -91,12 +92,10 @@ class RunDirectory:
 
     def _read_owner(self) -> dict[str, Any]:
         try:
-            owner = json.loads(self.owner_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            owner = read_object(self.owner_file)
+        except (OSError, ValueError):
             return {}
-        known = (
-            isinstance(owner, dict) and isinstance(owner.get("kind"), str) and isinstance(owner.get("launches"), list)
-        )
+        known = isinstance(owner.get("kind"), str) and isinstance(owner.get("launches"), list)
         return owner if known and _RUN.fullmatch(str(owner.get("run"))) else {}
 
     def _write_owner(self, owner: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from components.json_files import read_limited
 from recipes.config import Config, Override, flatten, load
 from recipes.config.imports import UseError, import_class
 
@@ -39,9 +40,7 @@ def _require_trusted(
     path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object], remedy: str
 ) -> None:
     try:
-        if (size := path.stat().st_size) > _LARGEST_BYTES:
-            raise ValueError(f"{size:,} bytes; at most {_LARGEST_BYTES:,} are accepted")
-        leaves = flatten(path.read_text(encoding="utf-8"))
+        leaves = flatten(read_limited(path, _LARGEST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for key, value in leaves.items():

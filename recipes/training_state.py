@@ -17,6 +17,7 @@ from components.checkpoint import StateTensors, read_state
 from components.clock import TrainingClock
 from components.gradient_noise import GradientNoise, NoiseEstimator
 from components.guard import StepGuard
+from components.json_files import first_problem
 from recipes.averages import Averages
 from recipes.errors import raised_in
 from recipes.hooks import Hook
@@ -67,9 +68,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     try:
         _State.model_validate(state)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{checkpoint} is damaged: state.json: {where}: {first['msg']}") from None
+        raise ValueError(f"{checkpoint} is damaged: state.json: {first_problem(error)}") from None
     return state
 
 

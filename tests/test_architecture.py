@@ -23,6 +23,7 @@ SHARED = {
         "gradient_noise.norms",
         "interfaces",
         "interrupts",
+        "json_files",
         "paths",
         "profiler_range",
         "python_library",

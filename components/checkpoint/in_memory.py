@@ -30,6 +30,7 @@ from components.checkpoint.load import list_checkpoints, step_name, step_of
 from components.checkpoint.manifest import WRITTEN
 from components.distributed.collectives import raise_on_all_ranks, run_on_all_ranks
 from components.interfaces import WorldComm
+from components.json_files import read_object
 
 _FILES = "files.json"
 _COMMON = (".metadata", "state.json", "config.toml", _FILES)
@@ -197,7 +198,7 @@ def _describe(checkpoint: Path) -> dict[str, Any] | None:
     files.json cannot be read.
     """
     try:
-        described: dict[str, Any] = json.loads((checkpoint / _FILES).read_text(encoding="utf-8"))
+        described = read_object(checkpoint / _FILES)
     except (OSError, ValueError):  # on one node only: the others would wait for it
         return None
     # the file of another node is sparse, and one that was only partly received is shorter

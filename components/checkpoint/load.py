@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.distributed.collectives import run_on_main
+from components.json_files import read_object
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FORMAT = 3
 """Version of the checkpoint layout and of the names in its state.json and config.toml; others are refused."""
 
-_LARGEST_STATE = 2**26
 _NAME = re.compile(r"step-(\d{8,})")
 
 # torch.distributed.checkpoint says so of each save and load of one process, also with `no_dist=True`
@@ -43,14 +42,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return `state.json` of a checkpoint. Raises DamagedError if it is unreadable, ValueError for another format."""
     path = checkpoint / "state.json"
     try:
-        if (size := path.stat().st_size) > _LARGEST_STATE:
-            raise ValueError(f"{size:,} bytes; at most {_LARGEST_STATE:,} are accepted")
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_object(path)
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{checkpoint} is not a checkpoint: it has no state.json") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise DamagedError(f"{checkpoint} is damaged: state.json: {error}") from None
-    if not isinstance(state, dict) or type(state.get("format")) is not int:
+    if type(state.get("format")) is not int:
         raise DamagedError(f"{checkpoint} is damaged: state.json has no format number")
     if state["format"] != FORMAT:
         raise ValueError(

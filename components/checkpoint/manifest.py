@@ -6,29 +6,25 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from components.atomic_files import write_fsync
 from components.checkpoint.load import DamagedError, read_state
+from components.json_files import Digest, Size, StrictModel, first_problem, read_limited
 from components.paths import hash_file
 
 MANIFEST = "manifest.json"
 WRITTEN = re.compile(r"__\d+_.*|\.metadata(\.tmp)?|\.manifest-\d+|state\.json|config\.toml|manifest\.json|files\.json")
 """Names of all files that a save writes. Other files in a checkpoint are never removed."""
-LARGEST_BYTES = 2**26
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    bytes: Annotated[int, Field(ge=0, lt=2**62)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+class _File(StrictModel):
+    bytes: Size
+    sha256: Digest
 
 
-class Manifest(BaseModel):
+class Manifest(StrictModel):
     """The content of manifest.json."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,200}$")], _File]
     run: str = ""
@@ -76,9 +72,7 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
     except FileNotFoundError:
         raise _damaged(checkpoint, f"{MANIFEST} is missing") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise _damaged(checkpoint, f"{MANIFEST}: {where}: {first['msg']}") from None
+        raise _damaged(checkpoint, f"{MANIFEST}: {first_problem(error)}") from None
     except (ValueError, OSError) as error:
         raise _damaged(checkpoint, f"{MANIFEST}: {error}") from None
     if missing := {"state.json", "config.toml", ".metadata"} - files.keys():
@@ -101,10 +95,7 @@ def verify(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> None:
 
 
 def _read(checkpoint: Path) -> Manifest:
-    path = checkpoint / MANIFEST
-    if (size := path.stat().st_size) > LARGEST_BYTES:
-        raise ValueError(f"{size:,} bytes; at most {LARGEST_BYTES:,} are accepted")
-    return Manifest.model_validate_json(path.read_bytes())
+    return Manifest.model_validate_json(read_limited(checkpoint / MANIFEST))
 
 
 def _damaged(checkpoint: Path, problem: str) -> DamagedError:

@@ -17,7 +17,8 @@ from pathlib import Path
 from components.atomic_files import fsync_directory, fsync_file
 from components.checkpoint.commit import TMP_PREFIX, mark_damaged, remove_partial_saves
 from components.checkpoint.load import DamagedError, list_checkpoints, old_checkpoints, step_of
-from components.checkpoint.manifest import LARGEST_BYTES, MANIFEST, WRITTEN, Manifest
+from components.checkpoint.manifest import MANIFEST, WRITTEN, Manifest
+from components.json_files import LARGEST_BYTES
 from components.storage.address import RemoteDirectory, StorageError, address_of
 from components.storage.local_copy import fetch
 

@@ -26,11 +26,8 @@ from components.data.shards import (
     DOCUMENT_DTYPE,
     DOCUMENTS,
     FORMAT,
-    Digest,
     EncodedFile,
     Shard,
-    Size,
-    StrictModel,
     check_file,
     check_shard,
     read_record,
@@ -39,6 +36,7 @@ from components.data.shards import (
 )
 from components.data.token_reader import map_array
 from components.interfaces import Tokenizer
+from components.json_files import Digest, Size, StrictModel
 
 INDEX, SPANS, SOURCE_FILES = "index.json", "spans.npy", "source_files.json"
 _BLOCK_SPANS = 2**20

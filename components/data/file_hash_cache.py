@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from components.atomic_files import atomic_write
+from components.json_files import read_object
 from components.paths import hash_file
 
 HASH_CACHE_FILE = "file-hashes.json"
@@ -60,12 +62,10 @@ def stat_signature(path: Path) -> list[int]:
 def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
     """Return the stored hashes, and whether the file may be replaced: it does not exist, or holds only hashes."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_object(path, math.inf)
     except FileNotFoundError:
         return {}, True
-    except (OSError, ValueError, RecursionError):
-        return {}, False
-    if not isinstance(known, dict):
+    except (OSError, ValueError):
         return {}, False
     found = {key: value for key, value in known.items() if isinstance(value, list) and len(value) == 4}
     return found, len(found) == len(known)

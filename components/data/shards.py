@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from components.data.document import SourceFile
 from components.data.file_hash_cache import FileHashCache
 from components.interfaces import Tokenizer
+from components.json_files import Digest, Size, StrictModel, first_problem, read_limited
 
 FORMAT: Literal[3] = 3
 """Increased whenever the same text and tokenizer give other files. Directory names depend on it."""
@@ -33,15 +34,7 @@ RECORD, TOKENS, DOCUMENTS = "shard.json", "tokens.bin", "documents.bin"
 DOCUMENT_DTYPE = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("hash", "<u8", (2,))])
 _LARGEST_RECORD = 2**28
 
-Size = Annotated[int, Field(ge=0, lt=2**62)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-
-
-class StrictModel(BaseModel):
-    """A JSON file that must match the model exactly: unknown fields and other types are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class FileRecord(StrictModel):
@@ -151,15 +144,11 @@ def _encoded_files(group: str, parts: Sequence[Shard]) -> Iterator[tuple[str, En
 def read_record(path: Path, model: type[AnyModel]) -> AnyModel:
     """Return the file `path` as `model`. Raises ValueError, naming file and remedy, for a missing or damaged file."""
     try:
-        if path.stat().st_size > _LARGEST_RECORD:
-            raise ValueError(f"{path.stat().st_size:,} bytes; at most {_LARGEST_RECORD:,} are accepted")
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(read_limited(path, _LARGEST_RECORD))
     except FileNotFoundError:
         raise ValueError(rebuild_error(path, "is missing")) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(rebuild_error(path, f"is damaged or of another version ({where}: {first['msg']})")) from None
+        raise ValueError(rebuild_error(path, f"is damaged or of another version ({first_problem(error)})")) from None
     except ValueError as error:
         raise ValueError(rebuild_error(path, f"is damaged ({error})")) from None
 

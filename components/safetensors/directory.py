@@ -1,4 +1,4 @@
-"""Reading JSON files with a size limit, and writing a directory atomically."""
+"""Reading the JSON files of a model, and writing a directory atomically."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from components.atomic_files import atomic_directory, remove_files, write_fsync
+from components.json_files import read_object
 from components.paths import expand_home, is_file
 
 MARK = "powertrain.json"
 """Lists the files that were written to a directory: `new_directory` replaces only those."""
-_LARGEST_JSON = 2**26
-"""Bytes. The index of a model with a hundred thousand tensors takes a tenth of it."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -24,15 +23,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`. Raises FileNotFoundError, or ValueError if it is not a JSON object."""
     if not is_file(path):
         raise FileNotFoundError(f"{path} does not exist")
-    if (size := path.stat().st_size) > _LARGEST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes; at most {_LARGEST_JSON:,} are accepted")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
-    return content
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from components.atomic_files import atomic_write
 from components.errors import InputError, MissingFileError
+from components.json_files import read_object
 from components.paths import is_file
 from components.storage.address import RemoteDirectory, StorageError, address_of, local_copies
 
@@ -109,10 +111,10 @@ def _read_record(record_file: Path) -> dict[str, Any]:
     Files that are not at the address any more are removed, so every name must be that of a file in the copy.
     """
     try:
-        record = json.loads(record_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_object(record_file, math.inf)
+    except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and all(map(_is_below, record)) else {}
+    return record if all(map(_is_below, record)) else {}
 
 
 def _is_below(name: str) -> bool:

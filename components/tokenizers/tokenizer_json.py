@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from components.errors import InputError
+from components.json_files import read_limited, read_object
 from components.storage.local_copy import fetch, fetch_file
 from components.tokenizers.hf_conversion import byte_characters, import_tokenizers
 from components.unicode_text import replace_surrogates
@@ -42,13 +42,9 @@ class TokenizerJson:
     def build(self) -> JsonEncoder:
         """Return the tokenizer. Raises FileNotFoundError, or ValueError for an invalid file or a missing token."""
         fetch_file(self.path)
-        if self.path.stat().st_size > _LARGEST_FILE:
-            raise InputError(
-                "path", f"{self.path} has {self.path.stat().st_size:,} bytes; at most {_LARGEST_FILE:,} are accepted"
-            )
         library = import_tokenizers()
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = read_limited(self.path, _LARGEST_FILE)
             tokenizer = library.Tokenizer.from_str(text)
         except OSError:
             raise
@@ -71,10 +67,10 @@ class TokenizerJson:
         config = self.path.parent / "tokenizer_config.json"
         fetch(config, missing_ok=True)
         try:
-            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            added, bos = settings.get("add_bos_token"), settings.get("bos_token")
-        except (ValueError, AttributeError, RecursionError) as error:
+            settings = read_object(config) if config.is_file() else {}
+        except ValueError as error:
             raise InputError("path", f"{config} is not a JSON object: {error}") from None
+        added, bos = settings.get("add_bos_token"), settings.get("bos_token")
         if added is not None:  # it overrides the post-processor, as in torchtitan and transformers 4
             before = [bos.get("content") if isinstance(bos, dict) else bos] if added else []
         if before == [None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from components.batch import BatchRounding
 from components.checkpoint import verify
 from components.clock import TrainingClock
 from components.errors import InputError
+from components.json_files import read_object
 from components.units import PositiveCount
 from recipes.batch_policy import build_batch_policy
 from recipes.config import Config
@@ -76,8 +76,8 @@ class BranchPoint:
 def read_branch_point(file: Path) -> BranchPoint:
     """Return the branch point stored in `file`. Raises ValueError if it is damaged."""
     try:
-        return BranchPoint(**json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
+        return BranchPoint(**read_object(file))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 

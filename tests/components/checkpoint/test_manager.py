@@ -169,7 +169,8 @@ def test_steps_beyond_eight_digits_are_still_the_newest(tmp_path):
     [
         (None, "is not a checkpoint"),
         ("{", "damaged"),
-        ("[]", "has no format number"),
+        ("[]", "damaged: state.json: holds a list, expected an object"),
+        ("{}", "has no format number"),
         (json.dumps({"format": 99}), "format 99 and this version reads format 3"),
     ],
 )
