@@ -37,6 +37,7 @@ atomic_files.py              files and directories that are complete or do not e
 unicode_text.py              text without lone surrogates
 json_files.py                reads JSON that may be damaged or untrusted
 paths.py                     finding, listing and hashing files
+local_tensor.py              the shard of a DTensor that this process holds
 python_library.py            the source files of the Python standard library, in three splits
 standard_streams.py          robust standard output of commands
 """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from components.interfaces import Comm
+from components.local_tensor import local_tensor
 from components.profiler_range import profiler_range
 
 
@@ -173,7 +174,7 @@ class TrainStep:
         It works on local tensors, because launching the same on DTensors takes three times as long.
         """
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        local = [gradient._local_tensor if hasattr(gradient, "_local_tensor") else gradient for gradient in gradients]
+        local = [local_tensor(gradient) for gradient in gradients]
         if self.dp.device.type == "cuda":
             torch._foreach_mul_(local, factor)
             return

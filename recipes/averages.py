@@ -17,6 +17,7 @@ from components.checkpoint import load_tensors
 from components.checkpoint.load import tensor_index
 from components.distributed import fsdp
 from components.errors import InputError
+from components.local_tensor import local_tensor
 from recipes.config.imports import import_path
 from recipes.errors import raised_in
 from recipes.interfaces import AverageConfig, WeightAverage
@@ -189,5 +190,4 @@ def find_average(checkpoint: Path, state: Mapping[str, Any], recipe: Any, name: 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the shards of this rank, which share their memory with `tensors`."""
-    with torch.no_grad():
-        return [each.to_local() if hasattr(each, "to_local") else each.detach() for each in tensors]
+    return [local_tensor(each).detach() for each in tensors]

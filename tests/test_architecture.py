@@ -24,6 +24,7 @@ SHARED = {
         "interfaces",
         "interrupts",
         "json_files",
+        "local_tensor",
         "paths",
         "profiler_range",
         "python_library",

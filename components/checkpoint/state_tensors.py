@@ -11,6 +11,7 @@ from torch import nn
 
 from components.checkpoint.load import load_tensors, tensor_index
 from components.interfaces import WorldComm
+from components.local_tensor import local_tensor
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +50,7 @@ class StateTensors:
         optimizer, such as its step count. No tensor is copied.
         """
         named = {
-            f"{name}{suffix}": tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            f"{name}{suffix}": local_tensor(tensor)
             for name, parameter in self.model.named_parameters()
             for suffix, tensor in [("", parameter.detach()), *_states(self.optimizer.state.get(parameter, {}))]
         }

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.adamw import adamw
 
+from components.local_tensor import local_tensor
 from components.optimizers.stochastic_rounding import round_at_random, rounding_key
 from components.units import PositiveCount
 
@@ -233,9 +234,3 @@ def _parts(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:
         elements += tensor.numel()
     if first < len(tensors):
         yield slice(first, len(tensors))
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's shard of a DTensor, or a plain tensor as it is."""
-    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from components.optimizers.adamw import BatchScaledAdamW, local_tensor
+from components.local_tensor import local_tensor
+from components.optimizers.adamw import BatchScaledAdamW
 from components.optimizers.matrix_exchange import MatrixExchange, Sharding, Unit, assign_units, sharding_of
 from components.optimizers.orthogonalize import CoefficientsName, orthogonalize, orthogonalize_flops
 
@@ -312,7 +313,7 @@ def _zeros_by_row(parameter: Tensor) -> Tensor:
     last = parameter.ndim - 1
     mesh: Any = parameter.device_mesh
     placements = [Replicate() if getattr(p, "dim", None) == last else p for p in parameter.placements]  # type: ignore[attr-defined]
-    rows = parameter._local_tensor.shape[:-1]  # type: ignore[attr-defined]
+    rows = local_tensor(parameter).shape[:-1]
     local = torch.zeros(*rows, 1, dtype=parameter.dtype, device=parameter.device)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

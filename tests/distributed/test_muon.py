@@ -16,8 +16,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from components.distributed.fsdp import GradSync
 from components.distributed.parallel_dims import MeshShape, ParallelDims
+from components.local_tensor import local_tensor
 from components.optimizers import AdamW, Muon
-from components.optimizers.adamw import local_tensor
 from models.llama import Llama
 from recipes.parallelize import materialize, parallelize
 from tests.components.optimizers.muon_reference import MuonReference
