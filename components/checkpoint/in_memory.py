@@ -20,15 +20,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from components.atomic_files import remove_files, write_fsync
 from components.checkpoint.async_saver import AsyncSaver
 from components.checkpoint.commit import CheckpointWriter, format_state
 from components.checkpoint.file_transfer import Received, Sent, transfer
 from components.checkpoint.load import list_checkpoints, step_name, step_of
 from components.checkpoint.manifest import WRITTEN
-from components.distributed.collectives import raise_on_all_ranks, run_on_all_ranks
+from components.distributed.collectives import broadcast_object, raise_on_all_ranks, run_on_all_ranks
 from components.interfaces import WorldComm
 from components.json_files import read_object
 
@@ -63,20 +61,16 @@ class InMemoryWriter(CheckpointWriter):
         world = self.world
         own = {path.name: path.stat().st_size for path in temporary.glob(f"__{world.rank}_*")}
         files: list[dict[str, int]] = [json.loads(text) for text in self.gather(json.dumps(own))]
-        common: list[dict[str, bytes]] = [{}]
         if world.is_main:
             save = {"save": uuid.uuid4().hex, "files": {name: size for each in files for name, size in each.items()}}
-            common = [
-                {
-                    ".metadata": (temporary / ".metadata").read_bytes(),
-                    "state.json": format_state(state).encode(),
-                    "config.toml": config.encode(),
-                    _FILES: json.dumps(save).encode(),
-                }
-            ]
+            self._common = {
+                ".metadata": (temporary / ".metadata").read_bytes(),
+                "state.json": format_state(state).encode(),
+                "config.toml": config.encode(),
+                _FILES: json.dumps(save).encode(),
+            }
         if world.size > 1:
-            dist.broadcast_object_list(common, src=0, group=self.group)
-        self._common = common[0]
+            self._common = broadcast_object(self._common, source=0, group=self.group)
         if world.size == world.local_size:
             return
         following = (world.rank + world.local_size) % world.size
@@ -154,17 +148,16 @@ class InMemoryCheckpoint(NamedTuple):
         These are sparse files of the right size, which the reader of the metadata checks; they take no memory.
         """
         world = self.world
-        common: list[dict[str, bytes]] = [{}]
-        if world.rank == source:
-            common = [{name: (self.path / name).read_bytes() for name in _COMMON}]
+        is_source = world.rank == source
+        common = {name: (self.path / name).read_bytes() for name in _COMMON} if is_source else {}
         if world.size > 1:
-            dist.broadcast_object_list(common, src=source)
+            common = broadcast_object(common, source)
         if world.rank % world.local_size:
             return
         if not self.holders[world.rank]:  # the node joined, or has another save of this step
             temporary = self.path.with_name(f".{self.path.name}")
             temporary.mkdir(exist_ok=True)
-            _complete(temporary, self.path, common[0])
+            _complete(temporary, self.path, common)
         for name in self.files.keys() - self.holders[world.rank]:
             with (self.path / name).open("wb") as file:
                 file.truncate(self.files[name])

@@ -1,4 +1,4 @@
-"""Exchange strings between processes, and raise the error of one process on all of them.
+"""Exchange strings and small objects between processes, and raise the error of one process on all of them.
 
 If only the failing process raised its error, the others would wait for it in their next collective.
 """
@@ -30,6 +30,13 @@ def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[st
     return texts
 
 
+def broadcast_object(value: T | None, source: int, group: dist.ProcessGroup | None = None) -> T:
+    """Return the `value` of the process `source` on every process of `group` (default: all). It is sent by pickle."""
+    values = [value]
+    dist.broadcast_object_list(values, src=source, group=group)
+    return values[0]  # type: ignore[return-value]
+
+
 def try_call(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """Call `work` and return (result, None), or (None, error) if it raised."""
     try:
@@ -48,13 +55,9 @@ def run_on_main(work: Callable[[], T]) -> T:
 
     The result is sent by pickle. An error on rank 0 is raised on all ranks.
     """
-    results: list[T | None] = [None]
-    failure: Exception | None = None
-    if dist.get_rank() == 0:
-        results[0], failure = try_call(work)
+    result, failure = try_call(work) if dist.get_rank() == 0 else (None, None)
     raise_on_all_ranks(failure, all_gather_str)
-    dist.broadcast_object_list(results, src=0)
-    return results[0]  # type: ignore[return-value]
+    return broadcast_object(result, source=0)
 
 
 def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:

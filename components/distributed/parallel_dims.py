@@ -112,7 +112,7 @@ class ParallelConfig:
 
     def build(self, world: DistributedContext) -> ParallelDims:
         # All processes must derive the same mesh, also if nodes have different numbers of processes.
-        uniform = world.all_reduce_max(world.local_size) == -world.all_reduce_max(-world.local_size)
+        uniform = world.all_equal(str(world.local_size))
         return ParallelDims(world, self.mesh_shape(world.size, world.local_size if uniform else None))
 
 
