@@ -28,7 +28,7 @@ plotting.py                  style of all figures
 Shared by all
 interfaces.py                protocols between components
 protocol_defaults.py         defaults of the optional members that a custom class lacks
-errors.py                    InputError: bad input, with its key
+errors.py                    InputError: bad input, with its key; libraries that are not installed
 units.py                     "20M" tokens, and other quantities as written in recipes
 retry.py                     repeats calls that fail, in a thread
 evaluation_mode.py           a context in which a model is in evaluation mode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -39,6 +40,15 @@ def invalid_names(names: Iterable[str]) -> Iterator[str]:
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"{name!r}: the name must consist of letters, digits, _ and -"
+
+
+@contextmanager
+def extra_required(what: str, library: str, extra: str) -> Iterator[None]:
+    """Raise ValueError if an import in the block finds that `library`, of an extra of the project, is missing."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise ValueError(f"{what} needs the `{library}` library: pip install -e '.[{extra}]'") from None
 
 
 def first_line(error: Exception) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from components.errors import extra_required
+
 
 def import_pyplot() -> Any:
     """Return matplotlib.pyplot in the style of this project, with no display. Raises ValueError if not installed."""
-    try:
+    with extra_required("drawing", "matplotlib", "plot"):
         import matplotlib as mpl
-    except ModuleNotFoundError:
-        raise ValueError("drawing needs matplotlib: pip install -e '.[plot]'") from None
     mpl.use("agg")
     style = {"svg.hashsalt": "powertrain", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     mpl.rcParams.update({**style, "grid.alpha": 0.3, "axes.titlesize": 10, "axes.titlelocation": "left"})

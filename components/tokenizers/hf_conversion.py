@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.errors import InputError
+from components.errors import InputError, extra_required
 from components.tokenizers.patterns import PATTERNS
 
 _PROBE = (
@@ -109,10 +109,8 @@ def byte_characters() -> dict[int, str]:
 
 def import_tokenizers() -> Any:
     """Return the `tokenizers` library. Raises ValueError if it is missing."""
-    try:
+    with extra_required("this tokenizer", "tokenizers", "hf"):
         import tokenizers
-    except ModuleNotFoundError:
-        raise ValueError("this tokenizer needs the `tokenizers` library: pip install -e '.[hf]'") from None
     return tokenizers
 
 

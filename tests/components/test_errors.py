@@ -1,11 +1,12 @@
 """Errors of bad input keep their key and message wherever they go."""
 
 import pickle
+import sys
 
 import pytest
 
 from components.distributed.collectives import raise_on_all_ranks
-from components.errors import InputError, MissingFileError, message_of
+from components.errors import InputError, MissingFileError, extra_required, message_of
 
 pytestmark = pytest.mark.quick
 
@@ -61,3 +62,12 @@ def test_another_rank_raises_what_is_not_bad_input_as_a_runtime_error():
         raise_on_all_ranks(KeyError("x"), lambda text: sent.append(text) or [text])
     with pytest.raises(RuntimeError, match=r"^KeyError\('x'\) \(rank 1\)$"):
         raise_on_all_ranks(None, lambda text: [text, *sent])
+
+
+def test_a_missing_library_is_an_error_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with (
+        pytest.raises(ValueError, match=r"a\.zst needs the `zstandard` library: pip install -e '\.\[data\]'"),
+        extra_required("a.zst", "zstandard", "data"),
+    ):
+        import zstandard  # noqa: F401

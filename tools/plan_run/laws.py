@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from components.errors import extra_required
 from tools.sweep.optimum import CONFIDENCE, Estimate, Regression
 
 STARTS = tuple((alpha, beta) for alpha in (0.2, 0.5, 1.0) for beta in (0.2, 0.5, 1.0))
@@ -143,10 +144,8 @@ def _require_spread(points: Sequence[LossPoint]) -> None:
 
 
 def _fit(points: Sequence[LossPoint], starts: Sequence[tuple[float, float]]) -> LossLaw:
-    try:
+    with extra_required("the law of the loss", "scipy", "plot"):
         from scipy import optimize
-    except ModuleNotFoundError:
-        raise ValueError("the law of the loss needs scipy: pip install -e '.[plot]'") from None
     n, d, loss = np.array([(point.parameters, point.tokens, point.loss) for point in points]).T
     middle = (math.exp(np.log(n).mean()), math.exp(np.log(d).mean()))
     log_n, log_d, log_loss = np.log(n / middle[0]), np.log(d / middle[1]), np.log(loss)

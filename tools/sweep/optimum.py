@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from components.errors import extra_required
+
 FIT_RADIUS = 2.1
 """Learning rates within this factor of the best join the parabola, and at least its neighbors."""
 CONFIDENCE = 0.95
@@ -107,10 +109,8 @@ class Regression:
 
     def at(self, row: Sequence[float] | np.ndarray) -> Estimate:
         """Return the value of the fit for a `row` (k,) of columns, with the same interval. Raises ValueError."""
-        try:
+        with extra_required("an interval", "scipy", "plot"):
             from scipy import stats
-        except ModuleNotFoundError:
-            raise ValueError("intervals need scipy: pip install -e '.[plot]'") from None
         row = np.asarray(row)
         error = math.sqrt(row @ self.covariance @ row)
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.degrees_of_freedom)) * error

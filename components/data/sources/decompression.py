@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from components.data.document import ReadStats
+from components.errors import extra_required
 
 _BLOCK_BYTES = 2**16
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -40,10 +41,8 @@ class Decompressed(io.RawIOBase):
         self._is_gzip = path.suffix.lower() == ".gz"
         self._error: type[Exception] = zlib.error
         if not self._is_gzip:
-            try:
+            with extra_required(str(path), "zstandard", "data"):
                 import zstandard
-            except ModuleNotFoundError:
-                raise ValueError(f"{path} needs the `zstandard` library: pip install -e '.[data]'") from None
             self._library: Any = zstandard
             self._error = zstandard.ZstdError
 

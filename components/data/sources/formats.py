@@ -19,6 +19,7 @@ from components.data.sources.text_io import (
     read_blocks,
     read_lines,
 )
+from components.errors import extra_required
 
 _COMPRESSIBLE = (".txt", ".jsonl", ".json", ".csv")
 SUFFIXES = (*(kind + compression for kind in _COMPRESSIBLE for compression in ("", *COMPRESSED)), ".parquet")
@@ -95,11 +96,9 @@ def read_csv(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
 
 def read_parquet(path: Path, log: ReadStats, text_key: str) -> Iterator[Document]:
     """Yield the column `text_key` of every row of a `.parquet` file."""
-    try:
+    with extra_required(str(path), "pyarrow", "data"):
         import pyarrow as pa
         import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise ValueError(f"{path} needs the `pyarrow` library: pip install -e '.[data]'") from None
     size, before, row = path.stat().st_size, log.source_bytes, 0
     try:
         with pa.parquet.ParquetFile(path) as file:

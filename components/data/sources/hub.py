@@ -13,7 +13,7 @@ from components.data.document import Document, ReadStats
 from components.data.file_hash_cache import FileHashCache
 from components.data.sources.base import TextSource
 from components.data.sources.formats import documents_of
-from components.errors import InputError
+from components.errors import InputError, extra_required
 from components.paths import is_file, walk_files
 
 _URL = re.compile(r"hf://(?P<name>.+)/(?P<config>[^/]+)/(?P<split>[^/]+)")
@@ -75,10 +75,8 @@ class HuggingFaceDataset(TextSource):
 
     def _rows(self) -> Any:
         """Return an iterable of rows, as dicts. Raises InputError for a data set that cannot be loaded."""
-        try:
+        with extra_required("HuggingFaceDataset", "datasets", "data"):
             import datasets
-        except ModuleNotFoundError:
-            raise ValueError("HuggingFaceDataset needs the `datasets` library: pip install -e '.[data]'") from None
         wanted = {"path": self._name, "name": self._config, "split": self._split, "revision": self.revision}
         try:
             return datasets.load_dataset(**wanted, streaming=True)
