@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from components.data.document_index import SOURCE_FILES, FileCounts, Index
-from components.data.shards import DOCUMENT_DTYPE, DOCUMENTS, TOKENS, read_record, rebuild_error
+from components.data.shards import DOCUMENTS, TOKENS, read_documents, read_record, rebuild_error
 from components.data.token_reader import TokenReader
 
 
@@ -113,8 +113,7 @@ class TextDataset(TokenDataset):
 
     def _documents(self, span: int) -> np.ndarray:
         shard, _, tokens, first, count = self.reader.spans[span].tolist()
-        path = self._shards[shard] / DOCUMENTS
-        rows = np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize)
+        rows = read_documents(self._shards[shard], first, count)
         if int(rows["tokens"].sum()) != tokens:
-            raise ValueError(rebuild_error(path, "does not belong to its index"))
+            raise ValueError(rebuild_error(self._shards[shard] / DOCUMENTS, "does not belong to its index"))
         return rows

@@ -24,12 +24,12 @@ from components.atomic_files import atomic_directory, write_fsync
 from components.data.file_hash_cache import FileHashCache
 from components.data.shards import (
     DOCUMENT_DTYPE,
-    DOCUMENTS,
     FORMAT,
     EncodedFile,
     Shard,
     check_file,
     check_shard,
+    read_documents,
     read_record,
     rebuild_error,
     token_dtype,
@@ -180,9 +180,7 @@ def open_index(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache) 
         for shard in index.shards
     ]
     path = directory / SPANS
-    if not path.is_file():
-        raise ValueError(rebuild_error(path, "is missing"))
-    check_file(path, path.stat().st_size, index.spans_sha256, hashes)
+    check_file(path, None, index.spans_sha256, hashes)
     # Memory-mapped: where documents are dropped there is a row for each run between them, 4 GB for a trillion tokens,
     # and every process of a machine would have a copy.
     try:
@@ -211,12 +209,7 @@ def _lie_within(spans: np.ndarray, shards: Sequence[Shard]) -> bool:
 
 def _documents(store: Path, file_spans: Sequence[tuple[str, int, int, int, int]]) -> np.ndarray:
     """Return the (documents,) rows of DOCUMENT_DTYPE of all spans, in order."""
-    rows = []
-    for shard, _, _, first, count in file_spans:
-        path = store / shard / DOCUMENTS
-        rows.append(np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize))
-        if len(rows[-1]) < count:
-            raise ValueError(rebuild_error(path, "is truncated"))
+    rows = [read_documents(store / shard, first, count) for shard, _, _, first, count in file_spans]
     return np.concatenate(rows) if rows else np.empty(0, dtype=DOCUMENT_DTYPE)
 
 

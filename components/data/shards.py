@@ -170,12 +170,21 @@ def check_shard(directory: Path, *, tokenizer: Tokenizer, hashes: FileHashCache)
     return shard
 
 
-def check_file(path: Path, size: int, sha256: str, hashes: FileHashCache) -> None:
-    """Raise ValueError if size or hash of a file differ from its record."""
+def read_documents(shard: Path, first: int, count: int) -> np.ndarray:
+    """Return `count` rows of DOCUMENT_DTYPE of the directory `shard`. Raises ValueError if it has fewer."""
+    path = shard / DOCUMENTS
+    rows = np.fromfile(path, DOCUMENT_DTYPE, count=count, offset=first * DOCUMENT_DTYPE.itemsize)
+    if len(rows) < count:
+        raise ValueError(rebuild_error(path, "is truncated"))
+    return rows
+
+
+def check_file(path: Path, size: int | None, sha256: str, hashes: FileHashCache) -> None:
+    """Raise ValueError if size or hash of a file differ from its record; `size` is None if that has only the hash."""
     if not path.is_file():
         raise ValueError(rebuild_error(path, "is missing"))
     found = path.stat().st_size
-    if found != size:
+    if size is not None and found != size:
         kind = "truncated" if found < size else "altered"
         raise ValueError(rebuild_error(path, f"is {kind}: it has {found:,} bytes, its record says {size:,}"))
     if hashes.sha256(path) != sha256:
