@@ -24,7 +24,6 @@ from components.storage.local_copy import fetch
 
 log = logging.getLogger("powertrain")
 
-_STEP = re.compile(r"step-\d{8,}")
 _RUN = re.compile(r"[0-9a-f]{16}")
 """Identifier of a run, as in run.json."""
 _RUN_FILE = re.compile(r"run\.json|metrics\.jsonl|environment\.json|log\.txt|writers/[A-Za-z0-9_-]+\.json")
@@ -48,7 +47,8 @@ class RemoteCheckpoints:
     def list_complete(self) -> list[str]:
         """Return the names of the complete checkpoints, oldest first."""
         found = self._checkpoints.list_files(f"step-*/{MANIFEST}")
-        return sorted((name.partition("/")[0] for name in found if _STEP.match(name)), key=_step)
+        names = (file.partition("/")[0] for file in found)
+        return sorted((name for name in names if _step(name) >= 0), key=_step)
 
     def run_of(self, name: str) -> str | None:
         """Return the identifier of the run that wrote a checkpoint; None without a readable manifest."""
@@ -134,7 +134,7 @@ class RemoteCheckpoints:
         self._remove_of(run, [path.name for path in old_checkpoints(list(map(Path, complete)), keep_last, keep_every)])
         incomplete = {name.partition("/")[0] for name in self._checkpoints.list_files()} - {*complete}
         for name in incomplete:
-            if _STEP.fullmatch(name) and complete and _step(name) < _step(complete[-1]):
+            if complete and 0 <= _step(name) < _step(complete[-1]):
                 self.remove(name)
 
     def remove_all(self, run: str) -> None:
@@ -202,4 +202,5 @@ def fetch_model(path: Path) -> None:
 
 
 def _step(name: str) -> int:
+    """Return the step of a checkpoint; -1 for a directory with another name."""
     return step_of(Path(name))

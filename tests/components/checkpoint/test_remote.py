@@ -255,6 +255,16 @@ def test_retention_and_checkpoints_of_other_runs(remote, run):
     assert files(foreign.parent.parent / "step-00000003") == {"notes.txt": "mine"}
 
 
+def test_a_copy_of_a_checkpoint_under_another_name_is_no_checkpoint_and_stays(remote, run):
+    for step in (1, 2, 3):
+        remote.upload(saved(run, step))
+    copy = place(remote, "step-00000001-kept")
+    shutil.copytree(place(remote, "step-00000001"), copy)
+    remote.remove_old(RUN, keep_last=1, keep_every=None)
+    assert remote.list_complete() == ["step-00000003"]
+    assert files(copy).keys() > {MANIFEST, ".metadata"}
+
+
 def test_an_outage_delays_uploads_and_is_told_once(remote, run, caplog):
     caplog.set_level(logging.INFO)
     Remote.is_down = True
