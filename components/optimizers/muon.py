@@ -79,9 +79,8 @@ class Muon(AdamW):
         split = [(name, parameter, name in on_muon) for name, parameter in model.named_parameters()]
         matrices = self.parameter_groups([(n, p) for n, p, on in split if on], multiplier)
         others = self.parameter_groups([(n, p) for n, p, on in split if not on], model.lr_multiplier)
-        merged = model.merged_matrices if isinstance(model, DescribesMatrices) else None
         described = [
-            MatrixParameter(name, parameter, 1 if merged is None else merged(name, per_head=self.per_head))
+            MatrixParameter(name, parameter, self._merged(model, name))
             for group in matrices
             for name, parameter in group["params"]
         ]
@@ -92,7 +91,7 @@ class Muon(AdamW):
         parameters = dict(model.named_parameters())
         flops, elements = 0, 0
         for name in self._names_on_muon(parameters):
-            merged = model.merged_matrices(name, per_head=self.per_head) if isinstance(model, DescribesMatrices) else 1
+            merged = self._merged(model, name)
             *experts, rows, columns = parameters[name].shape
             steps = len(COEFFICIENTS[self.coefficients])
             flops += math.prod(experts) * merged * orthogonalize_flops(rows // merged, columns, steps)
@@ -125,6 +124,10 @@ class Muon(AdamW):
                 "muon_on", f"{list(self.muon_on)} leaves no matrix for Muon; use components.optimizers:AdamW"
             )
         return chosen
+
+    def _merged(self, model: OptimizedModel, name: str) -> int:
+        """Return how many matrices of equal size the parameter `name` concatenates along its rows."""
+        return model.merged_matrices(name, per_head=self.per_head) if isinstance(model, DescribesMatrices) else 1
 
     def _muon_multiplier(self, model: OptimizedModel) -> Callable[[str], float]:
         """Return the function from the name of a matrix to the factor on the learning rate of its group."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from components.errors import InputError, extra_required
+from components.interfaces import Tokenizer
 from components.tokenizers.patterns import PATTERNS
 
 _PROBE = (
@@ -16,15 +17,9 @@ _PROBE = (
 )
 
 
-class ConvertibleTokenizer(Protocol):
+class ConvertibleTokenizer(Tokenizer, Protocol):
     """A tokenizer that can be converted to a Hugging Face tokenizer."""
 
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end_of_document(self) -> int: ...
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[Any]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
     def hugging_face(self) -> Any:
         """Return the same encoding as a `tokenizers.Tokenizer`. Raises ValueError if it cannot be converted."""
         ...
