@@ -132,7 +132,7 @@ def newest_intact_checkpoint(
 
     def rename_damaged() -> None:
         for each in damaged:
-            if world.is_main and each.parent == own:
+            if each.parent == own:
                 mark_damaged(each)
 
     for checkpoint in reversed(candidates):
@@ -143,7 +143,7 @@ def newest_intact_checkpoint(
             damage = str(error)
         found = [text for text in world.gather(damage) if text]
         if not found:
-            world.main_process_first(rename_damaged)
+            world.on_main_process(rename_damaged)
             return checkpoint
         damaged.append(checkpoint)
         damages.append(found[0])

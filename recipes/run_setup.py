@@ -95,7 +95,7 @@ def claim_run_directory(
         if restarted and checkpoint is not None and world.is_main:
             start.restart = _cost_of_restart(directory.metrics, checkpoint, world.size)
             start.warnings.append(_describe_restart(start.restart, checkpoint))
-        world.main_process_first(partial(_claim, directory, world, remote, continues=continues, locked=locked))
+        world.on_main_process(partial(_claim, directory, remote, continues=continues, locked=locked))
         # trackers of metrics would take the rows of a new run with the old identifier for those of the old run
         start.run = world.gather(new_identifier() if replaces else directory.run or "")[0]
 
@@ -121,18 +121,9 @@ def _lock(
     return locked
 
 
-def _claim(
-    directory: RunDirectory,
-    world: DistributedContext,
-    remote: RemoteCheckpoints | None,
-    *,
-    continues: bool,
-    locked: bool,
-) -> None:
+def _claim(directory: RunDirectory, remote: RemoteCheckpoints | None, *, continues: bool, locked: bool) -> None:
     """Claim the directory, and for a new run also the remote one. Raises ValueError if another run has checkpoints in
     one of them."""
-    if not world.is_main:
-        return
     if not continues:
         _refuse_foreign_checkpoints(directory)
         if remote is not None:
@@ -189,18 +180,17 @@ def _make_commit(
     launches = world.gather(launch or "")
 
     def store() -> None:
-        if world.is_main:
-            if replaces:
-                if remote is not None and directory.run is not None:
-                    remote.remove_all(directory.run)
-                remove_old_run(directory, log_from)
-            if replaces or launch is not None:
-                directory.record_owner(run, filter(None, launches))
-            atomic_write(directory.config, config.to_toml())
+        if replaces:
+            if remote is not None and directory.run is not None:
+                remote.remove_all(directory.run)
+            remove_old_run(directory, log_from)
+        if replaces or launch is not None:
+            directory.record_owner(run, filter(None, launches))
+        atomic_write(directory.config, config.to_toml())
 
     def commit() -> None:
         with config_errors_at(config, "run"):
-            world.main_process_first(store)
+            world.on_main_process(store)
 
     return commit
 
@@ -246,9 +236,7 @@ def _choose_checkpoint(
     checkpoint = newest_intact_checkpoint(candidates, world, damages, own)
     if damages and remote is not None and candidates[-1].parent == own:
         damaged = candidates[-len(damages) :]
-        world.main_process_first(
-            lambda: restore_run(remote, directory.path, directory.run, damaged=damaged) if world.is_main else None
-        )
+        world.on_main_process(lambda: restore_run(remote, directory.path, directory.run, damaged=damaged))
         candidates = find()
         checkpoint = newest_intact_checkpoint(candidates, world, [], own)
     if not candidates:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Literal, TypeVar
 
 import torch
@@ -161,16 +160,21 @@ class DistributedContext:
         """
         if self.size == 1:
             return work()
-        result: T | None = None
-        failure: Exception | None = None
-        gather = partial(all_gather_str, group=self.long_timeout_group)
-        if self.is_main:
-            result, failure = try_call(work)
-        raise_on_all_ranks(failure, gather)
+        result, failure = try_call(work) if self.is_main else (None, None)
+        raise_on_all_ranks(failure, self._gather_patiently)
         if not self.is_main:
             result, failure = try_call(work)
-        raise_on_all_ranks(failure, gather)
+        raise_on_all_ranks(failure, self._gather_patiently)
         return result  # type: ignore[return-value]
+
+    def on_main_process(self, work: Callable[[], None]) -> None:
+        """Call `work` on the main process, and wait for it on the others. An error is raised on all processes."""
+        _, failure = try_call(work) if self.is_main else (None, None)
+        raise_on_all_ranks(failure, self._gather_patiently)
+
+    def _gather_patiently(self, text: str) -> list[str]:
+        """Return the `text` of every process, in order of rank; for work that may take long on one of them."""
+        return [text] if self.size == 1 else all_gather_str(text, self.long_timeout_group)
 
 
 def raise_descriptor_limit() -> None:

@@ -180,12 +180,11 @@ class CriticalBatchMeasurement:
                 self.directory.claim("a measurement of the critical batch", (self.folder, self.report, self.picture))
 
         def store() -> None:
-            if world.is_main:
-                if not continues:
-                    self._remove_old()
-                self.folder.mkdir(parents=True, exist_ok=True)
-                atomic_write(self.directory.config, self.config.to_toml())
-                atomic_write(self.start_file, json.dumps(asdict(self.start), indent=1) + "\n")
+            if not continues:
+                self._remove_old()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.directory.config, self.config.to_toml())
+            atomic_write(self.start_file, json.dumps(asdict(self.start), indent=1) + "\n")
 
         world.main_process_first(claim)
         changes = self._changes() if self.start_file.exists() else []
@@ -193,7 +192,7 @@ class CriticalBatchMeasurement:
             raise ConfigError(changes)
         continues = self.start_file.exists() and not changes
         world.barrier()  # the other ranks are done with the files that are deleted here
-        world.main_process_first(store)
+        world.on_main_process(store)
         setup_logging(self.directory.log if world.is_main else None, to_console=world.is_main)
 
     def _remove_old(self) -> None:

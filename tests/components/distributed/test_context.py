@@ -52,6 +52,11 @@ def wait_for_main(rank: int, folder: Path) -> None:
             joined.main_process_first(partial(fail, who, InputError("path", "no text")))
         with pytest.raises(ZeroDivisionError if rank == who else RuntimeError, match="by hand"):
             joined.main_process_first(partial(fail, who, ZeroDivisionError("by hand")))
+    done: list[int] = []
+    joined.on_main_process(lambda: time.sleep(4) or done.append(rank))
+    assert done == [0] * joined.is_main
+    with pytest.raises(ValueError, match=r"^path: no text" + ("$" if rank == 0 else r" \(rank 0\)$")):
+        joined.on_main_process(partial(fail, 0, InputError("path", "no text")))
     joined.close()
 
 
