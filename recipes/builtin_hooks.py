@@ -107,9 +107,7 @@ class EvaluateModel(Hook):
     def _write_row(self, context: HookContext) -> None:
         if due := self.due(context.clock):
             self.checkpoints.read_launched()
-            values = self.evaluate(due, context)
-            row = {"step": context.clock.step, "tokens": context.clock.tokens, **values}
-            self.checkpoints.metric_logger.log(row)
+            context.log_metrics(self.evaluate(due, context))
             self.checkpoints.restart_timer()
 
     def _lacks_row(self, step: int) -> bool:
