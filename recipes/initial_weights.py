@@ -16,7 +16,7 @@ from components.checkpoint.load import tensor_index
 from components.checkpoint.remote import fetch_model
 from components.distributed.collectives import run_on_all_ranks
 from components.distributed.context import DistributedContext
-from components.errors import InputError, MissingFileError
+from components.errors import InputError
 from components.paths import is_file
 from components.safetensors import PickledWeights, Weights, has_only_pickles, read_json
 from components.storage.address import display
@@ -58,10 +58,8 @@ def load_initial_weights(model: nn.Module, config: Config, world: DistributedCon
                 copy_weights(model, weights)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise MissingFileError("init_from", str(error)) from None
-    except ValueError as error:
-        raise InputError("init_from", str(error)) from None
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError.below("init_from", error) from None
     log.info(f"initialized the weights from {display(directory)}")
 
 

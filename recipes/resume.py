@@ -17,7 +17,7 @@ from components.storage.address import local_copy_of
 from components.units import format_count
 from recipes.config import Config, ConfigError, flatten
 from recipes.config.errors import DEFAULT
-from recipes.stored_config import load_stored_config
+from recipes.stored_config import load_stored_config, read_stored_config
 from recipes.training_state import read_run_state
 
 log = logging.getLogger("powertrain")
@@ -196,10 +196,7 @@ def diff_config(config_file: Path, config: Config, *, locations: bool = False) -
     in the file is skipped: the component did not have it yet, and its default keeps the old behavior. Raises ValueError
     if the file is damaged.
     """
-    try:
-        stored = flatten(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{config_file} is damaged: {error}") from None
+    stored = read_stored_config(config_file)
     current = flatten(config.to_toml(provenance=False))
     defaults = {key for key, leaf in config.leaves.items() if leaf.origin.source == DEFAULT}
     for key in sorted(stored.keys() | (current.keys() - defaults)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from components.json_files import read_limited
 from recipes.config import Config, Override, flatten, load
@@ -36,14 +37,18 @@ def load_stored_config(
     return load(path, overrides, own_code=trust_code)
 
 
+def read_stored_config(path: Path) -> dict[str, Any]:
+    """Return the values in the config.toml of a checkpoint, by dotted key. Raises ValueError if it is damaged."""
+    try:
+        return flatten(read_limited(path, _LARGEST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def _require_trusted(
     path: Path, overridden: set[str], known: Sequence[object], places: Sequence[object], remedy: str
 ) -> None:
-    try:
-        leaves = flatten(read_limited(path, _LARGEST_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    for key, value in leaves.items():
+    for key, value in read_stored_config(path).items():
         if _names_code(key) and key not in overridden and value not in known and not _is_project_class(value):
             raise ValueError(
                 f"{path} names code that is not part of this project, {key} = {value!r}, which would be run; if you "
