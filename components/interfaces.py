@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     import torch.distributed as dist
     from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 class Comm(Protocol):
@@ -53,8 +56,8 @@ class WorldComm(Comm, Protocol):
         """Return the largest `value` of all processes."""
         ...
 
-    def gather(self, text: str) -> list[str]:
-        """Return the `text` of every process, in order of rank."""
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every process, in order of rank."""
         ...
 
 

@@ -14,17 +14,19 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.atomic_files import fsync_directory, remove_files, write_fsync
 from components.checkpoint.load import FORMAT, root_cause
 from components.checkpoint.manifest import WRITTEN, run_of, write_manifest, write_part
-from components.distributed.collectives import all_gather_str, run_on_all_ranks
+from components.distributed.collectives import all_gather_object, run_on_all_ranks
 from components.interfaces import WorldComm
 
 if TYPE_CHECKING:
     from components.checkpoint.async_saver import AsyncSaver
     from components.checkpoint.tensor_writer import SavePlans
+
+T = TypeVar("T")
 
 log = logging.getLogger("powertrain")
 
@@ -123,9 +125,9 @@ class CheckpointWriter:
         """Whether this rank makes the directory of a checkpoint and completes it."""
         return self.world.is_main
 
-    def gather(self, text: str) -> list[str]:
-        """Return the `text` of every process, in order of rank, in the process group that this writer uses."""
-        return [text] if self.world.size == 1 else all_gather_str(text, self.group)
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every process, in order of rank, in the process group that this writer uses."""
+        return [value] if self.world.size == 1 else all_gather_object(value, self.group)
 
     def finish_files(self, temporary: Path, state: Mapping[str, Any], config: str) -> None:
         """Called on every rank when all have written their tensors to `temporary`."""

@@ -60,7 +60,7 @@ class InMemoryWriter(CheckpointWriter):
         """Send the tensor files of this rank to the next node, and the files in `_COMMON` to all nodes."""
         world = self.world
         own = {path.name: path.stat().st_size for path in temporary.glob(f"__{world.rank}_*")}
-        files: list[dict[str, int]] = [json.loads(text) for text in self.gather(json.dumps(own))]
+        files = self.gather(own)
         if world.is_main:
             save = {"save": uuid.uuid4().hex, "files": {name: size for each in files for name, size in each.items()}}
             self._common = {
@@ -104,14 +104,14 @@ class InMemoryCheckpoint(NamedTuple):
         """
         listed = [] if directory is None else list_checkpoints(directory)
         found = {step_of(path): described for path in listed if (described := _describe(path)) is not None}
-        gathered = [json.loads(text) for text in world.gather(json.dumps([directory is not None, found]))]
-        nodes: list[dict[str, dict[str, Any]]] = [held for _, held in gathered]
+        gathered = world.gather((directory is not None, found))
+        nodes = [held for _, held in gathered]
         everywhere = all(has_directory for has_directory, _ in gathered)
-        saves = {(int(step), each["save"]) for held in nodes for step, each in held.items()}
+        saves = {(step, each["save"]) for held in nodes for step, each in held.items()}
         for step, save in sorted(saves, reverse=True):
             if directory is None or not everywhere or step <= newer_than:
                 break
-            copies = [held.get(str(step), {}) for held in nodes]
+            copies = [held.get(step, {}) for held in nodes]
             copies = [copy if copy.get("save") == save else {} for copy in copies]
             holders = [set(copy.get("held", ())) for copy in copies]
             source = next(rank for rank, copy in enumerate(copies) if copy)
@@ -127,7 +127,7 @@ class InMemoryCheckpoint(NamedTuple):
     def fetch(self, wanted: Collection[str]) -> None:
         """Copy the tensor files that this rank is going to read, `wanted`, from other nodes. Every rank calls it."""
         world = self.world
-        wants = [set(json.loads(text)) for text in world.gather(json.dumps(sorted(wanted)))]
+        wants = world.gather(set(wanted))
         failure: OSError | None = None
         for first in range(0, world.size, world.local_size):  # of each node; all ranks go in the same order
             node = range(first, first + world.local_size)

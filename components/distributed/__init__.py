@@ -6,7 +6,7 @@ worker.py            the interface between a worker process and its launcher
 membership.py        the nodes that take part: those that are lost, and those that join
 heartbeat.py         detects processes that make no progress
 context.py           the processes of a run, and the collectives of all of them
-collectives.py       exchange of strings, small objects and errors between processes
+collectives.py       exchange of small objects and errors between processes
 parallel_dims.py     [parallel]: the mesh of replicas, shards, context-parallel and tensor-parallel ranks
 fsdp.py              FSDP2: sharded parameters, gradients and optimizer state
 tensor_parallel.py   tensor parallelism with sequence parallelism: the styles

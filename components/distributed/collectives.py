@@ -1,14 +1,13 @@
-"""Exchange strings and small objects between processes, and raise the error of one process on all of them.
+"""Exchange small objects between processes, and raise the error of one process on all of them.
 
 If only the failing process raised its error, the others would wait for it in their next collective.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -23,11 +22,11 @@ NODE = "POWERTRAIN_NODE"
 """Environment variable of the workers of a run on several nodes: the name of this node."""
 
 
-def all_gather_str(text: str, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Return the `text` of every process of `group` (default: all processes), in order of rank."""
-    texts = [""] * dist.get_world_size(group)
-    dist.all_gather_object(texts, text, group=group)
-    return texts
+def all_gather_object(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the `value` of every process of `group` (default: all), in order of rank. It is sent by pickle."""
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def broadcast_object(value: T | None, source: int, group: dist.ProcessGroup | None = None) -> T:
@@ -56,32 +55,32 @@ def run_on_main(work: Callable[[], T]) -> T:
     The result is sent by pickle. An error on rank 0 is raised on all ranks.
     """
     result, failure = try_call(work) if dist.get_rank() == 0 else (None, None)
-    raise_on_all_ranks(failure, all_gather_str)
+    raise_on_all_ranks(failure, all_gather_object)
     return broadcast_object(result, source=0)
 
 
-def raise_on_all_ranks(failure: Exception | None, gather: Callable[[str], list[str]]) -> None:
+def raise_on_all_ranks(failure: Exception | None, gather: Callable[[Any], list[Any]]) -> None:
     """Raise this rank's `failure`, or else the failure of the lowest rank that has one; return if no rank has.
 
-    All ranks must call it. `gather` returns a string of each, in order of rank. On the other ranks bad input
+    All ranks must call it. `gather` returns an object of each, in order of rank. On the other ranks bad input
     (ValueError, OSError) is raised as an InputError with the same key, and any other error as a RuntimeError.
     """
-    report = ""
+    report = None
     if failure is not None:
         is_input = isinstance(failure, (ValueError, OSError))
         message = message_of(failure) if is_input else repr(failure)
-        report = json.dumps([is_input, getattr(failure, "key", ""), message, os.environ.get(NODE, "")])
+        report = is_input, getattr(failure, "key", ""), message, os.environ.get(NODE, "")
     reports = gather(report)
     if failure is not None:
         raise failure
     for rank, report in enumerate(reports):
         if report:
-            is_input, key, message, node = json.loads(report)
+            is_input, key, message, node = report
             message = f"{message} (rank {rank} on {node})" if node else f"{message} (rank {rank})"
             raise InputError(key, message) if is_input else RuntimeError(message)
 
 
-def run_on_all_ranks(work: Callable[[], None], gather: Callable[[str], list[str]]) -> None:
+def run_on_all_ranks(work: Callable[[], None], gather: Callable[[Any], list[Any]]) -> None:
     """Call `work` on every rank and return when all ranks have finished it. An error on one rank is raised on all."""
     _, failure = try_call(work)
     raise_on_all_ranks(failure, gather)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from components.distributed.collectives import all_gather_str, raise_on_all_ranks, try_call
+from components.distributed.collectives import all_gather_object, raise_on_all_ranks, try_call
 from components.distributed.worker import report_connected
 
 T = TypeVar("T")
@@ -143,9 +143,9 @@ class DistributedContext:
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         return self.all_reduce_max(number) == -self.all_reduce_max(-number)
 
-    def gather(self, text: str) -> list[str]:
-        """Return the `text` of every process, in order of rank."""
-        return [text] if self.size == 1 else all_gather_str(text)
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every process, in order of rank."""
+        return [value] if self.size == 1 else all_gather_object(value)
 
     def barrier(self) -> None:
         """Wait until every process has called it."""
@@ -172,9 +172,9 @@ class DistributedContext:
         _, failure = try_call(work) if self.is_main else (None, None)
         raise_on_all_ranks(failure, self._gather_patiently)
 
-    def _gather_patiently(self, text: str) -> list[str]:
-        """Return the `text` of every process, in order of rank; for work that may take long on one of them."""
-        return [text] if self.size == 1 else all_gather_str(text, self.long_timeout_group)
+    def _gather_patiently(self, value: T) -> list[T]:
+        """Return the `value` of every process, in order of rank; for work that may take long on one of them."""
+        return [value] if self.size == 1 else all_gather_object(value, self.long_timeout_group)
 
 
 def raise_descriptor_limit() -> None:
