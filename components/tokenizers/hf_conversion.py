@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from components.errors import InputError, extra_required
 from components.interfaces import Tokenizer
+from components.token_ids import start_of_document
 from components.tokenizers.patterns import PATTERNS
 
 _PROBE = (
@@ -33,7 +34,7 @@ def save(encoder: ConvertibleTokenizer, directory: Path, *, max_length: int) -> 
     tokenizer = encoder.hugging_face()
     _verify_roundtrip(encoder, tokenizer)
     end = encoder.decode([encoder.end_of_document])
-    start_id = getattr(encoder, "start_of_document", None)
+    start_id = start_of_document(encoder)
     start = None if start_id is None else tokenizer.id_to_token(start_id)
     if start is not None or tokenizer.num_special_tokens_to_add(False):  # text begins as in the training
         prefix, special = ("", []) if start is None else (f"{start} ", [(start, start_id)])
