@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from components.interfaces import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor  # not imported at run time, because training a tokenizer needs no torch
 
 IGNORE_INDEX = -100
 """Label of a position that is excluded from the loss."""

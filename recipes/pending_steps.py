@@ -32,7 +32,7 @@ class PendingSteps:
     timer: StepTimer
     requests: StopRequests
     world_size: int
-    _steps: deque[LaunchedStep] = field(default_factory=deque)
+    _steps: deque[LaunchedStep] = field(init=False, default_factory=deque)
 
     def append(self, launched: LaunchedStep) -> None:
         self._steps.append(launched)

@@ -38,10 +38,13 @@ def load_stored_config(
 
 
 def read_stored_config(path: Path) -> dict[str, Any]:
-    """Return the values in the config.toml of a checkpoint, by dotted key. Raises ValueError if it is damaged."""
+    """Return the values in the config.toml of a checkpoint, by dotted key. Raises ValueError if it cannot be
+    read."""
     try:
         return flatten(read_limited(path, _LARGEST_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 

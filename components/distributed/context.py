@@ -161,18 +161,18 @@ class DistributedContext:
         if self.size == 1:
             return work()
         result, failure = try_call(work) if self.is_main else (None, None)
-        raise_on_all_ranks(failure, self._gather_patiently)
+        raise_on_all_ranks(failure, self._gather_with_long_timeout)
         if not self.is_main:
             result, failure = try_call(work)
-        raise_on_all_ranks(failure, self._gather_patiently)
+        raise_on_all_ranks(failure, self._gather_with_long_timeout)
         return result  # type: ignore[return-value]
 
     def on_main_process(self, work: Callable[[], None]) -> None:
         """Call `work` on the main process, and wait for it on the others. An error is raised on all processes."""
         _, failure = try_call(work) if self.is_main else (None, None)
-        raise_on_all_ranks(failure, self._gather_patiently)
+        raise_on_all_ranks(failure, self._gather_with_long_timeout)
 
-    def _gather_patiently(self, value: T) -> list[T]:
+    def _gather_with_long_timeout(self, value: T) -> list[T]:
         """Return the `value` of every process, in order of rank; for work that may take long on one of them."""
         return [value] if self.size == 1 else all_gather_object(value, self.long_timeout_group)
 

@@ -43,8 +43,8 @@ def fetch(path: Path, *, missing_ok: bool = False) -> None:
 
 def fetch_file(path: Path, key: str = "path") -> None:
     """Fetch `path`, a single file. Raises InputError at `key` if it is missing or cannot be accessed."""
-    fetch(path)
     try:
+        fetch(path)
         exists = is_file(path)
     except OSError as error:
         raise InputError.below(key, error) from None

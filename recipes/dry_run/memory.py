@@ -130,7 +130,7 @@ def _count_state(recipe: Any, model: nn.Module, mesh_shape: MeshShape) -> tuple[
 def _weights_in_use(
     root: float, block_numels: list[float], mesh_shape: MeshShape, element_bytes: int
 ) -> tuple[int, str]:
-    """Return the bytes, with an explanation, of the weights that a rank computes with, besides its own in float32.
+    """Return the bytes of the weights that a rank computes with, in addition to the float32 parameters, and why.
 
     `root` and `block_numels` are the parameters on a tensor-parallel rank, outside the blocks and of each block.
     """
@@ -213,4 +213,4 @@ def optimizer_bytes_per_element(model: nn.Module, optimizer: Any) -> dict[str, f
 def key_value_bytes(model: nn.Module, training: Any, element_bytes: int) -> int:
     """Return the bytes of the keys and values of one layer for the whole sequences of a micro-batch."""
     tokens = training.micro_batch_size * training.sequence_length
-    return complete_model(model).key_value_bytes(tokens, element_bytes=element_bytes)
+    return int(complete_model(model).key_value_bytes(tokens, element_bytes=element_bytes))

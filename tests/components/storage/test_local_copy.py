@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from components.data import TokenFiles
-from components.errors import InputError
+from components.errors import InputError, MissingFileError
 from components.storage import local_copy
 from components.storage.address import RemoteDirectory, StorageError, address_of, display, is_address, local_copy_of
-from components.storage.local_copy import fetch
+from components.storage.local_copy import fetch, fetch_file
 from components.tokenizers import TiktokenFile
 from recipes.config.errors import absolute
 
@@ -60,6 +60,12 @@ def test_a_broken_link_is_an_error_at_the_key(tmp_path):
     with pytest.raises(InputError, match="is a link to") as caught:
         TiktokenFile(path=link, pattern="gpt2").build()
     assert caught.value.key == "path"
+
+
+def test_a_file_that_is_missing_at_its_address_is_an_error_at_the_key(tmp_path):
+    with pytest.raises(MissingFileError, match="there is no file at") as missing:
+        fetch_file(absolute(f"file://{tmp_path}/gone.jsonl", Path("/")), "path")
+    assert missing.value.key == "path"
 
 
 def test_only_changed_files_are_read_again_and_removed_ones_are_removed(tmp_path, monkeypatch):
