@@ -68,9 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_methods(book: ResultBook, kind: str, seeds: int, methods: Sequence[str]) -> None:
     """Run `methods` under one schedule, and then a constant batch of the mean size of an adaptive one."""
-    rows = [(name, METHODS[name].decay) for name in methods]
     if kind == "power":
         rows = [(name, kind) for name in methods if METHODS[name].power]
+    else:
+        rows = [(name, METHODS[name].decay) for name in methods]
     run_rows(book, rows, seeds)
     if SAME_MEAN_AS not in methods:
         return

@@ -35,9 +35,9 @@ SIZES = {
 
 DECAY_FRACTION = 0.3
 """Of the tokens, under WSD and Power."""
-LONG_DECAYS = (0.4, 0.7)
-"""Of the tokens. Under WSD, eta 1.6 reaches 64 samples with 33 to 52 % of the tokens left, and 48 with 65 to 83 % (in
-the stored runs), so these decays begin at about these batches."""
+LONG_DECAY = 0.4
+"""Of the tokens. Under WSD, eta 1.6 reaches 64 samples with 33 to 52 % of the tokens left (in the stored runs), so this
+decay begins at about that batch."""
 _VARIANTS = "benchmarks.adaptive_batch.variants"
 REFERENCE = {"lr_schedule.batch_scaling": "sqrt", "lr_schedule.reference_batch_tokens": SMALL * SEQUENCE_LENGTH}
 
@@ -131,18 +131,12 @@ METHODS: dict[str, Method] = {
         power=False,
         wsd={"lr_schedule.use": f"{_VARIANTS}:LimitedWSD", "lr_schedule.scaled_up_to_tokens": 32 * SEQUENCE_LENGTH},
     ),
-    **{
-        f"decay of {fraction:.0%}, norm test, eta 1.6": Method(
-            norm_test(1.6), power=False, wsd={"lr_schedule.decay_fraction": fraction}
-        )
-        for fraction in LONG_DECAYS
-    },
-    **{
-        f"decay of {fraction:.0%}, constant 8": Method(
-            constant(SMALL), scales_lr=False, power=False, wsd={"lr_schedule.decay_fraction": fraction}
-        )
-        for fraction in LONG_DECAYS
-    },
+    "decay of 40%, norm test, eta 1.6": Method(
+        norm_test(1.6), power=False, wsd={"lr_schedule.decay_fraction": LONG_DECAY}
+    ),
+    "decay of 40%, constant 8": Method(
+        constant(SMALL), scales_lr=False, power=False, wsd={"lr_schedule.decay_fraction": LONG_DECAY}
+    ),
     **{
         f"norm test, eta {eta} that follows the schedule": Method(
             norm_test(eta, max_size=256) | {"batch.use": f"{_VARIANTS}:FollowingNormTest"}, power=False

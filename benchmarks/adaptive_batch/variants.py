@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated
-
-from pydantic import Field
 
 from components.batch import GradientNoise, NormTest, Progress
 from components.batch.adaptive_base import AdaptivePolicy
@@ -16,12 +13,10 @@ from components.units import PositiveCount
 
 @dataclass(frozen=True, kw_only=True)
 class FollowingNormTest(NormTest):
-    """A norm test whose eta falls with the schedule: eta times (lr / max_lr) ** `power`, without batch scaling.
+    """A norm test whose eta falls as the schedule does at its reference batch: eta lr / max_lr.
 
-    Before the decay it is the norm test with `eta`; during the decay it grows the batch by (max_lr / lr) ** (2 power).
+    Before the decay it is the norm test with `eta`; in the decay its target is (max_lr / lr)^2 times as large.
     """
-
-    power: Annotated[float, Field(gt=0)] = 1.0
 
     def build(self, *, schedule: Schedule, sequence_length: int, total_tokens: int) -> FollowingPolicy:
         return FollowingPolicy(self, schedule)
@@ -42,7 +37,7 @@ class FollowingPolicy(AdaptivePolicy):
         super().observe(progress, noise)
 
     def target(self, noise: GradientNoise) -> float | None:
-        eta = self._following.eta * self._ratio**self._following.power
+        eta = self._following.eta * self._ratio
         return replace(self._following, eta=eta).target(noise) if eta > 0 else None
 
 
